@@ -1,0 +1,38 @@
+# make demo       generate a clip with the bundled model, unpatched and patched, and compare the two
+# make test       every test that needs no GPU
+# make gpu-test   the tests that need one
+# make check      ruff, mypy
+# make benchmarks draw the README's tables from the committed records
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test gpu-test check benchmarks clean
+
+demo: $(READY)
+	$(BIN)/vidaccel generate --compare --overwrite --out demo/clip.mp4
+
+test: $(READY)
+	$(BIN)/pytest -n auto -m "not gpu"
+
+gpu-test: $(READY)
+	$(BIN)/pytest -m gpu
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+benchmarks: $(READY)
+	$(BIN)/python scripts/draw_benchmarks.py
+
+# The stamp is written last, so that a set-up cut short is begun again; a second `make` installs nothing.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo

@@ -1,0 +1,197 @@
+"""What follows a convolution in a ResNet block, in one pass: its bias, the residual, and SVD's blend of the two.
+
+    y[n, s, c] = x[n, s, c] + bias[c];   y = residual + y;   y = alpha * residual + (1 - alpha) * y
+
+Channels-last memory ``[N, S, C]``; the residual and the blend are optional, alpha is that of
+:mod:`vidaccel.kernels.alpha_blend`. PyTorch adds the bias of a cuDNN convolution in a kernel of its own, so a caller
+runs the convolution without it and leaves the bias to this op. Computed in float32 and rounded to the input dtype
+after each of the three steps, where eager stores them. Fidelity: bit-exact up to the blend, math-exact with it.
+Bound by memory: one or two reads and a write.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vidaccel.kernels.alpha_blend import alpha_blend_ref, blend
+from vidaccel.kernels.dispatch import choose, tensors_problem
+
+__all__ = ["conv_epilogue", "conv_epilogue_ref"]
+
+BLOCK = 2048
+NUM_WARPS = 4
+
+
+def conv_epilogue_ref(
+    x: Tensor,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    *,
+    mix_factor: Tensor | None = None,
+    image_only: Tensor | None = None,
+    spatial_is_second: bool = False,
+) -> Tensor:
+    """The specification. Pass float64 inputs for gold values."""
+    y = x + bias.to(x.dtype).view(-1, *(1 for _ in x.shape[2:]))
+    if residual is not None:
+        y = residual + y
+    if residual is not None and mix_factor is not None:
+        y = alpha_blend_ref(residual, y, mix_factor, image_only, spatial_is_second=spatial_is_second)
+    return y
+
+
+@triton.jit
+def _conv_epilogue_kernel(
+    x_ptr, bias_ptr, residual_ptr, mix_factor_ptr, image_only_ptr, y_ptr,
+    channels, frame_size,
+    HAS_RESIDUAL: tl.constexpr, HAS_MIX: tl.constexpr, HAS_IMAGE_ONLY: tl.constexpr,
+    SPATIAL_IS_SECOND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    dtype = y_ptr.dtype.element_ty
+    frame = tl.program_id(1).to(tl.int64)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    offs = start + tl.arange(0, BLOCK)
+    mask = offs < frame_size
+    offs += frame * frame_size
+    # 32 bits make the remainder of every lane cheap; written as a difference, the first one is seen to be aligned
+    channel = ((start - start // channels * channels).to(tl.int32) + tl.arange(0, BLOCK)) % channels
+    bias = tl.load(bias_ptr + channel).to(tl.float32)
+    y = (tl.load(x_ptr + offs, mask=mask).to(tl.float32) + bias).to(dtype)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + offs, mask=mask).to(tl.float32)
+        y = (residual + y.to(tl.float32)).to(dtype)
+        if HAS_MIX:
+            y = blend(
+                residual, y.to(tl.float32), mix_factor_ptr, image_only_ptr, frame,
+                DTYPE=dtype, HAS_IMAGE_ONLY=HAS_IMAGE_ONLY, SPATIAL_IS_SECOND=SPATIAL_IS_SECOND,
+            ).to(dtype)  # fmt: skip
+    tl.store(y_ptr + offs, y, mask=mask)
+
+
+def _launch(
+    x: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    mix_factor: Tensor | None,
+    image_only: Tensor | None,
+    spatial_is_second: bool,
+    *,
+    inplace: bool = False,
+) -> Tensor:
+    rows = x.movedim(1, -1).contiguous()  # [N, *spatial, C]
+    y = rows if inplace else torch.empty_like(rows, memory_format=torch.contiguous_format)
+    frames = 1 if image_only is None else image_only.numel()
+    frame_size = rows.numel() // frames
+    with torch.cuda.device_of(x):
+        _conv_epilogue_kernel[(triton.cdiv(frame_size, BLOCK), frames)](
+            rows, bias.to(x.dtype).contiguous(), None if residual is None else residual.movedim(1, -1).contiguous(),
+            mix_factor, None if image_only is None else image_only.contiguous(), y,
+            rows.shape[-1], frame_size,
+            HAS_RESIDUAL=residual is not None, HAS_MIX=mix_factor is not None, HAS_IMAGE_ONLY=image_only is not None,
+            SPATIAL_IS_SECOND=spatial_is_second, BLOCK=BLOCK,
+            num_warps=NUM_WARPS, enable_fp_fusion=False,  # eager rounds the blend's products before it adds them
+        )  # fmt: skip
+    return y.movedim(-1, 1)
+
+
+@torch.library.custom_op("vidaccel::conv_epilogue", mutates_args=())
+def _conv_epilogue(
+    x: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    mix_factor: Tensor | None,
+    image_only: Tensor | None,
+    spatial_is_second: bool,
+) -> Tensor:
+    return _launch(x, bias, residual, mix_factor, image_only, spatial_is_second)
+
+
+@_conv_epilogue.register_fake
+def _(
+    x: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    mix_factor: Tensor | None,
+    image_only: Tensor | None,
+    spatial_is_second: bool,
+) -> Tensor:
+    return torch.empty_like(x.movedim(1, -1), memory_format=torch.contiguous_format).movedim(-1, 1)
+
+
+def _problem(x: Tensor, bias: Tensor, residual: Tensor | None, mix_factor: Tensor | None) -> str | None:
+    """Why the kernel does not serve these arguments, or None."""
+    if residual is not None and residual.dtype != x.dtype:
+        return f"residual must have the dtype of x, {x.dtype}, got {residual.dtype}"
+    return tensors_problem(x, bias, residual, mix_factor)
+
+
+def _validate(
+    x: Tensor, bias: Tensor, residual: Tensor | None, mix_factor: Tensor | None, image_only: Tensor | None
+) -> None:
+    if not 3 <= x.ndim <= 5:
+        raise ValueError(f"conv_epilogue: x must be [N, C, *spatial] with 1 to 3 spatial dims, got {tuple(x.shape)}")
+    if bias.shape != (x.shape[1],):
+        raise ValueError(f"conv_epilogue: bias must be [{x.shape[1]}], got {tuple(bias.shape)}")
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"conv_epilogue: residual must be {tuple(x.shape)}, as x is, got {tuple(residual.shape)}")
+    if mix_factor is None:
+        if image_only is not None:
+            raise ValueError("conv_epilogue: image_only needs a mix_factor")
+        return
+    if residual is None:
+        raise ValueError("conv_epilogue: mix_factor needs a residual to blend with")
+    if mix_factor.numel() != 1:
+        raise ValueError(f"conv_epilogue: mix_factor must be [1], got {tuple(mix_factor.shape)}")
+    if image_only is not None and (x.ndim != 5 or image_only.shape != (x.shape[0], x.shape[2])):
+        raise ValueError(
+            f"conv_epilogue: image_only must be [B, F] of x [B, C, F, H, W], got {tuple(image_only.shape)} "
+            f"(x is {tuple(x.shape)})"
+        )
+
+
+def conv_epilogue(
+    x: Tensor,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    *,
+    mix_factor: Tensor | None = None,
+    image_only: Tensor | None = None,
+    spatial_is_second: bool = False,
+    inplace: bool = False,
+    impl: str | None = None,
+) -> Tensor:
+    """``y = residual + (x + bias)``, or with ``mix_factor`` ``alpha_blend(residual, y, mix_factor, image_only)``.
+
+    Args:
+        x: ``[N, C, *spatial]``, 3-D to 5-D, fp16 / bf16 / fp32: a convolution's output without its bias. Read as it is
+            when the channels are innermost in memory, else copied into that order first.
+        bias: ``[C]``, any float dtype; rounded to ``x.dtype`` first.
+        residual: As ``x``; None adds nothing.
+        mix_factor: ``[1]``, any float dtype; None blends nothing.
+        image_only: ``[B, F]`` for ``x`` ``[B, C, F, H, W]``, nonzero where a frame is a still image and only
+            ``residual`` counts; None: nowhere.
+        spatial_is_second: Swap the two factors of the blend, as the SVD decoder does.
+        inplace: ``x`` is not needed any more, so the result may take its memory. No promise that it does: only the
+            kernel makes use of it, and only in eager mode.
+        impl: ``"triton"`` or ``"torch"``; None lets ``vidaccel.kernels.dispatch`` choose.
+
+    Returns:
+        ``[N, C, *spatial]`` in ``x.dtype``, channels innermost in memory.
+
+    Raises:
+        ValueError: A shape is not as above; ``mix_factor`` comes without ``residual`` or ``image_only`` without
+            ``mix_factor``; ``impl`` cannot run here.
+    """
+    _validate(x, bias, residual, mix_factor, image_only)
+    chosen = choose("conv_epilogue", x, impl, _problem(x, bias, residual, mix_factor))
+    if chosen == "torch" or x.numel() == 0:
+        y = conv_epilogue_ref(
+            x, bias, residual, mix_factor=mix_factor, image_only=image_only, spatial_is_second=spatial_is_second
+        )
+        return y.movedim(1, -1).contiguous().movedim(-1, 1)
+    if torch.compiler.is_compiling():
+        return _conv_epilogue(x, bias, residual, mix_factor, image_only, spatial_is_second)
+    return _launch(x, bias, residual, mix_factor, image_only, spatial_is_second, inplace=inplace)

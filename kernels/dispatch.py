@@ -1,0 +1,92 @@
+"""Which implementation of an op runs: decided here, from argument, environment, device and what the kernel serves.
+
+Order: the ``impl`` argument (an error if that implementation cannot run), then ``VIDACCEL_IMPL`` (a wish: passed over
+if it cannot run), then the default: Triton on a GPU or under ``TRITON_INTERPRET=1``, plain PyTorch elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from vidaccel.config import preferred_implementation
+
+__all__ = ["Choice", "choose", "record_choices", "runs_triton", "tensors_problem", "triton_device_problem"]
+
+
+class Choice(NamedTuple):
+    """One decision: ``op`` ran as ``impl``; ``reason`` says why a preferred one did not (empty if it did)."""
+
+    op: str
+    impl: str
+    reason: str = ""
+
+
+# Fixed when Triton is imported, and not a thing that Dynamo can trace.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+_recorded: list[Choice] | None = None
+
+
+@contextmanager
+def record_choices() -> Iterator[list[Choice]]:
+    """Collect the choices made inside the ``with`` block, in order; what a nested recorder sees is its own."""
+    global _recorded
+    outer, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = outer
+
+
+def triton_device_problem(x: Tensor) -> str | None:
+    """Why no Triton kernel can run on ``x``'s device, or None."""
+    if x.is_cuda or INTERPRETED:
+        return None
+    return f"Triton has no {x.device.type} backend here (TRITON_INTERPRET=1 interprets the kernels)"
+
+
+def tensors_problem(x: Tensor, *others: Tensor | None) -> str | None:
+    """Why no kernel here can take ``x`` together with ``others`` (dtype, gradients), or None."""
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"the kernel takes float16, bfloat16 and float32, x is {x.dtype}"
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
+        return "the kernel has no backward pass (call it under torch.no_grad)"
+    return None
+
+
+def runs_triton(op: str, x: Tensor) -> bool:
+    """Whether ``op`` would run as Triton on ``x``'s device: for callers whose detour only the kernel makes worth it."""
+    return preferred_implementation(op) != "torch" and triton_device_problem(x) is None
+
+
+def choose(op: str, x: Tensor, impl: str | None, problem: str | None = None) -> str:
+    """Name of the implementation that ``op`` runs on ``x``: ``"triton"`` or ``"torch"``.
+
+    Args:
+        op: Name of the op, as in its file name.
+        x: The op's main input; its device decides the default.
+        impl: Forced implementation, or None.
+        problem: Why the op's kernel does not serve these arguments (dtype, shape, strides), or None if it does.
+
+    Raises:
+        ValueError: ``impl`` is unknown, or it is ``"triton"`` and cannot run here.
+    """
+    if impl not in (None, "triton", "torch"):
+        raise ValueError(f"{op}: impl must be 'triton' or 'torch', got {impl!r}")
+    device_problem = triton_device_problem(x)
+    problem = device_problem or problem
+    if impl == "triton" and problem:
+        raise ValueError(f"{op}: impl='triton' cannot run: {problem}")
+    chosen = impl or preferred_implementation(op) or ("torch" if device_problem else "triton")
+    reason = ""
+    if chosen != "torch" and problem:
+        chosen, reason = "torch", problem
+    if _recorded is not None and not torch.compiler.is_compiling():
+        _recorded.append(Choice(op, chosen, reason))
+    return chosen

@@ -1,0 +1,378 @@
+"""GroupNorm, optionally with SiLU behind it and a per-frame addition before it, on channels-last activations.
+
+    y[n, s, c] = silu((z[n, s, c] - mean[n, g]) / sqrt(var[n, g] + eps) * weight[c] + bias[c])
+    z[n, s, c] = x[n, s, c] + shift[n, t, c],   g = c // (C / groups),   t = s // (S / T)
+
+Memory is ``[N, S, C]`` with S the rows (pixels, and for a 5-D input frames) of one sample. Three launches: statistics
+of every (chunk of rows, channel); their merge into one mean and scale per (sample, channel); normalise and SiLU.
+PyTorch gives one block to a whole (sample, group), which fills no GPU when the statistics span a clip; here the first
+and the last pass cut the rows into as many chunks as the GPU likes, and every sum has a fixed order. Bound by memory:
+two reads and one write.
+
+Statistics are Welford means and squared deviations in float32, merged by Chan's formula (Chan, Golub, LeVeque 1983,
+https://doi.org/10.1080/00031305.1983.10483115), so an off-centre input loses nothing. z and the normalised value are
+rounded to the input dtype in registers, where eager stores them. Fidelity: math-exact.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vidaccel.kernels.dispatch import choose
+
+__all__ = ["group_norm_silu", "group_norm_silu_ref"]
+
+TILE = 4096  # elements: 32 for each thread
+FOLD = 4  # rows that a thread merges at once
+NUM_WARPS = 4
+
+
+def group_norm_silu_ref(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *, silu: bool = True, shift: Tensor | None = None
+) -> Tensor:
+    """The specification. Pass float64 inputs for gold values."""
+    if shift is not None:
+        rows = x[0, 0].numel()
+        per_row = shift.to(x.dtype).repeat_interleave(rows // shift.shape[1], dim=1)
+        x = x + per_row.transpose(1, 2).reshape(x.shape)
+    y = F.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype), eps)
+    return F.silu(y) if silu else y
+
+
+@triton.jit
+def _add(count, mean, m2, other_count, other_mean, other_m2):
+    """Chan's formula, lane by lane: count, mean and sum of squared deviations of two disjoint samples together."""
+    total = count + other_count
+    share = other_count / tl.maximum(total, 1.0)
+    delta = other_mean - mean
+    return total, mean + delta * share, m2 + other_m2 + delta * delta * (count * share)
+
+
+@triton.jit
+def _merge(count, mean, m2):
+    """The same for all lanes along axis 0 together."""
+    total = tl.sum(count, axis=0)
+    rough_mean = tl.sum(count * mean, axis=0) / total
+    deviation = mean - rough_mean
+    # for an off-centre input the first sum rounds at the size of the mean, the second at that of the spread
+    merged_mean = rough_mean + tl.sum(count * deviation, axis=0) / total
+    return total, merged_mean, tl.sum(m2 + count * deviation * deviation, axis=0)
+
+
+@triton.jit
+def _locate(pid, channels, segment_rows, chunk_rows, BLOCK_C: tl.constexpr):
+    """Segment, chunk and first channel of a program; channel blocks of the same rows are neighbours, as in memory."""
+    channel_blocks = channels // BLOCK_C
+    chunks = tl.cdiv(segment_rows, chunk_rows)
+    index = pid // channel_blocks
+    return (index // chunks).to(tl.int64), index % chunks, (pid % channel_blocks) * BLOCK_C
+
+
+@triton.jit
+def _count(rows, lane, LANES: tl.constexpr):
+    """How many of ``rows`` rows fall to each lane when they are dealt out in turn."""
+    return (tl.maximum(rows - lane + LANES - 1, 0) // LANES).to(tl.float32)
+
+
+@triton.jit
+def _load_tile(x_ptr, offs, mask, shift, HAS_SHIFT: tl.constexpr):
+    """z in float32, 0 where masked."""
+    x = tl.load(x_ptr + offs, mask=mask, other=0.0)
+    z = x.to(tl.float32)
+    if HAS_SHIFT:
+        z = tl.where(mask, (z + shift).to(x.dtype).to(tl.float32), 0.0)
+    return z
+
+
+@triton.jit(do_not_specialize=["segment_rows", "chunk_rows"])
+def _chunk_stats_kernel(
+    x_ptr, shift_ptr, part_ptr,
+    channels, segment_rows, chunk_rows,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, HAS_SHIFT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    segment, chunk, first_channel = _locate(tl.program_id(0), channels, segment_rows, chunk_rows, BLOCK_C)
+    first_row = chunk * chunk_rows
+    rows = tl.minimum(chunk_rows, segment_rows - first_row)
+    offs_c = tl.arange(0, BLOCK_C)
+    x_ptr += (segment * segment_rows + first_row) * channels + first_channel
+    shift = 0.0
+    if HAS_SHIFT:
+        shift = tl.load(shift_ptr + segment * channels + first_channel + offs_c).to(tl.float32)
+
+    # A tile is LANES x FOLD rows. The compiler keeps the FOLD rows of a lane in one thread, which merges them alone,
+    # tile after tile; threads meet only after the loop.
+    LANES: tl.constexpr = BLOCK_R // FOLD
+    lane = tl.arange(0, LANES)
+    offs_r = lane[:, None, None] + LANES * tl.arange(0, FOLD)[None, :, None]
+    mean = tl.zeros([LANES, BLOCK_C], dtype=tl.float32)
+    m2 = tl.zeros([LANES, BLOCK_C], dtype=tl.float32)
+    for step in tl.range(0, tl.cdiv(rows, BLOCK_R), num_stages=STAGES):
+        row = step * BLOCK_R + offs_r
+        mask = row < rows
+        z = _load_tile(x_ptr, row * channels + offs_c, mask, shift, HAS_SHIFT)  # [LANES, FOLD, BLOCK_C]
+        tile_count = tl.minimum(_count(rows - step * BLOCK_R, lane, LANES), 1.0 * FOLD)[:, None]
+        tile_mean = tl.sum(z, axis=1) * (1.0 / tl.maximum(tile_count, 1.0))
+        deviation = tl.where(mask, z - tile_mean[:, None, :], 0.0)
+        tile_m2 = tl.sum(deviation * deviation, axis=1)
+        # every tile but the last is full
+        _, mean, m2 = _add(1.0 * step * FOLD, mean, m2, tile_count, tile_mean, tile_m2)
+    _, mean, m2 = _merge(_count(rows, lane, LANES)[:, None], mean, m2)
+
+    chunks = tl.cdiv(segment_rows, chunk_rows)
+    part_ptr += (segment * chunks + chunk) * 2 * channels + first_channel
+    tl.store(part_ptr + offs_c, mean)
+    tl.store(part_ptr + channels + offs_c, m2)
+
+
+@triton.jit(do_not_specialize=["groups", "group_channels", "segments", "segment_rows", "chunk_rows"])
+def _group_stats_kernel(
+    part_ptr, weight_ptr, norm_ptr,
+    groups, group_channels, segments, segment_rows, chunk_rows,
+    eps,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    sample = (tl.program_id(0) // groups).to(tl.int64)
+    first_channel = tl.program_id(0) % groups * group_channels
+    channels = groups * group_channels
+    chunks = tl.cdiv(segment_rows, chunk_rows)
+    last_chunk_rows = segment_rows - (chunks - 1) * chunk_rows
+    parts = segments * chunks
+    part_ptr += sample * parts * 2 * channels + first_channel
+
+    count = tl.zeros([BLOCK], dtype=tl.float32)
+    mean = tl.zeros([BLOCK], dtype=tl.float32)
+    m2 = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(0, parts * group_channels, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        part = index // group_channels
+        mask = part < parts
+        offs = part.to(tl.int64) * 2 * channels + index % group_channels
+        part_rows = tl.where(part % chunks == chunks - 1, last_chunk_rows, chunk_rows)
+        part_count = tl.where(mask, part_rows, 0).to(tl.float32)
+        part_mean = tl.load(part_ptr + offs, mask=mask, other=0.0)
+        part_m2 = tl.load(part_ptr + channels + offs, mask=mask, other=0.0)
+        count, mean, m2 = _add(count, mean, m2, part_count, part_mean, part_m2)
+    count, mean, m2 = _merge(count, mean, m2)
+    rstd = tl.rsqrt(m2 / count + eps)
+
+    # the group's mean once for each channel, so that the last pass reads whole vectors
+    norm_ptr += sample * 2 * channels + first_channel
+    for start in range(0, group_channels, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        mask = offs < group_channels
+        weight = tl.load(weight_ptr + first_channel + offs, mask=mask).to(tl.float32)
+        tl.store(norm_ptr + offs, tl.zeros([BLOCK], dtype=tl.float32) + mean, mask=mask)
+        tl.store(norm_ptr + channels + offs, weight * rstd, mask=mask)
+
+
+@triton.jit(do_not_specialize=["segments", "segment_rows", "chunk_rows"])
+def _apply_kernel(
+    x_ptr, shift_ptr, norm_ptr, bias_ptr, y_ptr,
+    channels, segments, segment_rows, chunk_rows,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HAS_SHIFT: tl.constexpr, SILU: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    # backwards: the rows that the statistics read last are still in the L2 cache
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
+    segment, chunk, first_channel = _locate(pid, channels, segment_rows, chunk_rows, BLOCK_C)
+    first_row = chunk * chunk_rows
+    rows = tl.minimum(chunk_rows, segment_rows - first_row)
+    offs_r = tl.arange(0, BLOCK_R)
+    offs_c = tl.arange(0, BLOCK_C)
+    start = (segment * segment_rows + first_row) * channels + first_channel
+    x_ptr += start
+    y_ptr += start
+    norm_ptr += segment // segments * 2 * channels + first_channel
+    mean = tl.load(norm_ptr + offs_c)
+    scale = tl.load(norm_ptr + channels + offs_c)
+    bias = tl.load(bias_ptr + first_channel + offs_c).to(tl.float32)
+    shift = 0.0
+    if HAS_SHIFT:
+        shift = tl.load(shift_ptr + segment * channels + first_channel + offs_c).to(tl.float32)
+
+    for step in tl.range(0, tl.cdiv(rows, BLOCK_R), num_stages=STAGES):
+        row = step * BLOCK_R + offs_r[:, None]
+        mask = row < rows
+        offs = row * channels + offs_c
+        z = _load_tile(x_ptr, offs, mask, shift, HAS_SHIFT)  # [BLOCK_R, BLOCK_C]
+        y = ((z - mean) * scale + bias).to(y_ptr.dtype.element_ty)
+        if SILU:
+            y = y.to(tl.float32)
+            y = (y / (1.0 + tl.exp(-y))).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + offs, y, mask=mask)
+
+
+class _Tiling(NamedTuple):
+    """How a kernel cuts an activation: a program walks ``chunk_rows`` rows in tiles of ``block_r`` x ``block_c``."""
+
+    block_r: int
+    block_c: int
+    chunk_rows: int
+    stages: int  # depth of the prefetch: tiles on their way, plus the one at work
+
+
+def _stats_tiling(channels: int, segments: int, segment_rows: int) -> _Tiling:
+    """Long chunks, because each ends in a merge across threads; as many as a Hopper GPU runs at once, or more."""
+    block_c = min(channels & -channels, 64)
+    block_r = TILE // block_c
+    tiles = triton.cdiv(segment_rows, block_r)
+    chunks = max(768 // (segments * (channels // block_c)), triton.cdiv(tiles, 32), 1)
+    return _Tiling(block_r, block_c, block_r * triton.cdiv(tiles, chunks), stages=4)
+
+
+def _apply_tiling(channels: int) -> _Tiling:
+    """Short chunks: both tiles of a program are on their way before it works on the first."""
+    block_c = min(channels & -channels, 128)
+    block_r = TILE // block_c
+    return _Tiling(block_r, block_c, 2 * block_r, stages=3)
+
+
+def _channels_innermost(x: Tensor) -> Tensor:
+    """``[N, *spatial, C]``, contiguous: a view of channels-last ``x``, else a copy."""
+    return x.movedim(1, -1).contiguous()
+
+
+def _empty_channels_last(x: Tensor) -> Tensor:
+    return torch.empty_like(x.movedim(1, -1), memory_format=torch.contiguous_format).movedim(-1, 1)
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    shift: Tensor | None,
+    *,
+    stats_tiling: _Tiling | None = None,
+    apply_tiling: _Tiling | None = None,
+) -> Tensor:
+    rows = _channels_innermost(x)
+    y = _empty_channels_last(x)
+    samples, channels = rows.shape[0], rows.shape[-1]
+    segments = 1 if shift is None else shift.shape[1]
+    segment_rows = rows.numel() // (samples * segments * channels)
+    stats = stats_tiling or _stats_tiling(channels, samples * segments, segment_rows)
+    apply = apply_tiling or _apply_tiling(channels)
+    chunks = triton.cdiv(segment_rows, stats.chunk_rows)
+    parts = rows.new_empty((samples, segments * chunks, 2, channels), dtype=torch.float32)  # mean, m2
+    norm = rows.new_empty((samples, 2, channels), dtype=torch.float32)  # mean, weight / standard deviation
+    merge_warps = 1 if segments * chunks * (channels // groups) <= 4096 else 8
+
+    def grid(tiling: _Tiling) -> tuple[int]:
+        chunks = triton.cdiv(segment_rows, tiling.chunk_rows)
+        return (samples * segments * chunks * (channels // tiling.block_c),)
+
+    with torch.cuda.device_of(x):
+        _chunk_stats_kernel[grid(stats)](
+            rows, shift, parts,
+            channels, segment_rows, stats.chunk_rows,
+            BLOCK_R=stats.block_r, BLOCK_C=stats.block_c, FOLD=FOLD, HAS_SHIFT=shift is not None, STAGES=stats.stages,
+            num_warps=NUM_WARPS,
+        )  # fmt: skip
+        _group_stats_kernel[(samples * groups,)](
+            parts, weight, norm,
+            groups, channels // groups, segments, segment_rows, stats.chunk_rows,
+            eps,
+            BLOCK=256 * merge_warps,
+            num_warps=merge_warps,
+        )  # fmt: skip
+        _apply_kernel[grid(apply)](
+            rows, shift, norm, bias, y,
+            channels, segments, segment_rows, apply.chunk_rows,
+            BLOCK_R=apply.block_r, BLOCK_C=apply.block_c, HAS_SHIFT=shift is not None, SILU=silu, STAGES=apply.stages,
+            num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return y
+
+
+@torch.library.custom_op("vidaccel::group_norm_silu", mutates_args=())
+def _group_norm_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, shift: Tensor | None
+) -> Tensor:
+    return _launch(x, weight, bias, groups, eps, silu, shift)
+
+
+@_group_norm_silu.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, shift: Tensor | None) -> Tensor:
+    return _empty_channels_last(x)
+
+
+def _why_not_triton(x: Tensor) -> str | None:
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"the kernels take float16, bfloat16 and float32, x is {x.dtype}"
+    if x.shape[1] % 32:
+        return f"the kernels take C divisible by 32, got C={x.shape[1]}"
+    return None
+
+
+def _validate(x: Tensor, weight: Tensor, bias: Tensor, groups: int, shift: Tensor | None) -> None:
+    if not 3 <= x.ndim <= 5:
+        raise ValueError(f"group_norm_silu: x must be [N, C, *spatial] with 1 to 3 spatial dims, got {tuple(x.shape)}")
+    samples, channels = x.shape[:2]
+    if groups < 1 or channels % groups:
+        raise ValueError(f"group_norm_silu: groups={groups} does not divide C={channels} (x is {tuple(x.shape)})")
+    if weight.shape != (channels,) or bias.shape != (channels,):
+        raise ValueError(
+            f"group_norm_silu: weight and bias must be [{channels}], got {tuple(weight.shape)} and {tuple(bias.shape)}"
+        )
+    if shift is None:
+        return
+    if shift.ndim != 3 or shift.shape[::2] != (samples, channels):
+        raise ValueError(f"group_norm_silu: shift must be [{samples}, T, {channels}], got {tuple(shift.shape)}")
+    rows = math.prod(x.shape[2:])
+    if shift.shape[1] == 0 or rows % shift.shape[1]:
+        raise ValueError(
+            f"group_norm_silu: T={shift.shape[1]} of shift does not divide the {rows} rows of x {tuple(x.shape)}"
+        )
+
+
+def group_norm_silu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    *,
+    silu: bool = True,
+    shift: Tensor | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """``F.silu(F.group_norm(x + shift, groups, weight, bias, eps))``, returned in channels-last memory.
+
+    Args:
+        x: ``[N, C, *spatial]``, 3-D to 5-D, fp16 / bf16 / fp32. Read as it is when the channels are innermost in
+            memory (channels_last, channels_last_3d, a transposed ``[N, S, C]``), else copied into that order first.
+        weight: ``[C]``, any float dtype.
+        bias: ``[C]``, any float dtype.
+        groups: Number of groups; must divide ``C``.
+        eps: Added to the variance.
+        silu: Whether SiLU follows the norm.
+        shift: ``[N, T, C]``, added to x before the norm (time embedding, bias of the convolution before): row ``s`` of
+            the ``S`` pixels of a sample takes ``shift[n, s // (S // T)]``. Rounded to ``x.dtype`` first.
+        impl: ``"triton"`` or ``"torch"``; None lets ``vidaccel.kernels.dispatch`` choose.
+
+    Returns:
+        ``[N, C, *spatial]`` in ``x.dtype``, channels innermost in memory.
+
+    Raises:
+        ValueError: ``groups`` does not divide ``C``; ``weight``, ``bias`` or ``shift`` has another shape; ``T`` does
+            not divide ``S``; ``impl`` cannot run here.
+    """
+    _validate(x, weight, bias, groups, shift)
+    if x.numel() == 0:
+        return _empty_channels_last(x)
+    if choose("group_norm_silu", x, impl, _why_not_triton(x)) == "torch":
+        y = group_norm_silu_ref(x, weight, bias, groups, eps, silu=silu, shift=shift)
+        return _channels_innermost(y).movedim(-1, 1)
+    if shift is not None:
+        shift = shift.to(x.dtype).contiguous()
+    run = _group_norm_silu if torch.compiler.is_compiling() else _launch
+    return run(x, weight.contiguous(), bias.contiguous(), groups, eps, silu, shift)

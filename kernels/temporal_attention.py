@@ -1,0 +1,299 @@
+"""Attention over the frame axis of channels-last video rows, without a permute.
+
+    out[b, :, p, h] = softmax(q[b, :, p, h] @ k[b, :, p, h].T * scale) @ v[b, :, p, h]
+
+Rows ``[B*F, HW, H*D]``, as a QKV projection writes them. An *item* is one (pixel, head) pair: a short attention of its
+own, whose neighbours in memory are the next items. A tile holds all frames of as many neighbouring items as fit; one
+product scores them all and a block-diagonal mask keeps them apart, so a 16-row tile is enough where library kernels
+pad 14 frames to 64 or 128. Programs stream over the tiles of a sample: while one is worked on, the next are on their
+way (cp.async). Bound by memory: reads q, k, v once and writes the output once.
+
+Scores, softmax and sums are float32; probabilities are rounded to the input dtype before they meet v, as PyTorch's
+fused kernels do. Fidelity: math-exact. Items of one tile share a product: an inf or NaN in k or v reaches all.
+
+Sources: FlashAttention-2 (https://arxiv.org/abs/2307.08691) for the arithmetic; the masked windows of Swin
+(https://arxiv.org/abs/2103.14030) for several small attentions in one product.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vidaccel.kernels.dispatch import choose, tensors_problem
+
+__all__ = ["Tiling", "choose_tiling", "temporal_attention", "temporal_attention_ref"]
+
+MAX_HEAD_DIM = 160
+MAX_FRAMES = 128
+MAX_FRAMES_FLOAT32 = 32  # longer tiles spill: without tensor cores the operands live in registers
+MAX_SDPA_BATCH = 65535  # the flash and efficient kernels launch one grid row per batch entry: pytorch/pytorch#146704
+PREFETCHED_TILE_BYTES = 24 * 1024  # two of them and the scratch fit the 64 KB of an MI300 multiprocessor
+RESIDENT_BYTES = 132 * 96 * 1024  # of the tiles that an H100 or H200 works on at a time, as many again being fetched
+
+
+def temporal_attention_ref(
+    q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_heads: int, *, scale: float | None = None
+) -> Tensor:
+    """The specification. Pass float64 inputs for gold values."""
+    samples = q.shape[0] // num_frames
+    q_items, k_items, v_items = (_as_items(x, samples, num_heads) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q_items, k_items, v_items, scale=scale)
+    return out.permute(0, 3, 1, 2, 4).reshape(q.shape)
+
+
+def _as_items(x: Tensor, samples: int, num_heads: int) -> Tensor:
+    """``[B*F, HW, H*D]`` seen as ``[B, HW, H, F, D]``: a view, whatever the strides."""
+    return x.unflatten(-1, (num_heads, -1)).unflatten(0, (samples, -1)).permute(0, 2, 3, 1, 4)
+
+
+@triton.jit
+def _row_offsets(frame_offs, items, stride_pixel, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr):
+    pixel = (items // NUM_HEADS).to(tl.int64)
+    offs = frame_offs + pixel * stride_pixel + (items % NUM_HEADS) * HEAD_DIM
+    return tl.multiple_of(offs, ALIGN)  # 16-byte accesses and cp.async need to know
+
+
+@triton.jit
+def _columns(rows, row_mask, START: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Offsets and mask of ``BLOCK_D`` columns of a tile's rows."""
+    offs_d = START + tl.arange(0, BLOCK_D)
+    return rows[:, None] + offs_d[None, :], row_mask[:, None] & (offs_d < HEAD_DIM)[None, :]
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_pixels", "programs_per_sample",
+        "stride_q_frame", "stride_q_pixel", "stride_k_frame", "stride_k_pixel", "stride_v_frame", "stride_v_pixel",
+    ],
+)  # fmt: skip
+def _temporal_attention_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr,
+    num_pixels, programs_per_sample,
+    stride_q_frame, stride_q_pixel, stride_k_frame, stride_k_pixel, stride_v_frame, stride_v_pixel,
+    scale_log2,
+    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, FRAMES_Q: tl.constexpr, FRAMES_K: tl.constexpr,
+    ITEMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    sample = (tl.program_id(0) // programs_per_sample).to(tl.int64)
+    num_items = num_pixels * NUM_HEADS
+
+    # items run fastest along the rows of a tile: they are neighbours in memory
+    item_m, frame_m = tl.arange(0, BLOCK_M) % ITEMS, tl.arange(0, BLOCK_M) // ITEMS
+    item_n, frame_n = tl.arange(0, BLOCK_N) % ITEMS, tl.arange(0, BLOCK_N) // ITEMS
+    q_frames = (sample * FRAMES_Q + frame_m) * stride_q_frame
+    k_frames = (sample * FRAMES_K + frame_n) * stride_k_frame
+    v_frames = (sample * FRAMES_K + frame_n) * stride_v_frame
+    out_frames = (sample * FRAMES_Q + frame_m) * num_items * HEAD_DIM
+    same_item = (item_m[:, None] == item_n[None, :]) & (frame_n < FRAMES_K)[None, :]
+    bias = tl.where(same_item, 0.0, float("-inf"))  # [BLOCK_M, BLOCK_N]
+
+    # programs that run side by side read neighbouring tiles: together they consume whole DRAM pages
+    first_tile = tl.program_id(0) % programs_per_sample
+    for tile in tl.range(first_tile, tl.cdiv(num_items, ITEMS), programs_per_sample, num_stages=STAGES):
+        items_m, items_n = tile * ITEMS + item_m, tile * ITEMS + item_n
+        mask_m = (items_m < num_items) & (frame_m < FRAMES_Q)
+        mask_n = (items_n < num_items) & (frame_n < FRAMES_K)
+        q_rows = _row_offsets(q_frames, items_m, stride_q_pixel, NUM_HEADS, HEAD_DIM, ALIGN)
+        k_rows = _row_offsets(k_frames, items_n, stride_k_pixel, NUM_HEADS, HEAD_DIM, ALIGN)
+        v_rows = _row_offsets(v_frames, items_n, stride_v_pixel, NUM_HEADS, HEAD_DIM, ALIGN)
+        out_rows = out_frames + items_m.to(tl.int64) * HEAD_DIM
+
+        s = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        for start in tl.static_range(0, HEAD_DIM, BLOCK_D):
+            q_offs, q_mask = _columns(q_rows, mask_m, start, BLOCK_D, HEAD_DIM)
+            k_offs, k_mask = _columns(k_rows, mask_n, start, BLOCK_D, HEAD_DIM)
+            q = tl.load(q_ptr + q_offs, mask=q_mask, other=0.0)  # [BLOCK_M, BLOCK_D]
+            k = tl.load(k_ptr + k_offs, mask=k_mask, other=0.0)  # [BLOCK_N, BLOCK_D]
+            s = tl.dot(q, tl.trans(k), acc=s, input_precision="ieee")
+
+        s = s * scale_log2 + bias
+        p = tl.exp2(s - tl.max(s, axis=1)[:, None])
+        inv_l = 1.0 / tl.sum(p, axis=1)
+        p = p.to(q_ptr.dtype.element_ty)
+        for start in tl.static_range(0, HEAD_DIM, BLOCK_D):
+            v_offs, v_mask = _columns(v_rows, mask_n, start, BLOCK_D, HEAD_DIM)
+            v = tl.load(v_ptr + v_offs, mask=v_mask, other=0.0)  # [BLOCK_N, BLOCK_D]
+            out = tl.dot(p, v, input_precision="ieee") * inv_l[:, None]
+            out_offs, out_mask = _columns(out_rows, mask_m, start, BLOCK_D, HEAD_DIM)
+            tl.store(out_ptr + out_offs, out.to(out_ptr.dtype.element_ty), mask=out_mask)
+
+
+class Tiling(NamedTuple):
+    """How the kernel cuts its work.
+
+    A tile has ``rows`` rows, all frames of ``rows // frames`` items. It is loaded and multiplied ``columns`` at a time,
+    by ``num_warps`` warps, with ``stages - 1`` tiles fetched ahead.
+    """
+
+    rows: int
+    columns: int
+    num_warps: int
+    stages: int
+
+
+def choose_tiling(frames: int, head_dim: int, dtype: torch.dtype) -> Tiling:
+    """The tiling the op runs with; ``frames`` is the longer of the two frame axes."""
+    rows = max(16, triton.next_power_of_2(frames))
+    # as wide as registers allow and padding stays small: 64 half-precision columns are one 128-byte line
+    columns = 64 if rows == 16 and (head_dim % 64 == 0 or 32 < head_dim < 64) else 32
+    if dtype == torch.float32:
+        num_warps = rows // 4
+    elif rows <= 32:
+        num_warps = 1  # which never waits for another warp
+    else:
+        num_warps = rows // 16
+    # two fetched tiles must leave room for several programs: on an H100, fetching 64 rows ahead made it slower
+    prefetches = rows <= 32 and _tile_bytes(rows, columns, head_dim, dtype) <= PREFETCHED_TILE_BYTES
+    return Tiling(rows, columns, num_warps, stages=3 if prefetches else 1)
+
+
+def _tile_bytes(rows: int, columns: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Shared memory that q, k and v of one tile take."""
+    return 3 * rows * triton.cdiv(head_dim, columns) * columns * dtype.itemsize
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    num_frames: int,
+    num_heads: int,
+    scale: float,
+    *,
+    tiling: Tiling | None = None,
+    programs: int | None = None,
+) -> Tensor:
+    """The kernel on ``programs`` programs, which share the tiles of a sample evenly."""
+    out = _empty_output(q)
+    samples, (_, num_pixels, channels) = q.shape[0] // num_frames, q.shape
+    num_frames_k, head_dim = k.shape[0] // samples, channels // num_heads
+    longest = max(num_frames, num_frames_k)
+    rows, columns, num_warps, stages = tiling or choose_tiling(longest, head_dim, q.dtype)
+    items = rows // longest
+    tiles = triton.cdiv(num_pixels * num_heads, items)
+    programs = programs or RESIDENT_BYTES // _tile_bytes(rows, columns, head_dim, q.dtype)
+    programs_per_sample = min(tiles, triton.cdiv(programs, samples))
+    strides = [stride for x in (q, k, v) for stride in x.stride()[:2]]
+    with torch.cuda.device_of(q):
+        _temporal_attention_kernel[(samples * programs_per_sample,)](
+            q, k, v, out,
+            num_pixels, programs_per_sample,
+            *strides,
+            scale * math.log2(math.e),
+            NUM_HEADS=num_heads, HEAD_DIM=head_dim, FRAMES_Q=num_frames, FRAMES_K=num_frames_k,
+            ITEMS=items, BLOCK_M=_block_rows(items * num_frames), BLOCK_N=_block_rows(items * num_frames_k),
+            BLOCK_D=columns, ALIGN=math.gcd(16, head_dim, *strides), STAGES=stages,
+            num_warps=num_warps,
+        )  # fmt: skip
+    return out
+
+
+def _block_rows(rows: int) -> int:
+    return max(16, triton.next_power_of_2(rows))
+
+
+def _empty_output(q: Tensor) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("vidaccel::temporal_attention", mutates_args=())
+def _temporal_attention(q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_heads: int, scale: float) -> Tensor:
+    return _launch(q, k, v, num_frames, num_heads, scale)
+
+
+@_temporal_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_heads: int, scale: float) -> Tensor:
+    return _empty_output(q)
+
+
+def _temporal_attention_torch(q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_heads: int, scale: float) -> Tensor:
+    out = _empty_output(q)
+    samples, num_pixels = q.shape[0] // num_frames, q.shape[1]
+    q, k, v, out_items = (_as_items(x, samples, num_heads) for x in (q, k, v, out))
+    for sample in range(samples):  # samples and pixels do not merge into the one batch axis of SDPA without a copy
+        for start in range(0, num_pixels, MAX_SDPA_BATCH):
+            part = sample, slice(start, start + MAX_SDPA_BATCH)
+            out_items[part] = F.scaled_dot_product_attention(q[part], k[part], v[part], scale=scale)
+    return out
+
+
+def _problem(q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_heads: int) -> str | None:
+    """Why the kernel does not serve these arguments, or None."""
+    head_dim = q.shape[-1] // num_heads
+    if head_dim % 8 or head_dim > MAX_HEAD_DIM:
+        return f"the kernel takes head_dim up to {MAX_HEAD_DIM} in steps of 8, got {head_dim}"
+    most = MAX_FRAMES_FLOAT32 if q.dtype == torch.float32 else MAX_FRAMES
+    frames = max(num_frames, num_frames * k.shape[0] // q.shape[0])
+    if frames > most:
+        return f"the kernel takes up to {most} frames of {q.dtype}, got {frames}"
+    if any(x.stride(-1) != 1 for x in (q, k, v)):
+        return "the kernel takes q, k and v with a last stride of 1"
+    return tensors_problem(q, k, v)
+
+
+def _validate(q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_heads: int) -> None:
+    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[1:] != k.shape[1:]:
+        raise _mismatch("q must be [B*F, HW, H*D], k and v [B*Fk, HW, H*D]", q, k, v)
+    if q.numel() == 0 or k.numel() == 0:
+        raise _mismatch("q, k and v must not be empty", q, k, v)
+    if num_frames < 1 or q.shape[0] % num_frames:
+        raise _mismatch(f"num_frames={num_frames} must divide the B*F={q.shape[0]} rows of q", q, k, v)
+    if num_heads < 1 or q.shape[2] % num_heads:
+        raise _mismatch(f"num_heads={num_heads} must divide the H*D={q.shape[2]} channels of q", q, k, v)
+    samples = q.shape[0] // num_frames
+    if k.shape[0] % samples:
+        raise _mismatch(f"the B={samples} samples of q must divide the B*Fk={k.shape[0]} rows of k", q, k, v)
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"temporal_attention: q, k and v must share a dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+
+
+def _mismatch(expected: str, q: Tensor, k: Tensor, v: Tensor) -> ValueError:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    return ValueError(f"temporal_attention: {expected}, got {shapes}")
+
+
+def temporal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    num_frames: int,
+    num_heads: int,
+    *,
+    scale: float | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """``F.scaled_dot_product_attention`` over the frames, for every pixel and head, of rows that stay in place.
+
+    Args:
+        q: ``[B*F, HW, H*D]``, fp16 / bf16 / fp32, rows of any strides: a slice of a packed QKV projection will do.
+        k: ``[B*Fk, HW, H*D]`` in ``q.dtype``; ``Fk`` follows from ``B`` and need not be ``F``.
+        v: As ``k``.
+        num_frames: ``F``.
+        num_heads: ``H``.
+        scale: Factor of the scores; None for ``D ** -0.5``.
+        impl: ``"triton"`` or ``"torch"``; None lets ``vidaccel.kernels.dispatch`` choose.
+
+    Returns:
+        ``[B*F, HW, H*D]``, contiguous, in ``q.dtype``.
+
+    Raises:
+        ValueError: The shapes do not fit one another, ``num_frames`` or ``num_heads``, or are empty; ``impl`` cannot
+            run here.
+        TypeError: The dtypes differ.
+    """
+    _validate(q, k, v, num_frames, num_heads)
+    if scale is None:
+        scale = (q.shape[-1] // num_heads) ** -0.5
+    chosen = choose("temporal_attention", q, impl, _problem(q, k, v, num_frames, num_heads))
+    if chosen == "torch":
+        return _temporal_attention_torch(q, k, v, num_frames, num_heads, scale)
+    run = _temporal_attention if torch.compiler.is_compiling() else _launch
+    return run(q, k, v, num_frames, num_heads, scale)

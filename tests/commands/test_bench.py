@@ -1,0 +1,311 @@
+"""The ``bench`` command in-process: dry runs on the CPU, and what becomes of the figures when something goes wrong."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from triton.runtime import JITFunction
+
+from vidaccel.bench import variants
+from vidaccel.bench.ops import one_stage_kernels
+from vidaccel.bench.record import add_ratios, json_text, table
+from vidaccel.bench.settings import Settings
+from vidaccel.bench.synthetic import build_pipeline, families, pipeline_inputs, specification
+from vidaccel.bench.timing import time_calls
+from vidaccel.bench.variants import applied, measured_modules
+from vidaccel.cli import main
+from vidaccel.generation import generate
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+EAGERLY = Settings(
+    scopes=("vae",),
+    variants=("eager",),
+    repeats=1,
+    warmup=0,
+    budget_seconds=1.0,
+    with_reference=False,
+    compile_backend="eager",
+    empty_caches=True,
+    only=None,
+    skip=None,
+    seed=0,
+)
+SHORT = ("--device", "cpu", "--repeats", "1", "--warmup", "0")
+
+Record = dict[str, Any]
+Bench = Callable[..., tuple[int, Record]]
+
+
+@pytest.fixture
+def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The PyTorch implementations: interpreted kernels are slow."""
+    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
+
+
+@pytest.fixture
+def bench(tmp_path: Path, plain_pytorch: None) -> Bench:
+    """Run the command and return its exit code and the record it wrote."""
+
+    def run(*options: object) -> tuple[int, Record]:
+        path = tmp_path / "records" / "record.json"
+        code = main(["bench", *SHORT, "--out", str(path), *map(str, options)])
+        assert [file.name for file in path.parent.iterdir()] in ([], ["record.json"]), "something was left behind"
+        return code, json.loads(path.read_text()) if path.exists() else {}
+
+    return run
+
+
+@pytest.fixture
+def tiny_bench(bench: Bench) -> Bench:
+    return lambda *options: bench("--synthetic", "svd", "--size", "tiny", *options)
+
+
+def rows(record: Record) -> dict[tuple[str, str], Record]:
+    return {(row["scope"], row["variant"]): row for row in record["results"]}
+
+
+def test_dry_run_of_all_scopes(tiny_bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    code, record = tiny_bench("--variants", "patched")
+    assert code == 0 and record["complete"]
+    measured = rows(record)
+    assert list(measured) == [
+        (scope, variant) for variant in ("eager", "patched") for scope in ("denoiser", "vae", "end-to-end")
+    ]
+    for row in measured.values():
+        assert row["status"] == "ok"
+        assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] and row["repeats"] == 1
+    for scope in ("denoiser", "vae", "end-to-end"):
+        eager, patched = measured[scope, "eager"], measured[scope, "patched"]
+        assert 0 < patched["error_to_eager"] < 1e-5 and not patched["bit_identical"]
+        assert patched["of_eager"] == patched["median_ms"] / eager["median_ms"]
+        assert patched["of_best_compile"] is None
+    assert measured["vae", "patched"]["psnr_min_to_eager_db"] > 60
+    assert 0 < measured["end-to-end", "eager"]["step_ms"] < measured["end-to-end", "eager"]["median_ms"]
+    assert measured["denoiser", "eager"]["cold_start_s"] > 0
+    assert measured["end-to-end", "eager"]["cold_start_s"] is None  # the denoiser had been called before
+
+    assert record["command"] == "vidaccel bench --device cpu --synthetic svd --size tiny --variants patched " + (
+        "--repeats 1 --warmup 0"
+    )
+    assert record["shapes"]["denoiser"][0]["sample"] == "2x3x8x16x16"
+    assert record["shapes"]["end-to-end"]["num_frames"] == 3
+    assert record["environment"]["torch"] == torch.__version__ and record["dtype"] == "float32"
+    assert record["ceilings"]["copy_gb_s"] > 0
+    assert record["patch_reports"]["patched"]["active"] > 0 and not record["patch_reports"]["patched"]["failed"]
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[0].split()[:3] == ["scope", "variant", "median"]
+    assert "end-to-end: patched:" in captured.err and "end-to-end: patched:" not in captured.out
+
+
+def test_compiled_variants_and_the_best_of_them(tiny_bench: Bench) -> None:
+    code, record = tiny_bench("--scope", "vae", "--variants", "compile+channels_last,patched+compile")
+    assert code == 0
+    _, compiled, patched = record["results"]
+    assert patched["of_best_compile"] == patched["median_ms"] / compiled["median_ms"]
+    assert max(compiled["error_to_eager"], patched["error_to_eager"]) < 1e-5
+    assert compiled["cold_start_s"] > 1e-3 * compiled["median_ms"]
+
+
+def test_half_precision_is_held_against_float32(tiny_bench: Bench) -> None:
+    code, record = tiny_bench("--scope", "vae", "--variants", "patched", "--dtype", "bfloat16")
+    assert code == 0
+    eager, patched = record["results"]
+    assert 1e-4 < eager["error_to_reference"] < 0.1
+    assert patched["error_to_reference"] < 2 * eager["error_to_reference"]
+    assert "psnr_min_to_reference_db" in patched and "error_to_eager" not in eager
+
+
+def test_a_failing_variant_costs_only_itself(tiny_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no kernel image\nand a long story")
+
+    monkeypatch.setattr(variants, "patch_pipeline", broken)
+    code, record = tiny_bench("--scope", "vae,end-to-end", "--variants", "patched,cudnn.benchmark", "--quick")
+    assert code == 1 and record["complete"]
+    measured = rows(record)
+    for scope in ("vae", "end-to-end"):
+        assert measured[scope, "patched"]["status"] == "failed"
+        assert measured[scope, "patched"]["reason"] == "RuntimeError: no kernel image"
+        assert measured[scope, "cudnn.benchmark"]["bit_identical"]
+
+
+def test_a_variant_whose_output_is_not_finite_fails(tiny_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vidaccel.blocks.normalization import FusedGroupNorm
+
+    monkeypatch.setenv("VIDACCEL_SELF_CHECK", "0")
+    monkeypatch.setattr(FusedGroupNorm, "fused_forward", lambda self, input: input * float("nan"))
+    code, record = tiny_bench("--scope", "vae", "--variants", "patched")
+    assert code == 1
+    assert record["results"][1]["reason"] == "ArithmeticError: the output is not finite, eager's is"
+
+
+def test_interrupted_keeps_what_is_measured(tiny_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(variants, "patch_pipeline", interrupted)
+    code, record = tiny_bench("--scope", "vae", "--variants", "patched")
+    assert code == 130
+    assert not record["complete"] and [row["variant"] for row in record["results"]] == ["eager"]
+
+
+def test_time_limit(tiny_bench: Bench) -> None:
+    code, record = tiny_bench("--scope", "vae", "--variants", "patched", "--time-limit", 0)
+    assert code == 0
+    assert [row["status"] for row in record["results"]] == ["skipped", "skipped"]
+    assert record["results"][0]["reason"] == "the time limit was reached"
+
+
+def test_a_real_model(bench: Bench, model: Path, image: Path) -> None:
+    size = ("--height", "32", "--width", "32", "--frames", "2", "--steps", "1")
+    code, record = bench("--model", model, "--image", image, *size, "--scope", "end-to-end", "--variants", "patched")
+    assert code == 0
+    assert record["subject"]["model"] == str(model)
+    assert record["shapes"]["end-to-end"]["num_frames"] == 2
+    assert record["results"][1]["cold_start_s"] > 0
+
+
+@pytest.mark.parametrize("op", ["group_norm_silu", "temporal_attention"])
+def test_op(bench: Bench, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VIDACCEL_IMPL")
+    code, record = bench("--op", op, "--size", "tiny")
+    assert code == 0
+    measured = rows(record)
+    assert ("tiny", "eager") in measured and ("tiny", "compile") in measured and ("tiny", "ours, one stage") in measured
+    for row in measured.values():
+        assert row["status"] == "ok" and row["error_to_reference"] < 1e-5 and row["gb_s"] > 0
+    assert measured["tiny", "ours"]["implementations"] == ["triton"]
+
+
+def test_one_stage_reaches_the_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches: list[dict[str, Any]] = []
+    monkeypatch.setattr(JITFunction, "run", lambda self, *args, **kwargs: launches.append(kwargs))
+    for guard in (one_stage_kernels(), nullcontext()):
+        with guard:
+            JITFunction.run(None, grid=(1,), warmup=False, STAGES=3, BLOCK=64)
+            JITFunction.run(None, grid=(1,), warmup=False, BLOCK=64)
+    assert [launch.get("STAGES") for launch in launches] == [1, None, 3, None]
+    assert all(launch["BLOCK"] == 64 for launch in launches)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        pytest.param(["--synthetic", "sora"], "there are svd, svd-xt", id="family"),
+        pytest.param(["--op", "matmul"], "there are group_norm_silu", id="op"),
+        pytest.param(["--scope", "all"], "scopes are denoiser, vae, end-to-end", id="scope"),
+        pytest.param(["--variants", "compile+faster"], "unknown faster", id="variant"),
+        pytest.param(["--synthetic", "svd", "--size", "tiny", "--only", "no_op"], "ops are: ", id="site"),
+        pytest.param(["--synthetic", "svd", "--prompt", "a cat"], "--prompt means nothing to", id="prompt"),
+        pytest.param(["--size", "tiny"], "means nothing without --synthetic or --op", id="size"),
+        pytest.param(["--repeats", "0"], "--repeats must be at least 1", id="repeats"),
+        pytest.param(["--synthetic", "svd", "--op", "group_norm_silu"], "not allowed with", id="both"),
+        pytest.param(["--synthetic", "svd", "--model", "x/y"], "not allowed with", id="model"),
+        pytest.param(["--out", "/"], "/ is a folder", id="out"),
+    ],
+)
+def test_bad_input_gets_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *SHORT, *options]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("vidaccel: error: ") and message in error
+
+
+@pytest.mark.parametrize("variant", ["compile+channels_last+cudnn.benchmark", "patched+compile"])
+def test_a_variant_is_undone(variant: str, plain_pytorch: None) -> None:
+    specified = specification("svd", "tiny")
+    pipe = build_pipeline(specified, CPU, torch.float32)
+    arguments = specified["call"] | pipeline_inputs(specified, CPU, torch.float32)
+    weights = {name: weight.stride() for name, weight in pipe.unet.named_parameters()}
+    before = generate(pipe, arguments, seed=0).frames
+    with applied(variant, pipe, EAGERLY):
+        assert all(module._compiled_call_impl is not None for module in measured_modules(pipe).values())
+    assert all(module._compiled_call_impl is None for module in measured_modules(pipe).values())
+    assert {name: weight.stride() for name, weight in pipe.unet.named_parameters()} == weights
+    assert not torch.backends.cudnn.benchmark
+    assert (generate(pipe, arguments, seed=0).frames == before).all()
+
+
+@pytest.mark.parametrize("family", sorted(families().keys() - {"svd-xt"}))  # which is svd with more frames
+def test_synthetic_tiny_pipelines_run(family: str) -> None:
+    specified = specification(family, "tiny")
+    pipe = build_pipeline(specified, CPU, torch.bfloat16)
+    models = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    parameters = [parameter for model in models for parameter in model.parameters()]
+    assert all(p.any() for p in parameters if p.ndim > 1), "a layer of zeros switches a branch off"
+    assert {p.dtype for p in parameters} == {torch.bfloat16} and not any(p.requires_grad for p in parameters)
+    clip = generate(pipe, specified["call"] | pipeline_inputs(specified, CPU, torch.bfloat16), seed=0)
+    assert torch.from_numpy(clip.frames).isfinite().all()
+
+
+def test_synthetic_svd_has_the_size_of_the_released_model() -> None:
+    class_name, config = specification("svd-xt")["components"]["unet"]
+    with torch.device("meta"):
+        unet = getattr(diffusers, class_name)(**config)
+    assert sum(p.numel() for p in unet.parameters()) == 1_524_623_082  # of the checkpoint on the hub
+
+
+def test_timing_stops_when_its_budget_is_spent() -> None:
+    calls = []
+    assert time_calls(lambda: calls.append(0), CPU, repeats=7, warmup=2).repeats == 7
+    assert len(calls) == 9
+    assert time_calls(lambda: None, CPU, repeats=100, budget_seconds=0).repeats == 3
+
+
+def test_table_leaves_out_what_nobody_measured() -> None:
+    measured = [
+        {"scope": "vae", "variant": "eager", "status": "ok", "median_ms": 10.0},
+        {"scope": "vae", "variant": "compile", "status": "ok", "median_ms": 4.0},
+        {"scope": "vae", "variant": "compile+channels_last", "status": "failed", "reason": "OutOfMemoryError: 80 GiB"},
+        {"scope": "vae", "variant": "patched", "status": "ok", "median_ms": 3.0},
+    ]
+    add_ratios(measured)
+    lines = table(measured).splitlines()
+    assert lines[0].split() == ["scope", "variant", "median", "ms", "of", "eager", "of", "best", "compile"]
+    assert lines[4].split() == ["vae", "patched", "3.000", "0.300", "0.750"]
+    assert lines[3].endswith("failed  OutOfMemoryError: 80 GiB")
+
+
+def test_records_are_strict_json() -> None:
+    assert json.loads(json_text({"psnr": [float("inf"), 1.5, float("nan")]})) == {"psnr": ["inf", 1.5, "nan"]}
+
+
+def test_the_readme_tables_are_drawn_from_records(
+    tiny_bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, record = tiny_bench("--scope", "vae", "--variants", "patched")
+    path, readme = tmp_path / "svd.json", tmp_path / "README.md"
+    path.write_text(json.dumps(record))
+    readme.write_text("before\n<!-- benchmarks -->\nold\n<!-- /benchmarks -->\nafter\n")
+
+    def draw(*options: str) -> object:
+        monkeypatch.setattr(sys, "argv", ["draw_benchmarks.py", str(path), "--readme", str(readme), *options])
+        with pytest.raises(SystemExit) as exited:
+            runpy.run_path(str(ROOT / "scripts" / "draw_benchmarks.py"), run_name="__main__")
+        return exited.value.code
+
+    assert draw("--check") == 1
+    assert draw() == 0
+    assert draw("--check") == 0
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- benchmarks -->\n") and text.endswith("<!-- /benchmarks -->\nafter\n")
+    assert "\nold\n" not in text and "| svd vae, 3x4x16x16, float32 |" in text and f"`{record['command']}`" in text
+    readme.write_text("no marks\n")
+    assert draw() not in (0, None) and readme.read_text() == "no marks\n"
+
+
+def test_the_script_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["scripts/bench.py", "--op", "no-op"])
+    with pytest.raises(SystemExit) as exited:
+        runpy.run_path(str(ROOT / "scripts" / "bench.py"), run_name="__main__")
+    assert exited.value.code == 2
+    assert "there are group_norm_silu" in capsys.readouterr().err

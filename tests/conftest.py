@@ -1,0 +1,26 @@
+"""Without a GPU Triton kernels run in Triton's interpreter, which must be asked for before a kernel is defined."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """GPU tests need a GPU; the others fix the CPU as their device and are the same everywhere."""
+    if not torch.cuda.is_available():
+        no_gpu = pytest.mark.skip(reason="needs a GPU")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(no_gpu)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where kernels run in this session: the GPU if there is one, else the CPU under the interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,98 @@
+"""PSNR against its formula, SSIM against values that scikit-image computed, and the verdict's rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from vidaccel.fidelity.metrics import psnr, relative_error, ssim
+from vidaccel.fidelity.verdict import judge
+
+ROWS, COLUMNS = np.mgrid[:24, :33]
+
+
+def checked(shift: np.ndarray | int = 0) -> np.ndarray:
+    """A frame ``[24, 33, 3]`` of sharp, channel-dependent texture."""
+    return np.stack([(COLUMNS * 7 + ROWS * 11 + c * 5 + shift) % 29 / 28 for c in range(3)], axis=-1)
+
+
+# structural_similarity(a, b, channel_axis=-1, data_range=1, gaussian_weights=True, sigma=1.5,
+# use_sample_covariance=False) of scikit-image 0.26.0
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [
+        pytest.param(checked((COLUMNS * ROWS) % 3), 0.8559260463062818, id="other-texture"),
+        pytest.param(checked() * 0.9 + 0.05, 0.9944909417123341, id="less-contrast"),
+    ],
+)
+def test_ssim_is_that_of_scikit_image(other: np.ndarray, expected: float) -> None:
+    assert ssim(checked()[None], other[None]) == pytest.approx([expected], abs=1e-12)
+
+
+def test_psnr_of_a_known_difference() -> None:
+    clip = np.zeros((3, 4, 5, 3))
+    other = clip + np.array([0.1, 0.01, 0.0]).reshape(3, 1, 1, 1)
+    np.testing.assert_allclose(psnr(clip, other), [20.0, 40.0, np.inf])
+
+
+def test_psnr_of_float32_clips_is_computed_in_float64() -> None:
+    clip = np.full((1, 64, 64, 3), 0.5, np.float32)
+    other = clip + np.float32(2**-20)
+    np.testing.assert_allclose(psnr(clip, other), [20 * np.log10(2**20)], rtol=1e-12)
+
+
+def test_frames_are_told_apart() -> None:
+    clip = np.random.default_rng(0).random((3, 16, 16, 3))
+    other = clip.copy()
+    other[1] = 1 - other[1]
+    assert np.array_equal(np.isinf(psnr(clip, other)), [True, False, True])
+    assert ssim(clip, other)[[0, 2]] == pytest.approx(1.0, abs=1e-12)
+    assert ssim(clip, other)[1] < 0
+
+
+@pytest.mark.parametrize("metric", [psnr, ssim])
+@pytest.mark.parametrize("shape", [(2, 16, 16, 3), (1, 16, 17, 3), (16, 16, 3)], ids=["frames", "width", "no-frames"])
+def test_other_shapes_are_refused(metric: Callable[..., np.ndarray], shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"of one shape, got \(1, 16, 16, 3\) and"):
+        metric(np.zeros((1, 16, 16, 3)), np.zeros(shape))
+
+
+def test_ssim_refuses_frames_smaller_than_its_window() -> None:
+    with pytest.raises(ValueError, match="at least 11x11 pixels, got 16x8"):
+        ssim(np.zeros((1, 16, 8, 3)), np.zeros((1, 16, 8, 3)))
+
+
+def test_relative_error() -> None:
+    assert relative_error(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0])) == pytest.approx(0.1)
+
+
+def clip_with(*noise: float) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(0)
+    clip = generator.random((len(noise), 16, 16, 3))
+    return clip, clip + generator.standard_normal(clip.shape) * np.reshape(noise, (-1, 1, 1, 1))
+
+
+def test_the_worst_frame_decides() -> None:
+    clip, other = clip_with(1e-4, 1e-1, 0.0)  # about 80, 20 and infinitely many dB
+    verdict = judge(clip, other, min_psnr_db=25)
+    assert not verdict.passed and not verdict.bit_identical
+    assert verdict.psnr.argmin() == 1
+    assert verdict.mean_psnr == pytest.approx(50, abs=1)  # of the two frames that differ
+    assert "FAIL" in str(verdict) and "(frame 1)" in str(verdict)
+    assert judge(clip, other, min_psnr_db=15).passed
+
+
+def test_equal_clips_are_bit_identical() -> None:
+    verdict = judge(*clip_with(0.0, 0.0), min_psnr_db=60)
+    assert verdict.passed and verdict.bit_identical and verdict.mean_psnr == np.inf
+    assert "bit-identical" in str(verdict)
+
+
+def test_a_clip_that_is_not_finite_fails() -> None:
+    clip, other = clip_with(0.0, 0.0)
+    clip[1, 3, 3, 0] = other[1, 3, 3, 0] = np.nan  # in both: still nothing that anybody would call the same clip
+    verdict = judge(clip, other, min_psnr_db=25)
+    assert not verdict.passed and not verdict.bit_identical

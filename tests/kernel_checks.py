@@ -1,0 +1,113 @@
+"""What every kernel test asserts: the error budget, and what the compiler made of a kernel without a GPU at hand.
+
+It stands beside ``tests/kernels/`` because names below ``kernels`` belong to the Hugging Face package of that name.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import multiprocessing
+import os
+import re
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+def assert_close_to_gold(out: Tensor, gold: Tensor, baseline: Tensor) -> None:
+    """Error against the float64 ``gold`` may be twice PyTorch's own (``baseline``) plus one rounding step."""
+    assert out.dtype == baseline.dtype and out.shape == gold.shape
+    err = (out.double() - gold).abs().max()
+    allowed = 2 * (baseline.double() - gold).abs().max() + torch.finfo(out.dtype).eps * gold.abs().max()
+    assert err <= allowed, f"max err {err:.3e} > allowed {allowed:.3e}"
+
+
+def compile_for(
+    target: str,
+    kernel: Any,
+    signature: Mapping[str, str],
+    constexprs: Mapping[str, Any],
+    *,
+    num_warps: int = 4,
+    num_stages: int = 3,
+) -> dict[str, str]:
+    """Compile a ``@triton.jit`` kernel for a GPU that need not be here.
+
+    One ``signature`` or ``constexprs`` may serve several kernels: names that this one lacks are passed over.
+
+    Args:
+        target: A key of ``TARGETS``.
+        kernel: The kernel, a top-level name of its module (interpreted here or not).
+        signature: Type of every argument that is not in ``constexprs``: ``"*fp16"``, ``"i64"``, ``"fp32"``. A suffix
+            ``":16"`` promises divisibility by 16, as a launch finds it on tensors and on such integers.
+        constexprs: Value of every other argument; None for a pointer left out, 1 for an integer specialised to 1.
+
+    Returns:
+        The text of every stage: ``"ttir"``, ``"ttgir"``, ``"llir"``, then ``"ptx"`` and ``"sass"``, or ``"amdgcn"``.
+    """
+    task = (target, kernel.fn.__module__, kernel.fn.__name__, dict(signature), dict(constexprs), num_warps, num_stages)
+    return _compiler().submit(_compile, *task).result()
+
+
+def assert_no_spills(asm: Mapping[str, str]) -> None:
+    """No register of a kernel built by ``compile_for`` lives in local (scratch) memory."""
+    if "sass" in asm:
+        found = re.findall(r"\b(?:LDL|STL)\b.*", asm["sass"])
+        assert not found, f"{len(found)} local-memory accesses, first: {found[0]}"
+    else:
+        spilled = [int(n) for n in re.findall(r"[sv]gpr_spill_count:\s*(\d+)", asm["amdgcn"])]
+        assert spilled and not any(spilled), f"spilled registers: {spilled}"
+
+
+@functools.cache
+def _compiler() -> ProcessPoolExecutor:
+    """One process per test session that compiles: under ``TRITON_INTERPRET=1`` even ``tl.sum`` is interpreted."""
+    pool = ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn"))
+    with mock.patch.dict(os.environ):
+        os.environ.pop("TRITON_INTERPRET", None)
+        pool.submit(os.getpid).result()  # starts the process, which keeps the environment of this moment
+    return pool
+
+
+def _compile(
+    target: str,
+    module: str,
+    name: str,
+    signature: dict[str, str],
+    constexprs: dict[str, Any],
+    num_warps: int,
+    num_stages: int,
+) -> dict[str, str]:
+    kernel = getattr(importlib.import_module(module), name)
+    types, attrs = {}, {}
+    for position, argument in enumerate(kernel.arg_names):
+        if argument in constexprs:
+            types[argument] = "constexpr"
+            continue
+        types[argument], _, divisor = signature[argument].partition(":")
+        if divisor:
+            attrs[(position,)] = [["tt.divisibility", int(divisor)]]
+    constants = {name: value for name, value in constexprs.items() if name in types}
+    source = ASTSource(kernel, types, constants, attrs)
+    compiled = triton.compile(
+        source, target=TARGETS[target], options={"num_warps": num_warps, "num_stages": num_stages}
+    )
+    asm = {stage: text for stage, text in compiled.asm.items() if isinstance(text, str)}
+    if TARGETS[target].backend == "cuda":
+        asm["sass"] = compiled.asm["sass"]
+    return asm

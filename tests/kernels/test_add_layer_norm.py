@@ -1,0 +1,276 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+from kernel_checks import TARGETS, assert_close_to_gold, assert_no_spills, compile_for
+from torch import Tensor
+
+from vidaccel.kernels import add_layer_norm as op
+from vidaccel.kernels.add_layer_norm import add_layer_norm, add_layer_norm_ref
+from vidaccel.kernels.dispatch import record_choices
+
+EPS = 1e-5
+DTYPES = [torch.float32, torch.float16]
+if torch.cuda.is_available():
+    DTYPES.append(torch.bfloat16)  # the interpreter's bfloat16 is wrong
+
+SHAPES = [
+    pytest.param((1, 1, 64), id="one-row"),
+    pytest.param((2, 3, 1), id="one-channel"),
+    pytest.param((3, 17, 42), id="odd-width"),
+    pytest.param((2, 11, 320), id="svd-width-0"),
+    pytest.param((3, 5, 640), id="svd-width-1"),
+    pytest.param((2, 3, 1280), id="svd-width-2"),
+]
+REAL_SHAPES = [
+    pytest.param((28, 9216, 320), id="svd-level-0"),
+    pytest.param((28, 2304, 640), id="svd-level-1"),
+    pytest.param((28, 576, 1280), id="svd-level-2"),
+]
+ADDENDS = [
+    pytest.param(False, False, id="norm-only"),
+    pytest.param(True, False, id="residual"),
+    pytest.param(False, True, id="row"),
+    pytest.param(True, True, id="residual-row"),
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Every ``torch.empty`` comes filled with NaN, so that what a kernel forgets to write cannot pass."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def draw(
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    residual: bool = True,
+    row: bool = True,
+    centre: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """x, weight, bias, and the addends asked for."""
+    torch.manual_seed(0)
+    samples, _, channels = shape
+    x = (torch.randn(shape, device=device) + centre).to(dtype)
+    weight, bias = (torch.randn(channels, device=device).to(dtype) for _ in range(2))
+    addends = {}
+    if residual:
+        addends["residual"] = torch.randn(shape, device=device).to(dtype)
+    if row:
+        addends["row"] = torch.randn(samples, 1, channels, device=device).to(dtype)
+    return x, weight, bias, addends
+
+
+def assert_matches_reference(
+    out: tuple[Tensor, Tensor], x: Tensor, weight: Tensor, bias: Tensor, addends: Mapping[str, Tensor]
+) -> None:
+    z, y = out
+    eager_z, eager_y = add_layer_norm_ref(x, weight, bias, EPS, **addends)
+    assert torch.equal(z, eager_z)
+    # the norm is judged on the z that both saw: the rounding of z would swamp the errors of the norm itself
+    gold = F.layer_norm(z.double(), z.shape[-1:], weight.double(), bias.double(), EPS)
+    assert_close_to_gold(y, gold, eager_y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("residual", "row"), ADDENDS)
+@pytest.mark.parametrize("centre", [0.0, 30.0], ids=["centred", "off-centre"])
+def test_matches_reference(
+    shape: tuple[int, int, int], residual: bool, row: bool, centre: float, dtype: torch.dtype, device: torch.device
+) -> None:
+    x, weight, bias, addends = draw(shape, dtype, device, residual=residual, row=row, centre=centre)
+    out = add_layer_norm(x, weight, bias, EPS, **addends, impl="triton")
+    assert_matches_reference(out, x, weight, bias, addends)
+
+
+def test_reference_is_add_then_norm_in_float64(device: torch.device) -> None:
+    x, weight, bias, addends = draw((2, 3, 42), torch.float64, device)
+    z, y = add_layer_norm_ref(x, weight, bias, EPS, **addends)
+    assert torch.equal(z, addends["row"] + (x + addends["residual"]))
+    centred = z - z.mean(-1, keepdim=True)
+    variance = centred.square().mean(-1, keepdim=True)
+    torch.testing.assert_close(y, centred / (variance + EPS).sqrt() * weight + bias)
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_returns_its_input_when_nothing_is_added(impl: str, device: torch.device) -> None:
+    x, weight, bias, _ = draw((2, 3, 64), torch.float16, device)
+    assert add_layer_norm(x, weight, bias, EPS, impl=impl)[0] is x
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+@pytest.mark.parametrize("programs", [1, 3, 1000])
+@pytest.mark.parametrize("block_m", [1, 4])
+def test_result_does_not_depend_on_the_cut(block_m: int, programs: int, stages: int, device: torch.device) -> None:
+    """One row or several to a tile, tiles that span samples, one tile or several to a program."""
+    x, weight, bias, addends = draw((3, 5, 42), torch.float32, device, centre=30.0)
+    tiling = op._Tiling(block_m, programs, num_warps=2)
+    out = op._launch(x, weight, bias, EPS, addends["residual"], addends["row"], tiling=tiling, stages=stages)
+    assert_matches_reference(tuple(out), x, weight, bias, addends)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(lambda x: x.repeat_interleave(2, -1)[..., ::2], id="strided-channels"),
+        pytest.param(lambda x: x.mT.contiguous().mT, id="channels-first"),
+    ],
+)
+def test_takes_any_strides(layout: object, device: torch.device) -> None:
+    x, weight, bias, addends = draw((2, 7, 42), torch.float16, device)
+    laid_out = {name: layout(addend) for name, addend in addends.items()}
+    assert not layout(x).is_contiguous() and not laid_out["residual"].is_contiguous()
+    two_of_each = (parameter.repeat_interleave(2)[::2] for parameter in (weight, bias))
+    out = add_layer_norm(layout(x), *two_of_each, EPS, **laid_out, impl="triton")
+    expected = add_layer_norm(x, weight, bias, EPS, **addends, impl="triton")
+    for strided, contiguous in zip(out, expected, strict=True):
+        assert torch.equal(strided, contiguous) and strided.is_contiguous()
+
+
+def test_parameters_of_another_dtype(device: torch.device) -> None:
+    x, weight, bias, addends = draw((2, 7, 64), torch.float16, device)
+    out = add_layer_norm(x, weight.float(), bias.float(), EPS, **addends, impl="triton")
+    assert_matches_reference(out, x, weight, bias, addends)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 64), (2, 0, 64)], ids=["no-samples", "no-rows"])
+def test_empty_input(shape: tuple[int, int, int], device: torch.device) -> None:
+    x, weight, bias, addends = draw(shape, torch.float16, device)
+    z, y = add_layer_norm(x, weight, bias, EPS, **addends)
+    assert z.shape == y.shape == shape and z.dtype == y.dtype == x.dtype
+
+
+@pytest.mark.parametrize(
+    ("channels", "dtype", "residual_dtype", "requires_grad", "reason"),
+    [
+        (64, torch.float64, torch.float64, False, "x is torch.float64"),
+        (64, torch.float16, torch.float32, False, "have the dtype of x, torch.float16, got torch.float32"),
+        (2049, torch.float32, torch.float32, False, "up to C=2048, got C=2049"),
+        (64, torch.float32, torch.float32, True, "no backward pass"),
+    ],
+    ids=["float64", "mixed-dtypes", "wide", "gradient"],
+)
+def test_unserved_input_runs_in_torch(
+    channels: int,
+    dtype: torch.dtype,
+    residual_dtype: torch.dtype,
+    requires_grad: bool,
+    reason: str,
+    device: torch.device,
+) -> None:
+    x, weight, bias, addends = draw((2, 3, channels), dtype, device, row=False)
+    addends["residual"] = addends["residual"].to(residual_dtype)
+    weight.requires_grad_(requires_grad)
+    with record_choices() as choices:
+        out = add_layer_norm(x, weight, bias, EPS, **addends)
+    assert [choice.impl for choice in choices] == ["torch"] and reason in choices[0].reason
+    for ours, eager in zip(out, add_layer_norm_ref(x, weight, bias, EPS, **addends), strict=True):
+        assert torch.equal(ours, eager)
+    with pytest.raises(ValueError, match=f"add_layer_norm: impl='triton' cannot run: .*{re.escape(reason)}"):
+        add_layer_norm(x, weight, bias, EPS, **addends, impl="triton")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.ones(2, 32)}, r"x must be \[B, S, C\], got \(2, 32\)"),
+        ({"weight": torch.ones(31)}, r"weight and bias must be \[32\], got \(31,\) and \(32,\)"),
+        ({"bias": torch.ones(1)}, r"weight and bias must be \[32\], got \(32,\) and \(1,\)"),
+        ({"residual": torch.ones(2, 1, 32)}, r"residual must be \(2, 3, 32\), as x is, got \(2, 1, 32\)"),
+        ({"row": torch.ones(1, 1, 32)}, r"row must be \[2, 1, 32\], got \(1, 1, 32\)"),
+        ({"row": torch.ones(2, 32)}, r"row must be \[2, 1, 32\], got \(2, 32\)"),
+        ({"impl": "cuda"}, r"impl must be 'triton' or 'torch', got 'cuda'"),
+    ],
+)
+def test_rejects(change: dict[str, object], message: str) -> None:
+    arguments = {"x": torch.ones(2, 3, 32), "weight": torch.ones(32), "bias": torch.ones(32), "eps": EPS}
+    with pytest.raises(ValueError, match=f"add_layer_norm: {message}"):
+        add_layer_norm(**{**arguments, **change})
+
+
+@pytest.mark.parametrize(("residual", "row"), ADDENDS)
+def test_registration(residual: bool, row: bool, device: torch.device) -> None:
+    x, weight, bias, addends = draw((2, 5, 42), torch.float32, device, residual=residual, row=row)
+    for laid_out in (x, x.mT.contiguous().mT):
+        arguments = (laid_out, weight, bias, EPS, addends.get("residual"), addends.get("row"))
+        torch.library.opcheck(op._add_layer_norm, arguments)
+
+
+@pytest.mark.parametrize(("residual", "row"), ADDENDS)
+def test_compiles_fullgraph(residual: bool, row: bool, device: torch.device) -> None:
+    x, weight, bias, addends = draw((2, 5, 42), torch.float32, device, residual=residual, row=row)
+
+    def combine(x: Tensor) -> Tensor:
+        z, y = add_layer_norm(x, weight, bias, EPS, **addends, impl="triton")
+        return z + 2 * y
+
+    assert torch.equal(torch.compile(combine, fullgraph=True, backend="aot_eager")(x), combine(x))
+
+
+def narrow_accesses(asm: Mapping[str, str]) -> list[str]:
+    """The accesses to global memory of less than 16 bytes a thread."""
+    code = asm.get("sass") or asm["amdgcn"]
+    accesses = re.findall(r"\b(?:LDG|STG|LDGSTS)\.\S+|\b(?:global|buffer)_(?:load|store)_\w+", code)
+    assert accesses
+    return [access for access in accesses if not re.search(r"\.128|x4$", access)]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("channels", [320, 1280])
+@pytest.mark.parametrize(("residual", "row"), [(False, False), (True, True)], ids=["norm-only", "residual-row"])
+def test_accesses_are_16_bytes_wide_and_prefetched(target: str, channels: int, residual: bool, row: bool) -> None:
+    pointers = ["x_ptr", "weight_ptr", "bias_ptr", "y_ptr"]
+    pointers += ["residual_ptr"] * residual + ["row_ptr"] * row + ["z_ptr"] * (residual or row)
+    absent = {"residual_ptr", "row_ptr", "z_ptr"}.difference(pointers)
+    block_c = triton.next_power_of_2(channels)
+    tiling = op._tiling(block_c, itemsize=2)
+    asm = compile_for(
+        target,
+        op._add_layer_norm_kernel,
+        {
+            **dict.fromkeys(pointers, "*fp16:16"),
+            **{"rows": "i32", "sample_rows": "i32", "channels": "i32:16", "eps": "fp32"},
+        },
+        {
+            **dict.fromkeys(absent),
+            **{"HAS_RESIDUAL": residual, "HAS_ROW": row},
+            **{"BLOCK_M": tiling.block_m, "BLOCK_C": block_c, "STAGES": op._stages(residual, row)},
+        },
+        num_warps=tiling.num_warps,
+    )
+    assert_no_spills(asm)
+    assert not narrow_accesses(asm)
+    if "sass" in asm:
+        assert "LDGSTS" in asm["sass"], "the next rows are to be on their way while these are worked on"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", REAL_SHAPES)
+@pytest.mark.parametrize(("residual", "row"), ADDENDS)
+def test_real_shapes(
+    shape: tuple[int, int, int], residual: bool, row: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    x, weight, bias, addends = draw(shape, dtype, device, residual=residual, row=row, centre=3.0)
+    out = add_layer_norm(x, weight, bias, EPS, **addends, impl="triton")
+    assert_matches_reference(out, x, weight, bias, addends)
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_int32(device: torch.device) -> None:
+    x, weight, bias, addends = draw((17, 2**17, 1024), torch.float16, device, residual=False)
+    assert x.numel() > 2**31
+    z, y = add_layer_norm(x, weight, bias, EPS, **addends, impl="triton")
+    last = add_layer_norm(x[-1:], weight, bias, EPS, row=addends["row"][-1:], impl="triton")
+    assert torch.equal(z[-1:], last[0]) and torch.equal(y[-1:], last[1])

@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+import pytest
+import torch
+from kernel_checks import TARGETS, assert_close_to_gold, assert_no_spills, compile_for
+from torch import Tensor
+
+from vidaccel.kernels import alpha_blend as op
+from vidaccel.kernels.alpha_blend import alpha_blend, alpha_blend_ref
+from vidaccel.kernels.dispatch import record_choices
+
+DTYPES = [torch.float32, torch.float16]
+if torch.cuda.is_available():
+    DTYPES.append(torch.bfloat16)  # the interpreter's bfloat16 is wrong
+
+SHAPES = [
+    pytest.param((1, 1, 1, 1, 1), id="one-number"),
+    pytest.param((2, 6, 3, 5, 7), id="prime-frames"),
+    pytest.param((1, 320, 2, 3, 3), id="several-blocks-to-a-frame"),
+    pytest.param((6, 35, 24), id="rows"),
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Every ``torch.empty`` comes filled with NaN, so that what a kernel forgets to write cannot pass."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def draw(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both branches (5-D ones in channels-last memory), mix_factor, and image_only with the first frame a still."""
+    torch.manual_seed(0)
+    spatial, temporal = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    image_only = torch.zeros(1, shape[0], device=device)
+    if len(shape) == 5:
+        image_only = torch.zeros(shape[0], shape[2], device=device)
+        spatial, temporal = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (spatial, temporal))
+    image_only[0, 0] = 1
+    return spatial, temporal, torch.tensor([0.7], device=device).to(dtype), image_only
+
+
+def assert_matches_reference(
+    out: Tensor,
+    spatial: Tensor,
+    temporal: Tensor,
+    mix_factor: Tensor,
+    image_only: Tensor | None,
+    *,
+    spatial_is_second: bool = False,
+) -> None:
+    wide = (spatial.double(), temporal.double(), mix_factor.double())
+    gold = alpha_blend_ref(*wide, image_only, spatial_is_second=spatial_is_second)
+    eager = alpha_blend_ref(spatial, temporal, mix_factor, image_only, spatial_is_second=spatial_is_second)
+    assert_close_to_gold(out, gold, eager)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("stills", [True, False], ids=["image-only", "no-image-only"])
+@pytest.mark.parametrize("second", [True, False], ids=["spatial-second", "spatial-first"])
+def test_matches_reference(
+    shape: tuple[int, ...], stills: bool, second: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    spatial, temporal, mix_factor, image_only = draw(shape, dtype, device)
+    stills_of = image_only if stills else None
+    out = alpha_blend(spatial, temporal, mix_factor, stills_of, spatial_is_second=second, impl="triton")
+    assert_matches_reference(out, spatial, temporal, mix_factor, stills_of, spatial_is_second=second)
+    assert out.stride() == spatial.stride()
+
+
+def test_has_the_bits_of_eager(device: torch.device) -> None:
+    spatial, temporal, mix_factor, image_only = draw((2, 32, 3, 5, 7), torch.float16, device)
+    out = alpha_blend(spatial, temporal, mix_factor, image_only, impl="triton")
+    assert torch.equal(out, alpha_blend_ref(spatial, temporal, mix_factor, image_only))
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 3, 5, 7), (6, 35, 24)], ids=["5d", "rows"])
+def test_a_still_frame_is_the_spatial_branch(shape: tuple[int, ...], device: torch.device) -> None:
+    spatial, temporal, mix_factor, image_only = draw(shape, torch.float16, device)
+    out = alpha_blend(spatial, temporal, mix_factor, image_only, impl="triton")
+    still, moving = (0, slice(None), 0) if len(shape) == 5 else 0, (0, slice(None), 1) if len(shape) == 5 else 1
+    assert torch.equal(out[still], spatial[still]) and not torch.equal(out[moving], spatial[moving])
+
+
+def test_strided_image_only_and_mix_factor_of_another_dtype(device: torch.device) -> None:
+    spatial, temporal, mix_factor, image_only = draw((2, 6, 3, 5, 7), torch.float16, device)
+    strided = image_only.bool().repeat_interleave(2, 1)[:, ::2]
+    out = alpha_blend(spatial, temporal, mix_factor.float(), strided, impl="triton")
+    assert_matches_reference(out, spatial, temporal, mix_factor.float(), image_only)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 8), (2, 8, 3, 0, 4)], ids=["no-frames", "no-pixels"])
+def test_empty_input(shape: tuple[int, ...], device: torch.device) -> None:
+    spatial = torch.empty(shape, dtype=torch.float16, device=device)
+    out = alpha_blend(spatial, spatial, torch.ones(1, dtype=torch.float16, device=device))
+    assert out.shape == shape and out.dtype == spatial.dtype
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda s, t, m: (s.double(), t.double(), m), "x is torch.float64"),
+        (lambda s, t, m: (s, t.half(), m), "differ in dtype: torch.float32, torch.float16"),
+        (lambda s, t, m: (s, t.contiguous(), m), "differ in strides"),
+        (lambda s, t, m: (s.contiguous(), t.contiguous(), m), "frames are not dense runs of memory"),
+        (lambda s, t, m: (s, t, m.requires_grad_()), "no backward pass"),
+    ],
+    ids=["float64", "mixed-dtypes", "mixed-strides", "channels-first", "gradient"],
+)
+def test_unserved_input_runs_in_torch(change: object, reason: str, device: torch.device) -> None:
+    *tensors, image_only = draw((2, 6, 3, 5, 7), torch.float32, device)
+    tensors = change(*tensors)
+    with record_choices() as choices:
+        out = alpha_blend(*tensors, image_only)
+    assert [choice.impl for choice in choices] == ["torch"] and reason in choices[0].reason
+    assert torch.equal(out, alpha_blend_ref(*tensors, image_only))
+    with pytest.raises(ValueError, match=f"alpha_blend: impl='triton' cannot run: .*{re.escape(reason)}"):
+        alpha_blend(*tensors, image_only, impl="triton")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temporal": torch.ones(2, 4, 3, 2, 1)}, r"branches differ in shape: \(2, 4, 3, 2, 2\), \(2, 4, 3, 2, 1\)"),
+        ({"image_only": torch.ones(1, 3)}, r"image_only is \(1, 3\), expected 6 entries"),
+        (
+            {"spatial": torch.ones(6, 4, 2, 2), "temporal": torch.ones(6, 4, 2, 2), "image_only": torch.ones(2, 3)},
+            r"with image_only the branches are 3-D or 5-D, got \(6, 4, 2, 2\)",
+        ),
+        ({"impl": "cuda"}, r"impl must be 'triton' or 'torch', got 'cuda'"),
+    ],
+)
+def test_rejects(change: dict[str, object], message: str) -> None:
+    x = torch.ones(2, 4, 3, 2, 2)
+    with pytest.raises(ValueError, match=f"alpha_blend: {message}"):
+        alpha_blend(**{"spatial": x, "temporal": x, "mix_factor": torch.ones(1), **change})
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 3, 5, 7), (6, 35, 24)], ids=["5d", "rows"])
+@pytest.mark.parametrize("stills", [True, False], ids=["image-only", "no-image-only"])
+def test_registration(shape: tuple[int, ...], stills: bool, device: torch.device) -> None:
+    *tensors, image_only = draw(shape, torch.float32, device)
+    torch.library.opcheck(op._alpha_blend, (*tensors, image_only if stills else None, False))
+
+
+@pytest.mark.parametrize("stills", [True, False], ids=["image-only", "no-image-only"])
+def test_compiles_fullgraph(stills: bool, device: torch.device) -> None:
+    spatial, temporal, mix_factor, image_only = draw((2, 6, 3, 5, 7), torch.float32, device)
+
+    def double(spatial: Tensor) -> Tensor:
+        return 2 * alpha_blend(spatial, temporal, mix_factor, image_only if stills else None, impl="triton")
+
+    out = torch.compile(double, fullgraph=True, backend="aot_eager")(spatial)
+    assert torch.equal(out, double(spatial)) and out.stride() == double(spatial).stride()
+
+
+def narrow_accesses(asm: Mapping[str, str]) -> list[str]:
+    """The accesses to global memory of less than 16 bytes a thread."""
+    code = asm.get("sass") or asm["amdgcn"]
+    accesses = re.findall(r"\b(?:LDG|STG|LDGSTS)\.\S+|\b(?:global|buffer)_(?:load|store)_\w+", code)
+    assert accesses
+    return [access for access in accesses if not re.search(r"\.128|x4$", access)]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_accesses_are_16_bytes_wide(target: str) -> None:
+    pointers = ("spatial_ptr", "temporal_ptr", "mix_factor_ptr", "image_only_ptr", "out_ptr")
+    asm = compile_for(
+        target,
+        op._alpha_blend_kernel,
+        {**dict.fromkeys(pointers, "*fp16:16"), "frame_size": "i32:16"},
+        {"HAS_IMAGE_ONLY": True, "SPATIAL_IS_SECOND": False, "BLOCK": op.BLOCK},
+        num_warps=op.NUM_WARPS,
+    )
+    assert_no_spills(asm)
+    assert len(narrow_accesses(asm)) == 2, "all but mix_factor and image_only, which are scalars"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 320, 14, 72, 128), (28, 9216, 320)], ids=["svd-5d", "svd-rows"])
+def test_real_shapes(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    spatial, temporal, mix_factor, image_only = draw(shape, dtype, device)
+    out = alpha_blend(spatial, temporal, mix_factor, image_only, impl="triton")
+    assert_matches_reference(out, spatial, temporal, mix_factor, image_only)
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_int32(device: torch.device) -> None:
+    spatial, temporal, mix_factor, image_only = draw((17, 2**20, 128), torch.float16, device)
+    assert spatial.numel() > 2**31
+    out = alpha_blend(spatial, temporal, mix_factor, image_only, impl="triton")
+    assert torch.equal(out[-1:], alpha_blend(spatial[-1:], temporal[-1:], mix_factor, impl="triton"))

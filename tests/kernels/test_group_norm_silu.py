@@ -1,0 +1,302 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from kernel_checks import TARGETS, assert_close_to_gold, assert_no_spills, compile_for
+from torch import Tensor
+
+from vidaccel.kernels import group_norm_silu as op
+from vidaccel.kernels.dispatch import record_choices
+from vidaccel.kernels.group_norm_silu import group_norm_silu, group_norm_silu_ref
+
+EPS = 1e-5
+DTYPES = [torch.float32, torch.float16]
+if torch.cuda.is_available():
+    DTYPES.append(torch.bfloat16)  # the interpreter's bfloat16 is wrong
+
+SHAPES = [
+    pytest.param((2, 32, 1, 1), 4, id="one-pixel"),
+    pytest.param((1, 32, 11, 13), 32, id="one-channel-per-group"),
+    pytest.param((1, 96, 3, 7, 5), 8, id="prime-frames"),
+    pytest.param((1, 320, 5, 3), 32, id="sd-width"),
+    pytest.param((1, 64, 131), 8, id="sequence"),
+]
+REAL_SHAPES = [
+    pytest.param((28, 320, 72, 128), None, id="svd-spatial"),
+    pytest.param((2, 320, 14, 72, 128), 14, id="svd-temporal"),
+    pytest.param((28, 1280, 18, 32), 1, id="svd-deep"),
+    pytest.param((2, 2560, 14, 9, 16), None, id="svd-up-concatenated"),
+    pytest.param((4, 512, 144, 256), None, id="vae-512"),
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Every ``torch.empty`` comes filled with NaN, so that what a kernel forgets to write cannot pass."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def draw(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, segments: int | None = None, centre: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """x in channels-last memory, weight, bias and (given a number of segments) shift."""
+    torch.manual_seed(0)
+    samples, channels, *spatial = shape
+    x = (torch.randn(samples, *spatial, channels, device=device) + centre).to(dtype).movedim(-1, 1)
+    weight, bias = (torch.randn(channels, device=device).to(dtype) for _ in range(2))
+    shift = None if segments is None else torch.randn(samples, segments, channels, device=device).to(dtype)
+    return x, weight, bias, shift
+
+
+def assert_matches_reference(
+    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, groups: int, *, silu: bool = True, shift: Tensor | None = None
+) -> None:
+    gold = group_norm_silu_ref(x.double(), weight.double(), bias.double(), groups, EPS, silu=silu, shift=shift)
+    # channels first: PyTorch's channels-last kernel on the CPU takes E[x^2] - mean^2, too poor to be held to
+    eager = group_norm_silu_ref(x.contiguous(), weight, bias, groups, EPS, silu=silu, shift=shift)
+    assert_close_to_gold(out, gold, eager)
+    assert out.movedim(1, -1).is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "groups"), SHAPES)
+@pytest.mark.parametrize("centre", [0.0, 30.0], ids=["centred", "off-centre"])
+def test_matches_reference(
+    shape: tuple[int, ...], groups: int, centre: float, dtype: torch.dtype, device: torch.device
+) -> None:
+    x, weight, bias, _ = draw(shape, dtype, device, centre=centre)
+    out = group_norm_silu(x, weight, bias, groups, EPS, impl="triton")
+    assert_matches_reference(out, x, weight, bias, groups)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("segments", "silu"),
+    [
+        pytest.param(1, True, id="per-sample"),
+        pytest.param(1, False, id="per-sample-norm-only"),
+        pytest.param(3, True, id="per-frame"),
+        pytest.param(6, True, id="per-pixel"),
+    ],
+)
+def test_adds_shift(segments: int, silu: bool, dtype: torch.dtype, device: torch.device) -> None:
+    x, weight, bias, shift = draw((2, 32, 3, 1, 2), dtype, device, segments)
+    out = group_norm_silu(x, weight, bias, 8, EPS, silu=silu, shift=shift, impl="triton")
+    assert_matches_reference(out, x, weight, bias, 8, silu=silu, shift=shift)
+
+
+def test_shift_rounds_as_a_stored_sum_does(device: torch.device) -> None:
+    x, weight, bias, shift = draw((2, 32, 7, 5), torch.float16, device, 1)
+    assert shift is not None
+    out = group_norm_silu(x, weight, bias, 8, EPS, shift=shift, impl="triton")
+    stored = x + shift.movedim(1, -1)[..., None]
+    assert torch.equal(out, group_norm_silu(stored, weight, bias, 8, EPS, impl="triton"))
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+@pytest.mark.parametrize("chunk_rows", [8, 24, 64])
+def test_result_does_not_depend_on_the_cut(chunk_rows: int, stages: int, device: torch.device) -> None:
+    """Several tiles to a chunk, chunks of unequal size, a last tile that is mostly outside."""
+    x, weight, bias, shift = draw((1, 64, 3, 9, 5), torch.float32, device, 3, centre=30.0)
+    stats = op._Tiling(block_r=8, block_c=32, chunk_rows=chunk_rows, stages=stages)
+    apply = op._Tiling(block_r=16, block_c=64, chunk_rows=32, stages=stages)
+    out = op._launch(x, weight, bias, 8, EPS, True, shift, stats_tiling=stats, apply_tiling=apply)
+    assert_matches_reference(out, x, weight, bias, 8, shift=shift)
+
+
+def test_off_centre_mean_is_right_to_half_a_unit_in_the_last_place(device: torch.device) -> None:
+    x, weight, bias, _ = draw((1, 32, 24, 25), torch.float32, device, centre=30.0)
+    out = group_norm_silu(x, weight, bias, 4, EPS, impl="triton")
+    gold = group_norm_silu_ref(x.double(), weight.double(), bias.double(), 4, EPS)
+    eps = torch.finfo(torch.float32).eps
+    assert (out - gold).abs().max() <= eps / 2 * 30.0 * weight.abs().max() + eps * gold.abs().max()
+
+
+def test_one_outlying_row_does_not_spoil_the_variance(device: torch.device) -> None:
+    x, weight, bias, _ = draw((1, 32, 64, 4), torch.float32, device)
+    x[:, :, 0, 0] = 1e4
+    out = group_norm_silu(x, weight, bias, 32, EPS, impl="triton")
+    assert_matches_reference(out, x, weight, bias, 32)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(lambda x: x.contiguous(), id="channels-first"),
+        pytest.param(lambda x: x.repeat_interleave(2, -1)[..., ::2], id="strided"),
+        pytest.param(lambda x: x.repeat_interleave(2, 1)[:, ::2], id="strided-channels"),
+    ],
+)
+def test_takes_any_strides(layout: Callable[[Tensor], Tensor], device: torch.device) -> None:
+    x, weight, bias, _ = draw((2, 64, 5, 7), torch.float16, device)
+    laid_out = layout(x)
+    assert torch.equal(laid_out, x) and not laid_out.movedim(1, -1).is_contiguous()
+    out = group_norm_silu(laid_out, weight, bias, 8, EPS, impl="triton")
+    assert torch.equal(out, group_norm_silu(x, weight, bias, 8, EPS, impl="triton"))
+    assert out.movedim(1, -1).is_contiguous()
+
+
+def test_parameters_of_another_dtype(device: torch.device) -> None:
+    x, weight, bias, shift = draw((2, 64, 5, 7), torch.float16, device, 1)
+    assert shift is not None
+    out = group_norm_silu(x, weight.float(), bias.float(), 8, EPS, shift=shift.float(), impl="triton")
+    assert torch.equal(out, group_norm_silu(x, weight, bias, 8, EPS, shift=shift, impl="triton"))
+
+
+@pytest.mark.parametrize("shape", [(0, 32, 4, 4), (2, 32, 0, 4)], ids=["no-samples", "no-pixels"])
+def test_empty_input(shape: tuple[int, ...], device: torch.device) -> None:
+    x, weight, bias, _ = draw(shape, torch.float16, device)
+    out = group_norm_silu(x, weight, bias, 8, EPS)
+    assert out.shape == shape and out.dtype == x.dtype
+
+
+@pytest.mark.parametrize(
+    ("channels", "dtype", "reason"),
+    [(40, torch.float32, "C divisible by 32, got C=40"), (32, torch.float64, "x is torch.float64")],
+)
+def test_unserved_input_runs_in_torch(channels: int, dtype: torch.dtype, reason: str, device: torch.device) -> None:
+    x, weight, bias, shift = draw((2, channels, 5, 7), dtype, device, 5)
+    with record_choices() as choices:
+        out = group_norm_silu(x, weight, bias, 8, EPS, shift=shift)
+    assert [choice.impl for choice in choices] == ["torch"] and reason in choices[0].reason
+    assert_matches_reference(out, x, weight, bias, 8, shift=shift)
+    with pytest.raises(ValueError, match=f"impl='triton' cannot run: .*{re.escape(reason)}"):
+        group_norm_silu(x, weight, bias, 8, EPS, impl="triton")
+
+
+def test_torch_implementation_returns_channels_last(device: torch.device) -> None:
+    x, weight, bias, _ = draw((2, 32, 5, 7), torch.float32, device)
+    assert_matches_reference(group_norm_silu(x, weight, bias, 8, EPS, impl="torch"), x, weight, bias, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.ones(2, 32)}, r"1 to 3 spatial dims, got \(2, 32\)"),
+        ({"groups": 5}, r"groups=5 does not divide C=32 \(x is \(2, 32, 2, 3\)\)"),
+        ({"weight": torch.ones(31)}, r"weight and bias must be \[32\], got \(31,\) and \(32,\)"),
+        ({"bias": torch.ones(1)}, r"weight and bias must be \[32\], got \(32,\) and \(1,\)"),
+        ({"shift": torch.ones(2, 32)}, r"shift must be \[2, T, 32\], got \(2, 32\)"),
+        ({"shift": torch.ones(1, 1, 32)}, r"shift must be \[2, T, 32\], got \(1, 1, 32\)"),
+        ({"shift": torch.ones(2, 4, 32)}, r"T=4 of shift does not divide the 6 rows of x \(2, 32, 2, 3\)"),
+        ({"impl": "cuda"}, r"impl must be 'triton' or 'torch', got 'cuda'"),
+    ],
+)
+def test_rejects(change: dict[str, Any], message: str) -> None:
+    arguments = {
+        "x": torch.ones(2, 32, 2, 3),
+        "weight": torch.ones(32),
+        "bias": torch.ones(32),
+        "groups": 8,
+        "eps": EPS,
+    }
+    with pytest.raises(ValueError, match=f"group_norm_silu: .*{message}"):
+        group_norm_silu(**{**arguments, **change})
+
+
+@pytest.mark.parametrize(
+    ("shape", "segments", "channels_last"),
+    [
+        pytest.param((2, 32, 3, 5), None, True, id="4d"),
+        pytest.param((1, 32, 3, 4, 5), 3, True, id="5d-shift"),
+        pytest.param((1, 32, 7), None, False, id="3d-channels-first"),
+    ],
+)
+def test_registration(shape: tuple[int, ...], segments: int | None, channels_last: bool, device: torch.device) -> None:
+    x, weight, bias, shift = draw(shape, torch.float32, device, segments)
+    x = x if channels_last else x.contiguous()
+    torch.library.opcheck(op._group_norm_silu, (x, weight, bias, 4, EPS, True, shift))
+
+
+@pytest.mark.parametrize("segments", [None, 3], ids=["plain", "shift"])
+def test_compiles_fullgraph(segments: int | None, device: torch.device) -> None:
+    x, weight, bias, shift = draw((1, 32, 3, 2, 5), torch.float32, device, segments)
+
+    def double(x: Tensor) -> Tensor:
+        return 2 * group_norm_silu(x, weight, bias, 8, EPS, shift=shift, impl="triton")
+
+    out, eager = torch.compile(double, fullgraph=True, backend="aot_eager")(x), double(x)
+    assert torch.equal(out, eager) and out.stride() == eager.stride()
+
+
+SIGNATURE = {
+    **dict.fromkeys(("x_ptr", "shift_ptr", "y_ptr", "weight_ptr", "bias_ptr"), "*fp16:16"),
+    **dict.fromkeys(("part_ptr", "norm_ptr"), "*fp32:16"),
+    **dict.fromkeys(("groups", "group_channels", "segments", "segment_rows", "chunk_rows"), "i32"),
+    "channels": "i32:16",
+    "eps": "fp32",
+}
+
+
+def compile_tiled(target: str, kernel: Any, tiling: op._Tiling, **flags: Any) -> dict[str, str]:
+    constexprs = {
+        "BLOCK_R": tiling.block_r,
+        "BLOCK_C": tiling.block_c,
+        "STAGES": tiling.stages,
+        "HAS_SHIFT": True,
+        **flags,
+    }
+    return compile_for(target, kernel, SIGNATURE, constexprs, num_warps=op.NUM_WARPS)
+
+
+def assert_loads_16_bytes_ahead(asm: dict[str, str]) -> None:
+    if "ptx" not in asm:
+        assert re.search(r"(global|buffer)_load_dwordx4", asm["amdgcn"])
+        return
+    sizes = re.findall(r"cp\.async\.c[ag]\.shared\.global .*?\], (0x\w+)", asm["ptx"])
+    assert sizes and set(sizes) == {"0x10"}, "the tiles are not prefetched, or not 16 bytes at a time"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_statistics_prefetch(target: str) -> None:
+    asm = compile_tiled(target, op._chunk_stats_kernel, op._stats_tiling(320, 28, 9216), FOLD=op.FOLD)
+    assert_no_spills(asm)
+    assert_loads_16_bytes_ahead(asm)
+    if target.startswith("sm_"):
+        loop = re.search(r"scf\.for .*?scf\.yield", asm["ttgir"], re.DOTALL)
+        assert loop and "convert_layout" not in loop[0], "threads exchange data inside the loop"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_apply_prefetches_and_stores_16_bytes(target: str) -> None:
+    asm = compile_tiled(target, op._apply_kernel, op._apply_tiling(320), SILU=True)
+    assert_no_spills(asm)
+    assert_loads_16_bytes_ahead(asm)
+    if "ptx" in asm:
+        assert set(re.findall(r"st\.global\.(\S+)", asm["ptx"])) == {"v4.b32"}
+    else:
+        assert re.search(r"(global|buffer)_store_dwordx4", asm["amdgcn"])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_merge_of_the_statistics_compiles(target: str) -> None:
+    for num_warps in (1, 8):
+        constexprs = {"BLOCK": 256 * num_warps}
+        assert_no_spills(compile_for(target, op._group_stats_kernel, SIGNATURE, constexprs, num_warps=num_warps))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "segments"), REAL_SHAPES)
+def test_real_shapes(shape: tuple[int, ...], segments: int | None, dtype: torch.dtype, device: torch.device) -> None:
+    x, weight, bias, shift = draw(shape, dtype, device, segments, centre=3.0)
+    out = group_norm_silu(x, weight, bias, 32, EPS, shift=shift, impl="triton")
+    assert_matches_reference(out, x, weight, bias, 32, shift=shift)
+    assert torch.equal(out, group_norm_silu(x, weight, bias, 32, EPS, shift=shift, impl="triton"))
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_int32(device: torch.device) -> None:
+    """17 equal frames have the statistics of one, and the last of them lies beyond 2**31 elements."""
+    frame, weight, bias, _ = draw((1, 128, 1, 1024, 1024), torch.float16, device)
+    clip = frame.movedim(1, -1).expand(1, 17, 1024, 1024, 128).contiguous().movedim(-1, 1)
+    assert clip.numel() > 2**31
+    out = group_norm_silu(clip, weight, bias, 32, EPS, impl="triton")
+    assert_matches_reference(out[:, :, -1:], frame, weight, bias, 32)

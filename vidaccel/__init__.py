@@ -1,0 +1,30 @@
+"""vidaccel: diffusers video pipelines, faster, with the same clip.
+
+``import vidaccel`` is instant: neither triton nor diffusers is imported before something is patched.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vidaccel.patching import patch_module, patch_pipeline
+    from vidaccel.report import PatchReport
+
+__all__ = ["PatchReport", "__version__", "patch_module", "patch_pipeline"]
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "PatchReport": "vidaccel.report",
+    "patch_module": "vidaccel.patching",
+    "patch_pipeline": "vidaccel.patching",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vidaccel' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,153 @@
+"""Every variant of a pipeline through every scope: first call, correctness, then latency and memory."""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import Tensor
+
+from vidaccel.bench.record import Recorder, Row
+from vidaccel.bench.settings import Settings
+from vidaccel.bench.timing import free_memory, peak_memory_gib, reset_peak_memory, time_calls, timed
+from vidaccel.bench.variants import applied, measured_modules
+from vidaccel.bench.workloads import ModuleWorkload, PipelineWorkload, Workload, recorded_calls
+from vidaccel.fidelity.metrics import psnr, relative_error
+from vidaccel.video_model import first_line
+
+__all__ = ["SCOPES", "measure_pipeline"]
+
+logger = logging.getLogger(__name__)
+
+# The whole pipeline comes last: it finds its parts compiled by the other scopes, and compiles nothing twice.
+SCOPES = ("denoiser", "vae", "end-to-end")
+
+
+def measure_pipeline(
+    pipe: DiffusionPipeline, arguments: dict[str, Any], device: torch.device, settings: Settings, recorder: Recorder
+) -> None:
+    """Fill ``recorder`` with one row per scope and variant.
+
+    Args:
+        pipe: On ``device``, unpatched; left as it was.
+        arguments: Of the pipeline's call.
+        device: Where the pipeline runs.
+        settings: How to measure.
+        recorder: Also receives the shapes and, per patched variant, the patch report.
+    """
+    workloads = _workloads(pipe, arguments, settings)
+    recorder.expect(len(workloads) * len(settings.variants))
+    recorder.record["patch_reports"] = {}
+    recorder.record["shapes"] = {scope: workload.shapes for scope, workload in workloads.items()}
+    yardsticks = {scope: _Yardstick(scope, settings.with_reference) for scope in workloads}
+    for variant in settings.variants:
+        with ExitStack() as stack:
+            started = time.perf_counter()
+            try:
+                report = stack.enter_context(applied(variant, pipe, settings))
+            except Exception as error:  # a variant that cannot be put in place is no reason to lose the others
+                for scope in workloads:
+                    recorder.fail(scope, variant, error)
+                continue
+            prepared = time.perf_counter() - started
+            for scope, workload in workloads.items():
+                # A whole pipeline that comes after its parts finds them warm.
+                start_up = prepared if scope != "end-to-end" or len(workloads) == 1 else None
+                work = partial(_measure, workload, yardsticks[scope], variant, device, settings, start_up)
+                recorder.measure(scope, variant, work)
+            if report is not None:
+                recorder.record["patch_reports"][variant] = report.summary()
+
+
+def _workloads(pipe: DiffusionPipeline, arguments: dict[str, Any], settings: Settings) -> dict[str, Workload]:
+    end_to_end = PipelineWorkload(pipe, arguments, settings.seed)
+    modules = {name: module for name, module in measured_modules(pipe).items() if name in settings.scopes}
+    workloads: dict[str, Workload] = {}
+    if modules:
+        with recorded_calls(modules) as calls:
+            end_to_end.output()
+        for name, module in modules.items():
+            # one step of the denoiser, but all chunks of the decode
+            workloads[name] = ModuleWorkload(module, calls[name][: 1 if name == "denoiser" else None], settings.seed)
+    if "end-to-end" in settings.scopes:
+        workloads["end-to-end"] = end_to_end
+    return workloads
+
+
+def _measure(
+    workload: Workload,
+    yardstick: _Yardstick,
+    variant: str,
+    device: torch.device,
+    settings: Settings,
+    start_up: float | None,
+) -> Row:
+    free_memory()
+    first_call = timed(workload.run, device)
+    output = workload.output()
+    if variant == "eager":
+        yardstick.adopt(output, workload)
+    likeness = yardstick.compare(output)
+    reset_peak_memory(device)
+    latency = time_calls(
+        workload.run, device, repeats=settings.repeats, warmup=settings.warmup, budget_seconds=settings.budget_seconds
+    )
+    return {
+        **latency._asdict(),
+        **workload.parts(),
+        "cold_start_s": None if start_up is None else start_up + first_call,
+        "peak_memory_gib": peak_memory_gib(device),
+        **likeness,
+    }
+
+
+class _Yardstick:
+    """What every variant's output in one scope is held against: eager's, and if wanted a float32 one."""
+
+    def __init__(self, scope: str, with_reference: bool) -> None:
+        self._scope = scope
+        self._with_reference = with_reference
+        self._eager: Tensor | None = None
+        self._reference: Tensor | None = None
+
+    def adopt(self, output: Tensor, workload: Workload) -> None:
+        """Take eager's output, and let its workload compute the float32 one."""
+        self._eager = output
+        if self._with_reference:
+            try:
+                self._reference = workload.reference()
+            except torch.OutOfMemoryError as error:
+                logger.warning("no float32 reference for %s: %s", self._scope, first_line(error))
+
+    def compare(self, output: Tensor) -> Row:
+        """Relative L2 errors, and for frames the PSNR of the worst one.
+
+        Raises:
+            ArithmeticError: the output holds an infinity or a NaN where eager's holds none.
+        """
+        if self._eager is None:
+            return {}
+        if self._eager.isfinite().all() and not output.isfinite().all():
+            raise ArithmeticError("the output is not finite, eager's is")
+        row: Row = {"bit_identical": torch.equal(output, self._eager)}
+        for name, other in (("eager", self._eager), ("reference", self._reference)):
+            if other is not None and other is not output:
+                row[f"error_to_{name}"] = relative_error(output, other)
+                if self._scope != "denoiser":
+                    worst = psnr(_frames(self._scope, output), _frames(self._scope, other)).min()
+                    row[f"psnr_min_to_{name}_db"] = float(worst)
+        return row
+
+
+def _frames(scope: str, output: Tensor) -> np.ndarray:
+    """``[F, H, W, C]`` in 0..1; a decoder gives -1..1 as ``[F, C, H, W]`` or ``[B, C, F, H, W]``."""
+    if scope == "vae":
+        output = (output / 2 + 0.5).clamp(0, 1)
+        output = output.movedim(1, -1).flatten(0, -4)
+    return output.numpy()

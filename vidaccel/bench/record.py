@@ -1,0 +1,253 @@
+"""A benchmark record: where it was measured, how it is written, and the table that it prints.
+
+A record is one JSON object. Its ``results`` are rows, one per (scope, variant): ``status`` is ``ok``, ``failed`` or
+``skipped`` (then ``reason`` says why), and an ``ok`` row carries its figures.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from vidaccel.errors import UsageError
+from vidaccel.outputs import aside
+from vidaccel.video_model import first_line
+
+__all__ = [
+    "Recorder",
+    "Row",
+    "add_ratios",
+    "best_compile",
+    "environment",
+    "is_compile_baseline",
+    "json_path",
+    "json_text",
+    "table",
+    "write_json",
+]
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+
+def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
+    """Everything about this machine and its software that moves a figure."""
+    on_gpu = device.type == "cuda"
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit or _commit(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()} CPU",
+        "cpu_threads": torch.get_num_threads(),
+        "driver": _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
+        "cuda": torch.version.cuda or torch.version.hip,
+        "cudnn": torch.backends.cudnn.version() if on_gpu else None,
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("vidaccel", "torch", "triton", "diffusers", "transformers")},
+    }
+
+
+def _commit() -> str | None:
+    """Of the checkout that this file belongs to, if it does; an installed package may lie in somebody else's."""
+    root = Path(__file__).parents[2]
+    describe = ("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    return _output_of("git", "-C", str(root), *describe) if (root / ".git").exists() else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _output_of(*command: str) -> str | None:
+    """First line that ``command`` prints, or None if it is missing or fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    lines = done.stdout.splitlines()
+    return lines[0].strip() if done.returncode == 0 and lines else None
+
+
+def json_path(text: str) -> Path:
+    """The path of a JSON file that is to be written; its folder is made if need be.
+
+    Raises:
+        UsageError: nobody can write it.
+    """
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UsageError(f"cannot write into {path.parent}: {error.strerror}") from error
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder")
+    return path
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Write aside, then rename: whoever reads ``path`` sees the whole of the old record or the whole of the new."""
+    with aside(path) as part:
+        part.write_text(json_text(record) + "\n")
+
+
+def json_text(record: Any) -> str:
+    """Strict JSON; infinities and NaN, which it has no numbers for, become the strings that Python's float() reads."""
+    return json.dumps(_plain(record), indent=2, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Recorder:
+    """Collects rows into a record and saves it after every one of them, so that nothing measured is ever lost.
+
+    Args:
+        head: What the record says before its results.
+        path: Where it is saved; None keeps it in memory.
+        deadline: Moment of ``time.monotonic()`` after which whatever is left is recorded as skipped.
+    """
+
+    def __init__(self, head: dict[str, Any], path: Path | None, deadline: float) -> None:
+        self.rows: list[Row] = []
+        self.record = {**head, "complete": False, "results": self.rows}
+        self._path = path
+        self._deadline = deadline
+        self._bar = tqdm(leave=False, disable=None)
+
+    def expect(self, rows: int) -> None:
+        """How many rows there are going to be, for the progress bar."""
+        self._bar.total = rows
+
+    def measure(self, scope: str, variant: str, work: Callable[[], Row]) -> None:
+        """Add the row that ``work`` returns; if it fails, or there is no time for it, a row that says so."""
+        if time.monotonic() > self._deadline:
+            self.skip(scope, variant, "the time limit was reached")
+            return
+        self._bar.set_description(f"{scope}: {variant}")
+        try:
+            row = work()
+        except Exception as error:  # whatever one variant does, the others are still worth measuring
+            logger.debug("%s of %s failed", variant, scope, exc_info=True)
+            self.fail(scope, variant, error)
+        else:
+            self._add(scope, variant, "ok", row)
+
+    def skip(self, scope: str, variant: str, reason: str) -> None:
+        """Add a row for what is not tried."""
+        self._add(scope, variant, "skipped", {"reason": reason})
+
+    def fail(self, scope: str, variant: str, error: Exception) -> None:
+        """Add a row for what did not work."""
+        self._add(scope, variant, "failed", {"reason": first_line(error)})
+
+    def finish(self) -> None:
+        """Mark the record as complete."""
+        self._bar.close()
+        self.record["complete"] = True
+        self._save()
+
+    def _add(self, scope: str, variant: str, status: str, row: Row) -> None:
+        self.rows.append({"scope": scope, "variant": variant, "status": status, **row})
+        add_ratios(self.rows)
+        outcome = f"{row['median_ms']:.3f} ms" if status == "ok" else f"{status}: {row['reason']}"
+        self._bar.write(f"{scope}: {variant}: {outcome}", file=sys.stderr)
+        self._bar.update()
+        self._save()
+
+    def _save(self) -> None:
+        if self._path is not None:
+            write_json(self._path, self.record)
+
+
+def is_compile_baseline(variant: str) -> bool:
+    """Whether a variant is stock code under torch.compile: the baseline that counts."""
+    parts = variant.split("+")
+    return "compile" in parts and "patched" not in parts
+
+
+def best_compile(rows: Iterable[Row], scope: str) -> Row | None:
+    """The fastest torch.compile variant of stock code in ``scope``."""
+    baselines = [r for r in rows if r["scope"] == scope and r["status"] == "ok" and is_compile_baseline(r["variant"])]
+    return min(baselines, key=lambda row: row["median_ms"], default=None)
+
+
+def add_ratios(rows: list[Row]) -> None:
+    """Give every measured row its time as a fraction of eager's and of the best torch.compile variant's."""
+    for row in rows:
+        if row["status"] != "ok":
+            continue
+        eager = next(
+            (r for r in rows if (r["scope"], r["variant"], r["status"]) == (row["scope"], "eager", "ok")), None
+        )
+        compiled = best_compile(rows, row["scope"])
+        row["of_eager"] = row["median_ms"] / eager["median_ms"] if eager else None
+        row["of_best_compile"] = row["median_ms"] / compiled["median_ms"] if compiled else None
+
+
+def _number(digits: int) -> Callable[[Any], str]:
+    return lambda value: f"{value:.{digits}f}"
+
+
+_COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("scope", "scope", str),
+    ("variant", "variant", str),
+    ("median_ms", "median ms", _number(3)),
+    ("p20_ms", "p20", _number(3)),
+    ("p80_ms", "p80", _number(3)),
+    ("of_eager", "of eager", _number(3)),
+    ("of_best_compile", "of best compile", _number(3)),
+    ("step_ms", "step ms", _number(1)),
+    ("decode_ms", "decode ms", _number(1)),
+    ("gb_s", "GB/s", _number(0)),
+    ("of_copy_bandwidth", "of copy", _number(2)),
+    ("cold_start_s", "cold start s", _number(1)),
+    ("peak_memory_gib", "peak GiB", _number(2)),
+    ("error_to_eager", "error to eager", "{:.1e}".format),
+    ("error_to_reference", "error to reference", "{:.1e}".format),
+    ("psnr_min_to_eager_db", "min PSNR dB", _number(1)),
+    ("status", "", lambda status: "" if status == "ok" else status),
+    ("reason", "", str),
+)
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as aligned text, without the columns that no row fills."""
+    cells = [[_cell(row.get(key), show) for key, _, show in _COLUMNS] for row in rows]
+    used = [i for i in range(len(_COLUMNS)) if any(line[i] for line in cells)]
+    lines = [[_COLUMNS[i][1] for i in used], *([line[i] for i in used] for line in cells)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = {i for i, column in enumerate(used) if _COLUMNS[column][0] in ("scope", "variant", "status", "reason")}
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i in texts else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _cell(value: Any, show: Callable[[Any], str]) -> str:
+    return "" if value is None else show(value)

@@ -1,0 +1,143 @@
+"""Whole pipelines with random weights, built from configurations: no download, no checkpoint, any size.
+
+A family declares them in its adapter, ``pipelines/<family>.py``::
+
+    SYNTHETIC = {
+        "svd": {
+            "pipeline": "StableVideoDiffusionPipeline",
+            "components": {"unet": ("UNetSpatioTemporalConditionModel", {...}), "scheduler": (...), ...},
+            "inputs": {"image": "image", "prompt_embeds": (1, 77, 768)},
+            "call": {"height": 576, "width": 1024, "num_frames": 14, "num_inference_steps": 25},
+            "tiny": {"components": {"unet": {...}}, "inputs": {...}, "call": {...}},
+        },
+    }
+
+Component classes are named as diffusers or transformers export them. An input is ``"image"`` (a random picture of the
+call's size) or the shape of a random tensor. ``tiny`` overrides single entries for a dry run on a CPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from PIL import Image
+from torch import nn
+
+import vidaccel.pipelines
+from vidaccel.errors import UsageError
+
+__all__ = ["build_component", "build_pipeline", "families", "pipeline_inputs", "specification"]
+
+Specification = dict[str, Any]
+
+
+def families() -> dict[str, Specification]:
+    """Every synthetic pipeline that an adapter declares, by name."""
+    found: dict[str, Specification] = {}
+    for module in pkgutil.iter_modules(vidaccel.pipelines.__path__):
+        adapter = importlib.import_module(f"vidaccel.pipelines.{module.name}")
+        found |= getattr(adapter, "SYNTHETIC", {})
+    return found
+
+
+def specification(family: str, size: str = "full") -> Specification:
+    """The declaration of ``family``, with its ``tiny`` overrides applied if ``size`` says so."""
+    known = families()
+    if family not in known:
+        raise UsageError(f"--synthetic {family}: unknown; there are {', '.join(sorted(known))}")
+    declared = known[family]
+    tiny = declared["tiny"] if size == "tiny" else {}
+    components = {
+        name: (class_name, config | tiny.get("components", {}).get(name, {}))
+        for name, (class_name, config) in declared["components"].items()
+    }
+    return {
+        "pipeline": declared["pipeline"],
+        "components": components,
+        "inputs": declared["inputs"] | tiny.get("inputs", {}),
+        "call": declared["call"] | tiny.get("call", {}),
+    }
+
+
+def build_pipeline(
+    specified: Specification, device: torch.device, dtype: torch.dtype, seed: int = 0
+) -> DiffusionPipeline:
+    """The pipeline with random weights, as ``from_pretrained(..., torch_dtype=dtype).to(device)`` would leave it."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        components = {
+            name: build_component(class_name, config, device, dtype)
+            for name, (class_name, config) in specified["components"].items()
+        }
+    pipeline_class = getattr(diffusers, specified["pipeline"])
+    absent = dict.fromkeys(set(inspect.signature(pipeline_class.__init__).parameters) - {"self"} - set(components))
+    return pipeline_class(**components, **absent)
+
+
+def build_component(class_name: str, config: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
+    """A model, scheduler or processor of diffusers or transformers from its configuration alone."""
+    component_class = getattr(diffusers, class_name, None) or getattr(transformers, class_name)
+    if not issubclass(component_class, nn.Module):
+        return component_class(**config)
+    # A default dtype rather than a cast afterwards: buffers that the model asks for in fp32 stay fp32.
+    with _default_dtype(dtype), device:
+        if issubclass(component_class, transformers.PreTrainedModel):
+            model = component_class(component_class.config_class(**config))
+        else:
+            model = component_class(**config)
+    _settle(model, device, dtype)
+    _wake_zero_weights(model)
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _settle(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Bring along parameters made by ``torch.Tensor([...])``, which heeds neither the device nor the dtype in force."""
+    nn.Module.to(model, device)
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32 if kept & set(name.split(".")) else dtype)
+
+
+@torch.no_grad()
+def _wake_zero_weights(model: nn.Module) -> None:
+    """Layers that start at zero would switch whole branches off, and hide what a benchmark or a validation is for."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+
+
+def pipeline_inputs(
+    specified: Specification, device: torch.device, dtype: torch.dtype, seed: int = 0
+) -> dict[str, Any]:
+    """Random inputs for one call of the pipeline."""
+    call = specified["call"]
+    inputs: dict[str, Any] = {}
+    for i, (name, kind) in enumerate(specified["inputs"].items()):
+        if kind == "image":
+            pixels = np.random.default_rng(seed + i).integers(0, 256, (call["height"], call["width"], 3), np.uint8)
+            inputs[name] = Image.fromarray(pixels)
+        else:
+            generator = torch.Generator().manual_seed(seed + i)
+            inputs[name] = torch.randn(kind, generator=generator).to(device, dtype)
+    return inputs

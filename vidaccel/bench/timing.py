@@ -1,0 +1,151 @@
+"""Latencies on a GPU or a CPU, peak memory, and the two ceilings that they are judged by."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+__all__ = [
+    "Latency",
+    "ceilings",
+    "free_memory",
+    "peak_memory_gib",
+    "reset_peak_memory",
+    "summarise",
+    "time_calls",
+    "timed",
+]
+
+_FEWEST_REPEATS = 3
+
+_Mark = Any  # seconds of the host's clock, or a CUDA event
+
+
+class Latency(NamedTuple):
+    """Order statistics of repeated calls, in milliseconds."""
+
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    repeats: int
+
+
+def _mark(device: torch.device) -> _Mark:
+    """This point in the work queued on ``device`` (CUDA), or this moment (elsewhere)."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _elapsed_ms(start: _Mark, end: _Mark) -> float:
+    """Milliseconds between two marks; waits until ``end`` is reached."""
+    if isinstance(start, torch.cuda.Event):
+        end.synchronize()
+        return float(start.elapsed_time(end))
+    return 1e3 * float(end - start)
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Wall seconds of one call, to the end of what it queued on ``device``."""
+    start = time.perf_counter()
+    call()
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def time_calls(
+    call: Callable[[], object],
+    device: torch.device,
+    *,
+    repeats: int,
+    warmup: int = 0,
+    budget_seconds: float = float("inf"),
+) -> Latency:
+    """Latency of ``call`` in a steady state: on CUDA one call is always queued while the one before it runs.
+
+    Args:
+        call: Queues the work; it may take fresh inputs from a rotation of its own.
+        device: Where the work runs.
+        repeats: Timed calls at most.
+        warmup: Untimed calls before them.
+        budget_seconds: Stop repeating after so long, but not before three repeats (or ``repeats``, if fewer).
+    """
+    for _ in range(warmup):
+        call()
+    _synchronize(device)
+    milliseconds: list[float] = []
+    previous: tuple[_Mark, _Mark] | None = None
+    started = time.perf_counter()
+    for done in range(repeats):
+        if done >= _FEWEST_REPEATS and time.perf_counter() - started > budget_seconds:
+            break
+        start = _mark(device)
+        call()
+        end = _mark(device)
+        # Waiting for the lap before this one keeps the queue from running dry, and the budget honest.
+        if previous is not None:
+            milliseconds.append(_elapsed_ms(*previous))
+        previous = start, end
+    if previous is not None:
+        milliseconds.append(_elapsed_ms(*previous))
+    return summarise(milliseconds)
+
+
+def summarise(milliseconds: list[float]) -> Latency:
+    """Order statistics of measured times."""
+    p20, median, p80 = np.percentile(milliseconds, (20, 50, 80)).tolist()
+    return Latency(median, p20, p80, len(milliseconds))
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def free_memory() -> None:
+    """Give back what nobody refers to any more, so that one measurement does not weigh on the next."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start :func:`peak_memory_gib` afresh."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory_gib(device: torch.device) -> float | None:
+    """Most memory that tensors held since the reset, or None where PyTorch does not count it."""
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    """What this very device reaches: copy bandwidth (bytes read + written) and matmul rate, on random data."""
+    if device.type == "cuda":
+        return {
+            "copy_gb_s": _copy_gb_s(2**31, device),
+            "matmul_bfloat16_tflop_s": _matmul_tflop_s(8192, torch.bfloat16, device),
+        }
+    return {
+        "copy_gb_s": _copy_gb_s(2**25, device),
+        "matmul_float32_tflop_s": _matmul_tflop_s(512, torch.float32, device),
+    }
+
+
+def _copy_gb_s(size: int, device: torch.device) -> float:
+    source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / time_calls(lambda: target.copy_(source), device, repeats=20, warmup=3).median_ms / 1e6
+
+
+def _matmul_tflop_s(size: int, dtype: torch.dtype, device: torch.device) -> float:
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / time_calls(lambda: a @ b, device, repeats=20, warmup=3).median_ms / 1e9

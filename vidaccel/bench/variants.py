@@ -1,0 +1,97 @@
+"""What a variant such as ``patched+compile`` does to a pipeline, and how all of it is undone.
+
+A variant is ``eager``, or parts joined by ``+``: stock code and patched code take the same switches, so that the
+baseline is as strong as the user could make it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import nn
+from torch._inductor.utils import fresh_cache
+
+from vidaccel.bench.settings import Settings
+from vidaccel.bench.timing import free_memory
+from vidaccel.errors import UsageError
+from vidaccel.patching import patch_pipeline
+from vidaccel.report import PatchReport
+
+__all__ = ["BASELINES", "DEFAULT", "applied", "measured_modules", "parse_variants"]
+
+PARTS = ("channels_last", "cudnn.benchmark", "patched", "compile")
+DEFAULT = ("eager", "patched", "compile", "patched+compile")
+# The switches that a user of torch.compile may also turn; the fastest is the baseline that counts.
+BASELINES = ("compile+cudnn.benchmark", "compile+channels_last", "compile+cudnn.benchmark+channels_last")
+
+
+def parse_variants(text: str) -> tuple[str, ...]:
+    """``"eager,patched+compile"`` as names; eager always comes first, for the others are compared with it."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        unknown = set(name.split("+")) - set(PARTS)
+        if unknown and name != "eager":
+            raise UsageError(f"--variants: unknown {', '.join(sorted(unknown))}; parts are eager, {', '.join(PARTS)}")
+    return tuple(dict.fromkeys(["eager", *names]))
+
+
+def measured_modules(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
+    """The denoiser and the VAE's decoder: what the scopes time by themselves, and what is compiled."""
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    return {"denoiser": denoiser, "vae": pipe.vae.decoder}
+
+
+@contextmanager
+def applied(variant: str, pipe: DiffusionPipeline, settings: Settings) -> Iterator[PatchReport | None]:
+    """``pipe`` under ``variant`` inside the ``with`` block, and as it was after it; yields the patch report, if any."""
+    parts = set(variant.split("+"))
+    modules = measured_modules(pipe).values()
+    with ExitStack() as undo:
+        undo.callback(_forget_compiled_code)
+        if settings.empty_caches:
+            undo.enter_context(fresh_cache())
+        if "channels_last" in parts:
+            for module in modules:
+                undo.enter_context(_channels_last(module))
+        if "cudnn.benchmark" in parts:
+            undo.enter_context(_cudnn_benchmark())
+        report = None
+        if "patched" in parts:
+            report = undo.enter_context(patch_pipeline(pipe, only=settings.only, skip=settings.skip))
+        if "compile" in parts:
+            for module in modules:
+                module.compile(backend=settings.compile_backend)
+                undo.callback(setattr, module, "_compiled_call_impl", None)
+        yield report
+
+
+def _forget_compiled_code() -> None:
+    torch._dynamo.reset()
+    free_memory()
+
+
+@contextmanager
+def _cudnn_benchmark() -> Iterator[None]:
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+@contextmanager
+def _channels_last(module: nn.Module) -> Iterator[None]:
+    """Convolution weights in channels-last order; ``module.to(memory_format=...)`` takes 4-D or 5-D, never both."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    weights = [p for p in module.parameters() if p.ndim in formats]
+    for weight in weights:
+        weight.data = weight.data.contiguous(memory_format=formats[weight.ndim])
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.data = weight.data.contiguous()

@@ -1,0 +1,161 @@
+"""What is timed: the denoiser's call, the VAE's decode, and the whole pipeline.
+
+The calls of the denoiser and the decoder are recorded from one real run of the pipeline, so they have its batch,
+shapes, dtypes and extra arguments whatever the family; for timing, their large tensors are drawn anew.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import Tensor, nn
+
+from vidaccel.generation import Timings, generate
+
+__all__ = ["ModuleCall", "ModuleWorkload", "PipelineWorkload", "Workload", "recorded_calls"]
+
+_INPUT_SETS = 3
+
+
+class ModuleCall(NamedTuple):
+    """The arguments of one call of a module."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> ModuleCall:
+        def changed(value: Any) -> Any:
+            return change(value) if isinstance(value, Tensor) else value
+
+        return ModuleCall(tuple(map(changed, self.args)), {name: changed(value) for name, value in self.kwargs.items()})
+
+    def shapes(self, module: nn.Module) -> dict[str, str]:
+        """``{"sample": "2x14x8x72x128", ...}``, named as ``module``'s forward names them."""
+        named = dict(zip(inspect.signature(module.forward).parameters, self.args, strict=False)) | self.kwargs
+        return {name: "x".join(map(str, x.shape)) for name, x in named.items() if isinstance(x, Tensor)}
+
+
+@contextmanager
+def recorded_calls(modules: dict[str, nn.Module]) -> Iterator[dict[str, list[ModuleCall]]]:
+    """Copies of the arguments of every call of ``modules`` inside the ``with`` block, by name."""
+    calls: dict[str, list[ModuleCall]] = {name: [] for name in modules}
+
+    def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls[name].append(ModuleCall(args, kwargs).map(torch.clone))
+
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.callback(module.register_forward_pre_hook(partial(note, name), with_kwargs=True).remove)
+        yield calls
+
+
+class Workload(Protocol):
+    """A unit of work that is repeated, and what it gives for fixed inputs."""
+
+    shapes: Any
+
+    def run(self) -> None:
+        """One timed unit of work."""
+
+    def output(self) -> Tensor:
+        """What fixed inputs give, in float32 on the CPU."""
+
+    def reference(self) -> Tensor | None:
+        """As :meth:`output`, computed in float32 throughout, or None if there is no such thing."""
+
+    def parts(self) -> dict[str, float]:
+        """How the timed units divide, in milliseconds."""
+
+
+class ModuleWorkload:
+    """Recorded calls of one module, made again in order: one call of a denoiser, all chunks of a decode."""
+
+    def __init__(self, module: nn.Module, calls: list[ModuleCall], seed: int) -> None:
+        self.shapes = [call.shapes(module) for call in calls]
+        self._module = module
+        self._calls = calls
+        generator = torch.Generator(next(module.parameters()).device).manual_seed(seed)
+        redrawn = [[call.map(partial(_redrawn, generator)) for call in calls] for _ in range(_INPUT_SETS)]
+        self._rotation = itertools.cycle(redrawn)
+
+    @torch.no_grad()
+    def run(self) -> None:
+        for call in next(self._rotation):
+            self._module(*call.args, **call.kwargs)
+
+    @torch.no_grad()
+    def output(self) -> Tensor:
+        return _output(self._module, self._calls)
+
+    @torch.no_grad()
+    def reference(self) -> Tensor | None:
+        if next(self._module.parameters()).dtype == torch.float32:
+            return None
+        with _no_tf32():
+            return _output(copy.deepcopy(self._module).float(), [call.map(_float32) for call in self._calls])
+
+    def parts(self) -> dict[str, float]:
+        return {}
+
+
+class PipelineWorkload:
+    """The whole pipeline on one seed, its denoising steps and its decode told apart."""
+
+    def __init__(self, pipe: DiffusionPipeline, arguments: dict[str, Any], seed: int) -> None:
+        self.shapes = {name: value for name, value in arguments.items() if isinstance(value, int | float)}
+        self._pipe = pipe
+        self._arguments = arguments
+        self._seed = seed
+        self._timings: list[Timings] = []
+
+    def run(self) -> None:
+        self._timings.append(generate(self._pipe, self._arguments, self._seed).timings)
+
+    def output(self) -> Tensor:
+        self._timings.clear()  # what has run so far was no timed unit
+        return torch.from_numpy(generate(self._pipe, self._arguments, self._seed).frames)
+
+    def reference(self) -> None:
+        return None
+
+    def parts(self) -> dict[str, float]:
+        return {
+            "step_ms": 1e3 * statistics.median(timings.step for timings in self._timings),
+            "decode_ms": 1e3 * statistics.median(timings.decode for timings in self._timings),
+        }
+
+
+def _output(module: nn.Module, calls: list[ModuleCall]) -> Tensor:
+    outputs = (module(*call.args, **call.kwargs) for call in calls)
+    return torch.cat([(out if isinstance(out, Tensor) else out[0]).float().cpu() for out in outputs])
+
+
+def _redrawn(generator: torch.Generator, x: Tensor) -> Tensor:
+    """Noise like ``x``; time steps and other small conditions stay as they are."""
+    if x.ndim < 3 or not x.is_floating_point():
+        return x
+    noise = torch.randn(x.shape, generator=generator, device=x.device)
+    return (noise * x.float().std() + x.float().mean()).to(x.dtype)
+
+
+def _float32(x: Tensor) -> Tensor:
+    return x.float() if x.is_floating_point() else x
+
+
+@contextmanager
+def _no_tf32() -> Iterator[None]:
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before

@@ -1,0 +1,27 @@
+"""diffusers' ``models/activations.py``: the gated GELU of every feed-forward here, in one pass after its GEMM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers.models.activations import GEGLU
+from torch import Tensor
+
+from vidaccel.blocks.site import FusedBlock, fuses
+from vidaccel.kernels.geglu import geglu
+
+__all__ = ["FusedGEGLU"]
+
+
+@fuses(GEGLU, {"geglu": "math-exact"})
+class FusedGEGLU(FusedBlock, GEGLU):
+    """``proj(x)``, then value times GELU of the gate: stock code runs two kernels on strided halves."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.guarded(hidden_states, *args, **kwargs)
+
+    def why_unserved(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> str | None:
+        return "deprecated arguments were passed" if args or kwargs else None
+
+    def fused_forward(self, hidden_states: Tensor) -> Tensor:
+        return geglu(self.proj(hidden_states))

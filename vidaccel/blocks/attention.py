@@ -1,0 +1,203 @@
+"""diffusers' ``models/attention.py``: the spatial and the temporal transformer block of the spatio-temporal UNets.
+
+Exact shortcut, one-token cross-attention: where the context is a single token (SVD's CLIP image embedding) the softmax
+over it is 1 whatever the query, so ``attn2(norm2(x), context) == to_out(to_v(context))`` for every pixel, and norm2,
+the query, the attention itself and the full-size output projection fall away.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTransformerBlock
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from vidaccel.blocks.attention_processor import why_attention_left_alone
+from vidaccel.blocks.normalization import add_layer_norm_module, why_layer_norms_unreadable
+from vidaccel.blocks.site import FusedBlock, fuses
+from vidaccel.kernels.temporal_attention import temporal_attention
+
+__all__ = ["FusedBasicTransformerBlock", "FusedTemporalBasicTransformerBlock"]
+
+
+def _is_one_token(context: Tensor | None) -> bool:
+    return context is not None and context.ndim == 3 and context.shape[1] == 1
+
+
+def _one_token_attention(attn: Attention, context: Tensor) -> Tensor:
+    """What ``attn(anything, context)`` returns for each row of a one-token ``context`` ``[N, 1, D]``: ``[N, 1, C]``."""
+    out = attn.to_v(context)
+    for layer in attn.to_out:  # projection, dropout
+        out = layer(out)
+    return out / attn.rescale_output_factor if attn.rescale_output_factor != 1.0 else out
+
+
+def _why_no_shortcut(attn: Attention | None) -> str | None:
+    """Why ``attn`` does more with its context than weigh its values, or None."""
+    if attn is None:
+        return "it has no cross-attention"
+    if attn.residual_connection or attn.norm_cross or attn.spatial_norm is not None or attn.group_norm is not None:
+        return "its cross-attention has a norm or residual of its own"
+    return why_attention_left_alone(attn)
+
+
+class _TransformerBlock(FusedBlock):
+    """What the spatial and the temporal block share: residual, added row and LayerNorm in one pass."""
+
+    def _add_norm(
+        self, norm: Any, x: Tensor, residual: Tensor | None = None, row: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``z = row + (x + residual)`` and ``norm(z)``, a LayerNorm; `row` is ``[B*F, 1, C]``."""
+        if self._vidaccel.enabled("add_layer_norm"):
+            return add_layer_norm_module(norm, x, residual, row)
+        x = x if residual is None else x + residual
+        x = x if row is None else row + x
+        return x, norm(x)
+
+    def _why_norms_unreadable(self, x: Tensor, *norms: nn.Module) -> str | None:
+        return why_layer_norms_unreadable(norms, x) if self._vidaccel.enabled("add_layer_norm") else None
+
+
+@fuses(BasicTransformerBlock, {"one_token_attention": "math-exact", "add_layer_norm": "math-exact"})
+class FusedBasicTransformerBlock(_TransformerBlock, BasicTransformerBlock):
+    """The spatial block of SVD: self-attention, one-token cross-attention as a row per frame, feed-forward."""
+
+    @classmethod
+    def why_left_alone(cls, module: nn.Module) -> str | None:
+        assert isinstance(module, BasicTransformerBlock)
+        if module.norm_type != "layer_norm" or module.pos_embed is not None or module.only_cross_attention:
+            return "it is not a plain LayerNorm block"
+        return _why_no_shortcut(module.attn2)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        timestep: torch.LongTensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        class_labels: torch.LongTensor | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        return self.guarded(
+            hidden_states,
+            attention_mask,
+            encoder_hidden_states,
+            encoder_attention_mask,
+            timestep,
+            cross_attention_kwargs,
+            class_labels,
+            added_cond_kwargs,
+        )
+
+    def why_unserved(self, hidden_states: Tensor, *args: Any) -> str | None:
+        attention_mask, context, context_mask, _, attention_kwargs, *_ = args
+        if attention_mask is not None or context_mask is not None:
+            return "an attention mask was passed"
+        if attention_kwargs:
+            return "cross_attention_kwargs were passed"
+        if not _is_one_token(context):
+            return "the context is not one token"
+        if self._chunk_size is not None:
+            return "the feed-forward is chunked"
+        return _why_no_shortcut(self.attn2) or self._why_norms_unreadable(hidden_states, self.norm1, self.norm3)
+
+    def fused_forward(self, hidden_states: Tensor, attention_mask: None, context: Tensor, *args: Any) -> Tensor:
+        _, normed = self._add_norm(self.norm1, hidden_states)
+        attended = self.attn1(normed)
+        if self._vidaccel.enabled("one_token_attention"):
+            row = _one_token_attention(self.attn2, context)
+            hidden_states, normed = self._add_norm(self.norm3, attended, hidden_states, row)
+        else:
+            hidden_states, normed = self._add_norm(self.norm2, attended, hidden_states)
+            attended = self.attn2(normed, encoder_hidden_states=context)
+            hidden_states, normed = self._add_norm(self.norm3, attended, hidden_states)
+        return self.ff(normed) + hidden_states
+
+
+@fuses(
+    TemporalBasicTransformerBlock,
+    {"temporal_attention": "math-exact", "one_token_attention": "math-exact", "add_layer_norm": "math-exact"},
+)
+class FusedTemporalBasicTransformerBlock(_TransformerBlock, TemporalBasicTransformerBlock):
+    """The temporal block on ``[B*F, HW, C]`` as it comes: only the attention looks across frames, and it reads strided.
+
+    LayerNorm and feed-forward work row by row, so the stock block's two permutes of the whole tensor change nothing but
+    the order of the rows. The context may come as stock code makes it, ``[B*HW, L, D]``, or once per batch,
+    ``[B, L, D]``, as :class:`FusedTransformerSpatioTemporalModel` passes it.
+    """
+
+    @classmethod
+    def why_left_alone(cls, module: nn.Module) -> str | None:
+        assert isinstance(module, TemporalBasicTransformerBlock)
+        if not module.is_res:
+            return "its inner width differs from its outer one"
+        if module.attn1.norm_q is not None or module.attn1.norm_k is not None:
+            return "its attention normalises queries or keys"
+        return why_attention_left_alone(module.attn1)
+
+    def forward(self, hidden_states: Tensor, num_frames: int, encoder_hidden_states: Tensor | None = None) -> Tensor:
+        return self.guarded(hidden_states, num_frames, encoder_hidden_states)
+
+    def why_unserved(self, hidden_states: Tensor, num_frames: int, context: Tensor | None) -> str | None:
+        if self._chunk_size is not None:
+            return "the feed-forward is chunked"
+        batch = hidden_states.shape[0] // num_frames
+        per_batch = context is not None and context.shape[0] == batch
+        if self.attn2 is not None and not per_batch and not self._takes_shortcut(context):
+            return "the context has several tokens for each pixel"
+        if self._takes_shortcut(context) and (reason := _why_no_shortcut(self.attn2)):
+            return reason
+        norms = (self.norm_in, self.norm1, self.norm2 or self.norm3, self.norm3)
+        return why_attention_left_alone(self.attn1) or self._why_norms_unreadable(hidden_states, *norms)
+
+    def original_forward(self, hidden_states: Tensor, num_frames: int, context: Tensor | None) -> Tensor:
+        pixels, batch = hidden_states.shape[1], hidden_states.shape[0] // num_frames
+        if context is not None and context.shape[0] == batch:
+            context = context.repeat_interleave(pixels, dim=0)
+        return TemporalBasicTransformerBlock.forward(self, hidden_states, num_frames, context)
+
+    def fused_forward(self, hidden_states: Tensor, num_frames: int, context: Tensor | None) -> Tensor:
+        _, normed = self._add_norm(self.norm_in, hidden_states)
+        hidden_states, normed = self._add_norm(self.norm1, self.ff_in(normed), hidden_states)
+        attended = self._attend_frames(normed, num_frames)
+        hidden_states, normed = self._attend_context(attended, hidden_states, num_frames, context)
+        return self.ff(normed) + hidden_states
+
+    def _takes_shortcut(self, context: Tensor | None) -> bool:
+        wanted = self.attn2 is not None and self._vidaccel.enabled("one_token_attention")
+        return wanted and _is_one_token(context)
+
+    def _attend_frames(self, hidden_states: Tensor, num_frames: int) -> Tensor:
+        attn = self.attn1
+        if not self._vidaccel.enabled("temporal_attention"):
+            pixels = hidden_states.unflatten(0, (-1, num_frames)).transpose(1, 2)  # [B, HW, F, C]
+            out = attn(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
+            return out.transpose(1, 2).flatten(0, 1)
+        query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        out = temporal_attention(query, key, value, num_frames, attn.heads)
+        for layer in attn.to_out:  # projection, dropout
+            out = layer(out)
+        return out / attn.rescale_output_factor if attn.rescale_output_factor != 1.0 else out
+
+    def _attend_context(
+        self, attended: Tensor, residual: Tensor, num_frames: int, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream after cross-attention, if there is any, and the last norm of it."""
+        if self.attn2 is None or context is None:
+            return self._add_norm(self.norm3, attended, residual)
+        batch = residual.shape[0] // num_frames
+        if not self._takes_shortcut(context):
+            # all frames and pixels of a batch entry share its context [B, L, D]: queries of one attention
+            residual, normed = self._add_norm(self.norm2, attended, residual)
+            queries = normed.view(batch, -1, normed.shape[2])
+            attended = self.attn2(queries, encoder_hidden_states=context).view_as(normed)
+            return self._add_norm(self.norm3, attended, residual)
+        rows = _one_token_attention(self.attn2, context)
+        if rows.shape[0] == batch:
+            return self._add_norm(self.norm3, attended, residual, rows.repeat_interleave(num_frames, dim=0))
+        clip = (attended + residual).unflatten(0, (batch, num_frames))  # [B, F, HW, C]
+        return self._add_norm(self.norm3, (rows.view(batch, 1, -1, clip.shape[3]) + clip).flatten(0, 1))

@@ -1,0 +1,76 @@
+"""diffusers' ``models/attention_processor.py``: the stock attention without its last pass over the output.
+
+``AttnProcessor2_0`` ends with ``hidden_states / rescale_output_factor``, a kernel that reads and writes the whole
+tensor to divide it by 1.0 in every model here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import Tensor
+
+from vidaccel.blocks.parameters import has_hook
+
+__all__ = ["STOCK_PROCESSORS", "FusedAttnProcessor2_0", "why_attention_left_alone"]
+
+
+class FusedAttnProcessor2_0(AttnProcessor2_0):
+    """Self- or cross-attention through PyTorch's SDPA, bit for bit the stock one's result when the factor is 1.0."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        if attn.rescale_output_factor != 1.0 or attn.spatial_norm is not None or attention_mask is not None:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
+        residual = hidden_states
+        if hidden_states.ndim == 4:
+            hidden_states = hidden_states.flatten(2).mT  # [B, HW, C]; a view when the input is channels-last
+        out = _attend(attn, hidden_states, encoder_hidden_states)
+        if residual.ndim == 4:
+            out = out.mT.reshape(residual.shape)
+        return out + residual if attn.residual_connection else out
+
+
+def _attend(attn: Attention, hidden_states: Tensor, context: Tensor | None) -> Tensor:
+    if attn.group_norm is not None:
+        hidden_states = attn.group_norm(hidden_states.mT).mT
+    if context is None:
+        context = hidden_states
+    elif attn.norm_cross:
+        context = attn.norm_encoder_hidden_states(context)
+    query, key, value = (
+        x.unflatten(2, (attn.heads, -1)).transpose(1, 2)
+        for x in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
+    )
+    query = query if attn.norm_q is None else attn.norm_q(query)
+    key = key if attn.norm_k is None else attn.norm_k(key)
+    out = F.scaled_dot_product_attention(query, key, value)
+    out = out.transpose(1, 2).flatten(2).to(query.dtype)
+    for layer in attn.to_out:  # projection, dropout
+        out = layer(out)
+    return out
+
+
+STOCK_PROCESSORS = (AttnProcessor2_0, FusedAttnProcessor2_0)
+
+
+def why_attention_left_alone(attn: Attention) -> str | None:
+    """Why code that calls ``attn``'s projections itself would not do what ``attn`` does, or None."""
+    if type(attn.processor) not in STOCK_PROCESSORS:
+        return f"it has a processor of its own, {type(attn.processor).__name__}"
+    if has_hook(attn):
+        return "a hook replaced its forward (offload or casting)"
+    return None

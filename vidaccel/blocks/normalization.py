@@ -1,0 +1,83 @@
+"""GroupNorm and LayerNorm modules on the fused ops: the adds before a norm and the SiLU after it in one pass."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vidaccel.blocks.parameters import has_hook, why_unreadable
+from vidaccel.blocks.site import FusedBlock, fuses
+from vidaccel.kernels.add_layer_norm import add_layer_norm
+from vidaccel.kernels.group_norm_silu import group_norm_silu
+
+__all__ = [
+    "FusedGroupNorm",
+    "FusedGroupNormSiLU",
+    "PassThroughSiLU",
+    "add_layer_norm_module",
+    "group_norm_module",
+    "why_layer_norms_unreadable",
+]
+
+
+def group_norm_module(norm: nn.GroupNorm, x: Tensor, *, silu: bool, shift: Tensor | None = None) -> Tensor:
+    """The fused op with a GroupNorm module's parameters; `x` is ``[N, C, *spatial]``, `shift` ``[N, T, C]``."""
+    return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=silu, shift=shift)
+
+
+def add_layer_norm_module(
+    norm: nn.LayerNorm, x: Tensor, residual: Tensor | None = None, row: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``z = row + (x + residual)`` and ``norm(z)``; `x` is ``[B, S, C]``, `row` ``[B, 1, C]``."""
+    return add_layer_norm(x, norm.weight, norm.bias, norm.eps, residual=residual, row=row)
+
+
+def why_layer_norms_unreadable(norms: tuple[nn.Module, ...], x: Tensor) -> str | None:
+    """The first reason why one of ``norms`` is not a plain affine LayerNorm beside ``x``, or None."""
+    return next(filter(None, (why_unreadable(norm, nn.LayerNorm, x) for norm in norms)), None)
+
+
+@fuses(nn.GroupNorm, {"group_norm_silu": "math-exact"})
+class FusedGroupNorm(FusedBlock, nn.GroupNorm):
+    """A GroupNorm that no SiLU follows: the one before a transformer or an attention."""
+
+    @classmethod
+    def why_left_alone(cls, module: nn.Module) -> str | None:
+        return None if getattr(module, "affine", False) else "it has no weight and bias"
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.guarded(input)
+
+    def why_unserved(self, input: Tensor) -> str | None:
+        return why_unreadable(self, nn.GroupNorm, input)
+
+    def fused_forward(self, input: Tensor) -> Tensor:
+        return group_norm_module(self, input, silu=False)
+
+
+@fuses(nn.GroupNorm, {"group_norm_silu": "math-exact"})
+class FusedGroupNormSiLU(FusedGroupNorm):
+    """A model's last GroupNorm (``conv_norm_out``), which takes over the SiLU of the ``conv_act`` beside it.
+
+    The two are one site: while this class is in place ``conv_act`` is a :class:`PassThroughSiLU`, so the original
+    forward must apply the SiLU too.
+    """
+
+    def original_forward(self, input: Tensor) -> Tensor:
+        return F.silu(nn.GroupNorm.forward(self, input))
+
+    def fused_forward(self, input: Tensor) -> Tensor:
+        return group_norm_module(self, input, silu=True)
+
+
+class PassThroughSiLU(nn.SiLU):
+    """A SiLU that the norm before it has already applied."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input
+
+    @classmethod
+    def why_left_alone(cls, module: nn.Module) -> str | None:
+        if type(module) is not nn.SiLU:
+            return f"its activation is {type(module).__name__}, not SiLU"
+        return "a hook replaced its activation's forward" if has_hook(module) else None

@@ -1,0 +1,30 @@
+"""The one place that decides whether a kernel may read a child module's parameters instead of calling the child.
+
+LoRA, quantisation, layerwise casting and offload all change what ``child.weight`` is outside the child's own forward:
+a wrapped child keeps its base weight, a quantised one an integer tensor, an offloaded one an empty tensor.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+__all__ = ["has_hook", "why_unreadable"]
+
+
+def has_hook(module: nn.Module) -> bool:
+    """Whether somebody replaced this instance's forward (offload and casting hooks do)."""
+    return "forward" in module.__dict__ or "_hf_hook" in module.__dict__
+
+
+def why_unreadable(child: nn.Module, expected: type[nn.Module], x: Tensor) -> str | None:
+    """Why ``child.weight`` and ``child.bias`` are not what ``child(x)`` would use, or None if they are."""
+    if not isinstance(child, expected):
+        return f"a {expected.__name__} was replaced by {type(child).__name__}"
+    if has_hook(child):
+        return f"a hook replaced the forward of a {expected.__name__} (offload or casting)"
+    for parameter in (child.weight, child.bias):
+        if type(parameter) is not nn.Parameter:
+            return f"a {expected.__name__} has no plain weight and bias"
+        if parameter.device != x.device:
+            return f"a {expected.__name__} is on {parameter.device}, its input on {x.device}"
+    return None

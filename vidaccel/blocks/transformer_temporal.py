@@ -1,0 +1,71 @@
+"""diffusers' ``models/transformers/transformer_temporal.py``: SVD's spatio-temporal transformer, kept channels-last."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_temporal import (
+    TransformerSpatioTemporalModel,
+    TransformerTemporalModelOutput,
+)
+from torch import Tensor
+
+from vidaccel.blocks.attention import FusedTemporalBasicTransformerBlock
+from vidaccel.blocks.site import FusedBlock, fuses
+
+__all__ = ["FusedTransformerSpatioTemporalModel"]
+
+
+@fuses(TransformerSpatioTemporalModel, {"channels_last": "math-exact"})
+class FusedTransformerSpatioTemporalModel(FusedBlock, TransformerSpatioTemporalModel):
+    """Image to rows and back as views, the context once per clip instead of once per pixel, one row per frame index.
+
+    Stock code copies the activations into NCHW at the end and broadcasts the context to ``[B*HW, L, D]``.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        image_only_indicator: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> TransformerTemporalModelOutput | tuple[Tensor]:
+        sample = self.guarded(hidden_states, encoder_hidden_states, image_only_indicator)
+        return TransformerTemporalModelOutput(sample=sample) if return_dict else (sample,)
+
+    def original_forward(self, hidden_states: Tensor, context: Tensor, image_only_indicator: Tensor) -> Tensor:
+        (sample,) = TransformerSpatioTemporalModel.forward(
+            self, hidden_states, context, image_only_indicator, return_dict=False
+        )
+        return sample
+
+    def why_unserved(self, hidden_states: Tensor, context: Tensor | None, *args: Any) -> str | None:
+        return "no context was passed" if context is None else None
+
+    def fused_forward(self, hidden_states: Tensor, context: Tensor, image_only_indicator: Tensor) -> Tensor:
+        num_frames = image_only_indicator.shape[-1]
+        height = hidden_states.shape[2]
+        residual = hidden_states
+        hidden_states = self.proj_in(self.norm(hidden_states).permute(0, 2, 3, 1).flatten(1, 2))  # [B*F, HW, C]
+        frame_embedding = self._frame_embedding(num_frames, hidden_states)
+        first_frame_context = context.unflatten(0, (-1, num_frames))[:, 0]  # [B, L, D]
+        for block, temporal_block in zip(self.transformer_blocks, self.temporal_transformer_blocks, strict=True):
+            hidden_states = block(hidden_states, encoder_hidden_states=context)
+            time_context = first_frame_context
+            if not isinstance(temporal_block, FusedTemporalBasicTransformerBlock):
+                time_context = time_context.repeat_interleave(hidden_states.shape[1], dim=0)
+            mixed = temporal_block(
+                hidden_states + frame_embedding, num_frames=num_frames, encoder_hidden_states=time_context
+            )
+            hidden_states = self.time_mixer(
+                x_spatial=hidden_states, x_temporal=mixed, image_only_indicator=image_only_indicator
+            )
+        hidden_states = self.proj_out(hidden_states).unflatten(1, (height, -1))
+        return hidden_states.permute(0, 3, 1, 2) + residual
+
+    def _frame_embedding(self, num_frames: int, like: Tensor) -> Tensor:
+        """``[B*F, 1, C]``: the embedding of each frame's index, worked out once and repeated for the batch."""
+        indices = torch.arange(num_frames, device=like.device)
+        embedding = self.time_pos_embed(self.time_proj(indices).to(like.dtype))
+        return embedding.repeat(like.shape[0] // num_frames, 1)[:, None]

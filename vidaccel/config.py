@@ -1,0 +1,24 @@
+"""Every ``VIDACCEL_*`` environment variable, read here and nowhere else (listed in the README).
+
+A leaf: it imports nothing of the project, so every floor may import it.
+"""
+
+from __future__ import annotations
+
+import os
+
+__all__ = ["preferred_implementation", "self_check_enabled"]
+
+
+def preferred_implementation(op: str) -> str | None:
+    """What ``VIDACCEL_IMPL`` asks for ``op``: ``"torch"`` for all ops, or ``"op=torch,other_op=triton"``."""
+    for entry in filter(None, os.environ.get("VIDACCEL_IMPL", "").split(",")):
+        name, _, implementation = entry.strip().rpartition("=")
+        if name in ("", op):
+            return implementation
+    return None
+
+
+def self_check_enabled() -> bool:
+    """``VIDACCEL_SELF_CHECK=0`` turns off the first-sight comparison of every site with the original code."""
+    return os.environ.get("VIDACCEL_SELF_CHECK", "1") != "0"
