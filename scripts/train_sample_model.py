@@ -50,6 +50,7 @@ SIGMA_MAX = 80.0
 FPS = 7
 NOISE_AUG = 0.02
 DROP_CONDITION = 0.1
+ALIGNED_STEPS = 800  # of a new VAE, while the pull towards its teacher's latents fades out
 DEFAULTS = {"min_guidance_scale": 1.0, "max_guidance_scale": 1.5, "num_inference_steps": 15}
 
 
@@ -94,7 +95,7 @@ def new_model() -> Model:
     vae = AutoencoderKLTemporalDecoder(
         down_block_types=("DownEncoderBlock2D",) * 3,
         # The decoder norms in 32 groups; with one channel in each, nothing could tell bright pictures from dark ones.
-        block_out_channels=(64, 96, 96),
+        block_out_channels=(64, 64, 96),
         layers_per_block=1,
         latent_channels=4,
         sample_size=SIZE,
@@ -292,7 +293,8 @@ def vae_objective(vae: AutoencoderKLTemporalDecoder, clips: Tensor, kl_weight: f
     L2 settles large areas, the differences keep edges sharp and still parts still. The KL term keeps the latents near
     unit scale, and the noise it leaves in them teaches the decoder to bear the small errors of a diffusion model.
     """
-    posterior = vae.encode(clips.flatten(0, 1)).latent_dist
+    with torch.set_grad_enabled(vae.encoder.conv_in.weight.requires_grad):
+        posterior = vae.encode(clips.flatten(0, 1)).latent_dist
     error = vae.decode(posterior.sample(), num_frames=clips.shape[1]).sample.float().view_as(clips) - clips
     edges = sum(error.diff(dim=dim).abs().mean() for dim in (1, 3, 4))
     mean, variance = posterior.mean.float(), posterior.var.float()
@@ -309,30 +311,47 @@ def cut(clips: Tensor, size: int, frames: int) -> Tensor:
     return clips[:, first : first + frames, :, y : y + size, x : x + size]
 
 
-def train_vae(vae: AutoencoderKLTemporalDecoder, args: argparse.Namespace, **common: Any) -> dict[str, Any]:
-    """On small windows, where a step is cheap, then a while on whole frames, where attention and norms see it all."""
+def train_vae(
+    vae: AutoencoderKLTemporalDecoder,
+    teacher: AutoencoderKLTemporalDecoder | None,
+    args: argparse.Namespace,
+    **common: Any,
+) -> dict[str, Any]:
+    """On small windows, where a step is cheap, then a while on whole frames, where attention and norms see it all.
+
+    A new VAE beside a UNet that exists is first drawn towards the latents of the ``teacher``, the VAE it replaces.
+    """
     stream = endless_clips(args.block, args.size, common["device"], args.seed)
     queue: list[Tensor] = []
+    pull = 0.3 if teacher else 0.0
 
     def loss_of(size: int, frames: int, passes: int) -> Callable[[], Tensor]:
         def loss_of_batch() -> Tensor:
+            nonlocal pull
             if not queue:
                 block, _ = next(stream)
                 for _ in range(passes):
                     queue.extend(block[torch.randperm(len(block)).to(block.device)].split(args.batch_vae))
-            return vae_objective(vae, cut(queue.pop(), size, frames))
+            clips = cut(queue.pop(), size, frames)
+            loss = vae_objective(vae, clips)
+            if teacher and pull > 0:
+                images = clips.flatten(0, 1)
+                target = encode(teacher, images) * teacher.config.scaling_factor
+                loss = loss + pull * F.mse_loss(vae.encode(images).latent_dist.mean.float(), target)
+                pull -= 0.3 / ALIGNED_STEPS
+            return loss
 
         return loss_of_batch
 
-    windows = fit(
-        "vae, windows", [vae], loss_of(args.size // 2, 8, 4), minutes=0.7 * args.minutes_vae, peak=args.lr_vae, **common
-    )
+    learners = [vae.decoder] if args.decoder_only else [vae]
+    spans = {"minutes": 0.7 * args.minutes_vae, "peak": args.lr_vae}
+    windows = fit("vae, windows", learners, loss_of(args.size // 2, args.window_frames, 4), **spans, **common)
     queue.clear()
-    facts = fit(
-        "vae", [vae], loss_of(args.size, 8, 2), minutes=0.3 * args.minutes_vae, peak=0.3 * args.lr_vae, **common
-    )
-    latents = encode(vae, next(stream)[0][:128].flatten(0, 1))
-    vae.register_to_config(scaling_factor=round(1 / latents.float().std().item(), 5))
+    spans = {"minutes": 0.3 * args.minutes_vae, "peak": 0.3 * args.lr_vae}
+    facts = fit("vae", learners, loss_of(args.size, args.window_frames, 2), **spans, **common)
+    if not args.decoder_only:
+        latents = encode(vae, next(stream)[0][:128].flatten(0, 1))
+        vae.register_to_config(scaling_factor=round(1 / latents.float().std().item(), 5))
     return facts | {"window_steps": windows["steps"], "minutes": windows["minutes"] + facts["minutes"]}
 
 
@@ -723,7 +742,9 @@ def train(args: argparse.Namespace, device: torch.device) -> bool:
     """Both phases, then the export, whatever has come in between. Returns whether all of it was done."""
     torch.manual_seed(args.seed)
     model = load_model(args.init_from) if args.init_from else new_model()
-    if args.new_vae:
+    teacher = model.vae if args.new_vae else None
+    if teacher:
+        teacher.to(device).requires_grad_(False)
         model.vae = new_model().vae
     for module in model.modules():
         module.to(device).requires_grad_(False)
@@ -737,7 +758,7 @@ def train(args: argparse.Namespace, device: torch.device) -> bool:
         common = {"layout": args.layout, "device": device, "stop": stop, "max_steps": args.max_steps}
         try:
             if args.minutes_vae > 0:
-                training["vae"] = train_vae(model.vae, args, **common) | {"batch": args.batch_vae}
+                training["vae"] = train_vae(model.vae, teacher, args, **common) | {"batch": args.batch_vae}
             if args.minutes_unet > 0 and not stop:
                 training["unet"] = train_unet(model, args, **common) | {"batch": args.batch_unet}
         finally:
@@ -750,6 +771,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--minutes-vae", type=float, default=2.3, help="wall-clock budget; the schedule follows it")
     parser.add_argument("--minutes-unet", type=float, default=4.7, help="wall-clock budget; the schedule follows it")
     parser.add_argument("--batch-vae", type=int, default=6, help="clips per step")
+    parser.add_argument("--window-frames", type=int, default=8, help="frames of a clip that a VAE step sees")
     parser.add_argument("--batch-unet", type=int, default=32, help="clips per step")
     parser.add_argument("--lr-vae", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--lr-unet", type=float, default=1e-3, help="peak learning rate")
@@ -764,6 +786,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=REPOSITORY / "samples" / "models" / "svd-tiny-scenes")
     parser.add_argument("--init-from", type=Path, metavar="DIR", help="continue from an exported model")
     parser.add_argument("--new-vae", action="store_true", help="with --init-from: all but the VAE, which starts anew")
+    parser.add_argument("--decoder-only", action="store_true", help="of the VAE: latents, and so the UNet, stay valid")
     parser.add_argument("--no-sweep", action="store_true", help="keep the stored guidance and number of steps")
     parser.add_argument("--layout", choices=("auto", *LAYOUTS), default="auto", help="of convolution weights")
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks")

@@ -234,7 +234,7 @@ def assert_runs_in_torch(q: Tensor, k: Tensor, v: Tensor, shape: Shape, reason: 
     with record_choices() as choices:
         out = temporal_attention(q, k, v, shape.frames, shape.heads)
     assert [choice.impl for choice in choices] == ["torch"] and reason in choices[0].reason
-    torch.testing.assert_close(out, temporal_attention_ref(q, k, v, shape.frames, shape.heads))
+    assert torch.equal(out, temporal_attention(q, k, v, shape.frames, shape.heads, impl="torch"))
     with pytest.raises(ValueError, match=f"temporal_attention: impl='triton' cannot run: .*{re.escape(reason)}"):
         temporal_attention(q, k, v, shape.frames, shape.heads, impl="triton")
 
@@ -318,7 +318,6 @@ def shared_bytes_while_streaming(asm: Mapping[str, str]) -> int:
         (16, 160, torch.float16),
         (25, 80, torch.float16),
         (25, 64, torch.float32),
-        (49, 64, torch.float16),
         (128, 80, torch.float16),
     ],
     ids=str,
@@ -354,7 +353,7 @@ def test_more_rows_than_a_grid_axis_holds(device: torch.device) -> None:
     shape = Shape(2, 16, 40000, 1, 64)
     q, k, v = draw(shape, torch.float16, device)
     out = temporal_attention(q, k, v, shape.frames, shape.heads, impl="triton")
-    torch.testing.assert_close(out, temporal_attention(q, k, v, shape.frames, shape.heads, impl="torch"))
+    assert_matches_reference(out, q, k, v, shape)
 
 
 @pytest.mark.gpu
