@@ -15,7 +15,7 @@ demo: $(READY)
 	$(BIN)/vidaccel generate --compare --overwrite --out demo/clip.mp4
 
 test: $(READY)
-	$(BIN)/pytest -n auto -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not gpu"
 
 gpu-test: $(READY)
 	$(BIN)/pytest -m gpu

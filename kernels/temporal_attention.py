@@ -142,8 +142,8 @@ class Tiling(NamedTuple):
 def choose_tiling(frames: int, head_dim: int, dtype: torch.dtype) -> Tiling:
     """The tiling the op runs with; ``frames`` is the longer of the two frame axes."""
     rows = max(16, triton.next_power_of_2(frames))
-    # as wide as registers allow and padding stays small: 64 half-precision columns are one 128-byte line
-    columns = 64 if rows == 16 and (head_dim % 64 == 0 or 32 < head_dim < 64) else 32
+    line = 128 // dtype.itemsize  # columns of one memory transaction; half of it where all would pad, or spill
+    columns = line if rows == 16 and -head_dim % line < line // 2 else line // 2
     if dtype == torch.float32:
         num_warps = rows // 4
     elif rows <= 32:

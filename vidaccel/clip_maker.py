@@ -113,7 +113,7 @@ def _make_all(
                 "comparison": comparison.summary() if comparison else None,
             }
             _save(job, clip, comparison, record)
-            report_text = str(report or "")  # while it is patched: it tells the present state
+            report_text = report.overview() if report else ""  # while it is patched: it tells the present state
             tqdm.write(f"{job.out}\n{comparison or f'  {clip.timings}'}")
     if report_text and not args.quiet:
         print(report_text)

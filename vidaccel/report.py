@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -88,17 +89,12 @@ class PatchReport:
             {"op": op, "path": path, "reason": reason, "sites": count} for (op, path, reason), count in counts.items()
         ]
 
-    def __str__(self) -> str:
-        rows = Counter(
-            (path_pattern(site.path), site.op, _outcome(site), site.fidelity if site.state == "active" else "")
-            for site in self.sites
+    def overview(self) -> str:
+        """The report in a few lines: one for each op and outcome, one for each reason to fall back."""
+        rows = Counter((site.op, *_outcome(site)) for site in self.sites)
+        lines = _table(
+            ("op", "runs as", "fidelity", "sites"), [(*row, str(count)) for row, count in sorted(rows.items())]
         )
-        table = [("site", "op", "runs as", "fidelity", "count")]
-        table += [(*row, str(count)) for row, count in sorted(rows.items())]
-        widths = [max(len(row[i]) for row in table) for i in range(5)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
-        ]
         active = sum(site.state == "active" for site in self.sites)
         lines.append(f"{active} of {len(self.sites)} sites patched")
         fallbacks: Counter[tuple[str, str]] = Counter()
@@ -107,8 +103,20 @@ class PatchReport:
         lines += [f"fell back in {calls} calls: {op}: {reason}" for (op, reason), calls in fallbacks.items()]
         return "\n".join(lines)
 
+    def __str__(self) -> str:
+        rows = Counter((path_pattern(site.path), site.op, *_outcome(site)) for site in self.sites)
+        table = [(*row, str(count)) for row, count in sorted(rows.items())]
+        return "\n".join([*_table(("site", "op", "runs as", "fidelity", "sites"), table), "", self.overview()])
 
-def _outcome(site: Site) -> str:
+
+def _outcome(site: Site) -> tuple[str, str]:
+    """What runs there, and its fidelity class."""
     if site.state == "active":
-        return site.implementation
-    return f"{site.state}: {site.reason}" if site.reason else site.state
+        return site.implementation, site.fidelity
+    return (f"{site.state}: {site.reason}" if site.reason else site.state), ""
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in (head, *rows))
+    return ["  ".join(row).rstrip() for row in padded]

@@ -43,6 +43,13 @@ def _why_no_shortcut(attn: Attention | None) -> str | None:
     return why_attention_left_alone(attn)
 
 
+def _attend_by_pixel(attn: Attention, x: Tensor, num_frames: int, context: Tensor | None = None) -> Tensor:
+    """``attn`` over the frames of every pixel the stock way: ``[B*F, HW, C]`` permuted to ``[B*HW, F, C]`` and back."""
+    pixels = x.unflatten(0, (-1, num_frames)).transpose(1, 2)  # [B, HW, F, C]
+    out = attn(pixels.flatten(0, 1), encoder_hidden_states=context).unflatten(0, pixels.shape[:2])
+    return out.transpose(1, 2).flatten(0, 1)
+
+
 class _TransformerBlock(FusedBlock):
     """What the spatial and the temporal block share: residual, added row and LayerNorm in one pass."""
 
@@ -145,10 +152,6 @@ class FusedTemporalBasicTransformerBlock(_TransformerBlock, TemporalBasicTransfo
     def why_unserved(self, hidden_states: Tensor, num_frames: int, context: Tensor | None) -> str | None:
         if self._chunk_size is not None:
             return "the feed-forward is chunked"
-        batch = hidden_states.shape[0] // num_frames
-        per_batch = context is not None and context.shape[0] == batch
-        if self.attn2 is not None and not per_batch and not self._takes_shortcut(context):
-            return "the context has several tokens for each pixel"
         if self._takes_shortcut(context) and (reason := _why_no_shortcut(self.attn2)):
             return reason
         norms = (self.norm_in, self.norm1, self.norm2 or self.norm3, self.norm3)
@@ -174,9 +177,7 @@ class FusedTemporalBasicTransformerBlock(_TransformerBlock, TemporalBasicTransfo
     def _attend_frames(self, hidden_states: Tensor, num_frames: int) -> Tensor:
         attn = self.attn1
         if not self._vidaccel.enabled("temporal_attention"):
-            pixels = hidden_states.unflatten(0, (-1, num_frames)).transpose(1, 2)  # [B, HW, F, C]
-            out = attn(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
-            return out.transpose(1, 2).flatten(0, 1)
+            return _attend_by_pixel(attn, hidden_states, num_frames)
         query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         out = temporal_attention(query, key, value, num_frames, attn.heads)
         for layer in attn.to_out:  # projection, dropout
@@ -191,10 +192,12 @@ class FusedTemporalBasicTransformerBlock(_TransformerBlock, TemporalBasicTransfo
             return self._add_norm(self.norm3, attended, residual)
         batch = residual.shape[0] // num_frames
         if not self._takes_shortcut(context):
-            # all frames and pixels of a batch entry share its context [B, L, D]: queries of one attention
             residual, normed = self._add_norm(self.norm2, attended, residual)
-            queries = normed.view(batch, -1, normed.shape[2])
-            attended = self.attn2(queries, encoder_hidden_states=context).view_as(normed)
+            if context.shape[0] == batch:  # shared by all frames and pixels, which are queries of one attention then
+                queries = normed.view(batch, -1, normed.shape[2])
+                attended = self.attn2(queries, encoder_hidden_states=context).view_as(normed)
+            else:
+                attended = _attend_by_pixel(self.attn2, normed, num_frames, context)
             return self._add_norm(self.norm3, attended, residual)
         rows = _one_token_attention(self.attn2, context)
         if rows.shape[0] == batch:
