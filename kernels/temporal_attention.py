@@ -142,10 +142,11 @@ class Tiling(NamedTuple):
 def choose_tiling(frames: int, head_dim: int, dtype: torch.dtype) -> Tiling:
     """The tiling the op runs with; ``frames`` is the longer of the two frame axes."""
     rows = max(16, triton.next_power_of_2(frames))
-    line = 128 // dtype.itemsize  # columns of one memory transaction; half of it where all would pad, or spill
-    columns = line if rows == 16 and -head_dim % line < line // 2 else line // 2
+    columns = 64 // dtype.itemsize  # wider blocks of more than 16 rows spill
+    if rows == 16:
+        columns = 64 if -head_dim % 64 < 32 else 32  # 64 halves are a 128-byte line; 32 where they pad less
     if dtype == torch.float32:
-        num_warps = rows // 4
+        num_warps = 4
     elif rows <= 32:
         num_warps = 1  # which never waits for another warp
     else:
