@@ -26,7 +26,7 @@ check: $(READY)
 	$(BIN)/mypy
 
 benchmarks: $(READY)
-	$(BIN)/python scripts/draw_benchmarks.py
+	$(BIN)/python scripts/draw_benchmarks.py --readme README.md
 
 # The stamp is written last, so that a set-up cut short is begun again; a second `make` installs nothing.
 $(READY): pyproject.toml constraints.txt

@@ -74,6 +74,14 @@ def assert_no_spills(asm: Mapping[str, str]) -> None:
         assert spilled and not any(spilled), f"spilled registers: {spilled}"
 
 
+def narrow_accesses(asm: Mapping[str, str]) -> list[str]:
+    """The accesses to global memory of less than 16 bytes a thread."""
+    code = asm.get("sass") or asm["amdgcn"]
+    accesses = re.findall(r"\b(?:LDG|STG|LDGSTS)\.\S+|\b(?:global|buffer)_(?:load|store)_\w+", code)
+    assert accesses
+    return [access for access in accesses if not re.search(r"\.128|x4$", access)]
+
+
 @functools.cache
 def _compiler() -> ProcessPoolExecutor:
     """One process per test session that compiles: under ``TRITON_INTERPRET=1`` even ``tl.sum`` is interpreted."""

@@ -1,0 +1,30 @@
+"""The README says what the project does: its tables are drawn from the records, its files are there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_tables_are_drawn_from_the_records() -> None:
+    command = [sys.executable, "scripts/draw_benchmarks.py", "--readme", "README.md", "--check"]
+    result = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert result.returncode == 0, f"run `make benchmarks` and commit README.md\n{result.stderr}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text())
+    missing = [link for link in links if "://" not in link and not (ROOT / link).exists()]
+    assert not missing
+
+
+def test_every_variable_is_listed() -> None:
+    variables = set(re.findall(r"VIDACCEL_[A-Z_]+", (ROOT / "vidaccel" / "config.py").read_text())) - {"VIDACCEL_"}
+    assert variables and all(f"`{name}`" in (ROOT / "README.md").read_text() for name in variables)
