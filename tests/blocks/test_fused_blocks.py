@@ -1,0 +1,57 @@
+"""The fused blocks with the Triton kernels themselves (interpreted without a GPU), inside a whole tiny UNet and VAE.
+
+Without a GPU this is the only place where convolutions run without their bias and hand it to a kernel.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import tiny_svd_pipeline
+from torch import Tensor, nn
+
+from vidaccel import patch_module
+
+FRAMES, SIDE = 2, 4  # interpreted kernels are slow
+
+
+def relative_error(out: Tensor, expected: Tensor) -> float:
+    return float((out - expected).norm() / expected.norm())
+
+
+@pytest.fixture(scope="module")
+def pipe() -> object:
+    return tiny_svd_pipeline()
+
+
+def unet_call(unet: nn.Module, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    inputs = (
+        torch.randn(1, FRAMES, 8, SIDE, SIDE, generator=generator),
+        torch.tensor(0.5),
+        torch.randn(1, 1, 32, generator=generator),
+        torch.tensor([[6.0, 127.0, 0.02]]),
+    )
+    with torch.no_grad():
+        return unet(*(x.to(device) for x in inputs)).sample
+
+
+def decode_call(vae: nn.Module, device: torch.device) -> Tensor:
+    latents = torch.randn(FRAMES, 4, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return vae.decode(latents.to(device), num_frames=FRAMES).sample
+
+
+@pytest.mark.parametrize(("part", "call"), [("unet", unet_call), ("vae", decode_call)], ids=["unet", "vae"])
+def test_with_the_kernels(pipe: object, device: torch.device, part: str, call: object) -> None:
+    model = getattr(pipe, part).to(device)
+    expected = call(model, device)
+    with patch_module(model) as report:
+        out = call(model, device)
+    ran = {site.op: site.implementations for site in report.sites if site.implementations}
+    kernels = {"group_norm_silu", "conv_epilogue"} | (
+        {"temporal_attention", "add_layer_norm", "geglu"} if part == "unet" else set()
+    )
+    assert all("triton" in ran[op] for op in kernels), ran
+    assert not report.fallbacks and not any(site.reason for site in report.sites)
+    assert relative_error(out, expected) <= 1e-5
