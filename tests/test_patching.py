@@ -162,6 +162,15 @@ def test_what_has_its_own_processor_or_hook_is_left_alone(pipe: StableVideoDiffu
     assert not any(hasattr(module, "_vidaccel") for module in pipe.unet.modules())
 
 
+def test_forward_hooks_on_a_bypassed_child_still_run(pipe: StableVideoDiffusionPipeline) -> None:
+    seen = []
+    pipe.unet.mid_block.resnets[0].spatial_res_block.norm1.register_forward_hook(lambda *_: seen.append(1))
+    report = patch_pipeline(pipe, only="unet.mid_block", self_check=False)
+    clip(pipe)
+    assert len(seen) == 2, "once for each denoising step"
+    assert any("forward hooks" in reason for _, _, reason in report.fallbacks)
+
+
 def test_a_wrong_kernel_is_found_out_and_replaced(
     pipe: StableVideoDiffusionPipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

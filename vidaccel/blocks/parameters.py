@@ -22,6 +22,8 @@ def why_unreadable(child: nn.Module, expected: type[nn.Module], x: Tensor) -> st
         return f"a {expected.__name__} was replaced by {type(child).__name__}"
     if has_hook(child):
         return f"a hook replaced the forward of a {expected.__name__} (offload or casting)"
+    if child._forward_hooks or child._forward_pre_hooks:
+        return f"a {expected.__name__} has forward hooks, which only a call of it runs"
     for parameter in (child.weight, child.bias):
         if type(parameter) is not nn.Parameter:
             return f"a {expected.__name__} has no plain weight and bias"
