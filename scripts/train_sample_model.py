@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ SIGMA_MAX = 80.0
 FPS = 7
 NOISE_AUG = 0.02
 DROP_CONDITION = 0.1
-ALIGNED_STEPS = 800  # of a new VAE, while the pull towards its teacher's latents fades out
+EAGER_STEPS = 5  # before a CUDA graph is captured
 DEFAULTS = {"min_guidance_scale": 1.0, "max_guidance_scale": 1.5, "num_inference_steps": 15}
 
 
@@ -135,6 +136,10 @@ def load_model(folder: Path) -> Model:
 
 # ------------------------------------------------------------------ training loop
 
+Batch = tuple[Tensor, ...]
+Draw = Callable[[], Batch]
+Objective = Callable[..., Tensor]
+
 LAYOUTS = {  # of the weights of 2D and of 3D convolutions
     "contiguous": (torch.contiguous_format, torch.contiguous_format),
     "channels_last": (torch.channels_last, torch.contiguous_format),
@@ -148,7 +153,7 @@ def set_layout(module: nn.Module, layout: str) -> None:
             parameter.data = parameter.data.contiguous(memory_format=LAYOUTS[layout][parameter.dim() - 4])
 
 
-def fastest_layout(modules: Sequence[nn.Module], loss_of_batch: Callable[[], Tensor]) -> str:
+def fastest_layout(modules: Sequence[nn.Module], draw: Draw, loss_of: Objective) -> str:
     """Which layout is fast depends on the shapes and on cuDNN's version: try a few steps of each."""
     seconds = {}
     for layout in LAYOUTS:
@@ -159,7 +164,7 @@ def fastest_layout(modules: Sequence[nn.Module], loss_of_batch: Callable[[], Ten
                 torch.cuda.synchronize()
                 start = time.monotonic()
             with torch.autocast("cuda", torch.bfloat16):
-                loss = loss_of_batch()
+                loss = loss_of(*draw())
             loss.backward()
             for module in modules:
                 module.zero_grad(set_to_none=True)
@@ -187,6 +192,52 @@ class Ema:
     @torch.no_grad()
     def apply(self) -> None:
         torch._foreach_copy_(self.live, self.average)
+
+
+class Gradients:
+    """Loss and gradients of a batch; on a GPU replayed as a CUDA graph.
+
+    The networks are so small that launching their kernels one by one takes longer than running them.
+    """
+
+    def __init__(self, loss_of: Objective, parameters: list[nn.Parameter], device: torch.device) -> None:
+        self.loss_of = loss_of
+        self.parameters = parameters
+        self.device = device
+        self.calls = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.batch: Batch = ()
+        self.loss = torch.zeros(())
+
+    def __call__(self, *batch: Tensor) -> Tensor:
+        """The loss, before the weights change; gradients are in the parameters."""
+        self.calls += 1
+        if self.device.type != "cuda" or self.calls <= EAGER_STEPS:  # cuDNN is still choosing
+            return self._run(*batch)
+        if self.graph is None:
+            self._capture(batch)
+        for static, fresh in zip(self.batch, batch, strict=True):
+            static.copy_(fresh)
+        self.graph.replay()
+        return self.loss
+
+    def _capture(self, batch: Batch) -> None:
+        self.batch = tuple(part.clone() for part in batch)
+        self._forget()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+            self.loss = self._run(*self.batch)
+
+    def _forget(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def _run(self, *batch: Tensor) -> Tensor:
+        self._forget()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            loss = self.loss_of(*batch)
+        loss.backward()
+        return loss.detach()
 
 
 class Interrupted:
@@ -223,7 +274,8 @@ def learning_rate(progress: float, peak: float, warm_up: float = 0.03, floor: fl
 def fit(
     name: str,
     modules: Sequence[nn.Module],
-    loss_of_batch: Callable[[], Tensor],
+    draw: Draw,
+    loss_of: Objective,
     *,
     minutes: float,
     peak: float,
@@ -232,16 +284,17 @@ def fit(
     stop: Interrupted,
     max_steps: int | None,
 ) -> dict[str, Any]:
-    """Train `modules` for `minutes`, leave the averaged weights in them, and return what happened."""
+    """Train `modules` on `loss_of(*draw())` for `minutes`, leave the averaged weights in them, say what happened."""
     parameters = [parameter for module in modules for parameter in module.parameters()]
     for module in modules:
         module.train().requires_grad_(True)
     if layout == "auto":
-        layout = fastest_layout(modules, loss_of_batch) if device.type == "cuda" else "contiguous"
+        layout = fastest_layout(modules, draw, loss_of) if device.type == "cuda" else "contiguous"
     for module in modules:
         set_layout(module, layout)
     optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     ema = Ema(parameters)
+    gradients = Gradients(loss_of, parameters, device)
     start = last_log = time.monotonic()
     seconds = 60 * minutes
     smooth = torch.zeros((), device=device)
@@ -249,16 +302,13 @@ def fit(
     while not stop and (elapsed := time.monotonic() - start) < seconds and ema.steps != max_steps:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(elapsed / seconds, peak)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = loss_of_batch()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss = gradients(*draw())
         norm = nn.utils.clip_grad_norm_(parameters, 1.0)
         # The fused step leaves the weights alone when this is set; asking `norm` itself would wait for the device.
         optimizer.found_inf = (~norm.isfinite()).float()
         optimizer.step()
         ema.update()
-        smooth.lerp_(loss.detach().nan_to_num(), 1 / min(ema.steps, 50))
+        smooth.lerp_(loss.nan_to_num(), 1 / min(ema.steps, 50))
         bar.update()
         if time.monotonic() - last_log > 20 or ema.steps == 10:
             last_log = time.monotonic()
@@ -293,8 +343,7 @@ def vae_objective(vae: AutoencoderKLTemporalDecoder, clips: Tensor, kl_weight: f
     L2 settles large areas, the differences keep edges sharp and still parts still. The KL term keeps the latents near
     unit scale, and the noise it leaves in them teaches the decoder to bear the small errors of a diffusion model.
     """
-    with torch.set_grad_enabled(vae.encoder.conv_in.weight.requires_grad):
-        posterior = vae.encode(clips.flatten(0, 1)).latent_dist
+    posterior = vae.encode(clips.flatten(0, 1)).latent_dist
     error = vae.decode(posterior.sample(), num_frames=clips.shape[1]).sample.float().view_as(clips) - clips
     edges = sum(error.diff(dim=dim).abs().mean() for dim in (1, 3, 4))
     mean, variance = posterior.mean.float(), posterior.var.float()
@@ -311,47 +360,30 @@ def cut(clips: Tensor, size: int, frames: int) -> Tensor:
     return clips[:, first : first + frames, :, y : y + size, x : x + size]
 
 
-def train_vae(
-    vae: AutoencoderKLTemporalDecoder,
-    teacher: AutoencoderKLTemporalDecoder | None,
-    args: argparse.Namespace,
-    **common: Any,
-) -> dict[str, Any]:
-    """On small windows, where a step is cheap, then a while on whole frames, where attention and norms see it all.
-
-    A new VAE beside a UNet that exists is first drawn towards the latents of the ``teacher``, the VAE it replaces.
-    """
+def train_vae(vae: AutoencoderKLTemporalDecoder, args: argparse.Namespace, **common: Any) -> dict[str, Any]:
+    """On small windows, where a step is cheap, then a while on whole frames, where attention and norms see it all."""
     stream = endless_clips(args.block, args.size, common["device"], args.seed)
-    queue: list[Tensor] = []
-    pull = 0.3 if teacher else 0.0
 
-    def loss_of(size: int, frames: int, passes: int) -> Callable[[], Tensor]:
-        def loss_of_batch() -> Tensor:
-            nonlocal pull
+    def draw_from(queue: list[Tensor], size: int, passes: int) -> Draw:
+        def draw() -> Batch:
             if not queue:
                 block, _ = next(stream)
                 for _ in range(passes):
-                    queue.extend(block[torch.randperm(len(block)).to(block.device)].split(args.batch_vae))
-            clips = cut(queue.pop(), size, frames)
-            loss = vae_objective(vae, clips)
-            if teacher and pull > 0:
-                images = clips.flatten(0, 1)
-                target = encode(teacher, images) * teacher.config.scaling_factor
-                loss = loss + pull * F.mse_loss(vae.encode(images).latent_dist.mean.float(), target)
-                pull -= 0.3 / ALIGNED_STEPS
-            return loss
+                    whole_batches = len(block) // args.batch_vae * args.batch_vae
+                    queue.extend(
+                        block[torch.randperm(len(block))[:whole_batches].to(block.device)].split(args.batch_vae)
+                    )
+            return (cut(queue.pop(), size, args.window_frames),)
 
-        return loss_of_batch
+        return draw
 
-    learners = [vae.decoder] if args.decoder_only else [vae]
+    objective = partial(vae_objective, vae)
     spans = {"minutes": 0.7 * args.minutes_vae, "peak": args.lr_vae}
-    windows = fit("vae, windows", learners, loss_of(args.size // 2, args.window_frames, 4), **spans, **common)
-    queue.clear()
+    windows = fit("vae, windows", [vae], draw_from([], args.size // 2, 4), objective, **spans, **common)
     spans = {"minutes": 0.3 * args.minutes_vae, "peak": 0.3 * args.lr_vae}
-    facts = fit("vae", learners, loss_of(args.size, args.window_frames, 2), **spans, **common)
-    if not args.decoder_only:
-        latents = encode(vae, next(stream)[0][:128].flatten(0, 1))
-        vae.register_to_config(scaling_factor=round(1 / latents.float().std().item(), 5))
+    facts = fit("vae", [vae], draw_from([], args.size, 2), objective, **spans, **common)
+    latents = encode(vae, next(stream)[0][:128].flatten(0, 1))
+    vae.register_to_config(scaling_factor=round(1 / latents.float().std().item(), 5))
     return facts | {"window_steps": windows["steps"], "minutes": windows["minutes"] + facts["minutes"]}
 
 
@@ -383,7 +415,7 @@ class Pool:
         self.blocks[self.turn % len(self.blocks)] = self._next()
         self.turn += 1
 
-    def sample(self, count: int) -> list[Tensor]:
+    def sample(self, count: int) -> Batch:
         """Scaled latents `[B, F, C, h, w]`, first frames `[B, 3, H, W]`, the same for CLIP, buckets `[B]`."""
         device = self.blocks[0][0].device
         share = -(-count // len(self.blocks))
@@ -391,7 +423,7 @@ class Pool:
         for block in self.blocks:
             pick = torch.randint(len(block[0]), (share,), device=device)
             picked.append([part[pick] for part in block])
-        return [torch.cat(parts)[:count].float() for parts in zip(*picked, strict=True)]
+        return tuple(torch.cat(parts)[:count].float() for parts in zip(*picked, strict=True))
 
 
 def draw_sigmas(count: int, device: torch.device, mean: float = 0.5, std: float = 1.6) -> Tensor:
@@ -441,15 +473,16 @@ def train_unet(model: Model, args: argparse.Namespace, **common: Any) -> dict[st
     pool = Pool(model.vae, stream, args.pool_blocks)
     steps = 0
 
-    def loss_of_batch() -> Tensor:
+    def draw() -> Batch:
         nonlocal steps
         steps += 1
         if steps % args.refresh_every == 0:
             pool.refresh()
-        return unet_objective(model, *pool.sample(args.batch_unet))
+        return pool.sample(args.batch_unet)
 
     modules = [model.unet, model.image_encoder]
-    return fit("unet", modules, loss_of_batch, minutes=args.minutes_unet, peak=args.lr_unet, **common)
+    spans = {"minutes": args.minutes_unet, "peak": args.lr_unet}
+    return fit("unet", modules, draw, partial(unet_objective, model), **spans, **common)
 
 
 # ------------------------------------------------------------------ export
@@ -725,9 +758,10 @@ The motion bucket sets the speed (mean absolute difference of successive frames,
 For examples, tests and timings of code that runs Stable Video Diffusion, where the pictures must show whether the code
 is right. It knows the kinds of scenes listed above, at {SIZE} x {SIZE} pixels and {FRAMES} frames, in our drawing
 style; it makes nothing sensible of photographs, of other sizes or of longer clips. Minutes of training leave their
-marks: edges are soft, colours drift, and fast or small things (a planet, a ball's stripes) smear towards the end of a
-clip, where the VAE's own reconstruction of the true clip is the ceiling. The image noise was trained between
-{NOISE_AUG / 2} and {NOISE_AUG * 2}; the frame rate is ignored. It is no measure of the quality of SVD itself.
+marks: things go where they should, but what turns or moves fast (a planet, a fin, a ball's stripes) smears in colour
+and leaves a faint trail; the VAE's own reconstruction of the true clip is the ceiling. The image noise was
+trained between {NOISE_AUG / 2} and {NOISE_AUG * 2}; the frame rate is ignored. It is no measure of the quality of SVD
+itself.
 
 Apache-2.0.
 """
@@ -749,25 +783,18 @@ def train(args: argparse.Namespace, device: torch.device) -> bool:
     """Both phases, then the export, whatever has come in between. Returns whether all of it was done."""
     torch.manual_seed(args.seed)
     model = load_model(args.init_from) if args.init_from else new_model()
-    teacher = model.vae if args.new_vae else None
-    if teacher:
-        teacher.to(device).requires_grad_(False)
-        model.vae = new_model().vae
     for module in model.modules():
         module.to(device).requires_grad_(False)
-    if args.compile:
-        for module in (model.vae.encoder, model.vae.decoder, model.unet):
-            module.compile()
     training: dict[str, Any] = {"device": device_name(device), "torch": torch.__version__, "seed": args.seed}
     if args.init_from:
         training["before"] = json.loads((args.init_from / "metrics.json").read_text())["training"]
-        if args.new_vae:
-            del training["before"]["vae"]
     with Interrupted() as stop:
         common = {"layout": args.layout, "device": device, "stop": stop, "max_steps": args.max_steps}
         try:
+            if device.type == "cuda":  # a CUDA graph cannot be captured on the default stream
+                torch.cuda.set_stream(torch.cuda.Stream(device))
             if args.minutes_vae > 0:
-                training["vae"] = train_vae(model.vae, teacher, args, **common) | {"batch": args.batch_vae}
+                training["vae"] = train_vae(model.vae, args, **common) | {"batch": args.batch_vae}
             if args.minutes_unet > 0 and not stop:
                 training["unet"] = train_unet(model, args, **common) | {"batch": args.batch_unet}
         finally:
@@ -779,14 +806,14 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes-vae", type=float, default=2.3, help="wall-clock budget; the schedule follows it")
     parser.add_argument("--minutes-unet", type=float, default=4.7, help="wall-clock budget; the schedule follows it")
-    parser.add_argument("--batch-vae", type=int, default=6, help="clips per step")
+    parser.add_argument("--batch-vae", type=int, default=8, help="clips per step")
     parser.add_argument("--window-frames", type=int, default=8, help="frames of a clip that a VAE step sees")
     parser.add_argument("--batch-unet", type=int, default=32, help="clips per step")
     parser.add_argument("--lr-vae", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--lr-unet", type=float, default=1e-3, help="peak learning rate")
-    parser.add_argument("--block", type=int, default=320, help="clips drawn at a time")
-    parser.add_argument("--pool-blocks", type=int, default=8, help="blocks of encoded clips to choose from")
-    parser.add_argument("--refresh-every", type=int, default=25, help="UNet steps between new blocks")
+    parser.add_argument("--block", type=int, default=640, help="clips drawn at a time")
+    parser.add_argument("--pool-blocks", type=int, default=6, help="blocks of encoded clips to choose from")
+    parser.add_argument("--refresh-every", type=int, default=80, help="UNet steps between new blocks")
     parser.add_argument("--size", type=int, default=SIZE, help="pixels; other sizes only to try things out")
     parser.add_argument("--max-steps", type=int, help="end each phase early")
     parser.add_argument("--eval-scenes", type=int, help="held-out scenes (default: 80, on a CPU 8)")
@@ -794,11 +821,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=REPOSITORY / "samples" / "models" / "svd-tiny-scenes")
     parser.add_argument("--init-from", type=Path, metavar="DIR", help="continue from an exported model")
-    parser.add_argument("--new-vae", action="store_true", help="with --init-from: all but the VAE, which starts anew")
-    parser.add_argument("--decoder-only", action="store_true", help="of the VAE: latents, and so the UNet, stay valid")
     parser.add_argument("--no-sweep", action="store_true", help="keep the stored guidance and number of steps")
     parser.add_argument("--layout", choices=("auto", *LAYOUTS), default="auto", help="of convolution weights")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
     parser.add_argument("--evaluate-only", action="store_true", help="measure the model in --out")
     parser.add_argument("--write-images", type=Path, metavar="DIR", help="also write held-out first frames")
     parser.add_argument("--smoke", action="store_true", help="a few tiny steps into a temporary folder")
