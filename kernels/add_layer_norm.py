@@ -3,6 +3,9 @@
     z[b, s, c] = row[b, c] + (x[b, s, c] + residual[b, s, c])        (either addend may be left out)
     y[b, s, c] = (z[b, s, c] - mean[b, s]) / sqrt(var[b, s] + eps) * weight[c] + bias[c]
 
+The row may instead join the residual first, ``z = x + (row + residual)``, or only what is normed, ``norm(row + z)``:
+the sum of a temporal block's input and its frame embedding is normed, and is a residual later, but is never stored.
+
 Rows ``[B, S, C]``. A row is read once and stays in registers, so the statistics are plain two-pass ones in float32.
 Each sum is rounded to the input dtype where eager PyTorch stores it, before the statistics: z has eager's bits.
 Fidelity: math-exact. Bound by memory: reads x (and residual), writes y (and z); with both addends eager makes 7 such
@@ -11,7 +14,7 @@ passes, this op 4.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,18 +24,29 @@ from torch import Tensor
 
 from vidaccel.kernels.dispatch import choose, tensors_problem
 
-__all__ = ["add_layer_norm", "add_layer_norm_ref"]
+__all__ = ["RowTo", "add_layer_norm", "add_layer_norm_ref"]
+
+RowTo = Literal["sum", "residual", "norm"]
 
 
 def add_layer_norm_ref(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, residual: Tensor | None = None, row: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    row: Tensor | None = None,
+    row_to: RowTo = "sum",
 ) -> tuple[Tensor, Tensor]:
     """The specification. Pass float64 inputs for gold values."""
+    if row is not None and residual is not None and row_to == "residual":
+        residual, row = row + residual, None
     if residual is not None:
         x = x + residual
-    if row is not None:
-        x = row + x
-    return x, F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
+    normed = x if row is None else row + x
+    y = F.layer_norm(normed, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
+    return x if row_to == "norm" else normed, y
 
 
 @triton.jit(do_not_specialize=["rows", "sample_rows"])
@@ -40,7 +54,7 @@ def _add_layer_norm_kernel(
     x_ptr, residual_ptr, row_ptr, weight_ptr, bias_ptr, z_ptr, y_ptr,
     rows, sample_rows, channels,
     eps,
-    HAS_RESIDUAL: tl.constexpr, HAS_ROW: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_ROW: tl.constexpr, ROW_TO: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     dtype = y_ptr.dtype.element_ty
@@ -54,15 +68,20 @@ def _add_layer_norm_kernel(
         mask = (offs_m < rows)[:, None] & mask_c[None, :]
         offs = offs_m.to(tl.int64)[:, None] * channels + offs_c[None, :]
         z = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_C]
-        if HAS_RESIDUAL:
-            z += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-            z = z.to(dtype).to(tl.float32)
         if HAS_ROW:
             sample = (offs_m // sample_rows).to(tl.int64)
-            z += tl.load(row_ptr + sample[:, None] * channels + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
-            z = z.to(dtype).to(tl.float32)
-        if HAS_RESIDUAL or HAS_ROW:
+            row = tl.load(row_ptr + sample[:, None] * channels + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
+        if HAS_RESIDUAL:
+            residual = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+            if HAS_ROW and ROW_TO == "residual":
+                residual = (row + residual).to(dtype).to(tl.float32)
+            z = (z + residual).to(dtype).to(tl.float32)
+        if HAS_ROW and ROW_TO == "sum":
+            z = (row + z).to(dtype).to(tl.float32)
+        if HAS_RESIDUAL or (HAS_ROW and ROW_TO == "sum"):
             tl.store(z_ptr + offs, z, mask=mask)
+        if HAS_ROW and ROW_TO == "norm":
+            z = (row + z).to(dtype).to(tl.float32)
 
         mean = tl.sum(z, axis=1) / channels
         centred = tl.where(mask_c[None, :], z - mean[:, None], 0.0)
@@ -106,15 +125,16 @@ def _launch(
     eps: float,
     residual: Tensor | None,
     row: Tensor | None,
+    row_to: str = "sum",
     *,
     tiling: _Tiling | None = None,
     stages: int | None = None,
 ) -> list[Tensor]:
-    """``[z, y]``, or only ``[y]`` when nothing is added: a custom op may not return its input.
+    """``[z, y]``, or only ``[y]`` when z is x: a custom op may not return its input.
 
     ``stages - 1`` tiles are fetched ahead of the one being worked on.
     """
-    outputs = _empty_outputs(x, residual, row)
+    outputs = _empty_outputs(x, residual, row, row_to)
     samples, sample_rows, channels = x.shape
     block_c = triton.next_power_of_2(channels)
     block_m, programs, num_warps = tiling or _tiling(block_c, x.itemsize)
@@ -125,7 +145,7 @@ def _launch(
             outputs[0], outputs[-1],
             rows, sample_rows, channels,
             eps,
-            HAS_RESIDUAL=residual is not None, HAS_ROW=row is not None,
+            HAS_RESIDUAL=residual is not None, HAS_ROW=row is not None, ROW_TO=row_to,
             BLOCK_M=block_m, BLOCK_C=block_c, STAGES=stages or _stages(residual is not None, row is not None),
             num_warps=num_warps,
         )  # fmt: skip
@@ -136,21 +156,23 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _empty_outputs(x: Tensor, residual: Tensor | None, row: Tensor | None) -> list[Tensor]:
-    outputs = 1 if residual is None and row is None else 2
+def _empty_outputs(x: Tensor, residual: Tensor | None, row: Tensor | None, row_to: str) -> list[Tensor]:
+    outputs = 1 if residual is None and (row is None or row_to == "norm") else 2
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(outputs)]
 
 
 @torch.library.custom_op("vidaccel::add_layer_norm", mutates_args=())
 def _add_layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None, row: Tensor | None
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None, row: Tensor | None, row_to: str
 ) -> list[Tensor]:
-    return _launch(x, weight, bias, eps, residual, row)
+    return _launch(x, weight, bias, eps, residual, row, row_to)
 
 
 @_add_layer_norm.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None, row: Tensor | None) -> list[Tensor]:
-    return _empty_outputs(x, residual, row)
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None, row: Tensor | None, row_to: str
+) -> list[Tensor]:
+    return _empty_outputs(x, residual, row, row_to)
 
 
 def _problem(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, row: Tensor | None) -> str | None:
@@ -162,7 +184,9 @@ def _problem(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, r
     return tensors_problem(x, weight, bias, residual, row)
 
 
-def _validate(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, row: Tensor | None) -> None:
+def _validate(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, row: Tensor | None, row_to: str
+) -> None:
     if x.ndim != 3:
         raise ValueError(f"add_layer_norm: x must be [B, S, C], got {tuple(x.shape)}")
     samples, _, channels = x.shape
@@ -174,6 +198,10 @@ def _validate(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, 
         raise ValueError(f"add_layer_norm: residual must be {tuple(x.shape)}, as x is, got {tuple(residual.shape)}")
     if row is not None and row.shape != (samples, 1, channels):
         raise ValueError(f"add_layer_norm: row must be [{samples}, 1, {channels}], got {tuple(row.shape)}")
+    if row_to not in get_args(RowTo):
+        raise ValueError(f"add_layer_norm: row_to must be 'sum', 'residual' or 'norm', got {row_to!r}")
+    if row_to == "residual" and residual is None:
+        raise ValueError("add_layer_norm: row_to='residual' needs a residual")
 
 
 def add_layer_norm(
@@ -184,6 +212,7 @@ def add_layer_norm(
     *,
     residual: Tensor | None = None,
     row: Tensor | None = None,
+    row_to: RowTo = "sum",
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``z = row + (x + residual)`` and ``F.layer_norm(z, [C], weight, bias, eps)``.
@@ -196,18 +225,21 @@ def add_layer_norm(
         residual: ``[B, S, C]``; None adds nothing.
         row: ``[B, 1, C]``, added to every row of its sample (a frame's embedding, a one-token attention); None adds
             nothing.
+        row_to: What the row joins: the ``"sum"``, as above; the ``"residual"`` before it joins the sum,
+            ``z = x + (row + residual)``; or only what is normed, ``"norm"``: ``z = x + residual``, norm of ``row + z``.
         impl: ``"triton"`` or ``"torch"``; None lets ``vidaccel.kernels.dispatch`` choose.
 
     Returns:
-        z and the norm of z, both ``[B, S, C]`` in ``x.dtype``; z is ``x`` itself when there is nothing to add.
+        z and the norm, both ``[B, S, C]`` in ``x.dtype``; z is ``x`` itself when nothing is added to it.
 
     Raises:
-        ValueError: ``x`` is not 3-D; another argument has another shape; ``impl`` cannot run here.
+        ValueError: ``x`` is not 3-D; another argument has another shape; ``row_to`` is unknown or wants a residual
+            that is not there; ``impl`` cannot run here.
     """
-    _validate(x, weight, bias, residual, row)
+    _validate(x, weight, bias, residual, row, row_to)
     chosen = choose("add_layer_norm", x, impl, _problem(x, weight, bias, residual, row))
     if chosen == "torch" or x.numel() == 0:
-        return add_layer_norm_ref(x, weight, bias, eps, residual=residual, row=row)
+        return add_layer_norm_ref(x, weight, bias, eps, residual=residual, row=row, row_to=row_to)
     run = _add_layer_norm if torch.compiler.is_compiling() else _launch
-    outputs = run(x, weight, bias, eps, residual, row)
+    outputs = run(x, weight, bias, eps, residual, row, row_to)
     return (outputs[0] if len(outputs) == 2 else x), outputs[-1]

@@ -38,6 +38,11 @@ ADDENDS = [
     pytest.param(False, True, id="row"),
     pytest.param(True, True, id="residual-row"),
 ]
+ROW_TO = [
+    pytest.param(True, "residual", id="row-to-residual"),
+    pytest.param(True, "norm", id="residual-row-to-norm"),
+    pytest.param(False, "norm", id="row-to-norm"),
+]
 
 
 def draw(
@@ -63,13 +68,19 @@ def draw(
 
 
 def assert_matches_reference(
-    out: tuple[Tensor, Tensor], x: Tensor, weight: Tensor, bias: Tensor, addends: Mapping[str, Tensor]
+    out: tuple[Tensor, Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    addends: Mapping[str, Tensor],
+    row_to: op.RowTo = "sum",
 ) -> None:
     z, y = out
-    eager_z, eager_y = add_layer_norm_ref(x, weight, bias, EPS, **addends)
+    eager_z, eager_y = add_layer_norm_ref(x, weight, bias, EPS, **addends, row_to=row_to)
     assert torch.equal(z, eager_z)
-    # the norm is judged on the z that both saw: the rounding of z would swamp the errors of the norm itself
-    gold = F.layer_norm(z.double(), z.shape[-1:], weight.double(), bias.double(), EPS)
+    # the norm is judged on the sum that both saw: its rounding would swamp the errors of the norm itself
+    normed = addends["row"] + z if row_to == "norm" else z
+    gold = F.layer_norm(normed.double(), z.shape[-1:], weight.double(), bias.double(), EPS)
     assert_close_to_gold(y, gold, eager_y)
 
 
@@ -83,6 +94,16 @@ def test_matches_reference(
     x, weight, bias, addends = draw(shape, dtype, device, residual=residual, row=row, centre=centre)
     out = add_layer_norm(x, weight, bias, EPS, **addends, impl="triton")
     assert_matches_reference(out, x, weight, bias, addends)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("residual", "row_to"), ROW_TO)
+def test_row_joins_what_it_is_told_to(
+    residual: bool, row_to: op.RowTo, dtype: torch.dtype, device: torch.device
+) -> None:
+    x, weight, bias, addends = draw((3, 5, 320), dtype, device, residual=residual, centre=3.0)
+    out = add_layer_norm(x, weight, bias, EPS, **addends, row_to=row_to, impl="triton")
+    assert_matches_reference(out, x, weight, bias, addends, row_to)
 
 
 def test_reference_is_add_then_norm_in_float64(device: torch.device) -> None:
@@ -181,6 +202,8 @@ def test_unserved_input_runs_in_torch(
         ({"residual": torch.ones(2, 1, 32)}, r"residual must be \(2, 3, 32\), as x is, got \(2, 1, 32\)"),
         ({"row": torch.ones(1, 1, 32)}, r"row must be \[2, 1, 32\], got \(1, 1, 32\)"),
         ({"row": torch.ones(2, 32)}, r"row must be \[2, 1, 32\], got \(2, 32\)"),
+        ({"row_to": "x"}, r"row_to must be 'sum', 'residual' or 'norm', got 'x'"),
+        ({"row_to": "residual"}, r"row_to='residual' needs a residual"),
         ({"impl": "cuda"}, r"impl must be 'triton' or 'torch', got 'cuda'"),
     ],
 )
@@ -194,8 +217,9 @@ def test_rejects(change: dict[str, object], message: str) -> None:
 def test_registration(residual: bool, row: bool, device: torch.device) -> None:
     x, weight, bias, addends = draw((2, 5, 42), torch.float32, device, residual=residual, row=row)
     for laid_out in (x, x.mT.contiguous().mT):
-        arguments = (laid_out, weight, bias, EPS, addends.get("residual"), addends.get("row"))
-        torch.library.opcheck(op._add_layer_norm, arguments)
+        for row_to in ("sum", "norm"):
+            arguments = (laid_out, weight, bias, EPS, addends.get("residual"), addends.get("row"), row_to)
+            torch.library.opcheck(op._add_layer_norm, arguments)
 
 
 @pytest.mark.parametrize(("residual", "row"), ADDENDS)
@@ -227,7 +251,7 @@ def test_accesses_are_16_bytes_wide_and_prefetched(target: str, channels: int, r
         },
         {
             **dict.fromkeys(absent),
-            **{"HAS_RESIDUAL": residual, "HAS_ROW": row},
+            **{"HAS_RESIDUAL": residual, "HAS_ROW": row, "ROW_TO": "sum"},
             **{"BLOCK_M": tiling.block_m, "BLOCK_C": block_c, "STAGES": op._stages(residual, row)},
         },
         num_warps=tiling.num_warps,
@@ -248,6 +272,17 @@ def test_real_shapes(
     x, weight, bias, addends = draw(shape, dtype, device, residual=residual, row=row, centre=3.0)
     out = add_layer_norm(x, weight, bias, EPS, **addends, impl="triton")
     assert_matches_reference(out, x, weight, bias, addends)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", REAL_SHAPES)
+@pytest.mark.parametrize(("residual", "row_to"), ROW_TO)
+def test_row_joins_what_it_is_told_to_at_real_shapes(
+    shape: tuple[int, int, int], residual: bool, row_to: op.RowTo, device: torch.device
+) -> None:
+    x, weight, bias, addends = draw(shape, torch.float16, device, residual=residual, centre=3.0)
+    out = add_layer_norm(x, weight, bias, EPS, **addends, row_to=row_to, impl="triton")
+    assert_matches_reference(out, x, weight, bias, addends, row_to)
 
 
 @pytest.mark.gpu

@@ -42,11 +42,14 @@ def assert_matches_reference(
     mix_factor: Tensor,
     image_only: Tensor | None,
     *,
+    residual: Tensor | None = None,
     spatial_is_second: bool = False,
 ) -> None:
     wide = (spatial.double(), temporal.double(), mix_factor.double())
-    gold = alpha_blend_ref(*wide, image_only, spatial_is_second=spatial_is_second)
-    eager = alpha_blend_ref(spatial, temporal, mix_factor, image_only, spatial_is_second=spatial_is_second)
+    wide_residual = None if residual is None else residual.double()
+    gold = alpha_blend_ref(*wide, image_only, residual=wide_residual, spatial_is_second=spatial_is_second)
+    narrow = (spatial, temporal, mix_factor)
+    eager = alpha_blend_ref(*narrow, image_only, residual=residual, spatial_is_second=spatial_is_second)
     assert_close_to_gold(out, gold, eager)
 
 
@@ -64,10 +67,21 @@ def test_matches_reference(
     assert out.stride() == spatial.stride()
 
 
-def test_has_the_bits_of_eager(device: torch.device) -> None:
+@pytest.mark.parametrize("with_residual", [False, True], ids=["no-residual", "residual"])
+def test_has_the_bits_of_eager(with_residual: bool, device: torch.device) -> None:
     spatial, temporal, mix_factor, image_only = draw((2, 32, 3, 5, 7), torch.float16, device)
-    out = alpha_blend(spatial, temporal, mix_factor, image_only, impl="triton")
-    assert torch.equal(out, alpha_blend_ref(spatial, temporal, mix_factor, image_only))
+    residual = torch.randn_like(temporal) if with_residual else None
+    out = alpha_blend(spatial, temporal, mix_factor, image_only, residual=residual, impl="triton")
+    assert torch.equal(out, alpha_blend_ref(spatial, temporal, mix_factor, image_only, residual=residual))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_residual_joins_the_temporal_branch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    spatial, temporal, mix_factor, image_only = draw(shape, dtype, device)
+    residual = 3 * torch.randn_like(temporal)
+    out = alpha_blend(spatial, temporal, mix_factor, image_only, residual=residual, impl="triton")
+    assert_matches_reference(out, spatial, temporal, mix_factor, image_only, residual=residual)
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 3, 5, 7), (6, 35, 24)], ids=["5d", "rows"])
@@ -96,8 +110,8 @@ def test_empty_input(shape: tuple[int, ...], device: torch.device) -> None:
     ("change", "reason"),
     [
         (lambda s, t, m: (s.double(), t.double(), m), "x is torch.float64"),
-        (lambda s, t, m: (s, t.half(), m), "differ in dtype: torch.float32, torch.float16"),
-        (lambda s, t, m: (s, t.contiguous(), m), "differ in strides"),
+        (lambda s, t, m: (s, t.half(), m), "temporal differs from spatial in dtype: torch.float16, torch.float32"),
+        (lambda s, t, m: (s, t.contiguous(), m), "temporal differs from spatial in strides"),
         (lambda s, t, m: (s.contiguous(), t.contiguous(), m), "frames are not dense runs of memory"),
         (lambda s, t, m: (s, t, m.requires_grad_()), "no backward pass"),
     ],
@@ -118,6 +132,7 @@ def test_unserved_input_runs_in_torch(change: object, reason: str, device: torch
     ("change", "message"),
     [
         ({"temporal": torch.ones(2, 4, 3, 2, 1)}, r"branches differ in shape: \(2, 4, 3, 2, 2\), \(2, 4, 3, 2, 1\)"),
+        ({"residual": torch.ones(2, 4, 3, 2, 1)}, r"residual must be \(2, 4, 3, 2, 2\), got \(2, 4, 3, 2, 1\)"),
         ({"image_only": torch.ones(1, 3)}, r"image_only is \(1, 3\), expected 6 entries"),
         (
             {"spatial": torch.ones(6, 4, 2, 2), "temporal": torch.ones(6, 4, 2, 2), "image_only": torch.ones(2, 3)},
@@ -135,8 +150,10 @@ def test_rejects(change: dict[str, object], message: str) -> None:
 @pytest.mark.parametrize("shape", [(2, 6, 3, 5, 7), (6, 35, 24)], ids=["5d", "rows"])
 @pytest.mark.parametrize("stills", [True, False], ids=["image-only", "no-image-only"])
 def test_registration(shape: tuple[int, ...], stills: bool, device: torch.device) -> None:
-    *tensors, image_only = draw(shape, torch.float32, device)
-    torch.library.opcheck(op._alpha_blend, (*tensors, image_only if stills else None, False))
+    spatial, temporal, mix_factor, image_only = draw(shape, torch.float32, device)
+    for residual in (None, torch.randn_like(temporal)):
+        arguments = (spatial, temporal, residual, mix_factor, image_only if stills else None, False)
+        torch.library.opcheck(op._alpha_blend, arguments)
 
 
 @pytest.mark.parametrize("stills", [True, False], ids=["image-only", "no-image-only"])
@@ -152,12 +169,12 @@ def test_compiles_fullgraph(stills: bool, device: torch.device) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_accesses_are_16_bytes_wide(target: str) -> None:
-    pointers = ("spatial_ptr", "temporal_ptr", "mix_factor_ptr", "image_only_ptr", "out_ptr")
+    pointers = ("spatial_ptr", "temporal_ptr", "residual_ptr", "mix_factor_ptr", "image_only_ptr", "out_ptr")
     asm = compile_for(
         target,
         op._alpha_blend_kernel,
         {**dict.fromkeys(pointers, "*fp16:16"), "frame_size": "i32:16"},
-        {"HAS_IMAGE_ONLY": True, "SPATIAL_IS_SECOND": False, "BLOCK": op.BLOCK},
+        {"HAS_RESIDUAL": True, "HAS_IMAGE_ONLY": True, "SPATIAL_IS_SECOND": False, "BLOCK": op.BLOCK},
         num_warps=op.NUM_WARPS,
     )
     assert_no_spills(asm)
@@ -169,8 +186,9 @@ def test_accesses_are_16_bytes_wide(target: str) -> None:
 @pytest.mark.parametrize("shape", [(2, 320, 14, 72, 128), (28, 9216, 320)], ids=["svd-5d", "svd-rows"])
 def test_real_shapes(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     spatial, temporal, mix_factor, image_only = draw(shape, dtype, device)
-    out = alpha_blend(spatial, temporal, mix_factor, image_only, impl="triton")
-    assert_matches_reference(out, spatial, temporal, mix_factor, image_only)
+    for residual in (None, torch.randn_like(temporal)):
+        out = alpha_blend(spatial, temporal, mix_factor, image_only, residual=residual, impl="triton")
+        assert_matches_reference(out, spatial, temporal, mix_factor, image_only, residual=residual)
 
 
 @pytest.mark.gpu
