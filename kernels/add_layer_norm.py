@@ -1,15 +1,15 @@
-"""LayerNorm and the additions before it, in one pass over rows of channels.
+"""LayerNorm and the additions before and after it, in one pass over rows of channels.
 
-    z[b, s, c] = row[b, c] + (x[b, s, c] + residual[b, s, c])        (either addend may be left out)
-    y[b, s, c] = (z[b, s, c] - mean[b, s]) / sqrt(var[b, s] + eps) * weight[c] + bias[c]
+    z[b, s, c] = row[b, c] + (x[b, s, c] + residual[b, s, c])
+    y[b, s, c] = (z[b, s, c] - mean[b, s]) / sqrt(var[b, s] + eps) * weight[c] + bias[c] + position[b % T, c]
 
 The row may instead join the residual first, ``z = x + (row + residual)``, or only what is normed, ``norm(row + z)``:
 the sum of a temporal block's input and its frame embedding is normed, and is a residual later, but is never stored.
 
-Rows ``[B, S, C]``. A row is read once and stays in registers, so the statistics are plain two-pass ones in float32.
-Each sum is rounded to the input dtype where eager PyTorch stores it, before the statistics: z has eager's bits.
-Fidelity: math-exact. Bound by memory: reads x (and residual), writes y (and z); with both addends eager makes 7 such
-passes, this op 4.
+Rows ``[B, S, C]``; any of residual, row and position may be left out. A row is read once and stays in registers, so
+the statistics are plain two-pass ones in float32. Each sum, and the norm that position is added to, is rounded to the
+input dtype where eager PyTorch stores it: z has eager's bits. Fidelity: math-exact. Bound by memory: reads x (and
+residual), writes y (and z); with residual and one of the others eager makes 7 such passes, this op 4.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def add_layer_norm_ref(
     *,
     residual: Tensor | None = None,
     row: Tensor | None = None,
+    position: Tensor | None = None,
     row_to: RowTo = "sum",
 ) -> tuple[Tensor, Tensor]:
     """The specification. Pass float64 inputs for gold values."""
@@ -46,15 +47,17 @@ def add_layer_norm_ref(
         x = x + residual
     normed = x if row is None else row + x
     y = F.layer_norm(normed, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
+    if position is not None:
+        y = y + position.repeat(len(y) // len(position), 1)[:, None]
     return x if row_to == "norm" else normed, y
 
 
-@triton.jit(do_not_specialize=["rows", "sample_rows"])
+@triton.jit(do_not_specialize=["rows", "sample_rows", "positions"])
 def _add_layer_norm_kernel(
-    x_ptr, residual_ptr, row_ptr, weight_ptr, bias_ptr, z_ptr, y_ptr,
-    rows, sample_rows, channels,
+    x_ptr, residual_ptr, row_ptr, position_ptr, weight_ptr, bias_ptr, z_ptr, y_ptr,
+    rows, sample_rows, channels, positions,
     eps,
-    HAS_RESIDUAL: tl.constexpr, HAS_ROW: tl.constexpr, ROW_TO: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_ROW: tl.constexpr, HAS_POSITION: tl.constexpr, ROW_TO: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     dtype = y_ptr.dtype.element_ty
@@ -68,8 +71,8 @@ def _add_layer_norm_kernel(
         mask = (offs_m < rows)[:, None] & mask_c[None, :]
         offs = offs_m.to(tl.int64)[:, None] * channels + offs_c[None, :]
         z = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_C]
+        sample = (offs_m // sample_rows).to(tl.int64)
         if HAS_ROW:
-            sample = (offs_m // sample_rows).to(tl.int64)
             row = tl.load(row_ptr + sample[:, None] * channels + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
         if HAS_RESIDUAL:
             residual = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
@@ -90,7 +93,12 @@ def _add_layer_norm_kernel(
             mean = tl.sum(centred, axis=1) / channels
             centred = tl.where(mask_c[None, :], centred - mean[:, None], 0.0)
         rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / channels + eps)
-        tl.store(y_ptr + offs, centred * rstd[:, None] * weight[None, :] + bias[None, :], mask=mask)
+        y = centred * rstd[:, None] * weight[None, :] + bias[None, :]
+        if HAS_POSITION:
+            offs_p = (sample % positions)[:, None] * channels + offs_c[None, :]
+            y = y.to(dtype).to(tl.float32)
+            y += tl.load(position_ptr + offs_p, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y_ptr + offs, y, mask=mask)
 
 
 class _Tiling(NamedTuple):
@@ -125,6 +133,7 @@ def _launch(
     eps: float,
     residual: Tensor | None,
     row: Tensor | None,
+    position: Tensor | None = None,
     row_to: str = "sum",
     *,
     tiling: _Tiling | None = None,
@@ -141,11 +150,13 @@ def _launch(
     rows = samples * sample_rows
     with torch.cuda.device_of(x):
         _add_layer_norm_kernel[(min(triton.cdiv(rows, block_m), programs),)](
-            x.contiguous(), _contiguous(residual), _contiguous(row), weight.contiguous(), bias.contiguous(),
+            x.contiguous(), _contiguous(residual), _contiguous(row), _contiguous(position),
+            weight.contiguous(), bias.contiguous(),
             outputs[0], outputs[-1],
-            rows, sample_rows, channels,
+            rows, sample_rows, channels, 1 if position is None else len(position),
             eps,
-            HAS_RESIDUAL=residual is not None, HAS_ROW=row is not None, ROW_TO=row_to,
+            HAS_RESIDUAL=residual is not None, HAS_ROW=row is not None, HAS_POSITION=position is not None,
+            ROW_TO=row_to,
             BLOCK_M=block_m, BLOCK_C=block_c, STAGES=stages or _stages(residual is not None, row is not None),
             num_warps=num_warps,
         )  # fmt: skip
@@ -163,29 +174,49 @@ def _empty_outputs(x: Tensor, residual: Tensor | None, row: Tensor | None, row_t
 
 @torch.library.custom_op("vidaccel::add_layer_norm", mutates_args=())
 def _add_layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None, row: Tensor | None, row_to: str
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    row: Tensor | None,
+    position: Tensor | None = None,
+    row_to: str = "sum",
 ) -> list[Tensor]:
-    return _launch(x, weight, bias, eps, residual, row, row_to)
+    return _launch(x, weight, bias, eps, residual, row, position, row_to)
 
 
 @_add_layer_norm.register_fake
 def _(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None, row: Tensor | None, row_to: str
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    row: Tensor | None,
+    position: Tensor | None = None,
+    row_to: str = "sum",
 ) -> list[Tensor]:
     return _empty_outputs(x, residual, row, row_to)
 
 
-def _problem(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, row: Tensor | None) -> str | None:
+def _problem(x: Tensor, weight: Tensor, bias: Tensor, *addends: Tensor | None) -> str | None:
     """Why the kernel does not serve these arguments, or None."""
     if x.shape[-1] > MAX_CHANNELS:
         return f"the kernel keeps a row in registers, up to C={MAX_CHANNELS}, got C={x.shape[-1]}"
-    if mixed := [t.dtype for t in (residual, row) if t is not None and t.dtype != x.dtype]:
+    if mixed := [t.dtype for t in addends if t is not None and t.dtype != x.dtype]:
         return f"the addends must have the dtype of x, {x.dtype}, got {mixed[0]}"
-    return tensors_problem(x, weight, bias, residual, row)
+    return tensors_problem(x, weight, bias, *addends)
 
 
 def _validate(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, row: Tensor | None, row_to: str
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    row: Tensor | None,
+    position: Tensor | None,
+    row_to: str,
 ) -> None:
     if x.ndim != 3:
         raise ValueError(f"add_layer_norm: x must be [B, S, C], got {tuple(x.shape)}")
@@ -198,6 +229,10 @@ def _validate(
         raise ValueError(f"add_layer_norm: residual must be {tuple(x.shape)}, as x is, got {tuple(residual.shape)}")
     if row is not None and row.shape != (samples, 1, channels):
         raise ValueError(f"add_layer_norm: row must be [{samples}, 1, {channels}], got {tuple(row.shape)}")
+    if position is not None and (position.ndim != 2 or position.shape[1] != channels or not len(position)):
+        raise ValueError(f"add_layer_norm: position must be [T, {channels}], got {tuple(position.shape)}")
+    if position is not None and samples % len(position):
+        raise ValueError(f"add_layer_norm: T={len(position)} of position does not divide the B={samples} of x")
     if row_to not in get_args(RowTo):
         raise ValueError(f"add_layer_norm: row_to must be 'sum', 'residual' or 'norm', got {row_to!r}")
     if row_to == "residual" and residual is None:
@@ -212,10 +247,11 @@ def add_layer_norm(
     *,
     residual: Tensor | None = None,
     row: Tensor | None = None,
+    position: Tensor | None = None,
     row_to: RowTo = "sum",
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``z = row + (x + residual)`` and ``F.layer_norm(z, [C], weight, bias, eps)``.
+    """``z = row + (x + residual)`` and ``F.layer_norm(z, [C], weight, bias, eps) + position``.
 
     Args:
         x: ``[B, S, C]``, fp16 / bf16 / fp32; read through a contiguous copy if it is not contiguous.
@@ -225,21 +261,24 @@ def add_layer_norm(
         residual: ``[B, S, C]``; None adds nothing.
         row: ``[B, 1, C]``, added to every row of its sample (a frame's embedding, a one-token attention); None adds
             nothing.
+        position: ``[T, C]``, added to the norm: every row of sample ``b`` takes ``position[b % T]`` (a positional
+            embedding of the frames of several clips); None adds nothing.
         row_to: What the row joins: the ``"sum"``, as above; the ``"residual"`` before it joins the sum,
             ``z = x + (row + residual)``; or only what is normed, ``"norm"``: ``z = x + residual``, norm of ``row + z``.
         impl: ``"triton"`` or ``"torch"``; None lets ``vidaccel.kernels.dispatch`` choose.
 
     Returns:
-        z and the norm, both ``[B, S, C]`` in ``x.dtype``; z is ``x`` itself when nothing is added to it.
+        z, and the norm with its position, both ``[B, S, C]`` in ``x.dtype``; z is ``x`` itself when nothing is added
+        to it.
 
     Raises:
-        ValueError: ``x`` is not 3-D; another argument has another shape; ``row_to`` is unknown or wants a residual
-            that is not there; ``impl`` cannot run here.
+        ValueError: ``x`` is not 3-D; another argument has another shape; ``T`` does not divide ``B``; ``row_to`` is
+            unknown or wants a residual that is not there; ``impl`` cannot run here.
     """
-    _validate(x, weight, bias, residual, row, row_to)
-    chosen = choose("add_layer_norm", x, impl, _problem(x, weight, bias, residual, row))
+    _validate(x, weight, bias, residual, row, position, row_to)
+    chosen = choose("add_layer_norm", x, impl, _problem(x, weight, bias, residual, row, position))
     if chosen == "torch" or x.numel() == 0:
-        return add_layer_norm_ref(x, weight, bias, eps, residual=residual, row=row, row_to=row_to)
+        return add_layer_norm_ref(x, weight, bias, eps, residual=residual, row=row, position=position, row_to=row_to)
     run = _add_layer_norm if torch.compiler.is_compiling() else _launch
-    outputs = run(x, weight, bias, eps, residual, row, row_to)
+    outputs = run(x, weight, bias, eps, residual, row, position, row_to)
     return (outputs[0] if len(outputs) == 2 else x), outputs[-1]

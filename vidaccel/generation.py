@@ -122,7 +122,10 @@ def generate(pipe: Any, arguments: dict[str, Any], seed: int, show_progress: boo
     reset_peak_memory(device)
     try:
         clock.mark("start")
-        frames = pipe(**arguments, generator=torch.Generator().manual_seed(seed), output_type="np").frames[0]
+        # I2VGenXL draws the latents of its image from PyTorch's own generator
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            frames = pipe(**arguments, generator=torch.Generator().manual_seed(seed), output_type="np").frames[0]
         clock.mark("end")
     except torch.OutOfMemoryError as error:
         raise UsageError(f"out of memory on {device}: ask for fewer frames or a smaller size") from error

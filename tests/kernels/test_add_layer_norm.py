@@ -33,15 +33,18 @@ REAL_SHAPES = [
     pytest.param((28, 576, 1280), id="svd-level-2"),
 ]
 ADDENDS = [
-    pytest.param(False, False, id="norm-only"),
-    pytest.param(True, False, id="residual"),
-    pytest.param(False, True, id="row"),
-    pytest.param(True, True, id="residual-row"),
+    pytest.param((), id="norm-only"),
+    pytest.param(("residual",), id="residual"),
+    pytest.param(("row",), id="row"),
+    pytest.param(("residual", "row"), id="residual-row"),
+    pytest.param(("position",), id="position"),
+    pytest.param(("residual", "position"), id="residual-position"),
 ]
 ROW_TO = [
-    pytest.param(True, "residual", id="row-to-residual"),
-    pytest.param(True, "norm", id="residual-row-to-norm"),
-    pytest.param(False, "norm", id="row-to-norm"),
+    pytest.param(("residual", "row"), "residual", id="row-to-residual"),
+    pytest.param(("residual", "row"), "norm", id="residual-row-to-norm"),
+    pytest.param(("row",), "norm", id="row-to-norm"),
+    pytest.param(("row", "position"), "norm", id="row-to-norm-position"),
 ]
 
 
@@ -49,22 +52,18 @@ def draw(
     shape: tuple[int, int, int],
     dtype: torch.dtype,
     device: torch.device,
+    names: tuple[str, ...] = ("residual", "row"),
     *,
-    residual: bool = True,
-    row: bool = True,
+    positions: int = 1,
     centre: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """x, weight, bias, and the addends asked for."""
+    """x, weight, bias, and the addends called ``names``."""
     torch.manual_seed(0)
     samples, _, channels = shape
     x = (torch.randn(shape, device=device) + centre).to(dtype)
     weight, bias = (torch.randn(channels, device=device).to(dtype) for _ in range(2))
-    addends = {}
-    if residual:
-        addends["residual"] = torch.randn(shape, device=device).to(dtype)
-    if row:
-        addends["row"] = torch.randn(samples, 1, channels, device=device).to(dtype)
-    return x, weight, bias, addends
+    shapes = {"residual": shape, "row": (samples, 1, channels), "position": (positions, channels)}
+    return x, weight, bias, {name: torch.randn(shapes[name], device=device).to(dtype) for name in names}
 
 
 def assert_matches_reference(
@@ -81,27 +80,29 @@ def assert_matches_reference(
     # the norm is judged on the sum that both saw: its rounding would swamp the errors of the norm itself
     normed = addends["row"] + z if row_to == "norm" else z
     gold = F.layer_norm(normed.double(), z.shape[-1:], weight.double(), bias.double(), EPS)
+    if "position" in addends:
+        gold += addends["position"].double().repeat(len(z) // len(addends["position"]), 1)[:, None]
     assert_close_to_gold(y, gold, eager_y)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("residual", "row"), ADDENDS)
+@pytest.mark.parametrize("names", ADDENDS)
 @pytest.mark.parametrize("centre", [0.0, 30.0], ids=["centred", "off-centre"])
 def test_matches_reference(
-    shape: tuple[int, int, int], residual: bool, row: bool, centre: float, dtype: torch.dtype, device: torch.device
+    shape: tuple[int, int, int], names: tuple[str, ...], centre: float, dtype: torch.dtype, device: torch.device
 ) -> None:
-    x, weight, bias, addends = draw(shape, dtype, device, residual=residual, row=row, centre=centre)
+    x, weight, bias, addends = draw(shape, dtype, device, names, positions=shape[0], centre=centre)
     out = add_layer_norm(x, weight, bias, EPS, **addends, impl="triton")
     assert_matches_reference(out, x, weight, bias, addends)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("residual", "row_to"), ROW_TO)
+@pytest.mark.parametrize(("names", "row_to"), ROW_TO)
 def test_row_joins_what_it_is_told_to(
-    residual: bool, row_to: op.RowTo, dtype: torch.dtype, device: torch.device
+    names: tuple[str, ...], row_to: op.RowTo, dtype: torch.dtype, device: torch.device
 ) -> None:
-    x, weight, bias, addends = draw((3, 5, 320), dtype, device, residual=residual, centre=3.0)
+    x, weight, bias, addends = draw((3, 5, 320), dtype, device, names, positions=3, centre=3.0)
     out = add_layer_norm(x, weight, bias, EPS, **addends, row_to=row_to, impl="triton")
     assert_matches_reference(out, x, weight, bias, addends, row_to)
 
@@ -113,6 +114,24 @@ def test_reference_is_add_then_norm_in_float64(device: torch.device) -> None:
     centred = z - z.mean(-1, keepdim=True)
     variance = centred.square().mean(-1, keepdim=True)
     torch.testing.assert_close(y, centred / (variance + EPS).sqrt() * weight + bias)
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("positions", [1, 3, 6])
+def test_samples_take_their_positions_in_turn(positions: int, impl: str, device: torch.device) -> None:
+    """Two clips of three frames, say, whose frames' embeddings come once."""
+    x, weight, bias, addends = draw((6, 5, 42), torch.float32, device, ("residual", "position"), positions=positions)
+    _, y = add_layer_norm(x, weight, bias, EPS, **addends, impl=impl)
+    _, plain = add_layer_norm(x, weight, bias, EPS, residual=addends["residual"], impl=impl)
+    for sample in range(6):
+        assert torch.equal(y[sample], plain[sample] + addends["position"][sample % positions])
+
+
+def test_the_norm_is_rounded_before_its_position_is_added(device: torch.device) -> None:
+    x, weight, bias, addends = draw((2, 3, 64), torch.float16, device, ("position",), positions=2)
+    _, y = add_layer_norm(x, weight, bias, EPS, **addends, impl="triton")
+    _, plain = add_layer_norm(x, weight, bias, EPS, impl="triton")
+    assert torch.equal(y, plain + addends["position"][:, None])
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch"])
@@ -181,7 +200,7 @@ def test_unserved_input_runs_in_torch(
     reason: str,
     device: torch.device,
 ) -> None:
-    x, weight, bias, addends = draw((2, 3, channels), dtype, device, row=False)
+    x, weight, bias, addends = draw((2, 3, channels), dtype, device, ("residual",))
     addends["residual"] = addends["residual"].to(residual_dtype)
     weight.requires_grad_(requires_grad)
     with record_choices() as choices:
@@ -202,6 +221,9 @@ def test_unserved_input_runs_in_torch(
         ({"residual": torch.ones(2, 1, 32)}, r"residual must be \(2, 3, 32\), as x is, got \(2, 1, 32\)"),
         ({"row": torch.ones(1, 1, 32)}, r"row must be \[2, 1, 32\], got \(1, 1, 32\)"),
         ({"row": torch.ones(2, 32)}, r"row must be \[2, 1, 32\], got \(2, 32\)"),
+        ({"position": torch.ones(2, 1, 32)}, r"position must be \[T, 32\], got \(2, 1, 32\)"),
+        ({"position": torch.ones(0, 32)}, r"position must be \[T, 32\], got \(0, 32\)"),
+        ({"position": torch.ones(3, 32)}, r"T=3 of position does not divide the B=2 of x"),
         ({"row_to": "x"}, r"row_to must be 'sum', 'residual' or 'norm', got 'x'"),
         ({"row_to": "residual"}, r"row_to='residual' needs a residual"),
         ({"impl": "cuda"}, r"impl must be 'triton' or 'torch', got 'cuda'"),
@@ -213,18 +235,18 @@ def test_rejects(change: dict[str, object], message: str) -> None:
         add_layer_norm(**{**arguments, **change})
 
 
-@pytest.mark.parametrize(("residual", "row"), ADDENDS)
-def test_registration(residual: bool, row: bool, device: torch.device) -> None:
-    x, weight, bias, addends = draw((2, 5, 42), torch.float32, device, residual=residual, row=row)
+@pytest.mark.parametrize("names", ADDENDS)
+def test_registration(names: tuple[str, ...], device: torch.device) -> None:
+    x, weight, bias, addends = draw((2, 5, 42), torch.float32, device, names)
     for laid_out in (x, x.mT.contiguous().mT):
         for row_to in ("sum", "norm"):
-            arguments = (laid_out, weight, bias, EPS, addends.get("residual"), addends.get("row"), row_to)
+            arguments = (laid_out, weight, bias, EPS, *map(addends.get, ("residual", "row", "position")), row_to)
             torch.library.opcheck(op._add_layer_norm, arguments)
 
 
-@pytest.mark.parametrize(("residual", "row"), ADDENDS)
-def test_compiles_fullgraph(residual: bool, row: bool, device: torch.device) -> None:
-    x, weight, bias, addends = draw((2, 5, 42), torch.float32, device, residual=residual, row=row)
+@pytest.mark.parametrize("names", ADDENDS)
+def test_compiles_fullgraph(names: tuple[str, ...], device: torch.device) -> None:
+    x, weight, bias, addends = draw((2, 5, 42), torch.float32, device, names)
 
     def combine(x: Tensor) -> Tensor:
         z, y = add_layer_norm(x, weight, bias, EPS, **addends, impl="triton")
@@ -235,11 +257,16 @@ def test_compiles_fullgraph(residual: bool, row: bool, device: torch.device) -> 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("channels", [320, 1280])
-@pytest.mark.parametrize(("residual", "row"), [(False, False), (True, True)], ids=["norm-only", "residual-row"])
-def test_accesses_are_16_bytes_wide_and_prefetched(target: str, channels: int, residual: bool, row: bool) -> None:
-    pointers = ["x_ptr", "weight_ptr", "bias_ptr", "y_ptr"]
-    pointers += ["residual_ptr"] * residual + ["row_ptr"] * row + ["z_ptr"] * (residual or row)
-    absent = {"residual_ptr", "row_ptr", "z_ptr"}.difference(pointers)
+@pytest.mark.parametrize(
+    "names",
+    [(), ("residual", "row"), ("residual", "position")],
+    ids=["norm-only", "residual-row", "residual-position"],
+)
+def test_accesses_are_16_bytes_wide_and_prefetched(target: str, channels: int, names: tuple[str, ...]) -> None:
+    residual, row, position = (name in names for name in ("residual", "row", "position"))
+    pointers = ["x_ptr", "weight_ptr", "bias_ptr", "y_ptr", *(f"{name}_ptr" for name in names)]
+    pointers += ["z_ptr"] * (residual or row)
+    absent = {"residual_ptr", "row_ptr", "position_ptr", "z_ptr"}.difference(pointers)
     block_c = triton.next_power_of_2(channels)
     tiling = op._tiling(block_c, itemsize=2)
     asm = compile_for(
@@ -247,11 +274,11 @@ def test_accesses_are_16_bytes_wide_and_prefetched(target: str, channels: int, r
         op._add_layer_norm_kernel,
         {
             **dict.fromkeys(pointers, "*fp16:16"),
-            **{"rows": "i32", "sample_rows": "i32", "channels": "i32:16", "eps": "fp32"},
+            **{"rows": "i32", "sample_rows": "i32", "channels": "i32:16", "positions": "i32", "eps": "fp32"},
         },
         {
             **dict.fromkeys(absent),
-            **{"HAS_RESIDUAL": residual, "HAS_ROW": row, "ROW_TO": "sum"},
+            **{"HAS_RESIDUAL": residual, "HAS_ROW": row, "HAS_POSITION": position, "ROW_TO": "sum"},
             **{"BLOCK_M": tiling.block_m, "BLOCK_C": block_c, "STAGES": op._stages(residual, row)},
         },
         num_warps=tiling.num_warps,
@@ -265,29 +292,29 @@ def test_accesses_are_16_bytes_wide_and_prefetched(target: str, channels: int, r
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", REAL_SHAPES)
-@pytest.mark.parametrize(("residual", "row"), ADDENDS)
+@pytest.mark.parametrize("names", ADDENDS)
 def test_real_shapes(
-    shape: tuple[int, int, int], residual: bool, row: bool, dtype: torch.dtype, device: torch.device
+    shape: tuple[int, int, int], names: tuple[str, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
-    x, weight, bias, addends = draw(shape, dtype, device, residual=residual, row=row, centre=3.0)
+    x, weight, bias, addends = draw(shape, dtype, device, names, positions=shape[0] // 2, centre=3.0)
     out = add_layer_norm(x, weight, bias, EPS, **addends, impl="triton")
     assert_matches_reference(out, x, weight, bias, addends)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", REAL_SHAPES)
-@pytest.mark.parametrize(("residual", "row_to"), ROW_TO)
+@pytest.mark.parametrize(("names", "row_to"), ROW_TO)
 def test_row_joins_what_it_is_told_to_at_real_shapes(
-    shape: tuple[int, int, int], residual: bool, row_to: op.RowTo, device: torch.device
+    shape: tuple[int, int, int], names: tuple[str, ...], row_to: op.RowTo, device: torch.device
 ) -> None:
-    x, weight, bias, addends = draw(shape, torch.float16, device, residual=residual, centre=3.0)
+    x, weight, bias, addends = draw(shape, torch.float16, device, names, positions=shape[0] // 2, centre=3.0)
     out = add_layer_norm(x, weight, bias, EPS, **addends, row_to=row_to, impl="triton")
     assert_matches_reference(out, x, weight, bias, addends, row_to)
 
 
 @pytest.mark.gpu
 def test_offsets_beyond_int32(device: torch.device) -> None:
-    x, weight, bias, addends = draw((17, 2**17, 1024), torch.float16, device, residual=False)
+    x, weight, bias, addends = draw((17, 2**17, 1024), torch.float16, device, ("row",))
     assert x.numel() > 2**31
     z, y = add_layer_norm(x, weight, bias, EPS, **addends, impl="triton")
     last = add_layer_norm(x[-1:], weight, bias, EPS, row=addends["row"][-1:], impl="triton")

@@ -3,6 +3,8 @@
 Exact shortcut, one-token cross-attention: where the context is a single token (SVD's CLIP image embedding) the softmax
 over it is 1 whatever the query, so ``attn2(norm2(x), context) == to_out(to_v(context))`` for every pixel, and norm2,
 the query, the attention itself and the full-size output projection fall away.
+
+Blocks that look across frames work on ``[B*F, HW, C]``: only their attention is not row by row, and it reads strided.
 """
 
 from __future__ import annotations
@@ -12,14 +14,16 @@ from typing import Any
 import torch
 from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTransformerBlock
 from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import SinusoidalPositionalEmbedding
 from torch import Tensor, nn
 
 from vidaccel.blocks.attention_processor import why_attention_left_alone
 from vidaccel.blocks.normalization import add_layer_norm_module, why_layer_norms_unreadable
+from vidaccel.blocks.parameters import why_not_bypassed
 from vidaccel.blocks.site import FusedBlock, fuses
 from vidaccel.kernels.temporal_attention import temporal_attention
 
-__all__ = ["FusedBasicTransformerBlock", "FusedTemporalBasicTransformerBlock"]
+__all__ = ["FusedBasicTransformerBlock", "FusedTemporalBasicTransformerBlock", "TemporalSelfAttention"]
 
 
 def _is_one_token(context: Tensor | None) -> bool:
@@ -51,20 +55,38 @@ def _attend_by_pixel(attn: Attention, x: Tensor, num_frames: int, context: Tenso
 
 
 class _TransformerBlock(FusedBlock):
-    """What the spatial and the temporal block share: residual, added row and LayerNorm in one pass."""
+    """What the spatial and the temporal blocks share: what is added around a LayerNorm, and attention over frames."""
 
     def _add_norm(
-        self, norm: Any, x: Tensor, residual: Tensor | None = None, row: Tensor | None = None
+        self,
+        norm: Any,
+        x: Tensor,
+        residual: Tensor | None = None,
+        row: Tensor | None = None,
+        position: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """``z = row + (x + residual)`` and ``norm(z)``, a LayerNorm; `row` is ``[B*F, 1, C]``."""
+        """``z = row + (x + residual)`` and ``norm(z) + position``; `row` is ``[B*F, 1, C]``, `position` ``[F, C]``."""
         if self._vidaccel.enabled("add_layer_norm"):
-            return add_layer_norm_module(norm, x, residual, row)
+            return add_layer_norm_module(norm, x, residual, row, position)
         x = x if residual is None else x + residual
         x = x if row is None else row + x
-        return x, norm(x)
+        normed = norm(x)
+        if position is None:
+            return x, normed
+        return x, (normed.unflatten(0, (-1, len(position))) + position[:, None]).flatten(0, 1)
 
     def _why_norms_unreadable(self, x: Tensor, *norms: nn.Module) -> str | None:
         return why_layer_norms_unreadable(norms, x) if self._vidaccel.enabled("add_layer_norm") else None
+
+    def _attend_frames(self, attn: Attention, hidden_states: Tensor, num_frames: int) -> Tensor:
+        """Self-attention over the frames of every pixel of ``[B*F, HW, C]``."""
+        if not self._vidaccel.enabled("temporal_attention"):
+            return _attend_by_pixel(attn, hidden_states, num_frames)
+        query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        out = temporal_attention(query, key, value, num_frames, attn.heads)
+        for layer in attn.to_out:  # projection, dropout
+            out = layer(out)
+        return out / attn.rescale_output_factor if attn.rescale_output_factor != 1.0 else out
 
 
 @fuses(BasicTransformerBlock, {"one_token_attention": "math-exact", "add_layer_norm": "math-exact"})
@@ -130,11 +152,10 @@ class FusedBasicTransformerBlock(_TransformerBlock, BasicTransformerBlock):
     {"temporal_attention": "math-exact", "one_token_attention": "math-exact", "add_layer_norm": "math-exact"},
 )
 class FusedTemporalBasicTransformerBlock(_TransformerBlock, TemporalBasicTransformerBlock):
-    """The temporal block on ``[B*F, HW, C]`` as it comes: only the attention looks across frames, and it reads strided.
+    """The temporal block of SVD on ``[B*F, HW, C]`` as it comes, without the stock block's two permutes of it.
 
-    LayerNorm and feed-forward work row by row, so the stock block's two permutes of the whole tensor change nothing but
-    the order of the rows. The context may come as stock code makes it, ``[B*HW, L, D]``, or once per batch,
-    ``[B, L, D]``, as :class:`FusedTransformerSpatioTemporalModel` passes it.
+    The context may come as stock code makes it, ``[B*HW, L, D]``, or once per batch, ``[B, L, D]``, as
+    :class:`FusedTransformerSpatioTemporalModel` passes it.
     """
 
     @classmethod
@@ -166,23 +187,13 @@ class FusedTemporalBasicTransformerBlock(_TransformerBlock, TemporalBasicTransfo
     def fused_forward(self, hidden_states: Tensor, num_frames: int, context: Tensor | None) -> Tensor:
         _, normed = self._add_norm(self.norm_in, hidden_states)
         hidden_states, normed = self._add_norm(self.norm1, self.ff_in(normed), hidden_states)
-        attended = self._attend_frames(normed, num_frames)
+        attended = self._attend_frames(self.attn1, normed, num_frames)
         hidden_states, normed = self._attend_context(attended, hidden_states, num_frames, context)
         return self.ff(normed) + hidden_states
 
     def _takes_shortcut(self, context: Tensor | None) -> bool:
         wanted = self.attn2 is not None and self._vidaccel.enabled("one_token_attention")
         return wanted and _is_one_token(context)
-
-    def _attend_frames(self, hidden_states: Tensor, num_frames: int) -> Tensor:
-        attn = self.attn1
-        if not self._vidaccel.enabled("temporal_attention"):
-            return _attend_by_pixel(attn, hidden_states, num_frames)
-        query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        out = temporal_attention(query, key, value, num_frames, attn.heads)
-        for layer in attn.to_out:  # projection, dropout
-            out = layer(out)
-        return out / attn.rescale_output_factor if attn.rescale_output_factor != 1.0 else out
 
     def _attend_context(
         self, attended: Tensor, residual: Tensor, num_frames: int, context: Tensor | None
@@ -204,3 +215,84 @@ class FusedTemporalBasicTransformerBlock(_TransformerBlock, TemporalBasicTransfo
             return self._add_norm(self.norm3, attended, residual, rows.repeat_interleave(num_frames, dim=0))
         clip = (attended + residual).unflatten(0, (batch, num_frames))  # [B, F, HW, C]
         return self._add_norm(self.norm3, (rows.view(batch, 1, -1, clip.shape[3]) + clip).flatten(0, 1))
+
+
+class TemporalSelfAttention(_TransformerBlock):
+    """Mixin for a transformer over frames: it runs its blocks on ``[B*F, HW, C]``, stock code on ``[B*HW, F, C]``.
+
+    Such a block is a BasicTransformerBlock of two self-attentions and a feed-forward. AnimateDiff's also adds an
+    embedding of the frame's position to what each attention sees. Each attention with its norm is one pass here before
+    it, one kernel, and its projections.
+    """
+
+    transformer_blocks: Any
+
+    @classmethod
+    def why_left_alone(cls, module: Any) -> str | None:
+        return next(filter(None, map(_why_not_double_self_attention, module.transformer_blocks)), None)
+
+    def why_unserved(
+        self,
+        hidden_states: Tensor,
+        context: Tensor | None,
+        timestep: Tensor | None,
+        class_labels: Tensor | None,
+        num_frames: int,
+        attention_kwargs: dict[str, Any] | None,
+    ) -> str | None:
+        if context is not None:
+            return "a context was passed"
+        if attention_kwargs:
+            return "cross_attention_kwargs were passed"
+        reasons = (self._why_block_unserved(block, hidden_states, num_frames) for block in self.transformer_blocks)
+        return next(filter(None, reasons), None)
+
+    def _why_block_unserved(self, block: Any, x: Tensor, num_frames: int) -> str | None:
+        if reason := _why_not_double_self_attention(block):
+            return reason
+        if block._chunk_size is not None:
+            return "the feed-forward is chunked"
+        if block.pos_embed is not None and (reason := _why_no_positions(block.pos_embed, x, num_frames)):
+            return reason
+        return self._why_norms_unreadable(x, block.norm1, block.norm2, block.norm3)
+
+    def run_blocks(self, hidden_states: Tensor, num_frames: int) -> Tensor:
+        for block in self.transformer_blocks:
+            position = None if block.pos_embed is None else block.pos_embed.pe[0, :num_frames]
+            _, normed = self._add_norm(block.norm1, hidden_states, position=position)
+            attended = self._attend_frames(block.attn1, normed, num_frames)
+            hidden_states, normed = self._add_norm(block.norm2, attended, hidden_states, position=position)
+            attended = self._attend_frames(block.attn2, normed, num_frames)
+            hidden_states, normed = self._add_norm(block.norm3, attended, hidden_states)
+            hidden_states = block.ff(normed) + hidden_states
+        return hidden_states
+
+
+def _why_not_double_self_attention(block: Any) -> str | None:
+    """Why ``block`` is more or less than two plain self-attentions and a feed-forward, or None."""
+    if reason := why_not_bypassed(block, BasicTransformerBlock):
+        return reason
+    if block.norm_type != "layer_norm":
+        return f"its norm is of the kind {block.norm_type!r}"
+    if block.attn2 is None or block.attn2.is_cross_attention or block.only_cross_attention:
+        return "its attentions are not two self-attentions"
+    for attn in (block.attn1, block.attn2):
+        if reason := why_not_bypassed(attn, Attention) or why_attention_left_alone(attn):
+            return reason
+        if attn.residual_connection or attn.group_norm is not None or attn.spatial_norm is not None:
+            return "its attention has a norm or residual of its own"
+        if attn.norm_q is not None or attn.norm_k is not None:
+            return "its attention normalises queries or keys"
+    return None
+
+
+def _why_no_positions(embedding: Any, x: Tensor, num_frames: int) -> str | None:
+    """Why the table of a positional embedding cannot be added to rows like ``x`` as it is, or None."""
+    if reason := why_not_bypassed(embedding, SinusoidalPositionalEmbedding):
+        return reason
+    table = embedding.pe
+    if table.shape[1] < num_frames:
+        return f"its positional embedding is for up to {table.shape[1]} frames, got {num_frames}"
+    if table.dtype != x.dtype or table.device != x.device:
+        return f"its positional embedding is {table.dtype} on {table.device}, its input {x.dtype} on {x.device}"
+    return None

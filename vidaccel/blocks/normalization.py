@@ -26,10 +26,17 @@ def group_norm_module(norm: nn.GroupNorm, x: Tensor, *, silu: bool, shift: Tenso
 
 
 def add_layer_norm_module(
-    norm: nn.LayerNorm, x: Tensor, residual: Tensor | None = None, row: Tensor | None = None
+    norm: nn.LayerNorm,
+    x: Tensor,
+    residual: Tensor | None = None,
+    row: Tensor | None = None,
+    position: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``z = row + (x + residual)`` and ``norm(z)``; `x` is ``[B, S, C]``, `row` ``[B, 1, C]``."""
-    return add_layer_norm(x, norm.weight, norm.bias, norm.eps, residual=residual, row=row)
+    """``z = row + (x + residual)`` and ``norm(z) + position``.
+
+    `x` is ``[B, S, C]``, `row` ``[B, 1, C]``, `position` ``[T, C]`` with T a divisor of B.
+    """
+    return add_layer_norm(x, norm.weight, norm.bias, norm.eps, residual=residual, row=row, position=position)
 
 
 def why_layer_norms_unreadable(norms: tuple[nn.Module, ...], x: Tensor) -> str | None:

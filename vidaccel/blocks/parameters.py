@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-__all__ = ["has_hook", "why_unreadable"]
+__all__ = ["has_hook", "why_not_bypassed", "why_unreadable"]
 
 
 def has_hook(module: nn.Module) -> bool:
@@ -16,14 +16,21 @@ def has_hook(module: nn.Module) -> bool:
     return "forward" in module.__dict__ or "_hf_hook" in module.__dict__
 
 
-def why_unreadable(child: nn.Module, expected: type[nn.Module], x: Tensor) -> str | None:
-    """Why ``child.weight`` and ``child.bias`` are not what ``child(x)`` would use, or None if they are."""
+def why_not_bypassed(child: nn.Module, expected: type[nn.Module]) -> str | None:
+    """Why doing what an ``expected`` does is not what a call of ``child`` would do, or None if it is."""
     if not isinstance(child, expected):
         return f"a {expected.__name__} was replaced by {type(child).__name__}"
     if has_hook(child):
         return f"a hook replaced the forward of a {expected.__name__} (offload or casting)"
     if child._forward_hooks or child._forward_pre_hooks:
         return f"a {expected.__name__} has forward hooks, which only a call of it runs"
+    return None
+
+
+def why_unreadable(child: nn.Module, expected: type[nn.Module], x: Tensor) -> str | None:
+    """Why ``child.weight`` and ``child.bias`` are not what ``child(x)`` would use, or None if they are."""
+    if reason := why_not_bypassed(child, expected):
+        return reason
     for parameter in (child.weight, child.bias):
         if type(parameter) is not nn.Parameter:
             return f"a {expected.__name__} has no plain weight and bias"

@@ -1,10 +1,10 @@
-"""diffusers' ``models/resnet.py``: the spatial and temporal ResNet blocks and the blend between them.
+"""diffusers' ``models/resnet.py``: the spatial and temporal ResNet blocks, the blend between them, temporal layers.
 
 Activations stay channels-last: a ``[B*F, C, H, W]`` tensor with channels_last strides and the ``[B, C, F, H, W]``
 tensor with channels_last_3d strides are the same memory, so the permutes of the stock code become views.
 
-PyTorch adds a cuDNN convolution's bias in a kernel of its own. Here the first convolution's bias joins the time
-embedding, which the second norm adds as it reads; the second convolution's joins the residual (``conv_epilogue``).
+PyTorch adds a cuDNN convolution's bias in a kernel of its own. Here the bias of a convolution with a norm behind it
+joins the time embedding, which the norm adds as it reads; that of the last joins the residual (``conv_epilogue``).
 """
 
 from __future__ import annotations
@@ -12,53 +12,40 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
-from diffusers.models.resnet import AlphaBlender, ResnetBlock2D, SpatioTemporalResBlock, TemporalResnetBlock
+from diffusers.models.resnet import (
+    AlphaBlender,
+    ResnetBlock2D,
+    SpatioTemporalResBlock,
+    TemporalConvLayer,
+    TemporalResnetBlock,
+)
 from torch import Tensor, nn
 
 from vidaccel.blocks.normalization import group_norm_module
-from vidaccel.blocks.parameters import why_unreadable
+from vidaccel.blocks.parameters import why_not_bypassed, why_unreadable
 from vidaccel.blocks.site import FusedBlock, fuses
 from vidaccel.kernels.alpha_blend import alpha_blend
 from vidaccel.kernels.conv_epilogue import conv_epilogue
 from vidaccel.kernels.dispatch import runs_triton
 
-__all__ = ["FusedAlphaBlender", "FusedResnetBlock2D", "FusedSpatioTemporalResBlock", "FusedTemporalResnetBlock"]
+__all__ = [
+    "FusedAlphaBlender",
+    "FusedResnetBlock2D",
+    "FusedSpatioTemporalResBlock",
+    "FusedTemporalConvLayer",
+    "FusedTemporalResnetBlock",
+]
 
 Convolution = nn.Conv2d | nn.Conv3d
 
 
-class _ResnetBlock(FusedBlock):
-    """What the two kinds of ResNet block share; ``time_embedding`` is ``[N, T, C]``, a row for each of T frames."""
+class _ConvolutionBlock(FusedBlock):
+    """What the blocks share that are made of GroupNorm, SiLU and convolution, in this order."""
 
-    norm1: Any
-    norm2: Any
-    conv1: Any
-    conv2: Any
-    dropout: Any
-    conv_shortcut: Any
-
-    def why_unserved(self, input_tensor: Tensor, temb: Tensor | None) -> str | None:
+    def _why_norms_unreadable(self, x: Tensor, *norms: nn.Module) -> str | None:
         if not self._vidaccel.enabled("group_norm_silu"):
             return None
-        return why_unreadable(self.norm1, nn.GroupNorm, input_tensor) or why_unreadable(
-            self.norm2, nn.GroupNorm, input_tensor
-        )
-
-    def residual_branch(self, x: Tensor, time_embedding: Tensor | None, **epilogue: Any) -> Tensor:
-        """The whole block, up to and with the sum; ``epilogue`` is what ``conv_epilogue`` takes for a blend."""
-        hidden_states = self._norm_silu(self.norm1, x)
-        if self._splits_bias(self.conv1, hidden_states) and self._vidaccel.enabled("group_norm_silu"):
-            bias = self.conv1.bias.to(x.dtype)
-            hidden_states = _without_bias(self.conv1, hidden_states)
-            shift = bias.expand(x.shape[0], 1, -1) if time_embedding is None else time_embedding + bias
-        else:
-            hidden_states, shift = self.conv1(hidden_states), time_embedding
-        hidden_states = self.dropout(self._norm_silu(self.norm2, hidden_states, shift))
-        residual = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        if self._splits_bias(self.conv2, hidden_states):
-            hidden_states = _without_bias(self.conv2, hidden_states)
-            return conv_epilogue(hidden_states, self.conv2.bias, residual, inplace=True, **epilogue)
-        return residual + self.conv2(hidden_states)
+        return next(filter(None, (why_unreadable(norm, nn.GroupNorm, x) for norm in norms)), None)
 
     def _norm_silu(self, norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None) -> Tensor:
         """``silu(norm(x + shift))``."""
@@ -67,6 +54,19 @@ class _ResnetBlock(FusedBlock):
         if shift is not None:
             x = x + shift.mT.unflatten(2, (-1, *(1 for _ in x.shape[3:])))  # [N, C, T, 1, ...]
         return F.silu(norm(x))
+
+    def _convolve_to_norm(self, conv: Any, x: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """``conv(x)`` and what the norm behind it is to add to that: `shift`, and perhaps the bias instead of here."""
+        if not self._splits_bias(conv, x) or not self._vidaccel.enabled("group_norm_silu"):
+            return conv(x), shift
+        bias = conv.bias.to(x.dtype)
+        return _without_bias(conv, x), bias.expand(x.shape[0], 1, -1) if shift is None else shift + bias
+
+    def _convolve_to_residual(self, conv: Any, x: Tensor, residual: Tensor, **epilogue: Any) -> Tensor:
+        """``residual + conv(x)``; ``epilogue`` is what ``conv_epilogue`` takes for a blend."""
+        if not self._splits_bias(conv, x):
+            return residual + conv(x)
+        return conv_epilogue(_without_bias(conv, x), conv.bias, residual, inplace=True, **epilogue)
 
     def _splits_bias(self, conv: Convolution, x: Tensor) -> bool:
         """Whether to run ``conv`` without its bias: only where a kernel then adds it on its way."""
@@ -77,6 +77,28 @@ class _ResnetBlock(FusedBlock):
 
 def _without_bias(conv: Convolution, x: Tensor) -> Tensor:
     return conv._conv_forward(x, conv.weight, None)
+
+
+class _ResnetBlock(_ConvolutionBlock):
+    """What the two kinds of ResNet block share; ``time_embedding`` is ``[N, T, C]``, a row for each of T frames."""
+
+    norm1: Any
+    norm2: Any
+    conv1: Any
+    conv2: Any
+    dropout: Any
+    conv_shortcut: Any
+
+    def why_unserved(self, input_tensor: Tensor, temb: Tensor | None) -> str | None:
+        return self._why_norms_unreadable(input_tensor, self.norm1, self.norm2)
+
+    def residual_branch(self, x: Tensor, time_embedding: Tensor | None, **epilogue: Any) -> Tensor:
+        """The whole block, up to and with the sum; ``epilogue`` is what ``conv_epilogue`` takes for a blend."""
+        hidden_states = self._norm_silu(self.norm1, x)
+        hidden_states, shift = self._convolve_to_norm(self.conv1, hidden_states, time_embedding)
+        hidden_states = self.dropout(self._norm_silu(self.norm2, hidden_states, shift))
+        residual = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return self._convolve_to_residual(self.conv2, hidden_states, residual, **epilogue)
 
 
 @fuses(ResnetBlock2D, {"group_norm_silu": "math-exact", "conv_epilogue": "math-exact", "unit_division": "bit-exact"})
@@ -126,6 +148,46 @@ class FusedTemporalResnetBlock(_ResnetBlock, TemporalResnetBlock):
         """Whether the last kernel of this block can take a blend with its input on its way."""
         state = self._vidaccel
         return not state.broken and self._splits_bias(self.conv2, x) and self.why_unserved(x, None) is None
+
+
+@fuses(
+    TemporalConvLayer, {"group_norm_silu": "math-exact", "conv_epilogue": "math-exact", "channels_last": "math-exact"}
+)
+class FusedTemporalConvLayer(_ConvolutionBlock, TemporalConvLayer):
+    """ModelScope's and I2VGenXL's four (3, 1, 1) convolutions with a norm and SiLU before each, and the residual.
+
+    Stock code permutes ``[B*F, C, H, W]`` to ``[B, C, F, H, W]`` and back; of channels-last memory both are views.
+    """
+
+    def forward(self, hidden_states: Tensor, num_frames: int = 1) -> Tensor:
+        return self.guarded(hidden_states, num_frames)
+
+    def why_unserved(self, hidden_states: Tensor, num_frames: int) -> str | None:
+        for stage in self._stages():
+            if reason := why_not_bypassed(stage, nn.Sequential) or why_not_bypassed(stage[1], nn.SiLU):
+                return reason
+        return self._why_norms_unreadable(hidden_states, *(stage[0] for stage in self._stages()))
+
+    def fused_forward(self, hidden_states: Tensor, num_frames: int) -> Tensor:
+        clip = hidden_states.unflatten(0, (-1, num_frames)).transpose(1, 2)  # [B, C, F, H, W]
+        *inner, last = self._stages()
+        x, shift = clip, None
+        for stage in inner:
+            x, shift = self._convolve_to_norm(stage[-1], self._normalise(stage, x, shift))
+        x = self._convolve_to_residual(last[-1], self._normalise(last, x, shift), clip)
+        return x.transpose(1, 2).flatten(0, 1)
+
+    def _stages(self) -> tuple[Any, ...]:
+        """Each GroupNorm, SiLU, dropout (but in the first) and convolution."""
+        return self.conv1, self.conv2, self.conv3, self.conv4
+
+    def _normalise(self, stage: Any, x: Tensor, shift: Tensor | None) -> Tensor:
+        """What the convolution of a stage gets for ``x + shift``."""
+        norm, _, *dropout, _ = stage
+        x = self._norm_silu(norm, x, shift)
+        for layer in dropout:
+            x = layer(x)
+        return x
 
 
 @fuses(SpatioTemporalResBlock, {"conv_epilogue": "math-exact"})

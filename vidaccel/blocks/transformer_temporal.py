@@ -1,4 +1,7 @@
-"""diffusers' ``models/transformers/transformer_temporal.py``: SVD's spatio-temporal transformer, kept channels-last."""
+"""diffusers' ``models/transformers/transformer_temporal.py``: transformers over frames, kept channels-last.
+
+``TransformerSpatioTemporalModel`` is SVD's, ``TransformerTemporalModel`` that of ModelScope and I2VGenXL.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,15 @@ from typing import Any
 import torch
 from diffusers.models.transformers.transformer_temporal import (
     TransformerSpatioTemporalModel,
+    TransformerTemporalModel,
     TransformerTemporalModelOutput,
 )
 from torch import Tensor
 
-from vidaccel.blocks.attention import FusedTemporalBasicTransformerBlock
+from vidaccel.blocks.attention import FusedTemporalBasicTransformerBlock, TemporalSelfAttention
 from vidaccel.blocks.site import FusedBlock, fuses
 
-__all__ = ["FusedTransformerSpatioTemporalModel"]
+__all__ = ["FrameTransformer", "FusedTransformerSpatioTemporalModel", "FusedTransformerTemporalModel"]
 
 
 @fuses(TransformerSpatioTemporalModel, {"channels_last": "math-exact"})
@@ -69,3 +73,59 @@ class FusedTransformerSpatioTemporalModel(FusedBlock, TransformerSpatioTemporalM
         indices = torch.arange(num_frames, device=like.device)
         embedding = self.time_pos_embed(self.time_proj(indices).to(like.dtype))
         return embedding.repeat(like.shape[0] // num_frames, 1)[:, None]
+
+
+class FrameTransformer(TemporalSelfAttention):
+    """What ModelScope's and AnimateDiff's transformers over frames share: GroupNorm over a clip, blocks, residual.
+
+    Stock code copies the image into ``[B*HW, F, C]`` for its blocks, and back.
+    """
+
+    norm: Any
+    proj_in: Any
+    proj_out: Any
+
+    def fused_forward(
+        self,
+        hidden_states: Tensor,
+        context: None,
+        timestep: Tensor | None,
+        class_labels: Tensor | None,
+        num_frames: int,
+        attention_kwargs: dict[str, Any] | None,
+    ) -> Tensor:
+        height = hidden_states.shape[2]
+        clip = self.norm(hidden_states.unflatten(0, (-1, num_frames)).transpose(1, 2))  # [B, C, F, H, W]
+        rows = self.proj_in(clip.permute(0, 2, 3, 4, 1).flatten(2, 3).flatten(0, 1))  # [B*F, HW, C]
+        rows = self.proj_out(self.run_blocks(rows, num_frames)).unflatten(1, (height, -1))
+        return rows.permute(0, 3, 1, 2) + hidden_states
+
+
+@fuses(
+    TransformerTemporalModel,
+    {"temporal_attention": "math-exact", "add_layer_norm": "math-exact", "channels_last": "math-exact"},
+)
+class FusedTransformerTemporalModel(FrameTransformer, TransformerTemporalModel):  # type: ignore[misc]
+    """The temporal transformer of ModelScope and I2VGenXL, and the one after their first convolution.
+
+    Type checkers see its two bases in diffusers disagree about ``config_name``.
+    """
+
+    def forward(  # type: ignore[override]  # stock code returns tuples too, whatever it is annotated with
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        timestep: torch.LongTensor | None = None,
+        class_labels: torch.LongTensor | None = None,
+        num_frames: int = 1,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> TransformerTemporalModelOutput | tuple[Tensor]:
+        sample = self.guarded(
+            hidden_states, encoder_hidden_states, timestep, class_labels, num_frames, cross_attention_kwargs
+        )
+        return TransformerTemporalModelOutput(sample=sample) if return_dict else (sample,)
+
+    def original_forward(self, *args: Any) -> Tensor:
+        (sample,) = TransformerTemporalModel.forward(self, *args, return_dict=False)
+        return sample
