@@ -16,7 +16,15 @@ from torch import Tensor
 
 from vidaccel.config import preferred_implementation
 
-__all__ = ["Choice", "choose", "record_choices", "runs_triton", "tensors_problem", "triton_device_problem"]
+__all__ = [
+    "Choice",
+    "choices_so_far",
+    "choose",
+    "record_choices",
+    "runs_triton",
+    "tensors_problem",
+    "triton_device_problem",
+]
 
 
 class Choice(NamedTuple):
@@ -42,6 +50,11 @@ def record_choices() -> Iterator[list[Choice]]:
         yield _recorded
     finally:
         _recorded = outer
+
+
+def choices_so_far() -> list[Choice] | None:
+    """What the innermost recorder has collected, or None where nobody records."""
+    return _recorded
 
 
 def triton_device_problem(x: Tensor) -> str | None:

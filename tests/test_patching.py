@@ -236,7 +236,10 @@ def test_patched_pipeline_copies_saves_and_loads(pipe: StableVideoDiffusionPipel
     loaded = StableVideoDiffusionPipeline.from_pretrained(str(tmp_path))
     loaded.set_progress_bar_config(disable=True)
     patch_pipeline(twin).restore()
-    assert np.array_equal(clip(loaded), clip(twin))
+    restored = twin.unet.state_dict()
+    assert all(torch.equal(weight, restored[name]) for name, weight in loaded.unet.state_dict().items())
+    # not the same bits: weights read from a file lie at other addresses, and CPU kernels go by their alignment
+    assert np.abs(clip(loaded) - clip(twin)).max() < 1e-5
 
 
 def test_patched_denoiser_compiles_in_one_graph(pipe: StableVideoDiffusionPipeline) -> None:

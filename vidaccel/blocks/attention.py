@@ -21,6 +21,7 @@ from vidaccel.blocks.attention_processor import why_attention_left_alone
 from vidaccel.blocks.normalization import add_layer_norm_module, why_layer_norms_unreadable
 from vidaccel.blocks.parameters import why_not_bypassed
 from vidaccel.blocks.site import FusedBlock, fuses
+from vidaccel.kernels.add_layer_norm import RowTo
 from vidaccel.kernels.temporal_attention import temporal_attention
 
 __all__ = ["FusedBasicTransformerBlock", "FusedTemporalBasicTransformerBlock", "TemporalSelfAttention"]
@@ -64,16 +65,22 @@ class _TransformerBlock(FusedBlock):
         residual: Tensor | None = None,
         row: Tensor | None = None,
         position: Tensor | None = None,
+        row_to: RowTo = "sum",
     ) -> tuple[Tensor, Tensor]:
-        """``z = row + (x + residual)`` and ``norm(z) + position``; `row` is ``[B*F, 1, C]``, `position` ``[F, C]``."""
+        """``z = row + (x + residual)`` and ``norm(z) + position``; `row` is ``[B*F, 1, C]``, `position` ``[F, C]``.
+
+        The row joins the residual or what is normed instead, where ``row_to`` says so, as in ``add_layer_norm``.
+        """
         if self._vidaccel.enabled("add_layer_norm"):
-            return add_layer_norm_module(norm, x, residual, row, position)
+            return add_layer_norm_module(norm, x, residual, row, position, row_to)
+        if row is not None and residual is not None and row_to == "residual":
+            residual, row = row + residual, None
         x = x if residual is None else x + residual
-        x = x if row is None else row + x
-        normed = norm(x)
-        if position is None:
-            return x, normed
-        return x, (normed.unflatten(0, (-1, len(position))) + position[:, None]).flatten(0, 1)
+        summed = x if row is None else row + x
+        normed = norm(summed)
+        if position is not None:
+            normed = (normed.unflatten(0, (-1, len(position))) + position[:, None]).flatten(0, 1)
+        return (x if row_to == "norm" else summed), normed
 
     def _why_norms_unreadable(self, x: Tensor, *norms: nn.Module) -> str | None:
         return why_layer_norms_unreadable(norms, x) if self._vidaccel.enabled("add_layer_norm") else None
@@ -134,7 +141,14 @@ class FusedBasicTransformerBlock(_TransformerBlock, BasicTransformerBlock):
             return "the feed-forward is chunked"
         return _why_no_shortcut(self.attn2) or self._why_norms_unreadable(hidden_states, self.norm1, self.norm3)
 
-    def fused_forward(self, hidden_states: Tensor, attention_mask: None, context: Tensor, *args: Any) -> Tensor:
+    def fused_forward(self, *args: Any) -> Tensor:
+        branch, residual = self.last_addends(*args)
+        return branch + residual
+
+    def last_addends(
+        self, hidden_states: Tensor, attention_mask: None, context: Tensor, *args: Any
+    ) -> tuple[Tensor, Tensor]:
+        """What the block's result is the sum of: its feed-forward and the residual."""
         _, normed = self._add_norm(self.norm1, hidden_states)
         attended = self.attn1(normed)
         if self._vidaccel.enabled("one_token_attention"):
@@ -144,7 +158,7 @@ class FusedBasicTransformerBlock(_TransformerBlock, BasicTransformerBlock):
             hidden_states, normed = self._add_norm(self.norm2, attended, hidden_states)
             attended = self.attn2(normed, encoder_hidden_states=context)
             hidden_states, normed = self._add_norm(self.norm3, attended, hidden_states)
-        return self.ff(normed) + hidden_states
+        return self.ff(normed), hidden_states
 
 
 @fuses(
@@ -187,9 +201,27 @@ class FusedTemporalBasicTransformerBlock(_TransformerBlock, TemporalBasicTransfo
     def fused_forward(self, hidden_states: Tensor, num_frames: int, context: Tensor | None) -> Tensor:
         _, normed = self._add_norm(self.norm_in, hidden_states)
         hidden_states, normed = self._add_norm(self.norm1, self.ff_in(normed), hidden_states)
+        branch, residual = self._attend(hidden_states, normed, num_frames, context)
+        return branch + residual
+
+    def last_addends(
+        self, addends: tuple[Tensor, Tensor], frame_embedding: Tensor, num_frames: int, context: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The sum of two ``addends``; and the two addends of the block's result for that sum plus its frame embedding.
+
+        The frame embedding, ``[B*F, 1, C]``, is added where it is read: its sum with the input is never stored.
+        """
+        x, normed = self._add_norm(self.norm_in, *addends, frame_embedding, row_to="norm")
+        hidden_states, normed = self._add_norm(self.norm1, self.ff_in(normed), x, frame_embedding, row_to="residual")
+        return x, *self._attend(hidden_states, normed, num_frames, context)
+
+    def _attend(
+        self, hidden_states: Tensor, normed: Tensor, num_frames: int, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """From the norm before self-attention on: the feed-forward's result and the residual."""
         attended = self._attend_frames(self.attn1, normed, num_frames)
         hidden_states, normed = self._attend_context(attended, hidden_states, num_frames, context)
-        return self.ff(normed) + hidden_states
+        return self.ff(normed), hidden_states
 
     def _takes_shortcut(self, context: Tensor | None) -> bool:
         wanted = self.attn2 is not None and self._vidaccel.enabled("one_token_attention")

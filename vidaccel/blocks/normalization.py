@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from vidaccel.blocks.parameters import has_hook, why_unreadable
 from vidaccel.blocks.site import FusedBlock, fuses
-from vidaccel.kernels.add_layer_norm import add_layer_norm
+from vidaccel.kernels.add_layer_norm import RowTo, add_layer_norm
 from vidaccel.kernels.group_norm_silu import group_norm_silu
 
 __all__ = [
@@ -31,12 +31,14 @@ def add_layer_norm_module(
     residual: Tensor | None = None,
     row: Tensor | None = None,
     position: Tensor | None = None,
+    row_to: RowTo = "sum",
 ) -> tuple[Tensor, Tensor]:
-    """``z = row + (x + residual)`` and ``norm(z) + position``.
+    """``z = row + (x + residual)`` and ``norm(z) + position``, or what `row_to` makes of it.
 
     `x` is ``[B, S, C]``, `row` ``[B, 1, C]``, `position` ``[T, C]`` with T a divisor of B.
     """
-    return add_layer_norm(x, norm.weight, norm.bias, norm.eps, residual=residual, row=row, position=position)
+    weights = (norm.weight, norm.bias, norm.eps)
+    return add_layer_norm(x, *weights, residual=residual, row=row, position=position, row_to=row_to)
 
 
 def why_layer_norms_unreadable(norms: tuple[nn.Module, ...], x: Tensor) -> str | None:

@@ -146,8 +146,7 @@ class FusedTemporalResnetBlock(_ResnetBlock, TemporalResnetBlock):
 
     def takes_blend(self, x: Tensor) -> bool:
         """Whether the last kernel of this block can take a blend with its input on its way."""
-        state = self._vidaccel
-        return not state.broken and self._splits_bias(self.conv2, x) and self.why_unserved(x, None) is None
+        return self.serves_parent(x, None) and self._splits_bias(self.conv2, x)
 
 
 @fuses(
@@ -224,7 +223,8 @@ class FusedSpatioTemporalResBlock(FusedBlock, SpatioTemporalResBlock):
         if not (isinstance(temporal, FusedTemporalResnetBlock) and temporal.takes_blend(spatial)):
             return mixer(spatial, temporal(spatial, temb), image_only_indicator)
         indicator = image_only_indicator if mixer.merge_strategy == "learned_with_images" else None
-        return temporal.fused_forward(
+        return temporal.run_part(
+            temporal.fused_forward,
             spatial,
             temb,
             mix_factor=mixer.mix_factor,
@@ -252,8 +252,19 @@ class FusedAlphaBlender(FusedBlock, AlphaBlender):
             return f"mix_factor is on {self.mix_factor.device}, its input on {x_spatial.device}"
         return None
 
-    def fused_forward(self, x_spatial: Tensor, x_temporal: Tensor, image_only_indicator: Tensor | None) -> Tensor:
-        indicator = image_only_indicator if self.merge_strategy == "learned_with_images" else None
+    def fused_forward(
+        self,
+        x_spatial: Tensor,
+        x_temporal: Tensor,
+        image_only_indicator: Tensor | None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """``residual``, what the temporal branch still lacks, comes from a fused parent only."""
         return alpha_blend(
-            x_spatial, x_temporal, self.mix_factor, indicator, spatial_is_second=self.switch_spatial_to_temporal_mix
+            x_spatial,
+            x_temporal,
+            self.mix_factor,
+            image_only_indicator if self.merge_strategy == "learned_with_images" else None,
+            residual=residual,
+            spatial_is_second=self.switch_spatial_to_temporal_mix,
         )

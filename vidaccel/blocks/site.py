@@ -20,8 +20,9 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from vidaccel.blocks.parameters import why_not_bypassed
 from vidaccel.blocks.self_check import disagreement
-from vidaccel.kernels.dispatch import Choice, record_choices
+from vidaccel.kernels.dispatch import Choice, choices_so_far, record_choices
 
 __all__ = ["BlockState", "Fidelity", "FusedBlock", "Site", "State", "fuses"]
 
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 Fidelity = Literal["bit-exact", "math-exact", "lossy"]
 State = Literal["active", "left alone", "failed", "restored"]
 Block = TypeVar("Block", bound="type[FusedBlock]")
+Part = TypeVar("Part")
 
 
 @dataclass(eq=False)
@@ -146,6 +148,20 @@ class FusedBlock(nn.Module):
             state.note_fallback(reason)
             return self.original_forward(*args, **kwargs)
         return self.fused_forward(*args, **kwargs)
+
+    def serves_parent(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether a fused parent may run parts of this block, with :meth:`run_part`, instead of calling it."""
+        bypassed = why_not_bypassed(self, type(self)) is None and not self._vidaccel.broken
+        return bypassed and self.why_unserved(*args, **kwargs) is None
+
+    def run_part(self, part: Callable[..., Part], *args: Any, **kwargs: Any) -> Part:
+        """``part(*args, **kwargs)``, a method of this block, on behalf of a parent whose self-check covers it."""
+        choices = choices_so_far()
+        before = 0 if choices is None else len(choices)
+        out = part(*args, **kwargs)
+        if choices is not None:
+            self._vidaccel.note_choices(choices[before:])
+        return out
 
     def _records_gradients(self, args: tuple[Any, ...]) -> str | None:
         if not torch.is_grad_enabled():

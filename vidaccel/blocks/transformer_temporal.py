@@ -15,7 +15,12 @@ from diffusers.models.transformers.transformer_temporal import (
 )
 from torch import Tensor
 
-from vidaccel.blocks.attention import FusedTemporalBasicTransformerBlock, TemporalSelfAttention
+from vidaccel.blocks.attention import (
+    FusedBasicTransformerBlock,
+    FusedTemporalBasicTransformerBlock,
+    TemporalSelfAttention,
+)
+from vidaccel.blocks.resnet import FusedAlphaBlender
 from vidaccel.blocks.site import FusedBlock, fuses
 
 __all__ = ["FrameTransformer", "FusedTransformerSpatioTemporalModel", "FusedTransformerTemporalModel"]
@@ -25,7 +30,9 @@ __all__ = ["FrameTransformer", "FusedTransformerSpatioTemporalModel", "FusedTran
 class FusedTransformerSpatioTemporalModel(FusedBlock, TransformerSpatioTemporalModel):
     """Image to rows and back as views, the context once per clip instead of once per pixel, one row per frame index.
 
-    Stock code copies the activations into NCHW at the end and broadcasts the context to ``[B*HW, L, D]``.
+    Stock code copies the activations into NCHW at the end and broadcasts the context to ``[B*HW, L, D]``. Where both
+    blocks of a pair are fused, what one ends and the other begins with is a single pass: the spatial block's last sum,
+    the frame embedding and the temporal block's first norm; likewise the temporal block's last sum and the blend.
     """
 
     def forward(
@@ -55,24 +62,75 @@ class FusedTransformerSpatioTemporalModel(FusedBlock, TransformerSpatioTemporalM
         frame_embedding = self._frame_embedding(num_frames, hidden_states)
         first_frame_context = context.unflatten(0, (-1, num_frames))[:, 0]  # [B, L, D]
         for block, temporal_block in zip(self.transformer_blocks, self.temporal_transformer_blocks, strict=True):
-            hidden_states = block(hidden_states, encoder_hidden_states=context)
-            time_context = first_frame_context
-            if not isinstance(temporal_block, FusedTemporalBasicTransformerBlock):
-                time_context = time_context.repeat_interleave(hidden_states.shape[1], dim=0)
-            mixed = temporal_block(
-                hidden_states + frame_embedding, num_frames=num_frames, encoder_hidden_states=time_context
-            )
-            hidden_states = self.time_mixer(
-                x_spatial=hidden_states, x_temporal=mixed, image_only_indicator=image_only_indicator
-            )
+            blocks: tuple[Any, ...] = (block, temporal_block, hidden_states, context, first_frame_context, num_frames)
+            run: Any = self._run_as_one if self._are_served(*blocks) else self._run_in_turn
+            spatial, temporal, addend = run(*blocks, frame_embedding)
+            hidden_states = self._mix(spatial, temporal, addend, image_only_indicator)
         hidden_states = self.proj_out(hidden_states).unflatten(1, (height, -1))
         return hidden_states.permute(0, 3, 1, 2) + residual
+
+    def _are_served(
+        self, block: Any, temporal_block: Any, hidden_states: Tensor, context: Tensor, time_context: Tensor, frames: int
+    ) -> bool:
+        """Whether both blocks are fused, and serve this call."""
+        return (
+            isinstance(block, FusedBasicTransformerBlock)
+            and isinstance(temporal_block, FusedTemporalBasicTransformerBlock)
+            and block.serves_parent(*_block_arguments(hidden_states, context))
+            and temporal_block.serves_parent(hidden_states, frames, time_context)
+        )
+
+    def _run_as_one(
+        self,
+        block: FusedBasicTransformerBlock,
+        temporal_block: FusedTemporalBasicTransformerBlock,
+        hidden_states: Tensor,
+        context: Tensor,
+        time_context: Tensor,
+        num_frames: int,
+        frame_embedding: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The spatial block's result, and the two addends of the temporal block's."""
+        addends = block.run_part(block.last_addends, *_block_arguments(hidden_states, context))
+        return temporal_block.run_part(temporal_block.last_addends, addends, frame_embedding, num_frames, time_context)
+
+    def _run_in_turn(
+        self,
+        block: Any,
+        temporal_block: Any,
+        hidden_states: Tensor,
+        context: Tensor,
+        time_context: Tensor,
+        num_frames: int,
+        frame_embedding: Tensor,
+    ) -> tuple[Tensor, Tensor, None]:
+        """The spatial block's result and the temporal block's."""
+        hidden_states = block(hidden_states, encoder_hidden_states=context)
+        if not isinstance(temporal_block, FusedTemporalBasicTransformerBlock):
+            time_context = time_context.repeat_interleave(hidden_states.shape[1], dim=0)
+        mixed = temporal_block(
+            hidden_states + frame_embedding, num_frames=num_frames, encoder_hidden_states=time_context
+        )
+        return hidden_states, mixed, None
+
+    def _mix(self, spatial: Tensor, temporal: Tensor, addend: Tensor | None, image_only_indicator: Tensor) -> Tensor:
+        """The blend of ``spatial`` with ``temporal + addend``."""
+        mixer = self.time_mixer
+        if isinstance(mixer, FusedAlphaBlender) and mixer.serves_parent(spatial, temporal, image_only_indicator):
+            return mixer.run_part(mixer.fused_forward, spatial, temporal, image_only_indicator, addend)
+        temporal = temporal if addend is None else temporal + addend
+        return mixer(x_spatial=spatial, x_temporal=temporal, image_only_indicator=image_only_indicator)
 
     def _frame_embedding(self, num_frames: int, like: Tensor) -> Tensor:
         """``[B*F, 1, C]``: the embedding of each frame's index, worked out once and repeated for the batch."""
         indices = torch.arange(num_frames, device=like.device)
         embedding = self.time_pos_embed(self.time_proj(indices).to(like.dtype))
         return embedding.repeat(like.shape[0] // num_frames, 1)[:, None]
+
+
+def _block_arguments(hidden_states: Tensor, context: Tensor) -> tuple[Any, ...]:
+    """All of BasicTransformerBlock's, in order."""
+    return hidden_states, None, context, None, None, None, None, None
 
 
 class FrameTransformer(TemporalSelfAttention):
