@@ -16,8 +16,11 @@ def has_hook(module: nn.Module) -> bool:
     return "forward" in module.__dict__ or "_hf_hook" in module.__dict__
 
 
-def why_unreadable(child: nn.Module, expected: type[nn.Module], x: Tensor) -> str | None:
-    """Why ``child.weight`` and ``child.bias`` are not what ``child(x)`` would use, or None if they are."""
+def why_unreadable(child: nn.Module, expected: type[nn.Module], x: Tensor, *, with_bias: bool = True) -> str | None:
+    """Why ``child.weight`` and ``child.bias`` are not what ``child(x)`` would use, or None if they are.
+
+    Without ``with_bias`` a child that has no bias will do.
+    """
     if not isinstance(child, expected):
         return f"a {expected.__name__} was replaced by {type(child).__name__}"
     if has_hook(child):
@@ -25,6 +28,8 @@ def why_unreadable(child: nn.Module, expected: type[nn.Module], x: Tensor) -> st
     if child._forward_hooks or child._forward_pre_hooks:
         return f"a {expected.__name__} has forward hooks, which only a call of it runs"
     for parameter in (child.weight, child.bias):
+        if parameter is None and not with_bias:
+            continue
         if type(parameter) is not nn.Parameter:
             return f"a {expected.__name__} has no plain weight and bias"
         if parameter.device != x.device:
