@@ -191,4 +191,4 @@ def _leave_the_initial_values(model: nn.Module) -> None:
         if parameter.ndim <= 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
         elif not parameter.any():
-            nn.init.normal_(parameter, std=0.1)
+            nn.init.normal_(parameter, std=0.02)

@@ -42,7 +42,7 @@ def _clip(pipe: Any, seed: int = 0, **arguments: Any) -> np.ndarray:
     if "num_frames" in parameters_of_call(type(pipe)):
         common["num_frames"] = FRAMES
     text = {"prompt_embeds": _text(seed), "negative_prompt_embeds": _text(99)}
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.manual_seed(0)  # SparseCtrl draws from the global one, too
     return pipe(**common | text | arguments, generator=generator).frames[0]
 
 
