@@ -9,12 +9,12 @@ import pytest
 import torch
 from diffusers import Transformer2DModel
 from diffusers.models.attention import BasicTransformerBlock
-from tiny_models import tiny_motion_unet
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vidaccel import patch_module
+from vidaccel.blocks.activations import FusedGEGLU
 from vidaccel.blocks.attention import FusedTextTransformerBlock
+from vidaccel.blocks.normalization import FusedGroupNorm
 from vidaccel.blocks.rules import Swap
 from vidaccel.blocks.site import Site
 from vidaccel.blocks.transformer_2d import FusedTransformer2DModel
@@ -170,16 +170,14 @@ def test_which_modules_are_meant() -> None:
     assert Swap(FusedTransformer2DModel).why_left_alone(patches) == "its input is not an image of features"
 
 
-def test_with_the_kernels(device: torch.device) -> None:
-    one_level = {"down_block_types": ("CrossAttnDownBlockMotion",), "up_block_types": ("CrossAttnUpBlockMotion",)}
-    unet = tiny_motion_unet(block_out_channels=(64,), **one_level).to(device)
-    sample = torch.randn(1, 4, 2, 2, 2, generator=torch.Generator().manual_seed(0)).to(device)
-    text = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(1)).repeat_interleave(2, dim=0).to(device)
-    with torch.no_grad():
-        expected = unet(sample, 1, text).sample
-        with patch_module(unet) as report:
-            out = unet(sample, 1, text).sample
-    ran = {site.op: site.implementations for site in report.sites if site.implementations}
-    assert all("triton" in ran[op] for op in ("group_norm_silu", "conv_epilogue", "add_layer_norm", "geglu")), ran
-    assert not report.fallbacks and not any(site.reason for site in report.sites)
-    assert _relative_error(out, expected) <= 1e-5
+@pytest.mark.parametrize("linear", [False, True], ids=["conv", "linear"])
+@torch.no_grad()
+def test_with_the_kernels(device: torch.device, linear: bool) -> None:
+    model = _transformer(use_linear_projection=linear).to(device)
+    x, text = _image(2, 3, 3).to(device), torch.randn(2, 5, TEXT, device=device)
+    expected = model(x, text).sample
+    sites = _patch(model, FusedTransformer2DModel, FusedTextTransformerBlock, FusedGroupNorm, FusedGEGLU)
+    assert _relative_error(model(x, text).sample, expected) <= 1e-5
+    ran = {site.op: site.implementations for site in sites}
+    assert all(ran[op] == {"triton"} for op in ("group_norm_silu", "add_layer_norm", "geglu")), ran
+    assert not any(site.reason or site.fallbacks for site in sites)

@@ -336,11 +336,11 @@ def test_a_kept_text_is_not_used_under_autocast_or_inference_mode(unet: UNetMoti
 
 def test_patched_denoiser_compiles_in_one_graph() -> None:
     one_level = {"down_block_types": ("CrossAttnDownBlockMotion",), "up_block_types": ("CrossAttnUpBlockMotion",)}
-    unet = tiny_motion_unet(block_out_channels=(64,), **one_level).requires_grad_(False)
+    unet = tiny_motion_unet(block_out_channels=(64,), use_motion_mid_block=False, **one_level).requires_grad_(False)
     text = _repeated(0)
     patch_module(unet)
     expected = _call(unet, text)
-    compiled = torch.compile(unet, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(unet, fullgraph=True, backend="eager")
     torch.testing.assert_close(_call(compiled, text), expected, rtol=1e-4, atol=1e-5)
     torch._dynamo.reset()
 

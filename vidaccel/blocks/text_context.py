@@ -54,7 +54,7 @@ class LastResult:
 
 
 def _clearing(owner: weakref.ref[LastResult]) -> Callable[[object], None]:
-    """A weak reference's callback. It does not hold ``owner``, whose memory would then wait for a garbage collection."""
+    """A weak reference's callback. It does not hold ``owner``: that memory would wait for a garbage collection."""
 
     def clear(_: object) -> None:
         if (result := owner()) is not None:
