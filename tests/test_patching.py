@@ -239,7 +239,7 @@ def test_patched_pipeline_copies_saves_and_loads(pipe: StableVideoDiffusionPipel
     restored = twin.unet.state_dict()
     assert all(torch.equal(weight, restored[name]) for name, weight in loaded.unet.state_dict().items())
     # not the same bits: weights read from a file lie at other addresses, and CPU kernels go by their alignment
-    assert np.abs(clip(loaded) - clip(twin)).max() < 1e-5
+    assert np.abs(clip(loaded) - clip(twin)).max() < 1e-4
 
 
 def test_patched_denoiser_compiles_in_one_graph(pipe: StableVideoDiffusionPipeline) -> None:

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import (
+    AnimateDiffPipeline,
+    AutoencoderKL,
     AutoencoderKLTemporalDecoder,
+    ControlNetModel,
+    DDIMScheduler,
+    DiffusionPipeline,
     EulerDiscreteScheduler,
+    SparseControlNetModel,
     StableVideoDiffusionPipeline,
+    UNetMotionModel,
     UNetSpatioTemporalConditionModel,
 )
 from torch import nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-__all__ = ["tiny_svd_pipeline"]
+__all__ = [
+    "tiny_animatediff_pipeline",
+    "tiny_controlnet",
+    "tiny_motion_unet",
+    "tiny_sparse_controlnet",
+    "tiny_svd_pipeline",
+]
 
 CONTEXT_DIM = 32
 
@@ -46,6 +61,88 @@ def tiny_svd_pipeline(seed: int = 0) -> StableVideoDiffusionPipeline:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def tiny_animatediff_pipeline(
+    pipeline_class: type[DiffusionPipeline] = AnimateDiffPipeline, seed: int = 0, **components: Any
+) -> Any:
+    """AnimateDiff or a variant of it, for text given as ``prompt_embeds`` ``[1, 77, 32]``; VAE factor 2.
+
+    Its UNet is ``tiny_motion_unet``'s unless ``components`` has one; what else the class wants is in there too.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(32, 64),
+            sample_size=32,
+        ).eval()
+        _leave_the_initial_values(vae)
+    absent = {"text_encoder": None, "tokenizer": None, "motion_adapter": None}
+    scheduler = DDIMScheduler(beta_schedule="linear", steps_offset=1, clip_sample=False)
+    defaults = absent | {"unet": components.pop("unet", None) or tiny_motion_unet(seed)}
+    pipe = pipeline_class(vae=vae, scheduler=scheduler, **defaults, **components)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_motion_unet(seed: int = 0, **options: Any) -> UNetMotionModel:
+    """AnimateDiff's UNet: 64 channels, head dim 32, a text of width 32."""
+    config = {
+        "sample_size": 16,
+        "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"),
+        "up_block_types": ("UpBlockMotion", "CrossAttnUpBlockMotion"),
+        "block_out_channels": (64, 64),
+        "layers_per_block": 1,
+        "num_attention_heads": 2,
+        "motion_num_attention_heads": 2,
+        "cross_attention_dim": CONTEXT_DIM,
+    }
+    return _seeded(UNetMotionModel, seed, config | options)
+
+
+def tiny_controlnet(seed: int = 0) -> ControlNetModel:
+    """A ControlNet for :func:`tiny_motion_unet`."""
+    return _seeded(
+        ControlNetModel,
+        seed,
+        {
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "conditioning_embedding_out_channels": (16, 32),  # halves the sides, as the VAE does
+            **_CONTROLNET,
+        },
+    )
+
+
+def tiny_sparse_controlnet(seed: int = 0) -> SparseControlNetModel:
+    """A SparseCtrl model for :func:`tiny_motion_unet`, which takes latents of key frames."""
+    return _seeded(
+        SparseControlNetModel,
+        seed,
+        {
+            "conditioning_channels": 4,
+            "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"),
+            "motion_num_attention_heads": 2,
+            **_CONTROLNET,
+        },
+    )
+
+
+_CONTROLNET = {
+    "block_out_channels": (64, 64),
+    "layers_per_block": 1,
+    "attention_head_dim": 2,
+    "cross_attention_dim": CONTEXT_DIM,
+}
+
+
+def _seeded(model_class: type[nn.Module], seed: int, config: dict[str, Any]) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = model_class(**config).eval()
+        _leave_the_initial_values(model)
+    return model
 
 
 def _unet() -> UNetSpatioTemporalConditionModel:
@@ -86,7 +183,12 @@ def _image_encoder() -> CLIPVisionModelWithProjection:
 
 
 def _leave_the_initial_values(model: nn.Module) -> None:
-    """Shift norms, biases and blend factors off 1, 0 and 0.5, where a kernel that forgets them would still pass."""
+    """Shift norms, biases and blend factors off 1, 0 and 0.5, where a kernel that forgets them would still pass.
+
+    Weights that start at zero would switch off whatever comes before them.
+    """
     for parameter in model.parameters():
         if parameter.ndim <= 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
+        elif not parameter.any():
+            nn.init.normal_(parameter, std=0.02)

@@ -5,6 +5,9 @@ over it is 1 whatever the query, so ``attn2(norm2(x), context) == to_out(to_v(co
 the query, the attention itself and the full-size output projection fall away.
 
 Blocks that look across frames work on ``[B*F, HW, C]``: only their attention is not row by row, and it reads strided.
+
+Where the context is a text, its keys and values are kept from step to step, and the queries of all frames that share a
+text are the queries of one attention (see ``text_context.py``).
 """
 
 from __future__ import annotations
@@ -17,14 +20,20 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import SinusoidalPositionalEmbedding
 from torch import Tensor, nn
 
-from vidaccel.blocks.attention_processor import why_attention_left_alone
+from vidaccel.blocks.attention_processor import attend_projected, why_attention_left_alone
 from vidaccel.blocks.normalization import add_layer_norm_module, why_layer_norms_unreadable
 from vidaccel.blocks.parameters import why_not_bypassed
 from vidaccel.blocks.site import FusedBlock, fuses
+from vidaccel.blocks.text_context import LastResult, distinct_rows, keys_values, why_not_kept
 from vidaccel.kernels.add_layer_norm import RowTo
 from vidaccel.kernels.temporal_attention import temporal_attention
 
-__all__ = ["FusedBasicTransformerBlock", "FusedTemporalBasicTransformerBlock", "TemporalSelfAttention"]
+__all__ = [
+    "FusedBasicTransformerBlock",
+    "FusedTemporalBasicTransformerBlock",
+    "FusedTextTransformerBlock",
+    "TemporalSelfAttention",
+]
 
 
 def _is_one_token(context: Tensor | None) -> bool:
@@ -96,9 +105,14 @@ class _TransformerBlock(FusedBlock):
         return out / attn.rescale_output_factor if attn.rescale_output_factor != 1.0 else out
 
 
-@fuses(BasicTransformerBlock, {"one_token_attention": "math-exact", "add_layer_norm": "math-exact"})
-class FusedBasicTransformerBlock(_TransformerBlock, BasicTransformerBlock):
-    """The spatial block of SVD: self-attention, one-token cross-attention as a row per frame, feed-forward."""
+class _SpatialTransformerBlock(_TransformerBlock, BasicTransformerBlock):
+    """Self-attention over a frame's pixels, cross-attention to a context, feed-forward; on ``[B*F, HW, C]``."""
+
+    @classmethod
+    def stands_for(cls, module: nn.Module) -> bool:
+        # The blocks that attend over frames are of the same class; they have a second self-attention.
+        assert isinstance(module, BasicTransformerBlock)
+        return module.attn2 is not None and module.attn2.is_cross_attention
 
     @classmethod
     def why_left_alone(cls, module: nn.Module) -> str | None:
@@ -135,11 +149,16 @@ class FusedBasicTransformerBlock(_TransformerBlock, BasicTransformerBlock):
             return "an attention mask was passed"
         if attention_kwargs:
             return "cross_attention_kwargs were passed"
-        if not _is_one_token(context):
-            return "the context is not one token"
         if self._chunk_size is not None:
             return "the feed-forward is chunked"
-        return _why_no_shortcut(self.attn2) or self._why_norms_unreadable(hidden_states, self.norm1, self.norm3)
+        return (
+            self._why_context_unserved(context)
+            or _why_no_shortcut(self.attn2)
+            or self._why_norms_unreadable(hidden_states, self.norm1, self.norm2, self.norm3)
+        )
+
+    def _why_context_unserved(self, context: Any) -> str | None:
+        raise NotImplementedError
 
     def fused_forward(self, *args: Any) -> Tensor:
         branch, residual = self.last_addends(*args)
@@ -150,15 +169,58 @@ class FusedBasicTransformerBlock(_TransformerBlock, BasicTransformerBlock):
     ) -> tuple[Tensor, Tensor]:
         """What the block's result is the sum of: its feed-forward and the residual."""
         _, normed = self._add_norm(self.norm1, hidden_states)
-        attended = self.attn1(normed)
-        if self._vidaccel.enabled("one_token_attention"):
-            row = _one_token_attention(self.attn2, context)
-            hidden_states, normed = self._add_norm(self.norm3, attended, hidden_states, row)
-        else:
-            hidden_states, normed = self._add_norm(self.norm2, attended, hidden_states)
-            attended = self.attn2(normed, encoder_hidden_states=context)
-            hidden_states, normed = self._add_norm(self.norm3, attended, hidden_states)
+        hidden_states, normed = self._attend_context(self.attn1(normed), hidden_states, context)
         return self.ff(normed), hidden_states
+
+    def _attend_context(self, attended: Tensor, residual: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream after cross-attention, and the last norm of it."""
+        residual, normed = self._add_norm(self.norm2, attended, residual)
+        return self._add_norm(self.norm3, self.attn2(normed, encoder_hidden_states=context), residual)
+
+
+@fuses(BasicTransformerBlock, {"one_token_attention": "math-exact", "add_layer_norm": "math-exact"})
+class FusedBasicTransformerBlock(_SpatialTransformerBlock):
+    """The spatial block of SVD, whose cross-attention to one token is a row per frame."""
+
+    def _why_context_unserved(self, context: Any) -> str | None:
+        return None if _is_one_token(context) else "the context is not one token"
+
+    def _attend_context(self, attended: Tensor, residual: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        if not self._vidaccel.enabled("one_token_attention"):
+            return super()._attend_context(attended, residual, context)
+        return self._add_norm(self.norm3, attended, residual, _one_token_attention(self.attn2, context))
+
+
+@fuses(BasicTransformerBlock, {"text_keys_values": "math-exact", "add_layer_norm": "math-exact"})
+class FusedTextTransformerBlock(_SpatialTransformerBlock):
+    """The spatial block of the text-conditioned UNets; a text may have any number of tokens."""
+
+    def _why_context_unserved(self, context: Any) -> str | None:
+        return None if isinstance(context, Tensor) else "no text was passed, or more than text (IP-Adapter)"
+
+    def _attend_context(self, attended: Tensor, residual: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        if torch.compiler.is_compiling() or not self._vidaccel.enabled("text_keys_values"):
+            return super()._attend_context(attended, residual, context)
+        residual, normed = self._add_norm(self.norm2, attended, residual)
+        return self._add_norm(self.norm3, self._attend_text(normed, context), residual)
+
+    def _attend_text(self, normed: Tensor, context: Tensor) -> Tensor:
+        """``attn2(normed, context)``, all frames with the same text as the queries of one attention."""
+        attn, text = self.attn2, distinct_rows(context)
+        query = attn.to_q(normed)
+        query = query.view(text.shape[0], -1, query.shape[2])  # [B, F*HW, H*D]
+        out = attend_projected(attn, query, *keys_values(attn, text, self._kept(text))).view(normed.shape)
+        return out / attn.rescale_output_factor if attn.rescale_output_factor != 1.0 else out
+
+    def _kept(self, text: Tensor) -> LastResult | None:
+        """Where the keys and values of the last text are, if they may be used."""
+        kept: LastResult = self._vidaccel.kept.setdefault("text_keys_values", LastResult())
+        reason = why_not_kept(self.attn2, text)
+        if reason is None:
+            return kept
+        kept.clear()
+        self._vidaccel.note_fallback(reason, "text_keys_values")
+        return None
 
 
 @fuses(

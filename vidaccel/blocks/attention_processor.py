@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vidaccel.blocks.parameters import has_hook
 
-__all__ = ["STOCK_PROCESSORS", "FusedAttnProcessor2_0", "why_attention_left_alone"]
+__all__ = ["STOCK_PROCESSORS", "FusedAttnProcessor2_0", "attend_projected", "why_attention_left_alone"]
 
 
 class FusedAttnProcessor2_0(AttnProcessor2_0):
@@ -51,10 +51,12 @@ def _attend(attn: Attention, hidden_states: Tensor, context: Tensor | None) -> T
         context = hidden_states
     elif attn.norm_cross:
         context = attn.norm_encoder_hidden_states(context)
-    query, key, value = (
-        x.unflatten(2, (attn.heads, -1)).transpose(1, 2)
-        for x in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
-    )
+    return attend_projected(attn, attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
+
+
+def attend_projected(attn: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """What ``attn`` makes of its projections' outputs ``[B, S, H*D]``, up to and with its output projection."""
+    query, key, value = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
     query = query if attn.norm_q is None else attn.norm_q(query)
     key = key if attn.norm_k is None else attn.norm_k(key)
     out = F.scaled_dot_product_attention(query, key, value)
@@ -73,4 +75,6 @@ def why_attention_left_alone(attn: Attention) -> str | None:
         return f"it has a processor of its own, {type(attn.processor).__name__}"
     if has_hook(attn):
         return "a hook replaced its forward (offload or casting)"
+    if attn._forward_hooks or attn._forward_pre_hooks:
+        return "it has forward hooks, which only a call of it runs"
     return None

@@ -27,11 +27,16 @@ def why_not_bypassed(child: nn.Module, expected: type[nn.Module]) -> str | None:
     return None
 
 
-def why_unreadable(child: nn.Module, expected: type[nn.Module], x: Tensor) -> str | None:
-    """Why ``child.weight`` and ``child.bias`` are not what ``child(x)`` would use, or None if they are."""
+def why_unreadable(child: nn.Module, expected: type[nn.Module], x: Tensor, *, with_bias: bool = True) -> str | None:
+    """Why ``child.weight`` and ``child.bias`` are not what ``child(x)`` would use, or None if they are.
+
+    Without ``with_bias`` a child that has no bias will do.
+    """
     if reason := why_not_bypassed(child, expected):
         return reason
     for parameter in (child.weight, child.bias):
+        if parameter is None and not with_bias:
+            continue
         if type(parameter) is not nn.Parameter:
             return f"a {expected.__name__} has no plain weight and bias"
         if parameter.device != x.device:

@@ -1,7 +1,8 @@
 """What a family adapter is made of: rules that say which modules of a model are patched, how, and how it is undone.
 
-A rule never touches a top-level model, and what it leaves behind on a module is one :class:`Patch` in the instance's
-dictionary: no parameter, no buffer, no hook. So a patched model deep-copies, saves and loads like an unpatched one.
+A rule never changes a top-level model's class, and what it leaves behind on a module is one :class:`Patch` in the
+instance's dictionary: no parameter, no buffer, and no hook but those of ``TextSource``. So a patched model deep-copies,
+saves and loads like an unpatched one.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class Swap(Rule):
 
     def matches(self, path: str, module: Any) -> bool:
         named = not self.names or path.rpartition(".")[2] in self.names
-        return named and type(module) is self.fused.original
+        return named and type(module) is self.fused.original and self.fused.stands_for(module)
 
     def why_left_alone(self, module: Any) -> str | None:
         return super().why_left_alone(module) or self.fused.why_left_alone(module)

@@ -63,13 +63,17 @@ class Site:
 
 
 class BlockState:
-    """What a fused block remembers: its sites by op, and the verdict on every signature it has seen."""
+    """What a fused block remembers: its sites by op, the verdict on every signature it has seen, and what it keeps.
+
+    ``kept`` is for results that outlive a call; they are gone with the patch.
+    """
 
     def __init__(self, sites: Iterable[Site], self_check: bool) -> None:
         self.sites = {site.op: site for site in sites}
         self.self_check = self_check
         self.broken = ""
         self.verdicts: dict[tuple[Any, ...], str] = {}
+        self.kept: dict[str, Any] = {}
 
     def enabled(self, op: str) -> bool:
         return op in self.sites
@@ -85,8 +89,9 @@ class BlockState:
             if op not in chosen:  # an op that is plain PyTorch: a shortcut or a change of layout
                 site.implementations.add("torch")
 
-    def note_fallback(self, reason: str) -> None:
-        for site in self.sites.values():
+    def note_fallback(self, reason: str, op: str = "") -> None:
+        """Count a call that went another way: the whole block, or only one ``op`` of it."""
+        for site in [self.sites[op]] if op else self.sites.values():
             site.fallbacks[reason] += 1
 
     def fail(self, reason: str) -> None:
@@ -114,6 +119,11 @@ class FusedBlock(nn.Module):
     original: ClassVar[type[nn.Module]]
     ops: ClassVar[dict[str, Fidelity]]
     _vidaccel: BlockState
+
+    @classmethod
+    def stands_for(cls, module: nn.Module) -> bool:
+        """Whether ``module`` is of the kind that this block is about, where diffusers has one class for several."""
+        return True
 
     @classmethod
     def why_left_alone(cls, module: nn.Module) -> str | None:
