@@ -4,7 +4,8 @@ Activations stay channels-last: a ``[B*F, C, H, W]`` tensor with channels_last s
 tensor with channels_last_3d strides are the same memory, so the permutes of the stock code become views.
 
 PyTorch adds a cuDNN convolution's bias in a kernel of its own. Here the first convolution's bias joins the time
-embedding, which the second norm adds as it reads; the second convolution's joins the residual (``conv_epilogue``).
+embedding, which the second norm adds as it reads; the second convolution's, and that of the convolution on the
+residual, join the sum (``conv_epilogue``).
 """
 
 from __future__ import annotations
@@ -54,11 +55,15 @@ class _ResnetBlock(FusedBlock):
         else:
             hidden_states, shift = self.conv1(hidden_states), time_embedding
         hidden_states = self.dropout(self._norm_silu(self.norm2, hidden_states, shift))
-        residual = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        if self._splits_bias(self.conv2, hidden_states):
-            hidden_states = _without_bias(self.conv2, hidden_states)
-            return conv_epilogue(hidden_states, self.conv2.bias, residual, inplace=True, **epilogue)
-        return residual + self.conv2(hidden_states)
+        if not self._splits_bias(self.conv2, hidden_states):
+            return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + self.conv2(hidden_states)
+        if self.conv_shortcut is not None and self._splits_bias(self.conv_shortcut, x):
+            epilogue["residual_bias"] = self.conv_shortcut.bias
+            x = _without_bias(self.conv_shortcut, x)
+        elif self.conv_shortcut is not None:
+            x = self.conv_shortcut(x)
+        hidden_states = _without_bias(self.conv2, hidden_states)
+        return conv_epilogue(hidden_states, self.conv2.bias, x, inplace=True, **epilogue)
 
     def _norm_silu(self, norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None) -> Tensor:
         """``silu(norm(x + shift))``."""

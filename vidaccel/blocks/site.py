@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from vidaccel.blocks.parameters import Packed
 from vidaccel.blocks.self_check import disagreement
 from vidaccel.kernels.dispatch import Choice, record_choices
 
@@ -61,13 +62,14 @@ class Site:
 
 
 class BlockState:
-    """What a fused block remembers: its sites by op, and the verdict on every signature it has seen."""
+    """What a fused block remembers: its sites by op, the verdict on every signature it has seen, a packed weight."""
 
     def __init__(self, sites: Iterable[Site], self_check: bool) -> None:
         self.sites = {site.op: site for site in sites}
         self.self_check = self_check
         self.broken = ""
         self.verdicts: dict[tuple[Any, ...], str] = {}
+        self.packed = Packed()
 
     def enabled(self, op: str) -> bool:
         return op in self.sites
