@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from diffusers import (
+    AutoencoderKL,
     AutoencoderKLTemporalDecoder,
     EulerDiscreteScheduler,
     StableVideoDiffusionPipeline,
@@ -12,7 +13,7 @@ from diffusers import (
 from torch import nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-__all__ = ["tiny_svd_pipeline"]
+__all__ = ["tiny_autoencoder_kl", "tiny_svd_pipeline"]
 
 CONTEXT_DIM = 32
 
@@ -46,6 +47,20 @@ def tiny_svd_pipeline(seed: int = 0) -> StableVideoDiffusionPipeline:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def tiny_autoencoder_kl(seed: int = 0) -> AutoencoderKL:
+    """The image VAE of the text-to-video pipelines, fp32 on the CPU: 32 and 64 channels, factor 2, tiles of 16 pixels."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+            up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+            block_out_channels=(32, 64),
+            sample_size=16,
+        ).eval()
+        _leave_the_initial_values(vae)
+    return vae
 
 
 def _unet() -> UNetSpatioTemporalConditionModel:

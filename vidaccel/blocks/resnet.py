@@ -93,7 +93,7 @@ class FusedResnetBlock2D(_ResnetBlock, ResnetBlock2D):
         assert isinstance(module, ResnetBlock2D)
         if module.upsample is not None or module.downsample is not None:
             return "it resamples inside the block"
-        if module.time_embedding_norm != "default":
+        if module.time_embedding_norm not in ("default", "group"):  # "group": the image VAE's decoder, which has none
             return f"its time embedding is of the kind {module.time_embedding_norm!r}"
         return None if isinstance(module.nonlinearity, nn.SiLU) else "its activation is not SiLU"
 
