@@ -4,9 +4,9 @@
 
 Channels-last memory ``[N, S, C]``; the residual and the blend are optional, alpha is that of
 :mod:`vidaccel.kernels.alpha_blend`. PyTorch adds the bias of a cuDNN convolution in a kernel of its own, so a caller
-runs the convolution without it and leaves the bias to this op. Computed in float32 and rounded to the input dtype
-after each of the three steps, where eager stores them. Fidelity: bit-exact up to the blend, math-exact with it.
-Bound by memory: one or two reads and a write.
+runs the convolution without it and leaves the bias to this op; the residual may be such an output too, with a bias
+still to come. Computed in float32 and rounded to the input dtype after each step, where eager stores them. Fidelity:
+bit-exact up to the blend, math-exact with it. Bound by memory: one or two reads and a write.
 """
 
 from __future__ import annotations
@@ -30,12 +30,16 @@ def conv_epilogue_ref(
     bias: Tensor,
     residual: Tensor | None = None,
     *,
+    residual_bias: Tensor | None = None,
     mix_factor: Tensor | None = None,
     image_only: Tensor | None = None,
     spatial_is_second: bool = False,
 ) -> Tensor:
     """The specification. Pass float64 inputs for gold values."""
-    y = x + bias.to(x.dtype).view(-1, *(1 for _ in x.shape[2:]))
+    per_channel = (-1, *(1 for _ in x.shape[2:]))
+    y = x + bias.to(x.dtype).view(per_channel)
+    if residual is not None and residual_bias is not None:
+        residual = residual + residual_bias.to(x.dtype).view(per_channel)
     if residual is not None:
         y = residual + y
     if residual is not None and mix_factor is not None:
@@ -45,9 +49,9 @@ def conv_epilogue_ref(
 
 @triton.jit
 def _conv_epilogue_kernel(
-    x_ptr, bias_ptr, residual_ptr, mix_factor_ptr, image_only_ptr, y_ptr,
+    x_ptr, bias_ptr, residual_ptr, residual_bias_ptr, mix_factor_ptr, image_only_ptr, y_ptr,
     channels, frame_size,
-    HAS_RESIDUAL: tl.constexpr, HAS_MIX: tl.constexpr, HAS_IMAGE_ONLY: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_RESIDUAL_BIAS: tl.constexpr, HAS_MIX: tl.constexpr, HAS_IMAGE_ONLY: tl.constexpr,
     SPATIAL_IS_SECOND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     dtype = y_ptr.dtype.element_ty
@@ -62,6 +66,9 @@ def _conv_epilogue_kernel(
     y = (tl.load(x_ptr + offs, mask=mask).to(tl.float32) + bias).to(dtype)
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + offs, mask=mask).to(tl.float32)
+        if HAS_RESIDUAL_BIAS:
+            residual += tl.load(residual_bias_ptr + channel).to(tl.float32)
+            residual = residual.to(dtype).to(tl.float32)
         y = (residual + y.to(tl.float32)).to(dtype)
         if HAS_MIX:
             y = blend(
@@ -75,6 +82,7 @@ def _launch(
     x: Tensor,
     bias: Tensor,
     residual: Tensor | None,
+    residual_bias: Tensor | None,
     mix_factor: Tensor | None,
     image_only: Tensor | None,
     spatial_is_second: bool,
@@ -88,9 +96,11 @@ def _launch(
     with torch.cuda.device_of(x):
         _conv_epilogue_kernel[(triton.cdiv(frame_size, BLOCK), frames)](
             rows, bias.to(x.dtype).contiguous(), None if residual is None else residual.movedim(1, -1).contiguous(),
+            None if residual_bias is None else residual_bias.to(x.dtype).contiguous(),
             mix_factor, None if image_only is None else image_only.contiguous(), y,
             rows.shape[-1], frame_size,
-            HAS_RESIDUAL=residual is not None, HAS_MIX=mix_factor is not None, HAS_IMAGE_ONLY=image_only is not None,
+            HAS_RESIDUAL=residual is not None, HAS_RESIDUAL_BIAS=residual_bias is not None,
+            HAS_MIX=mix_factor is not None, HAS_IMAGE_ONLY=image_only is not None,
             SPATIAL_IS_SECOND=spatial_is_second, BLOCK=BLOCK,
             num_warps=NUM_WARPS, enable_fp_fusion=False,  # eager rounds the blend's products before it adds them
         )  # fmt: skip
@@ -102,11 +112,12 @@ def _conv_epilogue(
     x: Tensor,
     bias: Tensor,
     residual: Tensor | None,
+    residual_bias: Tensor | None,
     mix_factor: Tensor | None,
     image_only: Tensor | None,
     spatial_is_second: bool,
 ) -> Tensor:
-    return _launch(x, bias, residual, mix_factor, image_only, spatial_is_second)
+    return _launch(x, bias, residual, residual_bias, mix_factor, image_only, spatial_is_second)
 
 
 @_conv_epilogue.register_fake
@@ -114,6 +125,7 @@ def _(
     x: Tensor,
     bias: Tensor,
     residual: Tensor | None,
+    residual_bias: Tensor | None,
     mix_factor: Tensor | None,
     image_only: Tensor | None,
     spatial_is_second: bool,
@@ -121,15 +133,20 @@ def _(
     return torch.empty_like(x.movedim(1, -1), memory_format=torch.contiguous_format).movedim(-1, 1)
 
 
-def _problem(x: Tensor, bias: Tensor, residual: Tensor | None, mix_factor: Tensor | None) -> str | None:
+def _problem(x: Tensor, bias: Tensor, residual: Tensor | None, *others: Tensor | None) -> str | None:
     """Why the kernel does not serve these arguments, or None."""
     if residual is not None and residual.dtype != x.dtype:
         return f"residual must have the dtype of x, {x.dtype}, got {residual.dtype}"
-    return tensors_problem(x, bias, residual, mix_factor)
+    return tensors_problem(x, bias, residual, *others)
 
 
 def _validate(
-    x: Tensor, bias: Tensor, residual: Tensor | None, mix_factor: Tensor | None, image_only: Tensor | None
+    x: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    residual_bias: Tensor | None,
+    mix_factor: Tensor | None,
+    image_only: Tensor | None,
 ) -> None:
     if not 3 <= x.ndim <= 5:
         raise ValueError(f"conv_epilogue: x must be [N, C, *spatial] with 1 to 3 spatial dims, got {tuple(x.shape)}")
@@ -137,6 +154,11 @@ def _validate(
         raise ValueError(f"conv_epilogue: bias must be [{x.shape[1]}], got {tuple(bias.shape)}")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"conv_epilogue: residual must be {tuple(x.shape)}, as x is, got {tuple(residual.shape)}")
+    if residual_bias is not None and (residual is None or residual_bias.shape != bias.shape):
+        raise ValueError(
+            f"conv_epilogue: residual_bias must be [{x.shape[1]}] and needs a residual, "
+            f"got {tuple(residual_bias.shape)}"
+        )
     if mix_factor is None:
         if image_only is not None:
             raise ValueError("conv_epilogue: image_only needs a mix_factor")
@@ -157,6 +179,7 @@ def conv_epilogue(
     bias: Tensor,
     residual: Tensor | None = None,
     *,
+    residual_bias: Tensor | None = None,
     mix_factor: Tensor | None = None,
     image_only: Tensor | None = None,
     spatial_is_second: bool = False,
@@ -170,6 +193,7 @@ def conv_epilogue(
             when the channels are innermost in memory, else copied into that order first.
         bias: ``[C]``, any float dtype; rounded to ``x.dtype`` first.
         residual: As ``x``; None adds nothing.
+        residual_bias: ``[C]``, as ``bias``, added to ``residual`` first; None adds nothing.
         mix_factor: ``[1]``, any float dtype; None blends nothing.
         image_only: ``[B, F]`` for ``x`` ``[B, C, F, H, W]``, nonzero where a frame is a still image and only
             ``residual`` counts; None: nowhere.
@@ -182,16 +206,22 @@ def conv_epilogue(
         ``[N, C, *spatial]`` in ``x.dtype``, channels innermost in memory.
 
     Raises:
-        ValueError: A shape is not as above; ``mix_factor`` comes without ``residual`` or ``image_only`` without
-            ``mix_factor``; ``impl`` cannot run here.
+        ValueError: A shape is not as above; ``residual_bias`` or ``mix_factor`` comes without ``residual``, or
+            ``image_only`` without ``mix_factor``; ``impl`` cannot run here.
     """
-    _validate(x, bias, residual, mix_factor, image_only)
-    chosen = choose("conv_epilogue", x, impl, _problem(x, bias, residual, mix_factor))
+    _validate(x, bias, residual, residual_bias, mix_factor, image_only)
+    chosen = choose("conv_epilogue", x, impl, _problem(x, bias, residual, residual_bias, mix_factor))
     if chosen == "torch" or x.numel() == 0:
         y = conv_epilogue_ref(
-            x, bias, residual, mix_factor=mix_factor, image_only=image_only, spatial_is_second=spatial_is_second
+            x,
+            bias,
+            residual,
+            residual_bias=residual_bias,
+            mix_factor=mix_factor,
+            image_only=image_only,
+            spatial_is_second=spatial_is_second,
         )
         return y.movedim(1, -1).contiguous().movedim(-1, 1)
     if torch.compiler.is_compiling():
-        return _conv_epilogue(x, bias, residual, mix_factor, image_only, spatial_is_second)
-    return _launch(x, bias, residual, mix_factor, image_only, spatial_is_second, inplace=inplace)
+        return _conv_epilogue(x, bias, residual, residual_bias, mix_factor, image_only, spatial_is_second)
+    return _launch(x, bias, residual, residual_bias, mix_factor, image_only, spatial_is_second, inplace=inplace)

@@ -32,6 +32,8 @@ from vidaccel.blocks.resnet import (
 )
 from vidaccel.blocks.rules import ChannelsLastWeights, Family, NormOut, Processor, Swap
 from vidaccel.blocks.transformer_temporal import FusedTransformerSpatioTemporalModel
+from vidaccel.blocks.upsampling import FusedUpsample2D
+from vidaccel.blocks.vae import FusedTemporalDecoder
 
 __all__ = ["FAMILY", "SYNTHETIC"]
 
@@ -61,6 +63,8 @@ FAMILY = Family(
             ChannelsLastWeights(AutoencoderKLTemporalDecoder),
             NormOut(TemporalDecoder),
             NormOut(Encoder),
+            Swap(FusedTemporalDecoder),
+            Swap(FusedUpsample2D),
             *_RESNET_RULES,
         ),
     },

@@ -23,6 +23,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 
 __all__ = [
     "tiny_animatediff_pipeline",
+    "tiny_autoencoder_kl",
     "tiny_controlnet",
     "tiny_motion_unet",
     "tiny_sparse_controlnet",
@@ -143,6 +144,20 @@ def _seeded(model_class: type[nn.Module], seed: int, config: dict[str, Any]) -> 
         model = model_class(**config).eval()
         _leave_the_initial_values(model)
     return model
+
+
+def tiny_autoencoder_kl(seed: int = 0) -> AutoencoderKL:
+    """The text-to-video pipelines' image VAE, fp32 on the CPU: 32 and 64 channels, factor 2, tiles of 16 pixels."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+            up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+            block_out_channels=(32, 64),
+            sample_size=16,
+        ).eval()
+        _leave_the_initial_values(vae)
+    return vae
 
 
 def _unet() -> UNetSpatioTemporalConditionModel:

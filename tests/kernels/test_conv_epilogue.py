@@ -21,7 +21,7 @@ SHAPES = [
     pytest.param((2, 3, 3, 5, 7), id="rgb"),
     pytest.param((1, 320, 3, 3, 5), id="svd-width"),
 ]
-EPILOGUES = ["bias", "residual", "mix", "mix-image-only", "mix-image-only-spatial-second"]
+EPILOGUES = ["bias", "residual", "residual-with-bias", "mix", "mix-image-only", "mix-image-only-spatial-second"]
 
 
 def draw(
@@ -35,6 +35,8 @@ def draw(
     arguments: dict[str, Any] = {}
     if epilogue != "bias":
         arguments["residual"] = residual
+    if "with-bias" in epilogue:
+        arguments["residual_bias"] = torch.randn(channels, device=device).to(dtype)
     if "mix" in epilogue:
         arguments["mix_factor"] = torch.tensor([0.7], device=device).to(dtype)
     if "image-only" in epilogue:
@@ -51,7 +53,7 @@ def in_float64(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def positional(bias: Tensor, arguments: dict[str, Any]) -> tuple[Any, ...]:
     """What follows x in ``_launch`` and in the registered op."""
-    names = ("residual", "mix_factor", "image_only")
+    names = ("residual", "residual_bias", "mix_factor", "image_only")
     return (bias, *(arguments.get(name) for name in names), arguments.get("spatial_is_second", False))
 
 
@@ -67,7 +69,7 @@ def test_matches_reference(shape: tuple[int, ...], epilogue: str, dtype: torch.d
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("epilogue", ["bias", "residual"])
+@pytest.mark.parametrize("epilogue", ["bias", "residual", "residual-with-bias"])
 @pytest.mark.parametrize("shape", [(2, 24, 35), (2, 24, 5, 7), (2, 24, 3, 5, 7)], ids=["3d", "4d", "5d"])
 def test_sums_have_the_bits_of_eager(
     shape: tuple[int, ...], epilogue: str, dtype: torch.dtype, device: torch.device
@@ -163,6 +165,8 @@ MIX = torch.ones(1)
         ({"x": torch.ones(2, 4)}, r"1 to 3 spatial dims, got \(2, 4\)"),
         ({"bias": torch.ones(5)}, r"bias must be \[4\], got \(5,\)"),
         ({"residual": X[:, :, :1]}, r"residual must be \(2, 4, 3, 2, 2\), as x is, got \(2, 4, 1, 2, 2\)"),
+        ({"residual_bias": torch.ones(4)}, r"residual_bias must be \[4\] and needs a residual, got \(4,\)"),
+        ({"residual": X, "residual_bias": torch.ones(5)}, r"residual_bias must be \[4\] .*, got \(5,\)"),
         ({"mix_factor": MIX}, r"mix_factor needs a residual to blend with"),
         ({"residual": X, "image_only": torch.ones(2, 3)}, r"image_only needs a mix_factor"),
         ({"residual": X, "mix_factor": torch.ones(2)}, r"mix_factor must be \[1\], got \(2,\)"),
@@ -182,7 +186,7 @@ def test_rejects(change: dict[str, object], message: str) -> None:
         conv_epilogue(**{"x": X, "bias": torch.ones(4), **change})
 
 
-@pytest.mark.parametrize("epilogue", ["bias", "residual", "mix-image-only"])
+@pytest.mark.parametrize("epilogue", ["bias", "residual-with-bias", "mix-image-only"])
 def test_registration(epilogue: str, device: torch.device) -> None:
     x, bias, arguments = draw((2, 24, 3, 5, 7), torch.float32, device, epilogue)
     for laid_out in (x, x.contiguous()):
@@ -202,10 +206,10 @@ def test_compiles_fullgraph(epilogue: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("epilogue", ["bias", "mix-image-only"])
+@pytest.mark.parametrize("epilogue", ["bias", "residual-with-bias", "mix-image-only"])
 def test_accesses_are_16_bytes_wide(target: str, epilogue: str) -> None:
     _, _, arguments = draw((2, 24, 3, 5, 7), torch.float16, torch.device("cpu"), epilogue)
-    optional = {name: f"{name}_ptr" for name in ("residual", "mix_factor", "image_only")}
+    optional = {name: f"{name}_ptr" for name in ("residual", "residual_bias", "mix_factor", "image_only")}
     present = [pointer for name, pointer in optional.items() if name in arguments]
     asm = compile_for(
         target,
@@ -216,7 +220,8 @@ def test_accesses_are_16_bytes_wide(target: str, epilogue: str) -> None:
         },
         {
             **dict.fromkeys(set(optional.values()).difference(present)),
-            **{"HAS_RESIDUAL": "residual" in arguments, "HAS_MIX": "mix_factor" in arguments},
+            **{"HAS_RESIDUAL": "residual" in arguments, "HAS_RESIDUAL_BIAS": "residual_bias" in arguments},
+            **{"HAS_MIX": "mix_factor" in arguments},
             **{"HAS_IMAGE_ONLY": "image_only" in arguments, "SPATIAL_IS_SECOND": False, "BLOCK": op.BLOCK},
         },
         num_warps=op.NUM_WARPS,

@@ -4,7 +4,8 @@ Activations stay channels-last: a ``[B*F, C, H, W]`` tensor with channels_last s
 tensor with channels_last_3d strides are the same memory, so the permutes of the stock code become views.
 
 PyTorch adds a cuDNN convolution's bias in a kernel of its own. Here the bias of a convolution with a norm behind it
-joins the time embedding, which the norm adds as it reads; that of the last joins the residual (``conv_epilogue``).
+joins the time embedding, which the norm adds as it reads; that of the last, and that of the convolution on the
+residual, join the sum (``conv_epilogue``).
 """
 
 from __future__ import annotations
@@ -62,10 +63,17 @@ class _ConvolutionBlock(FusedBlock):
         bias = conv.bias.to(x.dtype)
         return _without_bias(conv, x), bias.expand(x.shape[0], 1, -1) if shift is None else shift + bias
 
-    def _convolve_to_residual(self, conv: Any, x: Tensor, residual: Tensor, **epilogue: Any) -> Tensor:
-        """``residual + conv(x)``; ``epilogue`` is what ``conv_epilogue`` takes for a blend."""
+    def _convolve_to_residual(
+        self, conv: Any, x: Tensor, residual: Tensor, shortcut: Any = None, **epilogue: Any
+    ) -> Tensor:
+        """``shortcut(residual) + conv(x)``; ``epilogue`` is what ``conv_epilogue`` takes for a blend."""
         if not self._splits_bias(conv, x):
-            return residual + conv(x)
+            return (residual if shortcut is None else shortcut(residual)) + conv(x)
+        if shortcut is not None and self._splits_bias(shortcut, residual):
+            epilogue["residual_bias"] = shortcut.bias
+            residual = _without_bias(shortcut, residual)
+        elif shortcut is not None:
+            residual = shortcut(residual)
         return conv_epilogue(_without_bias(conv, x), conv.bias, residual, inplace=True, **epilogue)
 
     def _splits_bias(self, conv: Convolution, x: Tensor) -> bool:
@@ -97,8 +105,7 @@ class _ResnetBlock(_ConvolutionBlock):
         hidden_states = self._norm_silu(self.norm1, x)
         hidden_states, shift = self._convolve_to_norm(self.conv1, hidden_states, time_embedding)
         hidden_states = self.dropout(self._norm_silu(self.norm2, hidden_states, shift))
-        residual = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        return self._convolve_to_residual(self.conv2, hidden_states, residual, **epilogue)
+        return self._convolve_to_residual(self.conv2, hidden_states, x, self.conv_shortcut, **epilogue)
 
 
 @fuses(ResnetBlock2D, {"group_norm_silu": "math-exact", "conv_epilogue": "math-exact", "unit_division": "bit-exact"})
@@ -110,7 +117,7 @@ class FusedResnetBlock2D(_ResnetBlock, ResnetBlock2D):
         assert isinstance(module, ResnetBlock2D)
         if module.upsample is not None or module.downsample is not None:
             return "it resamples inside the block"
-        if module.time_embedding_norm != "default":
+        if module.time_embedding_norm not in ("default", "group"):  # "group": the image VAE's decoder, which has none
             return f"its time embedding is of the kind {module.time_embedding_norm!r}"
         return None if isinstance(module.nonlinearity, nn.SiLU) else "its activation is not SiLU"
 

@@ -103,7 +103,9 @@ class NormOut(Rule):
         return FusedGroupNormSiLU.ops
 
     def matches(self, path: str, module: Any) -> bool:
-        return type(module) is self.owner and type(module.conv_norm_out) is nn.GroupNorm
+        # the owner itself may have been fused by an earlier patch of narrower choice
+        stock = getattr(type(module), "original", type(module))
+        return stock is self.owner and type(module.conv_norm_out) is nn.GroupNorm
 
     def site_path(self, path: str) -> str:
         return f"{path}.conv_norm_out".lstrip(".")

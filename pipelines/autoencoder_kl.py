@@ -1,0 +1,35 @@
+"""``AutoencoderKL``, the image VAE that AnimateDiff, ModelScope, Zeroscope, I2VGenXL and Latte decode each frame with.
+
+No pipeline of its own: whatever pipeline holds one has it patched by these rules, beside its denoiser. Encoder and
+decoder are made of the same ResNet blocks; only the decoder, which sees every frame of a clip, has more done to it.
+"""
+
+from __future__ import annotations
+
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.vae import Decoder, Encoder
+
+from vidaccel.blocks.normalization import FusedGroupNorm
+from vidaccel.blocks.resnet import FusedResnetBlock2D
+from vidaccel.blocks.rules import ChannelsLastWeights, Family, NormOut, Processor, Swap
+from vidaccel.blocks.upsampling import FusedUpsample2D
+from vidaccel.blocks.vae import FusedDecoder
+
+__all__ = ["FAMILY"]
+
+FAMILY = Family(
+    name="autoencoder_kl",
+    pipelines=(),
+    rules={
+        "AutoencoderKL": (
+            ChannelsLastWeights(AutoencoderKL),
+            NormOut(Decoder),
+            NormOut(Encoder),
+            Swap(FusedDecoder),
+            Swap(FusedResnetBlock2D),
+            Swap(FusedUpsample2D),
+            Swap(FusedGroupNorm, names=("group_norm",)),
+            Processor(),
+        ),
+    },
+)

@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from kernel_checks import TARGETS, assert_close_to_gold, assert_no_spills, compile_for, narrow_accesses
+from torch import Tensor
+
+from vidaccel.kernels import upsample_conv as op
+from vidaccel.kernels.dispatch import record_choices
+from vidaccel.kernels.upsample_conv import cell_weights, upsample_conv, upsample_conv_ref
+
+DTYPES = [torch.float32, torch.float16]
+if torch.cuda.is_available():
+    DTYPES.append(torch.bfloat16)  # the interpreter's bfloat16 is wrong
+
+SHAPES = [
+    pytest.param((1, 32, 32, 1, 1), id="one-pixel"),
+    pytest.param((2, 5, 24, 3, 7), id="odd-sides"),
+    pytest.param((1, 16, 8, 2, 70), id="wide-row"),
+    pytest.param((1, 64, 192, 4, 3), id="two-channel-blocks"),
+]
+
+
+def draw(
+    shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device, offset: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x in channels-last memory, weight and bias; the shape is N, C_in, C, H, W."""
+    torch.manual_seed(0)
+    samples, channels_in, channels, height, width = shape
+    x = (torch.randn(samples, height, width, channels_in, device=device) + offset).to(dtype).permute(0, 3, 1, 2)
+    weight = (torch.randn(channels, channels_in, 3, 3, device=device) / (3 * channels_in**0.5)).to(dtype)
+    bias = torch.randn(channels, device=device).to(dtype)
+    return x, weight.contiguous(memory_format=torch.channels_last), bias
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("offset", [0.0, 30.0], ids=["centred", "off-centre"])
+def test_matches_reference(
+    shape: tuple[int, int, int, int, int], offset: float, dtype: torch.dtype, device: torch.device
+) -> None:
+    x, weight, bias = draw(shape, dtype, device, offset)
+    out = upsample_conv(x, weight, bias, impl="triton")
+    gold = upsample_conv_ref(x.double(), weight.double(), bias.double())
+    assert_close_to_gold(out, gold, upsample_conv_ref(x, weight, bias))
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_every_output_pixel_is_written(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = draw((2, 8, 24, 3, 37), torch.float32, device)
+    empty = op._empty_output
+    monkeypatch.setattr(op, "_empty_output", lambda *args: empty(*args).fill_(float("nan")))
+    assert upsample_conv(x, weight, bias, impl="triton").isfinite().all()
+
+
+def test_error_of_one_rounding_more(device: torch.device) -> None:
+    """At a real width the relative L2 error is at most half as much again as that of eager."""
+    x, weight, bias = draw((1, 512, 64, 6, 6), torch.float16, device)
+    gold = upsample_conv_ref(x.double(), weight.double(), bias.double())
+    ours, eager = (
+        run.double().sub(gold).norm()
+        for run in (upsample_conv(x, weight, bias, impl="triton"), upsample_conv_ref(x, weight, bias))
+    )
+    assert ours <= 1.5 * eager
+
+
+def test_cell_weights_are_sums_of_taps(device: torch.device) -> None:
+    weight = torch.arange(9.0, device=device).view(1, 1, 3, 3)
+    upper_left, upper_right, lower_left, lower_right = (  # by (r, s): 1 is the upper row, the left column
+        cell_weights(weight)[2 * r + s, 0].tolist() for r, s in ((1, 1), (1, 0), (0, 1), (0, 0))
+    )
+    assert upper_left == [[0, 1 + 2], [3 + 6, 4 + 5 + 7 + 8]]
+    assert upper_right == [[0 + 1, 2], [3 + 4 + 6 + 7, 5 + 8]]
+    assert lower_left == [[0 + 3, 1 + 2 + 4 + 5], [6, 7 + 8]]
+    assert lower_right == [[0 + 1 + 3 + 4, 2 + 5], [6 + 7, 8]]
+
+
+def test_takes_cells_that_were_kept(device: torch.device) -> None:
+    x, weight, bias = draw((1, 8, 16, 3, 4), torch.float32, device)
+    cells = cell_weights(weight)
+    assert cells.is_contiguous(memory_format=torch.channels_last)
+    out = upsample_conv(x, weight, bias, cells=cells, impl="triton")
+    assert torch.equal(out, upsample_conv(x, weight, bias, impl="triton"))
+
+
+def test_takes_any_strides(device: torch.device) -> None:
+    x, weight, bias = draw((2, 8, 16, 3, 4), torch.float32, device)
+    expected = upsample_conv(x, weight, bias, impl="triton")
+    for other in (x.contiguous(), x.repeat_interleave(2, -1)[..., ::2]):
+        out = upsample_conv(other, weight.contiguous(), bias.repeat_interleave(2)[::2], impl="triton")
+        torch.testing.assert_close(out, expected)
+        assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_empty_input(device: torch.device) -> None:
+    _, weight, bias = draw((1, 8, 16, 3, 4), torch.float16, device)
+    out = upsample_conv(torch.empty(0, 8, 3, 4, dtype=torch.float16, device=device), weight, bias)
+    assert out.shape == (0, 16, 6, 8) and out.dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("channels", "dtype", "weight_dtype", "requires_grad", "reason"),
+    [
+        (16, torch.float64, torch.float64, False, "x is torch.float64"),
+        (12, torch.float32, torch.float32, False, "divisible by 8, got 12"),
+        (16, torch.float32, torch.float16, False, "the dtype of x, torch.float32, got torch.float16"),
+        (16, torch.float32, torch.float32, True, "no backward pass"),
+    ],
+    ids=["float64", "channels", "mixed-dtypes", "gradient"],
+)
+def test_unserved_input_runs_in_torch(
+    channels: int, dtype: torch.dtype, weight_dtype: torch.dtype, requires_grad: bool, reason: str, device: torch.device
+) -> None:
+    x, weight, bias = draw((1, 8, channels, 3, 4), dtype, device)
+    weight = weight.to(weight_dtype).requires_grad_(requires_grad)
+    with record_choices() as choices:
+        out = upsample_conv(x, weight, bias)
+    assert [choice.impl for choice in choices] == ["torch"] and reason in choices[0].reason
+    assert torch.equal(out, upsample_conv_ref(x, weight, bias))
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match=f"upsample_conv: impl='triton' cannot run: .*{re.escape(reason)}"):
+        upsample_conv(x, weight, bias, impl="triton")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.ones(2, 4, 3)}, r"x must be \[N, C_in, H, W\], got \(2, 4, 3\)"),
+        ({"weight": torch.ones(6, 4, 1, 1)}, r"weight must be \[C, 4, 3, 3\], got \(6, 4, 1, 1\)"),
+        ({"weight": torch.ones(6, 5, 3, 3)}, r"weight must be \[C, 4, 3, 3\], got \(6, 5, 3, 3\)"),
+        ({"bias": torch.ones(4)}, r"bias must be \[6\], got \(4,\)"),
+        ({"cells": torch.ones(6, 4, 2, 2)}, r"cells must be \[24, 4, 2, 2\], got \(6, 4, 2, 2\)"),
+        ({"impl": "cuda"}, r"impl must be 'triton' or 'torch', got 'cuda'"),
+    ],
+)
+def test_rejects(change: dict[str, object], message: str) -> None:
+    arguments = {"x": torch.ones(2, 4, 3, 5), "weight": torch.ones(6, 4, 3, 3), "bias": torch.ones(6)}
+    with pytest.raises(ValueError, match=f"upsample_conv: .*{message}"):
+        upsample_conv(**{**arguments, **change})
+
+
+def test_registration(device: torch.device) -> None:
+    z, bias = torch.randn(2, 4 * 16, 3, 4, device=device), torch.randn(16, device=device)
+    for laid_out in (z, z.contiguous(memory_format=torch.channels_last)):
+        torch.library.opcheck(op._interleave, (laid_out, bias))
+
+
+def test_compiles_fullgraph(device: torch.device) -> None:
+    x, weight, bias = draw((2, 8, 16, 3, 4), torch.float32, device)
+    expected = 2 * upsample_conv(x, weight, bias, impl="triton")
+
+    def double(x: Tensor) -> Tensor:
+        return 2 * upsample_conv(x, weight, bias, impl="triton")
+
+    out = torch.compile(double, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(out, expected)
+    assert out.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_accesses_are_16_bytes_wide(target: str) -> None:
+    asm = compile_for(
+        target,
+        op._interleave_kernel,
+        {
+            **dict.fromkeys(["z_ptr", "bias_ptr", "y_ptr"], "*fp16:16"),
+            **dict.fromkeys(["height", "width", "channels"], "i32:16"),
+        },
+        {"BLOCK_W": op.TILE // 128, "BLOCK_C": 128},
+        num_warps=op.NUM_WARPS,
+    )
+    assert_no_spills(asm)
+    assert len(narrow_accesses(asm)) <= 1, "all but the bias, which a program loads once"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape", [(2, 512, 512, 72, 128), (1, 256, 256, 288, 512)], ids=["svd-vae-level-3", "svd-vae-level-1"]
+)
+def test_real_shapes(shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
+    x, weight, bias = draw(shape, dtype, device)
+    out = upsample_conv(x, weight, bias, impl="triton")
+    gold = upsample_conv_ref(x.double(), weight.double(), bias.double())
+    assert_close_to_gold(out, gold, upsample_conv_ref(x, weight, bias))
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_int32(device: torch.device) -> None:
+    z = torch.randn(17, 513, 513, 4 * 128, dtype=torch.float16, device=device).permute(0, 3, 1, 2)
+    bias = torch.randn(128, dtype=torch.float16, device=device)
+    assert z.numel() > 2**31
+    assert torch.equal(op._launch(z, bias)[-1:], op._launch(z[-1:], bias))
