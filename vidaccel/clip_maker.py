@@ -36,6 +36,8 @@ def make_clips(args: argparse.Namespace) -> int:
         raise UsageError("--no-patch leaves nothing to do for --compare, --only, --skip, --strict or --cuda-graph")
     device = device_of(args.device)
     dtype = dtype_of(args.dtype, device)
+    if args.cuda_graph and device.type != "cuda":
+        raise UsageError(f"--cuda-graph needs a GPU, and the device is {device}")
     model = find_model(args.model)
     if not args.no_patch:
         model.check_patchable()
