@@ -32,10 +32,12 @@ __all__ = ["make_clips"]
 
 def make_clips(args: argparse.Namespace) -> int:
     """Run the command; the exit code is 1 if a line of the job file failed."""
-    if args.no_patch and (args.compare or args.only or args.skip or args.strict):
-        raise UsageError("--no-patch leaves nothing to do for --compare, --only, --skip or --strict")
+    if args.no_patch and (args.compare or args.only or args.skip or args.strict or args.cuda_graph):
+        raise UsageError("--no-patch leaves nothing to do for --compare, --only, --skip, --strict or --cuda-graph")
     device = device_of(args.device)
     dtype = dtype_of(args.dtype, device)
+    if args.cuda_graph and device.type != "cuda":
+        raise UsageError(f"--cuda-graph needs a GPU, and the device is {device}")
     model = find_model(args.model)
     if not args.no_patch:
         model.check_patchable()
@@ -120,7 +122,7 @@ def _make_all(
 
 
 def _patch(pipe: DiffusionPipeline, args: argparse.Namespace) -> PatchReport:
-    return patch_pipeline(pipe, only=args.only, skip=args.skip, strict=args.strict)
+    return patch_pipeline(pipe, only=args.only, skip=args.skip, strict=args.strict, cuda_graph=args.cuda_graph)
 
 
 def _run(pipe: DiffusionPipeline, job: Job, args: argparse.Namespace) -> Clip:

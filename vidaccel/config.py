@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["preferred_implementation", "self_check_enabled"]
+__all__ = ["preferred_implementation", "preferred_implementations", "self_check_enabled"]
+
+
+def preferred_implementations() -> str:
+    """``VIDACCEL_IMPL``: ``"torch"`` for all ops, or ``"op=torch,other_op=triton"``."""
+    return os.environ.get("VIDACCEL_IMPL", "")
 
 
 def preferred_implementation(op: str) -> str | None:
-    """What ``VIDACCEL_IMPL`` asks for ``op``: ``"torch"`` for all ops, or ``"op=torch,other_op=triton"``."""
-    for entry in filter(None, os.environ.get("VIDACCEL_IMPL", "").split(",")):
+    """What ``VIDACCEL_IMPL`` asks for ``op``."""
+    for entry in filter(None, preferred_implementations().split(",")):
         name, _, implementation = entry.strip().rpartition("=")
         if name in ("", op):
             return implementation

@@ -40,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", nargs="+", metavar="SITE", help="patch only these ops, parts or module paths")
     parser.add_argument("--skip", nargs="+", metavar="SITE", help="patch all but these")
     parser.add_argument("--strict", action="store_true", help="stop if a site cannot be patched")
+    parser.add_argument(
+        "--cuda-graph",
+        action="store_true",
+        help="also capture the denoiser's calls as CUDA graphs: the same clip, sooner where the GPU waits for Python",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bars and no report")
 
 

@@ -11,7 +11,7 @@ import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -19,6 +19,7 @@ from vidaccel import pipelines
 from vidaccel.blocks.rules import Family, Patch, Rule, patches_of
 from vidaccel.blocks.site import Site, State
 from vidaccel.config import self_check_enabled
+from vidaccel.cuda_graph import graph_calls, graphed_call, is_denoiser, why_not_graphed
 from vidaccel.errors import UsageError
 from vidaccel.report import PatchReport, path_pattern
 
@@ -32,6 +33,7 @@ def patch_pipeline(
     skip: str | Sequence[str] | None = None,
     strict: bool = False,
     self_check: bool | None = None,
+    cuda_graph: bool | Literal["auto"] = False,
 ) -> PatchReport:
     """Make a diffusers video pipeline faster, in place; the clip stays the same within each site's fidelity class.
 
@@ -43,6 +45,9 @@ def patch_pipeline(
         strict: Raise, leaving the pipeline as it was, if any chosen site cannot be patched.
         self_check: Compare each site with the original code the first time it sees a shape. None: yes, unless
             ``VIDACCEL_SELF_CHECK=0``.
+        cuda_graph: Also capture the denoiser's calls as CUDA graphs, one for each kind of arguments, whatever ``only``
+            and ``skip`` choose: the same bits without the time that the GPU waits for launches, at the price of the
+            memory that a call works in. "auto": where that can be done, and keep those that are faster.
 
     Returns:
         The report: printable, restorable, usable as a context manager. Patching a patched pipeline again changes
@@ -50,7 +55,8 @@ def patch_pipeline(
 
     Raises:
         UsageError: No component of the pipeline belongs to a supported family; ``only`` or ``skip`` names nothing
-            that exists; or, with ``strict``, a site cannot be patched.
+            that exists; with ``strict``, a site cannot be patched; or, with ``cuda_graph=True``, no call could be
+            captured as things are (there is no GPU, or an offload hook).
     """
     components = getattr(pipe, "components", None)
     if not isinstance(components, dict):
@@ -58,7 +64,7 @@ def patch_pipeline(
     models = {name: part for name, part in components.items() if isinstance(part, nn.Module) and _rules_for(part)}
     if not models:
         raise UsageError(f"{type(pipe).__name__} has no part that vidaccel can patch; {_supported()}")
-    return _patch(models, only, skip, strict, self_check)
+    return _patch(models, only, skip, strict, self_check, cuda_graph)
 
 
 def patch_module(
@@ -68,11 +74,12 @@ def patch_module(
     skip: str | Sequence[str] | None = None,
     strict: bool = False,
     self_check: bool | None = None,
+    cuda_graph: bool | Literal["auto"] = False,
 ) -> PatchReport:
     """:func:`patch_pipeline` for those who hold only a denoiser or a VAE; paths are relative to ``model``."""
     if not isinstance(model, nn.Module) or not _rules_for(model):
         raise UsageError(f"{type(model).__name__} is not a model that vidaccel can patch; {_supported()}")
-    return _patch({"": model}, only, skip, strict, self_check)
+    return _patch({"": model}, only, skip, strict, self_check, cuda_graph)
 
 
 @cache
@@ -97,8 +104,11 @@ def _patch(
     skip: str | Sequence[str] | None,
     strict: bool,
     self_check: bool | None,
+    cuda_graph: bool | Literal["auto"],
 ) -> PatchReport:
     self_check = self_check_enabled() if self_check is None else self_check
+    denoisers = {name: model for name, model in models.items() if is_denoiser(model)}
+    _check_cuda_graph(denoisers, cuda_graph)
     report = PatchReport()
     candidates = [found for name, model in models.items() for found in _plan(name, model)]
     chosen = _selection(only, skip, [site for _, _, sites in candidates for site in sites])
@@ -111,6 +121,11 @@ def _patch(
         if any(site in patch.sites for site in wanted):
             report.adopt(module, patch)
     _check_strict(report, strict)
+    for name, model in denoisers.items():
+        if cuda_graph or graphed_call(model):
+            only_if_faster = cuda_graph == "auto"
+            report.sites.append(graph_calls(model, name, self_check=self_check, only_if_faster=only_if_faster))
+            report.adopt_graph(model)
     return report
 
 
@@ -181,3 +196,14 @@ def _check_strict(report: PatchReport, strict: bool) -> None:
     if strict and left:
         report.restore()
         raise UsageError(f"strict: {len(left)} sites cannot be patched, first {left[0].path}: {left[0].reason}")
+
+
+def _check_cuda_graph(denoisers: dict[str, nn.Module], cuda_graph: bool | Literal["auto"]) -> None:
+    if cuda_graph not in (False, True, "auto"):
+        raise UsageError(f"cuda_graph must be True, False or 'auto', got {cuda_graph!r}")
+    if cuda_graph is True:
+        if not denoisers:
+            raise UsageError("cuda_graph: there is no denoiser whose calls could be captured")
+        for name, model in denoisers.items():
+            if reason := why_not_graphed(model):
+                raise UsageError(f"cuda_graph: {name or type(model).__name__}: {reason}")

@@ -12,6 +12,7 @@ from torch import nn
 
 from vidaccel.blocks.rules import Patch, patches_of
 from vidaccel.blocks.site import Site
+from vidaccel.cuda_graph import ungraph
 
 __all__ = ["PatchReport", "path_pattern"]
 
@@ -31,10 +32,15 @@ class PatchReport:
     def __init__(self) -> None:
         self.sites: list[Site] = []
         self._patched: list[tuple[nn.Module, Patch]] = []
+        self._graphed: list[nn.Module] = []
 
     def adopt(self, module: nn.Module, patch: Patch) -> None:
         """Make ``patch`` one that :meth:`restore` undoes."""
         self._patched.append((module, patch))
+
+    def adopt_graph(self, model: nn.Module) -> None:
+        """Make the CUDA graphs of ``model``'s calls something that :meth:`restore` drops."""
+        self._graphed.append(model)
 
     @property
     def fallbacks(self) -> dict[tuple[str, str, str], int]:
@@ -43,6 +49,8 @@ class PatchReport:
 
     def restore(self) -> None:
         """Put every patched module back as it was: same classes, same processors, same memory order, same bits out."""
+        for model in self._graphed:
+            ungraph(model)
         for module, patch in reversed(self._patched):
             applied = patches_of(module)
             if patch in applied:
@@ -52,7 +60,7 @@ class PatchReport:
                     site.state = "restored"
             if not applied:
                 module.__dict__.pop("_vidaccel_patches", None)
-        self._patched = []
+        self._patched, self._graphed = [], []
 
     def __enter__(self) -> PatchReport:
         return self

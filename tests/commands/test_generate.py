@@ -292,6 +292,8 @@ BAD_INPUT = {
     "out-is-a-folder": (["--out", "{tmp}/a.mp4"], "is a folder"),
     "out-is-a-full-folder": (["--out", "{tmp}"], "is not a folder of PNG frames"),
     "out-below-a-file": (["--out", "{tmp}/notes.txt/clip.mp4"], "cannot write into"),
+    "graph-on-cpu": (["--cuda-graph"], "--cuda-graph needs a GPU, and the device is cpu"),
+    "graph-unpatched": (["--no-patch", "--cuda-graph"], "--no-patch leaves nothing to do"),
     "device": (["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
     "unknown-device": (["--device", "abacus"], "device 'abacus' cannot be used here"),
     "unknown-option": (["--framez", "3"], "unrecognized arguments: --framez"),

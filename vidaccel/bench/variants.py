@@ -22,7 +22,7 @@ from vidaccel.report import PatchReport
 
 __all__ = ["BASELINES", "DEFAULT", "applied", "measured_modules", "parse_variants"]
 
-PARTS = ("channels_last", "cudnn.benchmark", "patched", "compile")
+PARTS = ("channels_last", "cudnn.benchmark", "patched", "cuda_graph", "compile")
 DEFAULT = ("eager", "patched", "compile", "patched+compile")
 # The switches that a user of torch.compile may also turn; the fastest is the baseline that counts.
 BASELINES = ("compile+cudnn.benchmark", "compile+channels_last", "compile+cudnn.benchmark+channels_last")
@@ -32,9 +32,12 @@ def parse_variants(text: str) -> tuple[str, ...]:
     """``"eager,patched+compile"`` as names; eager always comes first, for the others are compared with it."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
-        unknown = set(name.split("+")) - set(PARTS)
+        parts = set(name.split("+"))
+        unknown = parts - set(PARTS)
         if unknown and name != "eager":
             raise UsageError(f"--variants: unknown {', '.join(sorted(unknown))}; parts are eager, {', '.join(PARTS)}")
+        if "cuda_graph" in parts and ("patched" not in parts or "compile" in parts):
+            raise UsageError(f"--variants: {name}: cuda_graph goes with patched, and not with compile")
     return tuple(dict.fromkeys(["eager", *names]))
 
 
@@ -60,7 +63,9 @@ def applied(variant: str, pipe: DiffusionPipeline, settings: Settings) -> Iterat
             undo.enter_context(_cudnn_benchmark())
         report = None
         if "patched" in parts:
-            report = undo.enter_context(patch_pipeline(pipe, only=settings.only, skip=settings.skip))
+            cuda_graph = "cuda_graph" in parts
+            report = patch_pipeline(pipe, only=settings.only, skip=settings.skip, cuda_graph=cuda_graph)
+            undo.enter_context(report)
         if "compile" in parts:
             for module in modules:
                 module.compile(backend=settings.compile_backend)
