@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import (
     AutoencoderKLTemporalDecoder,
@@ -9,10 +11,13 @@ from diffusers import (
     StableVideoDiffusionPipeline,
     UNetSpatioTemporalConditionModel,
 )
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-__all__ = ["tiny_svd_pipeline"]
+from vidaccel.bench.synthetic import build_pipeline, pipeline_inputs, specification
+
+__all__ = ["tiny_svd_pipeline", "tiny_synthetic_pipeline"]
 
 CONTEXT_DIM = 32
 
@@ -46,6 +51,19 @@ def tiny_svd_pipeline(seed: int = 0) -> StableVideoDiffusionPipeline:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def tiny_synthetic_pipeline(name: str, seed: int = 0) -> tuple[DiffusionPipeline, dict[str, Any]]:
+    """The synthetic pipeline that an adapter calls ``name``, tiny and fp32 on the CPU, and what to call it with."""
+    specified, cpu = specification(name, "tiny"), torch.device("cpu")
+    pipe = build_pipeline(specified, cpu, torch.float32, seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for model in pipe.components.values():
+            if isinstance(model, nn.Module):
+                _leave_the_initial_values(model)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, specified["call"] | pipeline_inputs(specified, cpu, torch.float32)
 
 
 def _unet() -> UNetSpatioTemporalConditionModel:
