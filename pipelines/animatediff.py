@@ -24,14 +24,18 @@ from vidaccel.blocks.resnet import FusedResnetBlock2D
 from vidaccel.blocks.rules import ChannelsLastWeights, Family, NormOut, Processor, Swap
 from vidaccel.blocks.text_context import TextSource
 from vidaccel.blocks.transformer_2d import FusedTransformer2DModel
+from vidaccel.blocks.unet_motion_model import FusedAnimateDiffTransformer3D
+from vidaccel.blocks.upsampling import FusedUpsample2D
 
 __all__ = ["FAMILY", "SYNTHETIC"]
 
 _BLOCK_RULES = (
     Swap(FusedTransformer2DModel),
     Swap(FusedTextTransformerBlock),
+    Swap(FusedAnimateDiffTransformer3D),
     Swap(FusedGEGLU),
     Swap(FusedResnetBlock2D),
+    Swap(FusedUpsample2D),
     Swap(FusedGroupNorm, names=("norm",)),
     Processor(),
 )

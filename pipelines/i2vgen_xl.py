@@ -9,6 +9,7 @@ from __future__ import annotations
 from diffusers.models.unets.unet_i2vgen_xl import I2VGenXLUNet
 
 from vidaccel.blocks.rules import ChannelsLastWeights, Family, NormOut
+from vidaccel.blocks.text_context import TextSource
 from vidaccel.pipelines.text_to_video_synthesis import BLOCK_RULES, TINY_UNET, TINY_VAE, UNET, VAE
 
 __all__ = ["FAMILY", "SYNTHETIC"]
@@ -16,7 +17,14 @@ __all__ = ["FAMILY", "SYNTHETIC"]
 FAMILY = Family(
     name="i2vgen_xl",
     pipelines=("I2VGenXLPipeline",),
-    rules={"I2VGenXLUNet": (ChannelsLastWeights(I2VGenXLUNet), NormOut(I2VGenXLUNet), *BLOCK_RULES)},
+    rules={
+        "I2VGenXLUNet": (
+            TextSource(I2VGenXLUNet, repeats_text=True),
+            ChannelsLastWeights(I2VGenXLUNet),
+            NormOut(I2VGenXLUNet),
+            *BLOCK_RULES,
+        )
+    },
 )
 
 # The released checkpoint's configuration (ali-vilab/i2vgen-xl).

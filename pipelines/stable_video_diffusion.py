@@ -42,6 +42,7 @@ _RESNET_RULES = (
     Swap(FusedResnetBlock2D),
     Swap(FusedTemporalResnetBlock),
     Swap(FusedAlphaBlender),
+    Swap(FusedUpsample2D),
     Swap(FusedGroupNorm, names=("norm", "group_norm")),
     Processor(),
 )
@@ -64,7 +65,6 @@ FAMILY = Family(
             NormOut(TemporalDecoder),
             NormOut(Encoder),
             Swap(FusedTemporalDecoder),
-            Swap(FusedUpsample2D),
             *_RESNET_RULES,
         ),
     },

@@ -16,17 +16,24 @@ from typing import Any
 from diffusers.models.unets.unet_3d_condition import UNet3DConditionModel
 
 from vidaccel.blocks.activations import FusedGEGLU
+from vidaccel.blocks.attention import FusedTextTransformerBlock
 from vidaccel.blocks.normalization import FusedGroupNorm
 from vidaccel.blocks.resnet import FusedResnetBlock2D, FusedTemporalConvLayer
 from vidaccel.blocks.rules import ChannelsLastWeights, Family, NormOut, Processor, Swap
+from vidaccel.blocks.text_context import TextSource
+from vidaccel.blocks.transformer_2d import FusedTransformer2DModel
 from vidaccel.blocks.transformer_temporal import FusedTransformerTemporalModel
+from vidaccel.blocks.upsampling import FusedUpsample2D
 
 __all__ = ["BLOCK_RULES", "FAMILY", "SYNTHETIC", "TINY_UNET", "TINY_VAE", "UNET", "VAE"]
 
 BLOCK_RULES = (
+    Swap(FusedTransformer2DModel),
+    Swap(FusedTextTransformerBlock),
     Swap(FusedTransformerTemporalModel),
     Swap(FusedTemporalConvLayer),
     Swap(FusedResnetBlock2D),
+    Swap(FusedUpsample2D),
     Swap(FusedGEGLU),
     Swap(FusedGroupNorm, names=("norm",)),
     Processor(),
@@ -37,6 +44,7 @@ FAMILY = Family(
     pipelines=("TextToVideoSDPipeline", "VideoToVideoSDPipeline"),
     rules={
         "UNet3DConditionModel": (
+            TextSource(UNet3DConditionModel, repeats_text=True),
             ChannelsLastWeights(UNet3DConditionModel),
             NormOut(UNet3DConditionModel),
             *BLOCK_RULES,

@@ -18,8 +18,11 @@ from diffusers import (
     UNetMotionModel,
     UNetSpatioTemporalConditionModel,
 )
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from vidaccel.bench.synthetic import build_pipeline, pipeline_inputs, specification
 
 __all__ = [
     "tiny_animatediff_pipeline",
@@ -28,6 +31,7 @@ __all__ = [
     "tiny_motion_unet",
     "tiny_sparse_controlnet",
     "tiny_svd_pipeline",
+    "tiny_synthetic_pipeline",
 ]
 
 CONTEXT_DIM = 32
@@ -71,19 +75,10 @@ def tiny_animatediff_pipeline(
 
     Its UNet is ``tiny_motion_unet``'s unless ``components`` has one; what else the class wants is in there too.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(32, 64),
-            sample_size=32,
-        ).eval()
-        _leave_the_initial_values(vae)
     absent = {"text_encoder": None, "tokenizer": None, "motion_adapter": None}
     scheduler = DDIMScheduler(beta_schedule="linear", steps_offset=1, clip_sample=False)
     defaults = absent | {"unet": components.pop("unet", None) or tiny_motion_unet(seed)}
-    pipe = pipeline_class(vae=vae, scheduler=scheduler, **defaults, **components)
+    pipe = pipeline_class(vae=tiny_autoencoder_kl(seed), scheduler=scheduler, **defaults, **components)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -158,6 +153,19 @@ def tiny_autoencoder_kl(seed: int = 0) -> AutoencoderKL:
         ).eval()
         _leave_the_initial_values(vae)
     return vae
+
+
+def tiny_synthetic_pipeline(name: str, seed: int = 0) -> tuple[DiffusionPipeline, dict[str, Any]]:
+    """The synthetic pipeline that an adapter calls ``name``, tiny and fp32 on the CPU, and what to call it with."""
+    specified, cpu = specification(name, "tiny"), torch.device("cpu")
+    pipe = build_pipeline(specified, cpu, torch.float32, seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for model in pipe.components.values():
+            if isinstance(model, nn.Module):
+                _leave_the_initial_values(model)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, specified["call"] | pipeline_inputs(specified, cpu, torch.float32)
 
 
 def _unet() -> UNetSpatioTemporalConditionModel:

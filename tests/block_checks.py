@@ -1,0 +1,47 @@
+"""What tests of a single fused block share: putting it in place of an original, and telling how far apart two are."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vidaccel.blocks.rules import Swap
+from vidaccel.blocks.site import FusedBlock, Site
+
+__all__ = ["frozen", "fused", "relative_error", "tensor_of"]
+
+
+def frozen(module: nn.Module) -> nn.Module:
+    """``module`` for inference, with no parameter left at 0 or 1, where code that forgets it would still pass."""
+    for parameter in module.parameters():
+        noise = torch.randn_like(parameter)
+        parameter.data += 0.1 * noise if parameter.ndim == 1 or not parameter.any() else 0
+    return module.eval().requires_grad_(False)
+
+
+@contextmanager
+def fused(
+    module: nn.Module, fused_class: type[FusedBlock], ops: Collection[str] | None = None
+) -> Iterator[dict[str, Site]]:
+    """``module`` as ``fused_class`` with ``ops`` (None: all) inside the ``with`` block; yields its sites by op."""
+    rule = Swap(fused_class)
+    assert rule.matches("block", module) and rule.why_left_alone(module) is None
+    sites = [Site("block", op, fidelity) for op, fidelity in rule.ops.items() if ops is None or op in ops]
+    memo: Any = rule.apply(module, sites, self_check=True)
+    try:
+        yield {site.op: site for site in sites}
+    finally:
+        rule.undo(module, memo)
+
+
+def tensor_of(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def relative_error(out: Tensor, expected: Tensor) -> float:
+    assert out.shape == expected.shape and out.dtype == expected.dtype
+    return float((out - expected).norm() / expected.norm())
