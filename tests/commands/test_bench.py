@@ -201,7 +201,7 @@ def test_one_stage_reaches_the_launches(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        pytest.param(["--synthetic", "sora"], "there are svd, svd-xt", id="family"),
+        pytest.param(["--synthetic", "sora"], "svd, svd-xt", id="family"),
         pytest.param(["--op", "matmul"], "there are group_norm_silu", id="op"),
         pytest.param(["--scope", "all"], "scopes are denoiser, vae, end-to-end", id="scope"),
         pytest.param(["--variants", "compile+faster"], "unknown faster", id="variant"),
