@@ -222,7 +222,7 @@ def test_expanded_and_inference_tensors(unet: UNetSpatioTemporalConditionModel, 
     for i in range(6):
         inputs = arguments(i)
         inputs["timestep"] = torch.tensor(float(i)).expand(2)
-        with torch.inference_mode(i % 2 == 0), torch.no_grad():
+        with torch.inference_mode(i % 2 == 1), torch.no_grad():  # captured in it, replayed in and out of it
             inputs["sample"] = inputs["sample"] + 1
             assert torch.equal(unet(**inputs).sample, unet._call_impl(**inputs).sample)
     assert tape.captures == 1

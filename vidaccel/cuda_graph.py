@@ -273,6 +273,7 @@ class GraphedCall:
         if entry.reason:
             logger.warning("%s: no CUDA graph: %s", self.site.path or type(call.model).__name__, entry.reason)
             self.site.fallbacks[entry.reason] += 1
+            self._gpu.wait()
             entry.graph, entry.buffers = None, []
             self._gpu.give_back_memory()
         else:
@@ -287,6 +288,7 @@ class GraphedCall:
             return self._gpu.rehearse(call.on(entry.buffers))
         except Exception as error:
             entry.reason, entry.buffers = _one_line(error), []
+            return None
 
     def _why_not_kept(self, graph: Captured, run: Callable[[], Any], expected: Any, device: torch.device) -> str | None:
         """Why the graph just captured is of no use, or None."""

@@ -22,7 +22,8 @@ __all__ = ["CALL_SLOT", "Premises", "why_not_capturable"]
 
 CALL_SLOT = "_compiled_call_impl"
 
-_NOT_FOLLOWED = frozenset([*vars(nn.Module()), CALL_SLOT])
+# What a patch changes shows in classes, processors and block states; its own list of sites need not be followed.
+_NOT_FOLLOWED = frozenset([*vars(nn.Module()), CALL_SLOT, "_vidaccel_patches"])
 _version = attrgetter("_version")
 
 
