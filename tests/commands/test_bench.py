@@ -201,7 +201,7 @@ def test_one_stage_reaches_the_launches(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        pytest.param(["--synthetic", "sora"], "there are svd, svd-xt", id="family"),
+        pytest.param(["--synthetic", "sora"], "svd, svd-xt", id="family"),
         pytest.param(["--op", "matmul"], "there are group_norm_silu", id="op"),
         pytest.param(["--scope", "all"], "scopes are denoiser, vae, end-to-end", id="scope"),
         pytest.param(["--variants", "compile+faster"], "unknown faster", id="variant"),
@@ -235,7 +235,7 @@ def test_a_variant_is_undone(variant: str, plain_pytorch: None) -> None:
     assert (generate(pipe, arguments, seed=0).frames == before).all()
 
 
-@pytest.mark.parametrize("family", sorted(families().keys() - {"svd-xt"}))  # which is svd with more frames
+@pytest.mark.parametrize("family", sorted(families().keys() - {"svd-xt", "zeroscope"}))  # others at another size
 def test_synthetic_tiny_pipelines_run(family: str) -> None:
     specified = specification(family, "tiny")
     pipe = build_pipeline(specified, CPU, torch.bfloat16)
