@@ -101,7 +101,7 @@ class FrameTransformer(TemporalSelfAttention):
         return rows.permute(0, 3, 1, 2) + hidden_states
 
 
-# mypy: two of its bases in diffusers disagree about the type of config_name
+# its bases in diffusers disagree about the type of config_name, which mypy minds
 @fuses(
     TransformerTemporalModel,
     {"temporal_attention": "math-exact", "add_layer_norm": "math-exact", "channels_last": "math-exact"},
