@@ -6,7 +6,7 @@ What the family offers:
   after the first convolution: stock code permutes the activations for each and back (``channels_last``);
 * GroupNorm over all frames runs on 64 thread blocks in stock PyTorch (``group_norm_silu``);
 * temporal attention, twice in a block, is 16 or 24 frames for each of thousands of pixels (``temporal_attention``);
-* a dropout and a cuDNN bias stand between the passes that a temporal layer needs (``conv_epilogue``).
+* each of the four convolutions over frames has a bias that PyTorch adds in a pass of its own (``conv_epilogue``).
 """
 
 from __future__ import annotations

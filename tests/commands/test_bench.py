@@ -235,7 +235,7 @@ def test_a_variant_is_undone(variant: str, plain_pytorch: None) -> None:
     assert (generate(pipe, arguments, seed=0).frames == before).all()
 
 
-@pytest.mark.parametrize("family", sorted(families().keys() - {"svd-xt"}))  # which is svd with more frames
+@pytest.mark.parametrize("family", sorted(families().keys() - {"svd-xt", "zeroscope"}))  # others at another size
 def test_synthetic_tiny_pipelines_run(family: str) -> None:
     specified = specification(family, "tiny")
     pipe = build_pipeline(specified, CPU, torch.bfloat16)

@@ -159,15 +159,13 @@ class FrameTransformer(TemporalSelfAttention):
         return rows.permute(0, 3, 1, 2) + hidden_states
 
 
+# its bases in diffusers disagree about the type of config_name, which mypy minds
 @fuses(
     TransformerTemporalModel,
     {"temporal_attention": "math-exact", "add_layer_norm": "math-exact", "channels_last": "math-exact"},
 )
 class FusedTransformerTemporalModel(FrameTransformer, TransformerTemporalModel):  # type: ignore[misc]
-    """The temporal transformer of ModelScope and I2VGenXL, and the one after their first convolution.
-
-    Type checkers see its two bases in diffusers disagree about ``config_name``.
-    """
+    """The temporal transformer of ModelScope and I2VGenXL, and the one after their first convolution."""
 
     def forward(  # type: ignore[override]  # stock code returns tuples too, whatever it is annotated with
         self,
