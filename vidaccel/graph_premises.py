@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vidaccel.blocks.parameters import has_hook
 from vidaccel.blocks.site import BlockState
+from vidaccel.blocks.text_context import is_text_hook
 
 __all__ = ["CALL_SLOT", "Premises", "why_not_capturable"]
 
@@ -32,7 +33,7 @@ def why_not_capturable(model: nn.Module) -> str | None:
     modules = list(model.modules())
     if any(has_hook(module) for module in modules):
         return "a hook replaced the forward of one of its modules (offload, casting or cache)"
-    if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
+    if not all(map(is_text_hook, _forward_hooks(modules))):
         return "one of its modules has forward hooks, which a replay would not run"
     if any(module.training for module in modules):
         return "it is in training mode"
@@ -40,6 +41,12 @@ def why_not_capturable(model: nn.Module) -> str | None:
         if type(weight) not in (nn.Parameter, Tensor):
             return f"a weight of it is a {type(weight).__name__}, not a plain tensor"
     return None
+
+
+def _forward_hooks(modules: list[nn.Module]) -> Iterator[Any]:
+    for module in modules:
+        yield from module._forward_pre_hooks.values()
+        yield from module._forward_hooks.values()
 
 
 class Premises:
@@ -60,7 +67,7 @@ class Premises:
         self._attributes = list(map(vars, self._modules))
         self._attribute_counts = list(map(len, self._attributes))
         self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self._hooked = any(self._hooks)
+        self._hook_counts = list(map(len, self._hooks))
         self._containers = list(_containers(modules))
         self._copies = list(map(_copy, self._containers))
         tables = [table for m in modules for table in (m._parameters, m._buffers)]
@@ -86,7 +93,7 @@ class Premises:
                 self._own == _own_attributes(model)
                 and self._classes == list(map(type, self._modules))
                 and self._attribute_counts == list(map(len, self._attributes))
-                and self._hooked == any(self._hooks)
+                and self._hook_counts == list(map(len, self._hooks))
                 and self._containers == self._copies
                 and all(map(is_, self._entries, map(getitem, self._tables, self._names)))
                 and self._places == list(map(Tensor.data_ptr, self._weights))

@@ -1,7 +1,8 @@
 """What is timed: the denoiser's call, the VAE's decode, and the whole pipeline.
 
 The calls of the denoiser and the decoder are recorded from one real run of the pipeline, so they have its batch,
-shapes, dtypes and extra arguments whatever the family; for timing, their large tensors are drawn anew.
+shapes, dtypes and extra arguments whatever the family. For timing their latents are drawn anew; text, image and time
+step stay, as the text and the image of a clip do from step to step.
 """
 
 from __future__ import annotations
@@ -37,6 +38,13 @@ class ModuleCall(NamedTuple):
             return change(value) if isinstance(value, Tensor) else value
 
         return ModuleCall(tuple(map(changed, self.args)), {name: changed(value) for name, value in self.kwargs.items()})
+
+    def with_other_latents(self, module: nn.Module, generator: torch.Generator) -> ModuleCall:
+        """The same call, but for what ``module`` takes first: noise of the same spread."""
+        first = next(iter(inspect.signature(module.forward).parameters))
+        if self.args:
+            return ModuleCall((_redrawn(generator, self.args[0]), *self.args[1:]), self.kwargs)
+        return ModuleCall((), self.kwargs | {first: _redrawn(generator, self.kwargs[first])})
 
     def shapes(self, module: nn.Module) -> dict[str, str]:
         """``{"sample": "2x14x8x72x128", ...}``, named as ``module``'s forward names them."""
@@ -84,7 +92,7 @@ class ModuleWorkload:
         self._module = module
         self._calls = calls
         generator = torch.Generator(next(module.parameters()).device).manual_seed(seed)
-        redrawn = [[call.map(partial(_redrawn, generator)) for call in calls] for _ in range(_INPUT_SETS)]
+        redrawn = [[call.with_other_latents(module, generator) for call in calls] for _ in range(_INPUT_SETS)]
         self._rotation = itertools.cycle(redrawn)
 
     @torch.no_grad()
@@ -140,9 +148,6 @@ def _output(module: nn.Module, calls: list[ModuleCall]) -> Tensor:
 
 
 def _redrawn(generator: torch.Generator, x: Tensor) -> Tensor:
-    """Noise like ``x``; time steps and other small conditions stay as they are."""
-    if x.ndim < 3 or not x.is_floating_point():
-        return x
     noise = torch.randn(x.shape, generator=generator, device=x.device)
     return (noise * x.float().std() + x.float().mean()).to(x.dtype)
 

@@ -25,7 +25,7 @@ from vidaccel.blocks.parameters import why_unreadable
 from vidaccel.blocks.rules import Rule
 from vidaccel.blocks.site import Fidelity, Site
 
-__all__ = ["LastResult", "TextSource", "distinct_rows", "keys_values", "why_not_kept"]
+__all__ = ["LastResult", "TextSource", "distinct_rows", "is_text_hook", "keys_values", "why_not_kept"]
 
 Result = TypeVar("Result")
 
@@ -138,18 +138,20 @@ class _Watch:
         if torch.compiler.is_compiling():
             return
         given = dict(zip(self._names, args, strict=False)) | kwargs
-        _running.calls.append(self._call(given.get("sample"), given.get("encoder_hidden_states")))
+        # Of a model whose calls are recorded as CUDA graphs no text is compared: a replay may bring another one.
+        compares = model._compiled_call_impl is None
+        _running.calls.append(self._call(given.get("sample"), given.get("encoder_hidden_states"), compares))
 
     def leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not torch.compiler.is_compiling():
             _running.calls.pop()
 
-    def _call(self, sample: Any, text: Any) -> _Call | None:
+    def _call(self, sample: Any, text: Any, compares: bool) -> _Call | None:
         if not isinstance(text, Tensor) or not isinstance(sample, Tensor) or sample.ndim != 5:
             return None
         batch, _, num_frames, _, _ = sample.shape
         distinct = text
-        if not self._repeats_text and num_frames > 1 and text.shape[0] == batch * num_frames:
+        if compares and not self._repeats_text and num_frames > 1 and text.shape[0] == batch * num_frames:
             distinct = self._first_of_each(text, num_frames)
         return _Call(text, num_frames, self._repeats_text, distinct)
 
@@ -164,6 +166,11 @@ class _Watch:
 
         first = self._distinct.of(text, compare, num_frames)
         return text if first is None else first
+
+
+def is_text_hook(hook: Any) -> bool:
+    """Whether a forward hook is a :class:`TextSource`'s: a replay of what blocks did with it needs it no more."""
+    return isinstance(getattr(hook, "__self__", None), _Watch)
 
 
 @dataclass(frozen=True)
