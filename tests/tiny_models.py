@@ -50,7 +50,7 @@ def tiny_svd_pipeline(seed: int = 0) -> StableVideoDiffusionPipeline:
 
 
 def tiny_autoencoder_kl(seed: int = 0) -> AutoencoderKL:
-    """The image VAE of the text-to-video pipelines, fp32 on the CPU: 32 and 64 channels, factor 2, tiles of 16 pixels."""
+    """The image VAE of the text-to-video pipelines, on the CPU: 32 and 64 channels, factor 2, 16-pixel tiles."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         vae = AutoencoderKL(
