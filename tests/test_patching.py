@@ -194,6 +194,24 @@ def test_self_check_can_be_turned_off(pipe: StableVideoDiffusionPipeline, monkey
     assert {site.state for site in report.sites} == {"active"}
 
 
+def test_a_check_that_runs_out_of_memory_does_not_end_the_clip(
+    pipe: StableVideoDiffusionPipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = clip(pipe)
+
+    def out_of_memory(*args: object) -> None:
+        raise torch.OutOfMemoryError
+
+    report = patch_pipeline(pipe, only="unet.conv_norm_out")
+    monkeypatch.setattr(pipe.unet.conv_norm_out, "original_forward", out_of_memory)
+    with caplog.at_level(logging.WARNING, "vidaccel"):
+        assert relative_error(clip(pipe), before) <= 1e-5
+    assert [record.message for record in caplog.records] == [
+        "unet.conv_norm_out: not checked against the original code, for want of memory"
+    ]
+    assert {site.state for site in report.sites} == {"active"} and not report.fallbacks
+
+
 def test_a_kernel_that_raises_falls_back_and_is_counted(
     pipe: StableVideoDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:

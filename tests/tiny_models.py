@@ -141,7 +141,7 @@ def _seeded(model_class: type[nn.Module], seed: int, config: dict[str, Any]) -> 
 
 
 def tiny_autoencoder_kl(seed: int = 0) -> AutoencoderKL:
-    """The text-to-video pipelines' image VAE, fp32 on the CPU: 32 and 64 channels, factor 2, tiles of 16 pixels."""
+    """The image VAE of the text-to-video pipelines, on the CPU: 32 and 64 channels, factor 2, 16-pixel tiles."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         vae = AutoencoderKL(

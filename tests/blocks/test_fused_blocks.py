@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import tiny_svd_pipeline
+from tiny_models import tiny_autoencoder_kl, tiny_svd_pipeline
 from torch import Tensor, nn
 
 from vidaccel import patch_module
@@ -20,8 +20,9 @@ def relative_error(out: Tensor, expected: Tensor) -> float:
 
 
 @pytest.fixture(scope="module")
-def pipe() -> object:
-    return tiny_svd_pipeline()
+def models() -> dict[str, nn.Module]:
+    pipe = tiny_svd_pipeline()
+    return {"unet": pipe.unet, "vae": pipe.vae, "image-vae": tiny_autoencoder_kl()}
 
 
 def unet_call(unet: nn.Module, device: torch.device) -> Tensor:
@@ -42,15 +43,24 @@ def decode_call(vae: nn.Module, device: torch.device) -> Tensor:
         return vae.decode(latents.to(device), num_frames=FRAMES).sample
 
 
-@pytest.mark.parametrize(("part", "call"), [("unet", unet_call), ("vae", decode_call)], ids=["unet", "vae"])
-def test_with_the_kernels(pipe: object, device: torch.device, part: str, call: object) -> None:
-    model = getattr(pipe, part).to(device)
+def decode_images_call(vae: nn.Module, device: torch.device) -> Tensor:
+    latents = torch.randn(1, 4, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return vae.decode(latents.to(device)).sample
+
+
+PARTS = {"unet": unet_call, "vae": decode_call, "image-vae": decode_images_call}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_with_the_kernels(models: dict[str, nn.Module], device: torch.device, part: str) -> None:
+    model, call = models[part].to(device), PARTS[part]
     expected = call(model, device)
     with patch_module(model) as report:
         out = call(model, device)
     ran = {site.op: site.implementations for site in report.sites if site.implementations}
     kernels = {"group_norm_silu", "conv_epilogue"} | (
-        {"temporal_attention", "add_layer_norm", "geglu"} if part == "unet" else set()
+        {"temporal_attention", "add_layer_norm", "geglu"} if part == "unet" else {"upsample_conv"}
     )
     assert all("triton" in ran[op] for op in kernels), ran
     assert not report.fallbacks and not any(site.reason for site in report.sites)

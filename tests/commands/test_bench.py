@@ -175,7 +175,7 @@ def test_a_real_model(bench: Bench, model: Path, image: Path) -> None:
     assert record["results"][1]["cold_start_s"] > 0
 
 
-@pytest.mark.parametrize("op", ["group_norm_silu", "temporal_attention"])
+@pytest.mark.parametrize("op", ["group_norm_silu", "temporal_attention", "upsample_conv"])
 def test_op(bench: Bench, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VIDACCEL_IMPL")
     code, record = bench("--op", op, "--size", "tiny")

@@ -23,6 +23,7 @@ from vidaccel.bench.timing import Latency, summarise, time_calls, timed
 from vidaccel.fidelity.metrics import relative_error
 from vidaccel.kernels import group_norm_silu as gn
 from vidaccel.kernels import temporal_attention as ta
+from vidaccel.kernels import upsample_conv as uc
 from vidaccel.kernels.dispatch import record_choices, triton_device_problem
 
 __all__ = ["OPS", "Case", "Op", "Provider", "measure_op", "one_stage_kernels"]
@@ -164,8 +165,40 @@ _TEMPORAL_ATTENTION = Op(
     passes=4,
 )
 
+
+def _upsample_case(name: str, frames: int, channels: int, height: int, width: int) -> Case:
+    return Case(name, ((frames, channels, height, width), (channels, channels, 3, 3), (channels,)), ())
+
+
+def _with_cells(x: Tensor, weight: Tensor, bias: Tensor) -> Tensors:
+    """The weight also as a block keeps it between calls."""
+    return x, weight, bias, uc.cell_weights(weight)
+
+
+_UPSAMPLE_CONV = Op(
+    cases=(
+        _upsample_case("svd vae, 72x128", 14, 512, 72, 128),
+        _upsample_case("svd vae, 144x256", 4, 512, 144, 256),
+        _upsample_case("svd vae, 288x512", 2, 256, 288, 512),
+    ),
+    tiny=_upsample_case("tiny", 1, 32, 4, 4),
+    reference=uc.upsample_conv_ref,
+    providers={
+        "eager": Provider(uc.upsample_conv_ref, _channels_first),
+        "eager+channels_last": Provider(uc.upsample_conv_ref),
+        "compile": Provider(uc.upsample_conv_ref, _channels_first, compiled=True),
+        "compile+channels_last": Provider(uc.upsample_conv_ref, compiled=True),
+        "ours": Provider(lambda x, weight, bias, cells: uc.upsample_conv(x, weight, bias, cells=cells), _with_cells),
+    },
+    passes=13,
+)
+
 # `vidaccel bench --op NAME`
-OPS = {"group_norm_silu": _GROUP_NORM_SILU, "temporal_attention": _TEMPORAL_ATTENTION}
+OPS = {
+    "group_norm_silu": _GROUP_NORM_SILU,
+    "temporal_attention": _TEMPORAL_ATTENTION,
+    "upsample_conv": _UPSAMPLE_CONV,
+}
 
 
 def measure_op(

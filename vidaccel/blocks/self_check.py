@@ -13,6 +13,7 @@ UNITS_IN_LAST_PLACE = 8
 # 10 bits before the first multiplication.
 TF32_EPS = 2.0**-10
 FP32_REORDERING_EPS = 2.0**-20
+FP64_REORDERING_EPS = 2.0**-49
 
 
 def disagreement(out: Tensor, expected: Tensor, fidelity: str) -> str | None:
@@ -37,12 +38,15 @@ def disagreement(out: Tensor, expected: Tensor, fidelity: str) -> str | None:
 def _relative_error(out: Tensor, expected: Tensor) -> float:
     finite = expected.isfinite()
     difference = torch.where(finite, out - expected, 0)
-    norm = torch.linalg.vector_norm(torch.where(finite, expected, 0), dtype=torch.float32)
-    error = torch.linalg.vector_norm(difference, dtype=torch.float32)
+    dtype = torch.promote_types(expected.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(torch.where(finite, expected, 0), dtype=dtype)
+    error = torch.linalg.vector_norm(difference, dtype=dtype)
     return float(error / norm.clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def _eps(x: Tensor) -> float:
+    if x.dtype == torch.float64:
+        return FP64_REORDERING_EPS
     if x.dtype != torch.float32:
         return torch.finfo(x.dtype).eps
     tf32 = x.is_cuda and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)

@@ -199,11 +199,14 @@ class FusedBlock(nn.Module):
             logger.warning("%s: fused path failed, original code runs: %s", self._paths(), reason)
             return out
         state.note_choices(choices)
-        if state.self_check:
-            expected = self.original_forward(*args, **kwargs)
-            if problem := disagreement(_tensor_of(out), _tensor_of(expected), state.fidelity):
-                state.fail(problem)
-                return expected
+        try:
+            if state.self_check:
+                expected = self.original_forward(*args, **kwargs)
+                if problem := disagreement(_tensor_of(out), _tensor_of(expected), state.fidelity):
+                    state.fail(problem)
+                    return expected
+        except torch.OutOfMemoryError:  # for the check alone: the fused path has what it needs
+            logger.warning("%s: not checked against the original code, for want of memory", self._paths())
         state.verdicts[signature] = ""
         return out
 

@@ -97,8 +97,7 @@ class FusedDecoder(_Decoder, Decoder):
         return None if latent_embeds is None else "latent embeddings were passed"
 
     def fused_forward(self, sample: Tensor, latent_embeds: None) -> Tensor:
-        sample = self.mid_block(self.conv_in(sample), latent_embeds)
-        return self.upsample(sample, temb=None)
+        return self.upsample(self.mid_block(self.conv_in(sample), latent_embeds), temb=None)
 
 
 @fuses(TemporalDecoder, {"decode_memory": "bit-exact"})
@@ -111,9 +110,11 @@ class FusedTemporalDecoder(_Decoder, TemporalDecoder):
         return self.decode(sample, image_only_indicator, num_frames)
 
     def fused_forward(self, sample: Tensor, image_only_indicator: Tensor, num_frames: int) -> Tensor:
-        sample = self.mid_block(self.conv_in(sample), image_only_indicator=image_only_indicator)
-        sample = sample.to(next(self.up_blocks.parameters()).dtype)
-        sample = self.upsample(sample, image_only_indicator=image_only_indicator)
+        dtype = next(self.up_blocks.parameters()).dtype
+        sample = self.upsample(  # handed over without a name of its own, which would keep it alive
+            self.mid_block(self.conv_in(sample), image_only_indicator=image_only_indicator).to(dtype),
+            image_only_indicator=image_only_indicator,
+        )
         sample = sample.unflatten(0, (-1, num_frames)).transpose(1, 2)  # [B, C, F, H, W]
         return self.time_conv_out(sample).transpose(1, 2).flatten(0, 1)
 

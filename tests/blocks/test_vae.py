@@ -1,0 +1,296 @@
+"""The VAE decoders: memory and its order, what a decode that fails says, the stock switches."""
+
+from __future__ import annotations
+
+import gc
+import traceback
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_autoencoder_kl, tiny_svd_pipeline
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vidaccel import patch_module
+from vidaccel.blocks import resnet
+from vidaccel.blocks import vae as blocks
+from vidaccel.blocks.vae import decode_bytes, frames_that_fit
+from vidaccel.kernels import conv_epilogue, group_norm_silu, upsample_conv
+
+GIB = 2**30
+
+
+def decode_svd(vae: nn.Module, latents: Tensor) -> Tensor:
+    with torch.no_grad():
+        return vae.decode(latents, num_frames=latents.shape[0]).sample
+
+
+def decode_kl(vae: nn.Module, latents: Tensor) -> Tensor:
+    with torch.no_grad():
+        return vae.decode(latents).sample
+
+
+def svd_vae() -> nn.Module:
+    return tiny_svd_pipeline().vae
+
+
+VAES = pytest.mark.parametrize(
+    ("make", "decode"), [(svd_vae, decode_svd), (tiny_autoencoder_kl, decode_kl)], ids=["svd", "kl"]
+)
+
+
+def latents(frames: int = 2) -> Tensor:
+    return torch.randn(frames, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Copies(TorchDispatchMode):
+    """Notes every full-size tensor that is copied or padded, and every convolution that sees another memory order."""
+
+    def __init__(self, smallest: int) -> None:
+        super().__init__()
+        self.smallest = smallest
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.__name__.partition(".")[0]
+        if name == "convolution" and args[0].ndim == 4 and args[0].numel() >= self.smallest:
+            ordered = all(x.is_contiguous(memory_format=torch.channels_last) for x in (args[0], out))
+            self.found += [] if ordered else [f"{name} {tuple(args[0].shape)} of another memory order"]
+        copies = ("clone", "copy_", "_to_copy", "cat", "constant_pad_nd", "upsample_nearest2d")
+        if name in copies and out.numel() >= self.smallest:
+            self.found.append(f"{name} {tuple(out.shape)} at {_our_line()}")
+        return out
+
+
+def _our_line() -> str:
+    frames = [frame for frame in traceback.extract_stack() if "vidaccel" in frame.filename]
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "stock code"
+
+
+class Held(TorchDispatchMode):
+    """The most bytes that the images made inside hold at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[StorageWeakRef, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.ndim >= 4:
+            storage = out.untyped_storage()
+            self.storages[StorageWeakRef(storage)] = storage.nbytes()
+            self.storages = {ref: size for ref, size in self.storages.items() if not ref.expired()}
+            self.most = max(self.most, sum(self.storages.values()))
+        return out
+
+
+class NoKernel:
+    """Stands for a Triton kernel: launches nothing."""
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+@pytest.fixture
+def hollow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What surrounds the kernels runs as on a GPU, the kernels do not: for memory and its order, fast."""
+    for module, kernels in (
+        (group_norm_silu, ("_chunk_stats_kernel", "_group_stats_kernel", "_apply_kernel")),
+        (conv_epilogue, ("_conv_epilogue_kernel",)),
+        (upsample_conv, ("_interleave_kernel",)),
+    ):
+        for kernel in kernels:
+            monkeypatch.setattr(module, kernel, NoKernel())
+    # the 3-D convolution of a CPU answers in its own memory order, whatever it is given
+    monkeypatch.setattr(nn.Conv3d, "_conv_forward", lambda conv, x, weight, bias: torch.empty_like(x))
+
+
+@VAES
+def test_no_tensor_is_copied(make: Callable[[], nn.Module], decode: Any, hollow: None) -> None:
+    vae = make()
+    with patch_module(vae, self_check=False):
+        decode(vae, latents())
+        with Copies(smallest=1024) as copies:
+            decode(vae, latents())
+    assert copies.found == []
+
+
+@VAES
+def test_memory_held(make: Callable[[], nn.Module], decode: Any, hollow: None) -> None:
+    """Counted without the workspaces of convolutions: no more than the stock decoder, and what the estimate says."""
+    vae, z = make(), torch.randn(2, 4, 32, 32)
+    with Held() as stock:
+        decode(vae, z)
+    with patch_module(vae, self_check=False):
+        decode(vae, z)
+        with Held() as patched:
+            decode(vae, z)
+        estimate = z.shape[0] * decode_bytes(vae.decoder, z)
+    assert patched.most <= stock.most
+    assert 0.8 * estimate <= patched.most <= estimate
+
+
+def test_bias_of_a_shortcut_joins_the_epilogue(monkeypatch: pytest.MonkeyPatch, hollow: None) -> None:
+    seen: list[dict[str, Any]] = []
+    epilogue = resnet.conv_epilogue
+
+    def spy(*args: Any, **kwargs: Any) -> Tensor:
+        seen.append(kwargs)
+        return epilogue(*args, **kwargs)
+
+    monkeypatch.setattr(resnet, "conv_epilogue", spy)
+    vae = tiny_autoencoder_kl()
+    with patch_module(vae, self_check=False):
+        decode_kl(vae, latents())
+    assert sum("residual_bias" in kwargs for kwargs in seen) == 1, "one block of the tiny decoder changes the width"
+
+
+class Releases(nn.Identity):
+    """Stands for a layer: notes which of the tensors made before its input are still alive while it runs."""
+
+    def __init__(self, made: list[weakref.ref[Tensor]], alive: list[int]) -> None:
+        super().__init__()
+        self.made, self.alive = made, alive
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        gc.collect()
+        self.alive.append(sum(ref() is not None for ref in self.made))
+        out = x + 1
+        self.made.append(weakref.ref(out))
+        return out
+
+
+@VAES
+def test_no_tensor_outlives_its_last_reader(make: Callable[[], nn.Module], decode: Any) -> None:
+    vae, made, alive = make(), [], []
+    for block in vae.decoder.up_blocks:
+        block.resnets = nn.ModuleList(Releases(made, alive) for _ in block.resnets)
+        for upsampler in block.upsamplers or ():
+            upsampler.register_forward_hook(lambda _, __, out: made.append(weakref.ref(out)))
+    vae.decoder.conv_norm_out = nn.GroupNorm(32, 64)  # the layers above change no width
+    vae.decoder.conv_out = nn.Conv2d(64, 3, 3, padding=1)
+    decode(vae, latents())
+    assert max(alive) > 1, "the stock decoder holds the input of an up-block until it is done"
+    made.clear()
+    alive.clear()
+    with patch_module(vae, only="decode_memory"):
+        decode(vae, latents())
+    assert max(alive) == 1, "its own input"
+
+
+def test_hooks_on_an_up_block_still_run() -> None:
+    vae, seen = tiny_autoencoder_kl(), []
+    vae.decoder.up_blocks[0].register_forward_hook(lambda *_: seen.append(1))
+    with patch_module(vae, only="decode_memory"):
+        decode_kl(vae, latents())
+    assert seen == [1]
+
+
+@pytest.fixture
+def full_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Module, float], None]:
+    """A call makes a decoder's last convolution run out of memory on a GPU that has so many GiB to give."""
+
+    def fill(vae: nn.Module, gib: float) -> None:
+        def raise_error(*args: object) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+        vae.decoder.conv_out.forward = raise_error
+        monkeypatch.setattr(blocks, "_usable_bytes", lambda device: int(gib * GIB))
+        monkeypatch.setattr(blocks, "decode_bytes", lambda decoder, sample: GIB)
+
+    return fill
+
+
+@VAES
+@pytest.mark.parametrize(
+    ("gib", "advice"),
+    [(3.5, "decode_chunk_size=3 would fit"), (9, "decode_chunk_size=4 would fit"), (0.5, "not even one frame fits")],
+)
+def test_out_of_memory_names_the_chunk_that_fits(
+    make: Callable[[], nn.Module], decode: Any, gib: float, advice: str, full_gpu: Callable[[nn.Module, float], None]
+) -> None:
+    vae = make()
+    full_gpu(vae, gib)
+    patch_module(vae, only="decode_memory")
+    with pytest.raises(torch.OutOfMemoryError, match=r"5 frames of 8 x 8 pixels .* about 1.00 GiB") as raised:
+        decode(vae, latents(frames=5))
+    assert advice in str(raised.value)
+    assert "Tried to allocate" in str(raised.value.__cause__)
+
+
+def test_out_of_memory_lets_the_attempt_go(full_gpu: Callable[[nn.Module, float], None]) -> None:
+    vae, held = tiny_autoencoder_kl(), []
+    full_gpu(vae, 2)
+    vae.decoder.conv_norm_out.register_forward_hook(lambda _, __, out: held.append(weakref.ref(out)))
+    patch_module(vae, only="decode_memory")
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory while decoding") as raised:
+        decode_kl(vae, latents())
+    assert raised.value.__cause__ is not None and held[0]() is None
+
+
+@pytest.mark.parametrize(("free", "fit"), [(10 * GIB, 4), (3 * GIB, 1), (GIB, 0), (-GIB, 0)])
+def test_frames_that_fit(free: int, fit: int) -> None:
+    assert frames_that_fit(5, 2 * GIB, free) == fit
+
+
+@pytest.mark.parametrize(("frames", "num_frames"), [(5, 2), (5, 7), (4, 0)], ids=["remainder", "too-many", "zero"])
+def test_num_frames_that_does_not_divide_raises_what_the_stock_vae_raises(
+    frames: int, num_frames: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
+    vae, raised = svd_vae(), []
+    for patched in (False, True):
+        if patched:
+            patch_module(vae)
+        with pytest.raises((RuntimeError, ZeroDivisionError)) as error, torch.no_grad():
+            vae.decode(latents(frames), num_frames=num_frames)
+        raised.append((error.type, str(error.value)))
+    assert raised[0] == raised[1]
+
+
+def test_chunks_of_zero_raise_what_the_stock_pipeline_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
+    pipe = tiny_svd_pipeline()
+    patch_module(pipe.vae)
+    with pytest.raises(ValueError, match=r"range\(\) arg 3 must not be zero"), torch.no_grad():
+        pipe.decode_latents(latents()[None], num_frames=2, decode_chunk_size=0)
+
+
+@torch.no_grad()
+def test_chunks_and_dtype_flips_of_svd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one call of the pipeline has it: encode upcast, decode in chunks of which the last is shorter."""
+    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
+    pipe, z = tiny_svd_pipeline(), latents(5)[None]
+    image = torch.randn(1, 3, 8, 8, dtype=torch.float64)
+
+    def both() -> tuple[Tensor, Tensor]:
+        pipe.vae.to(torch.float64)
+        encoded = pipe.vae.encode(image).latent_dist.mode()
+        pipe.vae.to(torch.float32)
+        return encoded, pipe.decode_latents(z, num_frames=5, decode_chunk_size=2)
+
+    expected = both()
+    with patch_module(pipe.vae) as report:
+        for _ in range(2):
+            for out, gold in zip(both(), expected, strict=True):
+                assert (out - gold).norm() <= 1e-5 * gold.norm()
+    assert not report.fallbacks
+
+
+@VAES
+def test_decoder_compiles_in_one_graph(
+    make: Callable[[], nn.Module], decode: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
+    vae = make()
+    patch_module(vae)
+    expected = decode(vae, latents())
+    vae.decoder.compile(fullgraph=True, backend="aot_eager")
+    assert (decode(vae, latents()) - expected).norm() <= 1e-5 * expected.norm()
