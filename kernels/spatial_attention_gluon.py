@@ -32,6 +32,13 @@ Sources: FlashAttention-3 (https://arxiv.org/abs/2407.08608).
 
 from __future__ import annotations
 
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -41,8 +48,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-__all__ = ["spatial_attention_gluon_kernel"]
+__all__ = ["Config", "choose_config", "gluon_configs", "launch", "spatial_attention_gluon_kernel"]
+
+CONSUMER_ROWS = 64  # what one wgmma takes
+DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
 @gluon.jit
@@ -76,45 +87,45 @@ def _load(desc, batch, row, channel, ready, target):
 
 
 @gluon.jit
-def _producer(descs, tiles, barriers, sizes, CONSUMERS: gl.constexpr, STAGES: gl.constexpr):
-    q_desc, k_desc, v_desc, out_desc = descs
-    q_smem, k_smem, v_smem, out_smem = tiles
-    q_ready, q_free, k_ready, k_free, v_ready, v_free, turns = barriers
-    num_tiles, tiles_per_head, num_heads, blocks, seq_kv, kv_batch_step = sizes
+def _producer(load, CONSUMERS: gl.constexpr, STAGES: gl.constexpr):
+    descs, tiles, ready, free, sizes, kv_batch_step = load
+    q_desc, k_desc, v_desc = descs
+    q_smem, k_smem, v_smem = tiles
+    q_ready, k_ready, v_ready = ready
+    q_free, k_free, v_free = free
+    num_tiles, tiles_per_head, num_heads, blocks = sizes
     ROWS: gl.constexpr = q_desc.block_shape[1]
     BLOCK_N: gl.constexpr = k_desc.block_shape[1]
     HEAD_DIM: gl.constexpr = k_desc.block_shape[2]
 
-    tiles_done = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        tiles_done = tile // gl.num_programs(0)
         batch, row, channel = _place(tile, tiles_per_head, num_heads, CONSUMERS * ROWS, HEAD_DIM)
+        kv_batch = batch * kv_batch_step
         for consumer in gl.static_range(CONSUMERS):
             mbarrier.wait(q_free.index(consumer), (tiles_done & 1) ^ 1)
             _load(q_desc, batch, row + consumer * ROWS, channel, q_ready.index(consumer), q_smem.index(consumer))
-        first = tiles_done * blocks
         for block in range(blocks + 1):  # in the order of use: k runs one block ahead of v
+            n = tiles_done * blocks + block
             if block < blocks:
-                stage, turn = (first + block) % STAGES, (first + block) // STAGES
-                mbarrier.wait(k_free.index(stage), (turn & 1) ^ 1)
+                stage = n % STAGES
+                mbarrier.wait(k_free.index(stage), (n // STAGES & 1) ^ 1)
                 start = (blocks - 1 - block) * BLOCK_N
-                _load(k_desc, batch * kv_batch_step, start, channel, k_ready.index(stage), k_smem.index(stage))
+                _load(k_desc, kv_batch, start, channel, k_ready.index(stage), k_smem.index(stage))
             if block > 0:
-                stage, turn = (first + block - 1) % STAGES, (first + block - 1) // STAGES
-                mbarrier.wait(v_free.index(stage), (turn & 1) ^ 1)
+                stage = (n - 1) % STAGES
+                mbarrier.wait(v_free.index(stage), ((n - 1) // STAGES & 1) ^ 1)
                 start = (blocks - block) * BLOCK_N
-                _load(v_desc, batch * kv_batch_step, start, channel, v_ready.index(stage), v_smem.index(stage))
-        tiles_done += 1
+                _load(v_desc, kv_batch, start, channel, v_ready.index(stage), v_smem.index(stage))
 
 
 @gluon.jit
-def _consumer(
-    descs, tiles, barriers, sizes, scale_log2,
-    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PING_PONG: gl.constexpr,
-):  # fmt: skip
-    q_desc, k_desc, v_desc, out_desc = descs
-    q_smem, k_smem, v_smem, out_smem = tiles
-    q_ready, q_free, k_ready, k_free, v_ready, v_free, turns = barriers
-    num_tiles, tiles_per_head, num_heads, blocks, seq_kv, kv_batch_step = sizes
+def _consumer(work, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PING_PONG: gl.constexpr):
+    out_desc, out_smem, tiles, ready, free, turns, sizes, seq_kv, scale_log2 = work
+    q_smem, k_smem, v_smem = tiles
+    q_ready, k_ready, v_ready = ready
+    q_free, k_free, v_free = free
+    num_tiles, tiles_per_head, num_heads, blocks = sizes
     dtype: gl.constexpr = out_desc.dtype
     ROWS: gl.constexpr = out_desc.block_shape[1]
     HEAD_DIM: gl.constexpr = out_desc.block_shape[2]
@@ -126,9 +137,9 @@ def _consumer(
     q = q_smem.index(CONSUMER).reshape([ROWS, HEAD_DIM])
     out = out_smem.index(CONSUMER)
     zeros = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, SCORES)
-    n = 0  # blocks behind this consumer, over all its tiles
-    tiles_done = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        tiles_done = tile // gl.num_programs(0)
+        n = tiles_done * blocks
         mbarrier.wait(q_ready.index(CONSUMER), tiles_done & 1)
         stage = n % STAGES
         mbarrier.wait(k_ready.index(stage), n // STAGES & 1)
@@ -145,6 +156,7 @@ def _consumer(
         acc = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, OUTPUT)
 
         for block in range(1, blocks):
+            n = tiles_done * blocks + block - 1
             k_stage, v_stage = (n + 1) % STAGES, n % STAGES
             mbarrier.wait(k_ready.index(k_stage), (n + 1) // STAGES & 1)
             if PING_PONG:
@@ -169,9 +181,9 @@ def _consumer(
             mbarrier.arrive(v_free.index(v_stage))
             acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUTPUT))[:, None]
             p = gl.convert_layout(p_next.to(dtype), PROBABILITIES)
-            n += 1
         mbarrier.arrive(q_free.index(CONSUMER))
 
+        n = (tiles_done + 1) * blocks - 1
         stage = n % STAGES
         mbarrier.wait(v_ready.index(stage), n // STAGES & 1)
         v = v_smem.index(stage).reshape([BLOCK_N, HEAD_DIM])
@@ -183,7 +195,9 @@ def _consumer(
         out.reshape([ROWS, HEAD_DIM]).store(acc.to(dtype))
         fence_async_shared()
         batch, row, channel = _place(tile, tiles_per_head, num_heads, CONSUMERS * ROWS, HEAD_DIM)
-        tma.async_copy_shared_to_global(out_desc, [batch, row + CONSUMER * ROWS, channel], out)  # clips rows past the end
+        tma.async_copy_shared_to_global(
+            out_desc, [batch, row + CONSUMER * ROWS, channel], out
+        )  # clips rows past the end
         n += 1
         tiles_done += 1
     tma.store_wait(0)
@@ -203,7 +217,6 @@ def spatial_attention_gluon_kernel(
     num_tiles, tiles_per_head, num_heads, seq_kv, kv_batch_step,
     scale_log2,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PING_PONG: gl.constexpr, REGISTERS: gl.constexpr,
-    num_warps: gl.constexpr,
 ):  # fmt: skip
     """All tiles of ``CONSUMERS`` times the rows of ``q_desc``'s block; launch at most as many programs as fit at once.
 
@@ -213,30 +226,25 @@ def spatial_attention_gluon_kernel(
     ROWS: gl.constexpr = q_desc.block_shape[1]
     BLOCK_N: gl.constexpr = k_desc.block_shape[1]
     HEAD_DIM: gl.constexpr = k_desc.block_shape[2]
-    descs = (q_desc, k_desc, v_desc, out_desc)
     tiles = (
         gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, ROWS, HEAD_DIM], q_desc.layout),
         gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, BLOCK_N, HEAD_DIM], k_desc.layout),
         gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, BLOCK_N, HEAD_DIM], v_desc.layout),
-        gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, 1, ROWS, HEAD_DIM], out_desc.layout),
     )
-    barriers = (
-        _barriers(CONSUMERS, 1),  # q_ready
-        _barriers(CONSUMERS, 1),  # q_free
-        _barriers(STAGES, 1),  # k_ready
-        _barriers(STAGES, CONSUMERS),  # k_free
-        _barriers(STAGES, 1),  # v_ready
-        _barriers(STAGES, CONSUMERS),  # v_free
-        _barriers(CONSUMERS, 1),  # turns
-    )
+    out_smem = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, 1, ROWS, HEAD_DIM], out_desc.layout)
+    ready = (_barriers(CONSUMERS, 1), _barriers(STAGES, 1), _barriers(STAGES, 1))
+    free = (_barriers(CONSUMERS, 1), _barriers(STAGES, CONSUMERS), _barriers(STAGES, CONSUMERS))
+    turns = _barriers(CONSUMERS, 1)
     fence_async_shared()
-    sizes = (num_tiles, tiles_per_head, num_heads, gl.cdiv(seq_kv, BLOCK_N), seq_kv, kv_batch_step)
+    sizes = (num_tiles, tiles_per_head, num_heads, gl.cdiv(seq_kv, BLOCK_N))
+    work = (out_desc, out_smem, tiles, ready, free, turns, sizes, seq_kv, scale_log2)
+    load = ((q_desc, k_desc, v_desc), tiles, ready, free, sizes, kv_batch_step)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consumer, (descs, tiles, barriers, sizes, scale_log2, 0, CONSUMERS, STAGES, PING_PONG)),
-                (_consumer, (descs, tiles, barriers, sizes, scale_log2, 1, CONSUMERS, STAGES, PING_PONG)),
-                (_producer, (descs, tiles, barriers, sizes, CONSUMERS, STAGES)),
+                (_consumer, (work, 0, CONSUMERS, STAGES, PING_PONG)),
+                (_consumer, (work, 1, CONSUMERS, STAGES, PING_PONG)),
+                (_producer, (load, CONSUMERS, STAGES)),
             ],
             [4, 1],
             [REGISTERS, 24],
@@ -245,11 +253,78 @@ def spatial_attention_gluon_kernel(
         gl.static_assert(CONSUMERS == 3)
         gl.warp_specialize(
             [
-                (_consumer, (descs, tiles, barriers, sizes, scale_log2, 0, CONSUMERS, STAGES, PING_PONG)),
-                (_consumer, (descs, tiles, barriers, sizes, scale_log2, 1, CONSUMERS, STAGES, PING_PONG)),
-                (_consumer, (descs, tiles, barriers, sizes, scale_log2, 2, CONSUMERS, STAGES, PING_PONG)),
-                (_producer, (descs, tiles, barriers, sizes, CONSUMERS, STAGES)),
+                (_consumer, (work, 0, CONSUMERS, STAGES, PING_PONG)),
+                (_consumer, (work, 1, CONSUMERS, STAGES, PING_PONG)),
+                (_consumer, (work, 2, CONSUMERS, STAGES, PING_PONG)),
+                (_producer, (load, CONSUMERS, STAGES)),
             ],
             [4, 4, 1],
             [REGISTERS, REGISTERS, 24],
         )
+
+
+class Config(NamedTuple):
+    """How the kernel cuts its work.
+
+    ``consumers`` warpgroups of 64 query rows each; k and v in blocks of ``columns`` rows, ``stages`` of them in flight.
+    """
+
+    consumers: int
+    columns: int
+    stages: int
+    ping_pong: bool
+
+    @property
+    def registers(self) -> int:
+        """Of every consumer's threads: what is left of 65536 by a producer warpgroup that keeps 24."""
+        return 240 if self.consumers == 2 else 160
+
+
+def choose_config(head_dim: int) -> Config:
+    """The configuration the kernel runs with."""
+    return gluon_configs(head_dim)[0]
+
+
+def gluon_configs(head_dim: int) -> list[Config]:
+    """Every configuration worth trying; the first is the one that runs."""
+    if head_dim == 64:
+        shapes = [(2, 128, 4), (3, 128, 4), (2, 128, 2), (3, 64, 6)]
+    else:
+        shapes = [(2, 128, 2), (2, 64, 4), (3, 64, 3)]
+    return [Config(*shape, ping_pong) for shape in shapes for ping_pong in (True, False)]
+
+
+def launch(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, num_heads: int, scale: float, *, config: Config | None = None
+) -> None:
+    """Write the attention of ``q``, ``k`` and ``v``, ``[B, S, H*D]``, to ``out``; see ``spatial_attention``."""
+    (batch, seq_q, channels), seq_kv = q.shape, k.shape[1]
+    head_dim = channels // num_heads
+    config = config or choose_config(head_dim)
+    tiles_per_head = triton.cdiv(seq_q, config.consumers * CONSUMER_ROWS)
+    num_tiles = batch * num_heads * tiles_per_head
+    shared_kv = k.stride(0) == 0
+    with torch.cuda.device_of(q):
+        spatial_attention_gluon_kernel[(min(num_tiles, _multiprocessors(q.device)),)](
+            _descriptor(q, CONSUMER_ROWS, head_dim),
+            _descriptor(k[:1] if shared_kv else k, config.columns, head_dim),
+            _descriptor(v[:1] if shared_kv else v, config.columns, head_dim),
+            _descriptor(out, CONSUMER_ROWS, head_dim),
+            num_tiles, tiles_per_head, num_heads, seq_kv, 0 if shared_kv else 1,
+            scale * math.log2(math.e),
+            CONSUMERS=config.consumers, STAGES=config.stages, PING_PONG=config.ping_pong, REGISTERS=config.registers,
+            num_warps=4,
+        )  # fmt: skip
+
+
+def _descriptor(x: Tensor, rows: int, head_dim: int) -> TensorDescriptor:
+    block = [1, rows, head_dim]
+    # the stride of a batch of one is anything, 0 where it was expanded
+    batch_stride = x.stride(0) if x.shape[0] > 1 else x.shape[1] * x.stride(1)
+    layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[x.dtype])
+    return TensorDescriptor(x, list(x.shape), [batch_stride, x.stride(1), 1], block, layout)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping
@@ -75,7 +74,7 @@ def save(topic: str, key: Key, measured: Measured) -> None:
 
 def _path(topic: str, key: Key) -> Path:
     digest = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()
-    return Path(os.path.expanduser(cache_directory())) / topic / f"{digest[:32]}.json"
+    return Path(cache_directory()).expanduser() / topic / f"{digest[:32]}.json"
 
 
 def fastest(

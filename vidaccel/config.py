@@ -26,7 +26,7 @@ def self_check_enabled() -> bool:
 
 def cache_directory() -> str:
     """``VIDACCEL_CACHE_DIR``: where measured choices are kept between runs."""
-    return os.environ.get("VIDACCEL_CACHE_DIR") or os.path.join("~", ".cache", "vidaccel")
+    return os.environ.get("VIDACCEL_CACHE_DIR") or "~/.cache/vidaccel"
 
 
 def tuning_enabled() -> bool:
