@@ -124,5 +124,7 @@ def requested(op: str, impl: str | None, problems: Mapping[str, Callable[[], str
             raise ValueError(f"{op}: impl={impl!r} cannot run: {problem}")
         return impl, ""
     wish = preferred_implementation(op)
-    problem = problems[wish]() if wish in problems else None
-    return (None, problem) if problem else (wish if wish in problems else None, "")
+    if wish is None or wish not in problems:
+        return None, ""
+    problem = problems[wish]()
+    return (None, problem) if problem else (wish, "")

@@ -72,11 +72,10 @@ def _rows(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def _rows_of(ptr, first, stride, channel, rows, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr):
-    """Pointers to ``BLOCK_D`` channels of ``rows``, counted from row ``first``."""
-    offs = tl.multiple_of(rows * stride, ALIGN)  # 16-byte accesses and cp.async need to know
-    start = tl.multiple_of(first * stride + channel, ALIGN)
-    return ptr + start + offs[:, None] + tl.arange(0, BLOCK_D)[None, :]
+def _rows_of(ptr, stride, rows, channel, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr):
+    """Pointers to ``BLOCK_D`` channels of ``rows``."""
+    offs = tl.multiple_of(rows * stride, ALIGN)[:, None] + tl.arange(0, BLOCK_D)[None, :]
+    return ptr + tl.multiple_of(channel, ALIGN) + offs  # 16-byte accesses and cp.async need to know
 
 
 @triton.jit(
@@ -102,10 +101,13 @@ def _spatial_attention_kernel(
     offs_m, offs_n, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     mask_m = (first_row + offs_m < seq_q)[:, None] & (offs_d < HEAD_DIM)[None, :]
 
-    q_ptrs = _rows_of(q_ptr + batch * stride_q_batch, first_row, stride_q_row, channel, offs_m, BLOCK_D, ALIGN)
+    q_ptr += tl.multiple_of(batch * stride_q_batch + first_row * stride_q_row, ALIGN)
+    q_ptrs = _rows_of(q_ptr, stride_q_row, offs_m, channel, BLOCK_D, ALIGN)
     q = tl.load(q_ptrs, mask=mask_m, other=0.0)  # [BLOCK_M, BLOCK_D]
-    k_ptr += batch * stride_k_batch
-    v_ptr += batch * stride_v_batch
+    k_ptr += tl.multiple_of(batch * stride_k_batch, ALIGN)
+    v_ptr += tl.multiple_of(batch * stride_v_batch, ALIGN)
+    k_ptrs = _rows_of(k_ptr, stride_k_row, offs_n, channel, BLOCK_D, ALIGN)
+    v_ptrs = _rows_of(v_ptr, stride_v_row, offs_n, channel, BLOCK_D, ALIGN)
     m_i = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
@@ -113,8 +115,6 @@ def _spatial_attention_kernel(
         mask_n = (offs_d < HEAD_DIM)[None, :]
         if not EVEN_N:
             mask_n = (start + offs_n < seq_kv)[:, None] & mask_n
-        first_key = start.to(tl.int64)
-        k_ptrs = _rows_of(k_ptr, first_key, stride_k_row, channel, offs_n, BLOCK_D, ALIGN)
         k = tl.load(k_ptrs, mask=mask_n, other=0.0)  # [BLOCK_N, BLOCK_D]
         s = tl.dot(q, tl.trans(k)) * scale_log2  # [BLOCK_M, BLOCK_N]
         if not EVEN_N:
@@ -123,14 +123,14 @@ def _spatial_attention_kernel(
         p = tl.exp2(s - m_new[:, None])
         alpha = tl.exp2(m_i - m_new)
         l_i = l_i * alpha + tl.sum(p, axis=1)
-        v_ptrs = _rows_of(v_ptr, first_key, stride_v_row, channel, offs_n, BLOCK_D, ALIGN)
         v = tl.load(v_ptrs, mask=mask_n, other=0.0)  # [BLOCK_N, BLOCK_D]
         acc = tl.dot(p.to(v.dtype), v, acc=acc * alpha[:, None])
         m_i = m_new
+        k_ptrs += tl.multiple_of(BLOCK_N * stride_k_row, ALIGN)
+        v_ptrs += tl.multiple_of(BLOCK_N * stride_v_row, ALIGN)
 
-    channels = NUM_HEADS * HEAD_DIM
-    out_ptr += batch * seq_q * channels
-    out_ptrs = _rows_of(out_ptr, first_row, channels, channel, offs_m, BLOCK_D, ALIGN)
+    out_ptr += (batch * seq_q + first_row) * NUM_HEADS * HEAD_DIM
+    out_ptrs = _rows_of(out_ptr, NUM_HEADS * HEAD_DIM, offs_m, channel, BLOCK_D, ALIGN)
     tl.store(out_ptrs, (acc / l_i[:, None]).to(out_ptr.dtype.element_ty), mask=mask_m)
 
 
@@ -147,7 +147,7 @@ def choose_blocks(head_dim: int) -> Blocks:
     """The blocks the Triton kernel runs with."""
     if head_dim <= 64:
         return Blocks(128, 64, 4, 3)
-    return Blocks(128, 64, 8, 2) if head_dim <= 128 else Blocks(128, 32, 8, 2)
+    return Blocks(128, 64, 8, 2) if head_dim <= 128 else Blocks(64, 32, 4, 2)
 
 
 def _launch(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float, *, blocks: Blocks | None = None) -> Tensor:
@@ -246,7 +246,7 @@ def _sdpa_problem(
     if not q.is_cuda:
         return f"this backend of PyTorch's attention needs a GPU, q is on {q.device.type}"
     heads = (_heads(x, num_heads) for x in (q, k, v))
-    params = torch.backends.cuda.SDPAParams(*heads, None, 0.0, False, False)
+    params = torch.backends.cuda.SDPAParams(*heads, None, 0.0, False, False)  # type: ignore[call-arg, arg-type]
     return None if can_use(params, False) else "PyTorch declines: this backend is off, not there or not for such input"
 
 
@@ -344,10 +344,10 @@ def _choose(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float, impl:
         chosen = _chosen.get(shape, ("torch", ""))[0]
         return ("torch" if problems[chosen]() else chosen), ""
     if shape not in _chosen:
-        chosen = _first_choice(*arguments)
-        if chosen is None:
+        first = _first_choice(*arguments)
+        if first is None:
             return _default(*arguments), reason
-        _chosen[shape] = chosen
+        _chosen[shape] = first
     name, why_not_ours = _chosen[shape]
     if problem := problems[name]():  # as for other strides, or while gradients are recorded
         return "torch", problem
@@ -364,13 +364,12 @@ def _first_choice(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float)
     """The choice for a shape not seen before; None if it has to wait, because a graph is being captured."""
     arguments = q, k, v, num_heads, scale
     default = _default(*arguments)
-    flops = 4 * q.numel() * k.shape[1]
-    if not q.is_cuda or not tuning_enabled() or k.shape[1] < MEASURED_KEYS or flops < MEASURED_FLOPS:
+    if not _measures(q, k):
         return default, ""
     key = _cache_key(q, k, num_heads)
     measured = tuning_cache.load(OP, key)
     if measured is None or measured.winner not in IMPLEMENTATIONS:
-        if torch.cuda.is_current_stream_capturing():
+        if q.is_cuda and torch.cuda.is_current_stream_capturing():
             return None
         measured = _measure(*arguments)
         if measured is None:
@@ -378,6 +377,12 @@ def _first_choice(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float)
         tuning_cache.save(OP, key, measured)
     failed = [f"{name}: {measured.problems[name]}" for name in OURS if name in measured.problems]
     return measured.winner, "; ".join(failed)
+
+
+def _measures(q: Tensor, k: Tensor) -> bool:
+    """Whether a choice would be worth measuring for these."""
+    worth_it = k.shape[1] >= MEASURED_KEYS and 4 * q.numel() * k.shape[1] >= MEASURED_FLOPS
+    return q.is_cuda and worth_it and tuning_enabled()
 
 
 def _cache_key(q: Tensor, k: Tensor, num_heads: int) -> dict[str, Any]:
@@ -397,10 +402,7 @@ def _cache_key(q: Tensor, k: Tensor, num_heads: int) -> dict[str, Any]:
     }
 
 
-def _measure(
-    q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float,
-    milliseconds: Callable[[Callable[[], object]], float] = tuning_cache.cuda_milliseconds,
-) -> tuning_cache.Measured | None:  # fmt: skip
+def _measure(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> tuning_cache.Measured | None:
     """Time the implementations that serve these arguments and compute what PyTorch does."""
     arguments = q, k, v, num_heads, scale
     competitors = {name: way for name, way in IMPLEMENTATIONS.items() if way.competes}
@@ -409,7 +411,7 @@ def _measure(
         expected = _run_sdpa(*arguments)
         why_wrong = functools.partial(_why_wrong, arguments, expected)
         runs = {name: functools.partial(way.run, *arguments) for name, way in serving.items()}
-        measured = tuning_cache.fastest(runs, why_wrong, milliseconds)
+        measured = tuning_cache.fastest(runs, why_wrong, tuning_cache.cuda_milliseconds)
     logger.debug("%s of %s: %s", OP, _shape(q, k, num_heads), measured)
     return measured
 
