@@ -53,12 +53,14 @@ class Provider(NamedTuple):
         prepare: Puts the tensors as this way likes them best, before the clock runs.
         compiled: Whether ``run`` goes through torch.compile.
         one_stage: Whether ``run``, a kernel of ours, goes without prefetch: to see what the prefetch is worth.
+        problem: Called as ``run`` is, tells why it is not to be tried here, or None.
     """
 
     run: Callable[..., Tensor]
     prepare: Callable[..., Tensors] = _as_they_are
     compiled: bool = False
     one_stage: bool = False
+    problem: Callable[..., str | None] | None = None
 
 
 class Op(NamedTuple):
@@ -189,7 +191,10 @@ def _reference_in_parts(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tens
 
 
 def _implementation(name: str) -> Provider:
-    return Provider(partial(sa.spatial_attention, impl=name))
+    def problem(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> str | None:
+        return sa.IMPLEMENTATIONS[name].problem(q, k, v, num_heads, 1.0)
+
+    return Provider(partial(sa.spatial_attention, impl=name), problem=problem)
 
 
 _SPATIAL_ATTENTION = Op(
@@ -234,7 +239,7 @@ def measure_op(
                 recorder.fail(case.name, variant, error)
             continue
         for variant, provider in op.providers.items():
-            if provider.one_stage and (problem := triton_device_problem(tensors[0])):
+            if problem := _why_skipped(provider, tensors, case.scalars):
                 recorder.skip(case.name, variant, problem)
                 continue
             measured = partial(_measure, provider, tensors, case.scalars, gold, settings)
@@ -242,6 +247,12 @@ def measure_op(
             recorder.measure(case.name, variant, work)
             torch._dynamo.reset()
         del tensors, gold
+
+
+def _why_skipped(provider: Provider, tensors: Tensors, scalars: tuple[Any, ...]) -> str | None:
+    if provider.one_stage and (problem := triton_device_problem(tensors[0])):
+        return problem
+    return provider.problem(*tensors, *scalars) if provider.problem else None
 
 
 def _random_tensors(case: Case, device: torch.device, dtype: torch.dtype, seed: int) -> Tensors:
