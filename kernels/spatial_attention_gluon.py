@@ -211,7 +211,7 @@ def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     return barriers
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_tiles", "tiles_per_head", "num_heads", "seq_kv", "kv_batch_step"])
 def spatial_attention_gluon_kernel(
     q_desc, k_desc, v_desc, out_desc,
     num_tiles, tiles_per_head, num_heads, seq_kv, kv_batch_step,
