@@ -147,7 +147,7 @@ def choose_blocks(head_dim: int) -> Blocks:
     """The blocks the Triton kernel runs with."""
     if head_dim <= 64:
         return Blocks(128, 64, 4, 3)
-    return Blocks(128, 64, 8, 2) if head_dim <= 128 else Blocks(64, 32, 4, 2)
+    return Blocks(128, 64, 8, 2) if head_dim <= 128 else Blocks(64, 32, 8, 2)
 
 
 def _launch(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float, *, blocks: Blocks | None = None) -> Tensor:
