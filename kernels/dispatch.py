@@ -6,7 +6,7 @@ if it cannot run), then the default: Triton on a GPU or under ``TRITON_INTERPRET
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -20,7 +20,9 @@ __all__ = [
     "Choice",
     "choices_so_far",
     "choose",
+    "record_choice",
     "record_choices",
+    "requested",
     "runs_triton",
     "tensors_problem",
     "triton_device_problem",
@@ -55,6 +57,12 @@ def record_choices() -> Iterator[list[Choice]]:
 def choices_so_far() -> list[Choice] | None:
     """What the innermost recorder has collected, or None where nobody records."""
     return _recorded
+
+
+def record_choice(choice: Choice) -> None:
+    """Add a decision to what the nearest :func:`record_choices` collects."""
+    if _recorded is not None and not torch.compiler.is_compiling():
+        _recorded.append(choice)
 
 
 def triton_device_problem(x: Tensor) -> str | None:
@@ -100,6 +108,29 @@ def choose(op: str, x: Tensor, impl: str | None, problem: str | None = None) -> 
     reason = ""
     if chosen != "torch" and problem:
         chosen, reason = "torch", problem
-    if _recorded is not None and not torch.compiler.is_compiling():
-        _recorded.append(Choice(op, chosen, reason))
+    record_choice(Choice(op, chosen, reason))
     return chosen
+
+
+def requested(op: str, impl: str | None, problems: Mapping[str, Callable[[], str | None]]) -> tuple[str | None, str]:
+    """For an op of many implementations: the one that was asked for, or None; and why a mere wish is passed over.
+
+    Args:
+        op: Name of the op, as in its file name.
+        impl: Forced implementation, or None.
+        problems: By implementation, what tells why it does not serve the arguments at hand, or None if it does.
+
+    Raises:
+        ValueError: ``impl`` is unknown, or cannot run here.
+    """
+    if impl is not None:
+        if impl not in problems:
+            raise ValueError(f"{op}: impl must be one of {', '.join(problems)}, got {impl!r}")
+        if problem := problems[impl]():
+            raise ValueError(f"{op}: impl={impl!r} cannot run: {problem}")
+        return impl, ""
+    wish = preferred_implementation(op)
+    if wish is None or wish not in problems:
+        return None, ""
+    problem = problems[wish]()
+    return (None, problem) if problem else (wish, "")

@@ -20,6 +20,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -46,7 +47,7 @@ def compile_for(
     num_warps: int = 4,
     num_stages: int = 3,
 ) -> dict[str, str]:
-    """Compile a ``@triton.jit`` kernel for a GPU that need not be here.
+    """Compile a ``@triton.jit`` or ``@gluon.jit`` kernel for a GPU that need not be here.
 
     One ``signature`` or ``constexprs`` may serve several kernels: names that this one lacks are passed over.
 
@@ -111,7 +112,7 @@ def _compile(
         if divisor:
             attrs[(position,)] = [["tt.divisibility", int(divisor)]]
     constants = {name: value for name, value in constexprs.items() if name in types}
-    source = ASTSource(kernel, types, constants, attrs)
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, types, constants, attrs)
     compiled = triton.compile(
         source, target=TARGETS[target], options={"num_warps": num_warps, "num_stages": num_stages}
     )

@@ -65,14 +65,18 @@ def test_same_clip_and_exact_restore(pipe: StableVideoDiffusionPipeline) -> None
 
 
 @pytest.mark.parametrize(
-    "op", ["one_token_attention", "unit_division", "alpha_blend", "temporal_attention", "add_layer_norm", "geglu"]
+    "op",
+    [
+        *("one_token_attention", "unit_division", "alpha_blend", "temporal_attention", "add_layer_norm", "geglu"),
+        "spatial_attention",
+    ],
 )
 def test_each_op_alone(pipe: StableVideoDiffusionPipeline, op: str) -> None:
     before = clip(pipe)
     with patch_pipeline(pipe, only=op) as report:
         assert {site.op for site in report.sites} == {op}
         assert relative_error(clip(pipe), before) <= 1e-5
-        not_reached = ("attn2", "attn1") if op == "unit_division" else ()
+        not_reached = ("attn2", "attn1") if op in ("unit_division", "spatial_attention") else ()
         reached = [site for site in report.sites if not site.path.endswith(not_reached)]
         assert {site.implementation for site in reached} == {"torch"} and not report.fallbacks
     assert np.array_equal(clip(pipe), before)

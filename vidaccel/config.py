@@ -7,7 +7,13 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["preferred_implementation", "preferred_implementations", "self_check_enabled"]
+__all__ = [
+    "cache_directory",
+    "preferred_implementation",
+    "preferred_implementations",
+    "self_check_enabled",
+    "tuning_enabled",
+]
 
 
 def preferred_implementations() -> str:
@@ -27,3 +33,13 @@ def preferred_implementation(op: str) -> str | None:
 def self_check_enabled() -> bool:
     """``VIDACCEL_SELF_CHECK=0`` turns off the first-sight comparison of every site with the original code."""
     return os.environ.get("VIDACCEL_SELF_CHECK", "1") != "0"
+
+
+def cache_directory() -> str:
+    """``VIDACCEL_CACHE_DIR``: where measured choices are kept between runs."""
+    return os.environ.get("VIDACCEL_CACHE_DIR") or "~/.cache/vidaccel"
+
+
+def tuning_enabled() -> bool:
+    """``VIDACCEL_TUNE=0``: run default implementations, measure nothing and read no earlier measurement."""
+    return os.environ.get("VIDACCEL_TUNE", "1") != "0"

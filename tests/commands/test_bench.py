@@ -187,6 +187,15 @@ def test_op(bench: Bench, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert measured["tiny", "ours"]["implementations"] == ["triton"]
 
 
+def test_op_of_many_implementations(bench: Bench) -> None:
+    code, record = bench("--op", "spatial_attention", "--size", "tiny")
+    assert code == 0
+    measured = rows(record)
+    for variant in ("eager", "ours"):
+        assert measured["tiny", variant]["error_to_reference"] < 1e-5 and measured["tiny", variant]["tflop_s"] > 0
+    assert measured["tiny", "gluon"]["status"] == "skipped" and "Hopper" in measured["tiny", "gluon"]["reason"]
+
+
 def test_one_stage_reaches_the_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     launches: list[dict[str, Any]] = []
     monkeypatch.setattr(JITFunction, "run", lambda self, *args, **kwargs: launches.append(kwargs))

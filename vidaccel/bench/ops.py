@@ -1,7 +1,7 @@
 """One op at a time, at the shapes that the models give it: stock code, torch.compile and ours, in one run.
 
-A new op adds an entry to :data:`OPS`. ``GB/s`` counts the bytes that our algorithm has to move, for every provider, so
-that it is nothing but the inverse of the time.
+A new op adds an entry to :data:`OPS`. ``GB/s`` counts the bytes that our algorithm has to move, and ``TFLOP/s`` what it
+has to multiply, for every provider, so that they are nothing but the inverse of the time.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from vidaccel.bench.settings import Settings
 from vidaccel.bench.timing import Latency, summarise, time_calls, timed
 from vidaccel.fidelity.metrics import relative_error
 from vidaccel.kernels import group_norm_silu as gn
+from vidaccel.kernels import spatial_attention as sa
 from vidaccel.kernels import temporal_attention as ta
 from vidaccel.kernels import upsample_conv as uc
 from vidaccel.kernels.dispatch import record_choices, triton_device_problem
@@ -53,12 +54,14 @@ class Provider(NamedTuple):
         prepare: Puts the tensors as this way likes them best, before the clock runs.
         compiled: Whether ``run`` goes through torch.compile.
         one_stage: Whether ``run``, a kernel of ours, goes without prefetch: to see what the prefetch is worth.
+        problem: Called as ``run`` is, tells why it is not to be tried here, or None.
     """
 
     run: Callable[..., Tensor]
     prepare: Callable[..., Tensors] = _as_they_are
     compiled: bool = False
     one_stage: bool = False
+    problem: Callable[..., str | None] | None = None
 
 
 class Op(NamedTuple):
@@ -70,6 +73,7 @@ class Op(NamedTuple):
         reference: Its specification, run in float64.
         providers: By variant; ``eager`` is what stock diffusers runs.
         passes: How many times our algorithm moves as many bytes as the first tensor has.
+        flops: Of a case, for an op that is bound by the tensor cores.
     """
 
     cases: tuple[Case, ...]
@@ -77,6 +81,7 @@ class Op(NamedTuple):
     reference: Callable[..., Tensor]
     providers: Mapping[str, Provider]
     passes: int
+    flops: Callable[[Case], float] | None = None
 
 
 def _norm_case(name: str, *shape: int, groups: int = 32) -> Case:
@@ -193,9 +198,56 @@ _UPSAMPLE_CONV = Op(
     passes=13,
 )
 
+
+def _sequence_case(name: str, batch: int, heads: int, tokens: int, head_dim: int) -> Case:
+    return Case(name, ((batch, tokens, heads * head_dim),) * 3, (heads,))
+
+
+def _sequence_flops(case: Case) -> float:
+    batch, tokens, channels = case.shapes[0]
+    return 4.0 * batch * tokens**2 * channels
+
+
+def _reference_in_parts(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+    """The specification on parts whose scores fit the memory in float64."""
+    out = torch.empty_like(q)
+    for sample in range(q.shape[0]):
+        part = slice(sample, sample + 1)
+        for rows in range(0, q.shape[1], 1024):
+            cut = part, slice(rows, rows + 1024)
+            out[cut] = sa.spatial_attention_ref(q[cut], k[part], v[part], num_heads)
+    return out
+
+
+def _implementation(name: str) -> Provider:
+    def problem(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> str | None:
+        return sa.IMPLEMENTATIONS[name].problem(q, k, v, num_heads, 1.0)
+
+    return Provider(partial(sa.spatial_attention, impl=name), problem=problem)
+
+
+_SPATIAL_ATTENTION = Op(
+    cases=(
+        _sequence_case("svd level 0", 28, 5, 9216, 64),
+        _sequence_case("wan 1.3b", 2, 12, 32760, 128),
+        _sequence_case("ltx", 2, 32, 8064, 64),
+        _sequence_case("animatediff level 0", 32, 8, 4096, 40),
+    ),
+    tiny=_sequence_case("tiny", 2, 2, 16, 32),
+    reference=_reference_in_parts,
+    providers={
+        "eager": Provider(sa.spatial_attention_ref),
+        **{name: _implementation(name) for name in ("cudnn", "flash", "fa3", "triton", "gluon")},
+        "ours": Provider(sa.spatial_attention),
+    },
+    passes=4,
+    flops=_sequence_flops,
+)
+
 # `vidaccel bench --op NAME`
 OPS = {
     "group_norm_silu": _GROUP_NORM_SILU,
+    "spatial_attention": _SPATIAL_ATTENTION,
     "temporal_attention": _TEMPORAL_ATTENTION,
     "upsample_conv": _UPSAMPLE_CONV,
 }
@@ -217,14 +269,20 @@ def measure_op(
                 recorder.fail(case.name, variant, error)
             continue
         for variant, provider in op.providers.items():
-            if provider.one_stage and (problem := triton_device_problem(tensors[0])):
+            if problem := _why_skipped(provider, tensors, case.scalars):
                 recorder.skip(case.name, variant, problem)
                 continue
-            copy_gb_s = recorder.record["ceilings"]["copy_gb_s"]
-            work = partial(_measure, provider, tensors, case.scalars, gold, op.passes, copy_gb_s, settings)
+            measured = partial(_measure, provider, tensors, case.scalars, gold, settings)
+            work = partial(_with_rates, measured, op, case, tensors[0].nbytes, recorder.record["ceilings"])
             recorder.measure(case.name, variant, work)
             torch._dynamo.reset()
         del tensors, gold
+
+
+def _why_skipped(provider: Provider, tensors: Tensors, scalars: tuple[Any, ...]) -> str | None:
+    if provider.one_stage and (problem := triton_device_problem(tensors[0])):
+        return problem
+    return provider.problem(*tensors, *scalars) if provider.problem else None
 
 
 def _random_tensors(case: Case, device: torch.device, dtype: torch.dtype, seed: int) -> Tensors:
@@ -239,8 +297,6 @@ def _measure(
     tensors: Tensors,
     scalars: tuple[Any, ...],
     gold: Tensor,
-    passes: int,
-    copy_gb_s: float,
     settings: Settings,
 ) -> Row:
     run = torch.compile(provider.run, backend=settings.compile_backend) if provider.compiled else provider.run
@@ -252,15 +308,21 @@ def _measure(
         if not error <= _MOST_ROUNDINGS * torch.finfo(tensors[0].dtype).eps:
             raise ArithmeticError(f"relative error {error:.1e} against float64")
         latency = _latency(call, gold.device, settings)
-    gb_s = passes * tensors[0].nbytes / latency.median_ms / 1e6
     return {
         **latency._asdict(),
-        "gb_s": gb_s,
-        "of_copy_bandwidth": gb_s / copy_gb_s,
         "cold_start_s": first_call,
         "error_to_reference": error,
         "implementations": sorted({choice.impl for choice in choices}),
     }
+
+
+def _with_rates(measure: Callable[[], Row], op: Op, case: Case, nbytes: int, ceilings: Mapping[str, float]) -> Row:
+    """The row that ``measure`` returns, with what its time means against the ceiling that bounds the op."""
+    row = measure()
+    if op.flops is not None:
+        return row | {"tflop_s": op.flops(case) / row["median_ms"] / 1e9}
+    gb_s = op.passes * nbytes / row["median_ms"] / 1e6
+    return row | {"gb_s": gb_s, "of_copy_bandwidth": gb_s / ceilings["copy_gb_s"]}
 
 
 @contextmanager

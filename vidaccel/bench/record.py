@@ -223,6 +223,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("decode_ms", "decode ms", _number(1)),
     ("gb_s", "GB/s", _number(0)),
     ("of_copy_bandwidth", "of copy", _number(2)),
+    ("tflop_s", "TFLOP/s", _number(2)),
     ("cold_start_s", "cold start s", _number(1)),
     ("peak_memory_gib", "peak GiB", _number(2)),
     ("error_to_eager", "error to eager", "{:.1e}".format),

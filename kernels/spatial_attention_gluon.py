@@ -1,0 +1,330 @@
+"""Attention forward for Hopper in Gluon: warpgroups that own rows, and a warp that feeds them by TMA.
+
+    out[b, :, h] = softmax(q[b, :, h] @ k[b, :, h].T * scale) @ v[b, :, h]
+
+A program is persistent and has ``CONSUMERS`` consumer warpgroups, each with a tile of query rows of its own, and one
+producer warp. Every consumer works through the same blocks of k and v, which pass through two rings in shared memory.
+The last block comes first: it alone may be ragged, so only the code before the loop masks.
+
+What overlaps: the scores of the next block and the values of this one are given to the tensor cores together, and the
+softmax of the next block runs while the values are still being multiplied; with ``PING_PONG`` the consumers take turns
+to issue, so that one's softmax meets the other's products. Scores, softmax and sums are float32; probabilities are
+rounded to the input dtype before they meet v. Fidelity: math-exact.
+
+Who waits for whom (every barrier completes a phase per use; a wait names the parity of the phase it waits for, and a
+wait for the odd parity of a fresh barrier passes at once):
+
+* ``q_ready[c]``, ``k_ready[s]``, ``v_ready[s]``: the producer announces a tile's bytes, TMA completes the phase when
+  they have arrived, consumers wait. One arrival a phase: the announcement.
+* ``q_free[c]``: consumer c arrives once a tile, after its last product that reads q. One arrival a phase.
+* ``k_free[s]``, ``v_free[s]``: each consumer arrives when its products that read the block have finished; the producer
+  waits before it overwrites the block. ``CONSUMERS`` arrivals a phase, so none can run a whole ring ahead of another.
+* ``turns[c]``: consumer c waits before it issues a pair of products and hands the turn to the next one after it. All
+  consumers do so equally often, whether or not their rows exist, so the ring of turns never stalls; consumer 0 has the
+  first turn. A hint to the scheduler: no data depends on it.
+
+The n-th block of a program lies in stage ``n % STAGES`` and belongs to phase ``n // STAGES`` of that stage's barriers:
+consumers wait for parity ``n // STAGES & 1`` of "ready", the producer for the opposite one of "free". TMA and wgmma
+read and write through the same proxy, so only the output tile, which threads write and TMA reads, needs a fence.
+
+Sources: FlashAttention-3 (https://arxiv.org/abs/2407.08608).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+__all__ = ["Config", "choose_config", "gluon_configs", "launch", "spatial_attention_gluon_kernel"]
+
+CONSUMER_ROWS = 64  # what one wgmma takes
+DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+
+
+@gluon.jit
+def _place(tile, tiles_per_head, num_heads, TILE_ROWS: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """Batch entry, first row and first channel of a tile; tiles of one head are neighbours, so its k, v stay in L2."""
+    head = tile // tiles_per_head
+    return head // num_heads, tile % tiles_per_head * TILE_ROWS, head % num_heads * HEAD_DIM
+
+
+@gluon.jit
+def _finished(x):
+    """``x``, a tensor of no negative numbers, by way of code that nothing can be moved across before ``x`` is known.
+
+    ptxas puts the wait for a product as early as it can, here before the softmax that is to overlap with it. The
+    branch, never taken, depends on the softmax and holds it back.
+    """
+    return gl.inline_asm_elementwise(
+        "{.reg .pred p; setp.lt.f32 p, $2, 0f00000000; @p nanosleep.u32 1; mov.b32 $0, $2; mov.b32 $1, $3;}",
+        "=f,=f,f,f",
+        [x],
+        dtype=gl.float32,
+        is_pure=False,
+        pack=2,
+    )
+
+
+@gluon.jit
+def _load(desc, batch, row, channel, ready, target):
+    mbarrier.expect(ready, desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(desc, [batch, row, channel], ready, target)
+
+
+@gluon.jit
+def _producer(load, CONSUMERS: gl.constexpr, STAGES: gl.constexpr):
+    descs, tiles, ready, free, sizes, kv_batch_step = load
+    q_desc, k_desc, v_desc = descs
+    q_smem, k_smem, v_smem = tiles
+    q_ready, k_ready, v_ready = ready
+    q_free, k_free, v_free = free
+    num_tiles, tiles_per_head, num_heads, blocks = sizes
+    ROWS: gl.constexpr = q_desc.block_shape[1]
+    BLOCK_N: gl.constexpr = k_desc.block_shape[1]
+    HEAD_DIM: gl.constexpr = k_desc.block_shape[2]
+
+    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        tiles_done = tile // gl.num_programs(0)
+        batch, row, channel = _place(tile, tiles_per_head, num_heads, CONSUMERS * ROWS, HEAD_DIM)
+        kv_batch = batch * kv_batch_step
+        for consumer in gl.static_range(CONSUMERS):
+            mbarrier.wait(q_free.index(consumer), (tiles_done & 1) ^ 1)
+            _load(q_desc, batch, row + consumer * ROWS, channel, q_ready.index(consumer), q_smem.index(consumer))
+        for block in range(blocks + 1):  # in the order of use: k runs one block ahead of v
+            n = tiles_done * blocks + block
+            if block < blocks:
+                stage = n % STAGES
+                mbarrier.wait(k_free.index(stage), (n // STAGES & 1) ^ 1)
+                start = (blocks - 1 - block) * BLOCK_N
+                _load(k_desc, kv_batch, start, channel, k_ready.index(stage), k_smem.index(stage))
+            if block > 0:
+                stage = (n - 1) % STAGES
+                mbarrier.wait(v_free.index(stage), ((n - 1) // STAGES & 1) ^ 1)
+                start = (blocks - block) * BLOCK_N
+                _load(v_desc, kv_batch, start, channel, v_ready.index(stage), v_smem.index(stage))
+
+
+@gluon.jit
+def _consumer(work, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PING_PONG: gl.constexpr):
+    out_desc, out_smem, tiles, ready, free, turns, sizes, seq_kv, scale_log2 = work
+    q_smem, k_smem, v_smem = tiles
+    q_ready, k_ready, v_ready = ready
+    q_free, k_free, v_free = free
+    num_tiles, tiles_per_head, num_heads, blocks = sizes
+    dtype: gl.constexpr = out_desc.dtype
+    ROWS: gl.constexpr = out_desc.block_shape[1]
+    HEAD_DIM: gl.constexpr = out_desc.block_shape[2]
+    BLOCK_N: gl.constexpr = k_smem.shape[2]
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    PROBABILITIES: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
+
+    q = q_smem.index(CONSUMER).reshape([ROWS, HEAD_DIM])
+    out = out_smem.index(CONSUMER)
+    zeros = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, SCORES)
+    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        tiles_done = tile // gl.num_programs(0)
+        n = tiles_done * blocks
+        mbarrier.wait(q_ready.index(CONSUMER), tiles_done & 1)
+        stage = n % STAGES
+        mbarrier.wait(k_ready.index(stage), n // STAGES & 1)
+        k = k_smem.index(stage).reshape([BLOCK_N, HEAD_DIM])
+        s = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(0, deps=(s,))  # [ROWS, BLOCK_N]
+        mbarrier.arrive(k_free.index(stage))
+        offs_n = (blocks - 1) * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
+        s = gl.where((offs_n < seq_kv)[None, :], s, float("-inf"))
+        m_i = gl.max(s, 1) * scale_log2
+        p = gl.exp2(s * scale_log2 - m_i[:, None])
+        l_i = gl.sum(p, 1)
+        p = gl.convert_layout(p.to(dtype), PROBABILITIES)
+        acc = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, OUTPUT)
+
+        for block in range(1, blocks):
+            n = tiles_done * blocks + block - 1
+            k_stage, v_stage = (n + 1) % STAGES, n % STAGES
+            mbarrier.wait(k_ready.index(k_stage), (n + 1) // STAGES & 1)
+            if PING_PONG:
+                # one turn a block but the first of each tile
+                mbarrier.wait(turns.index(CONSUMER), (n - tiles_done & 1) ^ (1 if CONSUMER == 0 else 0))
+            k = k_smem.index(k_stage).reshape([BLOCK_N, HEAD_DIM])
+            s = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            mbarrier.wait(v_ready.index(v_stage), n // STAGES & 1)
+            v = v_smem.index(v_stage).reshape([BLOCK_N, HEAD_DIM])
+            acc = warpgroup_mma(p, v, acc, is_async=True)
+            if PING_PONG:
+                mbarrier.arrive(turns.index((CONSUMER + 1) % CONSUMERS))
+            s = warpgroup_mma_wait(1, deps=(s,))
+            mbarrier.arrive(k_free.index(k_stage))
+            m_new = gl.maximum(m_i, gl.max(s, 1) * scale_log2)
+            alpha = gl.exp2(m_i - m_new)
+            m_i = m_new
+            p_next = gl.exp2(s * scale_log2 - m_new[:, None])
+            l_i = _finished(l_i * alpha + gl.sum(p_next, 1))
+            # p is among the dependencies because the product reads it from registers until now
+            acc, p = warpgroup_mma_wait(0, deps=(acc, p))
+            mbarrier.arrive(v_free.index(v_stage))
+            acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUTPUT))[:, None]
+            p = gl.convert_layout(p_next.to(dtype), PROBABILITIES)
+        mbarrier.arrive(q_free.index(CONSUMER))
+
+        n = (tiles_done + 1) * blocks - 1
+        stage = n % STAGES
+        mbarrier.wait(v_ready.index(stage), n // STAGES & 1)
+        v = v_smem.index(stage).reshape([BLOCK_N, HEAD_DIM])
+        acc = warpgroup_mma(p, v, acc, is_async=True)
+        acc, p = warpgroup_mma_wait(0, deps=(acc, p))
+        mbarrier.arrive(v_free.index(stage))
+        acc = acc * gl.convert_layout(1.0 / l_i, gl.SliceLayout(1, OUTPUT))[:, None]
+        tma.store_wait(0)  # of the tile before
+        out.reshape([ROWS, HEAD_DIM]).store(acc.to(dtype))
+        fence_async_shared()
+        batch, row, channel = _place(tile, tiles_per_head, num_heads, CONSUMERS * ROWS, HEAD_DIM)
+        tma.async_copy_shared_to_global(
+            out_desc, [batch, row + CONSUMER * ROWS, channel], out
+        )  # clips rows past the end
+        n += 1
+        tiles_done += 1
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(barriers.index(i), count=ARRIVALS)
+    return barriers
+
+
+@gluon.jit(do_not_specialize=["num_tiles", "tiles_per_head", "num_heads", "seq_kv", "kv_batch_step"])
+def spatial_attention_gluon_kernel(
+    q_desc, k_desc, v_desc, out_desc,
+    num_tiles, tiles_per_head, num_heads, seq_kv, kv_batch_step,
+    scale_log2,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PING_PONG: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """All tiles of ``CONSUMERS`` times the rows of ``q_desc``'s block; launch at most as many programs as fit at once.
+
+    The descriptors see ``[B, S, H*D]`` in blocks of one head: ``[1, rows, D]``. ``kv_batch_step`` is 0 where all batch
+    entries share one k and v (whose descriptors then have a batch of 1), else 1.
+    """
+    ROWS: gl.constexpr = q_desc.block_shape[1]
+    BLOCK_N: gl.constexpr = k_desc.block_shape[1]
+    HEAD_DIM: gl.constexpr = k_desc.block_shape[2]
+    tiles = (
+        gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, ROWS, HEAD_DIM], q_desc.layout),
+        gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, BLOCK_N, HEAD_DIM], k_desc.layout),
+        gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, BLOCK_N, HEAD_DIM], v_desc.layout),
+    )
+    out_smem = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, 1, ROWS, HEAD_DIM], out_desc.layout)
+    ready = (_barriers(CONSUMERS, 1), _barriers(STAGES, 1), _barriers(STAGES, 1))
+    free = (_barriers(CONSUMERS, 1), _barriers(STAGES, CONSUMERS), _barriers(STAGES, CONSUMERS))
+    turns = _barriers(CONSUMERS, 1)
+    fence_async_shared()
+    sizes = (num_tiles, tiles_per_head, num_heads, gl.cdiv(seq_kv, BLOCK_N))
+    work = (out_desc, out_smem, tiles, ready, free, turns, sizes, seq_kv, scale_log2)
+    load = ((q_desc, k_desc, v_desc), tiles, ready, free, sizes, kv_batch_step)
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consumer, (work, 0, CONSUMERS, STAGES, PING_PONG)),
+                (_consumer, (work, 1, CONSUMERS, STAGES, PING_PONG)),
+                (_producer, (load, CONSUMERS, STAGES)),
+            ],
+            [4, 1],
+            [REGISTERS, 24],
+        )
+    else:
+        gl.static_assert(CONSUMERS == 3)
+        gl.warp_specialize(
+            [
+                (_consumer, (work, 0, CONSUMERS, STAGES, PING_PONG)),
+                (_consumer, (work, 1, CONSUMERS, STAGES, PING_PONG)),
+                (_consumer, (work, 2, CONSUMERS, STAGES, PING_PONG)),
+                (_producer, (load, CONSUMERS, STAGES)),
+            ],
+            [4, 4, 1],
+            [REGISTERS, REGISTERS, 24],
+        )
+
+
+class Config(NamedTuple):
+    """How the kernel cuts its work.
+
+    ``consumers`` warpgroups of 64 query rows each; k and v in blocks of ``columns`` rows, ``stages`` of them in flight.
+    """
+
+    consumers: int
+    columns: int
+    stages: int
+    ping_pong: bool
+
+    @property
+    def registers(self) -> int:
+        """Of every consumer's threads: what is left of 65536 by a producer warpgroup that keeps 24."""
+        return 240 if self.consumers == 2 else 160
+
+
+def choose_config(head_dim: int) -> Config:
+    """The configuration the kernel runs with."""
+    return gluon_configs(head_dim)[0]
+
+
+def gluon_configs(head_dim: int) -> list[Config]:
+    """Every configuration worth trying; the first is the one that runs."""
+    if head_dim == 64:
+        shapes = [(2, 128, 4), (3, 128, 4), (2, 128, 2), (3, 64, 6)]
+    else:
+        shapes = [(2, 128, 2), (2, 64, 4), (3, 64, 3)]
+    return [Config(*shape, ping_pong) for shape in shapes for ping_pong in (True, False)]
+
+
+def launch(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, num_heads: int, scale: float, *, config: Config | None = None
+) -> None:
+    """Write the attention of ``q``, ``k`` and ``v``, ``[B, S, H*D]``, to ``out``; see ``spatial_attention``."""
+    (batch, seq_q, channels), seq_kv = q.shape, k.shape[1]
+    head_dim = channels // num_heads
+    config = config or choose_config(head_dim)
+    tiles_per_head = triton.cdiv(seq_q, config.consumers * CONSUMER_ROWS)
+    num_tiles = batch * num_heads * tiles_per_head
+    shared_kv = k.stride(0) == 0
+    with torch.cuda.device_of(q):
+        spatial_attention_gluon_kernel[(min(num_tiles, _multiprocessors(q.device)),)](
+            _descriptor(q, CONSUMER_ROWS, head_dim),
+            _descriptor(k[:1] if shared_kv else k, config.columns, head_dim),
+            _descriptor(v[:1] if shared_kv else v, config.columns, head_dim),
+            _descriptor(out, CONSUMER_ROWS, head_dim),
+            num_tiles, tiles_per_head, num_heads, seq_kv, 0 if shared_kv else 1,
+            scale * math.log2(math.e),
+            CONSUMERS=config.consumers, STAGES=config.stages, PING_PONG=config.ping_pong, REGISTERS=config.registers,
+            num_warps=4,
+        )  # fmt: skip
+
+
+def _descriptor(x: Tensor, rows: int, head_dim: int) -> TensorDescriptor:
+    block = [1, rows, head_dim]
+    # the stride of a batch of one is anything, 0 where it was expanded
+    batch_stride = x.stride(0) if x.shape[0] > 1 else x.shape[1] * x.stride(1)
+    layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[x.dtype])
+    return TensorDescriptor(x, list(x.shape), [batch_stride, x.stride(1), 1], block, layout)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

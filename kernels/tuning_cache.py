@@ -1,0 +1,117 @@
+"""The fastest of several implementations, measured once and remembered on disk.
+
+One small JSON file per question, named by the hash of its key: concurrent processes never overwrite one another's
+answers, and a file is put in place whole. A file that cannot be read, or answers another question, counts as absent; a
+folder that cannot be written is no error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from vidaccel.config import cache_directory
+
+__all__ = ["Measured", "cuda_milliseconds", "fastest", "load", "save"]
+
+logger = logging.getLogger(__name__)
+
+HOPELESS = 1.5  # times the fastest so far, after one repetition
+REPEATS = 5
+
+Key = Mapping[str, Any]
+
+
+class Measured(NamedTuple):
+    """The outcome for one key.
+
+    Attributes:
+        winner: Name of the fastest right candidate.
+        milliseconds: Median time of every candidate that finished; of a dropped one, its only repetition.
+        problems: Why others could not win.
+    """
+
+    winner: str
+    milliseconds: dict[str, float]
+    problems: dict[str, str]
+
+
+def load(topic: str, key: Key) -> Measured | None:
+    """What an earlier call of :func:`save` left for ``key``, or None."""
+    try:
+        record = json.loads(_path(topic, key).read_text())
+        if record["key"] != dict(key):
+            return None
+        return Measured(str(record["winner"]), dict(record["milliseconds"]), dict(record["problems"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def save(topic: str, key: Key, measured: Measured) -> None:
+    """Remember ``measured`` for ``key``, here and for the processes to come."""
+    path = _path(topic, key)
+    text = json.dumps({"key": dict(key), **measured._asdict()}, indent=2)
+    part = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
+            part = Path(file.name)
+            file.write(text)
+        part.replace(path)
+    except OSError as error:
+        logger.debug("cannot remember a measurement in %s: %s", path.parent, error)
+        if part is not None:
+            part.unlink(missing_ok=True)
+
+
+def _path(topic: str, key: Key) -> Path:
+    digest = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()
+    return Path(cache_directory()).expanduser() / topic / f"{digest[:32]}.json"
+
+
+def fastest(
+    candidates: Mapping[str, Callable[[], torch.Tensor]],
+    why_wrong: Callable[[torch.Tensor], str | None],
+    milliseconds: Callable[[Callable[[], object]], float],
+) -> Measured | None:
+    """Run every candidate, hold its result against ``why_wrong``, time it; None if none is right.
+
+    Args:
+        candidates: By name, the likely winner first: the others are dropped by its time.
+        why_wrong: What is wrong with a result, or None.
+        milliseconds: Time of one call.
+    """
+    times: dict[str, float] = {}
+    problems: dict[str, str] = {}
+    for name, run in candidates.items():
+        try:
+            if problem := why_wrong(run()):
+                problems[name] = problem
+                continue
+            times[name] = milliseconds(run)
+            if times[name] <= HOPELESS * min(times.values()):
+                times[name] = statistics.median(milliseconds(run) for _ in range(REPEATS))
+        except Exception as error:  # whatever one candidate does on this GPU, the others are still to choose from
+            times.pop(name, None)
+            problems[name] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    if not times:
+        return None
+    return Measured(min(times, key=times.__getitem__), times, problems)
+
+
+def cuda_milliseconds(run: Callable[[], object]) -> float:
+    """GPU time of one call on the current stream; waits for it."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
