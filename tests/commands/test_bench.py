@@ -181,7 +181,8 @@ def test_op(bench: Bench, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     code, record = bench("--op", op, "--size", "tiny")
     assert code == 0
     measured = rows(record)
-    assert ("tiny", "eager") in measured and ("tiny", "compile") in measured and ("tiny", "ours, one stage") in measured
+    assert ("tiny", "eager") in measured and ("tiny", "compile") in measured
+    assert ("tiny", "ours, one stage") in measured or op == "upsample_conv", "whose kernel has nothing to prefetch"
     for row in measured.values():
         assert row["status"] == "ok" and row["error_to_reference"] < 1e-5 and row["gb_s"] > 0
     assert measured["tiny", "ours"]["implementations"] == ["triton"]
