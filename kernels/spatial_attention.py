@@ -146,7 +146,7 @@ class Blocks(NamedTuple):
 def choose_blocks(head_dim: int) -> Blocks:
     """The blocks the Triton kernel runs with."""
     if head_dim <= 64:
-        return Blocks(128, 64, 4, 3)
+        return Blocks(128, 64, 8, 3)
     return Blocks(128, 64, 8, 2) if head_dim <= 128 else Blocks(64, 32, 8, 2)
 
 
@@ -371,7 +371,7 @@ def _first_choice(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float)
     if measured is None or measured.winner not in IMPLEMENTATIONS:
         if q.is_cuda and torch.cuda.is_current_stream_capturing():
             return None
-        measured = _measure(*arguments)
+        measured = _measure(*arguments, favourite=default)
         if measured is None:
             return default, ""
         tuning_cache.save(OP, key, measured)
@@ -402,7 +402,9 @@ def _cache_key(q: Tensor, k: Tensor, num_heads: int) -> dict[str, Any]:
     }
 
 
-def _measure(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> tuning_cache.Measured | None:
+def _measure(
+    q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float, *, favourite: str
+) -> tuning_cache.Measured | None:
     """Time the implementations that serve these arguments and compute what PyTorch does."""
     arguments = q, k, v, num_heads, scale
     competitors = {name: way for name, way in IMPLEMENTATIONS.items() if way.competes}
@@ -411,7 +413,7 @@ def _measure(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> t
         expected = _run_sdpa(*arguments)
         why_wrong = functools.partial(_why_wrong, arguments, expected)
         runs = {name: functools.partial(way.run, *arguments) for name, way in serving.items()}
-        measured = tuning_cache.fastest(runs, why_wrong, tuning_cache.cuda_milliseconds)
+        measured = tuning_cache.fastest(runs, why_wrong, tuning_cache.cuda_milliseconds, favourite)
     logger.debug("%s of %s: %s", OP, _shape(q, k, num_heads), measured)
     return measured
 

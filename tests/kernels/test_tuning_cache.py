@@ -102,6 +102,14 @@ def test_the_fastest_wins_by_its_median() -> None:
     assert clock.calls.count("a") == clock.calls.count("b") == 1 + REPEATS
 
 
+@pytest.mark.parametrize(("challenger", "winner"), [(0.98, "favourite"), (0.96, "challenger")])
+def test_the_favourite_is_beaten_by_a_margin_only(challenger: float, winner: str) -> None:
+    times = {"challenger": [challenger] * (1 + REPEATS), "favourite": [1.0] * (1 + REPEATS)}
+    clock = FakeClock(times)
+    measured = fastest(clock.candidates(), right, clock.milliseconds, "favourite")
+    assert measured is not None and measured.winner == winner
+
+
 def test_a_hopeless_candidate_is_timed_once() -> None:
     clock = FakeClock({"a": [1.0] * (1 + REPEATS), "slow": [1.6]})
     measured = fastest(clock.candidates(), right, clock.milliseconds)

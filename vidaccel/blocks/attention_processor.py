@@ -36,7 +36,6 @@ class FusedAttnProcessor2_0(AttnProcessor2_0):
     def __init__(self, sites: Iterable[Site] = ()) -> None:
         super().__init__()
         self._state = BlockState(sites, self_check=False)
-        self._seen: set[tuple[Any, ...]] = set()
 
     def __call__(
         self,
@@ -71,12 +70,12 @@ class FusedAttnProcessor2_0(AttnProcessor2_0):
         if torch.compiler.is_compiling():
             return spatial_attention(query, key, value, heads)
         signature = query.shape, key.shape, query.dtype, query.device
-        if signature in self._seen:
+        if signature in self._state.verdicts:
             return spatial_attention(query, key, value, heads)
         with record_choices() as choices:
             out = spatial_attention(query, key, value, heads)
         self._state.note_choices(choices)
-        self._seen.add(signature)
+        self._state.verdicts[signature] = ""
         return out
 
 
