@@ -26,6 +26,7 @@ from vidaccel.blocks.text_context import TextSource
 from vidaccel.blocks.transformer_2d import FusedTransformer2DModel
 from vidaccel.blocks.unet_motion_model import FusedAnimateDiffTransformer3D
 from vidaccel.blocks.upsampling import FusedUpsample2D
+from vidaccel.pipelines.autoencoder_kl import TINY_VAE, VAE
 
 __all__ = ["FAMILY", "SYNTHETIC"]
 
@@ -100,15 +101,6 @@ _SDXL_UNET = {
     "motion_max_seq_length": 32,
     "use_motion_mid_block": False,
 }
-_VAE = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "sample_size": 512,
-    "scaling_factor": 0.18215,
-}
 _SCHEDULER = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -116,11 +108,6 @@ _SCHEDULER = {
     "steps_offset": 1,
     "clip_sample": False,
     "timestep_spacing": "linspace",
-}
-_TINY_VAE = {
-    "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2,
-    "block_out_channels": (32, 64),
 }
 _TINY_UNET = {
     "cross_attention_dim": 32,
@@ -155,7 +142,7 @@ def _synthetic(
         "inputs": {name: full for name, (full, _) in inputs.items()},
         "call": {"height": side, "width": side, "num_frames": 16, "num_inference_steps": 50},
         "tiny": {
-            "components": {"unet": tiny_unet, "vae": _TINY_VAE},
+            "components": {"unet": tiny_unet, "vae": TINY_VAE},
             "inputs": {name: tiny for name, (_, tiny) in inputs.items()},
             "call": _TINY_CALL,
         },
@@ -166,7 +153,7 @@ SYNTHETIC = {
     "animatediff": _synthetic(
         "AnimateDiffPipeline",
         _SD15_UNET,
-        _VAE,
+        VAE,
         512,
         _TINY_UNET,
         prompt_embeds=((1, 77, 768), (1, 77, 32)),
@@ -175,7 +162,7 @@ SYNTHETIC = {
     "animatediff-sdxl": _synthetic(
         "AnimateDiffSDXLPipeline",
         _SDXL_UNET,
-        _VAE | {"sample_size": 1024, "scaling_factor": 0.13025},
+        VAE | {"sample_size": 1024, "scaling_factor": 0.13025},
         1024,
         _TINY_SDXL_UNET,
         prompt_embeds=((1, 77, 2048), (1, 77, 32)),

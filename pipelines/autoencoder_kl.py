@@ -15,7 +15,7 @@ from vidaccel.blocks.rules import ChannelsLastWeights, Family, NormOut, Processo
 from vidaccel.blocks.upsampling import FusedUpsample2D
 from vidaccel.blocks.vae import FusedDecoder
 
-__all__ = ["FAMILY"]
+__all__ = ["FAMILY", "TINY_VAE", "VAE"]
 
 FAMILY = Family(
     name="autoencoder_kl",
@@ -33,3 +33,19 @@ FAMILY = Family(
         ),
     },
 )
+
+# Stable Diffusion 1.5's, which the text-to-video checkpoints come with, too.
+VAE = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 512,
+    "scaling_factor": 0.18215,
+}
+TINY_VAE = {
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "block_out_channels": (32, 64),
+}

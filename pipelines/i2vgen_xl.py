@@ -10,7 +10,9 @@ from diffusers.models.unets.unet_i2vgen_xl import I2VGenXLUNet
 
 from vidaccel.blocks.rules import ChannelsLastWeights, Family, NormOut
 from vidaccel.blocks.text_context import TextSource
-from vidaccel.pipelines.text_to_video_synthesis import BLOCK_RULES, TINY_UNET, TINY_VAE, UNET, VAE
+from vidaccel.pipelines.autoencoder_kl import TINY_VAE, VAE
+from vidaccel.pipelines.stable_video_diffusion import IMAGE_ENCODER
+from vidaccel.pipelines.text_to_video_synthesis import BLOCK_RULES, TINY_UNET, UNET
 
 __all__ = ["FAMILY", "SYNTHETIC"]
 
@@ -28,16 +30,6 @@ FAMILY = Family(
 )
 
 # The released checkpoint's configuration (ali-vilab/i2vgen-xl).
-_IMAGE_ENCODER = {  # CLIP ViT-H/14
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 16,
-    "projection_dim": 1024,
-    "image_size": 224,
-    "patch_size": 14,
-    "hidden_act": "gelu",
-}
 _SCHEDULER = {
     "beta_schedule": "squaredcos_cap_v2",
     "clip_sample": False,
@@ -61,7 +53,7 @@ SYNTHETIC = {
         "components": {
             "unet": ("I2VGenXLUNet", UNET),
             "vae": ("AutoencoderKL", VAE),
-            "image_encoder": ("CLIPVisionModelWithProjection", _IMAGE_ENCODER),
+            "image_encoder": ("CLIPVisionModelWithProjection", IMAGE_ENCODER),
             "scheduler": ("DDIMScheduler", _SCHEDULER),
             "feature_extractor": ("CLIPImageProcessor", {"crop_size": 224, "size": {"shortest_edge": 224}}),
         },

@@ -35,7 +35,7 @@ from vidaccel.blocks.transformer_temporal import FusedTransformerSpatioTemporalM
 from vidaccel.blocks.upsampling import FusedUpsample2D
 from vidaccel.blocks.vae import FusedTemporalDecoder
 
-__all__ = ["FAMILY", "SYNTHETIC"]
+__all__ = ["FAMILY", "IMAGE_ENCODER", "SYNTHETIC"]
 
 _RESNET_RULES = (
     Swap(FusedSpatioTemporalResBlock),
@@ -94,7 +94,7 @@ _VAE = {
     "scaling_factor": 0.18215,
     "force_upcast": True,
 }
-_IMAGE_ENCODER = {  # CLIP ViT-H/14
+IMAGE_ENCODER = {  # CLIP ViT-H/14
     "hidden_size": 1280,
     "intermediate_size": 5120,
     "num_hidden_layers": 32,
@@ -140,7 +140,7 @@ def _synthetic(num_frames: int, decode_chunk_size: int) -> dict[str, Any]:
         "components": {
             "unet": ("UNetSpatioTemporalConditionModel", _UNET | {"num_frames": num_frames}),
             "vae": ("AutoencoderKLTemporalDecoder", _VAE),
-            "image_encoder": ("CLIPVisionModelWithProjection", _IMAGE_ENCODER),
+            "image_encoder": ("CLIPVisionModelWithProjection", IMAGE_ENCODER),
             "scheduler": ("EulerDiscreteScheduler", _SCHEDULER),
             "feature_extractor": ("CLIPImageProcessor", {"crop_size": 224, "size": {"shortest_edge": 224}}),
         },

@@ -24,8 +24,9 @@ from vidaccel.blocks.text_context import TextSource
 from vidaccel.blocks.transformer_2d import FusedTransformer2DModel
 from vidaccel.blocks.transformer_temporal import FusedTransformerTemporalModel
 from vidaccel.blocks.upsampling import FusedUpsample2D
+from vidaccel.pipelines.autoencoder_kl import TINY_VAE, VAE
 
-__all__ = ["BLOCK_RULES", "FAMILY", "SYNTHETIC", "TINY_UNET", "TINY_VAE", "UNET", "VAE"]
+__all__ = ["BLOCK_RULES", "FAMILY", "SYNTHETIC", "TINY_UNET", "UNET"]
 
 BLOCK_RULES = (
     Swap(FusedTransformer2DModel),
@@ -65,15 +66,6 @@ UNET = {
     "down_block_types": ("CrossAttnDownBlock3D",) * 3 + ("DownBlock3D",),
     "up_block_types": ("UpBlock3D",) + ("CrossAttnUpBlock3D",) * 3,
 }
-VAE = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "sample_size": 512,
-    "scaling_factor": 0.18215,
-}
 _SCHEDULER = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -89,11 +81,6 @@ TINY_UNET = {
     "block_out_channels": (32, 64),
     "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
     "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
-}
-TINY_VAE = {
-    "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2,
-    "block_out_channels": (32, 64),
 }
 _TINY = {
     "components": {"unet": TINY_UNET, "vae": TINY_VAE},

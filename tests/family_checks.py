@@ -26,7 +26,8 @@ def check_clip(pipe: Any, arguments: dict[str, Any]) -> PatchReport:
     with patch_pipeline(pipe) as report:
         after = _clip(pipe, arguments)
         assert {site.state for site in report.sites} == {"active"} and not report.fallbacks, str(report)
-        assert all(site.implementations for site in report.sites), str(report)
+        # but for those of the VAE's encoder, which not every pipeline runs
+        assert all(site.implementations for site in report.sites if ".encoder." not in site.path), str(report)
     assert relative_error(after, before) <= 1e-5
     assert not torch.equal(after, before), "nothing was patched: equal bits from reordered sums"
     assert torch.equal(_clip(pipe, arguments), before)

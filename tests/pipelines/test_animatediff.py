@@ -116,7 +116,8 @@ def test_same_clip_and_exact_restore(variant: str) -> None:
     after = _clip(pipe, **arguments)
     assert _relative_error(after, before) <= 1e-5
     assert not np.array_equal(after, before), "nothing was patched: equal bits from reordered sums"
-    assert not report.fallbacks
+    # PAG gives its processors to attentions over frames, too
+    assert all("a processor of its own, PAG" in reason for _, _, reason in report.fallbacks)
     assert {"text_keys_values", "add_layer_norm", "channels_last"} <= {site.op for site in report.sites}
     assert {site.path.partition(".")[0] for site in report.sites} >= {"unet"} | (
         {"controlnet"} if "controlnet" in pipe.components else set()

@@ -314,7 +314,7 @@ class FusedTemporalBasicTransformerBlock(_TransformerBlock, TemporalBasicTransfo
 class TemporalSelfAttention(_TransformerBlock):
     """Mixin for a transformer over frames: it runs its blocks on ``[B*F, HW, C]``, stock code on ``[B*HW, F, C]``.
 
-    Such a block is a BasicTransformerBlock of two self-attentions and a feed-forward. AnimateDiff's also adds an
+    Such a block is a BasicTransformerBlock of self-attentions and a feed-forward. AnimateDiff's also adds an
     embedding of the frame's position to what each attention sees. Each attention with its norm is one pass here before
     it, one kernel, and its projections.
     """
@@ -323,7 +323,7 @@ class TemporalSelfAttention(_TransformerBlock):
 
     @classmethod
     def why_left_alone(cls, module: Any) -> str | None:
-        return next(filter(None, map(_why_not_double_self_attention, module.transformer_blocks)), None)
+        return next(filter(None, map(_why_not_self_attention, module.transformer_blocks)), None)
 
     def why_unserved(
         self,
@@ -342,35 +342,38 @@ class TemporalSelfAttention(_TransformerBlock):
         return next(filter(None, reasons), None)
 
     def _why_block_unserved(self, block: Any, x: Tensor, num_frames: int) -> str | None:
-        if reason := _why_not_double_self_attention(block):
+        if reason := _why_not_self_attention(block):
             return reason
         if block._chunk_size is not None:
             return "the feed-forward is chunked"
         if block.pos_embed is not None and (reason := _why_no_positions(block.pos_embed, x, num_frames)):
             return reason
-        return self._why_norms_unreadable(x, block.norm1, block.norm2, block.norm3)
+        norms = (block.norm1, block.norm2 if block.attn2 else block.norm3, block.norm3)
+        return self._why_norms_unreadable(x, *norms)
 
     def run_blocks(self, hidden_states: Tensor, num_frames: int) -> Tensor:
         for block in self.transformer_blocks:
             position = None if block.pos_embed is None else block.pos_embed.pe[0, :num_frames]
             _, normed = self._add_norm(block.norm1, hidden_states, position=position)
             attended = self._attend_frames(block.attn1, normed, num_frames)
-            hidden_states, normed = self._add_norm(block.norm2, attended, hidden_states, position=position)
-            attended = self._attend_frames(block.attn2, normed, num_frames)
+            if block.attn2 is not None:
+                hidden_states, normed = self._add_norm(block.norm2, attended, hidden_states, position=position)
+                attended = self._attend_frames(block.attn2, normed, num_frames)
             hidden_states, normed = self._add_norm(block.norm3, attended, hidden_states)
             hidden_states = block.ff(normed) + hidden_states
         return hidden_states
 
 
-def _why_not_double_self_attention(block: Any) -> str | None:
-    """Why ``block`` is more or less than two plain self-attentions and a feed-forward, or None."""
+def _why_not_self_attention(block: Any) -> str | None:
+    """Why ``block`` is other than one or two plain self-attentions and a feed-forward, or None."""
     if reason := why_not_bypassed(block, BasicTransformerBlock):
         return reason
     if block.norm_type != "layer_norm":
         return f"its norm is of the kind {block.norm_type!r}"
-    if block.attn2 is None or block.attn2.is_cross_attention or block.only_cross_attention:
-        return "its attentions are not two self-attentions"
-    for attn in (block.attn1, block.attn2):
+    attentions = _self_attentions(block)
+    if block.only_cross_attention or any(attn.is_cross_attention for attn in attentions):
+        return "it attends to a context"
+    for attn in attentions:
         if reason := why_not_bypassed(attn, Attention) or why_attention_left_alone(attn):
             return reason
         if attn.residual_connection or attn.group_norm is not None or attn.spatial_norm is not None:
@@ -378,6 +381,11 @@ def _why_not_double_self_attention(block: Any) -> str | None:
         if attn.norm_q is not None or attn.norm_k is not None:
             return "its attention normalises queries or keys"
     return None
+
+
+def _self_attentions(block: Any) -> tuple[Any, ...]:
+    """Two as a rule; the motion modules of SparseCtrl have one."""
+    return (block.attn1,) if block.attn2 is None else (block.attn1, block.attn2)
 
 
 def _why_no_positions(embedding: Any, x: Tensor, num_frames: int) -> str | None:
