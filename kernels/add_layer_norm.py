@@ -14,6 +14,7 @@ residual), writes y (and z); with residual and one of the others eager makes 7 s
 
 from __future__ import annotations
 
+import functools
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -23,10 +24,12 @@ import triton.language as tl
 from torch import Tensor
 
 from vidaccel.kernels.dispatch import choose, tensors_problem
+from vidaccel.kernels.launch import cdiv, launch, next_power_of_2
 
 __all__ = ["RowTo", "add_layer_norm", "add_layer_norm_ref"]
 
 RowTo = Literal["sum", "residual", "norm"]
+ROW_TO = get_args(RowTo)
 
 
 def add_layer_norm_ref(
@@ -114,6 +117,7 @@ TILE_BYTES = 2048
 RESIDENT_BYTES = 132 * 16 * TILE_BYTES  # sixteen small tiles on every multiprocessor of an H100 or H200
 
 
+@functools.cache
 def _tiling(block_c: int, itemsize: int) -> _Tiling:
     row_bytes = block_c * itemsize
     # few warps to a row: each more makes both reductions wait for one another; two half-precision rows fill a warp
@@ -145,21 +149,21 @@ def _launch(
     """
     outputs = _empty_outputs(x, residual, row, row_to)
     samples, sample_rows, channels = x.shape
-    block_c = triton.next_power_of_2(channels)
+    block_c = next_power_of_2(channels)
     block_m, programs, num_warps = tiling or _tiling(block_c, x.itemsize)
     rows = samples * sample_rows
-    with torch.cuda.device_of(x):
-        _add_layer_norm_kernel[(min(triton.cdiv(rows, block_m), programs),)](
-            x.contiguous(), _contiguous(residual), _contiguous(row), _contiguous(position),
-            weight.contiguous(), bias.contiguous(),
-            outputs[0], outputs[-1],
-            rows, sample_rows, channels, 1 if position is None else len(position),
-            eps,
-            HAS_RESIDUAL=residual is not None, HAS_ROW=row is not None, HAS_POSITION=position is not None,
-            ROW_TO=row_to,
-            BLOCK_M=block_m, BLOCK_C=block_c, STAGES=stages or _stages(residual is not None, row is not None),
-            num_warps=num_warps,
-        )  # fmt: skip
+    launch(
+        _add_layer_norm_kernel, (min(cdiv(rows, block_m), programs),),
+        x.contiguous(), _contiguous(residual), _contiguous(row), _contiguous(position),
+        weight.contiguous(), bias.contiguous(),
+        outputs[0], outputs[-1],
+        rows, sample_rows, channels, 1 if position is None else len(position),
+        eps,
+        HAS_RESIDUAL=residual is not None, HAS_ROW=row is not None, HAS_POSITION=position is not None,
+        ROW_TO=row_to,
+        BLOCK_M=block_m, BLOCK_C=block_c, STAGES=stages or _stages(residual is not None, row is not None),
+        num_warps=num_warps,
+    )  # fmt: skip
     return outputs
 
 
@@ -233,7 +237,7 @@ def _validate(
         raise ValueError(f"add_layer_norm: position must be [T, {channels}], got {tuple(position.shape)}")
     if position is not None and samples % len(position):
         raise ValueError(f"add_layer_norm: T={len(position)} of position does not divide the B={samples} of x")
-    if row_to not in get_args(RowTo):
+    if row_to not in ROW_TO:
         raise ValueError(f"add_layer_norm: row_to must be 'sum', 'residual' or 'norm', got {row_to!r}")
     if row_to == "residual" and residual is None:
         raise ValueError("add_layer_norm: row_to='residual' needs a residual")

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidaccel.kernels.dispatch import choose, tensors_problem
+from vidaccel.kernels.launch import cdiv, launch
 
 __all__ = ["alpha_blend", "alpha_blend_ref", "blend"]
 
@@ -96,14 +97,14 @@ def _launch(
     out = torch.empty_like(spatial)
     frames = 1 if image_only is None else image_only.numel()
     frame_size = spatial.numel() // frames
-    with torch.cuda.device_of(spatial):
-        _alpha_blend_kernel[(triton.cdiv(frame_size, BLOCK), frames)](
-            spatial, temporal, residual, mix_factor, image_only, out,
-            frame_size,
-            HAS_RESIDUAL=residual is not None, HAS_IMAGE_ONLY=image_only is not None,
-            SPATIAL_IS_SECOND=spatial_is_second, BLOCK=BLOCK,
-            num_warps=NUM_WARPS, enable_fp_fusion=False,  # eager rounds the products before it adds them
-        )  # fmt: skip
+    launch(
+        _alpha_blend_kernel, (cdiv(frame_size, BLOCK), frames),
+        spatial, temporal, residual, mix_factor, image_only, out,
+        frame_size,
+        HAS_RESIDUAL=residual is not None, HAS_IMAGE_ONLY=image_only is not None,
+        SPATIAL_IS_SECOND=spatial_is_second, BLOCK=BLOCK,
+        num_warps=NUM_WARPS, enable_fp_fusion=False,  # eager rounds the products before it adds them
+    )  # fmt: skip
     return out
 
 

@@ -17,7 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from vidaccel.kernels.alpha_blend import alpha_blend_ref, blend
+from vidaccel.kernels.channels_last import channels_last, empty_channels_last
 from vidaccel.kernels.dispatch import choose, tensors_problem
+from vidaccel.kernels.launch import cdiv, launch
 
 __all__ = ["conv_epilogue", "conv_epilogue_ref"]
 
@@ -89,22 +91,22 @@ def _launch(
     *,
     inplace: bool = False,
 ) -> Tensor:
-    rows = x.movedim(1, -1).contiguous()  # [N, *spatial, C]
-    y = rows if inplace else torch.empty_like(rows, memory_format=torch.contiguous_format)
+    x = channels_last(x)
+    y = x if inplace else empty_channels_last(x)
     frames = 1 if image_only is None else image_only.numel()
-    frame_size = rows.numel() // frames
-    with torch.cuda.device_of(x):
-        _conv_epilogue_kernel[(triton.cdiv(frame_size, BLOCK), frames)](
-            rows, bias.to(x.dtype).contiguous(), None if residual is None else residual.movedim(1, -1).contiguous(),
-            None if residual_bias is None else residual_bias.to(x.dtype).contiguous(),
-            mix_factor, None if image_only is None else image_only.contiguous(), y,
-            rows.shape[-1], frame_size,
-            HAS_RESIDUAL=residual is not None, HAS_RESIDUAL_BIAS=residual_bias is not None,
-            HAS_MIX=mix_factor is not None, HAS_IMAGE_ONLY=image_only is not None,
-            SPATIAL_IS_SECOND=spatial_is_second, BLOCK=BLOCK,
-            num_warps=NUM_WARPS, enable_fp_fusion=False,  # eager rounds the blend's products before it adds them
-        )  # fmt: skip
-    return y.movedim(-1, 1)
+    frame_size = x.numel() // frames
+    launch(
+        _conv_epilogue_kernel, (cdiv(frame_size, BLOCK), frames),
+        x, bias.to(x.dtype).contiguous(), None if residual is None else channels_last(residual),
+        None if residual_bias is None else residual_bias.to(x.dtype).contiguous(),
+        mix_factor, None if image_only is None else image_only.contiguous(), y,
+        x.shape[1], frame_size,
+        HAS_RESIDUAL=residual is not None, HAS_RESIDUAL_BIAS=residual_bias is not None,
+        HAS_MIX=mix_factor is not None, HAS_IMAGE_ONLY=image_only is not None,
+        SPATIAL_IS_SECOND=spatial_is_second, BLOCK=BLOCK,
+        num_warps=NUM_WARPS, enable_fp_fusion=False,  # eager rounds the blend's products before it adds them
+    )  # fmt: skip
+    return y
 
 
 @torch.library.custom_op("vidaccel::conv_epilogue", mutates_args=())
@@ -130,7 +132,7 @@ def _(
     image_only: Tensor | None,
     spatial_is_second: bool,
 ) -> Tensor:
-    return torch.empty_like(x.movedim(1, -1), memory_format=torch.contiguous_format).movedim(-1, 1)
+    return empty_channels_last(x)
 
 
 def _problem(x: Tensor, bias: Tensor, residual: Tensor | None, *others: Tensor | None) -> str | None:
@@ -221,7 +223,7 @@ def conv_epilogue(
             image_only=image_only,
             spatial_is_second=spatial_is_second,
         )
-        return y.movedim(1, -1).contiguous().movedim(-1, 1)
+        return channels_last(y)
     if torch.compiler.is_compiling():
         return _conv_epilogue(x, bias, residual, residual_bias, mix_factor, image_only, spatial_is_second)
     return _launch(x, bias, residual, residual_bias, mix_factor, image_only, spatial_is_second, inplace=inplace)

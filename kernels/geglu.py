@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidaccel.kernels.dispatch import choose, tensors_problem
+from vidaccel.kernels.launch import cdiv, launch
 
 __all__ = ["geglu", "geglu_ref"]
 
@@ -52,13 +53,14 @@ def _geglu_kernel(
 def _launch(x: Tensor) -> Tensor:
     x = x.contiguous()
     y = _empty_output(x)
-    with torch.cuda.device_of(x):
-        _geglu_kernel[(triton.cdiv(y.numel(), BLOCK),)](
-            x, y,
-            y.shape[-1], y.numel(),
-            BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
-        )  # fmt: skip
+    size = y.numel()
+    launch(
+        _geglu_kernel, (cdiv(size, BLOCK),),
+        x, y,
+        y.shape[-1], size,
+        BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
+    )  # fmt: skip
     return y
 
 

@@ -16,6 +16,7 @@ rounded to the input dtype in registers, where eager stores them. Fidelity: math
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -25,7 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vidaccel.kernels.channels_last import channels_last, empty_channels_last
 from vidaccel.kernels.dispatch import choose
+from vidaccel.kernels.launch import launch
 
 __all__ = ["group_norm_silu", "group_norm_silu_ref"]
 
@@ -133,7 +136,7 @@ def _chunk_stats_kernel(
 
 @triton.jit(do_not_specialize=["groups", "group_channels", "segments", "segment_rows", "chunk_rows"])
 def _group_stats_kernel(
-    part_ptr, weight_ptr, norm_ptr,
+    part_ptr, weight_ptr,
     groups, group_channels, segments, segment_rows, chunk_rows,
     eps,
     BLOCK: tl.constexpr,
@@ -162,20 +165,20 @@ def _group_stats_kernel(
     count, mean, m2 = _merge(count, mean, m2)
     rstd = tl.rsqrt(m2 / count + eps)
 
-    # the group's mean once for each channel, so that the last pass reads whole vectors
-    norm_ptr += sample * 2 * channels + first_channel
+    # the group's mean once for each channel, so that the last pass reads whole vectors; in the place of the sample's
+    # first part, whose values in these channels nobody else reads
     for start in range(0, group_channels, BLOCK):
         offs = start + tl.arange(0, BLOCK)
         mask = offs < group_channels
         weight = tl.load(weight_ptr + first_channel + offs, mask=mask).to(tl.float32)
-        tl.store(norm_ptr + offs, tl.zeros([BLOCK], dtype=tl.float32) + mean, mask=mask)
-        tl.store(norm_ptr + channels + offs, weight * rstd, mask=mask)
+        tl.store(part_ptr + offs, tl.zeros([BLOCK], dtype=tl.float32) + mean, mask=mask)
+        tl.store(part_ptr + channels + offs, weight * rstd, mask=mask)
 
 
-@triton.jit(do_not_specialize=["segments", "segment_rows", "chunk_rows"])
+@triton.jit(do_not_specialize=["parts", "segments", "segment_rows", "chunk_rows"])
 def _apply_kernel(
-    x_ptr, shift_ptr, norm_ptr, bias_ptr, y_ptr,
-    channels, segments, segment_rows, chunk_rows,
+    x_ptr, shift_ptr, part_ptr, bias_ptr, y_ptr,
+    channels, parts, segments, segment_rows, chunk_rows,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HAS_SHIFT: tl.constexpr, SILU: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     # backwards: the rows that the statistics read last are still in the L2 cache
@@ -188,9 +191,9 @@ def _apply_kernel(
     start = (segment * segment_rows + first_row) * channels + first_channel
     x_ptr += start
     y_ptr += start
-    norm_ptr += segment // segments * 2 * channels + first_channel
-    mean = tl.load(norm_ptr + offs_c)
-    scale = tl.load(norm_ptr + channels + offs_c)
+    part_ptr += segment // segments * parts * 2 * channels + first_channel  # the sample's first, now mean and scale
+    mean = tl.load(part_ptr + offs_c)
+    scale = tl.load(part_ptr + channels + offs_c)
     bias = tl.load(bias_ptr + first_channel + offs_c).to(tl.float32)
     shift = 0.0
     if HAS_SHIFT:
@@ -233,13 +236,37 @@ def _apply_tiling(channels: int) -> _Tiling:
     return _Tiling(block_r, block_c, 2 * block_r, stages=3)
 
 
-def _channels_innermost(x: Tensor) -> Tensor:
-    """``[N, *spatial, C]``, contiguous: a view of channels-last ``x``, else a copy."""
-    return x.movedim(1, -1).contiguous()
+class _Plan(NamedTuple):
+    """What the launches take that follows from sizes alone."""
+
+    stats: _Tiling
+    stats_programs: int
+    parts: int  # of each sample
+    merge_warps: int
+    apply: _Tiling
+    apply_programs: int
 
 
-def _empty_channels_last(x: Tensor) -> Tensor:
-    return torch.empty_like(x.movedim(1, -1), memory_format=torch.contiguous_format).movedim(-1, 1)
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    samples: int,
+    channels: int,
+    group_channels: int,
+    segments: int,
+    segment_rows: int,
+    stats_tiling: _Tiling | None,
+    apply_tiling: _Tiling | None,
+) -> _Plan:
+    stats = stats_tiling or _stats_tiling(channels, samples * segments, segment_rows)
+    apply = apply_tiling or _apply_tiling(channels)
+    parts = segments * triton.cdiv(segment_rows, stats.chunk_rows)
+    merge_warps = 1 if parts * group_channels <= 4096 else 8
+
+    def programs(tiling: _Tiling) -> int:
+        chunks = triton.cdiv(segment_rows, tiling.chunk_rows)
+        return samples * segments * chunks * (channels // tiling.block_c)
+
+    return _Plan(stats, programs(stats), parts, merge_warps, apply, programs(apply))
 
 
 def _launch(
@@ -254,42 +281,37 @@ def _launch(
     stats_tiling: _Tiling | None = None,
     apply_tiling: _Tiling | None = None,
 ) -> Tensor:
-    rows = _channels_innermost(x)
-    y = _empty_channels_last(x)
-    samples, channels = rows.shape[0], rows.shape[-1]
+    x = channels_last(x)
+    y = empty_channels_last(x)
+    samples, channels = x.shape[:2]
     segments = 1 if shift is None else shift.shape[1]
-    segment_rows = rows.numel() // (samples * segments * channels)
-    stats = stats_tiling or _stats_tiling(channels, samples * segments, segment_rows)
-    apply = apply_tiling or _apply_tiling(channels)
-    chunks = triton.cdiv(segment_rows, stats.chunk_rows)
-    parts = rows.new_empty((samples, segments * chunks, 2, channels), dtype=torch.float32)  # mean, m2
-    norm = rows.new_empty((samples, 2, channels), dtype=torch.float32)  # mean, weight / standard deviation
-    merge_warps = 1 if segments * chunks * (channels // groups) <= 4096 else 8
-
-    def grid(tiling: _Tiling) -> tuple[int]:
-        chunks = triton.cdiv(segment_rows, tiling.chunk_rows)
-        return (samples * segments * chunks * (channels // tiling.block_c),)
-
-    with torch.cuda.device_of(x):
-        _chunk_stats_kernel[grid(stats)](
-            rows, shift, parts,
-            channels, segment_rows, stats.chunk_rows,
-            BLOCK_R=stats.block_r, BLOCK_C=stats.block_c, FOLD=FOLD, HAS_SHIFT=shift is not None, STAGES=stats.stages,
-            num_warps=NUM_WARPS,
-        )  # fmt: skip
-        _group_stats_kernel[(samples * groups,)](
-            parts, weight, norm,
-            groups, channels // groups, segments, segment_rows, stats.chunk_rows,
-            eps,
-            BLOCK=256 * merge_warps,
-            num_warps=merge_warps,
-        )  # fmt: skip
-        _apply_kernel[grid(apply)](
-            rows, shift, norm, bias, y,
-            channels, segments, segment_rows, apply.chunk_rows,
-            BLOCK_R=apply.block_r, BLOCK_C=apply.block_c, HAS_SHIFT=shift is not None, SILU=silu, STAGES=apply.stages,
-            num_warps=NUM_WARPS,
-        )  # fmt: skip
+    segment_rows = x.numel() // (samples * segments * channels)
+    plan = _plan(samples, channels, channels // groups, segments, segment_rows, stats_tiling, apply_tiling)
+    stats, apply = plan.stats, plan.apply
+    # mean and m2 of every part; the merge leaves mean and weight / standard deviation in the first part of a sample
+    parts = torch.empty((samples, plan.parts, 2, channels), dtype=torch.float32, device=x.device)
+    launch(
+        _chunk_stats_kernel, (plan.stats_programs,),
+        x, shift, parts,
+        channels, segment_rows, stats.chunk_rows,
+        BLOCK_R=stats.block_r, BLOCK_C=stats.block_c, FOLD=FOLD, HAS_SHIFT=shift is not None, STAGES=stats.stages,
+        num_warps=NUM_WARPS,
+    )  # fmt: skip
+    launch(
+        _group_stats_kernel, (samples * groups,),
+        parts, weight,
+        groups, channels // groups, segments, segment_rows, stats.chunk_rows,
+        eps,
+        BLOCK=256 * plan.merge_warps,
+        num_warps=plan.merge_warps,
+    )  # fmt: skip
+    launch(
+        _apply_kernel, (plan.apply_programs,),
+        x, shift, parts, bias, y,
+        channels, plan.parts, segments, segment_rows, apply.chunk_rows,
+        BLOCK_R=apply.block_r, BLOCK_C=apply.block_c, HAS_SHIFT=shift is not None, SILU=silu, STAGES=apply.stages,
+        num_warps=NUM_WARPS,
+    )  # fmt: skip
     return y
 
 
@@ -302,7 +324,7 @@ def _group_norm_silu(
 
 @_group_norm_silu.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, shift: Tensor | None) -> Tensor:
-    return _empty_channels_last(x)
+    return empty_channels_last(x)
 
 
 def _why_not_triton(x: Tensor) -> str | None:
@@ -368,10 +390,10 @@ def group_norm_silu(
     """
     _validate(x, weight, bias, groups, shift)
     if x.numel() == 0:
-        return _empty_channels_last(x)
+        return empty_channels_last(x)
     if choose("group_norm_silu", x, impl, _why_not_triton(x)) == "torch":
         y = group_norm_silu_ref(x, weight, bias, groups, eps, silu=silu, shift=shift)
-        return _channels_innermost(y).movedim(-1, 1)
+        return channels_last(y)
     if shift is not None:
         shift = shift.to(x.dtype).contiguous()
     run = _group_norm_silu if torch.compiler.is_compiling() else _launch

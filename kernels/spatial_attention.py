@@ -40,6 +40,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vidaccel.config import tuning_enabled
 from vidaccel.kernels import tuning_cache
 from vidaccel.kernels.dispatch import Choice, record_choice, requested, tensors_problem, triton_device_problem
+from vidaccel.kernels.launch import cdiv, launch, next_power_of_2
 
 __all__ = ["IMPLEMENTATIONS", "Blocks", "choose_blocks", "spatial_attention", "spatial_attention_ref"]
 
@@ -156,17 +157,17 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float, *, bl
     head_dim = channels // num_heads
     rows, columns, num_warps, stages = blocks or choose_blocks(head_dim)
     strides = [stride for x in (q, k, v) for stride in x.stride()[:2]]
-    with torch.cuda.device_of(q):
-        _spatial_attention_kernel[(batch * num_heads * triton.cdiv(seq_q, rows),)](
-            q, k, v, out,
-            seq_q, seq_kv,
-            *strides,
-            scale * math.log2(math.e),
-            NUM_HEADS=num_heads, HEAD_DIM=head_dim,
-            BLOCK_M=rows, BLOCK_N=columns, BLOCK_D=triton.next_power_of_2(head_dim),
-            EVEN_N=seq_kv % columns == 0, ALIGN=math.gcd(16, head_dim, *strides), STAGES=stages,
-            num_warps=num_warps,
-        )  # fmt: skip
+    launch(
+        _spatial_attention_kernel, (batch * num_heads * cdiv(seq_q, rows),),
+        q, k, v, out,
+        seq_q, seq_kv,
+        *strides,
+        scale * math.log2(math.e),
+        NUM_HEADS=num_heads, HEAD_DIM=head_dim,
+        BLOCK_M=rows, BLOCK_N=columns, BLOCK_D=next_power_of_2(head_dim),
+        EVEN_N=seq_kv % columns == 0, ALIGN=math.gcd(16, head_dim, *strides), STAGES=stages,
+        num_warps=num_warps,
+    )  # fmt: skip
     return out
 
 

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidaccel.kernels.dispatch import choose, tensors_problem
+from vidaccel.kernels.launch import cdiv, launch
 
 __all__ = ["cell_weights", "upsample_conv", "upsample_conv_ref"]
 
@@ -85,13 +86,13 @@ def _launch(z: Tensor, bias: Tensor) -> Tensor:
     samples, _, height, width = y.shape
     block_c = min(channels & -channels, 128)
     block_w = TILE // block_c
-    with torch.cuda.device_of(z):
-        _interleave_kernel[(samples * height, triton.cdiv(width, block_w) * (channels // block_c))](
-            z.permute(0, 2, 3, 1).contiguous(), bias.to(z.dtype).contiguous(), y,
-            height, width, channels,
-            BLOCK_W=block_w, BLOCK_C=block_c,
-            num_warps=NUM_WARPS,
-        )  # fmt: skip
+    launch(
+        _interleave_kernel, (samples * height, cdiv(width, block_w) * (channels // block_c)),
+        z.contiguous(memory_format=torch.channels_last), bias.to(z.dtype).contiguous(), y,
+        height, width, channels,
+        BLOCK_W=block_w, BLOCK_C=block_c,
+        num_warps=NUM_WARPS,
+    )  # fmt: skip
     return y
 
 

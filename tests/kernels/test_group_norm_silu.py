@@ -219,8 +219,8 @@ def test_compiles_fullgraph(segments: int | None, device: torch.device) -> None:
 
 SIGNATURE = {
     **dict.fromkeys(("x_ptr", "shift_ptr", "y_ptr", "weight_ptr", "bias_ptr"), "*fp16:16"),
-    **dict.fromkeys(("part_ptr", "norm_ptr"), "*fp32:16"),
-    **dict.fromkeys(("groups", "group_channels", "segments", "segment_rows", "chunk_rows"), "i32"),
+    "part_ptr": "*fp32:16",
+    **dict.fromkeys(("groups", "group_channels", "parts", "segments", "segment_rows", "chunk_rows"), "i32"),
     "channels": "i32:16",
     "eps": "fp32",
 }

@@ -6,15 +6,14 @@ has to multiply, for every provider, so that they are nothing but the inverse of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from triton.runtime import JITFunction
 from triton.testing import do_bench
 
 from vidaccel.bench.record import Recorder, Row
@@ -26,6 +25,7 @@ from vidaccel.kernels import spatial_attention as sa
 from vidaccel.kernels import temporal_attention as ta
 from vidaccel.kernels import upsample_conv as uc
 from vidaccel.kernels.dispatch import record_choices, triton_device_problem
+from vidaccel.kernels.launch import constants_overridden
 
 __all__ = ["OPS", "Case", "Op", "Provider", "measure_op", "one_stage_kernels"]
 
@@ -325,19 +325,9 @@ def _with_rates(measure: Callable[[], Row], op: Op, case: Case, nbytes: int, cei
     return row | {"gb_s": gb_s, "of_copy_bandwidth": gb_s / ceilings["copy_gb_s"]}
 
 
-@contextmanager
-def one_stage_kernels() -> Iterator[None]:
+def one_stage_kernels() -> AbstractContextManager[None]:
     """Launch every kernel that takes its prefetch depth as ``STAGES``, as ours do, with a depth of one."""
-    run = JITFunction.run
-
-    def run_in_one_stage(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
-        return run(self, *args, **(kwargs | {"STAGES": 1} if "STAGES" in kwargs else kwargs))
-
-    JITFunction.run = run_in_one_stage
-    try:
-        yield
-    finally:
-        JITFunction.run = run
+    return constants_overridden(STAGES=1)
 
 
 def _latency(call: Callable[[], object], device: torch.device, settings: Settings) -> Latency:
