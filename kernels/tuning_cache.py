@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vidaccel.config import cache_directory
+from vidaccel.errors import first_line
 
 __all__ = ["Measured", "cuda_milliseconds", "fastest", "load", "save"]
 
@@ -101,7 +102,7 @@ def fastest(
                 times[name] = statistics.median(milliseconds(run) for _ in range(REPEATS))
         except Exception as error:  # whatever one candidate does on this GPU, the others are still to choose from
             times.pop(name, None)
-            problems[name] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            problems[name] = first_line(error)
     if not times:
         return None
     return Measured(min(times, key=times.__getitem__), times, problems)
