@@ -38,6 +38,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vidaccel.config import tuning_enabled
+from vidaccel.errors import first_line
 from vidaccel.kernels import tuning_cache
 from vidaccel.kernels.dispatch import Choice, record_choice, requested, tensors_problem, triton_device_problem
 from vidaccel.kernels.launch import cdiv, launch, next_power_of_2
@@ -485,7 +486,7 @@ def spatial_attention(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a measurement of another day may not hold on this GPU: the clip goes on without
-        reason = f"{chosen}: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        reason = f"{chosen}: {first_line(error)}"
         logger.warning("%s: PyTorch's attention runs from now on for this shape: %s", OP, reason)
         _chosen[_shape(q, k, num_heads)] = "torch", reason
         chosen, out = "torch", _run_sdpa(q, k, v, num_heads, scale)

@@ -246,14 +246,14 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_heads: int) -
 def _validate(q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_heads: int) -> None:
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[1:] != k.shape[1:]:
         raise _mismatch("q must be [B*F, HW, H*D], k and v [B*Fk, HW, H*D]", q, k, v)
-    if q.numel() == 0 or k.numel() == 0:
-        raise _mismatch("q, k and v must not be empty", q, k, v)
+    if k.numel() == 0 and q.numel() > 0:
+        raise _mismatch("k and v must not be empty unless q is", q, k, v)
     if num_frames < 1 or q.shape[0] % num_frames:
         raise _mismatch(f"num_frames={num_frames} must divide the B*F={q.shape[0]} rows of q", q, k, v)
     if num_heads < 1 or q.shape[2] % num_heads:
         raise _mismatch(f"num_heads={num_heads} must divide the H*D={q.shape[2]} channels of q", q, k, v)
     samples = q.shape[0] // num_frames
-    if k.shape[0] % samples:
+    if k.shape[0] % samples if samples else k.shape[0]:
         raise _mismatch(f"the B={samples} samples of q must divide the B*Fk={k.shape[0]} rows of k", q, k, v)
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"temporal_attention: q, k and v must share a dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
@@ -289,11 +289,13 @@ def temporal_attention(
         ``[B*F, HW, H*D]``, contiguous, in ``q.dtype``.
 
     Raises:
-        ValueError: The shapes do not fit one another, ``num_frames`` or ``num_heads``, or are empty; ``impl`` cannot
-            run here.
+        ValueError: The shapes do not fit one another, ``num_frames`` or ``num_heads``; there are queries, but no keys;
+            ``impl`` cannot run here.
         TypeError: The dtypes differ.
     """
     _validate(q, k, v, num_frames, num_heads)
+    if q.numel() == 0:
+        return _empty_output(q)
     if scale is None:
         scale = (q.shape[-1] // num_heads) ** -0.5
     chosen = choose("temporal_attention", q, impl, _problem(q, k, v, num_frames, num_heads))

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vidaccel.config import cache_directory
+from vidaccel.errors import first_line
 
 __all__ = ["Measured", "cuda_milliseconds", "fastest", "load", "save"]
 
@@ -105,7 +106,7 @@ def fastest(
                 times[name] = statistics.median(milliseconds(run) for _ in range(REPEATS))
         except Exception as error:  # whatever one candidate does on this GPU, the others are still to choose from
             times.pop(name, None)
-            problems[name] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            problems[name] = first_line(error)
     if not times:
         return None
     handicap = {name: 1.0 if name == favourite else 1.0 + MARGIN for name in times}

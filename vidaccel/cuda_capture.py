@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vidaccel.errors import first_line
+
 __all__ = ["CaptureError", "Captured", "CudaCapture"]
 
 
@@ -72,10 +74,10 @@ class CudaCapture:
                     try:
                         outputs = run()
                     except Exception as error:  # the end of a broken capture raises too, and says less
-                        failure = _first_line(error)
+                        failure = first_line(error)
                         raise
             except Exception as error:
-                failure = failure or _first_line(error)
+                failure = failure or first_line(error)
             if failure:
                 _clean_up(graph, pool, stream, before)
                 raise CaptureError(failure)
@@ -136,7 +138,3 @@ def _set_sync_debug_mode(mode: int | str) -> None:
     with warnings.catch_warnings():  # that it does not detect every wait: what it misses, the capture itself finds
         warnings.simplefilter("ignore")
         torch.cuda.set_sync_debug_mode(mode)
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"

@@ -33,6 +33,7 @@ from vidaccel.blocks.self_check import disagreement
 from vidaccel.blocks.site import Site
 from vidaccel.config import preferred_implementations
 from vidaccel.cuda_capture import Captured, CaptureError, CudaCapture
+from vidaccel.errors import first_line
 from vidaccel.graph_premises import CALL_SLOT, Premises, why_not_capturable
 
 __all__ = ["GraphedCall", "graph_calls", "graphed_call", "is_denoiser", "ungraph", "why_not_graphed"]
@@ -334,6 +335,4 @@ def _unexpanded(x: Tensor) -> Tensor:
 
 
 def _one_line(error: Exception) -> str:
-    if isinstance(error, CaptureError):
-        return str(error)
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    return str(error) if isinstance(error, CaptureError) else first_line(error)

@@ -1,8 +1,8 @@
-"""The error that is the user's to mend, and how it is said."""
+"""The error that is the user's to mend, and how errors are said in one line."""
 
 from __future__ import annotations
 
-__all__ = ["UsageError", "error_line"]
+__all__ = ["UsageError", "error_line", "first_line"]
 
 
 class UsageError(Exception):
@@ -15,3 +15,8 @@ class UsageError(Exception):
 def error_line(error: UsageError) -> str:
     """The one line that a command says it in."""
     return f"vidaccel: error: {' '.join(str(error).split())}"
+
+
+def first_line(error: BaseException) -> str:
+    """A library's error in one line."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"

@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from vidaccel.bench.timing import peak_memory_gib, reset_peak_memory
 from vidaccel.clip_request import ClipRequest, pipeline_names
-from vidaccel.errors import UsageError
+from vidaccel.errors import UsageError, first_line
 from vidaccel.video import fit_image, read_image
-from vidaccel.video_model import VideoModel, first_line, parameters_of_call
+from vidaccel.video_model import VideoModel, parameters_of_call
 
 __all__ = ["Clip", "Timings", "call_arguments", "generate", "resolve"]
 

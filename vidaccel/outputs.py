@@ -13,7 +13,7 @@ from typing import Any
 from vidaccel.errors import UsageError
 from vidaccel.video import FRAME_PATTERN, SUFFIXES
 
-__all__ = ["aside", "check_output", "comparison_path", "discard", "is_done", "record_path"]
+__all__ = ["aside", "check_output", "check_record", "comparison_path", "discard", "is_done", "record_path"]
 
 
 def record_path(out: Path) -> Path:
@@ -39,11 +39,26 @@ def check_output(out: Path) -> None:
         raise UsageError(f"{out} is a folder")
     if not out.suffix and out.exists() and (not out.is_dir() or len(list(out.iterdir())) > len(_frames_in(out))):
         raise UsageError(f"{out} is not a folder of PNG frames, and would be replaced by one")
+    _make_writable(out.parent)
+
+
+def check_record(path: Path) -> None:
+    """Make the folder of a JSON record and try to write there.
+
+    Raises:
+        UsageError: nobody can write it.
+    """
+    _make_writable(path.parent)
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder")
+
+
+def _make_writable(folder: Path) -> None:
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out.parent).close()
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UsageError(f"cannot write into {out.parent}: {error.strerror}") from error
+        raise UsageError(f"cannot write into {folder}: {error.strerror}") from error
 
 
 def is_done(out: Path, arguments: Mapping[str, Any]) -> bool:

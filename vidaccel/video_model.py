@@ -18,9 +18,9 @@ import transformers
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from vidaccel.clip_request import ClipRequest, option_called, pipeline_names
-from vidaccel.errors import UsageError
+from vidaccel.errors import UsageError, first_line
 
-__all__ = ["VideoModel", "device_of", "dtype_of", "find_model", "first_line", "load_pipeline", "parameters_of_call"]
+__all__ = ["VideoModel", "device_of", "dtype_of", "find_model", "load_pipeline", "parameters_of_call"]
 
 _SAMPLES = Path(__file__).resolve().parents[1] / "samples"
 _BUNDLED_MODEL = _SAMPLES / "models" / "svd-tiny-scenes"
@@ -193,8 +193,3 @@ def _from_pretrained(source: str, dtype: torch.dtype) -> DiffusionPipeline:
         except (OSError, ValueError) as second:
             # without the variant the message says what is wrong with the folder, not that there is no variant
             raise (second if preferred else error) from None
-
-
-def first_line(error: BaseException) -> str:
-    """A library's error in one line."""
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"

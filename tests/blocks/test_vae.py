@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import gc
-import traceback
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from copy_checks import Copies, hollow_out
 from tiny_models import tiny_autoencoder_kl, tiny_svd_pipeline
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -20,7 +19,6 @@ from vidaccel import patch_module
 from vidaccel.blocks import resnet
 from vidaccel.blocks import vae as blocks
 from vidaccel.blocks.vae import decode_bytes, frames_that_fit
-from vidaccel.kernels import conv_epilogue, group_norm_silu, upsample_conv
 
 GIB = 2**30
 
@@ -48,31 +46,6 @@ def latents(frames: int = 2) -> Tensor:
     return torch.randn(frames, 4, 4, 4, generator=torch.Generator().manual_seed(0))
 
 
-class Copies(TorchDispatchMode):
-    """Notes every full-size tensor that is copied or padded, and every convolution that sees another memory order."""
-
-    def __init__(self, smallest: int) -> None:
-        super().__init__()
-        self.smallest = smallest
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        name = func.__name__.partition(".")[0]
-        if name == "convolution" and args[0].ndim == 4 and args[0].numel() >= self.smallest:
-            ordered = all(x.is_contiguous(memory_format=torch.channels_last) for x in (args[0], out))
-            self.found += [] if ordered else [f"{name} {tuple(args[0].shape)} of another memory order"]
-        copies = ("clone", "copy_", "_to_copy", "cat", "constant_pad_nd", "upsample_nearest2d")
-        if name in copies and out.numel() >= self.smallest:
-            self.found.append(f"{name} {tuple(out.shape)} at {_our_line()}")
-        return out
-
-
-def _our_line() -> str:
-    frames = [frame for frame in traceback.extract_stack() if "vidaccel" in frame.filename]
-    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "stock code"
-
-
 class Held(TorchDispatchMode):
     """The most bytes that the images made inside hold at once."""
 
@@ -91,25 +64,9 @@ class Held(TorchDispatchMode):
         return out
 
 
-class NoKernel:
-    """Stands for a Triton kernel: launches nothing."""
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return lambda *args, **kwargs: None
-
-
 @pytest.fixture
 def hollow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What surrounds the kernels runs as on a GPU, the kernels do not: for memory and its order, fast."""
-    for module, kernels in (
-        (group_norm_silu, ("_chunk_stats_kernel", "_group_stats_kernel", "_apply_kernel")),
-        (conv_epilogue, ("_conv_epilogue_kernel",)),
-        (upsample_conv, ("_interleave_kernel",)),
-    ):
-        for kernel in kernels:
-            monkeypatch.setattr(module, kernel, NoKernel())
-    # the 3-D convolution of a CPU answers in its own memory order, whatever it is given
-    monkeypatch.setattr(nn.Conv3d, "_conv_forward", lambda conv, x, weight, bias: torch.empty_like(x))
+    hollow_out(monkeypatch)
 
 
 @VAES
@@ -119,7 +76,7 @@ def test_no_tensor_is_copied(make: Callable[[], nn.Module], decode: Any, hollow:
         decode(vae, latents())
         with Copies(smallest=1024) as copies:
             decode(vae, latents())
-    assert copies.found == []
+    assert copies.found == copies.joined == []
 
 
 @VAES

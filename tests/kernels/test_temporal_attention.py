@@ -240,7 +240,12 @@ def assert_runs_in_torch(q: Tensor, k: Tensor, v: Tensor, shape: Shape, reason: 
             r"k and v \[B\*Fk, HW, H\*D\], got .* k \(3, 4, 32\), v \(6, 4, 32\)",
         ),
         ({"q": torch.ones(6, 5, 32)}, ValueError, r"q must be \[B\*F, HW, H\*D\], .* got q \(6, 5, 32\)"),
-        ({"q": torch.ones(0, 4, 32)}, ValueError, r"q, k and v must not be empty, got q \(0, 4, 32\)"),
+        (
+            {"k": torch.ones(0, 4, 32), "v": torch.ones(0, 4, 32)},
+            ValueError,
+            r"k and v must not be empty unless q is, got q \(6, 4, 32\), k \(0, 4, 32\)",
+        ),
+        ({"q": torch.ones(0, 4, 32)}, ValueError, r"the B=0 samples of q must divide the B\*Fk=6 rows of k"),
         ({"num_frames": 4}, ValueError, r"num_frames=4 must divide the B\*F=6 rows of q, got q \(6, 4, 32\)"),
         ({"num_frames": 0}, ValueError, r"num_frames=0 must divide the B\*F=6 rows of q"),
         ({"num_heads": 3}, ValueError, r"num_heads=3 must divide the H\*D=32 channels of q, got q \(6, 4, 32\)"),
@@ -254,6 +259,13 @@ def test_rejects(change: dict[str, object], error: type[Exception], message: str
     arguments = {"q": rows, "k": rows, "v": rows, "num_frames": 3, "num_heads": 2, **change}
     with pytest.raises(error, match=f"temporal_attention: .*{message}"):
         temporal_attention(**arguments)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 32), (6, 0, 32), (6, 4, 0)], ids=["no sample", "no pixel", "no channel"])
+def test_empty_input(shape: tuple[int, int, int], device: torch.device) -> None:
+    rows = torch.empty(shape, dtype=torch.float16, device=device)
+    out = temporal_attention(rows, rows, rows, 3, 2)
+    assert out.shape == shape and out.dtype == torch.float16
 
 
 def test_registration(device: torch.device) -> None:

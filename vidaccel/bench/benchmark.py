@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import time
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-from vidaccel.bench.command import add_arguments
 from vidaccel.bench.measure import SCOPES, measure_pipeline
 from vidaccel.bench.ops import OPS, measure_op
-from vidaccel.bench.record import Recorder, environment, json_path, table
+from vidaccel.bench.record import Recorder, environment, table
 from vidaccel.bench.settings import Settings
 from vidaccel.bench.synthetic import build_pipeline, pipeline_inputs, specification
 from vidaccel.bench.timing import ceilings
@@ -24,6 +23,7 @@ from vidaccel.bench.variants import BASELINES, DEFAULT, parse_variants
 from vidaccel.clip_request import pipeline_names, request_from_arguments
 from vidaccel.errors import UsageError
 from vidaccel.generation import call_arguments, resolve
+from vidaccel.outputs import check_record
 from vidaccel.patching import patch_pipeline
 from vidaccel.video_model import device_of, dtype_of, find_model, load_pipeline
 
@@ -33,10 +33,12 @@ _QUICK_REPEATS = 3
 _SYNTHETIC_STEPS = 4  # a step is also timed by itself
 
 
-def benchmark(args: argparse.Namespace) -> int:
-    """Run the command; exit code 1 if a variant failed."""
+def benchmark(args: argparse.Namespace, command_line: str) -> int:
+    """Run the command, which the record is to show as ``command_line``; exit code 1 if a variant failed."""
     deadline = time.monotonic() + args.time_limit
-    path = json_path(args.out) if args.out else None
+    path = Path(args.out) if args.out else None
+    if path:
+        check_record(path)
     device = device_of(args.device)
     dtype = dtype_of(args.dtype, device)
     if device.index is not None:
@@ -46,7 +48,7 @@ def benchmark(args: argparse.Namespace) -> int:
     measure = prepare(args, device, dtype, settings)
     limits = ceilings(device)
     head = {
-        "command": _command_line(args),
+        "command": command_line,
         "environment": environment(device, args.commit),
         "subject": {name: getattr(args, name) for name in ("model", "synthetic", "op", "size") if getattr(args, name)},
         "dtype": str(dtype).removeprefix("torch."),
@@ -138,18 +140,3 @@ def _in_short(patch: dict[str, Any]) -> str:
     left_alone, failed = (sum(entry["sites"] for entry in patch[state]) for state in ("left_alone", "failed"))
     calls = sum(entry["calls"] for entry in patch["fallbacks"])
     return f"{patch['active']} sites active, {left_alone} left alone, {failed} failed, {calls} calls fell back"
-
-
-def _command_line(args: argparse.Namespace) -> str:
-    """The command with the options that were given, but for where its record went."""
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    words = ["vidaccel", "bench"]
-    for name, default in vars(parser.parse_args([])).items():
-        value = getattr(args, name)
-        if value == default or name in ("out", "commit"):
-            continue
-        words.append(f"--{name.replace('_', '-')}")
-        if value is not True:
-            words += [str(entry) for entry in (value if isinstance(value, list) else [value])]
-    return shlex.join(words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 
 from vidaccel.clip_request import add_clip_arguments, add_model_arguments
 
@@ -65,4 +66,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from vidaccel.bench.benchmark import benchmark
 
-    return benchmark(args)
+    return benchmark(args, _command_line(args))
+
+
+def _command_line(args: argparse.Namespace) -> str:
+    """The command with the options that were given, but for where its record went."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    words = ["vidaccel", "bench"]
+    for name, default in vars(parser.parse_args([])).items():
+        value = getattr(args, name)
+        if value == default or name in ("out", "commit"):
+            continue
+        words.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            words += [str(entry) for entry in (value if isinstance(value, list) else [value])]
+    return shlex.join(words)

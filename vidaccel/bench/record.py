@@ -13,7 +13,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
@@ -24,9 +23,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from vidaccel.errors import UsageError
+from vidaccel.errors import first_line
 from vidaccel.outputs import aside
-from vidaccel.video_model import first_line
 
 __all__ = [
     "Recorder",
@@ -35,7 +33,6 @@ __all__ = [
     "best_compile",
     "environment",
     "is_compile_baseline",
-    "json_path",
     "json_text",
     "table",
     "write_json",
@@ -83,23 +80,6 @@ def _output_of(*command: str) -> str | None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     lines = done.stdout.splitlines()
     return lines[0].strip() if done.returncode == 0 and lines else None
-
-
-def json_path(text: str) -> Path:
-    """The path of a JSON file that is to be written; its folder is made if need be.
-
-    Raises:
-        UsageError: nobody can write it.
-    """
-    path = Path(text)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise UsageError(f"cannot write into {path.parent}: {error.strerror}") from error
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder")
-    return path
 
 
 def write_json(path: Path, record: Any) -> None:
@@ -226,6 +206,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("tflop_s", "TFLOP/s", _number(2)),
     ("cold_start_s", "cold start s", _number(1)),
     ("peak_memory_gib", "peak GiB", _number(2)),
+    ("peak_reserved_gib", "reserved GiB", _number(2)),
     ("error_to_eager", "error to eager", "{:.1e}".format),
     ("error_to_reference", "error to reference", "{:.1e}".format),
     ("psnr_min_to_eager_db", "min PSNR dB", _number(1)),

@@ -15,6 +15,7 @@ __all__ = [
     "ceilings",
     "free_memory",
     "peak_memory_gib",
+    "peak_reserved_gib",
     "reset_peak_memory",
     "summarise",
     "time_calls",
@@ -117,7 +118,7 @@ def free_memory() -> None:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start :func:`peak_memory_gib` afresh."""
+    """Start :func:`peak_memory_gib` and :func:`peak_reserved_gib` afresh."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -125,6 +126,11 @@ def reset_peak_memory(device: torch.device) -> None:
 def peak_memory_gib(device: torch.device) -> float | None:
     """Most memory that tensors held since the reset, or None where PyTorch does not count it."""
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+
+
+def peak_reserved_gib(device: torch.device) -> float | None:
+    """Most memory that PyTorch held since the reset, used or not: the pool of a CUDA graph counts only here."""
+    return torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else None
 
 
 def ceilings(device: torch.device) -> dict[str, float]:

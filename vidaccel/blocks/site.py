@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from vidaccel.blocks.parameters import Packed, why_not_bypassed
 from vidaccel.blocks.self_check import disagreement
+from vidaccel.errors import first_line
 from vidaccel.kernels.dispatch import Choice, choices_so_far, record_choices
 
 __all__ = ["BlockState", "Fidelity", "FusedBlock", "Site", "State", "fuses"]
@@ -193,7 +194,7 @@ class FusedBlock(nn.Module):
             # Whatever a new GPU, compiler or argument does to the fused path, the clip goes on with the original one.
             # If the arguments themselves were wrong, the original raises the error its users know.
             out = self.original_forward(*args, **kwargs)
-            reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            reason = first_line(error)
             state.verdicts[signature] = reason
             state.note_fallback(reason)
             logger.warning("%s: fused path failed, original code runs: %s", self._paths(), reason)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from vidaccel import patch_pipeline
-from vidaccel.bench.record import environment, json_path, json_text, write_json
+from vidaccel.bench.record import environment, json_text, write_json
 from vidaccel.clip_request import request_from_arguments
 from vidaccel.errors import UsageError
 from vidaccel.fidelity.verdict import DEFAULT_MIN_PSNR_DB, judge
 from vidaccel.generation import Clip, call_arguments, generate, resolve
+from vidaccel.outputs import check_record
 from vidaccel.report import path_pattern
 from vidaccel.video_model import device_of, dtype_of, find_model, load_pipeline
 
@@ -21,7 +23,9 @@ __all__ = ["validate"]
 
 def validate(args: argparse.Namespace) -> int:
     """Run the command; exit code 1 if the clips are not the same clip."""
-    record_file = json_path(args.json) if args.json not in (None, "-") else None
+    record_file = Path(args.json) if args.json not in (None, "-") else None
+    if record_file:
+        check_record(record_file)
     device = device_of(args.device)
     dtype = dtype_of(args.dtype, device)
     min_psnr_db = DEFAULT_MIN_PSNR_DB[dtype] if args.min_psnr is None else args.min_psnr
