@@ -10,6 +10,7 @@ those that serve it, once, holds their results against PyTorch's, and keeps the 
   of its backends.
 * ``fa3``: FlashAttention-3, where a wheel of it is installed.
 * ``gluon``: ours for Hopper, in ``spatial_attention_gluon.py``.
+* ``gemm``: two products of cuBLAS around a softmax of ours, for the widest heads, in ``gemm_attention.py``.
 * ``triton``: ours for any GPU, below. A program owns BLOCK_M query rows and walks over k and v, whose next blocks are
   on their way (cp.async); softmax online, in base 2; float32 accumulation; probabilities are rounded to the input dtype
   before they meet v, as PyTorch's fused kernels do.
@@ -41,6 +42,7 @@ from vidaccel.config import tuning_enabled
 from vidaccel.errors import first_line
 from vidaccel.kernels import tuning_cache
 from vidaccel.kernels.dispatch import Choice, record_choice, requested, tensors_problem, triton_device_problem
+from vidaccel.kernels.gemm_attention import MOST_KEYS, gemm_attention
 from vidaccel.kernels.launch import cdiv, launch, next_power_of_2
 
 __all__ = ["IMPLEMENTATIONS", "Blocks", "choose_blocks", "spatial_attention", "spatial_attention_ref"]
@@ -49,6 +51,7 @@ logger = logging.getLogger(__name__)
 
 OP = "spatial_attention"
 HEAD_DIMS = range(32, 161, 8)  # of the Triton kernel
+FUSED_HEAD_DIM = 256  # the widest that flash attention takes, anybody's
 GLUON_VERSIONS = ("3.6.", "3.7.")  # Triton's; Gluon changes from release to release
 FA3_MODULES = ("flash_attn_interface", "fa3_fwd_interface")
 MEASURED_KEYS = 81  # fewer keys and values, as a text has, leave nothing to win
@@ -186,8 +189,14 @@ def _spatial_attention_gluon(q: Tensor, k: Tensor, v: Tensor, num_heads: int, sc
     return _launch_gluon(q, k, v, num_heads, scale)
 
 
+@torch.library.custom_op("vidaccel::spatial_attention_gemm", mutates_args=())
+def _spatial_attention_gemm(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> Tensor:
+    return _launch_gemm(q, k, v, num_heads, scale)
+
+
 @_spatial_attention_triton.register_fake
 @_spatial_attention_gluon.register_fake
+@_spatial_attention_gemm.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> Tensor:
     return _empty_output(q)
 
@@ -207,6 +216,17 @@ def _launch_gluon(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float)
 
     out = _empty_output(q)
     launch(q, k, v, out, num_heads, scale)
+    return out
+
+
+def _run_gemm(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> Tensor:
+    run = _spatial_attention_gemm if torch.compiler.is_compiling() else _launch_gemm
+    return run(q, k, v, num_heads, scale)
+
+
+def _launch_gemm(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> Tensor:
+    out = _empty_output(q)
+    gemm_attention(q, k, v, out, num_heads, scale)
     return out
 
 
@@ -284,6 +304,19 @@ def _gluon_problem(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float
     return _ours_problem(q, k, v, scale)
 
 
+def _gemm_problem(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> str | None:
+    if problem := triton_device_problem(q):
+        return problem
+    if torch.version.hip is not None:
+        return "products of float16 left in float32 are cuBLAS's"
+    head_dim = q.shape[2] // num_heads
+    if head_dim <= FUSED_HEAD_DIM:
+        return f"it is for head_dim beyond {FUSED_HEAD_DIM}, got {head_dim}"
+    if k.shape[1] > MOST_KEYS:
+        return f"its softmax takes at most {MOST_KEYS} keys, got {k.shape[1]}"
+    return _ours_problem(q, k, v, scale)
+
+
 def _is_for_tma(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0 and x.stride(1) > 0
 
@@ -317,6 +350,7 @@ _cuda = torch.backends.cuda
 IMPLEMENTATIONS = {
     "fa3": Implementation(_run_fa3, _fa3_problem),
     "gluon": Implementation(_run_gluon, _gluon_problem),
+    "gemm": Implementation(_run_gemm, _gemm_problem),
     "cudnn": _backend(SDPBackend.CUDNN_ATTENTION, _cuda.can_use_cudnn_attention, competes=True),
     "torch": Implementation(_run_sdpa, _no_problem),
     "flash": _backend(SDPBackend.FLASH_ATTENTION, _cuda.can_use_flash_attention, competes=True),
@@ -324,7 +358,7 @@ IMPLEMENTATIONS = {
     "math": Implementation(functools.partial(_run_sdpa, backend=SDPBackend.MATH), _no_problem, competes=False),
     "triton": Implementation(_run_triton, _triton_problem),
 }
-OURS = ("gluon", "triton")
+OURS = ("gluon", "gemm", "triton")
 
 # What runs for a shape, and why ours does not if it failed; the keys are those of _shape.
 _chosen: dict[tuple[Any, ...], tuple[str, str]] = {}
@@ -357,9 +391,13 @@ def _choose(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float, impl:
 
 
 def _default(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> str:
-    """What runs where nothing is measured."""
-    hopper = q.is_cuda and torch.version.hip is None and _capability(q.device)[0] == 9
-    return "cudnn" if hopper and IMPLEMENTATIONS["cudnn"].problem(q, k, v, num_heads, scale) is None else "torch"
+    """What runs where nothing is measured: PyTorch's own choice, but for what is faster wherever it serves."""
+    if not q.is_cuda:
+        return "torch"
+    hopper = torch.version.hip is None and _capability(q.device)[0] == 9
+    faster = ["gemm"] * _is_large(q, k) + ["cudnn"] * hopper
+    serving = (name for name in faster if IMPLEMENTATIONS[name].problem(q, k, v, num_heads, scale) is None)
+    return next(serving, "torch")
 
 
 def _first_choice(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> tuple[str, str] | None:
@@ -383,8 +421,11 @@ def _first_choice(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float)
 
 def _measures(q: Tensor, k: Tensor) -> bool:
     """Whether a choice would be worth measuring for these."""
-    worth_it = k.shape[1] >= MEASURED_KEYS and 4 * q.numel() * k.shape[1] >= MEASURED_FLOPS
-    return q.is_cuda and worth_it and tuning_enabled()
+    return q.is_cuda and _is_large(q, k) and tuning_enabled()
+
+
+def _is_large(q: Tensor, k: Tensor) -> bool:
+    return k.shape[1] >= MEASURED_KEYS and 4 * q.numel() * k.shape[1] >= MEASURED_FLOPS
 
 
 def _cache_key(q: Tensor, k: Tensor, num_heads: int) -> dict[str, Any]:
@@ -396,6 +437,7 @@ def _cache_key(q: Tensor, k: Tensor, num_heads: int) -> dict[str, Any]:
         "triton": triton.__version__,
         "cudnn": torch.backends.cudnn.version(),
         "fa3": _fa3() is not None,
+        "competitors": [name for name, way in IMPLEMENTATIONS.items() if way.competes],
         "dtype": str(dtype),
         "batch_heads": batch_heads,
         "seq_q": seq_q,

@@ -19,6 +19,7 @@ from diffusers.models.unets.unet_motion_model import UNetMotionModel
 
 from vidaccel.blocks.activations import FusedGEGLU
 from vidaccel.blocks.attention import FusedTextTransformerBlock
+from vidaccel.blocks.convolution import FusedFewChannelConv2d
 from vidaccel.blocks.normalization import FusedGroupNorm
 from vidaccel.blocks.resnet import FusedResnetBlock2D
 from vidaccel.blocks.rules import ChannelsLastWeights, Family, NormOut, Processor, Swap
@@ -37,6 +38,7 @@ _BLOCK_RULES = (
     Swap(FusedGEGLU),
     Swap(FusedResnetBlock2D),
     Swap(FusedUpsample2D),
+    Swap(FusedFewChannelConv2d, names=("conv_in",)),
     Swap(FusedGroupNorm, names=("norm",)),
     Processor(),
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 
+from vidaccel.blocks.convolution import FusedFewChannelConv2d
 from vidaccel.blocks.normalization import FusedGroupNorm
 from vidaccel.blocks.resnet import FusedResnetBlock2D
 from vidaccel.blocks.rules import ChannelsLastWeights, Family, NormOut, Processor, Swap
@@ -28,6 +29,7 @@ FAMILY = Family(
             Swap(FusedDecoder),
             Swap(FusedResnetBlock2D),
             Swap(FusedUpsample2D),
+            Swap(FusedFewChannelConv2d, names=("conv_in",)),
             Swap(FusedGroupNorm, names=("group_norm",)),
             Processor(),
         ),

@@ -23,6 +23,7 @@ from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemp
 
 from vidaccel.blocks.activations import FusedGEGLU
 from vidaccel.blocks.attention import FusedBasicTransformerBlock, FusedTemporalBasicTransformerBlock
+from vidaccel.blocks.convolution import FusedFewChannelConv2d
 from vidaccel.blocks.normalization import FusedGroupNorm
 from vidaccel.blocks.resnet import (
     FusedAlphaBlender,
@@ -65,6 +66,7 @@ FAMILY = Family(
             NormOut(TemporalDecoder),
             NormOut(Encoder),
             Swap(FusedTemporalDecoder),
+            Swap(FusedFewChannelConv2d, names=("conv_in",)),
             *_RESNET_RULES,
         ),
     },

@@ -17,6 +17,7 @@ from diffusers.models.unets.unet_3d_condition import UNet3DConditionModel
 
 from vidaccel.blocks.activations import FusedGEGLU
 from vidaccel.blocks.attention import FusedTextTransformerBlock
+from vidaccel.blocks.convolution import FusedFewChannelConv2d
 from vidaccel.blocks.normalization import FusedGroupNorm
 from vidaccel.blocks.resnet import FusedResnetBlock2D, FusedTemporalConvLayer
 from vidaccel.blocks.rules import ChannelsLastWeights, Family, NormOut, Processor, Swap
@@ -35,6 +36,7 @@ BLOCK_RULES = (
     Swap(FusedTemporalConvLayer),
     Swap(FusedResnetBlock2D),
     Swap(FusedUpsample2D),
+    Swap(FusedFewChannelConv2d, names=("conv_in",)),
     Swap(FusedGEGLU),
     Swap(FusedGroupNorm, names=("norm",)),
     Processor(),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from block_checks import fused
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
 
 from vidaccel.blocks.attention_processor import FusedAttnProcessor2_0
+from vidaccel.blocks.normalization import FusedGroupNorm
 from vidaccel.blocks.site import Site
 from vidaccel.kernels import spatial_attention as op
 
@@ -50,6 +52,26 @@ def test_the_kernel_in_its_place(tokens: int, device: torch.device, monkeypatch:
     out, expected = both(attention(torch.float16).to(device), FusedAttnProcessor2_0(own), x, context)
     assert (out - expected).norm() <= 4 * torch.finfo(torch.float16).eps * expected.norm()
     assert own[0].implementations == {"triton"} and not own[0].fallbacks
+
+
+@torch.no_grad()
+def test_the_wide_head_of_a_vae_is_not_copied(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its image goes in and out channels-last, through the fused norm, and every reordering between is a view."""
+    monkeypatch.setenv("VIDACCEL_IMPL", "spatial_attention=gemm")
+    attn = Attention(288, heads=1, dim_head=288, bias=True, norm_num_groups=4, residual_connection=True)
+    attn = attn.to(device, torch.float16).eval()
+    x = torch.randn(2, 4, 5, 288, device=device).half().permute(0, 3, 1, 2)
+    expected, copied = attn(x), []
+    own = sites("spatial_attention", "unit_division")
+    attn.set_processor(FusedAttnProcessor2_0(own))
+    for layer in (attn.to_q, attn.to_out[0]):
+        layer.register_forward_pre_hook(lambda _, args: copied.append(not args[0].is_contiguous()))
+    with fused(attn.group_norm, FusedGroupNorm) as norm:
+        out = attn(x)
+    assert (out - expected).norm() <= 4 * torch.finfo(torch.float16).eps * expected.norm()
+    assert own[0].implementations == {"gemm"} and not own[0].fallbacks
+    assert norm["group_norm_silu"].implementations == {"triton"}
+    assert copied == [False, False] and out.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_kernel_that_does_not_serve_is_counted_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,6 +148,8 @@ def test_takes_any_row_strides(layout: Callable[[Tensor], Tensor], impl: str, de
         ("triton", torch.ones(1, 4, 336).half(), 1.0, "head_dim from 32 to 160 in steps of 8, got 168"),
         ("triton", torch.ones(1, 4, 64).half(), -1.0, "a positive scale, got -1.0"),
         ("triton", torch.ones(1, 64, 4).half().mT, 1.0, "a last stride of 1"),
+        ("gemm", torch.ones(1, 4, 512).half(), 1.0, "for head_dim beyond 256, got 256"),
+        ("gemm", torch.ones(1, 4, 576), 1.0, "takes float16 and bfloat16, q is torch.float32"),
         ("gluon", torch.ones(1, 4, 128).half(), 1.0, "for Hopper GPUs"),
         ("fa3", torch.ones(1, 4, 128).half(), 1.0, "needs a Hopper GPU"),
         ("cudnn", torch.ones(1, 4, 128).half(), 1.0, "this backend of PyTorch's attention needs a GPU, q is on cpu"),
@@ -157,7 +159,7 @@ def test_unserved_input(
     impl: str, q: Tensor, scale: float, reason: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An error if the implementation was forced, PyTorch's attention and a reason if it was only wished for."""
-    q = q.to(device) if impl == "triton" else q
+    q = q.to(device) if impl in ("triton", "gemm") else q
     with pytest.raises(ValueError, match=f"spatial_attention: impl='{impl}' cannot run: .*{re.escape(reason)}"):
         spatial_attention(q, q, q, 2, scale=scale, impl=impl)
     monkeypatch.setenv("VIDACCEL_IMPL", f"spatial_attention={impl}")
