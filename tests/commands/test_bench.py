@@ -15,7 +15,9 @@ import pytest
 import torch
 from triton.runtime import JITFunction
 
-from vidaccel.bench import variants
+from vidaccel.bench import measure, variants
+from vidaccel.bench.op_case import Provider
+from vidaccel.bench.op_cases import OPS
 from vidaccel.bench.ops import one_stage_kernels
 from vidaccel.bench.record import add_ratios, json_text, table
 from vidaccel.bench.settings import Settings
@@ -175,17 +177,61 @@ def test_a_real_model(bench: Bench, model: Path, image: Path) -> None:
     assert record["results"][1]["cold_start_s"] > 0
 
 
-@pytest.mark.parametrize("op", ["group_norm_silu", "temporal_attention", "upsample_conv"])
+PREFETCHING = {"add_layer_norm", "group_norm_silu", "temporal_attention"}
+
+
+@pytest.mark.parametrize("op", sorted(OPS.keys() - {"spatial_attention", "temporal_resnet_block"}))
 def test_op(bench: Bench, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VIDACCEL_IMPL")
     code, record = bench("--op", op, "--size", "tiny")
     assert code == 0
-    measured = rows(record)
-    assert ("tiny", "eager") in measured and ("tiny", "compile") in measured
-    assert ("tiny", "ours, one stage") in measured or op == "upsample_conv", "whose kernel has nothing to prefetch"
+    assert {row["scope"] for row in record["results"]} == {f"{op}: tiny"}
+    measured = {row["variant"]: row for row in record["results"]}
+    assert "eager" in measured and "compile" in measured
+    assert ("ours, one stage" in measured) == (op in PREFETCHING)
     for row in measured.values():
-        assert row["status"] == "ok" and row["error_to_reference"] < 1e-5 and row["gb_s"] > 0
-    assert measured["tiny", "ours"]["implementations"] == ["triton"]
+        assert row["status"] == "ok" and row["error_to_reference"] < 1e-5
+        assert row["gb_s"] == pytest.approx(row["bytes"] / row["median_ms"] / 1e6)
+        assert row["of_copy_bandwidth"] > 0 and (row.get("of_matmul_rate", 0) > 0) == ("flops" in row)
+    assert measured["ours"]["implementations"] == ["triton"]
+
+
+def test_all_ops_in_one_run(bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for op in ("geglu", "alpha_blend"):
+        monkeypatch.setitem(OPS, op, OPS[op]._replace(cases=(OPS[op].tiny, OPS[op].tiny._replace(name="again"))))
+    wrong = OPS["alpha_blend"].providers | {"ours": Provider(lambda spatial, *others: spatial + 1)}
+    monkeypatch.setitem(OPS, "alpha_blend", OPS["alpha_blend"]._replace(providers=wrong))
+    monkeypatch.setitem(OPS, "geglu", OPS["geglu"]._replace(reference=None))
+    for op in OPS.keys() - {"geglu", "alpha_blend"}:
+        monkeypatch.setitem(OPS, op, OPS[op]._replace(cases=()))
+    code, record = bench("--op", "all", "--quick", "--compile-backend", "eager")
+    assert code == 1 and record["complete"] and record["failed_ops"] == ["alpha_blend", "geglu"]
+    assert "failed: alpha_blend, geglu" in capsys.readouterr().out
+    measured = rows(record)
+    assert {row["status"] for row in record["results"] if row["scope"].startswith("geglu")} == {"failed"}
+    assert measured["alpha_blend: tiny", "ours"]["reason"].startswith("ArithmeticError: relative error")
+    assert measured["alpha_blend: again", "eager"]["status"] == "ok"
+    assert ("alpha_blend: again", "compile") not in measured, "of many ops only the first case is compiled"
+
+
+def test_all_ops_dry_run(bench: Bench) -> None:
+    code, record = bench("--op", "all", "--size", "tiny", "--quick")
+    assert code == 0 and record["failed_ops"] == []
+    assert list(record["shapes"]) == [f"{op}: tiny" for op in OPS]
+    block = {row["variant"]: row for row in record["results"] if row["scope"] == "temporal_resnet_block: tiny"}
+    assert block["ours"]["implementations"] == ["torch"] and block["ours"]["error_to_reference"] < 1e-5
+    assert "compile+channels_last+cudnn.benchmark" in block and not torch.backends.cudnn.benchmark
+
+
+def test_time_limit_of_ops(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OPS, "geglu", OPS["geglu"]._replace(reference=None))  # which is not even computed
+    code, record = bench("--op", "geglu", "--size", "tiny", "--time-limit", 0)
+    assert code == 0 and {row["reason"] for row in record["results"]} == {"the time limit was reached"}
+
+
+def test_a_graph_is_captured_in_the_second_call() -> None:
+    assert [measure._cold_calls("denoiser", variant) for variant in ("patched", "patched+cuda_graph")] == [1, 2]
+    assert measure._cold_calls("end-to-end", "patched+cuda_graph") == 1
 
 
 def test_op_of_many_implementations(bench: Bench) -> None:
@@ -193,8 +239,10 @@ def test_op_of_many_implementations(bench: Bench) -> None:
     assert code == 0
     measured = rows(record)
     for variant in ("eager", "ours"):
-        assert measured["tiny", variant]["error_to_reference"] < 1e-5 and measured["tiny", variant]["tflop_s"] > 0
-    assert measured["tiny", "gluon"]["status"] == "skipped" and "Hopper" in measured["tiny", "gluon"]["reason"]
+        row = measured["spatial_attention: tiny", variant]
+        assert row["error_to_reference"] < 1e-5 and row["tflop_s"] > 0
+    gluon = measured["spatial_attention: tiny", "gluon"]
+    assert gluon["status"] == "skipped" and "Hopper" in gluon["reason"]
 
 
 def test_one_stage_reaches_the_launches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +260,7 @@ def test_one_stage_reaches_the_launches(monkeypatch: pytest.MonkeyPatch) -> None
     ("options", "message"),
     [
         pytest.param(["--synthetic", "sora"], "svd, svd-xt", id="family"),
-        pytest.param(["--op", "matmul"], "there are group_norm_silu", id="op"),
+        pytest.param(["--op", "matmul"], "unknown; there are add_layer_norm, alpha_blend", id="op"),
         pytest.param(["--scope", "all"], "scopes are denoiser, vae, end-to-end", id="scope"),
         pytest.param(["--variants", "compile+faster"], "unknown faster", id="variant"),
         pytest.param(["--synthetic", "svd", "--size", "tiny", "--only", "no_op"], "ops are: ", id="site"),
@@ -318,4 +366,4 @@ def test_the_script_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     with pytest.raises(SystemExit) as exited:
         runpy.run_path(str(ROOT / "scripts" / "bench.py"), run_name="__main__")
     assert exited.value.code == 2
-    assert "there are group_norm_silu" in capsys.readouterr().err
+    assert "there are add_layer_norm" in capsys.readouterr().err
