@@ -13,9 +13,10 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime import JITFunction
 
-from vidaccel.bench import measure, variants
+from vidaccel.bench import measure, ops, variants
 from vidaccel.bench.op_case import Provider
 from vidaccel.bench.op_cases import OPS
 from vidaccel.bench.ops import one_stage_kernels
@@ -223,6 +224,25 @@ def test_all_ops_dry_run(bench: Bench) -> None:
     assert "compile+channels_last+cudnn.benchmark" in block and not torch.backends.cudnn.benchmark
 
 
+@pytest.mark.parametrize("name", sorted(OPS.keys() - {"spatial_attention", "temporal_resnet_block"}))
+@torch.no_grad()
+def test_full_size_cases_fit_their_op(name: str, plain_pytorch: None) -> None:
+    op = OPS[name]
+    assert op.cases
+    with FakeTensorMode():
+        for case in op.cases:
+            arguments = op.build(*ops._random_tensors(case, CPU, torch.float16, seed=0))
+            gold = [x.shape for x in ops._tensors(op.reference(*arguments, *case.scalars))]
+            for variant in op.providers.keys() & {"eager", "ours"}:
+                provider = op.providers[variant]
+                prepared = provider.prepare(*arguments, *case.scalars)
+                outputs = ops._tensors(provider.run(*prepared, *case.scalars))
+                assert [x.numel() for x in outputs] == [shape.numel() for shape in gold]
+            moved = op.numbers(case) * 2
+            assert moved >= sum(x.nbytes for x in arguments if isinstance(x, torch.Tensor))
+            assert op.flops is None or op.flops(case) > 0
+
+
 def test_time_limit_of_ops(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(OPS, "geglu", OPS["geglu"]._replace(reference=None))  # which is not even computed
     code, record = bench("--op", "geglu", "--size", "tiny", "--time-limit", 0)
@@ -359,6 +379,59 @@ def test_the_readme_tables_are_drawn_from_records(
     assert "\nold\n" not in text and "| svd vae, 3x4x16x16, float32 |" in text and f"`{record['command']}`" in text
     readme.write_text("no marks\n")
     assert draw() not in (0, None) and readme.read_text() == "no marks\n"
+
+
+def _record(device: str, subject: Record, *results: Record) -> Record:
+    for row in results:
+        row.setdefault("status", "ok")
+    add_ratios(list(results))
+    return {
+        "command": f"vidaccel bench {subject}",
+        "environment": {"device": device, "date": "2026-11-23T00:00:00", "commit": None}
+        | dict.fromkeys(("torch", "triton", "diffusers"), "1.0"),
+        "subject": subject,
+        "dtype": "float16",
+        "shapes": {"denoiser": [{"sample": "2x14"}]},
+        "results": list(results),
+    }
+
+
+def test_tables_of_many_records() -> None:
+    measured = {"scope": "denoiser", "cold_start_s": 2.0, "peak_memory_gib": 1.25}
+    calls = _record(
+        "H200",
+        {"synthetic": "svd"},
+        measured | {"variant": "eager", "median_ms": 200.0, "error_to_reference": 2e-3},
+        measured | {"variant": "compile", "median_ms": 160.0},
+        measured | {"variant": "compile+channels_last", "median_ms": 170.0},
+        measured
+        | {"variant": "patched+cuda_graph", "median_ms": 80.0, "peak_reserved_gib": 3.0}
+        | {"error_to_reference": 1e-3, "error_to_eager": 3e-3, "psnr_min_to_eager_db": "inf"},
+        {"scope": "denoiser", "variant": "patched+compile", "status": "failed", "reason": "OutOfMemoryError: 80 GiB"},
+    )
+    rates = {"scope": "geglu: level 0", "gb_s": 3000.0, "of_copy_bandwidth": 0.75}
+    kernels = _record(
+        "H200",
+        {"op": "all"},
+        rates | {"variant": "eager", "median_ms": 3.0},
+        rates | {"variant": "ours", "median_ms": 1.0},
+        rates | {"variant": "ours, one stage", "median_ms": 1.5},
+        rates | {"variant": "ours+cudnn.benchmark", "status": "failed", "reason": "RuntimeError: no"},
+    )
+    draw = runpy.run_path(str(ROOT / "scripts" / "draw_benchmarks.py"))["draw"]
+    lines = draw([_record("x86_64 CPU", {"model": "models/tiny"}), calls, kernels]).splitlines()
+    assert lines.index("On one x86_64 CPU:") < lines.index("On one H200:")
+    assert [line for line in lines if line.startswith(("| svd", "|  |"))] == [
+        "| svd denoiser, 2x14, float16 | eager | 200 ms | 1.00 | 1.25 | 2 s | 1.2 GiB | 2.0e-03, - | - |",
+        "|  | compile | 160 ms | 0.80 | 1.00 | 2 s | 1.2 GiB | -, - | - |",
+        "|  | patched+cuda_graph | 80 ms | 0.40 | 0.50 | 2 s | 1.2 GiB (3.0) | 1.0e-03, 3.0e-03 | inf dB |",
+        "|  | patched+compile | failed: OutOfMemoryError: 80 GiB | - | - | - | - | - | - |",
+    ]
+    assert [line for line in lines if line.startswith("| geglu")] == [
+        "| geglu: level 0, float16 | 3 ms | - | 1 ms | 3.00 | - | 75% (3000 GB/s) | - | 1.50 |",
+        "| geglu: level 0, float16 with cudnn.benchmark | 3 ms | - | failed: RuntimeError: no | - | - | - | - | - |",
+    ]
+    assert sum(line.startswith("- `vidaccel bench") for line in lines) == 3
 
 
 def test_the_script_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
