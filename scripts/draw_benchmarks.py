@@ -10,11 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vidaccel.bench.record import best_compile
+from vidaccel.bench.record import best_compile, is_compile_baseline
 
 RECORDS = Path(__file__).resolve().parents[1] / "samples" / "benchmarks"
 BEGIN, END = "<!-- benchmarks -->\n", "<!-- /benchmarks -->\n"
@@ -41,15 +41,19 @@ def main() -> int:
 
 
 def draw(records: list[dict[str, Any]]) -> str:
-    """Markdown: a table of calls, a table of ops, and where each record comes from."""
-    pipelines = [record for record in records if "op" not in record["subject"]]
-    ops = [record for record in records if "op" in record["subject"]]
-    tables = [
-        _table(_CALL_COLUMNS, (_call_row(record, scope) for record in pipelines for scope in _scopes(record))),
-        _table(_OP_COLUMNS, (_op_row(record, case) for record in ops for case in _scopes(record))),
-        "\n".join(_origin(record) for record in records),
-    ]
-    return "\n\n".join(filter(None, tables)) + "\n"
+    """Markdown: for each device a table of calls and a table of ops, then where each record comes from."""
+    devices = dict.fromkeys(record["environment"]["device"] for record in records)
+    parts = [part for device in devices for part in _tables(device, records)]
+    return "\n\n".join([*parts, "\n".join(_origin(record) for record in records)]) + "\n"
+
+
+def _tables(device: str, records: list[dict[str, Any]]) -> list[str]:
+    here = [record for record in records if record["environment"]["device"] == device]
+    pipelines = [record for record in here if "op" not in record["subject"]]
+    ops = [record for record in here if "op" in record["subject"]]
+    calls = _table(_CALL_COLUMNS, (row for record in pipelines for row in _call_rows(record)))
+    kernels = _table(_OP_COLUMNS, (row for record in ops for row in _op_rows(record)))
+    return list(filter(None, (f"On one {device}:", calls, kernels)))
 
 
 def placed(drawn: str, text: str) -> str:
@@ -63,43 +67,78 @@ def placed(drawn: str, text: str) -> str:
 
 _CALL_COLUMNS = (
     "call",
+    "variant",
+    "median",
+    "of eager",
+    "of best torch.compile",
+    "cold start",
+    "peak memory (reserved)",
+    "relative error to float32, to eager",
+    "worst PSNR to eager",
+)
+_OP_COLUMNS = (
+    "op",
     "eager",
     "best torch.compile",
-    "patched (of eager, of compile)",
-    "patched + torch.compile",
-    "cold start: compile, patched",
-    "peak memory: eager, patched",
-    "error against float32: eager, patched",
+    "ours",
+    "x eager",
+    "x torch.compile",
+    "of copy bandwidth",
+    "of matmul rate",
+    "gained by prefetch",
 )
-_OP_COLUMNS = ("op", "eager", "best torch.compile", "ours (of eager, of compile)", "of copy bandwidth", "one stage")
 
 
-def _call_row(record: dict[str, Any], scope: str) -> list[str]:
-    rows = _measured(record, scope)
-    eager, patched = rows.get("eager"), rows.get("patched")
-    compiled = best_compile(record["results"], scope)
+def _call_rows(record: dict[str, Any]) -> Iterator[list[str]]:
+    """A row per scope and variant; of the torch.compile baselines only the fastest, the record has the others."""
+    for scope in _scopes(record):
+        compiled = best_compile(record["results"], scope)
+        call = f"{_subject(record)} {scope}, {_shape(record, scope)}, {record['dtype']}"
+        for row in record["results"]:
+            slower = is_compile_baseline(row["variant"]) and row["status"] == "ok" and row is not compiled
+            if row["scope"] == scope and not slower:
+                yield [call, *_call_cells(row)]
+                call = ""  # said once
+
+
+def _call_cells(row: Row) -> list[str]:
+    if row["status"] != "ok":
+        return [row["variant"], f"{row['status']}: {row['reason']}", *[NONE] * 6]
+    memory, reserved = row.get("peak_memory_gib"), row.get("peak_reserved_gib")
     return [
-        f"{_subject(record)} {scope}, {_shape(record, scope)}, {record['dtype']}",
-        _milliseconds(eager),
-        f"{_milliseconds(compiled)} ({compiled['variant']})" if compiled else NONE,
-        _with_ratios(patched),
-        _with_ratios(rows.get("patched+compile")),
-        _pair(compiled, patched, "cold_start_s", "{:.3g} s".format),
-        _pair(eager, patched, "peak_memory_gib", "{:.1f} GiB".format),
-        _pair(eager, patched, "error_to_reference", "{:.1e}".format),
+        row["variant"],
+        _milliseconds(row),
+        _shown(row, "of_eager", "{:.2f}"),
+        _shown(row, "of_best_compile", "{:.2f}"),
+        _shown(row, "cold_start_s", "{:.3g} s"),
+        NONE if memory is None else f"{memory:.1f} GiB" + (f" ({reserved:.1f})" if reserved is not None else ""),
+        f"{_shown(row, 'error_to_reference', '{:.1e}')}, {_shown(row, 'error_to_eager', '{:.1e}')}",
+        _shown(row, "psnr_min_to_eager_db", "{:.1f} dB"),
     ]
 
 
-def _op_row(record: dict[str, Any], case: str) -> list[str]:
-    rows = _measured(record, case)
-    ours = rows.get("ours")
+def _op_rows(record: dict[str, Any]) -> Iterator[list[str]]:
+    """A row per case, or several where ours was measured under several settings."""
+    for row in record["results"]:
+        if row["variant"].partition("+")[0] == "ours":
+            settings = row["variant"].removeprefix("ours").replace("+", " with ")
+            yield [f"{row['scope']}, {record['dtype']}{settings}", *_op_cells(record, row)]
+
+
+def _op_cells(record: dict[str, Any], ours: Row) -> list[str]:
+    rows, compiled = _measured(record, ours["scope"]), best_compile(record["results"], ours["scope"])
+    baselines = [_milliseconds(rows.get("eager")), _milliseconds(compiled)]
+    if ours["status"] != "ok":
+        return [*baselines, f"{ours['status']}: {ours['reason']}", *[NONE] * 5]
+    rate = f"{_shown(ours, 'of_matmul_rate', '{:.0%}')} ({_shown(ours, 'tflop_s', '{:.0f} TFLOP/s')})"
     return [
-        f"{record['subject']['op']}, {case}, {record['dtype']}",
-        _milliseconds(rows.get("eager")),
-        _milliseconds(best_compile(record["results"], case)),
-        _with_ratios(ours),
-        f"{ours['of_copy_bandwidth']:.0%}" if ours else NONE,
-        _milliseconds(rows.get("ours, one stage")),
+        *baselines,
+        _milliseconds(ours),
+        _times_faster(ours, rows.get("eager")),
+        _times_faster(ours, compiled),
+        f"{_shown(ours, 'of_copy_bandwidth', '{:.0%}')} ({_shown(ours, 'gb_s', '{:.0f} GB/s')})",
+        rate if "tflop_s" in ours else NONE,
+        _times_faster(ours, rows.get(f"{ours['variant']}, one stage")),
     ]
 
 
@@ -131,16 +170,14 @@ def _milliseconds(row: Row | None) -> str:
     return f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"
 
 
-def _with_ratios(row: Row | None) -> str:
-    if row is None:
-        return NONE
-    ratios = (f"{row[name]:.2f}" for name in ("of_eager", "of_best_compile") if row.get(name) is not None)
-    return f"{_milliseconds(row)} ({', '.join(ratios)})"
+def _times_faster(row: Row, other: Row | None) -> str:
+    return NONE if other is None else f"{other['median_ms'] / row['median_ms']:.2f}"
 
 
-def _pair(first: Row | None, second: Row | None, key: str, show: Callable[[Any], str]) -> str:
-    values = [None if row is None else row.get(key) for row in (first, second)]
-    return ", ".join(NONE if value is None else show(value) for value in values)
+def _shown(row: Row, key: str, form: str) -> str:
+    """A figure of ``row``; those that JSON has no number for come as strings."""
+    value = row.get(key)
+    return NONE if value is None else form.format(float(value))
 
 
 def _table(columns: tuple[str, ...], rows: Iterable[list[str]]) -> str:

@@ -13,9 +13,12 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime import JITFunction
 
-from vidaccel.bench import variants
+from vidaccel.bench import measure, ops, variants
+from vidaccel.bench.op_case import Provider
+from vidaccel.bench.op_cases import OPS
 from vidaccel.bench.ops import one_stage_kernels
 from vidaccel.bench.record import add_ratios, json_text, table
 from vidaccel.bench.settings import Settings
@@ -175,17 +178,80 @@ def test_a_real_model(bench: Bench, model: Path, image: Path) -> None:
     assert record["results"][1]["cold_start_s"] > 0
 
 
-@pytest.mark.parametrize("op", ["group_norm_silu", "temporal_attention", "upsample_conv"])
+PREFETCHING = {"add_layer_norm", "group_norm_silu", "temporal_attention"}
+
+
+@pytest.mark.parametrize("op", sorted(OPS.keys() - {"spatial_attention", "temporal_resnet_block"}))
 def test_op(bench: Bench, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VIDACCEL_IMPL")
     code, record = bench("--op", op, "--size", "tiny")
     assert code == 0
-    measured = rows(record)
-    assert ("tiny", "eager") in measured and ("tiny", "compile") in measured
-    assert ("tiny", "ours, one stage") in measured or op == "upsample_conv", "whose kernel has nothing to prefetch"
+    assert {row["scope"] for row in record["results"]} == {f"{op}: tiny"}
+    measured = {row["variant"]: row for row in record["results"]}
+    assert "eager" in measured and "compile" in measured
+    assert ("ours, one stage" in measured) == (op in PREFETCHING)
     for row in measured.values():
-        assert row["status"] == "ok" and row["error_to_reference"] < 1e-5 and row["gb_s"] > 0
-    assert measured["tiny", "ours"]["implementations"] == ["triton"]
+        assert row["status"] == "ok" and row["error_to_reference"] < 1e-5
+        assert row["gb_s"] == pytest.approx(row["bytes"] / row["median_ms"] / 1e6)
+        assert row["of_copy_bandwidth"] > 0 and (row.get("of_matmul_rate", 0) > 0) == ("flops" in row)
+    assert measured["ours"]["implementations"] == ["triton"]
+
+
+def test_all_ops_in_one_run(bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for op in ("geglu", "alpha_blend"):
+        monkeypatch.setitem(OPS, op, OPS[op]._replace(cases=(OPS[op].tiny, OPS[op].tiny._replace(name="again"))))
+    wrong = OPS["alpha_blend"].providers | {"ours": Provider(lambda spatial, *others: spatial + 1)}
+    monkeypatch.setitem(OPS, "alpha_blend", OPS["alpha_blend"]._replace(providers=wrong))
+    monkeypatch.setitem(OPS, "geglu", OPS["geglu"]._replace(reference=None))
+    for op in OPS.keys() - {"geglu", "alpha_blend"}:
+        monkeypatch.setitem(OPS, op, OPS[op]._replace(cases=()))
+    code, record = bench("--op", "all", "--quick", "--compile-backend", "eager")
+    assert code == 1 and record["complete"] and record["failed_ops"] == ["alpha_blend", "geglu"]
+    assert "failed: alpha_blend, geglu" in capsys.readouterr().out
+    measured = rows(record)
+    assert {row["status"] for row in record["results"] if row["scope"].startswith("geglu")} == {"failed"}
+    assert measured["alpha_blend: tiny", "ours"]["reason"].startswith("ArithmeticError: relative error")
+    assert measured["alpha_blend: again", "eager"]["status"] == "ok"
+    assert ("alpha_blend: again", "compile") not in measured, "of many ops only the first case is compiled"
+
+
+def test_all_ops_dry_run(bench: Bench) -> None:
+    code, record = bench("--op", "all", "--size", "tiny", "--quick")
+    assert code == 0 and record["failed_ops"] == []
+    assert list(record["shapes"]) == [f"{op}: tiny" for op in OPS]
+    block = {row["variant"]: row for row in record["results"] if row["scope"] == "temporal_resnet_block: tiny"}
+    assert block["ours"]["implementations"] == ["torch"] and block["ours"]["error_to_reference"] < 1e-5
+    assert "compile+channels_last+cudnn.benchmark" in block and not torch.backends.cudnn.benchmark
+
+
+@pytest.mark.parametrize("name", sorted(OPS.keys() - {"spatial_attention", "temporal_resnet_block"}))
+@torch.no_grad()
+def test_full_size_cases_fit_their_op(name: str, plain_pytorch: None) -> None:
+    op = OPS[name]
+    assert op.cases
+    with FakeTensorMode():
+        for case in op.cases:
+            arguments = op.build(*ops._random_tensors(case, CPU, torch.float16, seed=0))
+            gold = [x.shape for x in ops._tensors(op.reference(*arguments, *case.scalars))]
+            for variant in op.providers.keys() & {"eager", "ours"}:
+                provider = op.providers[variant]
+                prepared = provider.prepare(*arguments, *case.scalars)
+                outputs = ops._tensors(provider.run(*prepared, *case.scalars))
+                assert [x.numel() for x in outputs] == [shape.numel() for shape in gold]
+            moved = op.numbers(case) * 2
+            assert moved >= sum(x.nbytes for x in arguments if isinstance(x, torch.Tensor))
+            assert op.flops is None or op.flops(case) > 0
+
+
+def test_time_limit_of_ops(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OPS, "geglu", OPS["geglu"]._replace(reference=None))  # which is not even computed
+    code, record = bench("--op", "geglu", "--size", "tiny", "--time-limit", 0)
+    assert code == 0 and {row["reason"] for row in record["results"]} == {"the time limit was reached"}
+
+
+def test_a_graph_is_captured_in_the_second_call() -> None:
+    assert [measure._cold_calls("denoiser", variant) for variant in ("patched", "patched+cuda_graph")] == [1, 2]
+    assert measure._cold_calls("end-to-end", "patched+cuda_graph") == 1
 
 
 def test_op_of_many_implementations(bench: Bench) -> None:
@@ -193,8 +259,10 @@ def test_op_of_many_implementations(bench: Bench) -> None:
     assert code == 0
     measured = rows(record)
     for variant in ("eager", "ours"):
-        assert measured["tiny", variant]["error_to_reference"] < 1e-5 and measured["tiny", variant]["tflop_s"] > 0
-    assert measured["tiny", "gluon"]["status"] == "skipped" and "Hopper" in measured["tiny", "gluon"]["reason"]
+        row = measured["spatial_attention: tiny", variant]
+        assert row["error_to_reference"] < 1e-5 and row["tflop_s"] > 0
+    gluon = measured["spatial_attention: tiny", "gluon"]
+    assert gluon["status"] == "skipped" and "Hopper" in gluon["reason"]
 
 
 def test_one_stage_reaches_the_launches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +280,7 @@ def test_one_stage_reaches_the_launches(monkeypatch: pytest.MonkeyPatch) -> None
     ("options", "message"),
     [
         pytest.param(["--synthetic", "sora"], "svd, svd-xt", id="family"),
-        pytest.param(["--op", "matmul"], "there are group_norm_silu", id="op"),
+        pytest.param(["--op", "matmul"], "unknown; there are add_layer_norm, alpha_blend", id="op"),
         pytest.param(["--scope", "all"], "scopes are denoiser, vae, end-to-end", id="scope"),
         pytest.param(["--variants", "compile+faster"], "unknown faster", id="variant"),
         pytest.param(["--synthetic", "svd", "--size", "tiny", "--only", "no_op"], "ops are: ", id="site"),
@@ -313,9 +381,62 @@ def test_the_readme_tables_are_drawn_from_records(
     assert draw() not in (0, None) and readme.read_text() == "no marks\n"
 
 
+def _record(device: str, subject: Record, *results: Record) -> Record:
+    for row in results:
+        row.setdefault("status", "ok")
+    add_ratios(list(results))
+    return {
+        "command": f"vidaccel bench {subject}",
+        "environment": {"device": device, "date": "2026-11-23T00:00:00", "commit": None}
+        | dict.fromkeys(("torch", "triton", "diffusers"), "1.0"),
+        "subject": subject,
+        "dtype": "float16",
+        "shapes": {"denoiser": [{"sample": "2x14"}]},
+        "results": list(results),
+    }
+
+
+def test_tables_of_many_records() -> None:
+    measured = {"scope": "denoiser", "cold_start_s": 2.0, "peak_memory_gib": 1.25}
+    calls = _record(
+        "H200",
+        {"synthetic": "svd"},
+        measured | {"variant": "eager", "median_ms": 200.0, "error_to_reference": 2e-3},
+        measured | {"variant": "compile", "median_ms": 160.0},
+        measured | {"variant": "compile+channels_last", "median_ms": 170.0},
+        measured
+        | {"variant": "patched+cuda_graph", "median_ms": 80.0, "peak_reserved_gib": 3.0}
+        | {"error_to_reference": 1e-3, "error_to_eager": 3e-3, "psnr_min_to_eager_db": "inf"},
+        {"scope": "denoiser", "variant": "patched+compile", "status": "failed", "reason": "OutOfMemoryError: 80 GiB"},
+    )
+    rates = {"scope": "geglu: level 0", "gb_s": 3000.0, "of_copy_bandwidth": 0.75}
+    kernels = _record(
+        "H200",
+        {"op": "all"},
+        rates | {"variant": "eager", "median_ms": 3.0},
+        rates | {"variant": "ours", "median_ms": 1.0},
+        rates | {"variant": "ours, one stage", "median_ms": 1.5},
+        rates | {"variant": "ours+cudnn.benchmark", "status": "failed", "reason": "RuntimeError: no"},
+    )
+    draw = runpy.run_path(str(ROOT / "scripts" / "draw_benchmarks.py"))["draw"]
+    lines = draw([_record("x86_64 CPU", {"model": "models/tiny"}), calls, kernels]).splitlines()
+    assert lines.index("On one x86_64 CPU:") < lines.index("On one H200:")
+    assert [line for line in lines if line.startswith(("| svd", "|  |"))] == [
+        "| svd denoiser, 2x14, float16 | eager | 200 ms | 1.00 | 1.25 | 2 s | 1.2 GiB | 2.0e-03, - | - |",
+        "|  | compile | 160 ms | 0.80 | 1.00 | 2 s | 1.2 GiB | -, - | - |",
+        "|  | patched+cuda_graph | 80 ms | 0.40 | 0.50 | 2 s | 1.2 GiB (3.0) | 1.0e-03, 3.0e-03 | inf dB |",
+        "|  | patched+compile | failed: OutOfMemoryError: 80 GiB | - | - | - | - | - | - |",
+    ]
+    assert [line for line in lines if line.startswith("| geglu")] == [
+        "| geglu: level 0, float16 | 3 ms | - | 1 ms | 3.00 | - | 75% (3000 GB/s) | - | 1.50 |",
+        "| geglu: level 0, float16 with cudnn.benchmark | 3 ms | - | failed: RuntimeError: no | - | - | - | - | - |",
+    ]
+    assert sum(line.startswith("- `vidaccel bench") for line in lines) == 3
+
+
 def test_the_script_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["scripts/bench.py", "--op", "no-op"])
     with pytest.raises(SystemExit) as exited:
         runpy.run_path(str(ROOT / "scripts" / "bench.py"), run_name="__main__")
     assert exited.value.code == 2
-    assert "there are group_norm_silu" in capsys.readouterr().err
+    assert "there are add_layer_norm" in capsys.readouterr().err

@@ -14,7 +14,8 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from vidaccel.bench.measure import SCOPES, measure_pipeline
-from vidaccel.bench.ops import OPS, measure_op
+from vidaccel.bench.op_cases import OPS
+from vidaccel.bench.ops import measure_ops
 from vidaccel.bench.record import Recorder, environment, table
 from vidaccel.bench.settings import Settings
 from vidaccel.bench.synthetic import build_pipeline, pipeline_inputs, specification
@@ -59,6 +60,8 @@ def benchmark(args: argparse.Namespace, command_line: str) -> int:
     measure(recorder)
     recorder.finish()
     print(table(recorder.rows))
+    if failed := recorder.record.get("failed_ops"):
+        print(f"failed: {', '.join(failed)}")
     for variant, patch in recorder.record.get("patch_reports", {}).items():
         print(f"{variant}: {_in_short(patch)}")
     print("ceilings of this run: " + ", ".join(f"{name} {value:.4g}" for name, value in limits.items()))
@@ -96,9 +99,10 @@ def _settings(args: argparse.Namespace, device: torch.device) -> Settings:
 def _prepare_op(
     args: argparse.Namespace, device: torch.device, dtype: torch.dtype, settings: Settings
 ) -> Callable[[Recorder], None]:
-    if args.op not in OPS:
-        raise UsageError(f"--op {args.op}: unknown; there are {', '.join(OPS)}")
-    return partial(measure_op, OPS[args.op], args.size, device, dtype, settings)
+    names = list(OPS) if args.op == "all" else [args.op]
+    if unknown := set(names) - set(OPS):
+        raise UsageError(f"--op {unknown.pop()}: unknown; there are {', '.join(OPS)}, and all")
+    return partial(measure_ops, names, args.size, device, dtype, settings)
 
 
 def _prepare_pipeline(

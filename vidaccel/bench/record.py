@@ -123,8 +123,8 @@ class Recorder:
 
     def measure(self, scope: str, variant: str, work: Callable[[], Row]) -> None:
         """Add the row that ``work`` returns; if it fails, or there is no time for it, a row that says so."""
-        if time.monotonic() > self._deadline:
-            self.skip(scope, variant, "the time limit was reached")
+        if self.out_of_time:
+            self.skip_for_time(scope, variant)
             return
         self._bar.set_description(f"{scope}: {variant}")
         try:
@@ -138,6 +138,14 @@ class Recorder:
     def skip(self, scope: str, variant: str, reason: str) -> None:
         """Add a row for what is not tried."""
         self._add(scope, variant, "skipped", {"reason": reason})
+
+    @property
+    def out_of_time(self) -> bool:
+        return time.monotonic() > self._deadline
+
+    def skip_for_time(self, scope: str, variant: str) -> None:
+        """Add a row for what there was no time for."""
+        self.skip(scope, variant, "the time limit was reached")
 
     def fail(self, scope: str, variant: str, error: Exception) -> None:
         """Add a row for what did not work."""
@@ -204,6 +212,8 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("gb_s", "GB/s", _number(0)),
     ("of_copy_bandwidth", "of copy", _number(2)),
     ("tflop_s", "TFLOP/s", _number(2)),
+    ("of_matmul_rate", "of matmul", _number(2)),
+    ("bound", "bound by", str),
     ("cold_start_s", "cold start s", _number(1)),
     ("peak_memory_gib", "peak GiB", _number(2)),
     ("peak_reserved_gib", "reserved GiB", _number(2)),
@@ -221,7 +231,9 @@ def table(rows: list[Row]) -> str:
     used = [i for i in range(len(_COLUMNS)) if any(line[i] for line in cells)]
     lines = [[_COLUMNS[i][1] for i in used], *([line[i] for i in used] for line in cells)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    texts = {i for i, column in enumerate(used) if _COLUMNS[column][0] in ("scope", "variant", "status", "reason")}
+    texts = {
+        i for i, column in enumerate(used) if _COLUMNS[column][0] in ("scope", "variant", "bound", "status", "reason")
+    }
     return "\n".join(
         "  ".join(
             cell.ljust(width) if i in texts else cell.rjust(width)

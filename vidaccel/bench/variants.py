@@ -20,7 +20,7 @@ from vidaccel.errors import UsageError
 from vidaccel.patching import patch_pipeline
 from vidaccel.report import PatchReport
 
-__all__ = ["BASELINES", "DEFAULT", "applied", "measured_modules", "parse_variants"]
+__all__ = ["BASELINES", "DEFAULT", "applied", "cudnn_benchmark", "measured_modules", "parse_variants"]
 
 PARTS = ("channels_last", "cudnn.benchmark", "patched", "cuda_graph", "compile")
 DEFAULT = ("eager", "patched", "compile", "patched+compile")
@@ -60,7 +60,7 @@ def applied(variant: str, pipe: DiffusionPipeline, settings: Settings) -> Iterat
             for module in modules:
                 undo.enter_context(_channels_last(module))
         if "cudnn.benchmark" in parts:
-            undo.enter_context(_cudnn_benchmark())
+            undo.enter_context(cudnn_benchmark())
         report = None
         if "patched" in parts:
             cuda_graph = "cuda_graph" in parts
@@ -79,7 +79,8 @@ def _forget_compiled_code() -> None:
 
 
 @contextmanager
-def _cudnn_benchmark() -> Iterator[None]:
+def cudnn_benchmark() -> Iterator[None]:
+    """Let cuDNN try its algorithms out inside the ``with`` block."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:

@@ -55,7 +55,7 @@ class Packed:
         self._made_from: tuple[Any, ...] = ()
         self._packed: Tensor | None = None
 
-    def of(self, parameter: nn.Parameter, pack: Callable[[Tensor], Tensor]) -> Tensor:
+    def of(self, parameter: Tensor, pack: Callable[[Tensor], Tensor]) -> Tensor:
         """``pack(parameter)``, kept between calls; a graph under compilation computes it for itself."""
         if torch.compiler.is_compiling():
             return pack(parameter)
