@@ -14,7 +14,6 @@ residual), writes y (and z); with residual and one of the others eager makes 7 s
 
 from __future__ import annotations
 
-import functools
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -24,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidaccel.kernels.dispatch import choose, tensors_problem
-from vidaccel.kernels.launch import cdiv, launch, next_power_of_2
+from vidaccel.kernels.launch import Launch, prepared
 
 __all__ = ["RowTo", "add_layer_norm", "add_layer_norm_ref"]
 
@@ -117,7 +116,6 @@ TILE_BYTES = 2048
 RESIDENT_BYTES = 132 * 16 * TILE_BYTES  # sixteen small tiles on every multiprocessor of an H100 or H200
 
 
-@functools.cache
 def _tiling(block_c: int, itemsize: int) -> _Tiling:
     row_bytes = block_c * itemsize
     # few warps to a row: each more makes both reductions wait for one another; two half-precision rows fill a warp
@@ -128,6 +126,34 @@ def _tiling(block_c: int, itemsize: int) -> _Tiling:
 def _stages(has_residual: bool, has_row: bool) -> int:
     # measured on an H200 at C = 320, 640 and 1280: x and the residual overlap well enough with one tile ahead
     return 2 if has_residual and not has_row else 3
+
+
+@prepared
+def _prepare(
+    samples: int,
+    sample_rows: int,
+    channels: int,
+    positions: int,
+    eps: float,
+    has_residual: bool,
+    has_row: bool,
+    row_to: str,
+    itemsize: int,
+    tiling: _Tiling | None,
+    stages: int | None,
+) -> Launch:
+    """``positions`` is 0 where there are none."""
+    rows = samples * sample_rows
+    block_c = triton.next_power_of_2(channels)
+    block_m, programs, num_warps = tiling or _tiling(block_c, itemsize)
+    return Launch(
+        _add_layer_norm_kernel, (min(triton.cdiv(rows, block_m), programs),),
+        rows, sample_rows, channels, max(positions, 1),
+        eps,
+        HAS_RESIDUAL=has_residual, HAS_ROW=has_row, HAS_POSITION=positions > 0, ROW_TO=row_to,
+        BLOCK_M=block_m, BLOCK_C=block_c, STAGES=stages or _stages(has_residual, has_row),
+        num_warps=num_warps,
+    )  # fmt: skip
 
 
 def _launch(
@@ -148,21 +174,13 @@ def _launch(
     ``stages - 1`` tiles are fetched ahead of the one being worked on.
     """
     outputs = _empty_outputs(x, residual, row, row_to)
-    samples, sample_rows, channels = x.shape
-    block_c = next_power_of_2(channels)
-    block_m, programs, num_warps = tiling or _tiling(block_c, x.itemsize)
-    rows = samples * sample_rows
+    positions = 0 if position is None else position.shape[0]
+    flags = residual is not None, row is not None, row_to
+    launch = _prepare(*x.shape, positions, eps, *flags, x.itemsize, tiling, stages)
     launch(
-        _add_layer_norm_kernel, (min(cdiv(rows, block_m), programs),),
         x.contiguous(), _contiguous(residual), _contiguous(row), _contiguous(position),
         weight.contiguous(), bias.contiguous(),
         outputs[0], outputs[-1],
-        rows, sample_rows, channels, 1 if position is None else len(position),
-        eps,
-        HAS_RESIDUAL=residual is not None, HAS_ROW=row is not None, HAS_POSITION=position is not None,
-        ROW_TO=row_to,
-        BLOCK_M=block_m, BLOCK_C=block_c, STAGES=stages or _stages(residual is not None, row is not None),
-        num_warps=num_warps,
     )  # fmt: skip
     return outputs
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidaccel.kernels.dispatch import choose, tensors_problem
-from vidaccel.kernels.launch import cdiv, launch
+from vidaccel.kernels.launch import Launch, prepared
 
 __all__ = ["alpha_blend", "alpha_blend_ref", "blend"]
 
@@ -86,6 +86,16 @@ def _alpha_blend_kernel(
     tl.store(out_ptr + offs, out, mask=mask)
 
 
+@prepared
+def _prepare(frame_size: int, frames: int, has_residual: bool, has_image_only: bool, spatial_is_second: bool) -> Launch:
+    return Launch(
+        _alpha_blend_kernel, (triton.cdiv(frame_size, BLOCK), frames),
+        frame_size,
+        HAS_RESIDUAL=has_residual, HAS_IMAGE_ONLY=has_image_only, SPATIAL_IS_SECOND=spatial_is_second, BLOCK=BLOCK,
+        num_warps=NUM_WARPS, enable_fp_fusion=False,  # eager rounds the products before it adds them
+    )  # fmt: skip
+
+
 def _launch(
     spatial: Tensor,
     temporal: Tensor,
@@ -96,15 +106,9 @@ def _launch(
 ) -> Tensor:
     out = torch.empty_like(spatial)
     frames = 1 if image_only is None else image_only.numel()
-    frame_size = spatial.numel() // frames
-    launch(
-        _alpha_blend_kernel, (cdiv(frame_size, BLOCK), frames),
-        spatial, temporal, residual, mix_factor, image_only, out,
-        frame_size,
-        HAS_RESIDUAL=residual is not None, HAS_IMAGE_ONLY=image_only is not None,
-        SPATIAL_IS_SECOND=spatial_is_second, BLOCK=BLOCK,
-        num_warps=NUM_WARPS, enable_fp_fusion=False,  # eager rounds the products before it adds them
-    )  # fmt: skip
+    size = spatial.numel() // frames
+    launch = _prepare(size, frames, residual is not None, image_only is not None, spatial_is_second)
+    launch(spatial, temporal, residual, mix_factor, image_only, out)
     return out
 
 

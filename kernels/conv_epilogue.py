@@ -19,7 +19,7 @@ from torch import Tensor
 from vidaccel.kernels.alpha_blend import alpha_blend_ref, blend
 from vidaccel.kernels.channels_last import channels_last, empty_channels_last
 from vidaccel.kernels.dispatch import choose, tensors_problem
-from vidaccel.kernels.launch import cdiv, launch
+from vidaccel.kernels.launch import Launch, prepared
 
 __all__ = ["conv_epilogue", "conv_epilogue_ref"]
 
@@ -80,6 +80,26 @@ def _conv_epilogue_kernel(
     tl.store(y_ptr + offs, y, mask=mask)
 
 
+@prepared
+def _prepare(
+    channels: int,
+    frame_size: int,
+    frames: int,
+    has_residual: bool,
+    has_residual_bias: bool,
+    has_mix: bool,
+    has_image_only: bool,
+    spatial_is_second: bool,
+) -> Launch:
+    return Launch(
+        _conv_epilogue_kernel, (triton.cdiv(frame_size, BLOCK), frames),
+        channels, frame_size,
+        HAS_RESIDUAL=has_residual, HAS_RESIDUAL_BIAS=has_residual_bias, HAS_MIX=has_mix, HAS_IMAGE_ONLY=has_image_only,
+        SPATIAL_IS_SECOND=spatial_is_second, BLOCK=BLOCK,
+        num_warps=NUM_WARPS, enable_fp_fusion=False,  # eager rounds the blend's products before it adds them
+    )  # fmt: skip
+
+
 def _launch(
     x: Tensor,
     bias: Tensor,
@@ -94,17 +114,12 @@ def _launch(
     x = channels_last(x)
     y = x if inplace else empty_channels_last(x)
     frames = 1 if image_only is None else image_only.numel()
-    frame_size = x.numel() // frames
+    flags = (t is not None for t in (residual, residual_bias, mix_factor, image_only))
+    launch = _prepare(x.shape[1], x.numel() // frames, frames, *flags, spatial_is_second)
     launch(
-        _conv_epilogue_kernel, (cdiv(frame_size, BLOCK), frames),
         x, bias.to(x.dtype).contiguous(), None if residual is None else channels_last(residual),
         None if residual_bias is None else residual_bias.to(x.dtype).contiguous(),
         mix_factor, None if image_only is None else image_only.contiguous(), y,
-        x.shape[1], frame_size,
-        HAS_RESIDUAL=residual is not None, HAS_RESIDUAL_BIAS=residual_bias is not None,
-        HAS_MIX=mix_factor is not None, HAS_IMAGE_ONLY=image_only is not None,
-        SPATIAL_IS_SECOND=spatial_is_second, BLOCK=BLOCK,
-        num_warps=NUM_WARPS, enable_fp_fusion=False,  # eager rounds the blend's products before it adds them
     )  # fmt: skip
     return y
 

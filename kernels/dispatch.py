@@ -40,6 +40,8 @@ class Choice(NamedTuple):
 # Fixed when Triton is imported, and not a thing that Dynamo can trace.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
 _recorded: list[Choice] | None = None
 
 
@@ -74,7 +76,7 @@ def triton_device_problem(x: Tensor) -> str | None:
 
 def tensors_problem(x: Tensor, *others: Tensor | None) -> str | None:
     """Why no kernel here can take ``x`` together with ``others`` (dtype, gradients), or None."""
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+    if x.dtype not in DTYPES:
         return f"the kernel takes float16, bfloat16 and float32, x is {x.dtype}"
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
         return "the kernel has no backward pass (call it under torch.no_grad)"
@@ -108,7 +110,8 @@ def choose(op: str, x: Tensor, impl: str | None, problem: str | None = None) -> 
     reason = ""
     if chosen != "torch" and problem:
         chosen, reason = "torch", problem
-    record_choice(Choice(op, chosen, reason))
+    if _recorded is not None:
+        record_choice(Choice(op, chosen, reason))
     return chosen
 
 

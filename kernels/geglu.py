@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidaccel.kernels.dispatch import choose, tensors_problem
-from vidaccel.kernels.launch import cdiv, launch
+from vidaccel.kernels.launch import Launch, prepared
 
 __all__ = ["geglu", "geglu_ref"]
 
@@ -50,17 +50,16 @@ def _geglu_kernel(
     tl.store(y_ptr + offs_y, value * gelu.to(y_ptr.dtype.element_ty).to(tl.float32), mask=mask)
 
 
+@prepared
+def _prepare(dim: int, size: int) -> Launch:
+    grid = (triton.cdiv(size, BLOCK),)
+    return Launch(_geglu_kernel, grid, dim, size, BLOCK=BLOCK, num_warps=NUM_WARPS)
+
+
 def _launch(x: Tensor) -> Tensor:
     x = x.contiguous()
     y = _empty_output(x)
-    size = y.numel()
-    launch(
-        _geglu_kernel, (cdiv(size, BLOCK),),
-        x, y,
-        y.shape[-1], size,
-        BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
-    )  # fmt: skip
+    _prepare(y.shape[-1], y.numel())(x, y)
     return y
 
 

@@ -16,7 +16,6 @@ rounded to the input dtype in registers, where eager stores them. Fidelity: math
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from vidaccel.kernels.channels_last import channels_last, empty_channels_last
 from vidaccel.kernels.dispatch import choose
-from vidaccel.kernels.launch import launch
+from vidaccel.kernels.launch import Launch, prepared
 
 __all__ = ["group_norm_silu", "group_norm_silu_ref"]
 
@@ -237,36 +236,56 @@ def _apply_tiling(channels: int) -> _Tiling:
 
 
 class _Plan(NamedTuple):
-    """What the launches take that follows from sizes alone."""
+    """The three launches, and how many parts the statistics of a sample come in."""
 
-    stats: _Tiling
-    stats_programs: int
-    parts: int  # of each sample
-    merge_warps: int
-    apply: _Tiling
-    apply_programs: int
+    chunk_stats: Launch
+    group_stats: Launch
+    apply: Launch
+    parts: int
 
 
-@functools.lru_cache(maxsize=1024)
+@prepared
 def _plan(
     samples: int,
     channels: int,
-    group_channels: int,
     segments: int,
     segment_rows: int,
+    groups: int,
+    eps: float,
+    silu: bool,
+    has_shift: bool,
     stats_tiling: _Tiling | None,
     apply_tiling: _Tiling | None,
 ) -> _Plan:
     stats = stats_tiling or _stats_tiling(channels, samples * segments, segment_rows)
     apply = apply_tiling or _apply_tiling(channels)
     parts = segments * triton.cdiv(segment_rows, stats.chunk_rows)
-    merge_warps = 1 if parts * group_channels <= 4096 else 8
+    merge_warps = 1 if parts * (channels // groups) <= 4096 else 8
 
-    def programs(tiling: _Tiling) -> int:
+    def grid(tiling: _Tiling) -> tuple[int]:
         chunks = triton.cdiv(segment_rows, tiling.chunk_rows)
-        return samples * segments * chunks * (channels // tiling.block_c)
+        return (samples * segments * chunks * (channels // tiling.block_c),)
 
-    return _Plan(stats, programs(stats), parts, merge_warps, apply, programs(apply))
+    chunk_stats = Launch(
+        _chunk_stats_kernel, grid(stats),
+        channels, segment_rows, stats.chunk_rows,
+        BLOCK_R=stats.block_r, BLOCK_C=stats.block_c, FOLD=FOLD, HAS_SHIFT=has_shift, STAGES=stats.stages,
+        num_warps=NUM_WARPS,
+    )  # fmt: skip
+    group_stats = Launch(
+        _group_stats_kernel, (samples * groups,),
+        groups, channels // groups, segments, segment_rows, stats.chunk_rows,
+        eps,
+        BLOCK=256 * merge_warps,
+        num_warps=merge_warps,
+    )  # fmt: skip
+    apply_norm = Launch(
+        _apply_kernel, grid(apply),
+        channels, parts, segments, segment_rows, apply.chunk_rows,
+        BLOCK_R=apply.block_r, BLOCK_C=apply.block_c, HAS_SHIFT=has_shift, SILU=silu, STAGES=apply.stages,
+        num_warps=NUM_WARPS,
+    )  # fmt: skip
+    return _Plan(chunk_stats, group_stats, apply_norm, parts)
 
 
 def _launch(
@@ -286,32 +305,13 @@ def _launch(
     samples, channels = x.shape[:2]
     segments = 1 if shift is None else shift.shape[1]
     segment_rows = x.numel() // (samples * segments * channels)
-    plan = _plan(samples, channels, channels // groups, segments, segment_rows, stats_tiling, apply_tiling)
-    stats, apply = plan.stats, plan.apply
+    sizes = samples, channels, segments, segment_rows, groups
+    plan = _plan(*sizes, eps, silu, shift is not None, stats_tiling, apply_tiling)
     # mean and m2 of every part; the merge leaves mean and weight / standard deviation in the first part of a sample
     parts = torch.empty((samples, plan.parts, 2, channels), dtype=torch.float32, device=x.device)
-    launch(
-        _chunk_stats_kernel, (plan.stats_programs,),
-        x, shift, parts,
-        channels, segment_rows, stats.chunk_rows,
-        BLOCK_R=stats.block_r, BLOCK_C=stats.block_c, FOLD=FOLD, HAS_SHIFT=shift is not None, STAGES=stats.stages,
-        num_warps=NUM_WARPS,
-    )  # fmt: skip
-    launch(
-        _group_stats_kernel, (samples * groups,),
-        parts, weight,
-        groups, channels // groups, segments, segment_rows, stats.chunk_rows,
-        eps,
-        BLOCK=256 * plan.merge_warps,
-        num_warps=plan.merge_warps,
-    )  # fmt: skip
-    launch(
-        _apply_kernel, (plan.apply_programs,),
-        x, shift, parts, bias, y,
-        channels, plan.parts, segments, segment_rows, apply.chunk_rows,
-        BLOCK_R=apply.block_r, BLOCK_C=apply.block_c, HAS_SHIFT=shift is not None, SILU=silu, STAGES=apply.stages,
-        num_warps=NUM_WARPS,
-    )  # fmt: skip
+    plan.chunk_stats(x, shift, parts)
+    plan.group_stats(parts, weight)
+    plan.apply(x, shift, parts, bias, y)
     return y
 
 

@@ -1,29 +1,39 @@
-"""How every kernel here is launched: through Triton's JIT once, and from then on directly.
+"""How every kernel here is launched: through Triton's JIT the first time, and from then on directly.
 
-``kernel[grid](...)`` spends most of a launch on finding out, anew, which compiled kernel it is about: it reads
-environment variables, spells out the compiler's options as a string, and builds what its hooks might ask for. A video
-UNet of small clips is bound by that. :func:`launch` asks Triton's own binder for the specialisation of the arguments
-(dtype and alignment of pointers, value class and width of integers, constants, options), and remembers the compiled
-kernel under exactly that: it can tell apart no less than Triton does.
+``kernel[grid](...)`` spends most of a launch on finding out, anew, which compiled kernel it is about: it classifies
+every argument, reads environment variables, spells out the compiler's options as a string, and builds what its hooks
+might ask for. A video UNet of small clips is bound by that. Here an op prepares a :class:`Launch` for each set of sizes
+it meets and keeps it; what is left to a call are the tensors.
 
-What it calls of Triton is private, so other versions of Triton than those it was written for launch as ever; so do
+A compiled kernel is right for the specialisation it was compiled for: types and values of numbers, dtypes and
+alignments of pointers, constants and options. All but the pointers are fixed in a ``Launch``; those are classified by
+the very function of Triton's that its own cache asks. So a launch can tell apart no less than Triton does.
+
+What is called of Triton is private. Other versions of Triton than those this was written for launch as ever; so do
 interpreted kernels, kernels that read globals, and any launch that a profiler or debugger has hooked itself into.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 from triton.runtime import JITFunction
 
-__all__ = ["cdiv", "constants_overridden", "launch", "next_power_of_2"]
+__all__ = ["Launch", "constants_overridden", "prepared"]
 
 DIRECT_VERSIONS = ("3.6.",)  # Triton's
 DIRECT = triton.__version__.startswith(DIRECT_VERSIONS)
+if DIRECT:
+    from triton._C.libtriton import native_specialize_impl
+
+# Keeps what a function makes of sizes and flags; 0, 0.0 and False are not the same to a compiler.
+prepared = functools.lru_cache(maxsize=1024, typed=True)
 
 _overrides: dict[str, Any] = {}
 
@@ -35,76 +45,81 @@ class _Compiled(NamedTuple):
     head: tuple[Any, ...]
 
 
-class _Binding:
-    """A kernel on one device: Triton's binder for it, and what it was compiled to, by specialisation and options."""
-
-    def __init__(self, kernel: JITFunction, device: int) -> None:
-        *_, self.bind = kernel.device_caches[device]
-        self.stream = triton.runtime.driver.active.get_current_stream
-        self.compiled: dict[tuple[Any, ...], _Compiled] = {}
-        self.kernel = kernel  # keeps its id from being given to another
-
-
-# by id, because hashing a kernel hashes its source
-_bindings: dict[tuple[int, int], _Binding] = {}
-
-
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """``kernel[grid](*args, **constants)`` on the device of the first argument, which is a tensor, in less time.
+class Launch:
+    """``kernel[grid](*tensors, *numbers, **constants)``, complete but for the tensors.
 
     Args:
-        kernel: What ``triton.jit`` made.
-        grid: Numbers of programs, along one to three axes.
-        args: The kernel's arguments up to the first constexpr, in order.
-        constants: Its constexprs, and the compiler's options (``num_warps``).
+        kernel: What ``triton.jit`` made; its parameters are tensors, then numbers, then constexprs.
+        grid: How many programs, along one to three axes.
+        numbers: The kernel's integers and floats, in order.
+        constants: All its constexprs, and options of the compiler (``num_warps``).
     """
-    if _overrides:
-        constants |= {name: value for name, value in _overrides.items() if name in constants}
-    x = args[0]
-    if not x.is_cuda:
-        kernel[grid](*args, **constants)
-        return
-    device = x.get_device()
-    if device == torch.cuda.current_device():
-        _launch_here(device, kernel, grid, args, constants)
-        return
-    with torch.cuda.device(device):
-        _launch_here(device, kernel, grid, args, constants)
 
+    def __init__(self, kernel: Any, grid: tuple[int, ...], *numbers: float, **constants: Any) -> None:
+        self._kernel, self._grid, self._numbers, self._constants = kernel, grid, numbers, constants
+        self._grid_xyz = (*grid, 1, 1)[:3]
+        self._tail = (*numbers, *(constants[name] for name in kernel.arg_names if name in constants))
+        self._direct = DIRECT and isinstance(kernel, JITFunction)
+        self._compiled: dict[tuple[Any, ...], _Compiled] = {}
+        self._variants: dict[tuple[Any, ...], Launch] = {}
 
-def _launch_here(
-    device: int, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]
-) -> None:
-    """The launch on the current device, number ``device``."""
-    if not DIRECT or _must_go_through_triton(kernel):
-        kernel[grid](*args, **constants)
-        return
-    binding = _bindings.get((id(kernel), device))
-    if binding is None:
-        binding = _bindings[id(kernel), device] = _Binding(kernel, device)
-    bound, specialization, options = binding.bind(*args, **constants)
-    key = (*specialization, *options.items())
-    compiled = binding.compiled.get(key)
-    if compiled is None:
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """Launch on the device of the first of the kernel's tensors, which is not None, on its current stream."""
+        launch = self._overridden() if _overrides else self
+        x: Any = tensors[0]
+        if not x.is_cuda:
+            launch._through_triton(tensors)
+            return
+        device = x.get_device()
+        if device == torch.cuda.current_device():
+            launch._here(device, tensors)
+            return
+        with torch.cuda.device(device):
+            launch._here(device, tensors)
+
+    def _here(self, device: int, tensors: tuple[Tensor | None, ...]) -> None:
+        """Launch on the current device, number ``device``."""
+        if not self._direct or _observed(self._kernel):
+            self._through_triton(tensors)
+            return
+        backend, stream = _runtime(device)
+        key = (device, *[native_specialize_impl(backend, x, False, True, True) for x in tensors])
+        compiled = self._compiled.get(key)
+        if compiled is not None:
+            compiled.run(*self._grid_xyz, stream(device), *compiled.head, *tensors, *self._tail)
+            return
+        kernel = self._through_triton(tensors)
         # not kept where the values of globals would have to be compared at every launch
-        if (fresh := kernel[grid](*args, **constants)) is not None and not kernel.used_global_vals:
-            binding.compiled[key] = _compiled(fresh)
-        return
-    grid_x, grid_y, grid_z = (*grid, 1, 1)[:3]
-    compiled.run(grid_x, grid_y, grid_z, binding.stream(device), *compiled.head, *bound.values())
+        if kernel is not None and not self._kernel.used_global_vals:
+            self._compiled[key] = _compiled(kernel)
+
+    def _through_triton(self, tensors: tuple[Tensor | None, ...]) -> Any:
+        return self._kernel[self._grid](*tensors, *self._numbers, **self._constants)
+
+    def _overridden(self) -> Launch:
+        """This launch as it is inside :func:`constants_overridden`."""
+        values = tuple((name, value) for name, value in _overrides.items() if name in self._constants)
+        if values not in self._variants:
+            constants = self._constants | dict(values)
+            self._variants[values] = Launch(self._kernel, self._grid, *self._numbers, **constants)
+        return self._variants[values]
 
 
-def _must_go_through_triton(kernel: Any) -> bool:
-    """Whether this launch has an observer, or the kernel is interpreted."""
+def _observed(kernel: JITFunction) -> bool:
+    """Whether somebody wants to see this launch, or wants kernels with checks in them."""
     runtime = triton.knobs.runtime
+    if kernel.pre_run_hooks or runtime.debug:
+        return True
     # a chain without calls is no hook; what has no calls but is there was put in the chain's place
-    return (
-        bool(getattr(runtime.launch_enter_hook, "calls", runtime.launch_enter_hook))
-        or bool(getattr(runtime.launch_exit_hook, "calls", runtime.launch_exit_hook))
-        or runtime.debug
-        or not isinstance(kernel, JITFunction)
-        or bool(kernel.pre_run_hooks)
-    )
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+@functools.cache
+def _runtime(device: int) -> tuple[Any, Callable[[int], int]]:
+    """The compiler's backend for a device, and what tells its current stream."""
+    active = triton.runtime.driver.active
+    return triton.compiler.make_backend(active.get_current_target()), active.get_current_stream
 
 
 def _compiled(kernel: Any) -> _Compiled:
@@ -127,13 +142,3 @@ def constants_overridden(**values: Any) -> Iterator[None]:
     finally:
         _overrides.clear()
         _overrides.update(before)
-
-
-def cdiv(dividend: int, divisor: int) -> int:
-    """``triton.cdiv`` for the host: Triton's own, made for kernels as well, takes 2 microseconds."""
-    return -(-dividend // divisor)
-
-
-def next_power_of_2(n: int) -> int:
-    """``triton.next_power_of_2``, likewise."""
-    return 1 << (n - 1).bit_length()

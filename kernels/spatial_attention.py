@@ -43,7 +43,7 @@ from vidaccel.errors import first_line
 from vidaccel.kernels import tuning_cache
 from vidaccel.kernels.dispatch import Choice, record_choice, requested, tensors_problem, triton_device_problem
 from vidaccel.kernels.gemm_attention import MOST_KEYS, gemm_attention
-from vidaccel.kernels.launch import cdiv, launch, next_power_of_2
+from vidaccel.kernels.launch import Launch, prepared
 
 __all__ = ["IMPLEMENTATIONS", "Blocks", "choose_blocks", "spatial_attention", "spatial_attention_ref"]
 
@@ -155,23 +155,34 @@ def choose_blocks(head_dim: int) -> Blocks:
     return Blocks(128, 64, 8, 2) if head_dim <= 128 else Blocks(64, 32, 8, 2)
 
 
-def _launch(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float, *, blocks: Blocks | None = None) -> Tensor:
-    out = _empty_output(q)
-    (batch, seq_q, channels), seq_kv = q.shape, k.shape[1]
+@prepared
+def _prepare(
+    shape: tuple[int, int, int],
+    seq_kv: int,
+    strides: tuple[int, ...],
+    num_heads: int,
+    scale: float,
+    blocks: Blocks | None,
+) -> Launch:
+    batch, seq_q, channels = shape
     head_dim = channels // num_heads
     rows, columns, num_warps, stages = blocks or choose_blocks(head_dim)
-    strides = [stride for x in (q, k, v) for stride in x.stride()[:2]]
-    launch(
-        _spatial_attention_kernel, (batch * num_heads * cdiv(seq_q, rows),),
-        q, k, v, out,
+    return Launch(
+        _spatial_attention_kernel, (batch * num_heads * triton.cdiv(seq_q, rows),),
         seq_q, seq_kv,
         *strides,
         scale * math.log2(math.e),
         NUM_HEADS=num_heads, HEAD_DIM=head_dim,
-        BLOCK_M=rows, BLOCK_N=columns, BLOCK_D=next_power_of_2(head_dim),
+        BLOCK_M=rows, BLOCK_N=columns, BLOCK_D=triton.next_power_of_2(head_dim),
         EVEN_N=seq_kv % columns == 0, ALIGN=math.gcd(16, head_dim, *strides), STAGES=stages,
         num_warps=num_warps,
     )  # fmt: skip
+
+
+def _launch(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float, *, blocks: Blocks | None = None) -> Tensor:
+    out = _empty_output(q)
+    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
+    _prepare(q.shape, k.shape[1], strides, num_heads, scale, blocks)(q, k, v, out)
     return out
 
 

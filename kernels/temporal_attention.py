@@ -17,7 +17,6 @@ Sources: FlashAttention-2 (https://arxiv.org/abs/2307.08691) for the arithmetic;
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -28,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidaccel.kernels.dispatch import choose, tensors_problem
-from vidaccel.kernels.launch import cdiv, launch, next_power_of_2
+from vidaccel.kernels.launch import Launch, prepared
 
 __all__ = ["Tiling", "choose_tiling", "temporal_attention", "temporal_attention_ref"]
 
@@ -141,10 +140,9 @@ class Tiling(NamedTuple):
     stages: int
 
 
-@functools.cache
 def choose_tiling(frames: int, head_dim: int, dtype: torch.dtype) -> Tiling:
     """The tiling the op runs with; ``frames`` is the longer of the two frame axes."""
-    rows = max(16, next_power_of_2(frames))
+    rows = max(16, triton.next_power_of_2(frames))
     columns = 64 // dtype.itemsize  # wider blocks of more than 16 rows spill
     if rows == 16:
         columns = 64 if -head_dim % 64 < 32 else 32  # 64 halves are a 128-byte line; 32 where they pad less
@@ -161,7 +159,39 @@ def choose_tiling(frames: int, head_dim: int, dtype: torch.dtype) -> Tiling:
 
 def _tile_bytes(rows: int, columns: int, head_dim: int, dtype: torch.dtype) -> int:
     """Shared memory that q, k and v of one tile take."""
-    return 3 * rows * cdiv(head_dim, columns) * columns * dtype.itemsize
+    return 3 * rows * triton.cdiv(head_dim, columns) * columns * dtype.itemsize
+
+
+@prepared
+def _prepare(
+    shape: tuple[int, int, int],
+    rows_k: int,
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    num_frames: int,
+    num_heads: int,
+    scale: float,
+    tiling: Tiling | None,
+    programs: int | None,
+) -> Launch:
+    samples, (_, num_pixels, channels) = shape[0] // num_frames, shape
+    num_frames_k, head_dim = rows_k // samples, channels // num_heads
+    longest = max(num_frames, num_frames_k)
+    rows, columns, num_warps, stages = tiling or choose_tiling(longest, head_dim, dtype)
+    items = rows // longest
+    tiles = triton.cdiv(num_pixels * num_heads, items)
+    programs = programs or RESIDENT_BYTES // _tile_bytes(rows, columns, head_dim, dtype)
+    programs_per_sample = min(tiles, triton.cdiv(programs, samples))
+    return Launch(
+        _temporal_attention_kernel, (samples * programs_per_sample,),
+        num_pixels, programs_per_sample,
+        *strides,
+        scale * math.log2(math.e),
+        NUM_HEADS=num_heads, HEAD_DIM=head_dim, FRAMES_Q=num_frames, FRAMES_K=num_frames_k,
+        ITEMS=items, BLOCK_M=_block_rows(items * num_frames), BLOCK_N=_block_rows(items * num_frames_k),
+        BLOCK_D=columns, ALIGN=math.gcd(16, head_dim, *strides), STAGES=stages,
+        num_warps=num_warps,
+    )  # fmt: skip
 
 
 def _launch(
@@ -177,31 +207,13 @@ def _launch(
 ) -> Tensor:
     """The kernel on ``programs`` programs, which share the tiles of a sample evenly."""
     out = _empty_output(q)
-    samples, (_, num_pixels, channels) = q.shape[0] // num_frames, q.shape
-    num_frames_k, head_dim = k.shape[0] // samples, channels // num_heads
-    longest = max(num_frames, num_frames_k)
-    rows, columns, num_warps, stages = tiling or choose_tiling(longest, head_dim, q.dtype)
-    items = rows // longest
-    tiles = cdiv(num_pixels * num_heads, items)
-    programs = programs or RESIDENT_BYTES // _tile_bytes(rows, columns, head_dim, q.dtype)
-    programs_per_sample = min(tiles, cdiv(programs, samples))
-    strides = [stride for x in (q, k, v) for stride in x.stride()[:2]]
-    launch(
-        _temporal_attention_kernel, (samples * programs_per_sample,),
-        q, k, v, out,
-        num_pixels, programs_per_sample,
-        *strides,
-        scale * math.log2(math.e),
-        NUM_HEADS=num_heads, HEAD_DIM=head_dim, FRAMES_Q=num_frames, FRAMES_K=num_frames_k,
-        ITEMS=items, BLOCK_M=_block_rows(items * num_frames), BLOCK_N=_block_rows(items * num_frames_k),
-        BLOCK_D=columns, ALIGN=math.gcd(16, head_dim, *strides), STAGES=stages,
-        num_warps=num_warps,
-    )  # fmt: skip
+    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
+    _prepare(q.shape, k.shape[0], strides, q.dtype, num_frames, num_heads, scale, tiling, programs)(q, k, v, out)
     return out
 
 
 def _block_rows(rows: int) -> int:
-    return max(16, next_power_of_2(rows))
+    return max(16, triton.next_power_of_2(rows))
 
 
 def _empty_output(q: Tensor) -> Tensor:
@@ -238,7 +250,7 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_heads: int) -
     frames = max(num_frames, num_frames * k.shape[0] // q.shape[0])
     if frames > most:
         return f"the kernel takes up to {most} frames of {q.dtype}, got {frames}"
-    if any(x.stride(-1) != 1 for x in (q, k, v)):
+    if not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
         return "the kernel takes q, k and v with a last stride of 1"
     return tensors_problem(q, k, v)
 

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidaccel.kernels.dispatch import choose, tensors_problem
-from vidaccel.kernels.launch import cdiv, launch
+from vidaccel.kernels.launch import Launch, prepared
 
 __all__ = ["cell_weights", "upsample_conv", "upsample_conv_ref"]
 
@@ -80,19 +80,21 @@ def _empty_output(z: Tensor, channels: int) -> Tensor:
     return z.new_empty((samples, 2 * (cell_rows - 1), 2 * (cell_columns - 1), channels)).permute(0, 3, 1, 2)
 
 
-def _launch(z: Tensor, bias: Tensor) -> Tensor:
-    channels = bias.shape[0]
-    y = _empty_output(z, channels)
-    samples, _, height, width = y.shape
+@prepared
+def _prepare(samples: int, channels: int, height: int, width: int) -> Launch:
     block_c = min(channels & -channels, 128)
     block_w = TILE // block_c
-    launch(
-        _interleave_kernel, (samples * height, cdiv(width, block_w) * (channels // block_c)),
-        z.contiguous(memory_format=torch.channels_last), bias.to(z.dtype).contiguous(), y,
+    return Launch(
+        _interleave_kernel, (samples * height, triton.cdiv(width, block_w) * (channels // block_c)),
         height, width, channels,
         BLOCK_W=block_w, BLOCK_C=block_c,
         num_warps=NUM_WARPS,
     )  # fmt: skip
+
+
+def _launch(z: Tensor, bias: Tensor) -> Tensor:
+    y = _empty_output(z, bias.shape[0])
+    _prepare(*y.shape)(z.contiguous(memory_format=torch.channels_last), bias.to(z.dtype).contiguous(), y)
     return y
 
 

@@ -23,7 +23,10 @@ def preferred_implementations() -> str:
 
 def preferred_implementation(op: str) -> str | None:
     """What ``VIDACCEL_IMPL`` asks for ``op``."""
-    for entry in filter(None, preferred_implementations().split(",")):
+    wishes = preferred_implementations()
+    if not wishes:  # as nearly always, and every call of every op asks
+        return None
+    for entry in filter(None, wishes.split(",")):
         name, _, implementation = entry.strip().rpartition("=")
         if name in ("", op):
             return implementation

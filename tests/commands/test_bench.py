@@ -14,7 +14,6 @@ import diffusers
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from triton.runtime import JITFunction
 
 from vidaccel.bench import measure, ops, variants
 from vidaccel.bench.op_case import Provider
@@ -27,6 +26,8 @@ from vidaccel.bench.timing import time_calls
 from vidaccel.bench.variants import applied, measured_modules
 from vidaccel.cli import main
 from vidaccel.generation import generate
+from vidaccel.kernels.group_norm_silu import _apply_kernel
+from vidaccel.kernels.launch import Launch
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -267,13 +268,13 @@ def test_op_of_many_implementations(bench: Bench) -> None:
 
 def test_one_stage_reaches_the_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     launches: list[dict[str, Any]] = []
-    monkeypatch.setattr(JITFunction, "run", lambda self, *args, **kwargs: launches.append(kwargs))
+    monkeypatch.setattr(Launch, "_through_triton", lambda self, tensors: launches.append(self._constants))
     for guard in (one_stage_kernels(), nullcontext()):
         with guard:
-            JITFunction.run(None, grid=(1,), warmup=False, STAGES=3, BLOCK=64)
-            JITFunction.run(None, grid=(1,), warmup=False, BLOCK=64)
+            Launch(_apply_kernel, (1,), STAGES=3, BLOCK_C=64)(torch.zeros(1))
+            Launch(_apply_kernel, (1,), BLOCK_C=64)(torch.zeros(1))
     assert [launch.get("STAGES") for launch in launches] == [1, None, 3, None]
-    assert all(launch["BLOCK"] == 64 for launch in launches)
+    assert all(launch["BLOCK_C"] == 64 for launch in launches)
 
 
 @pytest.mark.parametrize(
