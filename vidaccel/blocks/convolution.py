@@ -24,6 +24,8 @@ OP = "padded_channels"
 class FusedFewChannelConv2d(FusedBlock, nn.Conv2d):
     """A convolution whose input channels, in 16 bits each, do not fill 16 bytes: padded where they do not."""
 
+    weight: nn.Parameter
+
     @classmethod
     def stands_for(cls, module: nn.Module) -> bool:
         assert isinstance(module, nn.Conv2d)
