@@ -1,14 +1,16 @@
-"""diffusers' ``models/activations.py``: the gated GELU of every feed-forward here, in one pass after its GEMM."""
+"""diffusers' ``models/activations.py``: the gated GELU of every feed-forward here, in or in one pass after its GEMM."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from diffusers.models.activations import GEGLU
-from torch import Tensor
+from torch import Tensor, nn
 
+from vidaccel.blocks.parameters import why_unreadable
 from vidaccel.blocks.site import FusedBlock, fuses
 from vidaccel.kernels.geglu import geglu
+from vidaccel.kernels.linear_geglu import linear_geglu
 
 __all__ = ["FusedGEGLU"]
 
@@ -24,4 +26,6 @@ class FusedGEGLU(FusedBlock, GEGLU):
         return "deprecated arguments were passed" if args or kwargs else None
 
     def fused_forward(self, hidden_states: Tensor) -> Tensor:
-        return geglu(self.proj(hidden_states))
+        if why_unreadable(self.proj, nn.Linear, hidden_states):  # as with LoRA or quantised: only a call of it will do
+            return geglu(self.proj(hidden_states))
+        return linear_geglu(hidden_states, self.proj.weight, self.proj.bias)

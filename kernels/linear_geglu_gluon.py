@@ -1,0 +1,318 @@
+"""A linear layer and the GEGLU after it for Hopper, in Gluon: the product of value and GELU in the GEMM's epilogue.
+
+    value = x @ W[:D].T + b[:D],   gate = x @ W[D:].T + b[D:],   out = value * gelu(gate)
+
+K is short here (320, 640), so a program keeps all of ``COLUMNS`` value and ``COLUMNS`` gate rows of W in shared memory
+and streams rows of x past them: the least traffic there is. A tile is 64 rows of x times these columns. A program has a
+producer warp and two consumer warpgroups, and consumer c computes its c-th, (c+2)-th, ... tile alone. The steps of all
+tiles pass through one ring in order, so while one consumer is in its epilogue the other one has the ring and the tensor
+cores to itself. Accumulation, bias and GELU in float32; value, gate and GELU are rounded where eager stores them.
+Fidelity: math-exact.
+
+Tiles are numbered column by column; a program owns a run of neighbours and reloads W where the run enters a new column.
+With a multiple of the number of columns for programs, all columns walk over the same rows of x at the same time, which
+then come from L2.
+
+The tail of the normal distribution is a polynomial in ``t = 1 / (1 + c |g|)`` times ``exp(-g^2 / 2)``, the form of
+Abramowitz and Stegun 7.1.26 with coefficients of our own: ``gelu(g) = g / 2 + |g| * (1/2 - tail(|g|))`` in 14
+instructions, of which 2 go to the special function unit. Its error is no more than that of ``1 + erf``.
+
+Who waits for whom. Every barrier completes a phase per use. A wait names the parity of the phase it waits for and
+passes while the barrier is in a phase of the other parity, so whoever waits for a phase has to know that the one before
+it is complete and the one after it is not; before the first phase, a wait for the odd parity passes.
+
+* ``x_ready[s]``: the producer announces a step's bytes, TMA completes the phase when they have arrived, the consumer
+  whose tile it is waits. One arrival a phase: the announcement.
+* ``x_free[s]``: that consumer arrives when its products that read the step have finished; the producer waits before it
+  overwrites the step. One arrival a phase. The n-th step of a program lies in stage ``n % STAGES`` and belongs to phase
+  ``n // STAGES``: consumers wait for that parity of "ready", the producer for the opposite one of "free".
+* ``turns[c]``: consumer c waits before each of its tiles until the other one has seen every step of the tile before
+  arrive. More than a hint: it is how c knows that the phases of ``x_ready`` before its own are complete, those of steps
+  that it never looks at. None is two phases ahead either: a stage is only filled anew when its step has been used.
+* ``w_ready``: a phase per column of the program's run, completed by TMA. Both consumers wait for every phase, also for
+  that of a first column in which they have no tile.
+* ``w_free``: a phase per column but the last, two arrivals: each consumer's, when it has left the column, or at the end
+  of its tiles if the last column has none for it. So the producer, which waits before it loads the next column, always
+  goes on. A column between two others has at least two tiles, one for each consumer, which cannot arrive for it before
+  the producer has seen both leave the column before: so a launch needs two tiles to a column.
+
+Nobody waits for what comes later in the order of tiles: the producer for consumers of earlier steps, a consumer for its
+data, which the producer gives in the order of use, and for the tile before to have its own. TMA and wgmma read and
+write through the same proxy, so only the output tile, which threads write and TMA reads, needs a fence.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+__all__ = ["Config", "choose_config", "gluon_configs", "launch", "linear_geglu_gluon_kernel"]
+
+TILE_ROWS = 64  # what one wgmma takes
+BLOCK_K = 64  # 128 bytes of a row: the widest swizzle
+CONSUMERS = gl.constexpr(2)
+SHARED_MEMORY = 226 * 1024  # of a block's 227 KiB; the rest is for barriers
+STAGES = range(3, 9)
+REGISTERS = 240  # of a consumer's threads: what is left of 65536 by a producer warpgroup that keeps 24
+DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+
+# tail(g) = exp(-g^2 / 2) * (A1 t + A2 t^2 + ...): the least error of g * tail(g) for g from 0 to 8
+SLOPE = gl.constexpr(0.275)
+A1 = gl.constexpr(0.1176124683852207)
+A2 = gl.constexpr(0.04336041258876763)
+A3 = gl.constexpr(0.3307857617652251)
+A4 = gl.constexpr(-0.3270589560501029)
+A5 = gl.constexpr(0.44955641073564884)
+A6 = gl.constexpr(-0.11425608220200667)
+ROOT_HALF_LOG2E = gl.constexpr(math.sqrt(math.log2(math.e) / 2))
+
+
+@gluon.jit
+def _reciprocal(x):
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _exp2(x):
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _gelu(gate):
+    t = _reciprocal(gl.abs(gate) * SLOPE + 1.0)
+    tail = t * (A1 + t * (A2 + t * (A3 + t * (A4 + t * (A5 + t * A6)))))
+    root = gate * ROOT_HALF_LOG2E
+    return gate * 0.5 + gl.abs(gate) * (0.5 - tail * _exp2(-(root * root)))
+
+
+@gluon.jit
+def _place(tile, tiles_per_column, COLUMNS: gl.constexpr, ROWS: gl.constexpr):
+    """First row and first channel of a tile."""
+    return tile % tiles_per_column * ROWS, tile // tiles_per_column * COLUMNS
+
+
+@gluon.jit
+def _run(num_tiles):
+    """First tile of this program, and the first one after it."""
+    program, programs = gl.program_id(0).to(gl.int64), gl.num_programs(0)
+    first = (program * num_tiles // programs).to(gl.int32)
+    return first, ((program + 1) * num_tiles // programs).to(gl.int32)
+
+
+@gluon.jit
+def _producer(load, STAGES: gl.constexpr):
+    x_desc, w_desc, x_smem, w_smem, ready, free, num_tiles, tiles_per_column = load
+    x_ready, w_ready = ready
+    x_free, w_free = free
+    ROWS: gl.constexpr = x_desc.block_shape[0]
+    BLOCK_K: gl.constexpr = x_desc.block_shape[1]
+    COLUMNS: gl.constexpr = w_desc.block_shape[1]
+    STEPS: gl.constexpr = w_smem.shape[0]
+
+    first, end = _run(num_tiles)
+    loaded = first // tiles_per_column - 1  # the column whose rows of W were asked for last
+    n = 0
+    for tile in range(first, end):
+        row, channel = _place(tile, tiles_per_column, COLUMNS, ROWS)
+        column = tile // tiles_per_column
+        if column != loaded:
+            entered = column - first // tiles_per_column
+            mbarrier.wait(w_free.index(0), (entered & 1) ^ 1)
+            mbarrier.expect(w_ready.index(0), STEPS * w_desc.block_type.nbytes)
+            for step in gl.static_range(STEPS):
+                target = w_smem.index(step)
+                tma.async_copy_global_to_shared(w_desc, [0, channel, step * BLOCK_K], w_ready.index(0), target)
+            loaded = column
+        for step in range(STEPS):
+            stage = n % STAGES
+            mbarrier.wait(x_free.index(stage), (n // STAGES & 1) ^ 1)
+            mbarrier.expect(x_ready.index(stage), x_desc.block_type.nbytes)
+            target = x_smem.index(stage)
+            tma.async_copy_global_to_shared(x_desc, [row, step * BLOCK_K], x_ready.index(stage), target)
+            n += 1
+
+
+@gluon.jit
+def _consumer(work, CONSUMER: gl.constexpr, STAGES: gl.constexpr):
+    out_desc, bias_ptr, dim, x_smem, w_smem, out_smem, ready, free, turns, num_tiles, tiles_per_column = work
+    x_ready, w_ready = ready
+    x_free, w_free = free
+    dtype: gl.constexpr = out_desc.dtype
+    ROWS: gl.constexpr = out_desc.block_shape[0]
+    COLUMNS: gl.constexpr = out_desc.block_shape[1]
+    STEPS: gl.constexpr = w_smem.shape[0]
+    BLOCK_K: gl.constexpr = w_smem.shape[3]
+    BOTH: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * COLUMNS, 16])
+    HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+
+    first, end = _run(num_tiles)
+    first_column = first // tiles_per_column
+    left = 0  # columns that this consumer is through with
+    out = out_smem.index(CONSUMER)
+    zeros = gl.full([ROWS, 2 * COLUMNS], 0.0, gl.float32, BOTH)
+    for tile in range(first + CONSUMER, end, CONSUMERS):
+        row, channel = _place(tile, tiles_per_column, COLUMNS, ROWS)
+        entered = tile // tiles_per_column - first_column
+        if entered > left:
+            mbarrier.wait(w_ready.index(0), left & 1)  # had it no tile there, it has not waited yet
+            mbarrier.arrive(w_free.index(0))
+            left = entered
+        mbarrier.wait(w_ready.index(0), entered & 1)
+
+        # consumer 0 has the first turn without being given it
+        mbarrier.wait(turns.index(CONSUMER), ((tile - first) // CONSUMERS & 1) ^ (1 if CONSUMER == 0 else 0))
+
+        n = (tile - first) * STEPS
+        mbarrier.wait(x_ready.index(n % STAGES), n // STAGES & 1)
+        w = w_smem.index(0).reshape([2 * COLUMNS, BLOCK_K])
+        acc = warpgroup_mma(x_smem.index(n % STAGES), w.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=(acc,))  # waits for nothing, makes it a tensor
+        for step in range(1, STEPS):
+            n += 1
+            mbarrier.wait(x_ready.index(n % STAGES), n // STAGES & 1)
+            w = w_smem.index(step).reshape([2 * COLUMNS, BLOCK_K])
+            acc = warpgroup_mma(x_smem.index(n % STAGES), w.permute((1, 0)), acc, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+            mbarrier.arrive(x_free.index((n - 1) % STAGES))
+        mbarrier.arrive(turns.index(1 - CONSUMER))
+        bias_ptrs = bias_ptr + channel + gl.arange(0, COLUMNS, gl.SliceLayout(0, HALF))
+        value_bias = gl.load(bias_ptrs)
+        gate_bias = gl.load(bias_ptrs + dim)
+        acc = warpgroup_mma_wait(0, deps=(acc,))  # [ROWS, 2 * COLUMNS], value before gate
+        mbarrier.arrive(x_free.index(n % STAGES))
+
+        value, gate = acc.reshape([ROWS, 2, COLUMNS]).permute((0, 2, 1)).split()
+        value = gl.convert_layout(value, HALF, assert_trivial=True) + value_bias.to(gl.float32)[None, :]
+        gate = gl.convert_layout(gate, HALF, assert_trivial=True) + gate_bias.to(gl.float32)[None, :]
+        product = value.to(dtype) * _gelu(gate.to(dtype).to(gl.float32)).to(dtype)
+        tma.store_wait(0)  # of the tile before
+        out.store(product)
+        fence_async_shared()
+        tma.async_copy_shared_to_global(out_desc, [row, channel], out)  # clips rows past the end
+    if (end - 1) // tiles_per_column - first_column > left:
+        mbarrier.arrive(w_free.index(0))
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(barriers.index(i), count=ARRIVALS)
+    return barriers
+
+
+@gluon.jit(do_not_specialize=["num_tiles", "tiles_per_column"])
+def linear_geglu_gluon_kernel(
+    x_desc, w_desc, bias_ptr, out_desc,
+    dim, num_tiles, tiles_per_column,
+    STEPS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """All tiles; launch at most as many programs as fit at once, and as there are tiles.
+
+    The descriptors see x as ``[M, K]``, W as ``[2, D, K]`` (value, gate) and the output as ``[M, D]``; ``STEPS`` blocks
+    make up K.
+    """
+    ROWS: gl.constexpr = out_desc.block_shape[0]
+    COLUMNS: gl.constexpr = out_desc.block_shape[1]
+    BLOCK_K: gl.constexpr = x_desc.block_shape[1]
+    x_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES, ROWS, BLOCK_K], x_desc.layout)
+    w_smem = gl.allocate_shared_memory(w_desc.dtype, [STEPS, 2, COLUMNS, BLOCK_K], w_desc.layout)
+    out_smem = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, ROWS, COLUMNS], out_desc.layout)
+    ready = (_barriers(STAGES, 1), _barriers(1, 1))
+    free = (_barriers(STAGES, 1), _barriers(1, CONSUMERS))
+    turns = _barriers(CONSUMERS, 1)
+    fence_async_shared()
+    work = (out_desc, bias_ptr, dim, x_smem, w_smem, out_smem, ready, free, turns, num_tiles, tiles_per_column)
+    load = (x_desc, w_desc, x_smem, w_smem, ready, free, num_tiles, tiles_per_column)
+    gl.warp_specialize(
+        [(_consumer, (work, 0, STAGES)), (_consumer, (work, 1, STAGES)), (_producer, (load, STAGES))],
+        [4, 1],
+        [REGISTERS, 24],
+    )
+
+
+class Config(NamedTuple):
+    """How the kernel cuts its work: output columns of a tile, and steps of x in flight.
+
+    ``aligned`` launches a multiple of the number of columns, so that all walk over the same rows at the same time.
+    """
+
+    columns: int
+    stages: int
+    aligned: bool
+
+
+def choose_config(out_features: int, in_features: int) -> Config | None:
+    """The configuration the kernel runs with, or None where it does not serve."""
+    return next(iter(gluon_configs(out_features, in_features)), None)
+
+
+def gluon_configs(out_features: int, in_features: int) -> list[Config]:
+    """Every configuration worth trying, the likely best first.
+
+    Args:
+        out_features: ``D``, half the rows of W.
+        in_features: ``K``.
+    """
+    configs = []
+    for columns in (128, 64):
+        stages = (SHARED_MEMORY - _resident_bytes(columns, in_features)) // (2 * TILE_ROWS * BLOCK_K)
+        if out_features % columns == 0 and in_features % BLOCK_K == 0 and stages >= STAGES.start:
+            configs += [Config(columns, min(stages, STAGES.stop - 1), aligned) for aligned in (True, False)]
+    return configs
+
+
+def _resident_bytes(columns: int, in_features: int) -> int:
+    """Shared memory, at 2 bytes a number, of W and of a tile of the output for each consumer."""
+    return 2 * (2 * columns * in_features + CONSUMERS.value * TILE_ROWS * columns)
+
+
+def _programs(columns: int, multiprocessors: int, aligned: bool) -> int:
+    """How many programs to launch for an output of so many columns of tiles."""
+    return multiprocessors // columns * columns if aligned and columns <= multiprocessors else multiprocessors
+
+
+def launch(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, *, config: Config | None = None) -> None:
+    """Write ``linear_geglu(x, weight, bias)`` to ``out``, ``[M, D]``; ``x`` is ``[M, K]``, with M > 64."""
+    (rows, dim), in_features = out.shape, x.shape[1]
+    config = config or choose_config(dim, in_features)
+    assert config is not None and rows > TILE_ROWS
+    columns = dim // config.columns
+    tiles_per_column = triton.cdiv(rows, TILE_ROWS)
+    num_tiles = columns * tiles_per_column
+    with torch.cuda.device_of(x):
+        linear_geglu_gluon_kernel[(min(num_tiles, _programs(columns, _multiprocessors(x.device), config.aligned)),)](
+            _descriptor(x, [TILE_ROWS, BLOCK_K]),
+            _descriptor(weight.unflatten(0, (2, dim)), [2, config.columns, BLOCK_K]),
+            bias,
+            _descriptor(out, [TILE_ROWS, config.columns]),
+            dim, num_tiles, tiles_per_column,
+            STEPS=in_features // BLOCK_K, STAGES=config.stages, REGISTERS=REGISTERS,
+            num_warps=4,
+        )  # fmt: skip
+
+
+def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[x.dtype])
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
