@@ -52,8 +52,14 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     from vidaccel.kernels.linear_geglu_gluon import launch
 
     out = _empty_output(x, weight)
+    x, weight, bias = (tensor if _is_aligned(tensor) else tensor.clone() for tensor in (x, weight, bias))
     launch(x.reshape(-1, x.shape[-1]), weight, bias, out.view(-1, out.shape[-1]))
     return out
+
+
+def _is_aligned(x: Tensor) -> bool:
+    """Whether TMA can start here; Dynamo, which knows no addresses, leaves it to the launch to find out."""
+    return torch.compiler.is_compiling() or x.data_ptr() % 16 == 0
 
 
 def _empty_output(x: Tensor, weight: Tensor) -> Tensor:
@@ -101,7 +107,7 @@ def _layout_problem(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
         return f"the kernel takes float16 and bfloat16, x is {x.dtype}"
     if not x.dtype == weight.dtype == bias.dtype:
         return f"the kernel takes one dtype, got {x.dtype}, {weight.dtype} and {bias.dtype}"
-    if not all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in (x, weight, bias)):
+    if not all(tensor.is_contiguous() and _is_aligned(tensor) for tensor in (x, weight, bias)):
         return "TMA takes contiguous rows that start at multiples of 16 bytes"
     return None
 

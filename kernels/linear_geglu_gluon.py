@@ -292,7 +292,8 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, *, config: Conf
     """Write ``linear_geglu(x, weight, bias)`` to ``out``, ``[M, D]``; ``x`` is ``[M, K]``, with M > 64."""
     (rows, dim), in_features = out.shape, x.shape[1]
     config = config or choose_config(dim, in_features)
-    assert config is not None and rows > TILE_ROWS
+    if config is None or rows <= TILE_ROWS:
+        raise ValueError(f"linear_geglu: the kernel does not serve M={rows}, K={in_features}, D={dim}")
     columns = dim // config.columns
     tiles_per_column = triton.cdiv(rows, TILE_ROWS)
     num_tiles = columns * tiles_per_column

@@ -125,6 +125,27 @@ def test_compiles_fullgraph(device: torch.device) -> None:
     assert torch.equal(compiled(x), linear_geglu(x, weight, bias) + 1)
 
 
+def test_a_compiled_graph_takes_the_choice_made_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of what decides traces, too, but for the questions about the GPU."""
+    gluon_module()
+    x, weight, bias = draw(Shape(128, 64, 64), torch.float16, torch.device("cpu"))
+
+    def problem(*tensors: Tensor) -> str | None:
+        return op._layout_problem(*tensors) or op._shape_problem(*tensors[:2])
+
+    monkeypatch.setattr(op, "_gluon_problem", problem)
+    monkeypatch.setattr(op, "_large", lambda *args: True)
+    op._chosen[op._shape(x, weight)] = "gluon", ""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return lambda *args: (linear_geglu_ref(x, weight, bias),)
+
+    torch.compile(lambda x: linear_geglu(x, weight, bias), fullgraph=True, backend=backend)(x)
+    assert "linear_geglu_gluon" in graphs[0].code
+
+
 # the choice, with made-up clocks
 
 
