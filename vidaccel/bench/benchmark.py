@@ -87,7 +87,7 @@ def _settings(args: argparse.Namespace, device: torch.device) -> Settings:
         repeats=min(args.repeats, _QUICK_REPEATS) if quick else args.repeats,
         warmup=args.warmup,
         budget_seconds=args.budget,
-        with_reference=not args.quick,
+        with_reference=not (args.quick or args.no_reference),
         compile_backend=args.compile_backend or ("eager" if args.size == "tiny" else "inductor"),
         empty_caches=args.empty_caches,
         only=args.only,

@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="three repeats, no stronger baselines, no float32 reference"
     )
+    parser.add_argument("--no-reference", action="store_true", help="compare with eager only, not with float32")
     parser.add_argument("--compile-backend", help="of torch.compile (default: inductor; for --size tiny, eager)")
     parser.add_argument(
         "--empty-caches",
