@@ -164,7 +164,7 @@ def _temporal_conv_kernel(
                     segment = sample * segments + tl.minimum(frame + tap - 1, segments - 1)
                     shift = tl.load(shift_ptr + segment * C_IN + channel).to(tl.float32)
                 h = _norm_silu(h, shift[None, :], mean[None, :], scale[None, :], norm_bias[None, :], HAS_SHIFT)
-            acc = tl.dot(h, weight, acc=acc)
+            acc = tl.dot(h, weight, acc=acc, input_precision="ieee")
 
     dtype = y_ptr.dtype.element_ty
     offs_m = first_pixel + tl.arange(0, BLOCK_M)
@@ -194,8 +194,10 @@ class Tiling(NamedTuple):
     stages: int
 
 
-def choose_tiling(channels: int) -> Tiling:
+def choose_tiling(channels: int, dtype: torch.dtype = torch.float16) -> Tiling:
     """The tiling for this many output channels."""
+    if dtype == torch.float32:  # no tensor cores: here for completeness, and never measured
+        return Tiling(64, 32, 32, 4, 2)
     if channels % 128 == 0:
         return Tiling(128, 128, 64, 8, 3)
     return Tiling(128, 64, 64, 4, 3) if channels > 32 else Tiling(128, 32, 32, 4, 3)
@@ -224,7 +226,7 @@ def _launch(
     norm = None
     if norm_weight is not None:
         norm = group_norm_statistics(x, norm_weight.contiguous(), groups, eps, shift)
-    tiling = tiling or choose_tiling(channels)
+    tiling = tiling or choose_tiling(channels, x.dtype)
     programs = samples * frames * cdiv(height * width, tiling.pixels) * cdiv(channels, tiling.channels)
     launch(
         _temporal_conv_kernel, (programs,),
@@ -291,12 +293,14 @@ NO_NORM = (None, None, 0, 0.0, None)
 
 def _run(name: str, arguments: _Arguments) -> Tensor:
     """The implementation called ``name``."""
-    *rest, norm = arguments
+    x, norm = arguments.x, arguments.norm
     if name == "triton_prologue":
-        return _run_kernel(*rest, *NO_NORM if norm is None else norm)
+        return _run_kernel(*arguments[:-1], *(norm or NO_NORM))
     if norm is not None:
-        rest[0] = group_norm_silu(rest[0], *norm[:4], shift=norm.shift)
-    return _run_kernel(*rest, *NO_NORM) if name == "triton" else _run_library(*rest)
+        x = group_norm_silu(x, *norm[:4], shift=norm.shift)
+    if name == "triton":
+        return _run_kernel(x, *arguments[1:-1], *NO_NORM)
+    return _run_library(x, *arguments[1:-1])
 
 
 def _run_kernel(*arguments: Any) -> Tensor:
@@ -341,8 +345,6 @@ def _problem(name: str, arguments: _Arguments) -> str | None:
 
 def _kernel_problem(arguments: _Arguments) -> str | None:
     x, weight = arguments.x, arguments.weight
-    if x.dtype not in (torch.float16, torch.bfloat16):
-        return f"the kernel takes float16 and bfloat16, x is {x.dtype}"
     for name, tensor in (("weight", weight), ("residual", arguments.residual)):
         if tensor is not None and tensor.dtype != x.dtype:
             return f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}"
@@ -423,8 +425,8 @@ def _first_choice(arguments: _Arguments, default: str) -> tuple[str, str] | None
 def _measures(arguments: _Arguments) -> bool:
     """Whether a choice would be worth measuring for these."""
     flops = 6 * arguments.x.numel() * arguments.weight.shape[0]
-    serves = _problem("triton", arguments) is None
-    return arguments.x.is_cuda and flops >= MEASURED_FLOPS and serves and tuning_enabled()
+    may_win = arguments.x.dtype != torch.float32 and _problem("triton", arguments) is None
+    return arguments.x.is_cuda and flops >= MEASURED_FLOPS and may_win and tuning_enabled()
 
 
 def _cache_key(arguments: _Arguments) -> dict[str, Any]:
