@@ -21,7 +21,7 @@ from vidaccel.kernels.channels_last import channels_last, empty_channels_last
 from vidaccel.kernels.dispatch import choose, tensors_problem
 from vidaccel.kernels.launch import Launch, prepared
 
-__all__ = ["conv_epilogue", "conv_epilogue_ref"]
+__all__ = ["conv_epilogue", "conv_epilogue_ref", "validate_epilogue"]
 
 BLOCK = 2048
 NUM_WARPS = 4
@@ -157,37 +157,35 @@ def _problem(x: Tensor, bias: Tensor, residual: Tensor | None, *others: Tensor |
     return tensors_problem(x, bias, residual, *others)
 
 
-def _validate(
-    x: Tensor,
+def validate_epilogue(
+    op: str,
+    shape: torch.Size,
     bias: Tensor,
     residual: Tensor | None,
     residual_bias: Tensor | None,
     mix_factor: Tensor | None,
     image_only: Tensor | None,
 ) -> None:
-    if not 3 <= x.ndim <= 5:
-        raise ValueError(f"conv_epilogue: x must be [N, C, *spatial] with 1 to 3 spatial dims, got {tuple(x.shape)}")
-    if bias.shape != (x.shape[1],):
-        raise ValueError(f"conv_epilogue: bias must be [{x.shape[1]}], got {tuple(bias.shape)}")
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(f"conv_epilogue: residual must be {tuple(x.shape)}, as x is, got {tuple(residual.shape)}")
+    """Raise for arguments that do not fit one another, or a convolution whose output has this ``shape``."""
+    if bias.shape != (shape[1],):
+        raise ValueError(f"{op}: bias must be [{shape[1]}], got {tuple(bias.shape)}")
+    if residual is not None and residual.shape != shape:
+        raise ValueError(f"{op}: residual must be {tuple(shape)}, as x is, got {tuple(residual.shape)}")
     if residual_bias is not None and (residual is None or residual_bias.shape != bias.shape):
         raise ValueError(
-            f"conv_epilogue: residual_bias must be [{x.shape[1]}] and needs a residual, "
-            f"got {tuple(residual_bias.shape)}"
+            f"{op}: residual_bias must be [{shape[1]}] and needs a residual, got {tuple(residual_bias.shape)}"
         )
     if mix_factor is None:
         if image_only is not None:
-            raise ValueError("conv_epilogue: image_only needs a mix_factor")
+            raise ValueError(f"{op}: image_only needs a mix_factor")
         return
     if residual is None:
-        raise ValueError("conv_epilogue: mix_factor needs a residual to blend with")
+        raise ValueError(f"{op}: mix_factor needs a residual to blend with")
     if mix_factor.numel() != 1:
-        raise ValueError(f"conv_epilogue: mix_factor must be [1], got {tuple(mix_factor.shape)}")
-    if image_only is not None and (x.ndim != 5 or image_only.shape != (x.shape[0], x.shape[2])):
+        raise ValueError(f"{op}: mix_factor must be [1], got {tuple(mix_factor.shape)}")
+    if image_only is not None and (len(shape) != 5 or image_only.shape != (shape[0], shape[2])):
         raise ValueError(
-            f"conv_epilogue: image_only must be [B, F] of x [B, C, F, H, W], got {tuple(image_only.shape)} "
-            f"(x is {tuple(x.shape)})"
+            f"{op}: image_only must be [B, F] of x [B, C, F, H, W], got {tuple(image_only.shape)} (x is {tuple(shape)})"
         )
 
 
@@ -226,7 +224,9 @@ def conv_epilogue(
         ValueError: A shape is not as above; ``residual_bias`` or ``mix_factor`` comes without ``residual``, or
             ``image_only`` without ``mix_factor``; ``impl`` cannot run here.
     """
-    _validate(x, bias, residual, residual_bias, mix_factor, image_only)
+    if not 3 <= x.ndim <= 5:
+        raise ValueError(f"conv_epilogue: x must be [N, C, *spatial] with 1 to 3 spatial dims, got {tuple(x.shape)}")
+    validate_epilogue("conv_epilogue", x.shape, bias, residual, residual_bias, mix_factor, image_only)
     chosen = choose("conv_epilogue", x, impl, _problem(x, bias, residual, residual_bias, mix_factor))
     if chosen == "torch" or x.numel() == 0:
         y = conv_epilogue_ref(

@@ -29,7 +29,7 @@ from vidaccel.kernels.channels_last import channels_last, empty_channels_last
 from vidaccel.kernels.dispatch import choose
 from vidaccel.kernels.launch import Launch, prepared
 
-__all__ = ["group_norm_silu", "group_norm_silu_ref"]
+__all__ = ["group_norm_silu", "group_norm_silu_ref", "group_norm_statistics", "validate_norm"]
 
 TILE = 4096  # elements: 32 for each thread
 FOLD = 4  # rows that a thread merges at once
@@ -288,6 +288,37 @@ def _plan(
     return _Plan(chunk_stats, group_stats, apply_norm, parts)
 
 
+def _launch_statistics(
+    x: Tensor,
+    weight: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    shift: Tensor | None,
+    stats_tiling: _Tiling | None = None,
+    apply_tiling: _Tiling | None = None,
+) -> tuple[_Plan, Tensor]:
+    """What `x`, channels-last, is normalised with: in ``[n, 0]`` of the ``[N, parts, 2, C]`` that are returned."""
+    samples, channels = x.shape[:2]
+    segments = 1 if shift is None else shift.shape[1]
+    segment_rows = x.numel() // (samples * segments * channels)
+    sizes = samples, channels, segments, segment_rows, groups
+    plan = _plan(*sizes, eps, silu, shift is not None, stats_tiling, apply_tiling)
+    # mean and m2 of every part; the merge leaves mean and weight / standard deviation in the first part of a sample
+    parts = torch.empty((samples, plan.parts, 2, channels), dtype=torch.float32, device=x.device)
+    plan.chunk_stats(x, shift, parts)
+    plan.group_stats(parts, weight)
+    return plan, parts
+
+
+def group_norm_statistics(x: Tensor, weight: Tensor, groups: int, eps: float, shift: Tensor | None) -> Tensor:
+    """``[N, 2, C]``, float32: the mean of ``x + shift`` and ``weight / standard deviation``, for every channel.
+
+    For a kernel that normalises as it reads; the arguments are those that ``group_norm_silu`` gives its kernels.
+    """
+    return _launch_statistics(x, weight, groups, eps, True, shift)[1][:, 0]
+
+
 def _launch(
     x: Tensor,
     weight: Tensor,
@@ -302,15 +333,7 @@ def _launch(
 ) -> Tensor:
     x = channels_last(x)
     y = empty_channels_last(x)
-    samples, channels = x.shape[:2]
-    segments = 1 if shift is None else shift.shape[1]
-    segment_rows = x.numel() // (samples * segments * channels)
-    sizes = samples, channels, segments, segment_rows, groups
-    plan = _plan(*sizes, eps, silu, shift is not None, stats_tiling, apply_tiling)
-    # mean and m2 of every part; the merge leaves mean and weight / standard deviation in the first part of a sample
-    parts = torch.empty((samples, plan.parts, 2, channels), dtype=torch.float32, device=x.device)
-    plan.chunk_stats(x, shift, parts)
-    plan.group_stats(parts, weight)
+    plan, parts = _launch_statistics(x, weight, groups, eps, silu, shift, stats_tiling, apply_tiling)
     plan.apply(x, shift, parts, bias, y)
     return y
 
@@ -335,25 +358,24 @@ def _why_not_triton(x: Tensor) -> str | None:
     return None
 
 
-def _validate(x: Tensor, weight: Tensor, bias: Tensor, groups: int, shift: Tensor | None) -> None:
+def validate_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor, groups: int, shift: Tensor | None = None) -> None:
+    """Raise for arguments that do not fit one another."""
     if not 3 <= x.ndim <= 5:
-        raise ValueError(f"group_norm_silu: x must be [N, C, *spatial] with 1 to 3 spatial dims, got {tuple(x.shape)}")
+        raise ValueError(f"{op}: x must be [N, C, *spatial] with 1 to 3 spatial dims, got {tuple(x.shape)}")
     samples, channels = x.shape[:2]
     if groups < 1 or channels % groups:
-        raise ValueError(f"group_norm_silu: groups={groups} does not divide C={channels} (x is {tuple(x.shape)})")
+        raise ValueError(f"{op}: groups={groups} does not divide C={channels} (x is {tuple(x.shape)})")
     if weight.shape != (channels,) or bias.shape != (channels,):
         raise ValueError(
-            f"group_norm_silu: weight and bias must be [{channels}], got {tuple(weight.shape)} and {tuple(bias.shape)}"
+            f"{op}: weight and bias must be [{channels}], got {tuple(weight.shape)} and {tuple(bias.shape)}"
         )
     if shift is None:
         return
     if shift.ndim != 3 or shift.shape[::2] != (samples, channels):
-        raise ValueError(f"group_norm_silu: shift must be [{samples}, T, {channels}], got {tuple(shift.shape)}")
+        raise ValueError(f"{op}: shift must be [{samples}, T, {channels}], got {tuple(shift.shape)}")
     rows = math.prod(x.shape[2:])
     if shift.shape[1] == 0 or rows % shift.shape[1]:
-        raise ValueError(
-            f"group_norm_silu: T={shift.shape[1]} of shift does not divide the {rows} rows of x {tuple(x.shape)}"
-        )
+        raise ValueError(f"{op}: T={shift.shape[1]} of shift does not divide the {rows} rows of x {tuple(x.shape)}")
 
 
 def group_norm_silu(
@@ -388,7 +410,7 @@ def group_norm_silu(
         ValueError: ``groups`` does not divide ``C``; ``weight``, ``bias`` or ``shift`` has another shape; ``T`` does
             not divide ``S``; ``impl`` cannot run here.
     """
-    _validate(x, weight, bias, groups, shift)
+    validate_norm("group_norm_silu", x, weight, bias, groups, shift)
     if x.numel() == 0:
         return empty_channels_last(x)
     if choose("group_norm_silu", x, impl, _why_not_triton(x)) == "torch":

@@ -5,7 +5,8 @@ tensor with channels_last_3d strides are the same memory, so the permutes of the
 
 PyTorch adds a cuDNN convolution's bias in a kernel of its own. Here the bias of a convolution with a norm behind it
 joins the time embedding, which the norm adds as it reads; that of the last, and that of the convolution on the
-residual, join the sum (``conv_epilogue``).
+residual, join the sum (``conv_epilogue``), or are added by the convolution's own kernel where that is faster
+(``temporal_conv``).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from vidaccel.blocks.site import FusedBlock, fuses
 from vidaccel.kernels.alpha_blend import alpha_blend
 from vidaccel.kernels.conv_epilogue import conv_epilogue
 from vidaccel.kernels.dispatch import runs_triton
+from vidaccel.kernels.temporal_conv import temporal_conv
 
 __all__ = [
     "FusedAlphaBlender",
@@ -69,6 +71,8 @@ class _ConvolutionBlock(FusedBlock):
         """``shortcut(residual) + conv(x)``; ``epilogue`` is what ``conv_epilogue`` takes for a blend."""
         if not self._splits_bias(conv, x):
             return (residual if shortcut is None else shortcut(residual)) + conv(x)
+        if shortcut is None and self._vidaccel.enabled("temporal_conv") and _is_temporal(conv):
+            return temporal_conv(x, conv.weight, conv.bias, residual, **epilogue)
         if shortcut is not None and self._splits_bias(shortcut, residual):
             epilogue["residual_bias"] = shortcut.bias
             residual = _without_bias(shortcut, residual)
@@ -81,6 +85,12 @@ class _ConvolutionBlock(FusedBlock):
         if not self._vidaccel.enabled("conv_epilogue") or not runs_triton("conv_epilogue", x):
             return False
         return why_unreadable(conv, nn.Conv2d if x.ndim == 4 else nn.Conv3d, x) is None
+
+
+def _is_temporal(conv: Convolution) -> bool:
+    """Whether it is a plain (3, 1, 1) convolution that keeps the number of frames."""
+    geometry = (conv.kernel_size, conv.padding, conv.stride, conv.dilation, conv.groups, conv.padding_mode)
+    return geometry == ((3, 1, 1), (1, 0, 0), (1, 1, 1), (1, 1, 1), 1, "zeros")
 
 
 def _without_bias(conv: Convolution, x: Tensor) -> Tensor:
@@ -140,7 +150,10 @@ class FusedResnetBlock2D(_ResnetBlock, ResnetBlock2D):
         return hidden_states / self.output_scale_factor
 
 
-@fuses(TemporalResnetBlock, {"group_norm_silu": "math-exact", "conv_epilogue": "math-exact"})
+@fuses(
+    TemporalResnetBlock,
+    {"group_norm_silu": "math-exact", "conv_epilogue": "math-exact", "temporal_conv": "math-exact"},
+)
 class FusedTemporalResnetBlock(_ResnetBlock, TemporalResnetBlock):
     """The same over ``[B, C, F, H, W]``: statistics run over all frames, the time embedding has a row for each."""
 
@@ -157,7 +170,13 @@ class FusedTemporalResnetBlock(_ResnetBlock, TemporalResnetBlock):
 
 
 @fuses(
-    TemporalConvLayer, {"group_norm_silu": "math-exact", "conv_epilogue": "math-exact", "channels_last": "math-exact"}
+    TemporalConvLayer,
+    {
+        "group_norm_silu": "math-exact",
+        "conv_epilogue": "math-exact",
+        "temporal_conv": "math-exact",
+        "channels_last": "math-exact",
+    },
 )
 class FusedTemporalConvLayer(_ConvolutionBlock, TemporalConvLayer):
     """ModelScope's and I2VGenXL's four (3, 1, 1) convolutions with a norm and SiLU before each, and the residual.
