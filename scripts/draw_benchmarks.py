@@ -189,7 +189,8 @@ def _origin(record: dict[str, Any]) -> str:
     where = record["environment"]
     versions = ", ".join(f"{name} {where[name]}" for name in ("torch", "triton", "diffusers") if where[name])
     commit = f", commit {where['commit'][:10]}" if where["commit"] else ""
-    return f"- `{record['command']}`: {where['device']}, {versions}{commit}, {where['date'][:10]}"
+    note = f"; {record['note']}" if "note" in record else ""
+    return f"- `{record['command']}`: {where['device']}, {versions}{commit}, {where['date'][:10]}{note}"
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ def benchmark(args: argparse.Namespace, command_line: str) -> int:
     head = {
         "command": command_line,
         "environment": environment(device, args.commit),
+        **({"note": args.note} if args.note else {}),
         "subject": {name: getattr(args, name) for name in ("model", "synthetic", "op", "size") if getattr(args, name)},
         "dtype": str(dtype).removeprefix("torch."),
         "settings": asdict(settings),

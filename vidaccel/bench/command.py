@@ -61,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="hide the disk caches of torch.compile and Triton from every variant, so that each cold start is cold",
     )
     parser.add_argument("--out", metavar="FILE", help="JSON record, saved after every measurement")
+    parser.add_argument("--note", help="a remark that the record keeps, as on what the disk caches held before")
     parser.add_argument("--commit", help="what to record as the commit where there is no checkout")
 
 
@@ -77,7 +78,7 @@ def _command_line(args: argparse.Namespace) -> str:
     words = ["vidaccel", "bench"]
     for name, default in vars(parser.parse_args([])).items():
         value = getattr(args, name)
-        if value == default or name in ("out", "commit"):
+        if value == default or name in ("out", "commit", "note"):
             continue
         words.append(f"--{name.replace('_', '-')}")
         if value is not True:
