@@ -76,7 +76,7 @@ class Premises:
         self._entries = list(map(getitem, self._tables, self._names))
         self._weights = [] if self.problem else [weight for weight in self._entries if weight is not None]
         self._places = list(map(Tensor.data_ptr, self._weights))
-        # An update in place is seen by a replay, but not by what a block packed from the weight.
+        # An update in place is seen by a replay, but what a block made of the weight before is not.
         self._versioned = [weight for weight in self._weights if not weight.is_inference()]
         self._versions = list(map(_version, self._versioned))
         # One weight of each rank stands for all: a change of dtype or memory order that ends at the very same

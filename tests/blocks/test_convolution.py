@@ -49,7 +49,6 @@ def test_pads_to_16_bytes(
     for tensor in seen[0]:
         assert tensor.shape[1] == padded_to and tensor.is_contiguous(memory_format=torch.channels_last)
         assert not tensor[:, channels:].any()
-    assert seen[0][1] is seen[-1][1], "the weight is padded once"
     budget = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
     assert all(relative_error(out, expected) <= budget for out in outs)
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import tiny_autoencoder_kl, tiny_svd_pipeline
+from peft import LoraConfig
+from tiny_models import tiny_autoencoder_kl, tiny_motion_unet, tiny_svd_pipeline
 from torch import Tensor, nn
 
 from vidaccel import patch_module
@@ -65,3 +66,20 @@ def test_with_the_kernels(models: dict[str, nn.Module], device: torch.device, pa
     assert all("triton" in ran[op] for op in kernels), ran
     assert not report.fallbacks and not any(site.reason for site in report.sites)
     assert relative_error(out, expected) <= 1e-5
+
+
+@torch.no_grad()
+def test_a_fused_lora_is_seen(device: torch.device) -> None:
+    """PEFT adds it to the weights behind PyTorch's back: same modules, same addresses, same versions."""
+    unet = tiny_motion_unet().to(device)
+    sample, text = torch.randn(1, 4, FRAMES, SIDE, SIDE, device=device), torch.randn(FRAMES, 7, 32, device=device)
+    with patch_module(unet, only=["upsample_conv", "padded_channels"]) as report:
+        before = unet(sample, 5, text).sample
+        unet.add_adapter(LoraConfig(r=4, target_modules=r"conv_in|.*upsamplers\.0\.conv", init_lora_weights=False))
+        unet.fuse_lora()
+        unet.unload_lora()
+        out = unet(sample, 5, text).sample
+        assert any("triton" in site.implementations for site in report.sites if site.op == "upsample_conv")
+    expected = unet(sample, 5, text).sample
+    assert float((expected - before).norm() / before.norm()) > 0.1
+    assert float((out - expected).norm() / expected.norm()) <= 1e-5

@@ -49,8 +49,7 @@ class FusedFewChannelConv2d(FusedBlock, nn.Conv2d):
         if aligned or not runs_triton(OP, input):  # on a CPU there is nothing to gain
             return self.original_forward(input)
         record_choice(Choice(OP, "padded"))
-        weight = self._vidaccel.packed.of(self.weight, _pad_channels)
-        return self._conv_forward(_pad_channels(input), weight, self.bias)
+        return self._conv_forward(_pad_channels(input), _pad_channels(self.weight), self.bias)
 
 
 def _pad_channels(x: Tensor) -> Tensor:

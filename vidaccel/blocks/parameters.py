@@ -6,13 +6,9 @@ a wrapped child keeps its base weight, a quantised one an integer tensor, an off
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import torch
 from torch import Tensor, nn
 
-__all__ = ["Packed", "has_hook", "why_not_bypassed", "why_unreadable"]
+__all__ = ["has_hook", "why_not_bypassed", "why_unreadable"]
 
 
 def has_hook(module: nn.Module) -> bool:
@@ -46,21 +42,3 @@ def why_unreadable(child: nn.Module, expected: type[nn.Module], x: Tensor, *, wi
         if parameter.device != x.device:
             return f"a {expected.__name__} is on {parameter.device}, its input on {x.device}"
     return None
-
-
-class Packed:
-    """A parameter in the form that a kernel wants: made on first use, and again whenever the parameter is another."""
-
-    def __init__(self) -> None:
-        self._made_from: tuple[Any, ...] = ()
-        self._packed: Tensor | None = None
-
-    def of(self, parameter: Tensor, pack: Callable[[Tensor], Tensor]) -> Tensor:
-        """``pack(parameter)``, kept between calls; a graph under compilation computes it for itself."""
-        if torch.compiler.is_compiling():
-            return pack(parameter)
-        version = 0 if parameter.is_inference() else parameter._version
-        made_from = (parameter.data_ptr(), parameter.dtype, parameter.device, version)
-        if self._packed is None or made_from != self._made_from:
-            self._made_from, self._packed = made_from, pack(parameter.detach())
-        return self._packed

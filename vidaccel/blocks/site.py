@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vidaccel.blocks.parameters import Packed, why_not_bypassed
+from vidaccel.blocks.parameters import why_not_bypassed
 from vidaccel.blocks.self_check import disagreement
 from vidaccel.errors import first_line
 from vidaccel.kernels.dispatch import Choice, choices_so_far, record_choices
@@ -75,7 +75,6 @@ class BlockState:
         self.broken = ""
         self.verdicts: dict[tuple[Any, ...], str] = {}
         self.kept: dict[str, Any] = {}
-        self.packed = Packed()
 
     def enabled(self, op: str) -> bool:
         return op in self.sites

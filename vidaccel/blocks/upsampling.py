@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vidaccel.blocks.parameters import why_unreadable
 from vidaccel.blocks.site import FusedBlock, fuses
 from vidaccel.kernels.dispatch import runs_triton
-from vidaccel.kernels.upsample_conv import cell_weights, upsample_conv
+from vidaccel.kernels.upsample_conv import upsample_conv
 
 __all__ = ["FusedUpsample2D"]
 
@@ -48,9 +48,8 @@ class FusedUpsample2D(FusedBlock, Upsample2D):
     def fused_forward(self, hidden_states: Tensor, output_size: Any) -> Tensor:
         if not runs_triton("upsample_conv", hidden_states):
             return self.original_forward(hidden_states, output_size)
-        weight = self.conv.weight
-        cells = self._vidaccel.packed.of(weight, cell_weights)
-        return upsample_conv(hidden_states, weight, self.conv.bias, cells=cells)
+        # The weights are added up at every call: fusing LoRA into one leaves its address and its version as they were.
+        return upsample_conv(hidden_states, self.conv.weight, self.conv.bias)
 
 
 def _why_not_3x3(conv: Any) -> str | None:
