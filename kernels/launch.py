@@ -67,6 +67,9 @@ class Launch:
         """Launch on the device of the first of the kernel's tensors, which is not None, on its current stream."""
         launch = self._overridden() if _overrides else self
         x: Any = tensors[0]
+        # What is not there is not read: any tensor will do. For other types Triton would build another launcher, with
+        # the C compiler, which takes about as long as compiling a small kernel.
+        tensors = tuple(x if tensor is None else tensor for tensor in tensors)
         if not x.is_cuda:
             launch._through_triton(tensors)
             return

@@ -286,12 +286,15 @@ def choose_config(head_dim: int) -> Config:
 
 
 def gluon_configs(head_dim: int) -> list[Config]:
-    """Every configuration worth trying, as an H200 ranks them; the first is the one that runs."""
+    """Every configuration worth trying; the first is the one that runs.
+
+    At head_dim 64 an H100 is 5 % faster with turns (476 TFLOP/s over 9216 keys, cuDNN 458), at 128 without.
+    """
     if head_dim == 64:
         shapes = [(3, 128, 4), (2, 128, 4), (2, 128, 2), (3, 64, 6)]
     else:
         shapes = [(2, 128, 2), (3, 64, 3), (2, 64, 4)]
-    return [Config(*shape, ping_pong) for shape in shapes for ping_pong in (False, True)]
+    return [Config(*shape, ping_pong) for shape in shapes for ping_pong in (head_dim == 64, head_dim != 64)]
 
 
 def launch(

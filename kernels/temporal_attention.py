@@ -144,8 +144,13 @@ def choose_tiling(frames: int, head_dim: int, dtype: torch.dtype) -> Tiling:
     """The tiling the op runs with; ``frames`` is the longer of the two frame axes."""
     rows = max(16, triton.next_power_of_2(frames))
     columns = 64 // dtype.itemsize  # wider blocks of more than 16 rows spill
+    if rows == 16 and dtype != torch.float32 and head_dim < 48:
+        # an item's frame is too short a piece of memory to be fetched by itself; on an H100 a third less time at 40
+        return Tiling(64, 64, num_warps=4, stages=3)
     if rows == 16:
         columns = 64 if -head_dim % 64 < 32 else 32  # 64 halves are a 128-byte line; 32 where they pad less
+        if 64 < head_dim <= 128 and dtype != torch.float32:
+            columns = 128
     if dtype == torch.float32:
         num_warps = 4
     elif rows <= 32:

@@ -50,6 +50,7 @@ OP = "temporal_conv"
 IMPLEMENTATIONS = ("cudnn", "triton", "triton_prologue", "torch")
 CHANNEL_STEP = 16  # that the kernel's rows are divisible by, for accesses of 16 bytes
 MEASURED_FLOPS = 1e9
+MEASURED_CHANNELS = 512  # cuDNN has won at all wider layers: trying ours there would only be more to compile
 CHECKED_PIXELS = 16
 UNITS_IN_LAST_PLACE = 8  # that two correct results may be apart, relative L2
 
@@ -449,6 +450,7 @@ def _measures(arguments: _Arguments) -> bool:
     """Whether a choice would be worth measuring for these."""
     flops = 6 * arguments.x.numel() * arguments.weight.shape[0]
     may_win = arguments.x.dtype != torch.float32 and _problem("triton", arguments) is None
+    may_win = may_win and max(arguments.weight.shape[:2]) <= MEASURED_CHANNELS
     return arguments.x.is_cuda and flops >= MEASURED_FLOPS and may_win and tuning_enabled()
 
 
