@@ -5,6 +5,8 @@
 
 The row may instead join the residual first, ``z = x + (row + residual)``, or only what is normed, ``norm(row + z)``:
 the sum of a temporal block's input and its frame embedding is normed, and is a residual later, but is never stored.
+Or it joins only what is stored: the norm is that of ``x + residual``, z is ``row + (x + residual)``. So a residual
+takes up the bias of the product that it will be the addend of: cuBLAS adds a bias or a matrix, not both.
 
 Rows ``[B, S, C]``; any of residual, row and position may be left out. A row is read once and stays in registers, so
 the statistics are plain two-pass ones in float32. Each sum, and the norm that position is added to, is rounded to the
@@ -27,7 +29,7 @@ from vidaccel.kernels.launch import Launch, prepared
 
 __all__ = ["RowTo", "add_layer_norm", "add_layer_norm_ref"]
 
-RowTo = Literal["sum", "residual", "norm"]
+RowTo = Literal["sum", "residual", "norm", "stored"]
 ROW_TO = get_args(RowTo)
 
 
@@ -47,11 +49,12 @@ def add_layer_norm_ref(
         residual, row = row + residual, None
     if residual is not None:
         x = x + residual
-    normed = x if row is None else row + x
+    joined = x if row is None else row + x
+    normed = x if row_to == "stored" else joined
     y = F.layer_norm(normed, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
     if position is not None:
         y = y + position.repeat(len(y) // len(position), 1)[:, None]
-    return x if row_to == "norm" else normed, y
+    return x if row_to == "norm" else joined, y
 
 
 @triton.jit(do_not_specialize=["rows", "sample_rows", "positions"])
@@ -83,7 +86,9 @@ def _add_layer_norm_kernel(
             z = (z + residual).to(dtype).to(tl.float32)
         if HAS_ROW and ROW_TO == "sum":
             z = (row + z).to(dtype).to(tl.float32)
-        if HAS_RESIDUAL or (HAS_ROW and ROW_TO == "sum"):
+        if HAS_ROW and ROW_TO == "stored":
+            tl.store(z_ptr + offs, row + z, mask=mask)
+        elif HAS_RESIDUAL or (HAS_ROW and ROW_TO == "sum"):
             tl.store(z_ptr + offs, z, mask=mask)
         if HAS_ROW and ROW_TO == "norm":
             z = (row + z).to(dtype).to(tl.float32)
@@ -123,9 +128,9 @@ def _tiling(block_c: int, itemsize: int) -> _Tiling:
     return _Tiling(block_m, RESIDENT_BYTES // (block_m * row_bytes), num_warps=1 if block_c <= 512 else 2)
 
 
-def _stages(has_residual: bool, has_row: bool) -> int:
+def _stages(has_residual: bool, has_row: bool, row_to: str) -> int:
     # measured on an H200 at C = 320, 640 and 1280: x and the residual overlap well enough with one tile ahead
-    return 2 if has_residual and not has_row else 3
+    return 2 if has_residual and (not has_row or row_to == "stored") else 3
 
 
 @prepared
@@ -151,7 +156,7 @@ def _prepare(
         rows, sample_rows, channels, max(positions, 1),
         eps,
         HAS_RESIDUAL=has_residual, HAS_ROW=has_row, HAS_POSITION=positions > 0, ROW_TO=row_to,
-        BLOCK_M=block_m, BLOCK_C=block_c, STAGES=stages or _stages(has_residual, has_row),
+        BLOCK_M=block_m, BLOCK_C=block_c, STAGES=stages or _stages(has_residual, has_row, row_to),
         num_warps=num_warps,
     )  # fmt: skip
 
@@ -256,7 +261,7 @@ def _validate(
     if position is not None and samples % len(position):
         raise ValueError(f"add_layer_norm: T={len(position)} of position does not divide the B={samples} of x")
     if row_to not in ROW_TO:
-        raise ValueError(f"add_layer_norm: row_to must be 'sum', 'residual' or 'norm', got {row_to!r}")
+        raise ValueError(f"add_layer_norm: row_to must be one of {', '.join(ROW_TO)}, got {row_to!r}")
     if row_to == "residual" and residual is None:
         raise ValueError("add_layer_norm: row_to='residual' needs a residual")
 
@@ -286,7 +291,8 @@ def add_layer_norm(
         position: ``[T, C]``, added to the norm: every row of sample ``b`` takes ``position[b % T]`` (a positional
             embedding of the frames of several clips); None adds nothing.
         row_to: What the row joins: the ``"sum"``, as above; the ``"residual"`` before it joins the sum,
-            ``z = x + (row + residual)``; or only what is normed, ``"norm"``: ``z = x + residual``, norm of ``row + z``.
+            ``z = x + (row + residual)``; only what is normed, ``"norm"``: ``z = x + residual``, norm of ``row + z``; or
+            only z, ``"stored"``: ``z = row + (x + residual)``, norm of ``x + residual``.
         impl: ``"triton"`` or ``"torch"``; None lets ``vidaccel.kernels.dispatch`` choose.
 
     Returns:

@@ -12,6 +12,9 @@ two reads and one write.
 Statistics are Welford means and squared deviations in float32, merged by Chan's formula (Chan, Golub, LeVeque 1983,
 https://doi.org/10.1080/00031305.1983.10483115), so an off-centre input loses nothing. z and the normalised value are
 rounded to the input dtype in registers, where eager stores them. Fidelity: math-exact.
+
+``group_norm_and_sum`` also writes ``x + row``, from the last pass, which reads x anyway: the residual of a transformer,
+with the bias of the projection that it will be added to (see ``add_layer_norm``).
 """
 
 from __future__ import annotations
@@ -29,7 +32,13 @@ from vidaccel.kernels.channels_last import channels_last, empty_channels_last
 from vidaccel.kernels.dispatch import choose
 from vidaccel.kernels.launch import Launch, prepared
 
-__all__ = ["group_norm_silu", "group_norm_silu_ref", "group_norm_statistics", "validate_norm"]
+__all__ = [
+    "group_norm_and_sum",
+    "group_norm_silu",
+    "group_norm_silu_ref",
+    "group_norm_statistics",
+    "validate_norm",
+]
 
 TILE = 4096  # elements: 32 for each thread
 FOLD = 4  # rows that a thread merges at once
@@ -176,9 +185,10 @@ def _group_stats_kernel(
 
 @triton.jit(do_not_specialize=["parts", "segments", "segment_rows", "chunk_rows"])
 def _apply_kernel(
-    x_ptr, shift_ptr, part_ptr, bias_ptr, y_ptr,
+    x_ptr, shift_ptr, part_ptr, bias_ptr, row_ptr, sum_ptr, y_ptr,
     channels, parts, segments, segment_rows, chunk_rows,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HAS_SHIFT: tl.constexpr, SILU: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_ROW: tl.constexpr, SILU: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     # backwards: the rows that the statistics read last are still in the L2 cache
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -190,6 +200,7 @@ def _apply_kernel(
     start = (segment * segment_rows + first_row) * channels + first_channel
     x_ptr += start
     y_ptr += start
+    sum_ptr += start
     part_ptr += segment // segments * parts * 2 * channels + first_channel  # the sample's first, now mean and scale
     mean = tl.load(part_ptr + offs_c)
     scale = tl.load(part_ptr + channels + offs_c)
@@ -197,12 +208,16 @@ def _apply_kernel(
     shift = 0.0
     if HAS_SHIFT:
         shift = tl.load(shift_ptr + segment * channels + first_channel + offs_c).to(tl.float32)
+    if HAS_ROW:
+        addend = tl.load(row_ptr + first_channel + offs_c).to(tl.float32)
 
     for step in tl.range(0, tl.cdiv(rows, BLOCK_R), num_stages=STAGES):
         row = step * BLOCK_R + offs_r[:, None]
         mask = row < rows
         offs = row * channels + offs_c
         z = _load_tile(x_ptr, offs, mask, shift, HAS_SHIFT)  # [BLOCK_R, BLOCK_C]
+        if HAS_ROW:
+            tl.store(sum_ptr + offs, (z + addend).to(sum_ptr.dtype.element_ty), mask=mask)
         y = ((z - mean) * scale + bias).to(y_ptr.dtype.element_ty)
         if SILU:
             y = y.to(tl.float32)
@@ -254,6 +269,7 @@ def _plan(
     eps: float,
     silu: bool,
     has_shift: bool,
+    has_row: bool,
     stats_tiling: _Tiling | None,
     apply_tiling: _Tiling | None,
 ) -> _Plan:
@@ -282,7 +298,8 @@ def _plan(
     apply_norm = Launch(
         _apply_kernel, grid(apply),
         channels, parts, segments, segment_rows, apply.chunk_rows,
-        BLOCK_R=apply.block_r, BLOCK_C=apply.block_c, HAS_SHIFT=has_shift, SILU=silu, STAGES=apply.stages,
+        BLOCK_R=apply.block_r, BLOCK_C=apply.block_c, HAS_SHIFT=has_shift, HAS_ROW=has_row, SILU=silu,
+        STAGES=apply.stages,
         num_warps=NUM_WARPS,
     )  # fmt: skip
     return _Plan(chunk_stats, group_stats, apply_norm, parts)
@@ -297,13 +314,15 @@ def _launch_statistics(
     shift: Tensor | None,
     stats_tiling: _Tiling | None = None,
     apply_tiling: _Tiling | None = None,
+    *,
+    has_row: bool = False,
 ) -> tuple[_Plan, Tensor]:
     """What `x`, channels-last, is normalised with: in ``[n, 0]`` of the ``[N, parts, 2, C]`` that are returned."""
     samples, channels = x.shape[:2]
     segments = 1 if shift is None else shift.shape[1]
     segment_rows = x.numel() // (samples * segments * channels)
     sizes = samples, channels, segments, segment_rows, groups
-    plan = _plan(*sizes, eps, silu, shift is not None, stats_tiling, apply_tiling)
+    plan = _plan(*sizes, eps, silu, shift is not None, has_row, stats_tiling, apply_tiling)
     # mean and m2 of every part; the merge leaves mean and weight / standard deviation in the first part of a sample
     parts = torch.empty((samples, plan.parts, 2, channels), dtype=torch.float32, device=x.device)
     plan.chunk_stats(x, shift, parts)
@@ -334,8 +353,18 @@ def _launch(
     x = channels_last(x)
     y = empty_channels_last(x)
     plan, parts = _launch_statistics(x, weight, groups, eps, silu, shift, stats_tiling, apply_tiling)
-    plan.apply(x, shift, parts, bias, y)
+    plan.apply(x, shift, parts, bias, None, y, y)
     return y
+
+
+def _launch_and_sum(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, row: Tensor
+) -> tuple[Tensor, Tensor]:
+    x = channels_last(x)
+    y, summed = empty_channels_last(x), empty_channels_last(x)
+    plan, parts = _launch_statistics(x, weight, groups, eps, False, None, has_row=True)
+    plan.apply(x, None, parts, bias, row, summed, y)
+    return y, summed
 
 
 @torch.library.custom_op("vidaccel::group_norm_silu", mutates_args=())
@@ -348,6 +377,18 @@ def _group_norm_silu(
 @_group_norm_silu.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, shift: Tensor | None) -> Tensor:
     return empty_channels_last(x)
+
+
+@torch.library.custom_op("vidaccel::group_norm_and_sum", mutates_args=())
+def _group_norm_and_sum(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, row: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _launch_and_sum(x, weight, bias, groups, eps, row)
+
+
+@_group_norm_and_sum.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, row: Tensor) -> tuple[Tensor, Tensor]:
+    return empty_channels_last(x), empty_channels_last(x)
 
 
 def _why_not_triton(x: Tensor) -> str | None:
@@ -420,3 +461,36 @@ def group_norm_silu(
         shift = shift.to(x.dtype).contiguous()
     run = _group_norm_silu if torch.compiler.is_compiling() else _launch
     return run(x, weight.contiguous(), bias.contiguous(), groups, eps, silu, shift)
+
+
+def group_norm_and_sum(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, row: Tensor, *, impl: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """``F.group_norm(x, groups, weight, bias, eps)`` and ``x + row``, both in channels-last memory.
+
+    Args:
+        x: As in :func:`group_norm_silu`, and so are ``weight``, ``bias``, ``groups``, ``eps`` and ``impl``.
+        weight: ``[C]``.
+        bias: ``[C]``.
+        groups: Number of groups.
+        eps: Added to the variance.
+        row: ``[C]``, any float dtype; rounded to ``x.dtype`` first.
+        impl: ``"triton"`` or ``"torch"``.
+
+    Returns:
+        The norm and the sum, each ``[N, C, *spatial]`` in ``x.dtype``.
+
+    Raises:
+        ValueError: As :func:`group_norm_silu`; ``row`` has another shape.
+    """
+    validate_norm("group_norm_and_sum", x, weight, bias, groups)
+    if row.shape != weight.shape:
+        raise ValueError(f"group_norm_and_sum: row must be [{x.shape[1]}], got {tuple(row.shape)}")
+    row = row.to(x.dtype)
+    if x.numel() == 0:
+        return empty_channels_last(x), empty_channels_last(x)
+    if choose("group_norm_silu", x, impl, _why_not_triton(x)) == "torch":
+        y = group_norm_silu_ref(x, weight, bias, groups, eps, silu=False)
+        return channels_last(y), channels_last(x + row.view(-1, *(1,) * (x.ndim - 2)))
+    run = _group_norm_and_sum if torch.compiler.is_compiling() else _launch_and_sum
+    return run(x, weight.contiguous(), bias.contiguous(), groups, eps, row.contiguous())

@@ -165,7 +165,7 @@ def test_steps_back_for_a_changed_block(change: Callable[[nn.Module], None], rea
     with fused(module, FUSED[type(module)]) as sites:
         change(module)
         out = call(module, x, 4)
-    assert [dict(site.fallbacks) for site in sites.values()] == [{reason: 1}] * 3
+    assert [dict(site.fallbacks) for site in sites.values()] == [{reason: 1}] * len(sites)
     assert torch.equal(out, call(module, x, 4))
 
 

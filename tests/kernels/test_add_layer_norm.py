@@ -45,6 +45,8 @@ ROW_TO = [
     pytest.param(("residual", "row"), "norm", id="residual-row-to-norm"),
     pytest.param(("row",), "norm", id="row-to-norm"),
     pytest.param(("row", "position"), "norm", id="row-to-norm-position"),
+    pytest.param(("residual", "row"), "stored", id="residual-row-to-stored"),
+    pytest.param(("row", "position"), "stored", id="row-to-stored-position"),
 ]
 
 
@@ -79,6 +81,8 @@ def assert_matches_reference(
     assert torch.equal(z, eager_z)
     # the norm is judged on the sum that both saw: its rounding would swamp the errors of the norm itself
     normed = addends["row"] + z if row_to == "norm" else z
+    if row_to == "stored":
+        normed = x + addends["residual"] if "residual" in addends else x
     gold = F.layer_norm(normed.double(), z.shape[-1:], weight.double(), bias.double(), EPS)
     if "position" in addends:
         gold += addends["position"].double().repeat(len(z) // len(addends["position"]), 1)[:, None]
@@ -224,7 +228,7 @@ def test_unserved_input_runs_in_torch(
         ({"position": torch.ones(2, 1, 32)}, r"position must be \[T, 32\], got \(2, 1, 32\)"),
         ({"position": torch.ones(0, 32)}, r"position must be \[T, 32\], got \(0, 32\)"),
         ({"position": torch.ones(3, 32)}, r"T=3 of position does not divide the B=2 of x"),
-        ({"row_to": "x"}, r"row_to must be 'sum', 'residual' or 'norm', got 'x'"),
+        ({"row_to": "x"}, r"row_to must be one of sum, residual, norm, stored, got 'x'"),
         ({"row_to": "residual"}, r"row_to='residual' needs a residual"),
         ({"impl": "cuda"}, r"impl must be 'triton' or 'torch', got 'cuda'"),
     ],
@@ -279,7 +283,7 @@ def test_accesses_are_16_bytes_wide_and_prefetched(target: str, channels: int, n
         {
             **dict.fromkeys(absent),
             **{"HAS_RESIDUAL": residual, "HAS_ROW": row, "HAS_POSITION": position, "ROW_TO": "sum"},
-            **{"BLOCK_M": tiling.block_m, "BLOCK_C": block_c, "STAGES": op._stages(residual, row)},
+            **{"BLOCK_M": tiling.block_m, "BLOCK_C": block_c, "STAGES": op._stages(residual, row, "sum")},
         },
         num_warps=tiling.num_warps,
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vidaccel.kernels import group_norm_silu as op
 from vidaccel.kernels.dispatch import record_choices
-from vidaccel.kernels.group_norm_silu import group_norm_silu, group_norm_silu_ref
+from vidaccel.kernels.group_norm_silu import group_norm_and_sum, group_norm_silu, group_norm_silu_ref
 
 EPS = 1e-5
 DTYPES = [torch.float32, torch.float16]
@@ -206,6 +206,27 @@ def test_registration(shape: tuple[int, ...], segments: int | None, channels_las
     torch.library.opcheck(op._group_norm_silu, (x, weight, bias, 4, EPS, True, shift))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("shape", [(2, 32, 3, 5), (1, 64, 3, 2, 5), (3, 320, 77)], ids=str)
+def test_norm_and_sum(shape: tuple[int, ...], impl: str, dtype: torch.dtype, device: torch.device) -> None:
+    x, weight, bias, _ = draw(shape, dtype, device, centre=3.0)
+    row = torch.randn(shape[1], device=device)
+    out, summed = group_norm_and_sum(x, weight, bias, 8, EPS, row, impl=impl)
+    assert torch.equal(summed, x + row.to(dtype).view(-1, *(1,) * (len(shape) - 2)))
+    assert summed.movedim(1, -1).is_contiguous()
+    if impl == "triton":
+        assert_matches_reference(out, x, weight, bias, 8, silu=False)
+        torch.library.opcheck(op._group_norm_and_sum, (x, weight, bias, 8, EPS, row.to(dtype)))
+
+
+def test_norm_and_sum_wants_a_row_for_every_channel(device: torch.device) -> None:
+    x, weight, bias, _ = draw((1, 32, 2, 2), torch.float32, device)
+    with pytest.raises(ValueError, match=r"row must be \[32\], got \(31,\)"):
+        group_norm_and_sum(x, weight, bias, 8, EPS, weight[1:])
+    assert [y.shape for y in group_norm_and_sum(x[:0], weight, bias, 8, EPS, weight)] == [x[:0].shape] * 2
+
+
 @pytest.mark.parametrize("segments", [None, 3], ids=["plain", "shift"])
 def test_compiles_fullgraph(segments: int | None, device: torch.device) -> None:
     x, weight, bias, shift = draw((1, 32, 3, 2, 5), torch.float32, device, segments)
@@ -218,7 +239,7 @@ def test_compiles_fullgraph(segments: int | None, device: torch.device) -> None:
 
 
 SIGNATURE = {
-    **dict.fromkeys(("x_ptr", "shift_ptr", "y_ptr", "weight_ptr", "bias_ptr"), "*fp16:16"),
+    **dict.fromkeys(("x_ptr", "shift_ptr", "row_ptr", "sum_ptr", "y_ptr", "weight_ptr", "bias_ptr"), "*fp16:16"),
     "part_ptr": "*fp32:16",
     **dict.fromkeys(("groups", "group_channels", "parts", "segments", "segment_rows", "chunk_rows"), "i32"),
     "channels": "i32:16",
@@ -232,6 +253,7 @@ def compile_tiled(target: str, kernel: Any, tiling: op._Tiling, **flags: Any) ->
         "BLOCK_C": tiling.block_c,
         "STAGES": tiling.stages,
         "HAS_SHIFT": True,
+        "HAS_ROW": False,
         **flags,
     }
     return compile_for(target, kernel, SIGNATURE, constexprs, num_warps=op.NUM_WARPS)
@@ -255,9 +277,10 @@ def test_statistics_prefetch(target: str) -> None:
         assert loop and "convert_layout" not in loop[0], "threads exchange data inside the loop"
 
 
+@pytest.mark.parametrize("shift", [True, False], ids=["shift", "sum"])
 @pytest.mark.parametrize("target", TARGETS)
-def test_apply_prefetches_and_stores_16_bytes(target: str) -> None:
-    asm = compile_tiled(target, op._apply_kernel, op._apply_tiling(320), SILU=True)
+def test_apply_prefetches_and_stores_16_bytes(target: str, shift: bool) -> None:
+    asm = compile_tiled(target, op._apply_kernel, op._apply_tiling(320), SILU=True, HAS_SHIFT=shift, HAS_ROW=not shift)
     assert_no_spills(asm)
     assert_loads_16_bytes_ahead(asm)
     if "ptx" in asm:
@@ -291,3 +314,12 @@ def test_offsets_beyond_int32(device: torch.device) -> None:
     assert clip.numel() > 2**31
     out = group_norm_silu(clip, weight, bias, 32, EPS, impl="triton")
     assert_matches_reference(out[:, :, -1:], frame, weight, bias, 32)
+
+
+@pytest.mark.gpu
+def test_real_norm_and_sum(device: torch.device) -> None:
+    x, weight, bias, row = draw((2, 320, 16, 64, 64), torch.float16, device, 1, centre=3.0)
+    assert row is not None
+    out, summed = group_norm_and_sum(x, weight, bias, 32, EPS, row[0, 0], impl="triton")
+    assert torch.equal(summed, x + row[0].view(1, -1, 1, 1, 1))
+    assert_matches_reference(out, x, weight, bias, 32, silu=False)

@@ -6,6 +6,8 @@ the query, the attention itself and the full-size output projection fall away.
 
 Blocks that look across frames work on ``[B*F, HW, C]``: only their attention is not row by row, and it reads strided.
 
+Where a block ends with its feed-forward and a residual, the two are added in the feed-forward's last product.
+
 Where the context is a text, its keys and values are kept from step to step, and the queries of all frames that share a
 text are the queries of one attention (see ``text_context.py``).
 """
@@ -23,6 +25,13 @@ from torch import Tensor, nn
 from vidaccel.blocks.attention_processor import attend_projected, why_attention_left_alone
 from vidaccel.blocks.normalization import add_layer_norm_module, why_layer_norms_unreadable
 from vidaccel.blocks.parameters import why_not_bypassed
+from vidaccel.blocks.projections import (
+    QKV_PROJECTION,
+    RESIDUAL_PROJECTION,
+    add_projected,
+    last_projection,
+    project_together,
+)
 from vidaccel.blocks.site import FusedBlock, fuses
 from vidaccel.blocks.text_context import LastResult, distinct_rows, keys_values, why_not_kept
 from vidaccel.kernels.add_layer_norm import RowTo
@@ -86,7 +95,7 @@ class _TransformerBlock(FusedBlock):
             residual, row = row + residual, None
         x = x if residual is None else x + residual
         summed = x if row is None else row + x
-        normed = norm(summed)
+        normed = norm(x if row_to == "stored" else summed)
         if position is not None:
             normed = (normed.unflatten(0, (-1, len(position))) + position[:, None]).flatten(0, 1)
         return (x if row_to == "norm" else summed), normed
@@ -94,11 +103,24 @@ class _TransformerBlock(FusedBlock):
     def _why_norms_unreadable(self, x: Tensor, *norms: nn.Module) -> str | None:
         return why_layer_norms_unreadable(norms, x) if self._vidaccel.enabled("add_layer_norm") else None
 
+    def _add_feed_forward(self, block: Any, x: Tensor, residual: Tensor) -> Tensor:
+        """``z + ff(norm3(z))`` of ``z = x + residual``, ``[N, HW, C]``, with the ``norm3`` and ``ff`` of ``block``."""
+        fused = self._vidaccel.enabled("add_layer_norm") and self._vidaccel.enabled(RESIDUAL_PROJECTION)
+        last = last_projection(block.ff, x) if fused else None
+        if last is None:
+            hidden_states, normed = self._add_norm(block.norm3, x, residual)
+            return block.ff(normed) + hidden_states
+        rows = x.reshape(1, -1, x.shape[2]), residual.reshape(1, -1, x.shape[2]), last.bias[None, None].to(x.dtype)
+        with_bias, normed = self._add_norm(block.norm3, *rows, row_to="stored")
+        return add_projected(last, block.ff.net[0](normed.view(x.shape)), with_bias.view(x.shape))
+
     def _attend_frames(self, attn: Attention, hidden_states: Tensor, num_frames: int) -> Tensor:
         """Self-attention over the frames of every pixel of ``[B*F, HW, C]``."""
         if not self._vidaccel.enabled("temporal_attention"):
             return _attend_by_pixel(attn, hidden_states, num_frames)
-        query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        layers = (attn.to_q, attn.to_k, attn.to_v)
+        together = project_together(layers, hidden_states) if self._vidaccel.enabled(QKV_PROJECTION) else None
+        query, key, value = together or [layer(hidden_states) for layer in layers]
         out = temporal_attention(query, key, value, num_frames, attn.heads)
         for layer in attn.to_out:  # projection, dropout
             out = layer(out)
@@ -161,21 +183,30 @@ class _SpatialTransformerBlock(_TransformerBlock, BasicTransformerBlock):
         raise NotImplementedError
 
     def fused_forward(self, *args: Any) -> Tensor:
-        branch, residual = self.last_addends(*args)
-        return branch + residual
+        x, residual, row = self._attend(*args)
+        if row is None:
+            return self._add_feed_forward(self, x, residual)
+        residual, normed = self._add_norm(self.norm3, x, residual, row)
+        return self.ff(normed) + residual
 
-    def last_addends(
-        self, hidden_states: Tensor, attention_mask: None, context: Tensor, *args: Any
-    ) -> tuple[Tensor, Tensor]:
+    def last_addends(self, *args: Any) -> tuple[Tensor, Tensor]:
         """What the block's result is the sum of: its feed-forward and the residual."""
-        _, normed = self._add_norm(self.norm1, hidden_states)
-        hidden_states, normed = self._attend_context(self.attn1(normed), hidden_states, context)
-        return self.ff(normed), hidden_states
+        residual, normed = self._add_norm(self.norm3, *self._attend(*args))
+        return self.ff(normed), residual
 
-    def _attend_context(self, attended: Tensor, residual: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """The residual stream after cross-attention, and the last norm of it."""
+    def _attend(
+        self, hidden_states: Tensor, attention_mask: None, context: Tensor, *args: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Both attentions; see :meth:`_attend_context`."""
+        _, normed = self._add_norm(self.norm1, hidden_states)
+        return self._attend_context(self.attn1(normed), hidden_states, context)
+
+    def _attend_context(
+        self, attended: Tensor, residual: Tensor, context: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The addends of the residual stream after cross-attention: two, and perhaps a row for each sample."""
         residual, normed = self._add_norm(self.norm2, attended, residual)
-        return self._add_norm(self.norm3, self.attn2(normed, encoder_hidden_states=context), residual)
+        return self.attn2(normed, encoder_hidden_states=context), residual, None
 
 
 @fuses(BasicTransformerBlock, {"one_token_attention": "math-exact", "add_layer_norm": "math-exact"})
@@ -185,24 +216,31 @@ class FusedBasicTransformerBlock(_SpatialTransformerBlock):
     def _why_context_unserved(self, context: Any) -> str | None:
         return None if _is_one_token(context) else "the context is not one token"
 
-    def _attend_context(self, attended: Tensor, residual: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+    def _attend_context(
+        self, attended: Tensor, residual: Tensor, context: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         if not self._vidaccel.enabled("one_token_attention"):
             return super()._attend_context(attended, residual, context)
-        return self._add_norm(self.norm3, attended, residual, _one_token_attention(self.attn2, context))
+        return attended, residual, _one_token_attention(self.attn2, context)
 
 
-@fuses(BasicTransformerBlock, {"text_keys_values": "math-exact", "add_layer_norm": "math-exact"})
+@fuses(
+    BasicTransformerBlock,
+    {"text_keys_values": "math-exact", "add_layer_norm": "math-exact", RESIDUAL_PROJECTION: "math-exact"},
+)
 class FusedTextTransformerBlock(_SpatialTransformerBlock):
     """The spatial block of the text-conditioned UNets; a text may have any number of tokens."""
 
     def _why_context_unserved(self, context: Any) -> str | None:
         return None if isinstance(context, Tensor) else "no text was passed, or more than text (IP-Adapter)"
 
-    def _attend_context(self, attended: Tensor, residual: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+    def _attend_context(
+        self, attended: Tensor, residual: Tensor, context: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         if torch.compiler.is_compiling() or not self._vidaccel.enabled("text_keys_values"):
             return super()._attend_context(attended, residual, context)
         residual, normed = self._add_norm(self.norm2, attended, residual)
-        return self._add_norm(self.norm3, self._attend_text(normed, context), residual)
+        return self._attend_text(normed, context), residual, None
 
     def _attend_text(self, normed: Tensor, context: Tensor) -> Tensor:
         """``attn2(normed, context)``, all frames with the same text as the queries of one attention."""
@@ -225,7 +263,12 @@ class FusedTextTransformerBlock(_SpatialTransformerBlock):
 
 @fuses(
     TemporalBasicTransformerBlock,
-    {"temporal_attention": "math-exact", "one_token_attention": "math-exact", "add_layer_norm": "math-exact"},
+    {
+        "temporal_attention": "math-exact",
+        "one_token_attention": "math-exact",
+        "add_layer_norm": "math-exact",
+        QKV_PROJECTION: "math-exact",
+    },
 )
 class FusedTemporalBasicTransformerBlock(_TransformerBlock, TemporalBasicTransformerBlock):
     """The temporal block of SVD on ``[B*F, HW, C]`` as it comes, without the stock block's two permutes of it.
@@ -359,8 +402,7 @@ class TemporalSelfAttention(_TransformerBlock):
             if block.attn2 is not None:
                 hidden_states, normed = self._add_norm(block.norm2, attended, hidden_states, position=position)
                 attended = self._attend_frames(block.attn2, normed, num_frames)
-            hidden_states, normed = self._add_norm(block.norm3, attended, hidden_states)
-            hidden_states = block.ff(normed) + hidden_states
+            hidden_states = self._add_feed_forward(block, attended, hidden_states)
         return hidden_states
 
 

@@ -16,6 +16,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
 
 from vidaccel.blocks.parameters import has_hook
+from vidaccel.blocks.projections import QKV_PROJECTION, project_together
 from vidaccel.blocks.site import BlockState, Site
 from vidaccel.kernels.dispatch import record_choices
 from vidaccel.kernels.spatial_attention import spatial_attention
@@ -59,7 +60,7 @@ class FusedAttnProcessor2_0(AttnProcessor2_0):
         return out if self._state.enabled("unit_division") else out / attn.rescale_output_factor
 
     def _attend(self, attn: Attention, hidden_states: Tensor, context: Tensor | None) -> Tensor:
-        query, key, value = _project(attn, hidden_states, context)
+        query, key, value = _project(attn, hidden_states, context, self._state.sites.get(QKV_PROJECTION))
         if self._state.enabled("spatial_attention") and attn.norm_q is None and attn.norm_k is None:
             out = self._attend_rows(query, key, value, attn.heads)
         else:
@@ -79,12 +80,20 @@ class FusedAttnProcessor2_0(AttnProcessor2_0):
         return out
 
 
-def _project(attn: Attention, hidden_states: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values, ``[B, S, H*D]``."""
+def _project(
+    attn: Attention, hidden_states: Tensor, context: Tensor | None, together: Site | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, ``[B, S, H*D]``; those of the same rows in one product at the site ``together``."""
     if attn.group_norm is not None:
         hidden_states = attn.group_norm(hidden_states.mT).mT
     if context is None:
         context = hidden_states
+        projected = project_together((attn.to_q, attn.to_k, attn.to_v), context) if together else None
+        if together:
+            together.implementations.add("merged" if projected else "torch")
+        if projected:
+            query, key, value = projected
+            return query, key, value
     elif attn.norm_cross:
         context = attn.norm_encoder_hidden_states(context)
     return attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)

@@ -18,6 +18,7 @@ from torch import nn
 from vidaccel.blocks.attention_processor import FusedAttnProcessor2_0, why_attention_left_alone
 from vidaccel.blocks.normalization import FusedGroupNormSiLU, PassThroughSiLU
 from vidaccel.blocks.parameters import has_hook
+from vidaccel.blocks.projections import QKV_PROJECTION
 from vidaccel.blocks.site import BlockState, Fidelity, FusedBlock, Site
 
 __all__ = ["ChannelsLastWeights", "Family", "NormOut", "Patch", "Processor", "Rule", "Swap", "patches_of"]
@@ -135,7 +136,7 @@ class Processor(Rule):
 
     @property
     def ops(self) -> dict[str, Fidelity]:
-        return {"spatial_attention": "math-exact", "unit_division": "bit-exact"}
+        return {"spatial_attention": "math-exact", QKV_PROJECTION: "math-exact", "unit_division": "bit-exact"}
 
     def matches(self, path: str, module: Any) -> bool:
         return type(module) is Attention

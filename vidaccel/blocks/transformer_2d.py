@@ -16,12 +16,13 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from vidaccel.blocks.parameters import why_unreadable
+from vidaccel.blocks.projections import RESIDUAL_PROJECTION, add_projected, norm_and_residual
 from vidaccel.blocks.site import FusedBlock, fuses
 
 __all__ = ["FusedTransformer2DModel"]
 
 
-@fuses(Transformer2DModel, {"channels_last": "math-exact"})
+@fuses(Transformer2DModel, {"channels_last": "math-exact", RESIDUAL_PROJECTION: "math-exact"})
 class FusedTransformer2DModel(FusedBlock, Transformer2DModel):  # type: ignore[misc]
     """Norm, projection, blocks, projection and residual on ``[N, HW, C]``, whatever kind the two projections are."""
 
@@ -73,7 +74,10 @@ class FusedTransformer2DModel(FusedBlock, Transformer2DModel):  # type: ignore[m
         *masks: None,
     ) -> Tensor:
         height = hidden_states.shape[2]
-        rows = self._project(self.proj_in, _rows(self.norm(hidden_states)), height)
+        enabled = self._vidaccel.enabled(RESIDUAL_PROJECTION)
+        both = norm_and_residual(self.norm, hidden_states, self.proj_out) if enabled else None
+        normed, with_bias = both or (self.norm(hidden_states), None)
+        rows = self._project(self.proj_in, _rows(normed), height)
         for block in self.transformer_blocks:
             rows = block(
                 rows,
@@ -82,6 +86,8 @@ class FusedTransformer2DModel(FusedBlock, Transformer2DModel):  # type: ignore[m
                 cross_attention_kwargs=cross_attention_kwargs,
                 class_labels=class_labels,
             )
+        if with_bias is not None:
+            return _image(add_projected(self.proj_out, rows, _rows(with_bias)), height)
         return _image(self._project(self.proj_out, rows, height), height) + hidden_states
 
     def _project(self, projection: Any, rows: Tensor, height: int) -> Tensor:

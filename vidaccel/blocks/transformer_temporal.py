@@ -20,13 +20,14 @@ from vidaccel.blocks.attention import (
     FusedTemporalBasicTransformerBlock,
     TemporalSelfAttention,
 )
+from vidaccel.blocks.projections import QKV_PROJECTION, RESIDUAL_PROJECTION, add_projected, norm_and_residual
 from vidaccel.blocks.resnet import FusedAlphaBlender
 from vidaccel.blocks.site import FusedBlock, fuses
 
 __all__ = ["FrameTransformer", "FusedTransformerSpatioTemporalModel", "FusedTransformerTemporalModel"]
 
 
-@fuses(TransformerSpatioTemporalModel, {"channels_last": "math-exact"})
+@fuses(TransformerSpatioTemporalModel, {"channels_last": "math-exact", RESIDUAL_PROJECTION: "math-exact"})
 class FusedTransformerSpatioTemporalModel(FusedBlock, TransformerSpatioTemporalModel):
     """Image to rows and back as views, the context once per clip instead of once per pixel, one row per frame index.
 
@@ -58,7 +59,10 @@ class FusedTransformerSpatioTemporalModel(FusedBlock, TransformerSpatioTemporalM
         num_frames = image_only_indicator.shape[-1]
         height = hidden_states.shape[2]
         residual = hidden_states
-        hidden_states = self.proj_in(self.norm(hidden_states).permute(0, 2, 3, 1).flatten(1, 2))  # [B*F, HW, C]
+        enabled = self._vidaccel.enabled(RESIDUAL_PROJECTION)
+        both = norm_and_residual(self.norm, hidden_states, self.proj_out) if enabled else None
+        normed, with_bias = both or (self.norm(hidden_states), None)
+        hidden_states = self.proj_in(normed.permute(0, 2, 3, 1).flatten(1, 2))  # [B*F, HW, C]
         frame_embedding = self._frame_embedding(num_frames, hidden_states)
         first_frame_context = context.unflatten(0, (-1, num_frames))[:, 0]  # [B, L, D]
         for block, temporal_block in zip(self.transformer_blocks, self.temporal_transformer_blocks, strict=True):
@@ -66,6 +70,9 @@ class FusedTransformerSpatioTemporalModel(FusedBlock, TransformerSpatioTemporalM
             run: Any = self._run_as_one if self._are_served(*blocks) else self._run_in_turn
             spatial, temporal, addend = run(*blocks, frame_embedding)
             hidden_states = self._mix(spatial, temporal, addend, image_only_indicator)
+        if with_bias is not None:
+            hidden_states = add_projected(self.proj_out, hidden_states, with_bias.permute(0, 2, 3, 1).flatten(1, 2))
+            return hidden_states.unflatten(1, (height, -1)).permute(0, 3, 1, 2)
         hidden_states = self.proj_out(hidden_states).unflatten(1, (height, -1))
         return hidden_states.permute(0, 3, 1, 2) + residual
 
@@ -153,16 +160,32 @@ class FrameTransformer(TemporalSelfAttention):
         attention_kwargs: dict[str, Any] | None,
     ) -> Tensor:
         height = hidden_states.shape[2]
-        clip = self.norm(hidden_states.unflatten(0, (-1, num_frames)).transpose(1, 2))  # [B, C, F, H, W]
-        rows = self.proj_in(clip.permute(0, 2, 3, 4, 1).flatten(2, 3).flatten(0, 1))  # [B*F, HW, C]
-        rows = self.proj_out(self.run_blocks(rows, num_frames)).unflatten(1, (height, -1))
-        return rows.permute(0, 3, 1, 2) + hidden_states
+        clip = hidden_states.unflatten(0, (-1, num_frames)).transpose(1, 2)  # [B, C, F, H, W]
+        enabled = self._vidaccel.enabled(RESIDUAL_PROJECTION)
+        both = norm_and_residual(self.norm, clip, self.proj_out) if enabled else None
+        normed, with_bias = both or (self.norm(clip), None)
+        rows = self.run_blocks(self.proj_in(_frame_rows(normed)), num_frames)
+        if with_bias is not None:
+            rows = add_projected(self.proj_out, rows, _frame_rows(with_bias))
+            return rows.unflatten(1, (height, -1)).permute(0, 3, 1, 2)
+        return self.proj_out(rows).unflatten(1, (height, -1)).permute(0, 3, 1, 2) + hidden_states
+
+
+def _frame_rows(clip: Tensor) -> Tensor:
+    """``[B, C, F, H, W]`` as ``[B*F, HW, C]``: a view of a channels-last clip."""
+    return clip.permute(0, 2, 3, 4, 1).flatten(2, 3).flatten(0, 1)
 
 
 # its bases in diffusers disagree about the type of config_name, which mypy minds
 @fuses(
     TransformerTemporalModel,
-    {"temporal_attention": "math-exact", "add_layer_norm": "math-exact", "channels_last": "math-exact"},
+    {
+        "temporal_attention": "math-exact",
+        "add_layer_norm": "math-exact",
+        "channels_last": "math-exact",
+        QKV_PROJECTION: "math-exact",
+        RESIDUAL_PROJECTION: "math-exact",
+    },
 )
 class FusedTransformerTemporalModel(FrameTransformer, TransformerTemporalModel):  # type: ignore[misc]
     """The temporal transformer of ModelScope and I2VGenXL, and the one after their first convolution."""

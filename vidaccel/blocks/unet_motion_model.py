@@ -8,6 +8,7 @@ import torch
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from torch import Tensor
 
+from vidaccel.blocks.projections import QKV_PROJECTION, RESIDUAL_PROJECTION
 from vidaccel.blocks.site import fuses
 from vidaccel.blocks.transformer_temporal import FrameTransformer
 
@@ -16,7 +17,13 @@ __all__ = ["FusedAnimateDiffTransformer3D"]
 
 @fuses(
     AnimateDiffTransformer3D,
-    {"temporal_attention": "math-exact", "add_layer_norm": "math-exact", "channels_last": "math-exact"},
+    {
+        "temporal_attention": "math-exact",
+        "add_layer_norm": "math-exact",
+        "channels_last": "math-exact",
+        QKV_PROJECTION: "math-exact",
+        RESIDUAL_PROJECTION: "math-exact",
+    },
 )
 class FusedAnimateDiffTransformer3D(FrameTransformer, AnimateDiffTransformer3D):
     """A motion module: the temporal transformer whose attentions see the frame's position, added after each norm."""
