@@ -10,11 +10,12 @@ read the same windows, those of ``x`` padded by one pixel, so they are the outpu
     z[n, p, q, (r, s, c)] = conv2x2(pad(x))     of shape [N, H + 1, W + 1, 4 C]
     y[n, 2 p - 1 + r, 2 q - 1 + s, c] = z[n, p, q, (r, s, c)] + bias[c]
 
-which takes 4 / 9 of the multiplications and never stores the upsampled input. cuDNN runs it; the kernel here puts the
+which takes 4 / 9 of the multiplications and never stores the upsampled input. cuDNN runs it; a kernel here puts the
 pixels into place and adds the bias on the way, which PyTorch does in a kernel of its own. Channels-last memory.
 
 The weights are added in float32 and rounded to the dtype of ``x`` once, which is one rounding more per product than
-eager has; z and y are rounded where eager rounds. Fidelity: math-exact. Bound by the convolution.
+eager has; z and y are rounded where eager rounds. A kernel adds them at every call, in one pass bound by memory: they
+may be changed in place between two calls, and nothing would tell. Fidelity: math-exact. Bound by the convolution.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ from torch import Tensor
 from vidaccel.kernels.dispatch import choose, tensors_problem
 from vidaccel.kernels.launch import Launch, prepared
 
-__all__ = ["cell_weights", "upsample_conv", "upsample_conv_ref"]
+__all__ = ["cell_weights_ref", "upsample_conv", "upsample_conv_ref"]
 
 TILE = 4096  # elements
 NUM_WARPS = 4
+CELLS_BLOCK = 256  # input channels: 16 bytes of 16-bit weights for each thread of a warp
+CELLS_NUM_WARPS = 1
 
 
 def upsample_conv_ref(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -40,7 +43,7 @@ def upsample_conv_ref(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.conv2d(upsampled, weight.to(x.dtype), bias.to(x.dtype), padding=1)
 
 
-def cell_weights(weight: Tensor) -> Tensor:
+def cell_weights_ref(weight: Tensor) -> Tensor:
     """The weights ``[4 C, C_in, 2, 2]``, channels-last, that do the work of ``weight`` ``[C, C_in, 3, 3]``.
 
     Output channels are ordered by (r, s, c), as in this file's formula.
@@ -51,6 +54,57 @@ def cell_weights(weight: Tensor) -> Tensor:
     cells = sums.unflatten(3, (2, 2)).unflatten(2, (2, 2)).flip(3, 5)  # [C, C_in, u, r, v, s]
     cells = cells.permute(3, 5, 0, 2, 4, 1).to(weight.dtype, memory_format=torch.contiguous_format)
     return cells.flatten(0, 2).permute(0, 3, 1, 2)
+
+
+@triton.jit
+def _load_taps(weight_ptr, stride_weight_w, mask):
+    """The three taps of a row of the 3 x 3 kernel, which ``weight_ptr`` points to the first of."""
+    left = tl.load(weight_ptr, mask=mask).to(tl.float32)
+    middle = tl.load(weight_ptr + stride_weight_w, mask=mask).to(tl.float32)
+    right = tl.load(weight_ptr + 2 * stride_weight_w, mask=mask).to(tl.float32)
+    return left, middle, right
+
+
+@triton.jit
+def _store_sums(cells_ptr, above, below, channel, channels, channels_in, mask, SUM_Y: tl.constexpr):
+    """Row ``SUM_Y`` of the 4 x 4 sums in :func:`cell_weights_ref`, of two rows of taps, each to where its cell has it.
+
+    Added as PyTorch's pooling adds, a row after the other: the results are the same.
+    """
+    sums = (
+        above[0] + below[0],
+        above[0] + above[1] + below[0] + below[1],
+        above[1] + above[2] + below[1] + below[2],
+        above[2] + below[2],
+    )
+    for SUM_X in tl.static_range(4):
+        cell = (1 - SUM_Y % 2) * 2 + 1 - SUM_X % 2  # (r, s)
+        tap = SUM_Y // 2 * 2 + SUM_X // 2  # (u, v)
+        start = ((cell * channels + channel) * 4 + tap) * channels_in
+        tl.store(cells_ptr + start, sums[SUM_X].to(cells_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _cells_kernel(
+    weight_ptr, cells_ptr,
+    channels, channels_in,
+    stride_weight_c, stride_weight_i, stride_weight_h, stride_weight_w,
+    BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    channel = tl.program_id(0).to(tl.int64)
+    offs_i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
+    mask = offs_i < channels_in
+    weight_ptr += channel * stride_weight_c + offs_i.to(tl.int64) * stride_weight_i
+    top = _load_taps(weight_ptr, stride_weight_w, mask)
+    middle = _load_taps(weight_ptr + stride_weight_h, stride_weight_w, mask)
+    bottom = _load_taps(weight_ptr + 2 * stride_weight_h, stride_weight_w, mask)
+    zeros = tl.zeros([BLOCK_I], tl.float32)
+    padding = (zeros, zeros, zeros)
+    cells_ptr += offs_i
+    _store_sums(cells_ptr, padding, top, channel, channels, channels_in, mask, SUM_Y=0)
+    _store_sums(cells_ptr, top, middle, channel, channels, channels_in, mask, SUM_Y=1)
+    _store_sums(cells_ptr, middle, bottom, channel, channels, channels_in, mask, SUM_Y=2)
+    _store_sums(cells_ptr, bottom, padding, channel, channels, channels_in, mask, SUM_Y=3)
 
 
 @triton.jit
@@ -73,6 +127,37 @@ def _interleave_kernel(
     bias = tl.load(bias_ptr + offs_c).to(tl.float32)
     y = tl.load(z_ptr + z_offs, mask=mask).to(tl.float32) + bias
     tl.store(y_ptr + y_offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def _empty_cells(weight: Tensor) -> Tensor:
+    channels, channels_in = weight.shape[:2]
+    return weight.new_empty((4 * channels, 2, 2, channels_in)).permute(0, 3, 1, 2)
+
+
+@prepared
+def _prepare_cells(channels: int, channels_in: int, *strides: int) -> Launch:
+    return Launch(
+        _cells_kernel, (channels, triton.cdiv(channels_in, CELLS_BLOCK)),
+        channels, channels_in, *strides,
+        BLOCK_I=CELLS_BLOCK,
+        num_warps=CELLS_NUM_WARPS,
+    )  # fmt: skip
+
+
+def _launch_cells(weight: Tensor) -> Tensor:
+    cells = _empty_cells(weight)
+    _prepare_cells(*weight.shape[:2], *weight.stride())(weight, cells)
+    return cells
+
+
+@torch.library.custom_op("vidaccel::upsample_conv_cells", mutates_args=())
+def _cells(weight: Tensor) -> Tensor:
+    return _launch_cells(weight)
+
+
+@_cells.register_fake
+def _(weight: Tensor) -> Tensor:
+    return _empty_cells(weight)
 
 
 def _empty_output(z: Tensor, channels: int) -> Tensor:
@@ -117,30 +202,22 @@ def _problem(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
     return tensors_problem(x, weight, bias)
 
 
-def _validate(x: Tensor, weight: Tensor, bias: Tensor, cells: Tensor | None) -> None:
+def _validate(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     if x.ndim != 4:
         raise ValueError(f"upsample_conv: x must be [N, C_in, H, W], got {tuple(x.shape)}")
     if weight.ndim != 4 or weight.shape[1:] != (x.shape[1], 3, 3):
         raise ValueError(f"upsample_conv: weight must be [C, {x.shape[1]}, 3, 3], got {tuple(weight.shape)}")
-    channels, channels_in = weight.shape[:2]
-    if bias.shape != (channels,):
-        raise ValueError(f"upsample_conv: bias must be [{channels}], got {tuple(bias.shape)}")
-    if cells is not None and cells.shape != (4 * channels, channels_in, 2, 2):
-        raise ValueError(
-            f"upsample_conv: cells must be [{4 * channels}, {channels_in}, 2, 2], got {tuple(cells.shape)}"
-        )
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(f"upsample_conv: bias must be [{weight.shape[0]}], got {tuple(bias.shape)}")
 
 
-def upsample_conv(
-    x: Tensor, weight: Tensor, bias: Tensor, *, cells: Tensor | None = None, impl: str | None = None
-) -> Tensor:
+def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor, *, impl: str | None = None) -> Tensor:
     """``F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, bias, padding=1)``.
 
     Args:
         x: ``[N, C_in, H, W]``, fp16 / bf16 / fp32.
         weight: ``[C, C_in, 3, 3]``, as ``x``.
         bias: ``[C]``, any float dtype; rounded to ``x.dtype`` first.
-        cells: ``cell_weights(weight)``, for a caller that keeps it; None computes it.
         impl: ``"triton"`` or ``"torch"``; None lets ``vidaccel.kernels.dispatch`` choose.
 
     Returns:
@@ -149,9 +226,10 @@ def upsample_conv(
     Raises:
         ValueError: A shape is not as above, or ``impl`` cannot run here.
     """
-    _validate(x, weight, bias, cells)
+    _validate(x, weight, bias)
     chosen = choose("upsample_conv", x, impl, _problem(x, weight, bias))
     if chosen == "torch" or x.numel() == 0:
         return upsample_conv_ref(x, weight, bias).contiguous(memory_format=torch.channels_last)
-    z = F.conv2d(x, cell_weights(weight) if cells is None else cells, padding=1)
-    return (_interleave if torch.compiler.is_compiling() else _launch)(z, bias)
+    compiling = torch.compiler.is_compiling()
+    z = F.conv2d(x, (_cells if compiling else _launch_cells)(weight), padding=1)
+    return (_interleave if compiling else _launch)(z, bias)

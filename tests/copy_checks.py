@@ -36,8 +36,7 @@ class Copies(TorchDispatchMode):
         if name == "convolution" and args[0].numel() >= self.smallest:
             ordered = _is_channels_last(args[0], out)
             self.found += [] if ordered else [f"{name} {tuple(args[0].shape)} of another memory order"]
-        # no activation has more than five axes: what has is a weight being put together
-        if name in _COPIES and out.numel() >= self.smallest and out.ndim <= 5:
+        if name in _COPIES and out.numel() >= self.smallest:
             joins = name == "cat" and _is_channels_last(out, *args[0])
             (self.joined if joins else self.found).append(f"{name} {tuple(out.shape)} at {_our_line()}")
         return out

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from vidaccel.kernels import upsample_conv as op
 from vidaccel.kernels.dispatch import record_choices
-from vidaccel.kernels.upsample_conv import cell_weights, upsample_conv, upsample_conv_ref
+from vidaccel.kernels.upsample_conv import cell_weights_ref, upsample_conv, upsample_conv_ref
 
 DTYPES = [torch.float32, torch.float16]
 if torch.cuda.is_available():
@@ -23,6 +25,13 @@ SHAPES = [
 ]
 
 
+WEIGHT_LAYOUTS = [
+    pytest.param(lambda weight: weight.contiguous(memory_format=torch.channels_last), id="channels-last"),
+    pytest.param(lambda weight: weight.contiguous(), id="contiguous"),
+    pytest.param(lambda weight: weight.repeat_interleave(2, 1)[:, ::2], id="strided"),
+]
+
+
 def draw(
     shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device, offset: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,6 +42,15 @@ def draw(
     weight = (torch.randn(channels, channels_in, 3, 3, device=device) / (3 * channels_in**0.5)).to(dtype)
     bias = torch.randn(channels, device=device).to(dtype)
     return x, weight.contiguous(memory_format=torch.channels_last), bias
+
+
+def gold_cells(weight: Tensor) -> Tensor:
+    """The cells in float64, tap by tap; ordered as the op's are."""
+    cells = weight.new_zeros((2, 2, len(weight), weight.shape[1], 2, 2), dtype=torch.float64)
+    for r, s, y, x in itertools.product(range(2), range(2), range(3), range(3)):
+        # an upper pixel (r = 1) has its taps 1 and 2 in the second row of the cell, a lower one its tap 2
+        cells[r, s, :, :, (y + r) // 2, (x + s) // 2] += weight[:, :, y, x].double()
+    return cells.flatten(0, 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -66,10 +84,11 @@ def test_error_of_one_rounding_more(device: torch.device) -> None:
     assert ours <= 1.5 * eager
 
 
-def test_cell_weights_are_sums_of_taps(device: torch.device) -> None:
+@pytest.mark.parametrize("assemble", [cell_weights_ref, op._launch_cells], ids=["reference", "kernel"])
+def test_cell_weights_are_sums_of_taps(assemble: Callable[[Tensor], Tensor], device: torch.device) -> None:
     weight = torch.arange(9.0, device=device).view(1, 1, 3, 3)
     upper_left, upper_right, lower_left, lower_right = (  # by (r, s): 1 is the upper row, the left column
-        cell_weights(weight)[2 * r + s, 0].tolist() for r, s in ((1, 1), (1, 0), (0, 1), (0, 0))
+        assemble(weight)[2 * r + s, 0].tolist() for r, s in ((1, 1), (1, 0), (0, 1), (0, 0))
     )
     assert upper_left == [[0, 1 + 2], [3 + 6, 4 + 5 + 7 + 8]]
     assert upper_right == [[0 + 1, 2], [3 + 4 + 6 + 7, 5 + 8]]
@@ -77,12 +96,40 @@ def test_cell_weights_are_sums_of_taps(device: torch.device) -> None:
     assert lower_right == [[0 + 1 + 3 + 4, 2 + 5], [6 + 7, 8]]
 
 
-def test_takes_cells_that_were_kept(device: torch.device) -> None:
-    x, weight, bias = draw((1, 8, 16, 3, 4), torch.float32, device)
-    cells = cell_weights(weight)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("laid_out", WEIGHT_LAYOUTS)
+@pytest.mark.parametrize(
+    ("channels", "channels_in"), [(1, 1), (8, 37), (3, 256), (2, 521)], ids=["one", "odd", "one-block", "ragged-block"]
+)
+def test_cells_match_reference(
+    channels: int, channels_in: int, laid_out: Callable[[Tensor], Tensor], dtype: torch.dtype, device: torch.device
+) -> None:
+    """To the last bit of PyTorch's own, and one rounding from those in float64."""
+    weight = draw((1, channels_in, channels, 1, 1), dtype, device)[1]
+    weight = weight * 2.0 ** torch.randint(-7, 8, weight.shape, device=device)  # sums that float32 has to round
+    weight = weight.to(dtype)
+    cells = op._launch_cells(laid_out(weight))
+    assert torch.equal(cells, cell_weights_ref(weight))
     assert cells.is_contiguous(memory_format=torch.channels_last)
-    out = upsample_conv(x, weight, bias, cells=cells, impl="triton")
-    assert torch.equal(out, upsample_conv(x, weight, bias, impl="triton"))
+    gold = gold_cells(weight)
+    largest = gold_cells(weight.abs())  # what float32 may lose is relative to the largest of the numbers added
+    error = (cells.double() - gold).abs()
+    assert (error <= torch.finfo(dtype).eps / 2 * gold.abs() + 4 * torch.finfo(torch.float32).eps * largest).all()
+
+
+@pytest.mark.parametrize("laid_out", WEIGHT_LAYOUTS)
+def test_cells_of_bfloat16(laid_out: Callable[[Tensor], Tensor], device: torch.device) -> None:
+    """Of small integers, whose sums are not rounded: the interpreter rounds to bfloat16 wrongly."""
+    torch.manual_seed(0)
+    weight = torch.randint(-32, 33, (8, 300, 3, 3), device=device).bfloat16()
+    assert torch.equal(op._launch_cells(laid_out(weight)).double(), gold_cells(weight))
+
+
+def test_weight_changed_in_place_is_seen(device: torch.device) -> None:
+    x, weight, bias = draw((1, 8, 16, 3, 4), torch.float32, device)
+    before = upsample_conv(x, weight, torch.zeros_like(bias), impl="triton")
+    weight.data.mul_(2)
+    assert torch.equal(upsample_conv(x, weight, torch.zeros_like(bias), impl="triton"), 2 * before)
 
 
 def test_takes_any_strides(device: torch.device) -> None:
@@ -131,7 +178,6 @@ def test_unserved_input_runs_in_torch(
         ({"weight": torch.ones(6, 4, 1, 1)}, r"weight must be \[C, 4, 3, 3\], got \(6, 4, 1, 1\)"),
         ({"weight": torch.ones(6, 5, 3, 3)}, r"weight must be \[C, 4, 3, 3\], got \(6, 5, 3, 3\)"),
         ({"bias": torch.ones(4)}, r"bias must be \[6\], got \(4,\)"),
-        ({"cells": torch.ones(6, 4, 2, 2)}, r"cells must be \[24, 4, 2, 2\], got \(6, 4, 2, 2\)"),
         ({"impl": "cuda"}, r"impl must be 'triton' or 'torch', got 'cuda'"),
     ],
 )
@@ -145,6 +191,9 @@ def test_registration(device: torch.device) -> None:
     z, bias = torch.randn(2, 4 * 16, 3, 4, device=device), torch.randn(16, device=device)
     for laid_out in (z, z.contiguous(memory_format=torch.channels_last)):
         torch.library.opcheck(op._interleave, (laid_out, bias))
+    weight = torch.randn(16, 5, 3, 3, device=device)
+    for laid_out in (weight, weight.contiguous(memory_format=torch.channels_last)):
+        torch.library.opcheck(op._cells, (laid_out,))
 
 
 def test_compiles_fullgraph(device: torch.device) -> None:
@@ -173,6 +222,50 @@ def test_accesses_are_16_bytes_wide(target: str) -> None:
     )
     assert_no_spills(asm)
     assert len(narrow_accesses(asm)) <= 1, "all but the bias, which a program loads once"
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_accesses_to_cells_are_16_bytes_wide(target: str, dtype: str) -> None:
+    asm = compile_for(
+        target,
+        op._cells_kernel,
+        {
+            **dict.fromkeys(["weight_ptr", "cells_ptr"], f"*{dtype}:16"),
+            **dict.fromkeys(["channels", "channels_in"], "i32:16"),
+            **dict.fromkeys(["stride_weight_c", "stride_weight_h", "stride_weight_w"], "i32:16"),
+        },
+        {"stride_weight_i": 1, "BLOCK_I": op.CELLS_BLOCK},
+        num_warps=op.CELLS_NUM_WARPS,
+    )
+    assert_no_spills(asm)
+    if target != "gfx942" or dtype == "fp32":
+        assert not narrow_accesses(asm)  # a wave of AMD's is 64 threads
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_cells_of_any_strides_do_not_spill(target: str) -> None:
+    """A weight of odd width, input channels not innermost."""
+    asm = compile_for(
+        target,
+        op._cells_kernel,
+        {
+            **dict.fromkeys(["weight_ptr", "cells_ptr"], "*fp16:16"),
+            **dict.fromkeys(["channels", "channels_in", "stride_weight_c"], "i32"),
+            **dict.fromkeys(["stride_weight_i", "stride_weight_h", "stride_weight_w"], "i32"),
+        },
+        {"BLOCK_I": op.CELLS_BLOCK},
+        num_warps=op.CELLS_NUM_WARPS,
+    )
+    assert_no_spills(asm)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("laid_out", WEIGHT_LAYOUTS)
+def test_cells_of_a_real_width(laid_out: Callable[[Tensor], Tensor], dtype: torch.dtype, device: torch.device) -> None:
+    weight = draw((1, 1280, 1280, 1, 1), dtype, device)[1]
+    assert torch.equal(op._launch_cells(laid_out(weight)), cell_weights_ref(weight))
 
 
 @pytest.mark.gpu

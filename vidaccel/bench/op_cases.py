@@ -115,11 +115,6 @@ def _upsample_case(name: str, frames: int, channels: int, height: int, width: in
     return Case(name, ((frames, channels, height, width), (channels, channels, 3, 3), (channels,)))
 
 
-def _with_cells(x: Tensor, weight: Tensor, bias: Tensor) -> Arguments:
-    """The weight also as a block keeps it between calls."""
-    return x, weight, bias, uc.cell_weights(weight)
-
-
 def _cells_flops(case: Case) -> float:
     """Of four 2x2 convolutions, which are the 3x3 one on the image of twice the sides."""
     return 2.0 * math.prod(case.shapes[0]) * case.shapes[0][1] * 4 * 4
@@ -138,7 +133,7 @@ _UPSAMPLE_CONV = Op(
         "eager+channels_last": Provider(uc.upsample_conv_ref),
         "compile": Provider(uc.upsample_conv_ref, channels_first, compiled=True),
         "compile+channels_last": Provider(uc.upsample_conv_ref, compiled=True),
-        "ours": Provider(lambda x, weight, bias, cells: uc.upsample_conv(x, weight, bias, cells=cells), _with_cells),
+        "ours": Provider(uc.upsample_conv),
     },
     numbers=passes(13),
     flops=_cells_flops,

@@ -65,11 +65,12 @@ def last_projection(feed_forward: Any, x: Tensor) -> nn.Linear | None:
 def add_projected(last: nn.Linear | nn.Conv2d, inner: Tensor, with_bias: Tensor) -> Tensor:
     """``last(inner) + residual``, the sum in the product's epilogue; ``with_bias`` is the residual plus last's bias.
 
-    Rows ``[..., K]`` and ``[..., C]``; a convolution is a 1x1 one.
+    Rows ``[..., K]`` and ``[..., C]``; a convolution is a 1x1 one. ``with_bias`` becomes the result: ``torch.addmm``
+    would copy it first.
     """
     record_choice(Choice(RESIDUAL_PROJECTION, "addmm"))
-    weight = last.weight.flatten(1)  # [C, K]
-    return torch.addmm(with_bias.flatten(0, -2), inner.flatten(0, -2), weight.t()).view(with_bias.shape)
+    with_bias.flatten(0, -2).addmm_(inner.flatten(0, -2), last.weight.flatten(1).t())
+    return with_bias
 
 
 def norm_and_residual(norm: Any, image: Tensor, projection: Any) -> tuple[Tensor, Tensor] | None:
