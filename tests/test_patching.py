@@ -105,7 +105,7 @@ def test_a_second_call_adds_what_the_first_left_out(pipe: StableVideoDiffusionPi
     report = patch_pipeline(pipe)
     temporal_block = "unet.mid_block.attentions.0.temporal_transformer_blocks.0"
     ops = [site.op for site in report.sites if site.path == temporal_block]
-    assert sorted(ops) == ["add_layer_norm", "one_token_attention", "temporal_attention"]
+    assert sorted(ops) == ["add_layer_norm", "one_token_attention", "qkv_projection", "temporal_attention"]
     assert relative_error(clip(pipe), before) <= 1e-5
     report.restore()
     assert np.array_equal(clip(pipe), before)
