@@ -143,7 +143,7 @@ def _problem(
     for name, other in (("temporal", temporal), ("residual", residual)):
         if other is not None and other.dtype != spatial.dtype:
             return f"{name} differs from spatial in dtype: {other.dtype}, {spatial.dtype}"
-        if other is not None and other.stride() != spatial.stride():
+        if other is not None and _memory_order(other) != _memory_order(spatial):
             return f"{name} differs from spatial in strides"
     # each frame must be one dense run of memory: its alpha is applied run by run
     dense = spatial.is_contiguous(memory_format=torch.channels_last_3d) if spatial.ndim == 5 else False
@@ -151,6 +151,11 @@ def _problem(
     if not dense:
         return "frames are not dense runs of memory"
     return tensors_problem(spatial, temporal, residual, mix_factor)
+
+
+def _memory_order(x: Tensor) -> list[int]:
+    """The strides that matter: a dim of one entry, as of a clip of one frame, may have any."""
+    return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
 
 
 def alpha_blend(

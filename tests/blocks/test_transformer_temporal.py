@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from block_checks import frozen, fused, relative_error, tensor_of
 from diffusers.models.attention import FreeNoiseTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor
-from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
+from diffusers.models.embeddings import Timesteps
+from diffusers.models.transformers.transformer_temporal import (
+    TransformerSpatioTemporalModel,
+    TransformerTemporalModel,
+)
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from torch import Tensor, nn
 
 from vidaccel.blocks.rules import Swap
-from vidaccel.blocks.transformer_temporal import FusedTransformerTemporalModel
+from vidaccel.blocks.transformer_temporal import FusedTransformerSpatioTemporalModel, FusedTransformerTemporalModel
 from vidaccel.blocks.unet_motion_model import FusedAnimateDiffTransformer3D
 
 CHANNELS = 32
@@ -228,3 +233,25 @@ def test_compiles_in_one_graph(kind: str, plain_pytorch: None) -> None:
     with fused(module, FUSED[type(module)]), torch.no_grad():
         out = torch.compile(module, fullgraph=True, backend="aot_eager")(x, num_frames=3)
     assert relative_error(tensor_of(out), expected) <= 1e-5
+
+
+@torch.no_grad()
+def test_frame_sinusoids_are_worked_out_once_for_each_length(plain_pytorch: None) -> None:
+    torch.manual_seed(0)
+    module = frozen(TransformerSpatioTemporalModel(2, 16, in_channels=CHANNELS, cross_attention_dim=8))
+    arguments = {
+        frames: (draw(1, frames, (2, 3), torch.channels_last), torch.randn(frames, 1, 8), torch.zeros(1, frames))
+        for frames in (2, 3)
+    }
+    expected = {frames: tensor_of(module(*arguments[frames])) for frames in arguments}
+    calls: list[int] = []
+    with fused(module, FusedTransformerSpatioTemporalModel):
+        for frames in (2, 3):  # at first sight the original code runs too
+            module(*arguments[frames])
+        with mock.patch.object(Timesteps, "forward", lambda *_: calls.append(1)):
+            for frames in (3, 2):
+                assert relative_error(tensor_of(module(*arguments[frames])), expected[frames]) <= 1e-6
+        assert not calls
+        module.time_proj.register_forward_hook(lambda *_: calls.append(1))
+        module(*arguments[2])
+        assert calls, "only a call of the module runs its hooks"

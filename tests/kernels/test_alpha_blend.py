@@ -106,6 +106,17 @@ def test_empty_input(shape: tuple[int, ...], device: torch.device) -> None:
     assert out.shape == shape and out.dtype == spatial.dtype
 
 
+def test_one_frame_may_have_any_stride(device: torch.device) -> None:
+    *tensors, image_only = draw((1, 6, 1, 5, 7), torch.float32, device)
+    spatial, temporal, mix_factor = tensors
+    restrided = temporal.as_strided(temporal.shape, (7, *temporal.stride()[1:2], 1, *temporal.stride()[3:]))
+    assert restrided.stride() != spatial.stride()
+    with record_choices() as choices:
+        out = alpha_blend(spatial, restrided, mix_factor, image_only)
+    assert [choice.impl for choice in choices] == ["triton"]
+    assert torch.equal(out, alpha_blend(spatial, temporal, mix_factor, image_only))
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers.models.embeddings import Timesteps
 from diffusers.models.transformers.transformer_temporal import (
     TransformerSpatioTemporalModel,
     TransformerTemporalModel,
@@ -20,14 +21,20 @@ from vidaccel.blocks.attention import (
     FusedTemporalBasicTransformerBlock,
     TemporalSelfAttention,
 )
+from vidaccel.blocks.parameters import why_not_bypassed
 from vidaccel.blocks.projections import QKV_PROJECTION, RESIDUAL_PROJECTION, add_projected, norm_and_residual
 from vidaccel.blocks.resnet import FusedAlphaBlender
 from vidaccel.blocks.site import FusedBlock, fuses
 
 __all__ = ["FrameTransformer", "FusedTransformerSpatioTemporalModel", "FusedTransformerTemporalModel"]
 
+FRAME_EMBEDDING = "frame_embedding"
 
-@fuses(TransformerSpatioTemporalModel, {"channels_last": "math-exact", RESIDUAL_PROJECTION: "math-exact"})
+
+@fuses(
+    TransformerSpatioTemporalModel,
+    {"channels_last": "math-exact", RESIDUAL_PROJECTION: "math-exact", FRAME_EMBEDDING: "bit-exact"},
+)
 class FusedTransformerSpatioTemporalModel(FusedBlock, TransformerSpatioTemporalModel):
     """Image to rows and back as views, the context once per clip instead of once per pixel, one row per frame index.
 
@@ -130,9 +137,25 @@ class FusedTransformerSpatioTemporalModel(FusedBlock, TransformerSpatioTemporalM
 
     def _frame_embedding(self, num_frames: int, like: Tensor) -> Tensor:
         """``[B*F, 1, C]``: the embedding of each frame's index, worked out once and repeated for the batch."""
-        indices = torch.arange(num_frames, device=like.device)
-        embedding = self.time_pos_embed(self.time_proj(indices).to(like.dtype))
+        embedding = self.time_pos_embed(self._frame_sinusoids(num_frames, like))
         return embedding.repeat(like.shape[0] // num_frames, 1)[:, None]
+
+    def _frame_sinusoids(self, num_frames: int, like: Tensor) -> Tensor:
+        """``[F, C]``, what the embedding's layers are given: without weights, so the same for every call."""
+        wanted = self._vidaccel.enabled(FRAME_EMBEDDING) and not torch.compiler.is_compiling()
+        if not wanted or why_not_bypassed(self.time_proj, Timesteps):
+            return self._work_out_sinusoids(num_frames, like)
+        # never replaced: a captured graph may go on reading it; nor kept from a capture, where it has no values yet
+        kept, key = self._vidaccel.kept, f"sinusoids of {num_frames} frames, {like.dtype} on {like.device}"
+        if key not in kept:
+            sinusoids = self._work_out_sinusoids(num_frames, like)
+            if like.is_cuda and torch.cuda.is_current_stream_capturing():
+                return sinusoids
+            kept[key] = sinusoids
+        return kept[key]
+
+    def _work_out_sinusoids(self, num_frames: int, like: Tensor) -> Tensor:
+        return self.time_proj(torch.arange(num_frames, device=like.device)).to(like.dtype)
 
 
 def _block_arguments(hidden_states: Tensor, context: Tensor) -> tuple[Any, ...]:
