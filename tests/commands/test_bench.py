@@ -441,3 +441,29 @@ def test_the_script_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         runpy.run_path(str(ROOT / "scripts" / "bench.py"), run_name="__main__")
     assert exited.value.code == 2
     assert "there are add_layer_norm" in capsys.readouterr().err
+
+
+def test_neighbours_that_differ_in_cudnn_benchmark_share_their_compiled_code(
+    tiny_bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+    seen: dict[str, bool] = {}
+    begin, work = measure.applied, measure._measure
+
+    def begun(variant: str, *args: Any) -> Any:
+        started.append(variant)
+        return begin(variant, *args)
+
+    def measured(workload: Any, yardstick: Any, variant: str, *args: Any) -> Any:
+        seen[variant] = torch.backends.cudnn.benchmark
+        return work(workload, yardstick, variant, *args)
+
+    monkeypatch.setattr(measure, "applied", begun)
+    monkeypatch.setattr(measure, "_measure", measured)
+    names = "cudnn.benchmark,compile,compile+cudnn.benchmark,patched+cuda_graph+cudnn.benchmark"
+    _, record = tiny_bench("--scope", "vae", "--variants", names, "--quick")
+    assert started == ["eager", "compile", "patched+cuda_graph+cudnn.benchmark"]
+    *ran, graph = record["results"]
+    assert seen == {row["variant"]: "benchmark" in row["variant"] for row in ran}
+    assert [row["cold_start_s"] is None for row in ran] == [False, True, False, True]
+    assert graph["status"] == "failed"  # a graph wants a GPU; it would have begun anew, for it records algorithms

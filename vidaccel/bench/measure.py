@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ from vidaccel.bench.timing import (
     time_calls,
     timed,
 )
-from vidaccel.bench.variants import applied, measured_modules
+from vidaccel.bench.variants import applied, cudnn_benchmark, measured_modules, without_benchmark
 from vidaccel.bench.workloads import ModuleWorkload, PipelineWorkload, Workload, recorded_calls
 from vidaccel.errors import first_line
 from vidaccel.fidelity.metrics import psnr, relative_error
@@ -53,24 +54,27 @@ def measure_pipeline(
     recorder.record["patch_reports"] = {}
     recorder.record["shapes"] = {scope: workload.shapes for scope, workload in workloads.items()}
     yardsticks = {scope: _Yardstick(scope, settings.with_reference) for scope in workloads}
-    for variant in settings.variants:
+    for code, variants in itertools.groupby(settings.variants, key=without_benchmark):
         with ExitStack() as stack:
             started = time.perf_counter()
             try:
-                report = stack.enter_context(applied(variant, pipe, settings))
+                report = stack.enter_context(applied(code, pipe, settings))
             except Exception as error:  # a variant that cannot be put in place is no reason to lose the others
-                for scope in workloads:
+                for variant, scope in itertools.product(variants, workloads):
                     recorder.fail(scope, variant, error)
                 continue
-            prepared = time.perf_counter() - started
-            for scope, workload in workloads.items():
-                # A whole pipeline that comes after its parts finds them warm.
-                start_up = prepared if scope != "end-to-end" or len(workloads) == 1 else None
-                yardstick, cold_calls = yardsticks[scope], _cold_calls(scope, variant)
-                work = partial(_measure, workload, yardstick, variant, device, settings, start_up, cold_calls)
-                recorder.measure(scope, variant, work)
-            if report is not None:
-                recorder.record["patch_reports"][variant] = report.summary()
+            prepared: float | None = time.perf_counter() - started
+            for variant in variants:
+                with cudnn_benchmark() if variant != code else nullcontext():
+                    for scope, workload in workloads.items():
+                        # A whole pipeline that comes after its parts finds them warm.
+                        start_up = prepared if scope != "end-to-end" or len(workloads) == 1 else None
+                        yardstick, cold_calls = yardsticks[scope], _cold_calls(scope, variant)
+                        work = partial(_measure, workload, yardstick, variant, device, settings, start_up, cold_calls)
+                        recorder.measure(scope, variant, work)
+                if report is not None:
+                    recorder.record["patch_reports"][variant] = report.summary()
+                prepared = None  # the next one finds the same code compiled
 
 
 def _workloads(pipe: DiffusionPipeline, arguments: dict[str, Any], settings: Settings) -> dict[str, Workload]:
