@@ -24,10 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidaccel.kernels.dispatch import choose, tensors_problem
+from vidaccel.kernels.dispatch import DTYPES, choose, tensors_problem
 from vidaccel.kernels.launch import Launch, prepared
 
-__all__ = ["RowTo", "add_layer_norm", "add_layer_norm_ref"]
+__all__ = ["RowTo", "add_layer_norm", "add_layer_norm_ref", "compile_ahead"]
 
 RowTo = Literal["sum", "residual", "norm", "stored"]
 ROW_TO = get_args(RowTo)
@@ -116,6 +116,7 @@ class _Tiling(NamedTuple):
     num_warps: int
 
 
+TENSORS = 8  # that the kernel takes
 MAX_CHANNELS = 2048
 TILE_BYTES = 2048
 RESIDENT_BYTES = 132 * 16 * TILE_BYTES  # sixteen small tiles on every multiprocessor of an H100 or H200
@@ -188,6 +189,23 @@ def _launch(
         outputs[0], outputs[-1],
     )  # fmt: skip
     return outputs
+
+
+def compile_ahead(
+    weight: Tensor, *, residual: bool = False, row_to: RowTo | None = None, position: bool = False
+) -> None:
+    """Begin to compile what :func:`add_layer_norm` will run with such a weight and activations of its dtype.
+
+    Args:
+        weight: ``[C]``, on the device in question.
+        residual: Whether there will be a residual.
+        row_to: What a row will join; None: there will be none.
+        position: Whether there will be positions.
+    """
+    if weight.numel() <= MAX_CHANNELS and weight.dtype in DTYPES:
+        flags = residual, row_to is not None, row_to or "sum"
+        launch = _prepare(1, 1, weight.numel(), int(position), 0.5, *flags, weight.itemsize, None, None)
+        launch.compile_ahead(weight.device, *[weight.dtype] * TENSORS)
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:

@@ -11,12 +11,18 @@ the very function of Triton's that its own cache asks. So a launch can tell apar
 
 What is called of Triton is private. Other versions of Triton than those this was written for launch as ever; so do
 interpreted kernels, kernels that read globals, and any launch that a profiler or debugger has hooked itself into.
+
+A model's first call needs dozens of kernels, one after the other. What can be foretold of them from its weights alone
+is compiled by several threads meanwhile (:meth:`Launch.compile_ahead`): most of that is LLVM and ptxas, which run
+beside Python.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -36,6 +42,10 @@ if DIRECT:
 prepared = functools.lru_cache(maxsize=1024, typed=True)
 
 _overrides: dict[str, Any] = {}
+
+MOST_COMPILERS = 16
+# What is being compiled, by kernel and constants, then by the dtypes of its tensors.
+_ahead: dict[tuple[Any, ...], dict[tuple[torch.dtype, ...], Future[None]]] = {}
 
 
 class _Compiled(NamedTuple):
@@ -97,7 +107,27 @@ class Launch:
             self._compiled[key] = _compiled(kernel)
 
     def _through_triton(self, tensors: tuple[Tensor | None, ...]) -> Any:
+        for begun in _ahead.pop(self._identity(), {}).values():
+            begun.exception()  # waits; what went wrong there will go wrong here, where somebody wants to know
         return self._kernel[self._grid](*tensors, *self._numbers, **self._constants)
+
+    def compile_ahead(self, device: torch.device, *dtypes: torch.dtype) -> None:
+        """Begin to compile the kernel in the background, for tensors of these dtypes, aligned as PyTorch aligns them.
+
+        The first launch waits for it. A kernel, or a device, that is not compiled for is passed over.
+        """
+        if device.type != "cuda" or not isinstance(self._kernel, JITFunction):
+            return
+        begun = _ahead.setdefault(self._identity(), {})
+        if dtypes not in begun:
+            begun[dtypes] = _compilers().submit(self._compile, device, dtypes)
+
+    def _compile(self, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> None:
+        with torch.cuda.device(device):
+            self._kernel.warmup(*dtypes, *self._numbers, grid=self._grid, **self._constants)
+
+    def _identity(self) -> tuple[Any, ...]:
+        return self._kernel, *sorted(self._constants.items())
 
     def _overridden(self) -> Launch:
         """This launch as it is inside :func:`constants_overridden`."""
@@ -106,6 +136,11 @@ class Launch:
             constants = self._constants | dict(values)
             self._variants[values] = Launch(self._kernel, self._grid, *self._numbers, **constants)
         return self._variants[values]
+
+
+@functools.cache
+def _compilers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_COMPILERS), thread_name_prefix="vidaccel-compile")
 
 
 def _observed(kernel: JITFunction) -> bool:

@@ -17,7 +17,7 @@ from torch import nn
 
 from vidaccel import pipelines
 from vidaccel.blocks.rules import Family, Patch, Rule, patches_of
-from vidaccel.blocks.site import Site, State
+from vidaccel.blocks.site import FusedBlock, Site, State
 from vidaccel.config import self_check_enabled
 from vidaccel.cuda_graph import graph_calls, graphed_call, is_denoiser, why_not_graphed
 from vidaccel.errors import UsageError
@@ -121,6 +121,9 @@ def _patch(
         if any(site in patch.sites for site in wanted):
             report.adopt(module, patch)
     _check_strict(report, strict)
+    for module, _, _ in candidates:
+        if isinstance(module, FusedBlock):
+            module.compile_ahead()
     for name, model in denoisers.items():
         if cuda_graph or graphed_call(model):
             only_if_faster = cuda_graph == "auto"

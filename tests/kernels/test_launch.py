@@ -5,7 +5,9 @@ Without a GPU, Triton is given a driver and a compiler that do nothing but tell 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -13,11 +15,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from tiny_models import tiny_svd_pipeline
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaLauncher
 from triton.runtime import JITFunction
 
+from vidaccel import patch_module
 from vidaccel.kernels import launch as launching
 from vidaccel.kernels.add_layer_norm import add_layer_norm
 from vidaccel.kernels.conv_epilogue import conv_epilogue
@@ -318,6 +322,63 @@ def run_everything() -> list[Tensor]:
             outputs += [group_norm_silu(image, weight, weight, 8, 1e-5), conv_epilogue(image, weight, image)]
             outputs += [temporal_attention(x, x, x, 2, 2 if channels > 32 else 1)]
     return outputs
+
+
+def launch_of(kernel: Any) -> Launch:
+    return Launch(kernel, (1,), 32, 33, 1e-5, BLOCK=64, FLAG=True, num_warps=4)
+
+
+def test_the_first_launch_waits_for_what_is_compiled_ahead(driver: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, go, order = jit(), threading.Event(), []
+    compile = kernel.compile
+
+    def slowly(*args: Any, **kwargs: Any) -> Compiled:
+        assert go.wait(10)
+        order.append(threading.current_thread().name)
+        return compile(*args, **kwargs)
+
+    kernel.compile = slowly
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    device = torch.device("cuda", 0)
+    launch_of(kernel).compile_ahead(device, torch.float16, torch.float16)
+    launch_of(kernel).compile_ahead(device, torch.float16, torch.float16)  # begun already
+    threading.Timer(0.1, go.set).start()
+    launch_of(kernel)(tensor(), tensor())
+    assert len(order) == 1 and order[0].startswith("vidaccel-compile")
+    assert not launching._ahead
+
+
+def test_a_failure_ahead_is_left_to_the_launch(driver: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = jit()
+    kernel.compile = mock.Mock(side_effect=RuntimeError("no such instruction"))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    launch_of(kernel).compile_ahead(torch.device("cuda", 0), torch.float16, torch.float16)
+    with pytest.raises(RuntimeError, match="no such instruction"):
+        launch_of(kernel)(tensor(), tensor())
+    assert kernel.compile.call_count == 2
+
+
+def test_nothing_is_compiled_ahead_without_a_gpu(driver: None) -> None:
+    launch_of(jit()).compile_ahead(torch.device("cpu"), torch.float16, torch.float16)
+    assert not launching._ahead
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_what_is_compiled_ahead_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kernel of a patched UNet's first call that was foretold: none is compiled twice."""
+    unet = tiny_svd_pipeline().unet.to("cuda", torch.float16)
+    compiled: list[tuple[str, str]] = []
+
+    def listen(*, src: Any, metadata: dict[str, Any], times: Any, **_: Any) -> None:
+        compiled.append((src.name, threading.current_thread().name.partition("_")[0]))
+
+    monkeypatch.setattr(triton.knobs.compilation, "listener", listen)
+    with patch_module(unet):
+        inputs = (torch.randn(1, 2, 8, 8, 8), torch.tensor(0.5), torch.randn(1, 1, 32), torch.ones(1, 3))
+        unet(*(x.to("cuda", torch.float16) for x in inputs))
+    norms = [thread for name, thread in compiled if name == "_add_layer_norm_kernel"]
+    assert norms and all(thread == "vidaccel-compile" for thread in norms)
 
 
 @pytest.mark.gpu

@@ -35,6 +35,7 @@ from vidaccel.blocks.projections import (
 from vidaccel.blocks.site import FusedBlock, fuses
 from vidaccel.blocks.text_context import LastResult, distinct_rows, keys_values, why_not_kept
 from vidaccel.kernels.add_layer_norm import RowTo
+from vidaccel.kernels.add_layer_norm import compile_ahead as compile_norm_ahead
 from vidaccel.kernels.temporal_attention import temporal_attention
 
 __all__ = [
@@ -99,6 +100,13 @@ class _TransformerBlock(FusedBlock):
         if position is not None:
             normed = (normed.unflatten(0, (-1, len(position))) + position[:, None]).flatten(0, 1)
         return (x if row_to == "norm" else summed), normed
+
+    def _compile_norm_ahead(
+        self, norm: Any, *, residual: bool = False, row_to: RowTo | None = None, position: bool = False
+    ) -> None:
+        plain = type(norm) is nn.LayerNorm and type(norm.weight) is nn.Parameter
+        if plain and self._vidaccel.enabled("add_layer_norm"):
+            compile_norm_ahead(norm.weight, residual=residual, row_to=row_to, position=position)
 
     def _why_norms_unreadable(self, x: Tensor, *norms: nn.Module) -> str | None:
         return why_layer_norms_unreadable(norms, x) if self._vidaccel.enabled("add_layer_norm") else None
@@ -213,6 +221,10 @@ class _SpatialTransformerBlock(_TransformerBlock, BasicTransformerBlock):
 class FusedBasicTransformerBlock(_SpatialTransformerBlock):
     """The spatial block of SVD, whose cross-attention to one token is a row per frame."""
 
+    def compile_ahead(self) -> None:
+        self._compile_norm_ahead(self.norm1)
+        self._compile_norm_ahead(self.norm3, residual=True, row_to="sum")
+
     def _why_context_unserved(self, context: Any) -> str | None:
         return None if _is_one_token(context) else "the context is not one token"
 
@@ -230,6 +242,11 @@ class FusedBasicTransformerBlock(_SpatialTransformerBlock):
 )
 class FusedTextTransformerBlock(_SpatialTransformerBlock):
     """The spatial block of the text-conditioned UNets; a text may have any number of tokens."""
+
+    def compile_ahead(self) -> None:
+        self._compile_norm_ahead(self.norm1)
+        self._compile_norm_ahead(self.norm2, residual=True)
+        self._compile_norm_ahead(self.norm3, residual=True, row_to="stored")
 
     def _why_context_unserved(self, context: Any) -> str | None:
         return None if isinstance(context, Tensor) else "no text was passed, or more than text (IP-Adapter)"
@@ -308,6 +325,12 @@ class FusedTemporalBasicTransformerBlock(_TransformerBlock, TemporalBasicTransfo
         hidden_states, normed = self._add_norm(self.norm1, self.ff_in(normed), hidden_states)
         branch, residual = self._attend(hidden_states, normed, num_frames, context)
         return branch + residual
+
+    def compile_ahead(self) -> None:
+        for norm, row_to in ((self.norm_in, "norm"), (self.norm1, "residual"), (self.norm3, "sum")):
+            self._compile_norm_ahead(norm, residual=True, row_to=row_to)  # as in last_addends
+        self._compile_norm_ahead(self.norm_in)
+        self._compile_norm_ahead(self.norm1, residual=True)
 
     def last_addends(
         self, addends: tuple[Tensor, Tensor], frame_embedding: Tensor, num_frames: int, context: Tensor | None
@@ -393,6 +416,14 @@ class TemporalSelfAttention(_TransformerBlock):
             return reason
         norms = (block.norm1, block.norm2 if block.attn2 else block.norm3, block.norm3)
         return self._why_norms_unreadable(x, *norms)
+
+    def compile_ahead(self) -> None:
+        for block in self.transformer_blocks:
+            position = block.pos_embed is not None
+            self._compile_norm_ahead(block.norm1, position=position)
+            if block.attn2 is not None:
+                self._compile_norm_ahead(block.norm2, residual=True, position=position)
+            self._compile_norm_ahead(block.norm3, residual=True, row_to="stored")
 
     def run_blocks(self, hidden_states: Tensor, num_frames: int) -> Tensor:
         for block in self.transformer_blocks:

@@ -160,6 +160,9 @@ class FusedBlock(nn.Module):
             return self.original_forward(*args, **kwargs)
         return self.fused_forward(*args, **kwargs)
 
+    def compile_ahead(self) -> None:
+        """Begin to compile kernels that the first call will need. What is not foretold here is compiled when needed."""
+
     def serves_parent(self, *args: Any, **kwargs: Any) -> bool:
         """Whether a fused parent may run parts of this block, with :meth:`run_part`, instead of calling it."""
         bypassed = why_not_bypassed(self, type(self)) is None and not self._vidaccel.broken
