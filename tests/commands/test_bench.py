@@ -23,7 +23,7 @@ from vidaccel.bench.record import add_ratios, json_text, table
 from vidaccel.bench.settings import Settings
 from vidaccel.bench.synthetic import build_pipeline, families, pipeline_inputs, specification
 from vidaccel.bench.timing import time_calls
-from vidaccel.bench.variants import applied, measured_modules
+from vidaccel.bench.variants import applied, cudnn_benchmark, measured_modules
 from vidaccel.cli import main
 from vidaccel.generation import generate
 from vidaccel.kernels.group_norm_silu import _apply_kernel
@@ -467,3 +467,21 @@ def test_neighbours_that_differ_in_cudnn_benchmark_share_their_compiled_code(
     assert seen == {row["variant"]: "benchmark" in row["variant"] for row in ran}
     assert [row["cold_start_s"] is None for row in ran] == [False, True, False, True]
     assert graph["status"] == "failed"  # a graph wants a GPU; it would have begun anew, for it records algorithms
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_cudnn_tries_its_algorithms_for_a_convolution_that_has_run(device: torch.device) -> None:
+    x, weight = torch.randn(2, 32, 16, 16, device=device).half(), torch.randn(32, 32, 3, 3, device=device).half()
+    torch.nn.functional.conv2d(x, weight)
+
+    def kernels() -> int:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            torch.nn.functional.conv2d(x, weight)
+            torch.cuda.synchronize()
+        return len(profiler.events())
+
+    before = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
+    with cudnn_benchmark(torch.float16):
+        assert kernels() > 10, "nothing was tried"
+    assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32) == before

@@ -24,7 +24,7 @@ from vidaccel.bench.timing import (
     time_calls,
     timed,
 )
-from vidaccel.bench.variants import applied, cudnn_benchmark, measured_modules, without_benchmark
+from vidaccel.bench.variants import applied, cudnn_benchmark, dtype_of, measured_modules, without_benchmark
 from vidaccel.bench.workloads import ModuleWorkload, PipelineWorkload, Workload, recorded_calls
 from vidaccel.errors import first_line
 from vidaccel.fidelity.metrics import psnr, relative_error
@@ -65,7 +65,7 @@ def measure_pipeline(
                 continue
             prepared: float | None = time.perf_counter() - started
             for variant in variants:
-                with cudnn_benchmark() if variant != code else nullcontext():
+                with cudnn_benchmark(dtype_of(pipe)) if variant != code else nullcontext():
                     for scope, workload in workloads.items():
                         # A whole pipeline that comes after its parts finds them warm.
                         start_up = prepared if scope != "end-to-end" or len(workloads) == 1 else None

@@ -129,7 +129,7 @@ def _measure(
         if provider.one_stage:
             stack.enter_context(one_stage_kernels())
         if provider.cudnn_benchmark:
-            stack.enter_context(cudnn_benchmark())
+            stack.enter_context(cudnn_benchmark(dtype))
         first_call = timed(call, device)
         with record_choices() as choices:
             outputs = _tensors(call())

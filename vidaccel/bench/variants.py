@@ -25,6 +25,7 @@ __all__ = [
     "DEFAULT",
     "applied",
     "cudnn_benchmark",
+    "dtype_of",
     "measured_modules",
     "parse_variants",
     "without_benchmark",
@@ -63,6 +64,11 @@ def measured_modules(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     return {"denoiser": denoiser, "vae": pipe.vae.decoder}
 
 
+def dtype_of(pipe: DiffusionPipeline) -> torch.dtype:
+    """What the denoiser computes in."""
+    return next(measured_modules(pipe)["denoiser"].parameters()).dtype
+
+
 @contextmanager
 def applied(variant: str, pipe: DiffusionPipeline, settings: Settings) -> Iterator[PatchReport | None]:
     """``pipe`` under ``variant`` inside the ``with`` block, and as it was after it; yields the patch report, if any."""
@@ -76,7 +82,7 @@ def applied(variant: str, pipe: DiffusionPipeline, settings: Settings) -> Iterat
             for module in modules:
                 undo.enter_context(_channels_last(module))
         if "cudnn.benchmark" in parts:
-            undo.enter_context(cudnn_benchmark())
+            undo.enter_context(cudnn_benchmark(dtype_of(pipe)))
         report = None
         if "patched" in parts:
             cuda_graph = "cuda_graph" in parts
@@ -95,14 +101,22 @@ def _forget_compiled_code() -> None:
 
 
 @contextmanager
-def cudnn_benchmark() -> Iterator[None]:
-    """Let cuDNN try its algorithms out inside the ``with`` block."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
+def cudnn_benchmark(dtype: torch.dtype) -> Iterator[None]:
+    """Let cuDNN try its algorithms out inside the ``with`` block, also for convolutions of ``dtype`` that ran before.
+
+    PyTorch keeps the algorithm of a convolution that has run, and asks for none again in this process, whatever the
+    flag says by then. It keeps it by whether TF32 is allowed, too, which means nothing to 16-bit numbers, so turning
+    that round makes it ask. A float32 convolution keeps what it had.
+    """
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.allow_tf32
+    cudnn.benchmark = True
+    if dtype.itemsize == 2:
+        cudnn.allow_tf32 = not cudnn.allow_tf32
     try:
         yield
     finally:
-        torch.backends.cudnn.benchmark = before
+        cudnn.benchmark, cudnn.allow_tf32 = before
 
 
 @contextmanager

@@ -327,9 +327,10 @@ class FusedTemporalBasicTransformerBlock(_TransformerBlock, TemporalBasicTransfo
         return branch + residual
 
     def compile_ahead(self) -> None:
-        for norm, row_to in ((self.norm_in, "norm"), (self.norm1, "residual"), (self.norm3, "sum")):
-            self._compile_norm_ahead(norm, residual=True, row_to=row_to)  # as in last_addends
-        self._compile_norm_ahead(self.norm_in)
+        self._compile_norm_ahead(self.norm_in, residual=True, row_to="norm")
+        self._compile_norm_ahead(self.norm1, residual=True, row_to="residual")
+        self._compile_norm_ahead(self.norm3, residual=True, row_to="sum")
+        self._compile_norm_ahead(self.norm_in)  # without a fused parent, and when that checks itself
         self._compile_norm_ahead(self.norm1, residual=True)
 
     def last_addends(
