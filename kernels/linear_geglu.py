@@ -116,10 +116,11 @@ def _shape_problem(x: Tensor, weight: Tensor) -> str | None:
     from vidaccel.kernels.linear_geglu_gluon import TILE_ROWS, choose_config
 
     dim, in_features = weight.shape[0] // 2, weight.shape[1]
-    if choose_config(dim, in_features) is None:
-        return f"the kernel takes D in steps of 64 and a K up to 640 in steps of 64, got D={dim}, K={in_features}"
-    if x.numel() // in_features <= TILE_ROWS:
+    rows = x.numel() // in_features
+    if rows <= TILE_ROWS:
         return f"the kernel takes more than {TILE_ROWS} rows"
+    if choose_config(rows, dim, in_features) is None:
+        return f"the kernel takes D in steps of 64 and a K up to 640 in steps of 64, got D={dim}, K={in_features}"
     return None
 
 

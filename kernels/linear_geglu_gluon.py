@@ -4,18 +4,19 @@
 
 K is short here (320, 640), so a program keeps all of ``COLUMNS`` value and ``COLUMNS`` gate rows of W in shared memory
 and streams rows of x past them: the least traffic there is. A tile is 64 rows of x times these columns. A program has a
-producer warp and two consumer warpgroups, and consumer c computes its c-th, (c+2)-th, ... tile alone. The steps of all
-tiles pass through one ring in order, so while one consumer is in its epilogue the other one has the ring and the tensor
-cores to itself. Accumulation, bias and GELU in float32; value, gate and GELU are rounded where eager stores them.
-Fidelity: math-exact.
+producer warp and ``CONSUMERS`` consumer warpgroups, and consumer c computes every ``CONSUMERS``-th tile, from the c-th
+on, alone. The steps of all tiles pass through one ring in order, so while some consumers are in their epilogues another
+one has the ring and the tensor cores to itself. Accumulation from the bias on and GELU in float32; value, gate and GELU
+are rounded where eager stores them. Fidelity: math-exact.
 
 Tiles are numbered column by column; a program owns a run of neighbours and reloads W where the run enters a new column.
 With a multiple of the number of columns for programs, all columns walk over the same rows of x at the same time, which
-then come from L2.
+then come from L2. It has to give 32 bytes a clock to every multiprocessor to keep its tensor cores busy with 64
+columns, which is about what it can, and half as much with 128.
 
-The tail of the normal distribution is a polynomial in ``t = 1 / (1 + c |g|)`` times ``exp(-g^2 / 2)``, the form of
-Abramowitz and Stegun 7.1.26 with coefficients of our own: ``gelu(g) = g / 2 + |g| * (1/2 - tail(|g|))`` in 14
-instructions, of which 2 go to the special function unit. Its error is no more than that of ``1 + erf``.
+The epilogue takes 13 instructions for each output: 3 for the rounding, and for ``gelu(g) = max(g, 0) - |g| tail(|g|)``
+10, of which one goes to the special function unit: the logarithm of the normal distribution's tail is so smooth that a
+polynomial of degree 6 gives GELU to 1/50 of float16's rounding, and small ones better than ``1 + erf`` does.
 
 Who waits for whom. Every barrier completes a phase per use. A wait names the parity of the phase it waits for and
 passes while the barrier is in a phase of the other parity, so whoever waits for a phase has to know that the one before
@@ -26,15 +27,18 @@ it is complete and the one after it is not; before the first phase, a wait for t
 * ``x_free[s]``: that consumer arrives when its products that read the step have finished; the producer waits before it
   overwrites the step. One arrival a phase. The n-th step of a program lies in stage ``n % STAGES`` and belongs to phase
   ``n // STAGES``: consumers wait for that parity of "ready", the producer for the opposite one of "free".
-* ``turns[c]``: consumer c waits before each of its tiles until the other one has seen every step of the tile before
-  arrive. More than a hint: it is how c knows that the phases of ``x_ready`` before its own are complete, those of steps
-  that it never looks at. None is two phases ahead either: a stage is only filled anew when its step has been used.
-* ``w_ready``: a phase per column of the program's run, completed by TMA. Both consumers wait for every phase, also for
+* ``turns[c]``: consumer c waits before each of its tiles until the consumer of the tile before, its neighbour in the
+  ring, has seen every step of that tile arrive. One arrival a phase: the neighbour's. It arrives again ``CONSUMERS``
+  tiles later, and has had to wait for c's tile between the two by then. More than a hint: since all wait in turn, it is
+  how c knows that the phases of ``x_ready`` before its own are complete, those of steps that it never looks at. None is
+  two phases ahead either: a stage is only filled anew when its step has been used.
+* ``w_ready``: a phase per column of the program's run, completed by TMA. All consumers wait for every phase, also for
   that of a first column in which they have no tile.
-* ``w_free``: a phase per column but the last, two arrivals: each consumer's, when it has left the column, or at the end
-  of its tiles if the last column has none for it. So the producer, which waits before it loads the next column, always
-  goes on. A column between two others has at least two tiles, one for each consumer, which cannot arrive for it before
-  the producer has seen both leave the column before: so a launch needs two tiles to a column.
+* ``w_free``: a phase per column but the last, ``CONSUMERS`` arrivals: each consumer's, when it has left the column, or
+  at the end of its tiles if the last column has none for it. So the producer, which waits before it loads the next
+  column, always goes on. A column between two others has at least ``CONSUMERS`` tiles, one for each consumer, which
+  cannot arrive for it before the producer has seen all leave the column before: so a launch needs as many tiles to a
+  column as consumers (``Config.fewest_rows``).
 
 Nobody waits for what comes later in the order of tiles: the producer for consumers of earlier steps, a consumer for its
 data, which the producer gives in the order of use, and for the tile before to have its own. TMA and wgmma read and
@@ -44,11 +48,11 @@ write through the same proxy, so only the output tile, which threads write and T
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -65,26 +69,22 @@ __all__ = ["Config", "choose_config", "gluon_configs", "launch", "linear_geglu_g
 
 TILE_ROWS = 64  # what one wgmma takes
 BLOCK_K = 64  # 128 bytes of a row: the widest swizzle
-CONSUMERS = gl.constexpr(2)
+OUT_COLUMNS = 64  # the same of the output: wider tiles leave in parts, through one buffer
 SHARED_MEMORY = 226 * 1024  # of a block's 227 KiB; the rest is for barriers
 STAGES = range(3, 9)
-REGISTERS = 240  # of a consumer's threads: what is left of 65536 by a producer warpgroup that keeps 24
 DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
-# tail(g) = exp(-g^2 / 2) * (A1 t + A2 t^2 + ...): the least error of g * tail(g) for g from 0 to 8
-SLOPE = gl.constexpr(0.275)
-A1 = gl.constexpr(0.1176124683852207)
-A2 = gl.constexpr(0.04336041258876763)
-A3 = gl.constexpr(0.3307857617652251)
-A4 = gl.constexpr(-0.3270589560501029)
-A5 = gl.constexpr(0.44955641073564884)
-A6 = gl.constexpr(-0.11425608220200667)
-ROOT_HALF_LOG2E = gl.constexpr(math.sqrt(math.log2(math.e) / 2))
-
-
-@gluon.jit
-def _reciprocal(x):
-    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+# log2 of the tail of the normal distribution from 0 to TAIL_END, where nothing is left of it: the least error of GELU
+# against float16's step
+TAIL_END = gl.constexpr(8.0)
+C0 = gl.constexpr(-1.0000057420549444)
+C1 = gl.constexpr(-1.151070821373982)
+C2 = gl.constexpr(-0.4590740956341401)
+C3 = gl.constexpr(-0.053151050149730435)
+C4 = gl.constexpr(0.007988360683049414)
+C5 = gl.constexpr(-0.0007582489878910272)
+C6 = gl.constexpr(3.322692114462433e-05)
+PROPAGATE_NAN = gl.constexpr(tl.PropagateNan.ALL)
 
 
 @gluon.jit
@@ -93,11 +93,28 @@ def _exp2(x):
 
 
 @gluon.jit
+def _rounded(x, desc):
+    """``x`` in the dtype of ``desc``, by pairs.
+
+    Where ptxas has to find the pairs itself, it gives up the overlap of products that accumulate in ``x`` (C7514).
+    """
+    HALF: gl.constexpr = desc.dtype == gl.float16
+    ASM: gl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;" if HALF else "cvt.rn.bf16x2.f32 $0, $2, $1;"
+    return gl.inline_asm_elementwise(ASM, "=r,f,f", [x], dtype=desc.dtype, is_pure=True, pack=2)
+
+
+@gluon.jit
 def _gelu(gate):
-    t = _reciprocal(gl.abs(gate) * SLOPE + 1.0)
-    tail = t * (A1 + t * (A2 + t * (A3 + t * (A4 + t * (A5 + t * A6)))))
-    root = gate * ROOT_HALF_LOG2E
-    return gate * 0.5 + gl.abs(gate) * (0.5 - tail * _exp2(-(root * root)))
+    x = gl.minimum(gl.abs(gate), TAIL_END)
+    tail = _exp2(C0 + x * (C1 + x * (C2 + x * (C3 + x * (C4 + x * (C5 + x * C6))))))
+    return gl.maximum(gate, 0.0, propagate_nan=PROPAGATE_NAN) - x * tail
+
+
+@gluon.jit
+def _halves(x, HALF: gl.constexpr):
+    """The left and the right half of a tile."""
+    left, right = x.reshape([x.shape[0], 2, x.shape[1] // 2]).permute((0, 2, 1)).split()
+    return gl.convert_layout(left, HALF, assert_trivial=True), gl.convert_layout(right, HALF, assert_trivial=True)
 
 
 @gluon.jit
@@ -148,25 +165,38 @@ def _producer(load, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _consumer(work, CONSUMER: gl.constexpr, STAGES: gl.constexpr):
+def _write(value, gate, out, out_desc, row, channel):
+    """Value times GELU of the gate, through the buffer ``out``."""
+    product = _rounded(value, out_desc) * _rounded(_gelu(_rounded(gate, out_desc).to(gl.float32)), out_desc)
+    tma.store_wait(0)  # of what it held before
+    out.store(product)
+    fence_async_shared()
+    tma.async_copy_shared_to_global(out_desc, [row, channel], out)  # clips rows past the end
+
+
+@gluon.jit
+def _consumer(work, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr):
     out_desc, bias_ptr, dim, x_smem, w_smem, out_smem, ready, free, turns, num_tiles, tiles_per_column = work
     x_ready, w_ready = ready
     x_free, w_free = free
-    dtype: gl.constexpr = out_desc.dtype
     ROWS: gl.constexpr = out_desc.block_shape[0]
-    COLUMNS: gl.constexpr = out_desc.block_shape[1]
+    OUT_COLUMNS: gl.constexpr = out_desc.block_shape[1]
     STEPS: gl.constexpr = w_smem.shape[0]
+    COLUMNS: gl.constexpr = w_smem.shape[2]
     BLOCK_K: gl.constexpr = w_smem.shape[3]
     BOTH: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * COLUMNS, 16])
     HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    QUARTER: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS // 2, 16])
 
     first, end = _run(num_tiles)
     first_column = first // tiles_per_column
     left = 0  # columns that this consumer is through with
     out = out_smem.index(CONSUMER)
-    zeros = gl.full([ROWS, 2 * COLUMNS], 0.0, gl.float32, BOTH)
+    offs = gl.arange(0, 2 * COLUMNS, gl.SliceLayout(0, BOTH))
+    bias_ptrs = bias_ptr + offs // COLUMNS * dim + offs % COLUMNS
     for tile in range(first + CONSUMER, end, CONSUMERS):
         row, channel = _place(tile, tiles_per_column, COLUMNS, ROWS)
+        bias = gl.load(bias_ptrs + channel)  # long before it is needed
         entered = tile // tiles_per_column - first_column
         if entered > left:
             mbarrier.wait(w_ready.index(0), left & 1)  # had it no tile there, it has not waited yet
@@ -174,13 +204,14 @@ def _consumer(work, CONSUMER: gl.constexpr, STAGES: gl.constexpr):
             left = entered
         mbarrier.wait(w_ready.index(0), entered & 1)
 
+        acc = bias.to(gl.float32)[None, :].broadcast_to([ROWS, 2 * COLUMNS])
         # consumer 0 has the first turn without being given it
         mbarrier.wait(turns.index(CONSUMER), ((tile - first) // CONSUMERS & 1) ^ (1 if CONSUMER == 0 else 0))
 
         n = (tile - first) * STEPS
         mbarrier.wait(x_ready.index(n % STAGES), n // STAGES & 1)
         w = w_smem.index(0).reshape([2 * COLUMNS, BLOCK_K])
-        acc = warpgroup_mma(x_smem.index(n % STAGES), w.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        acc = warpgroup_mma(x_smem.index(n % STAGES), w.permute((1, 0)), acc, is_async=True)
         acc = warpgroup_mma_wait(1, deps=(acc,))  # waits for nothing, makes it a tensor
         for step in range(1, STEPS):
             n += 1
@@ -189,21 +220,19 @@ def _consumer(work, CONSUMER: gl.constexpr, STAGES: gl.constexpr):
             acc = warpgroup_mma(x_smem.index(n % STAGES), w.permute((1, 0)), acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=(acc,))
             mbarrier.arrive(x_free.index((n - 1) % STAGES))
-        mbarrier.arrive(turns.index(1 - CONSUMER))
-        bias_ptrs = bias_ptr + channel + gl.arange(0, COLUMNS, gl.SliceLayout(0, HALF))
-        value_bias = gl.load(bias_ptrs)
-        gate_bias = gl.load(bias_ptrs + dim)
+        mbarrier.arrive(turns.index((CONSUMER + 1) % CONSUMERS))
         acc = warpgroup_mma_wait(0, deps=(acc,))  # [ROWS, 2 * COLUMNS], value before gate
         mbarrier.arrive(x_free.index(n % STAGES))
 
-        value, gate = acc.reshape([ROWS, 2, COLUMNS]).permute((0, 2, 1)).split()
-        value = gl.convert_layout(value, HALF, assert_trivial=True) + value_bias.to(gl.float32)[None, :]
-        gate = gl.convert_layout(gate, HALF, assert_trivial=True) + gate_bias.to(gl.float32)[None, :]
-        product = value.to(dtype) * _gelu(gate.to(dtype).to(gl.float32)).to(dtype)
-        tma.store_wait(0)  # of the tile before
-        out.store(product)
-        fence_async_shared()
-        tma.async_copy_shared_to_global(out_desc, [row, channel], out)  # clips rows past the end
+        value, gate = _halves(acc, HALF)
+        if COLUMNS == OUT_COLUMNS:
+            _write(value, gate, out, out_desc, row, channel)
+        else:
+            gl.static_assert(COLUMNS == 2 * OUT_COLUMNS)
+            left_value, right_value = _halves(value, QUARTER)
+            left_gate, right_gate = _halves(gate, QUARTER)
+            _write(left_value, left_gate, out, out_desc, row, channel)
+            _write(right_value, right_gate, out, out_desc, row, channel + OUT_COLUMNS)
     if (end - 1) // tiles_per_column - first_column > left:
         mbarrier.arrive(w_free.index(0))
     tma.store_wait(0)
@@ -221,7 +250,7 @@ def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 def linear_geglu_gluon_kernel(
     x_desc, w_desc, bias_ptr, out_desc,
     dim, num_tiles, tiles_per_column,
-    STEPS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    STEPS: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """All tiles; launch at most as many programs as fit at once, and as there are tiles.
 
@@ -229,58 +258,91 @@ def linear_geglu_gluon_kernel(
     make up K.
     """
     ROWS: gl.constexpr = out_desc.block_shape[0]
-    COLUMNS: gl.constexpr = out_desc.block_shape[1]
+    OUT_COLUMNS: gl.constexpr = out_desc.block_shape[1]
+    COLUMNS: gl.constexpr = w_desc.block_shape[1]
     BLOCK_K: gl.constexpr = x_desc.block_shape[1]
     x_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES, ROWS, BLOCK_K], x_desc.layout)
     w_smem = gl.allocate_shared_memory(w_desc.dtype, [STEPS, 2, COLUMNS, BLOCK_K], w_desc.layout)
-    out_smem = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, ROWS, COLUMNS], out_desc.layout)
+    out_smem = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, ROWS, OUT_COLUMNS], out_desc.layout)
     ready = (_barriers(STAGES, 1), _barriers(1, 1))
     free = (_barriers(STAGES, 1), _barriers(1, CONSUMERS))
     turns = _barriers(CONSUMERS, 1)
     fence_async_shared()
     work = (out_desc, bias_ptr, dim, x_smem, w_smem, out_smem, ready, free, turns, num_tiles, tiles_per_column)
     load = (x_desc, w_desc, x_smem, w_smem, ready, free, num_tiles, tiles_per_column)
-    gl.warp_specialize(
-        [(_consumer, (work, 0, STAGES)), (_consumer, (work, 1, STAGES)), (_producer, (load, STAGES))],
-        [4, 1],
-        [REGISTERS, 24],
-    )
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consumer, (work, 0, CONSUMERS, STAGES)),
+                (_consumer, (work, 1, CONSUMERS, STAGES)),
+                (_producer, (load, STAGES)),
+            ],
+            [4, 1],
+            [REGISTERS, 24],
+        )
+    else:
+        gl.static_assert(CONSUMERS == 3)
+        gl.warp_specialize(
+            [
+                (_consumer, (work, 0, CONSUMERS, STAGES)),
+                (_consumer, (work, 1, CONSUMERS, STAGES)),
+                (_consumer, (work, 2, CONSUMERS, STAGES)),
+                (_producer, (load, STAGES)),
+            ],
+            [4, 4, 1],
+            [REGISTERS, REGISTERS, 24],
+        )
 
 
 class Config(NamedTuple):
-    """How the kernel cuts its work: output columns of a tile, and steps of x in flight.
+    """How the kernel cuts its work.
 
+    Tiles of ``columns`` columns, ``consumers`` warpgroups that take turns at them, ``stages`` steps of x in flight.
     ``aligned`` launches a multiple of the number of columns, so that all walk over the same rows at the same time.
     """
 
     columns: int
+    consumers: int
     stages: int
     aligned: bool
 
+    @property
+    def registers(self) -> int:
+        """Of every consumer's threads: what is left of 65536 by a producer warpgroup that keeps 24."""
+        return 240 if self.consumers == 2 else 160
 
-def choose_config(out_features: int, in_features: int) -> Config | None:
+    @property
+    def fewest_rows(self) -> int:
+        """Those of as many tiles to a column as there are consumers."""
+        return (self.consumers - 1) * TILE_ROWS + 1
+
+
+def choose_config(rows: int, out_features: int, in_features: int) -> Config | None:
     """The configuration the kernel runs with, or None where it does not serve."""
-    return next(iter(gluon_configs(out_features, in_features)), None)
+    return next(iter(gluon_configs(rows, out_features, in_features)), None)
 
 
-def gluon_configs(out_features: int, in_features: int) -> list[Config]:
+def gluon_configs(rows: int, out_features: int, in_features: int) -> list[Config]:
     """Every configuration worth trying, the likely best first.
 
     Args:
+        rows: ``M``.
         out_features: ``D``, half the rows of W.
         in_features: ``K``.
     """
     configs = []
-    for columns in (64, 128):  # an H200 prefers the narrow ones, which leave room for more tiles of x on their way
-        stages = (SHARED_MEMORY - _resident_bytes(columns, in_features)) // (2 * TILE_ROWS * BLOCK_K)
+    # x is read once for each column of tiles: wide ones first, where enough of x fits beside W
+    for columns, consumers in ((128, 2), (64, 3), (64, 2)):
+        stages = _stages(columns, consumers, in_features)
         if out_features % columns == 0 and in_features % BLOCK_K == 0 and stages >= STAGES.start:
-            configs += [Config(columns, min(stages, STAGES.stop - 1), aligned) for aligned in (True, False)]
-    return configs
+            configs += [Config(columns, consumers, min(stages, STAGES.stop - 1), aligned) for aligned in (True, False)]
+    return [config for config in configs if rows >= config.fewest_rows]
 
 
-def _resident_bytes(columns: int, in_features: int) -> int:
-    """Shared memory, at 2 bytes a number, of W and of a tile of the output for each consumer."""
-    return 2 * (2 * columns * in_features + CONSUMERS.value * TILE_ROWS * columns)
+def _stages(columns: int, consumers: int, in_features: int) -> int:
+    """How many steps of x fit in shared memory beside W and a part of the output for each consumer."""
+    resident = 2 * columns * in_features + consumers * TILE_ROWS * OUT_COLUMNS
+    return (SHARED_MEMORY // 2 - resident) // (TILE_ROWS * BLOCK_K)
 
 
 def _programs(columns: int, multiprocessors: int, aligned: bool) -> int:
@@ -289,10 +351,10 @@ def _programs(columns: int, multiprocessors: int, aligned: bool) -> int:
 
 
 def launch(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, *, config: Config | None = None) -> None:
-    """Write ``linear_geglu(x, weight, bias)`` to ``out``, ``[M, D]``; ``x`` is ``[M, K]``, with M > 64."""
+    """Write ``linear_geglu(x, weight, bias)`` to ``out``, ``[M, D]``; ``x`` is ``[M, K]``."""
     (rows, dim), in_features = out.shape, x.shape[1]
-    config = config or choose_config(dim, in_features)
-    if config is None or rows <= TILE_ROWS:
+    config = config or choose_config(rows, dim, in_features)
+    if config is None or rows < config.fewest_rows:
         raise ValueError(f"linear_geglu: the kernel does not serve M={rows}, K={in_features}, D={dim}")
     columns = dim // config.columns
     tiles_per_column = triton.cdiv(rows, TILE_ROWS)
@@ -302,9 +364,10 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, *, config: Conf
             _descriptor(x, [TILE_ROWS, BLOCK_K]),
             _descriptor(weight.unflatten(0, (2, dim)), [2, config.columns, BLOCK_K]),
             bias,
-            _descriptor(out, [TILE_ROWS, config.columns]),
+            _descriptor(out, [TILE_ROWS, OUT_COLUMNS]),
             dim, num_tiles, tiles_per_column,
-            STEPS=in_features // BLOCK_K, STAGES=config.stages, REGISTERS=REGISTERS,
+            STEPS=in_features // BLOCK_K,
+            CONSUMERS=config.consumers, STAGES=config.stages, REGISTERS=config.registers,
             num_warps=4,
         )  # fmt: skip
 

@@ -269,6 +269,10 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+def _on_hopper(x: Tensor) -> bool:
+    return x.is_cuda and torch.version.hip is None and _capability(x.device)[0] == 9
+
+
 def _no_problem(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> None:
     return None
 
@@ -284,7 +288,7 @@ def _sdpa_problem(
 
 
 def _fa3_problem(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> str | None:
-    if not q.is_cuda or _capability(q.device)[0] != 9:
+    if not _on_hopper(q):
         return "FlashAttention-3 needs a Hopper GPU"
     if _fa3() is None:
         return f"none of {', '.join(FA3_MODULES)} is installed"
@@ -301,13 +305,15 @@ def _triton_problem(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: floa
 
 
 def _gluon_problem(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> str | None:
-    if not q.is_cuda or _capability(q.device)[0] != 9:
+    if not _on_hopper(q):
         return "the kernel is for Hopper GPUs"
     if not triton.__version__.startswith(GLUON_VERSIONS):
         return f"the kernel is written for Triton {' or '.join(GLUON_VERSIONS)}*, this is {triton.__version__}"
+    from vidaccel.kernels.spatial_attention_gluon import HEAD_DIMS as GLUON_HEAD_DIMS
+
     head_dim = q.shape[2] // num_heads
-    if head_dim not in (64, 128):
-        return f"the kernel takes head_dim 64 and 128, got {head_dim}"
+    if head_dim not in GLUON_HEAD_DIMS:
+        return f"the kernel takes head_dim up to 128 in steps of 8, got {head_dim}"
     if not all(_is_for_tma(x) for x in (q, k, v)):
         return "TMA takes rows that start at multiples of 16 bytes"
     if (k.stride(0) == 0) != (v.stride(0) == 0):
@@ -406,8 +412,7 @@ def _default(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> s
     """What runs where nothing is measured: PyTorch's own choice, but for what is faster wherever it serves."""
     if not q.is_cuda:
         return "torch"
-    hopper = torch.version.hip is None and _capability(q.device)[0] == 9
-    faster = ["gemm"] * _is_large(q, k) + ["cudnn"] * hopper
+    faster = ["gemm"] * _is_large(q, k) + ["cudnn"] * _on_hopper(q)
     serving = (name for name in faster if IMPLEMENTATIONS[name].problem(q, k, v, num_heads, scale) is None)
     return next(serving, "torch")
 
@@ -418,12 +423,13 @@ def _first_choice(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float)
     default = _default(*arguments)
     if not _measures(q, k):
         return default, ""
-    key = _cache_key(q, k, num_heads)
+    competitors = _competitors(*arguments)
+    key = _cache_key(q, k, num_heads, list(competitors))
     measured = tuning_cache.load(OP, key)
     if measured is None or measured.winner not in IMPLEMENTATIONS:
         if q.is_cuda and torch.cuda.is_current_stream_capturing():
             return None
-        measured = _measure(*arguments, favourite=default)
+        measured = _measure(*arguments, competitors, favourite=default)
         if measured is None:
             return default, ""
         tuning_cache.save(OP, key, measured)
@@ -440,7 +446,22 @@ def _is_large(q: Tensor, k: Tensor) -> bool:
     return k.shape[1] >= MEASURED_KEYS and 4 * q.numel() * k.shape[1] >= MEASURED_FLOPS
 
 
-def _cache_key(q: Tensor, k: Tensor, num_heads: int) -> dict[str, Any]:
+def _competitors(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> dict[str, Implementation]:
+    """The implementations that serve these arguments, but for those that another one always beats.
+
+    Each of them costs its compilation and its clock at the first call of a shape.
+    """
+    arguments = q, k, v, num_heads, scale
+    competing = ((name, way) for name, way in IMPLEMENTATIONS.items() if way.competes)
+    serving = {name: way for name, way in competing if way.problem(*arguments) is None}
+    if not serving.keys().isdisjoint(FOR_HOPPER):
+        serving.pop("triton", None)
+    if _on_hopper(q) and not serving.keys().isdisjoint(("gluon", "cudnn")):
+        serving.pop("flash", None)  # PyTorch's is FlashAttention-2
+    return serving
+
+
+def _cache_key(q: Tensor, k: Tensor, num_heads: int, competitors: list[str]) -> dict[str, Any]:
     _, dtype, batch_heads, seq_q, seq_kv, head_dim = _shape(q, k, num_heads)
     return {
         "device": torch.cuda.get_device_name(q.device),
@@ -448,8 +469,7 @@ def _cache_key(q: Tensor, k: Tensor, num_heads: int) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cudnn": torch.backends.cudnn.version(),
-        "fa3": _fa3() is not None,
-        "competitors": [name for name, way in IMPLEMENTATIONS.items() if way.competes],
+        "competitors": competitors,
         "dtype": str(dtype),
         "batch_heads": batch_heads,
         "seq_q": seq_q,
@@ -459,18 +479,21 @@ def _cache_key(q: Tensor, k: Tensor, num_heads: int) -> dict[str, Any]:
 
 
 def _measure(
-    q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float, *, favourite: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    num_heads: int,
+    scale: float,
+    competitors: dict[str, Implementation],
+    *,
+    favourite: str,
 ) -> tuning_cache.Measured | None:
-    """Time the implementations that serve these arguments and compute what PyTorch does."""
+    """Time the competitors that compute what PyTorch does."""
     arguments = q, k, v, num_heads, scale
-    competitors = {name: way for name, way in IMPLEMENTATIONS.items() if way.competes}
-    serving = {name: way for name, way in competitors.items() if way.problem(*arguments) is None}
-    if not serving.keys().isdisjoint(FOR_HOPPER):
-        serving.pop("triton", None)  # it has not won there at any shape, and would be compiled for each head_dim
     with torch.no_grad(), torch.cuda.device_of(q):
         expected = _run_sdpa(*arguments)
         why_wrong = functools.partial(_why_wrong, arguments, expected)
-        runs = {name: functools.partial(way.run, *arguments) for name, way in serving.items()}
+        runs = {name: functools.partial(way.run, *arguments) for name, way in competitors.items()}
         measured = tuning_cache.fastest(runs, why_wrong, tuning_cache.cuda_milliseconds, favourite)
     logger.debug("%s of %s: %s", OP, _shape(q, k, num_heads), measured)
     return measured

@@ -58,6 +58,9 @@ GPU_SHAPES = [
     Shape(2, 3, 1, 1, 128),
     Shape(2, 8, 4096, 4096, 40),
     Shape(1, 4, 1000, 77, 80),
+    Shape(2, 3, 517, 1033, 96),
+    Shape(2, 5, 129, 257, 72),
+    Shape(1, 3, 200, 65, 24),
     Shape(1, 4, 576, 576, 160),
     Shape(40, 20, 144, 130, 64),
 ]
@@ -169,6 +172,26 @@ def test_unserved_input(
     assert torch.equal(out, spatial_attention_ref(q, q, q, 2, scale=scale))
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "reason"),
+    [
+        (8, None),
+        (40, None),
+        (80, None),
+        (128, None),
+        (20, "steps of 8, got 20"),
+        (160, "up to 128 in steps of 8, got 160"),
+    ],
+)
+def test_head_dims_of_the_gluon_kernel(head_dim: int, reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("vidaccel.kernels.spatial_attention_gluon")
+    monkeypatch.setattr(op, "_on_hopper", lambda x: True)
+    monkeypatch.setattr(op, "GLUON_VERSIONS", (triton.__version__,))
+    q = torch.ones(1, 4, 2 * head_dim).half()
+    problem = op._gluon_problem(q, q, q, 2, 1.0)
+    assert problem is None if reason is None else reason in str(problem)
+
+
 def test_gradients_run_in_torch(device: torch.device) -> None:
     q, k, v = (x.contiguous().requires_grad_() for x in draw(Shape(1, 2, 5, 5, 32), torch.float16, device))
     with pytest.raises(ValueError, match="no backward pass"):
@@ -235,7 +258,7 @@ def measuring(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     right = {name: Implementation(functools.partial(named_run, name), op._no_problem) for name in ("new", "torch")}
     monkeypatch.setattr(op, "IMPLEMENTATIONS", right)
     monkeypatch.setattr(op, "_measures", lambda q, k: True)
-    monkeypatch.setattr(op, "_cache_key", lambda *args: {"shape": str(op._shape(*args))})
+    monkeypatch.setattr(op, "_cache_key", lambda *args: {"shape": str(op._shape(*args[:3]))})
     monkeypatch.setattr(tuning_cache, "cuda_milliseconds", lambda run: times[run.args[0]])
     return times
 
@@ -302,6 +325,25 @@ def test_texts_and_tiny_shapes_are_not_measured(monkeypatch: pytest.MonkeyPatch)
     assert not op._measures(OnGpu(2, 4096, 320), OnGpu(2, 77, 320))
     assert not op._measures(OnGpu(2, 144, 320), OnGpu(2, 144, 320))
     assert not op._measures(torch.ones(2, 4096, 32), torch.ones(2, 4096, 32)), "nothing is measured on a CPU"
+
+
+@pytest.mark.parametrize(
+    ("hopper", "serving", "timed"),
+    [
+        (True, ["gluon", "cudnn", "torch", "flash", "triton"], ["gluon", "cudnn", "torch"]),
+        (True, ["torch", "flash", "triton"], ["torch", "flash", "triton"]),
+        (False, ["cudnn", "torch", "flash", "triton"], ["cudnn", "torch", "flash", "triton"]),
+    ],
+    ids=["hopper", "hopper-alone", "ampere"],
+)
+def test_what_never_wins_is_not_timed(
+    hopper: bool, serving: list[str], timed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways = {name: IMPLEMENTATIONS[name]._replace(problem=op._no_problem) for name in serving}
+    monkeypatch.setattr(op, "IMPLEMENTATIONS", ways)
+    monkeypatch.setattr(op, "_on_hopper", lambda x: hopper)
+    q = torch.ones(1, 4, 64).half()
+    assert list(op._competitors(q, q, q, 1, 1.0)) == timed
 
 
 @pytest.mark.parametrize(
@@ -386,21 +428,25 @@ def test_triton_kernel_prefetches_and_does_not_spill(target: str, head_dim: int,
 
 def compile_gluon(head_dim: int, config: Any) -> dict[str, str]:
     gluon = pytest.importorskip("vidaccel.kernels.spatial_attention_gluon")
-    layout = gluon.gl.NVMMASharedLayout.get_default_for([1, 64, head_dim], gluon.gl.float16)
-
-    def descriptor(rows: int) -> str:
-        return f"tensordesc<fp16[1, {rows}, {head_dim}],{layout!r}>"
-
+    arguments, constants = {}, {}
+    for suffix, channels in zip(("desc", "rest_desc"), gluon._parts(head_dim, config.split), strict=True):
+        for name, rows in zip(("q", "k", "v", "out"), (64, config.columns, config.columns, 64), strict=True):
+            block = [1, rows, 1, channels]
+            layout = gluon.gl.NVMMASharedLayout.get_default_for(block, gluon.gl.float16)
+            if channels:
+                arguments[f"{name}_{suffix}"] = f"tensordesc<fp16{block},{layout!r}>"
+            else:
+                constants[f"{name}_{suffix}"] = None
     return compile_for(
         "sm_90",
         gluon.spatial_attention_gluon_kernel,
         {
-            **dict.fromkeys(("q_desc", "out_desc"), descriptor(gluon.CONSUMER_ROWS)),
-            **dict.fromkeys(("k_desc", "v_desc"), descriptor(config.columns)),
+            **arguments,
             **dict.fromkeys(("num_tiles", "tiles_per_head", "num_heads", "seq_kv", "kv_batch_step"), "i32"),
             "scale_log2": "fp32",
         },
         {
+            **constants,
             **{"CONSUMERS": config.consumers, "STAGES": config.stages},
             **{"PING_PONG": config.ping_pong, "REGISTERS": config.registers},
         },
@@ -409,7 +455,7 @@ def compile_gluon(head_dim: int, config: Any) -> dict[str, str]:
 
 @pytest.mark.skipif(not triton.__version__.startswith(op.GLUON_VERSIONS), reason="another Gluon")
 @pytest.mark.parametrize("ping_pong", [True, False], ids=["ping-pong", "free"])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [32, 40, 64, 80, 96, 128])
 def test_gluon_kernel_overlaps_products_with_the_softmax(head_dim: int, ping_pong: bool) -> None:
     from vidaccel.kernels.spatial_attention_gluon import choose_config
 
@@ -419,14 +465,29 @@ def test_gluon_kernel_overlaps_products_with_the_softmax(head_dim: int, ping_pon
     assert "UTMALDG" in sass and "UTMASTG" in sass and "USETMAXREG" in sass
     # ptxas may let two consumers share a piece of code; waits beyond four for each would mean serialised products
     assert 4 * (config.consumers - 1) < sass.count("WARPGROUP.DEPBAR") <= 4 * config.consumers
-    loop = re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1;(.*?)WARPGROUP\.DEPBAR\.LE gsb0, 0x0;", sass, re.DOTALL)
+    loop = re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x[12];(.*?)WARPGROUP\.DEPBAR\.LE gsb0, 0x0;", sass, re.DOTALL)
     assert loop is not None
     assert loop[1].count("MUFU.EX2") >= config.columns // 2, "the softmax is to run before the wait for p @ v"
     if config.consumers == 2:
         assert_no_spills(asm)
-    else:  # three leave 160 registers a thread: at most two scalars of each go to memory and back, once a tile
-        assert len(re.findall(r"\bLDL\b", sass)) <= 2 * config.consumers
+    else:  # three leave 160 registers a thread: a few scalars of each go to memory and back, once a tile
+        assert len(re.findall(r"\bLDL\b", sass)) <= 3 * config.consumers
         assert not re.search(r"\b(?:LDL|STL)\b", loop[1])
+
+
+@pytest.mark.parametrize("head_dim", range(8, 129, 8))
+def test_gluon_parts_and_configurations_hold_a_head(head_dim: int) -> None:
+    gluon = pytest.importorskip("vidaccel.kernels.spatial_attention_gluon")
+    configs = gluon.gluon_configs(head_dim)
+    assert len(set(configs)) == len(configs)
+    for config in configs:
+        first, rest = gluon._parts(head_dim, config.split)
+        assert {first, rest} <= {0, 16, 32, 64, 128} and first > rest and first + rest >= head_dim
+        assert config.split == (rest > 0)
+        numbers = (first + rest) * 2 * (64 * config.consumers + config.columns * config.stages)
+        assert 2 * numbers <= 226 * 1024
+    padded = [sum(gluon._parts(head_dim, config.split)) for config in configs]
+    assert padded[0] == min(padded)
 
 
 # on a GPU
@@ -448,7 +509,7 @@ def test_implementations_on_a_gpu(shape: Shape, impl: str, dtype: torch.dtype, d
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout.id != "rows-unaligned"])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [40, 64, 80, 128])
 def test_gluon_takes_any_row_strides(head_dim: int, layout: Callable[[Tensor], Tensor], device: torch.device) -> None:
     q, k, v = draw(Shape(3, 2, 517, 517, head_dim), torch.bfloat16, device)
     k, v = layout(k), layout(v)
@@ -458,7 +519,7 @@ def test_gluon_takes_any_row_strides(head_dim: int, layout: Callable[[Tensor], T
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [40, 64, 80, 96, 128])
 def test_every_gluon_configuration(head_dim: int, device: torch.device) -> None:
     """Against a race the same input many times: every run has the same bits."""
     shape = Shape(2, 8, 1000, 1000, head_dim)
@@ -475,6 +536,25 @@ def test_every_gluon_configuration(head_dim: int, device: torch.device) -> None:
             again = torch.empty_like(first)
             launch(q, k, v, again, shape.heads, head_dim**-0.5, config=config)
             assert torch.equal(again, first), config
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "shape",
+    [Shape(2, 3, 130, 257, head_dim) for head_dim in (8, 24, 40, 56, 72, 80, 88, 104)] + [Shape(3, 1, 1, 1, 40)],
+    ids=str,
+)
+def test_gluon_writes_every_head_and_nothing_beyond(shape: Shape, device: torch.device) -> None:
+    q, k, v = draw(shape, torch.float16, device)
+    if problem := IMPLEMENTATIONS["gluon"].problem(q, k, v, shape.heads, 0.125):
+        pytest.skip(problem)
+    from vidaccel.kernels.spatial_attention_gluon import gluon_configs, launch
+
+    for config in gluon_configs(shape.head_dim):
+        memory = torch.full((3, *q.shape), float("nan"), dtype=q.dtype, device=device)
+        launch(q, k, v, memory[1], shape.heads, shape.head_dim**-0.5, config=config)
+        assert memory[::2].isnan().all(), config
+        assert_matches_reference(memory[1], q, k, v, shape.heads)
 
 
 @pytest.mark.gpu
