@@ -3,11 +3,12 @@
     y[n, s, c] = silu((z[n, s, c] - mean[n, g]) / sqrt(var[n, g] + eps) * weight[c] + bias[c])
     z[n, s, c] = x[n, s, c] + shift[n, t, c],   g = c // (C / groups),   t = s // (S / T)
 
-Memory is ``[N, S, C]`` with S the rows (pixels, and for a 5-D input frames) of one sample. Three launches: statistics
-of every (chunk of rows, channel); their merge into one mean and scale per (sample, channel); normalise and SiLU.
-PyTorch gives one block to a whole (sample, group), which fills no GPU when the statistics span a clip; here the first
-and the last pass cut the rows into as many chunks as the GPU likes, and every sum has a fixed order. Bound by memory:
-two reads and one write.
+Memory is ``[N, S, C]`` with S the rows (pixels, and for a 5-D input frames) of one sample. x may come in two tensors,
+the channels of the second behind those of the first; a program reads one of them. Three launches: statistics of every
+(chunk of rows, channel); their merge into one mean and scale per (sample, channel); normalise and SiLU. PyTorch gives
+one block to a whole (sample, group), which fills no GPU when the statistics span a clip; here the first and the last
+pass cut the rows into as many chunks as the GPU likes, and every sum has a fixed order. Bound by memory: two reads and
+one write.
 
 Statistics are Welford means and squared deviations in float32, merged by Chan's formula (Chan, Golub, LeVeque 1983,
 https://doi.org/10.1080/00031305.1983.10483115), so an off-centre input loses nothing. z and the normalised value are
@@ -29,10 +30,11 @@ import triton.language as tl
 from torch import Tensor
 
 from vidaccel.kernels.channels_last import channels_last, empty_channels_last
-from vidaccel.kernels.dispatch import choose
+from vidaccel.kernels.dispatch import DTYPES, choose
 from vidaccel.kernels.launch import Launch, prepared
 
 __all__ = [
+    "compile_ahead",
     "group_norm_and_sum",
     "group_norm_silu",
     "group_norm_silu_ref",
@@ -46,9 +48,19 @@ NUM_WARPS = 4
 
 
 def group_norm_silu_ref(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *, silu: bool = True, shift: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    *,
+    silu: bool = True,
+    shift: Tensor | None = None,
+    tail: Tensor | None = None,
 ) -> Tensor:
     """The specification. Pass float64 inputs for gold values."""
+    if tail is not None:
+        x = torch.cat([x, tail], dim=1)
     if shift is not None:
         rows = x[0, 0].numel()
         per_row = shift.to(x.dtype).repeat_interleave(rows // shift.shape[1], dim=1)
@@ -70,10 +82,11 @@ def _add(count, mean, m2, other_count, other_mean, other_m2):
 def _merge(count, mean, m2):
     """The same for all lanes along axis 0 together."""
     total = tl.sum(count, axis=0)
-    rough_mean = tl.sum(count * mean, axis=0) / total
+    divisor = tl.maximum(total, 1.0)
+    rough_mean = tl.sum(count * mean, axis=0) / divisor
     deviation = mean - rough_mean
     # for an off-centre input the first sum rounds at the size of the mean, the second at that of the spread
-    merged_mean = rough_mean + tl.sum(count * deviation, axis=0) / total
+    merged_mean = rough_mean + tl.sum(count * deviation, axis=0) / divisor
     return total, merged_mean, tl.sum(m2 + count * deviation * deviation, axis=0)
 
 
@@ -87,9 +100,26 @@ def _locate(pid, channels, segment_rows, chunk_rows, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def _source(x_ptr, tail_ptr, row, first_channel, head_channels, channels):
+    """Where a program reads, all its channels in x or all in the tail behind it, and the stride of the rows there."""
+    in_tail = first_channel >= head_channels
+    stride = tl.where(in_tail, channels - head_channels, head_channels)
+    first_channel -= tl.where(in_tail, head_channels, 0)
+    return tl.where(in_tail, tail_ptr, x_ptr) + row * stride + first_channel, stride
+
+
+@triton.jit
 def _count(rows, lane, LANES: tl.constexpr):
     """How many of ``rows`` rows fall to each lane when they are dealt out in turn."""
     return (tl.maximum(rows - lane + LANES - 1, 0) // LANES).to(tl.float32)
+
+
+@triton.jit
+def _part_rows(part, parts, segment_rows, chunk_rows):
+    """How many rows each part of a sample has: a chunk's, fewer in the last of a segment, none past the last part."""
+    chunks = tl.cdiv(segment_rows, chunk_rows)
+    rows = tl.where(part % chunks == chunks - 1, segment_rows - (chunks - 1) * chunk_rows, chunk_rows)
+    return tl.where(part < parts, rows, 0)
 
 
 @triton.jit
@@ -102,32 +132,24 @@ def _load_tile(x_ptr, offs, mask, shift, HAS_SHIFT: tl.constexpr):
     return z
 
 
-@triton.jit(do_not_specialize=["segment_rows", "chunk_rows"])
-def _chunk_stats_kernel(
-    x_ptr, shift_ptr, part_ptr,
-    channels, segment_rows, chunk_rows,
+@triton.jit
+def _channel_stats(
+    x_ptr, stride, rows, shift,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, HAS_SHIFT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    segment, chunk, first_channel = _locate(tl.program_id(0), channels, segment_rows, chunk_rows, BLOCK_C)
-    first_row = chunk * chunk_rows
-    rows = tl.minimum(chunk_rows, segment_rows - first_row)
-    offs_c = tl.arange(0, BLOCK_C)
-    x_ptr += (segment * segment_rows + first_row) * channels + first_channel
-    shift = 0.0
-    if HAS_SHIFT:
-        shift = tl.load(shift_ptr + segment * channels + first_channel + offs_c).to(tl.float32)
-
+    """Mean and sum of squared deviations of each of BLOCK_C channels over ``rows`` rows."""
     # A tile is LANES x FOLD rows. The compiler keeps the FOLD rows of a lane in one thread, which merges them alone,
     # tile after tile; threads meet only after the loop.
     LANES: tl.constexpr = BLOCK_R // FOLD
     lane = tl.arange(0, LANES)
     offs_r = lane[:, None, None] + LANES * tl.arange(0, FOLD)[None, :, None]
+    offs_c = tl.arange(0, BLOCK_C)
     mean = tl.zeros([LANES, BLOCK_C], dtype=tl.float32)
     m2 = tl.zeros([LANES, BLOCK_C], dtype=tl.float32)
     for step in tl.range(0, tl.cdiv(rows, BLOCK_R), num_stages=STAGES):
         row = step * BLOCK_R + offs_r
         mask = row < rows
-        z = _load_tile(x_ptr, row * channels + offs_c, mask, shift, HAS_SHIFT)  # [LANES, FOLD, BLOCK_C]
+        z = _load_tile(x_ptr, row * stride + offs_c, mask, shift, HAS_SHIFT)  # [LANES, FOLD, BLOCK_C]
         tile_count = tl.minimum(_count(rows - step * BLOCK_R, lane, LANES), 1.0 * FOLD)[:, None]
         tile_mean = tl.sum(z, axis=1) * (1.0 / tl.maximum(tile_count, 1.0))
         deviation = tl.where(mask, z - tile_mean[:, None, :], 0.0)
@@ -135,6 +157,50 @@ def _chunk_stats_kernel(
         # every tile but the last is full
         _, mean, m2 = _add(1.0 * step * FOLD, mean, m2, tile_count, tile_mean, tile_m2)
     _, mean, m2 = _merge(_count(rows, lane, LANES)[:, None], mean, m2)
+    return mean, m2
+
+
+@triton.jit
+def _normalise(
+    x_ptr, sum_ptr, y_ptr,
+    stride, channels, rows, mean, scale, bias, shift, addend,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_ROW: tl.constexpr, SILU: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """y, and the sum if there is one, of ``rows`` rows of BLOCK_C channels."""
+    offs_r = tl.arange(0, BLOCK_R)
+    offs_c = tl.arange(0, BLOCK_C)
+    for step in tl.range(0, tl.cdiv(rows, BLOCK_R), num_stages=STAGES):
+        row = step * BLOCK_R + offs_r[:, None]
+        mask = row < rows
+        offs = row * channels + offs_c
+        z = _load_tile(x_ptr, row * stride + offs_c, mask, shift, HAS_SHIFT)  # [BLOCK_R, BLOCK_C]
+        if HAS_ROW:
+            tl.store(sum_ptr + offs, (z + addend).to(sum_ptr.dtype.element_ty), mask=mask)
+        y = ((z - mean) * scale + bias).to(y_ptr.dtype.element_ty)
+        if SILU:
+            y = y.to(tl.float32)
+            y = (y / (1.0 + tl.exp(-y))).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + offs, y, mask=mask)
+
+
+@triton.jit(do_not_specialize=["segment_rows", "chunk_rows", "stride_shift_segment"])
+def _chunk_stats_kernel(
+    x_ptr, tail_ptr, shift_ptr, part_ptr,
+    channels, head_channels, segment_rows, chunk_rows,
+    stride_shift_segment,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, HAS_SHIFT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    segment, chunk, first_channel = _locate(tl.program_id(0), channels, segment_rows, chunk_rows, BLOCK_C)
+    first_row = chunk * chunk_rows
+    rows = tl.minimum(chunk_rows, segment_rows - first_row)
+    row = segment * segment_rows + first_row
+    x_ptr, stride = _source(x_ptr, tail_ptr, row, first_channel, head_channels, channels)
+    offs_c = tl.arange(0, BLOCK_C)
+    shift = 0.0
+    if HAS_SHIFT:
+        shift = tl.load(shift_ptr + segment * stride_shift_segment + first_channel + offs_c).to(tl.float32)
+    mean, m2 = _channel_stats(x_ptr, stride, rows, shift, BLOCK_R, BLOCK_C, FOLD, HAS_SHIFT, STAGES)
 
     chunks = tl.cdiv(segment_rows, chunk_rows)
     part_ptr += (segment * chunks + chunk) * 2 * channels + first_channel
@@ -152,9 +218,7 @@ def _group_stats_kernel(
     sample = (tl.program_id(0) // groups).to(tl.int64)
     first_channel = tl.program_id(0) % groups * group_channels
     channels = groups * group_channels
-    chunks = tl.cdiv(segment_rows, chunk_rows)
-    last_chunk_rows = segment_rows - (chunks - 1) * chunk_rows
-    parts = segments * chunks
+    parts = segments * tl.cdiv(segment_rows, chunk_rows)
     part_ptr += sample * parts * 2 * channels + first_channel
 
     count = tl.zeros([BLOCK], dtype=tl.float32)
@@ -165,8 +229,7 @@ def _group_stats_kernel(
         part = index // group_channels
         mask = part < parts
         offs = part.to(tl.int64) * 2 * channels + index % group_channels
-        part_rows = tl.where(part % chunks == chunks - 1, last_chunk_rows, chunk_rows)
-        part_count = tl.where(mask, part_rows, 0).to(tl.float32)
+        part_count = _part_rows(part, parts, segment_rows, chunk_rows).to(tl.float32)
         part_mean = tl.load(part_ptr + offs, mask=mask, other=0.0)
         part_m2 = tl.load(part_ptr + channels + offs, mask=mask, other=0.0)
         count, mean, m2 = _add(count, mean, m2, part_count, part_mean, part_m2)
@@ -183,10 +246,11 @@ def _group_stats_kernel(
         tl.store(part_ptr + channels + offs, weight * rstd, mask=mask)
 
 
-@triton.jit(do_not_specialize=["parts", "segments", "segment_rows", "chunk_rows"])
+@triton.jit(do_not_specialize=["parts", "segments", "segment_rows", "chunk_rows", "stride_shift_segment"])
 def _apply_kernel(
-    x_ptr, shift_ptr, part_ptr, bias_ptr, row_ptr, sum_ptr, y_ptr,
-    channels, parts, segments, segment_rows, chunk_rows,
+    x_ptr, tail_ptr, shift_ptr, part_ptr, bias_ptr, row_ptr, sum_ptr, y_ptr,
+    channels, head_channels, parts, segments, segment_rows, chunk_rows,
+    stride_shift_segment,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_ROW: tl.constexpr, SILU: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -195,34 +259,25 @@ def _apply_kernel(
     segment, chunk, first_channel = _locate(pid, channels, segment_rows, chunk_rows, BLOCK_C)
     first_row = chunk * chunk_rows
     rows = tl.minimum(chunk_rows, segment_rows - first_row)
-    offs_r = tl.arange(0, BLOCK_R)
+    row = segment * segment_rows + first_row
+    x_ptr, stride = _source(x_ptr, tail_ptr, row, first_channel, head_channels, channels)
     offs_c = tl.arange(0, BLOCK_C)
-    start = (segment * segment_rows + first_row) * channels + first_channel
-    x_ptr += start
-    y_ptr += start
-    sum_ptr += start
     part_ptr += segment // segments * parts * 2 * channels + first_channel  # the sample's first, now mean and scale
     mean = tl.load(part_ptr + offs_c)
     scale = tl.load(part_ptr + channels + offs_c)
     bias = tl.load(bias_ptr + first_channel + offs_c).to(tl.float32)
     shift = 0.0
     if HAS_SHIFT:
-        shift = tl.load(shift_ptr + segment * channels + first_channel + offs_c).to(tl.float32)
+        shift = tl.load(shift_ptr + segment * stride_shift_segment + first_channel + offs_c).to(tl.float32)
+    addend = 0.0
     if HAS_ROW:
         addend = tl.load(row_ptr + first_channel + offs_c).to(tl.float32)
-
-    for step in tl.range(0, tl.cdiv(rows, BLOCK_R), num_stages=STAGES):
-        row = step * BLOCK_R + offs_r[:, None]
-        mask = row < rows
-        offs = row * channels + offs_c
-        z = _load_tile(x_ptr, offs, mask, shift, HAS_SHIFT)  # [BLOCK_R, BLOCK_C]
-        if HAS_ROW:
-            tl.store(sum_ptr + offs, (z + addend).to(sum_ptr.dtype.element_ty), mask=mask)
-        y = ((z - mean) * scale + bias).to(y_ptr.dtype.element_ty)
-        if SILU:
-            y = y.to(tl.float32)
-            y = (y / (1.0 + tl.exp(-y))).to(y_ptr.dtype.element_ty)
-        tl.store(y_ptr + offs, y, mask=mask)
+    start = row * channels + first_channel
+    _normalise(
+        x_ptr, sum_ptr + start, y_ptr + start,
+        stride, channels, rows, mean, scale, bias, shift, addend,
+        BLOCK_R, BLOCK_C, HAS_SHIFT, HAS_ROW, SILU, STAGES,
+    )  # fmt: skip
 
 
 class _Tiling(NamedTuple):
@@ -234,57 +289,101 @@ class _Tiling(NamedTuple):
     stages: int  # depth of the prefetch: tiles on their way, plus the one at work
 
 
-def _stats_tiling(channels: int, segments: int, segment_rows: int) -> _Tiling:
+_Tilings = tuple[_Tiling, _Tiling]  # of the statistics and of the last pass
+
+
+class _Sizes(NamedTuple):
+    """Of an activation: to the kernels it is ``[samples * segments, segment_rows, channels]``."""
+
+    samples: int
+    channels: int
+    head_channels: int  # those in x; the others are in the tail
+    segments: int
+    segment_rows: int
+    groups: int
+
+    @property
+    def widest_block(self) -> int:
+        """The largest power of two that divides the channels of x and those of the tail."""
+        either = self.channels | self.head_channels
+        return either & -either
+
+    def columns(self, block_c: int) -> int:
+        """Blocks of channels in all segments of a sample: how many programs one chunk of rows is for."""
+        return self.segments * (self.channels // block_c)
+
+    def grid(self, tiling: _Tiling) -> tuple[int]:
+        chunks = triton.cdiv(self.segment_rows, tiling.chunk_rows)
+        return (self.samples * chunks * self.columns(tiling.block_c),)
+
+
+def _sizes(x: Tensor, tail: Tensor | None, shift: Tensor | None, groups: int) -> _Sizes:
+    samples, head_channels = x.shape[:2]
+    channels = head_channels if tail is None else head_channels + tail.shape[1]
+    segments = 1 if shift is None else shift.shape[1]
+    return _Sizes(samples, channels, head_channels, segments, math.prod(x.shape[2:]) // segments, groups)
+
+
+def _stats_tiling(sizes: _Sizes) -> _Tiling:
     """Long chunks, because each ends in a merge across threads; as many as a Hopper GPU runs at once, or more."""
-    block_c = min(channels & -channels, 64)
+    block_c = min(sizes.widest_block, 64)
     block_r = TILE // block_c
-    tiles = triton.cdiv(segment_rows, block_r)
-    chunks = max(768 // (segments * (channels // block_c)), triton.cdiv(tiles, 32), 1)
+    tiles = triton.cdiv(sizes.segment_rows, block_r)
+    chunks = max(768 // (sizes.samples * sizes.columns(block_c)), triton.cdiv(tiles, 32), 1)
     return _Tiling(block_r, block_c, block_r * triton.cdiv(tiles, chunks), stages=4)
 
 
-def _apply_tiling(channels: int) -> _Tiling:
+def _apply_tiling(sizes: _Sizes) -> _Tiling:
     """Short chunks: both tiles of a program are on their way before it works on the first."""
-    block_c = min(channels & -channels, 128)
+    block_c = min(sizes.widest_block, 128)
     block_r = TILE // block_c
     return _Tiling(block_r, block_c, 2 * block_r, stages=3)
 
 
-class _Plan(NamedTuple):
-    """The three launches, and how many parts the statistics of a sample come in."""
+class _Launches(NamedTuple):
+    """Statistics of chunks, their merge, and the norm."""
 
     chunk_stats: Launch
     group_stats: Launch
     apply: Launch
-    parts: int
+    parts_shape: tuple[int, ...]
+
+    def statistics(self, x: Tensor, tail: Tensor | None, shift: Tensor | None, weight: Tensor) -> Tensor:
+        """What x is normalised with: in ``[n, 0]`` of the ``[N, parts, 2, C]`` that are returned."""
+        # mean and m2 of every part; the merge leaves mean and weight / standard deviation in a sample's first part
+        parts = torch.empty(self.parts_shape, dtype=torch.float32, device=x.device)
+        self.chunk_stats(x, tail, shift, parts)
+        self.group_stats(parts, weight)
+        return parts
+
+    def __call__(
+        self,
+        x: Tensor,
+        tail: Tensor | None,
+        shift: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        row: Tensor | None,
+        summed: Tensor | None,
+        y: Tensor,
+    ) -> None:
+        self.apply(x, tail, shift, self.statistics(x, tail, shift, weight), bias, row, summed, y)
 
 
 @prepared
-def _plan(
-    samples: int,
-    channels: int,
-    segments: int,
-    segment_rows: int,
-    groups: int,
-    eps: float,
-    silu: bool,
-    has_shift: bool,
-    has_row: bool,
-    stats_tiling: _Tiling | None,
-    apply_tiling: _Tiling | None,
-) -> _Plan:
-    stats = stats_tiling or _stats_tiling(channels, samples * segments, segment_rows)
-    apply = apply_tiling or _apply_tiling(channels)
+def _prepare(
+    sizes: _Sizes, eps: float, silu: bool, shift_stride: int | None, has_row: bool, tilings: _Tilings | None = None
+) -> _Launches:
+    """``shift_stride`` is from one segment's shift to the next one's, or None where there is no shift."""
+    samples, channels, head_channels, segments, segment_rows, groups = sizes
+    has_shift = shift_stride is not None
+    stats, apply = tilings or (_stats_tiling(sizes), _apply_tiling(sizes))
     parts = segments * triton.cdiv(segment_rows, stats.chunk_rows)
     merge_warps = 1 if parts * (channels // groups) <= 4096 else 8
-
-    def grid(tiling: _Tiling) -> tuple[int]:
-        chunks = triton.cdiv(segment_rows, tiling.chunk_rows)
-        return (samples * segments * chunks * (channels // tiling.block_c),)
-
     chunk_stats = Launch(
-        _chunk_stats_kernel, grid(stats),
-        channels, segment_rows, stats.chunk_rows,
+        _chunk_stats_kernel, sizes.grid(stats),
+        channels, head_channels, segment_rows, stats.chunk_rows,
+        shift_stride or 0,
         BLOCK_R=stats.block_r, BLOCK_C=stats.block_c, FOLD=FOLD, HAS_SHIFT=has_shift, STAGES=stats.stages,
         num_warps=NUM_WARPS,
     )  # fmt: skip
@@ -296,38 +395,47 @@ def _plan(
         num_warps=merge_warps,
     )  # fmt: skip
     apply_norm = Launch(
-        _apply_kernel, grid(apply),
-        channels, parts, segments, segment_rows, apply.chunk_rows,
+        _apply_kernel, sizes.grid(apply),
+        channels, head_channels, parts, segments, segment_rows, apply.chunk_rows,
+        shift_stride or 0,
         BLOCK_R=apply.block_r, BLOCK_C=apply.block_c, HAS_SHIFT=has_shift, HAS_ROW=has_row, SILU=silu,
         STAGES=apply.stages,
         num_warps=NUM_WARPS,
     )  # fmt: skip
-    return _Plan(chunk_stats, group_stats, apply_norm, parts)
+    return _Launches(chunk_stats, group_stats, apply_norm, (samples, parts, 2, channels))
 
 
-def _launch_statistics(
-    x: Tensor,
-    weight: Tensor,
-    groups: int,
-    eps: float,
-    silu: bool,
-    shift: Tensor | None,
-    stats_tiling: _Tiling | None = None,
-    apply_tiling: _Tiling | None = None,
-    *,
-    has_row: bool = False,
-) -> tuple[_Plan, Tensor]:
-    """What `x`, channels-last, is normalised with: in ``[n, 0]`` of the ``[N, parts, 2, C]`` that are returned."""
-    samples, channels = x.shape[:2]
-    segments = 1 if shift is None else shift.shape[1]
-    segment_rows = x.numel() // (samples * segments * channels)
-    sizes = samples, channels, segments, segment_rows, groups
-    plan = _plan(*sizes, eps, silu, shift is not None, has_row, stats_tiling, apply_tiling)
-    # mean and m2 of every part; the merge leaves mean and weight / standard deviation in the first part of a sample
-    parts = torch.empty((samples, plan.parts, 2, channels), dtype=torch.float32, device=x.device)
-    plan.chunk_stats(x, shift, parts)
-    plan.group_stats(parts, weight)
-    return plan, parts
+def _by_segment(shift: Tensor | None) -> tuple[Tensor | None, int | None]:
+    """``[N, T, C]`` with one stride for all its N * T rows, and that: 0 for a bias that was expanded."""
+    if shift is None:
+        return None, None
+    samples, segments, _ = shift.shape
+    even = samples == 1 or segments == 1 or shift.stride(0) == segments * shift.stride(1)
+    if not even or shift.stride(2) != 1:
+        shift = shift.contiguous()
+    return shift, shift.stride(0 if segments == 1 else 1)
+
+
+def compile_ahead(
+    weight: Tensor, groups: int, *, silu: bool = True, shift: bool = False, and_sum: bool = False
+) -> None:
+    """Begin to compile what the ops here will run with such a weight and activations of its dtype.
+
+    Args:
+        weight: ``[C]``, on the device in question.
+        groups: Number of groups.
+        silu: Whether SiLU follows.
+        shift: Whether a shift will be added before the norm.
+        and_sum: Whether it is :func:`group_norm_and_sum` that will run, which has neither.
+    """
+    channels, dtype = weight.numel(), weight.dtype
+    if channels % 32 or dtype not in DTYPES:
+        return
+    silu, stride = silu and not and_sum, channels if shift and not and_sum else None
+    launches = _prepare(_Sizes(1, channels, channels, 1, 1, groups), 0.5, silu, stride, and_sum)
+    launches.chunk_stats.compile_ahead(weight.device, dtype, dtype, dtype, torch.float32)
+    launches.group_stats.compile_ahead(weight.device, torch.float32, dtype)
+    launches.apply.compile_ahead(weight.device, *[dtype] * 3, torch.float32, *[dtype] * 4)
 
 
 def group_norm_statistics(x: Tensor, weight: Tensor, groups: int, eps: float, shift: Tensor | None) -> Tensor:
@@ -335,7 +443,10 @@ def group_norm_statistics(x: Tensor, weight: Tensor, groups: int, eps: float, sh
 
     For a kernel that normalises as it reads; the arguments are those that ``group_norm_silu`` gives its kernels.
     """
-    return _launch_statistics(x, weight, groups, eps, True, shift)[1][:, 0]
+    sizes = _sizes(x, None, shift, groups)
+    shift, shift_stride = _by_segment(shift)
+    launches = _prepare(sizes, eps, True, shift_stride, False)
+    return launches.statistics(x, None, shift, weight)[:, 0]
 
 
 def _launch(
@@ -346,37 +457,69 @@ def _launch(
     eps: float,
     silu: bool,
     shift: Tensor | None,
+    tail: Tensor | None = None,
     *,
-    stats_tiling: _Tiling | None = None,
-    apply_tiling: _Tiling | None = None,
+    tilings: _Tilings | None = None,
 ) -> Tensor:
-    x = channels_last(x)
-    y = empty_channels_last(x)
-    plan, parts = _launch_statistics(x, weight, groups, eps, silu, shift, stats_tiling, apply_tiling)
-    plan.apply(x, shift, parts, bias, None, y, y)
+    x, tail = channels_last(x), None if tail is None else channels_last(tail)
+    y = _empty_output(x, tail)
+    sizes = _sizes(x, tail, shift, groups)
+    shift, shift_stride = _by_segment(shift)
+    launches = _prepare(sizes, eps, silu, shift_stride, False, tilings)
+    launches(x, tail, shift, weight, bias, None, None, y)
     return y
 
 
 def _launch_and_sum(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, row: Tensor
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    row: Tensor,
+    *,
+    tilings: _Tilings | None = None,
 ) -> tuple[Tensor, Tensor]:
     x = channels_last(x)
     y, summed = empty_channels_last(x), empty_channels_last(x)
-    plan, parts = _launch_statistics(x, weight, groups, eps, False, None, has_row=True)
-    plan.apply(x, None, parts, bias, row, summed, y)
+    sizes = _sizes(x, None, None, groups)
+    launches = _prepare(sizes, eps, False, None, True, tilings)
+    launches(x, None, None, weight, bias, row, summed, y)
     return y, summed
+
+
+def _empty_output(x: Tensor, tail: Tensor | None) -> Tensor:
+    if tail is None:
+        return empty_channels_last(x)
+    return empty_channels_last(x.new_empty(()).expand(x.shape[0], x.shape[1] + tail.shape[1], *x.shape[2:]))
 
 
 @torch.library.custom_op("vidaccel::group_norm_silu", mutates_args=())
 def _group_norm_silu(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, shift: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    shift: Tensor | None,
+    tail: Tensor | None,
 ) -> Tensor:
-    return _launch(x, weight, bias, groups, eps, silu, shift)
+    return _launch(x, weight, bias, groups, eps, silu, shift, tail)
 
 
 @_group_norm_silu.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, shift: Tensor | None) -> Tensor:
-    return empty_channels_last(x)
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    shift: Tensor | None,
+    tail: Tensor | None,
+) -> Tensor:
+    return _empty_output(x, tail)
 
 
 @torch.library.custom_op("vidaccel::group_norm_and_sum", mutates_args=())
@@ -391,19 +534,34 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, row: Ten
     return empty_channels_last(x), empty_channels_last(x)
 
 
-def _why_not_triton(x: Tensor) -> str | None:
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+def _why_not_triton(x: Tensor, channels: int) -> str | None:
+    if x.dtype not in DTYPES:
         return f"the kernels take float16, bfloat16 and float32, x is {x.dtype}"
-    if x.shape[1] % 32:
-        return f"the kernels take C divisible by 32, got C={x.shape[1]}"
+    if channels % 32:
+        return f"the kernels take C divisible by 32, got C={channels}"
     return None
 
 
-def validate_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor, groups: int, shift: Tensor | None = None) -> None:
+def validate_norm(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    shift: Tensor | None = None,
+    tail: Tensor | None = None,
+) -> None:
     """Raise for arguments that do not fit one another."""
     if not 3 <= x.ndim <= 5:
         raise ValueError(f"{op}: x must be [N, C, *spatial] with 1 to 3 spatial dims, got {tuple(x.shape)}")
     samples, channels = x.shape[:2]
+    if tail is not None:
+        if tail.shape[:1] != x.shape[:1] or tail.shape[2:] != x.shape[2:] or tail.dtype != x.dtype:
+            raise ValueError(
+                f"{op}: tail must be x but for its channels, got {tuple(tail.shape)} {tail.dtype} "
+                f"behind {tuple(x.shape)} {x.dtype}"
+            )
+        channels += tail.shape[1]
     if groups < 1 or channels % groups:
         raise ValueError(f"{op}: groups={groups} does not divide C={channels} (x is {tuple(x.shape)})")
     if weight.shape != (channels,) or bias.shape != (channels,):
@@ -428,9 +586,12 @@ def group_norm_silu(
     *,
     silu: bool = True,
     shift: Tensor | None = None,
+    tail: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """``F.silu(F.group_norm(x + shift, groups, weight, bias, eps))``, returned in channels-last memory.
+
+    With ``tail``, x stands for ``torch.cat([x, tail], dim=1)``, which is not made; ``C`` counts the channels of both.
 
     Args:
         x: ``[N, C, *spatial]``, 3-D to 5-D, fp16 / bf16 / fp32. Read as it is when the channels are innermost in
@@ -442,25 +603,29 @@ def group_norm_silu(
         silu: Whether SiLU follows the norm.
         shift: ``[N, T, C]``, added to x before the norm (time embedding, bias of the convolution before): row ``s`` of
             the ``S`` pixels of a sample takes ``shift[n, s // (S // T)]``. Rounded to ``x.dtype`` first.
+        tail: Like x but for the number of its channels, which lie behind those of x (the skip connection of a UNet).
         impl: ``"triton"`` or ``"torch"``; None lets ``vidaccel.kernels.dispatch`` choose.
 
     Returns:
         ``[N, C, *spatial]`` in ``x.dtype``, channels innermost in memory.
 
     Raises:
-        ValueError: ``groups`` does not divide ``C``; ``weight``, ``bias`` or ``shift`` has another shape; ``T`` does
-            not divide ``S``; ``impl`` cannot run here.
+        ValueError: ``groups`` does not divide ``C``; ``weight``, ``bias``, ``shift`` or ``tail`` has another shape;
+            ``T`` does not divide ``S``; ``impl`` cannot run here.
     """
-    validate_norm("group_norm_silu", x, weight, bias, groups, shift)
-    if x.numel() == 0:
-        return empty_channels_last(x)
-    if choose("group_norm_silu", x, impl, _why_not_triton(x)) == "torch":
-        y = group_norm_silu_ref(x, weight, bias, groups, eps, silu=silu, shift=shift)
+    validate_norm("group_norm_silu", x, weight, bias, groups, shift, tail)
+    channels = weight.shape[0]
+    if x.shape[0] * channels * math.prod(x.shape[2:]) == 0:
+        return _empty_output(x, tail)
+    if choose("group_norm_silu", x, impl, _why_not_triton(x, channels)) == "torch":
+        y = group_norm_silu_ref(x, weight, bias, groups, eps, silu=silu, shift=shift, tail=tail)
         return channels_last(y)
     if shift is not None:
-        shift = shift.to(x.dtype).contiguous()
+        shift = shift.to(x.dtype)
+    if tail is not None and x.shape[1] % 32:
+        x, tail = torch.cat([x, tail], dim=1), None
     run = _group_norm_silu if torch.compiler.is_compiling() else _launch
-    return run(x, weight.contiguous(), bias.contiguous(), groups, eps, silu, shift)
+    return run(x, weight.contiguous(), bias.contiguous(), groups, eps, silu, shift, tail)
 
 
 def group_norm_and_sum(
@@ -489,7 +654,7 @@ def group_norm_and_sum(
     row = row.to(x.dtype)
     if x.numel() == 0:
         return empty_channels_last(x), empty_channels_last(x)
-    if choose("group_norm_silu", x, impl, _why_not_triton(x)) == "torch":
+    if choose("group_norm_silu", x, impl, _why_not_triton(x, x.shape[1])) == "torch":
         y = group_norm_silu_ref(x, weight, bias, groups, eps, silu=False)
         return channels_last(y), channels_last(x + row.view(-1, *(1,) * (x.ndim - 2)))
     run = _group_norm_and_sum if torch.compiler.is_compiling() else _launch_and_sum

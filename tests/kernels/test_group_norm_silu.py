@@ -28,8 +28,27 @@ SHAPES = [
 REAL_SHAPES = [
     pytest.param((28, 320, 72, 128), None, id="svd-spatial"),
     pytest.param((2, 320, 14, 72, 128), 14, id="svd-temporal"),
+    pytest.param((28, 640, 36, 64), 1, id="svd-640"),
     pytest.param((28, 1280, 18, 32), 1, id="svd-deep"),
+    pytest.param((28, 1280, 9, 16), 1, id="svd-mid"),
+    pytest.param((2, 1280, 14, 18, 32), 14, id="svd-deep-temporal"),
     pytest.param((2, 2560, 14, 9, 16), None, id="svd-up-concatenated"),
+    pytest.param((50, 320, 72, 128), None, id="svd-xt"),
+    pytest.param((32, 320, 64, 64), 1, id="sd-320"),
+    pytest.param((32, 640, 32, 32), 1, id="sd-640"),
+    pytest.param((32, 1280, 16, 16), None, id="sd-1280"),
+    pytest.param((32, 1280, 8, 8), 1, id="sd-mid"),
+    pytest.param((32, 2560, 16, 16), None, id="sd-up-2560"),
+    pytest.param((32, 1920, 32, 32), None, id="sd-up-1920"),
+    pytest.param((32, 960, 64, 64), None, id="sd-up-960"),
+    pytest.param((32, 320, 32, 32), 1, id="modelscope-320"),
+    pytest.param((32, 1280, 4, 4), 1, id="modelscope-mid"),
+    pytest.param((2, 320, 16, 32, 32), None, id="modelscope-temporal"),
+    pytest.param((2, 1280, 16, 8, 8), 16, id="modelscope-deep-temporal"),
+    pytest.param((48, 320, 40, 72), 1, id="zeroscope-320"),
+    pytest.param((2, 640, 24, 20, 36), None, id="zeroscope-temporal"),
+    pytest.param((16, 512, 64, 64), None, id="autoencoder-512"),
+    pytest.param((14, 512, 72, 128), None, id="vae-512-small"),
     pytest.param((4, 512, 144, 256), None, id="vae-512"),
 ]
 
@@ -44,6 +63,14 @@ def draw(
     weight, bias = (torch.randn(channels, device=device).to(dtype) for _ in range(2))
     shift = None if segments is None else torch.randn(samples, segments, channels, device=device).to(dtype)
     return x, weight, bias, shift
+
+
+def cut(x: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """The first ``channels`` of x and the others, as two tensors in channels-last memory."""
+    head, tail = (
+        part.contiguous().movedim(-1, 1) for part in x.movedim(1, -1).split([channels, x.shape[1] - channels], -1)
+    )
+    return head, tail
 
 
 def assert_matches_reference(
@@ -83,6 +110,25 @@ def test_adds_shift(segments: int, silu: bool, dtype: torch.dtype, device: torch
     assert_matches_reference(out, x, weight, bias, 8, silu=silu, shift=shift)
 
 
+@pytest.mark.parametrize(
+    "restride",
+    [
+        pytest.param(lambda shift: shift[:1, :1].expand(2, 1, -1), id="a-bias-expanded"),
+        pytest.param(lambda shift: shift[:, :1], id="every-third-row"),
+        pytest.param(lambda shift: shift.mT.contiguous().mT, id="channels-outermost"),
+        pytest.param(lambda shift: shift[:1].expand(2, -1, -1), id="the-same-for-both-samples"),
+        pytest.param(lambda shift: shift.repeat(1, 1, 2)[..., :64], id="rows-apart"),
+    ],
+)
+def test_shift_of_any_strides(restride: Callable[[Tensor], Tensor], device: torch.device) -> None:
+    x, weight, bias, shift = draw((2, 64, 3, 2, 5), torch.float16, device, 3)
+    assert shift is not None
+    shift = restride(shift)
+    out = group_norm_silu(x, weight, bias, 8, EPS, shift=shift, impl="triton")
+    assert torch.equal(out, group_norm_silu(x, weight, bias, 8, EPS, shift=shift.contiguous(), impl="triton"))
+    assert_matches_reference(out, x, weight, bias, 8, shift=shift)
+
+
 def test_shift_rounds_as_a_stored_sum_does(device: torch.device) -> None:
     x, weight, bias, shift = draw((2, 32, 7, 5), torch.float16, device, 1)
     assert shift is not None
@@ -98,8 +144,42 @@ def test_result_does_not_depend_on_the_cut(chunk_rows: int, stages: int, device:
     x, weight, bias, shift = draw((1, 64, 3, 9, 5), torch.float32, device, 3, centre=30.0)
     stats = op._Tiling(block_r=8, block_c=32, chunk_rows=chunk_rows, stages=stages)
     apply = op._Tiling(block_r=16, block_c=64, chunk_rows=32, stages=stages)
-    out = op._launch(x, weight, bias, 8, EPS, True, shift, stats_tiling=stats, apply_tiling=apply)
+    out = op._launch(x, weight, bias, 8, EPS, True, shift, tilings=(stats, apply))
     assert_matches_reference(out, x, weight, bias, 8, shift=shift)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "head", "groups", "segments"),
+    [
+        pytest.param((2, 64, 5, 7), 32, 8, None, id="halves"),
+        pytest.param((1, 960, 3, 3), 640, 32, 1, id="sd-up-960"),
+        pytest.param((1, 96, 3, 7, 5), 64, 4, 3, id="5d"),
+        pytest.param((2, 96, 13), 40, 8, None, id="cut-across-blocks"),
+        pytest.param((2, 64, 5), 0, 8, None, id="all-in-the-tail"),
+    ],
+)
+def test_tail(
+    shape: tuple[int, ...], head: int, groups: int, segments: int | None, dtype: torch.dtype, device: torch.device
+) -> None:
+    whole, weight, bias, shift = draw(shape, dtype, device, segments, centre=3.0)
+    x, tail = cut(whole, head)
+    for impl in ("triton", "torch"):
+        out = group_norm_silu(x, weight, bias, groups, EPS, shift=shift, tail=tail, impl=impl)
+        if impl == "triton":
+            assert_matches_reference(out, whole, weight, bias, groups, shift=shift)
+        assert out.movedim(1, -1).is_contiguous()
+
+
+def test_tail_of_any_strides(device: torch.device) -> None:
+    whole, weight, bias, _ = draw((2, 96, 5, 7), torch.float16, device)
+    x, tail = cut(whole, 32)
+    expected = group_norm_silu(x, weight, bias, 8, EPS, tail=tail, impl="triton")
+    assert torch.equal(
+        expected, group_norm_silu(whole[:, :32], weight, bias, 8, EPS, tail=whole[:, 32:], impl="triton")
+    )
+    x, tail = x.contiguous(), tail.contiguous()
+    assert torch.equal(expected, group_norm_silu(x, weight, bias, 8, EPS, tail=tail, impl="triton"))
 
 
 def test_off_centre_mean_is_right_to_half_a_unit_in_the_last_place(device: torch.device) -> None:
@@ -141,11 +221,15 @@ def test_parameters_of_another_dtype(device: torch.device) -> None:
     assert torch.equal(out, group_norm_silu(x, weight, bias, 8, EPS, shift=shift, impl="triton"))
 
 
-@pytest.mark.parametrize("shape", [(0, 32, 4, 4), (2, 32, 0, 4)], ids=["no-samples", "no-pixels"])
+@pytest.mark.parametrize("shape", [(0, 64, 4, 4), (2, 64, 0, 4)], ids=["no-samples", "no-pixels"])
 def test_empty_input(shape: tuple[int, ...], device: torch.device) -> None:
     x, weight, bias, _ = draw(shape, torch.float16, device)
-    out = group_norm_silu(x, weight, bias, 8, EPS)
-    assert out.shape == shape and out.dtype == x.dtype
+    head, tail = cut(x, 32)
+    for out in (
+        group_norm_silu(x, weight, bias, 8, EPS),
+        group_norm_silu(head, weight, bias, 8, EPS, tail=tail),
+    ):
+        assert out.shape == shape and out.dtype == x.dtype
 
 
 @pytest.mark.parametrize(
@@ -177,6 +261,9 @@ def test_torch_implementation_returns_channels_last(device: torch.device) -> Non
         ({"shift": torch.ones(2, 32)}, r"shift must be \[2, T, 32\], got \(2, 32\)"),
         ({"shift": torch.ones(1, 1, 32)}, r"shift must be \[2, T, 32\], got \(1, 1, 32\)"),
         ({"shift": torch.ones(2, 4, 32)}, r"T=4 of shift does not divide the 6 rows of x \(2, 32, 2, 3\)"),
+        ({"tail": torch.ones(2, 32, 2, 3)}, r"weight and bias must be \[64\], got \(32,\) and \(32,\)"),
+        ({"tail": torch.ones(2, 8, 3, 2)}, r"tail must be x but for its channels, got \(2, 8, 3, 2\) torch.float32 "),
+        ({"tail": torch.ones(2, 8, 2, 3).half()}, r"but for its channels, got \(2, 8, 2, 3\) torch.float16 behind"),
         ({"impl": "cuda"}, r"impl must be 'triton' or 'torch', got 'cuda'"),
     ],
 )
@@ -203,12 +290,18 @@ def test_rejects(change: dict[str, Any], message: str) -> None:
 def test_registration(shape: tuple[int, ...], segments: int | None, channels_last: bool, device: torch.device) -> None:
     x, weight, bias, shift = draw(shape, torch.float32, device, segments)
     x = x if channels_last else x.contiguous()
-    torch.library.opcheck(op._group_norm_silu, (x, weight, bias, 4, EPS, True, shift))
+    torch.library.opcheck(op._group_norm_silu, (x, weight, bias, 4, EPS, True, shift, None))
+
+
+def test_registration_with_tail(device: torch.device) -> None:
+    whole, weight, bias, shift = draw((2, 96, 3, 5), torch.float32, device, 1)
+    x, tail = cut(whole, 32)
+    torch.library.opcheck(op._group_norm_silu, (x, weight, bias, 8, EPS, True, shift, tail))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("impl", ["triton", "torch"])
-@pytest.mark.parametrize("shape", [(2, 32, 3, 5), (1, 64, 3, 2, 5), (3, 320, 77)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 32, 3, 5), (1, 64, 3, 2, 5), (1, 320, 77)], ids=str)
 def test_norm_and_sum(shape: tuple[int, ...], impl: str, dtype: torch.dtype, device: torch.device) -> None:
     x, weight, bias, _ = draw(shape, dtype, device, centre=3.0)
     row = torch.randn(shape[1], device=device)
@@ -227,24 +320,29 @@ def test_norm_and_sum_wants_a_row_for_every_channel(device: torch.device) -> Non
     assert [y.shape for y in group_norm_and_sum(x[:0], weight, bias, 8, EPS, weight)] == [x[:0].shape] * 2
 
 
+@pytest.mark.parametrize("head", [64, 32], ids=["whole", "tail"])
 @pytest.mark.parametrize("segments", [None, 3], ids=["plain", "shift"])
-def test_compiles_fullgraph(segments: int | None, device: torch.device) -> None:
-    x, weight, bias, shift = draw((1, 32, 3, 2, 5), torch.float32, device, segments)
+def test_compiles_fullgraph(segments: int | None, head: int, device: torch.device) -> None:
+    whole, weight, bias, shift = draw((1, 64, 3, 2, 5), torch.float32, device, segments)
+    x, tail = (whole, None) if head == 64 else cut(whole, head)
 
-    def double(x: Tensor) -> Tensor:
-        return 2 * group_norm_silu(x, weight, bias, 8, EPS, shift=shift, impl="triton")
+    def double(x: Tensor, tail: Tensor | None) -> Tensor:
+        return 2 * group_norm_silu(x, weight, bias, 8, EPS, shift=shift, tail=tail, impl="triton")
 
-    out, eager = torch.compile(double, fullgraph=True, backend="aot_eager")(x), double(x)
+    out, eager = torch.compile(double, fullgraph=True, backend="aot_eager")(x, tail), double(x, tail)
     assert torch.equal(out, eager) and out.stride() == eager.stride()
 
 
 SIGNATURE = {
-    **dict.fromkeys(("x_ptr", "shift_ptr", "row_ptr", "sum_ptr", "y_ptr", "weight_ptr", "bias_ptr"), "*fp16:16"),
+    **dict.fromkeys(("x_ptr", "tail_ptr", "shift_ptr", "weight_ptr", "bias_ptr", "row_ptr"), "*fp16:16"),
+    **dict.fromkeys(("sum_ptr", "y_ptr"), "*fp16:16"),
     "part_ptr": "*fp32:16",
     **dict.fromkeys(("groups", "group_channels", "parts", "segments", "segment_rows", "chunk_rows"), "i32"),
-    "channels": "i32:16",
+    **dict.fromkeys(("channels", "head_channels"), "i32:16"),
+    "stride_shift_segment": "i32",
     "eps": "fp32",
 }
+SVD = op._Sizes(28, 320, 320, 1, 9216, 32)
 
 
 def compile_tiled(target: str, kernel: Any, tiling: op._Tiling, **flags: Any) -> dict[str, str]:
@@ -269,7 +367,7 @@ def assert_loads_16_bytes_ahead(asm: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_statistics_prefetch(target: str) -> None:
-    asm = compile_tiled(target, op._chunk_stats_kernel, op._stats_tiling(320, 28, 9216), FOLD=op.FOLD)
+    asm = compile_tiled(target, op._chunk_stats_kernel, op._stats_tiling(SVD), FOLD=op.FOLD)
     assert_no_spills(asm)
     assert_loads_16_bytes_ahead(asm)
     if target.startswith("sm_"):
@@ -280,7 +378,7 @@ def test_statistics_prefetch(target: str) -> None:
 @pytest.mark.parametrize("shift", [True, False], ids=["shift", "sum"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_apply_prefetches_and_stores_16_bytes(target: str, shift: bool) -> None:
-    asm = compile_tiled(target, op._apply_kernel, op._apply_tiling(320), SILU=True, HAS_SHIFT=shift, HAS_ROW=not shift)
+    asm = compile_tiled(target, op._apply_kernel, op._apply_tiling(SVD), SILU=True, HAS_SHIFT=shift, HAS_ROW=not shift)
     assert_no_spills(asm)
     assert_loads_16_bytes_ahead(asm)
     if "ptx" in asm:
@@ -303,7 +401,15 @@ def test_real_shapes(shape: tuple[int, ...], segments: int | None, dtype: torch.
     x, weight, bias, shift = draw(shape, dtype, device, segments, centre=3.0)
     out = group_norm_silu(x, weight, bias, 32, EPS, shift=shift, impl="triton")
     assert_matches_reference(out, x, weight, bias, 32, shift=shift)
-    assert torch.equal(out, group_norm_silu(x, weight, bias, 32, EPS, shift=shift, impl="triton"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head", [320, 640, 1280])
+def test_real_tails(head: int, device: torch.device) -> None:
+    whole, weight, bias, shift = draw((32, 1920, 32, 32), torch.float16, device, 1, centre=3.0)
+    x, tail = cut(whole, head)
+    out = group_norm_silu(x, weight, bias, 32, EPS, shift=shift, tail=tail, impl="triton")
+    assert_matches_reference(out, whole, weight, bias, 32, shift=shift)
 
 
 @pytest.mark.gpu
