@@ -25,7 +25,11 @@ from vidaccel.blocks.resnet import FusedResnetBlock2D
 from vidaccel.blocks.rules import ChannelsLastWeights, Family, NormOut, Processor, Swap
 from vidaccel.blocks.text_context import TextSource
 from vidaccel.blocks.transformer_2d import FusedTransformer2DModel
-from vidaccel.blocks.unet_motion_model import FusedAnimateDiffTransformer3D
+from vidaccel.blocks.unet_motion_model import (
+    FusedAnimateDiffTransformer3D,
+    FusedCrossAttnUpBlockMotion,
+    FusedUpBlockMotion,
+)
 from vidaccel.blocks.upsampling import FusedUpsample2D
 from vidaccel.pipelines.autoencoder_kl import TINY_VAE, VAE
 
@@ -61,6 +65,8 @@ FAMILY = Family(
             TextSource(UNetMotionModel),
             ChannelsLastWeights(UNetMotionModel),
             NormOut(UNetMotionModel),
+            Swap(FusedUpBlockMotion),
+            Swap(FusedCrossAttnUpBlockMotion),
             *_BLOCK_RULES,
         ),
         "ControlNetModel": _CONTROLNET_RULES,

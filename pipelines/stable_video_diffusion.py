@@ -33,6 +33,7 @@ from vidaccel.blocks.resnet import (
 )
 from vidaccel.blocks.rules import ChannelsLastWeights, Family, NormOut, Processor, Swap
 from vidaccel.blocks.transformer_temporal import FusedTransformerSpatioTemporalModel
+from vidaccel.blocks.unet_3d_blocks import FusedCrossAttnUpBlockSpatioTemporal, FusedUpBlockSpatioTemporal
 from vidaccel.blocks.upsampling import FusedUpsample2D
 from vidaccel.blocks.vae import FusedTemporalDecoder
 
@@ -55,6 +56,8 @@ FAMILY = Family(
         "UNetSpatioTemporalConditionModel": (
             ChannelsLastWeights(UNetSpatioTemporalConditionModel),
             NormOut(UNetSpatioTemporalConditionModel),
+            Swap(FusedUpBlockSpatioTemporal),
+            Swap(FusedCrossAttnUpBlockSpatioTemporal),
             Swap(FusedTransformerSpatioTemporalModel),
             Swap(FusedBasicTransformerBlock),
             Swap(FusedTemporalBasicTransformerBlock),

@@ -24,12 +24,15 @@ from vidaccel.blocks.rules import ChannelsLastWeights, Family, NormOut, Processo
 from vidaccel.blocks.text_context import TextSource
 from vidaccel.blocks.transformer_2d import FusedTransformer2DModel
 from vidaccel.blocks.transformer_temporal import FusedTransformerTemporalModel
+from vidaccel.blocks.unet_3d_blocks import FusedCrossAttnUpBlock3D, FusedUpBlock3D
 from vidaccel.blocks.upsampling import FusedUpsample2D
 from vidaccel.pipelines.autoencoder_kl import TINY_VAE, VAE
 
 __all__ = ["BLOCK_RULES", "FAMILY", "SYNTHETIC", "TINY_UNET", "UNET"]
 
 BLOCK_RULES = (
+    Swap(FusedUpBlock3D),
+    Swap(FusedCrossAttnUpBlock3D),
     Swap(FusedTransformer2DModel),
     Swap(FusedTextTransformerBlock),
     Swap(FusedTransformerTemporalModel),

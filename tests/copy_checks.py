@@ -19,16 +19,12 @@ _COPIES = ("clone", "copy_", "_to_copy", "cat", "constant_pad_nd", "upsample_nea
 
 
 class Copies(TorchDispatchMode):
-    """Notes every full-size tensor that is copied or padded, and every convolution that sees another memory order.
-
-    ``joined`` are the concatenations that keep channels innermost, which a UNet's skip connections are.
-    """
+    """Notes every full-size tensor that is copied or padded, and every convolution that sees another memory order."""
 
     def __init__(self, smallest: int) -> None:
         super().__init__()
         self.smallest = smallest
         self.found: list[str] = []
-        self.joined: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -37,8 +33,7 @@ class Copies(TorchDispatchMode):
             ordered = _is_channels_last(args[0], out)
             self.found += [] if ordered else [f"{name} {tuple(args[0].shape)} of another memory order"]
         if name in _COPIES and out.numel() >= self.smallest:
-            joins = name == "cat" and _is_channels_last(out, *args[0])
-            (self.joined if joins else self.found).append(f"{name} {tuple(out.shape)} at {_our_line()}")
+            self.found.append(f"{name} {tuple(out.shape)} at {_our_line()}")
         return out
 
 

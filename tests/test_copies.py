@@ -73,6 +73,4 @@ def test_no_activation_is_copied(
     assert out.shape == (arguments["sample"].shape if make is not svd else (BATCH, FRAMES, 4, SIDE, SIDE))
     assert not report.fallbacks and "triton" in {name for site in report.sites for name in site.implementations}
     assert patched.found == []
-    skips = sum(len(block.resnets) for block in unet.up_blocks)
-    assert len(patched.joined) == skips, "each concatenates the two halves of its input, as stock code does"
-    assert len(stock.found) > 4 * skips
+    assert len(stock.found) > 4 * sum(len(block.resnets) for block in unet.up_blocks)

@@ -20,9 +20,14 @@ __all__ = [
 ]
 
 
-def group_norm_module(norm: nn.GroupNorm, x: Tensor, *, silu: bool, shift: Tensor | None = None) -> Tensor:
-    """The fused op with a GroupNorm module's parameters; `x` is ``[N, C, *spatial]``, `shift` ``[N, T, C]``."""
-    return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=silu, shift=shift)
+def group_norm_module(
+    norm: nn.GroupNorm, x: Tensor, *, silu: bool, shift: Tensor | None = None, tail: Tensor | None = None
+) -> Tensor:
+    """The fused op with a GroupNorm module's parameters; `x` is ``[N, C, *spatial]``, `shift` ``[N, T, C]``.
+
+    `tail` has further channels, which lie elsewhere.
+    """
+    return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=silu, shift=shift, tail=tail)
 
 
 def add_layer_norm_module(

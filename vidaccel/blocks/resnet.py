@@ -7,12 +7,17 @@ PyTorch adds a cuDNN convolution's bias in a kernel of its own. Here the bias of
 joins the time embedding, which the norm adds as it reads; that of the last, and that of the convolution on the
 residual, join the sum (``conv_epilogue``), or are added by the convolution's own kernel where that is faster
 (``temporal_conv``).
+
+Where a skip connection joins, a fused up-block hands over the two tensors instead of their concatenation, as
+:class:`Joined`. The norm reads both, and so does the 1x1 convolution on the residual, as two matrix products. Fidelity:
+math-exact, for the first product is rounded before the second is added.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from diffusers.models.resnet import (
     AlphaBlender,
@@ -37,9 +42,25 @@ __all__ = [
     "FusedSpatioTemporalResBlock",
     "FusedTemporalConvLayer",
     "FusedTemporalResnetBlock",
+    "Joined",
 ]
 
 Convolution = nn.Conv2d | nn.Conv3d
+
+
+class Joined(NamedTuple):
+    """``torch.cat([x, skip], dim=1)`` that was not made; a ResNet block takes it that has no reason not to."""
+
+    x: Tensor
+    skip: Tensor
+
+
+def _apart(x: Tensor | Joined) -> tuple[Tensor, Tensor | None]:
+    return x if isinstance(x, Joined) else (x, None)
+
+
+def _joined(x: Tensor, skip: Tensor | None) -> Tensor | Joined:
+    return x if skip is None else Joined(x, skip)
 
 
 class _ConvolutionBlock(FusedBlock):
@@ -50,10 +71,12 @@ class _ConvolutionBlock(FusedBlock):
             return None
         return next(filter(None, (why_unreadable(norm, nn.GroupNorm, x) for norm in norms)), None)
 
-    def _norm_silu(self, norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        """``silu(norm(x + shift))``."""
+    def _norm_silu(
+        self, norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None, skip: Tensor | None = None
+    ) -> Tensor:
+        """``silu(norm(x + shift))``; with a ``skip`` connection, which the fused norm alone takes, of both joined."""
         if self._vidaccel.enabled("group_norm_silu"):
-            return group_norm_module(norm, x, silu=True, shift=shift)
+            return group_norm_module(norm, x, silu=True, shift=shift, tail=skip)
         if shift is not None:
             x = x + shift.mT.unflatten(2, (-1, *(1 for _ in x.shape[3:])))  # [N, C, T, 1, ...]
         return F.silu(norm(x))
@@ -66,16 +89,25 @@ class _ConvolutionBlock(FusedBlock):
         return _without_bias(conv, x), bias.expand(x.shape[0], 1, -1) if shift is None else shift + bias
 
     def _convolve_to_residual(
-        self, conv: Any, x: Tensor, residual: Tensor, shortcut: Any = None, **epilogue: Any
+        self,
+        conv: Any,
+        x: Tensor,
+        residual: Tensor,
+        shortcut: Any = None,
+        skip: Tensor | None = None,
+        **epilogue: Any,
     ) -> Tensor:
-        """``shortcut(residual) + conv(x)``; ``epilogue`` is what ``conv_epilogue`` takes for a blend."""
+        """``shortcut(residual) + conv(x)``; ``epilogue`` is what ``conv_epilogue`` takes for a blend.
+
+        With a ``skip`` connection, both convolutions have to be such that :meth:`_splits_bias`.
+        """
         if not self._splits_bias(conv, x):
             return (residual if shortcut is None else shortcut(residual)) + conv(x)
         if shortcut is None and self._vidaccel.enabled("temporal_conv") and _is_temporal(conv):
             return temporal_conv(x, conv.weight, conv.bias, residual, **epilogue)
         if shortcut is not None and self._splits_bias(shortcut, residual):
             epilogue["residual_bias"] = shortcut.bias
-            residual = _without_bias(shortcut, residual)
+            residual = _without_bias(shortcut, residual) if skip is None else _project(shortcut, residual, skip)
         elif shortcut is not None:
             residual = shortcut(residual)
         return conv_epilogue(_without_bias(conv, x), conv.bias, residual, inplace=True, **epilogue)
@@ -93,8 +125,27 @@ def _is_temporal(conv: Convolution) -> bool:
     return geometry == ((3, 1, 1), (1, 0, 0), (1, 1, 1), (1, 1, 1), 1, "zeros")
 
 
+def _is_pointwise(conv: Convolution) -> bool:
+    """Whether it is a plain 1x1 convolution."""
+    return (conv.kernel_size, conv.padding, conv.stride, conv.groups) == ((1, 1), (0, 0), (1, 1), 1)
+
+
 def _without_bias(conv: Convolution, x: Tensor) -> Tensor:
     return conv._conv_forward(x, conv.weight, None)
+
+
+def _project(pointwise: nn.Conv2d, x: Tensor, skip: Tensor) -> Tensor:
+    """``pointwise`` without its bias, of the two joined: a matrix product of each, with its columns of the weight."""
+    for_x, for_skip = pointwise.weight.flatten(1).split([x.shape[1], skip.shape[1]], dim=1)  # views
+    rows = F.linear(_rows(x), for_x)
+    rows.addmm_(_rows(skip), for_skip.t())
+    samples, _, *image = x.shape
+    return rows.unflatten(0, (samples, *image)).permute(0, 3, 1, 2)
+
+
+def _rows(image: Tensor) -> Tensor:
+    """``[N, C, H, W]`` as ``[N*H*W, C]``: a view of a channels-last image."""
+    return image.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 class _ResnetBlock(_ConvolutionBlock):
@@ -110,12 +161,14 @@ class _ResnetBlock(_ConvolutionBlock):
     def why_unserved(self, input_tensor: Tensor, temb: Tensor | None) -> str | None:
         return self._why_norms_unreadable(input_tensor, self.norm1, self.norm2)
 
-    def residual_branch(self, x: Tensor, time_embedding: Tensor | None, **epilogue: Any) -> Tensor:
+    def residual_branch(
+        self, x: Tensor, time_embedding: Tensor | None, skip: Tensor | None = None, **epilogue: Any
+    ) -> Tensor:
         """The whole block, up to and with the sum; ``epilogue`` is what ``conv_epilogue`` takes for a blend."""
-        hidden_states = self._norm_silu(self.norm1, x)
+        hidden_states = self._norm_silu(self.norm1, x, skip=skip)
         hidden_states, shift = self._convolve_to_norm(self.conv1, hidden_states, time_embedding)
         hidden_states = self.dropout(self._norm_silu(self.norm2, hidden_states, shift))
-        return self._convolve_to_residual(self.conv2, hidden_states, x, self.conv_shortcut, **epilogue)
+        return self._convolve_to_residual(self.conv2, hidden_states, x, self.conv_shortcut, skip, **epilogue)
 
 
 @fuses(ResnetBlock2D, {"group_norm_silu": "math-exact", "conv_epilogue": "math-exact", "unit_division": "bit-exact"})
@@ -131,20 +184,40 @@ class FusedResnetBlock2D(_ResnetBlock, ResnetBlock2D):
             return f"its time embedding is of the kind {module.time_embedding_norm!r}"
         return None if isinstance(module.nonlinearity, nn.SiLU) else "its activation is not SiLU"
 
-    def forward(self, input_tensor: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.guarded(input_tensor, temb, *args, **kwargs)
+    def why_concatenated(self, skip: Tensor) -> str | None:
+        """Why this block has to get ``skip`` concatenated with its input, or None if :class:`Joined` will do."""
+        if self._vidaccel.broken:
+            return "its ResNet block is back to the original code"
+        if reason := why_not_bypassed(self, ResnetBlock2D) or self.why_unserved(skip, None):
+            return reason
+        for conv in (self.conv2, self.conv_shortcut):
+            if not self._splits_bias(conv, skip):
+                return why_unreadable(conv, nn.Conv2d, skip) or "the convolutions of its ResNet block add their biases"
+        if not self._vidaccel.enabled("group_norm_silu"):
+            return "the first norm of its ResNet block is not fused"
+        return None if _is_pointwise(self.conv_shortcut) else "the convolution on its residual is not a 1x1 one"
 
-    def why_unserved(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> str | None:
+    def forward(self, input_tensor: Tensor | Joined, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        x, skip = _apart(input_tensor)
+        return self.guarded(x, temb, *args, skip=skip, **kwargs)
+
+    def original_forward(self, input_tensor: Tensor, *args: Any, skip: Tensor | None, **kwargs: Any) -> Tensor:
+        joined = input_tensor if skip is None else torch.cat([input_tensor, skip], dim=1)
+        return super().original_forward(joined, *args, **kwargs)
+
+    def why_unserved(
+        self, input_tensor: Tensor, temb: Tensor | None, *args: Any, skip: Tensor | None = None, **kwargs: Any
+    ) -> str | None:
         if args or kwargs:
             return "deprecated arguments beyond the time embedding were passed"
         return super().why_unserved(input_tensor, temb)
 
-    def fused_forward(self, input_tensor: Tensor, temb: Tensor | None) -> Tensor:
+    def fused_forward(self, input_tensor: Tensor, temb: Tensor | None, skip: Tensor | None) -> Tensor:
         time_embedding = None
         if temb is not None and self.time_emb_proj is not None:
             temb = temb if self.skip_time_act else self.nonlinearity(temb)
             time_embedding = self.time_emb_proj(temb)[:, None, :]
-        hidden_states = self.residual_branch(input_tensor, time_embedding)
+        hidden_states = self.residual_branch(input_tensor, time_embedding, skip)
         if self.output_scale_factor == 1.0 and self._vidaccel.enabled("unit_division"):
             return hidden_states
         return hidden_states / self.output_scale_factor
@@ -217,7 +290,10 @@ class FusedTemporalConvLayer(_ConvolutionBlock, TemporalConvLayer):
 
 @fuses(SpatioTemporalResBlock, {"conv_epilogue": "math-exact"})
 class FusedSpatioTemporalResBlock(FusedBlock, SpatioTemporalResBlock):
-    """The temporal block's last kernel (bias, residual) also blends its result with the spatial block's."""
+    """The temporal block's last kernel (bias, residual) also blends its result with the spatial block's.
+
+    Its own input goes to the spatial block only, and so does a ``skip`` connection beside it.
+    """
 
     @classmethod
     def why_left_alone(cls, module: nn.Module) -> str | None:
@@ -227,17 +303,23 @@ class FusedSpatioTemporalResBlock(FusedBlock, SpatioTemporalResBlock):
         return None if module.temporal_res_block.conv_shortcut is None else "its temporal block changes the width"
 
     def forward(
-        self, hidden_states: Tensor, temb: Tensor | None = None, image_only_indicator: Tensor | None = None
+        self, hidden_states: Tensor | Joined, temb: Tensor | None = None, image_only_indicator: Tensor | None = None
     ) -> Tensor:
-        return self.guarded(hidden_states, temb, image_only_indicator)
+        x, skip = _apart(hidden_states)
+        return self.guarded(x, temb, image_only_indicator, skip=skip)
+
+    def original_forward(self, x: Tensor, *args: Any, skip: Tensor | None) -> Tensor:
+        return super().original_forward(_joined(x, skip), *args)
 
     def why_unserved(
-        self, hidden_states: Tensor, temb: Tensor | None, image_only_indicator: Tensor | None
+        self, x: Tensor, temb: Tensor | None, image_only_indicator: Tensor | None, skip: Tensor | None
     ) -> str | None:
         return "no image_only_indicator was passed" if image_only_indicator is None else None
 
-    def fused_forward(self, hidden_states: Tensor, temb: Tensor | None, image_only_indicator: Tensor) -> Tensor:
-        hidden_states = self.spatial_res_block(hidden_states, temb)
+    def fused_forward(
+        self, x: Tensor, temb: Tensor | None, image_only_indicator: Tensor, skip: Tensor | None
+    ) -> Tensor:
+        hidden_states = self.spatial_res_block(_joined(x, skip), temb)
         clip_shape = (-1, image_only_indicator.shape[-1])
         spatial = hidden_states.unflatten(0, clip_shape).transpose(1, 2)  # [B, C, F, H, W]
         temb = None if temb is None else temb.unflatten(0, clip_shape)
