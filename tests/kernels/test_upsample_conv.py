@@ -3,12 +3,15 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from kernel_checks import TARGETS, assert_close_to_gold, assert_no_spills, compile_for, narrow_accesses
 from torch import Tensor
 
+from vidaccel.kernels import tuning_cache
 from vidaccel.kernels import upsample_conv as op
 from vidaccel.kernels.dispatch import record_choices
 from vidaccel.kernels.upsample_conv import cell_weights_ref, upsample_conv, upsample_conv_ref
@@ -130,6 +133,30 @@ def test_weight_changed_in_place_is_seen(device: torch.device) -> None:
     before = upsample_conv(x, weight, torch.zeros_like(bias), impl="triton")
     weight.data.mul_(2)
     assert torch.equal(upsample_conv(x, weight, torch.zeros_like(bias), impl="triton"), 2 * before)
+
+
+@pytest.mark.parametrize("samples", [2, 3, 5])
+def test_halves_are_the_whole(samples: int, device: torch.device) -> None:
+    x, weight, bias = draw((samples, 16, 24, 3, 5), torch.float32, device)
+    whole, halves = (op._run(parts, x, op._launch_cells(weight), bias) for parts in (op.WHOLE, op.HALVES))
+    torch.testing.assert_close(halves, whole, rtol=0, atol=2e-5)
+    assert halves.stride() == whole.stride()
+
+
+def test_the_measured_choice_is_kept(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIDACCEL_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    x, weight, bias = draw((2, 16, 24, 3, 5), torch.float16, device)
+    cells = op._launch_cells(weight)
+    for winner in (op.HALVES, op.WHOLE):
+        measured = tuning_cache.Measured(winner, {}, {})
+        with mock.patch.object(tuning_cache, "fastest", return_value=measured) as fastest:
+            assert op._measured_parts(x, cells, bias) == winner
+            assert op._measured_parts(x, cells, bias) == winner and fastest.call_count == 1
+        x = x[..., :-1]  # another shape, another question
+    with mock.patch.object(tuning_cache, "fastest", return_value=None):  # neither could run
+        assert op._measured_parts(x, cells, bias) == op.WHOLE
+    assert len(list(tmp_path.rglob("*.json"))) == 2
 
 
 def test_takes_any_strides(device: torch.device) -> None:
@@ -278,6 +305,18 @@ def test_real_shapes(shape: tuple[int, int, int, int, int], dtype: torch.dtype, 
     out = upsample_conv(x, weight, bias, impl="triton")
     gold = upsample_conv_ref(x.double(), weight.double(), bias.double())
     assert_close_to_gold(out, gold, upsample_conv_ref(x, weight, bias))
+
+
+@pytest.mark.gpu
+def test_the_choice_on_a_gpu(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where cuDNN's kernel for the whole batch is a slow one."""
+    monkeypatch.setenv("VIDACCEL_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(op, "_chosen", {})
+    x, weight, bias = draw((32, 1280, 1280, 16, 16), torch.float16, device)
+    out = upsample_conv(x, weight, bias, impl="triton")
+    gold = upsample_conv_ref(x[-2:].double(), weight.double(), bias.double())
+    assert_close_to_gold(out[-2:], gold, upsample_conv_ref(x[-2:], weight, bias))
+    assert len(list(tmp_path.rglob("*.json"))) == 1 and len(op._chosen) == 1
 
 
 @pytest.mark.gpu

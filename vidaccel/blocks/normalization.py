@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidaccel.blocks.parameters import has_hook, why_unreadable
 from vidaccel.blocks.site import FusedBlock, fuses
 from vidaccel.kernels.add_layer_norm import RowTo, add_layer_norm
-from vidaccel.kernels.group_norm_silu import group_norm_silu
+from vidaccel.kernels.group_norm_silu import compile_ahead, group_norm_silu
 
 __all__ = [
     "FusedGroupNorm",
     "FusedGroupNormSiLU",
     "PassThroughSiLU",
     "add_layer_norm_module",
+    "compile_group_norm_ahead",
     "group_norm_module",
     "why_layer_norms_unreadable",
 ]
@@ -28,6 +31,12 @@ def group_norm_module(
     `tail` has further channels, which lie elsewhere.
     """
     return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=silu, shift=shift, tail=tail)
+
+
+def compile_group_norm_ahead(norm: Any, *, silu: bool = True, shift: bool = False, and_sum: bool = False) -> None:
+    """Begin to compile what a GroupNorm module's parameters, if it has plain ones, will be given to."""
+    if isinstance(norm, nn.GroupNorm) and type(norm.weight) is nn.Parameter:
+        compile_ahead(norm.weight, norm.num_groups, silu=silu, shift=shift, and_sum=and_sum)
 
 
 def add_layer_norm_module(
@@ -65,6 +74,10 @@ class FusedGroupNorm(FusedBlock, nn.GroupNorm):
     def why_unserved(self, input: Tensor) -> str | None:
         return why_unreadable(self, nn.GroupNorm, input)
 
+    def compile_ahead(self) -> None:
+        for and_sum in (False, True):  # the second is norm_and_residual's
+            compile_group_norm_ahead(self, silu=False, and_sum=and_sum)
+
     def fused_forward(self, input: Tensor) -> Tensor:
         return group_norm_module(self, input, silu=False)
 
@@ -79,6 +92,9 @@ class FusedGroupNormSiLU(FusedGroupNorm):
 
     def original_forward(self, input: Tensor) -> Tensor:
         return F.silu(nn.GroupNorm.forward(self, input))
+
+    def compile_ahead(self) -> None:
+        compile_group_norm_ahead(self)
 
     def fused_forward(self, input: Tensor) -> Tensor:
         return group_norm_module(self, input, silu=True)

@@ -28,7 +28,7 @@ from diffusers.models.resnet import (
 )
 from torch import Tensor, nn
 
-from vidaccel.blocks.normalization import group_norm_module
+from vidaccel.blocks.normalization import compile_group_norm_ahead, group_norm_module
 from vidaccel.blocks.parameters import why_not_bypassed, why_unreadable
 from vidaccel.blocks.site import FusedBlock, fuses
 from vidaccel.kernels.alpha_blend import alpha_blend
@@ -80,6 +80,13 @@ class _ConvolutionBlock(FusedBlock):
         if shift is not None:
             x = x + shift.mT.unflatten(2, (-1, *(1 for _ in x.shape[3:])))  # [N, C, T, 1, ...]
         return F.silu(norm(x))
+
+    def _compile_norms_ahead(self, first: Any, *inner: Any) -> None:
+        """For the norms of a chain; to all but the first, at least a convolution's bias is added on its way."""
+        if self._vidaccel.enabled("group_norm_silu"):
+            compile_group_norm_ahead(first)
+            for norm in inner:
+                compile_group_norm_ahead(norm, shift=True)
 
     def _convolve_to_norm(self, conv: Any, x: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """``conv(x)`` and what the norm behind it is to add to that: `shift`, and perhaps the bias instead of here."""
@@ -160,6 +167,9 @@ class _ResnetBlock(_ConvolutionBlock):
 
     def why_unserved(self, input_tensor: Tensor, temb: Tensor | None) -> str | None:
         return self._why_norms_unreadable(input_tensor, self.norm1, self.norm2)
+
+    def compile_ahead(self) -> None:
+        self._compile_norms_ahead(self.norm1, self.norm2)
 
     def residual_branch(
         self, x: Tensor, time_embedding: Tensor | None, skip: Tensor | None = None, **epilogue: Any
@@ -274,6 +284,9 @@ class FusedTemporalConvLayer(_ConvolutionBlock, TemporalConvLayer):
             x, shift = self._convolve_to_norm(stage[-1], self._normalise(stage, x, shift))
         x = self._convolve_to_residual(last[-1], self._normalise(last, x, shift), clip)
         return x.transpose(1, 2).flatten(0, 1)
+
+    def compile_ahead(self) -> None:
+        self._compile_norms_ahead(*(stage[0] for stage in self._stages()))
 
     def _stages(self) -> tuple[Any, ...]:
         """Each GroupNorm, SiLU, dropout (but in the first) and convolution."""
