@@ -4,10 +4,10 @@
 
 K is short here (320, 640), so a program keeps all of ``COLUMNS`` value and ``COLUMNS`` gate rows of W in shared memory
 and streams rows of x past them: the least traffic there is. A tile is 64 rows of x times these columns. A program has a
-producer warp and ``CONSUMERS`` consumer warpgroups, and consumer c computes every ``CONSUMERS``-th tile, from the c-th
-on, alone. The steps of all tiles pass through one ring in order, so while some consumers are in their epilogues another
-one has the ring and the tensor cores to itself. Accumulation from the bias on and GELU in float32; value, gate and GELU
-are rounded where eager stores them. Fidelity: math-exact.
+producer warp and two consumer warpgroups, and consumer c computes its c-th, (c+2)-th, ... tile alone. The steps of all
+tiles pass through one ring in order, so while one consumer is in its epilogue the other one has the ring and the tensor
+cores to itself. Accumulation from the bias on and GELU in float32; value, gate and GELU are rounded where eager stores
+them. Fidelity: math-exact.
 
 Tiles are numbered column by column; a program owns a run of neighbours and reloads W where the run enters a new column.
 With a multiple of the number of columns for programs, all columns walk over the same rows of x at the same time, which
@@ -27,18 +27,15 @@ it is complete and the one after it is not; before the first phase, a wait for t
 * ``x_free[s]``: that consumer arrives when its products that read the step have finished; the producer waits before it
   overwrites the step. One arrival a phase. The n-th step of a program lies in stage ``n % STAGES`` and belongs to phase
   ``n // STAGES``: consumers wait for that parity of "ready", the producer for the opposite one of "free".
-* ``turns[c]``: consumer c waits before each of its tiles until the consumer of the tile before, its neighbour in the
-  ring, has seen every step of that tile arrive. One arrival a phase: the neighbour's. It arrives again ``CONSUMERS``
-  tiles later, and has had to wait for c's tile between the two by then. More than a hint: since all wait in turn, it is
-  how c knows that the phases of ``x_ready`` before its own are complete, those of steps that it never looks at. None is
-  two phases ahead either: a stage is only filled anew when its step has been used.
-* ``w_ready``: a phase per column of the program's run, completed by TMA. All consumers wait for every phase, also for
+* ``turns[c]``: consumer c waits before each of its tiles until the other one has seen every step of the tile before
+  arrive. More than a hint: it is how c knows that the phases of ``x_ready`` before its own are complete, those of steps
+  that it never looks at. None is two phases ahead either: a stage is only filled anew when its step has been used.
+* ``w_ready``: a phase per column of the program's run, completed by TMA. Both consumers wait for every phase, also for
   that of a first column in which they have no tile.
-* ``w_free``: a phase per column but the last, ``CONSUMERS`` arrivals: each consumer's, when it has left the column, or
-  at the end of its tiles if the last column has none for it. So the producer, which waits before it loads the next
-  column, always goes on. A column between two others has at least ``CONSUMERS`` tiles, one for each consumer, which
-  cannot arrive for it before the producer has seen all leave the column before: so a launch needs as many tiles to a
-  column as consumers (``Config.fewest_rows``).
+* ``w_free``: a phase per column but the last, two arrivals: each consumer's, when it has left the column, or at the end
+  of its tiles if the last column has none for it. So the producer, which waits before it loads the next column, always
+  goes on. A column between two others has at least two tiles, one for each consumer, which cannot arrive for it before
+  the producer has seen both leave the column before: so a launch needs two tiles to a column.
 
 Nobody waits for what comes later in the order of tiles: the producer for consumers of earlier steps, a consumer for its
 data, which the producer gives in the order of use, and for the tile before to have its own. TMA and wgmma read and
@@ -69,6 +66,8 @@ __all__ = ["Config", "choose_config", "gluon_configs", "launch", "linear_geglu_g
 
 TILE_ROWS = 64  # what one wgmma takes
 BLOCK_K = 64  # 128 bytes of a row: the widest swizzle
+CONSUMERS = gl.constexpr(2)
+REGISTERS = 240  # of a consumer's threads: what is left of 65536 by a producer warpgroup that keeps 24
 OUT_COLUMNS = 64  # the same of the output: wider tiles leave in parts, through one buffer
 SHARED_MEMORY = 226 * 1024  # of a block's 227 KiB; the rest is for barriers
 STAGES = range(3, 9)
@@ -175,7 +174,7 @@ def _write(value, gate, out, out_desc, row, channel):
 
 
 @gluon.jit
-def _consumer(work, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr):
+def _consumer(work, CONSUMER: gl.constexpr, STAGES: gl.constexpr):
     out_desc, bias_ptr, dim, x_smem, w_smem, out_smem, ready, free, turns, num_tiles, tiles_per_column = work
     x_ready, w_ready = ready
     x_free, w_free = free
@@ -220,7 +219,7 @@ def _consumer(work, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.
             acc = warpgroup_mma(x_smem.index(n % STAGES), w.permute((1, 0)), acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=(acc,))
             mbarrier.arrive(x_free.index((n - 1) % STAGES))
-        mbarrier.arrive(turns.index((CONSUMER + 1) % CONSUMERS))
+        mbarrier.arrive(turns.index(1 - CONSUMER))
         acc = warpgroup_mma_wait(0, deps=(acc,))  # [ROWS, 2 * COLUMNS], value before gate
         mbarrier.arrive(x_free.index(n % STAGES))
 
@@ -250,7 +249,7 @@ def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 def linear_geglu_gluon_kernel(
     x_desc, w_desc, bias_ptr, out_desc,
     dim, num_tiles, tiles_per_column,
-    STEPS: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    STEPS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """All tiles; launch at most as many programs as fit at once, and as there are tiles.
 
@@ -270,78 +269,49 @@ def linear_geglu_gluon_kernel(
     fence_async_shared()
     work = (out_desc, bias_ptr, dim, x_smem, w_smem, out_smem, ready, free, turns, num_tiles, tiles_per_column)
     load = (x_desc, w_desc, x_smem, w_smem, ready, free, num_tiles, tiles_per_column)
-    if CONSUMERS == 2:
-        gl.warp_specialize(
-            [
-                (_consumer, (work, 0, CONSUMERS, STAGES)),
-                (_consumer, (work, 1, CONSUMERS, STAGES)),
-                (_producer, (load, STAGES)),
-            ],
-            [4, 1],
-            [REGISTERS, 24],
-        )
-    else:
-        gl.static_assert(CONSUMERS == 3)
-        gl.warp_specialize(
-            [
-                (_consumer, (work, 0, CONSUMERS, STAGES)),
-                (_consumer, (work, 1, CONSUMERS, STAGES)),
-                (_consumer, (work, 2, CONSUMERS, STAGES)),
-                (_producer, (load, STAGES)),
-            ],
-            [4, 4, 1],
-            [REGISTERS, REGISTERS, 24],
-        )
+    gl.warp_specialize(
+        [(_consumer, (work, 0, STAGES)), (_consumer, (work, 1, STAGES)), (_producer, (load, STAGES))],
+        [4, 1],
+        [REGISTERS, 24],
+    )
 
 
 class Config(NamedTuple):
-    """How the kernel cuts its work.
+    """How the kernel cuts its work: columns of a tile, and steps of x in flight.
 
-    Tiles of ``columns`` columns, ``consumers`` warpgroups that take turns at them, ``stages`` steps of x in flight.
     ``aligned`` launches a multiple of the number of columns, so that all walk over the same rows at the same time.
     """
 
     columns: int
-    consumers: int
     stages: int
     aligned: bool
 
-    @property
-    def registers(self) -> int:
-        """Of every consumer's threads: what is left of 65536 by a producer warpgroup that keeps 24."""
-        return 240 if self.consumers == 2 else 160
 
-    @property
-    def fewest_rows(self) -> int:
-        """Those of as many tiles to a column as there are consumers."""
-        return (self.consumers - 1) * TILE_ROWS + 1
-
-
-def choose_config(rows: int, out_features: int, in_features: int) -> Config | None:
+def choose_config(out_features: int, in_features: int) -> Config | None:
     """The configuration the kernel runs with, or None where it does not serve."""
-    return next(iter(gluon_configs(rows, out_features, in_features)), None)
+    return next(iter(gluon_configs(out_features, in_features)), None)
 
 
-def gluon_configs(rows: int, out_features: int, in_features: int) -> list[Config]:
+def gluon_configs(out_features: int, in_features: int) -> list[Config]:
     """Every configuration worth trying, the likely best first.
 
     Args:
-        rows: ``M``.
         out_features: ``D``, half the rows of W.
         in_features: ``K``.
     """
     configs = []
-    # x is read once for each column of tiles: wide ones first, where enough of x fits beside W
-    for columns, consumers in ((128, 2), (64, 3), (64, 2)):
-        stages = _stages(columns, consumers, in_features)
+    # x is read once for each column of tiles: wide ones first, where enough of x fits beside W. On an H100, 258048 rows
+    # of 320 take 696 us in columns of 128, 783 in columns of 64.
+    for columns in (128, 64):
+        stages = _stages(columns, in_features)
         if out_features % columns == 0 and in_features % BLOCK_K == 0 and stages >= STAGES.start:
-            configs += [Config(columns, consumers, min(stages, STAGES.stop - 1), aligned) for aligned in (True, False)]
-    return [config for config in configs if rows >= config.fewest_rows]
+            configs += [Config(columns, min(stages, STAGES.stop - 1), aligned) for aligned in (True, False)]
+    return configs
 
 
-def _stages(columns: int, consumers: int, in_features: int) -> int:
+def _stages(columns: int, in_features: int) -> int:
     """How many steps of x fit in shared memory beside W and a part of the output for each consumer."""
-    resident = 2 * columns * in_features + consumers * TILE_ROWS * OUT_COLUMNS
+    resident = 2 * columns * in_features + CONSUMERS.value * TILE_ROWS * OUT_COLUMNS
     return (SHARED_MEMORY // 2 - resident) // (TILE_ROWS * BLOCK_K)
 
 
@@ -351,10 +321,10 @@ def _programs(columns: int, multiprocessors: int, aligned: bool) -> int:
 
 
 def launch(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, *, config: Config | None = None) -> None:
-    """Write ``linear_geglu(x, weight, bias)`` to ``out``, ``[M, D]``; ``x`` is ``[M, K]``."""
+    """Write ``linear_geglu(x, weight, bias)`` to ``out``, ``[M, D]``; ``x`` is ``[M, K]``, with M > 64."""
     (rows, dim), in_features = out.shape, x.shape[1]
-    config = config or choose_config(rows, dim, in_features)
-    if config is None or rows < config.fewest_rows:
+    config = config or choose_config(dim, in_features)
+    if config is None or rows <= TILE_ROWS:
         raise ValueError(f"linear_geglu: the kernel does not serve M={rows}, K={in_features}, D={dim}")
     columns = dim // config.columns
     tiles_per_column = triton.cdiv(rows, TILE_ROWS)
@@ -366,8 +336,7 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, *, config: Conf
             bias,
             _descriptor(out, [TILE_ROWS, OUT_COLUMNS]),
             dim, num_tiles, tiles_per_column,
-            STEPS=in_features // BLOCK_K,
-            CONSUMERS=config.consumers, STAGES=config.stages, REGISTERS=config.registers,
+            STEPS=in_features // BLOCK_K, STAGES=config.stages, REGISTERS=REGISTERS,
             num_warps=4,
         )  # fmt: skip
 

@@ -241,7 +241,7 @@ def test_small_shapes_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
     large, weight = OnGpu(28, 9216, 320), OnGpu(2560, 320)
     assert op._large(large, weight)
-    assert not op._large(OnGpu(2, 9216, 320), weight)
+    assert not op._large(OnGpu(1, 9216, 320), weight)
     assert not op._large(torch.ones(2**20, 320, device="meta"), weight), "nothing is measured on a CPU"
     monkeypatch.setenv("VIDACCEL_TUNE", "0")
     assert not op._large(large, weight)
@@ -282,25 +282,17 @@ def test_gelu_formula() -> None:
     [(1280, 320, {64, 128}), (2560, 640, {64}), (192, 320, {64}), (64, 64, {64}), (1280, 384, {64})],
 )
 def test_configurations_fit_in_shared_memory(out_features: int, in_features: int, columns: set[int]) -> None:
-    configs = gluon_module().gluon_configs(1000, out_features, in_features)
+    configs = gluon_module().gluon_configs(out_features, in_features)
     assert configs[0].columns == max(columns) and {config.columns for config in configs} == columns
     for config in configs:
-        numbers = 2 * config.columns * in_features + 64 * 64 * (config.stages + config.consumers)
+        numbers = 2 * config.columns * in_features + 64 * 64 * (config.stages + 2)
         assert 2 * numbers <= 226 * 1024 and config.stages >= 3
-        assert config.consumers * 128 * config.registers + 128 * 24 <= 65536
 
 
-def test_few_rows_leave_the_configurations_of_few_consumers() -> None:
-    """A column of tiles needs one for each consumer."""
-    kernel = gluon_module()
-    consumers = {
-        rows: {config.consumers for config in kernel.gluon_configs(rows, 1280, 320)} for rows in (64, 128, 129)
-    }
-    assert consumers == {64: set(), 128: {2}, 129: {2, 3}}
-    config = kernel.gluon_configs(129, 1280, 320)[0]._replace(consumers=3)
-    x, weight, bias = draw(Shape(128, 320, 1280), torch.float16, torch.device("cpu"))
-    with pytest.raises(ValueError, match="does not serve M=128, K=320, D=1280"):
-        kernel.launch(x[0], weight, bias, torch.empty(128, 1280), config=config)
+def test_a_tile_for_each_consumer() -> None:
+    x, weight, bias = draw(Shape(64, 320, 1280), torch.float16, torch.device("cpu"))
+    with pytest.raises(ValueError, match="does not serve M=64, K=320, D=1280"):
+        gluon_module().launch(x[0], weight, bias, torch.empty(64, 1280))
 
 
 def test_programs_are_a_multiple_of_the_columns_where_aligned() -> None:
@@ -329,8 +321,9 @@ def compile_gluon(in_features: int, config: Any, dtype: str) -> dict[str, str]:
             **dict.fromkeys(("num_tiles", "tiles_per_column"), "i32"),
         },
         {
-            **{"STEPS": in_features // kernel.BLOCK_K, "CONSUMERS": config.consumers},
-            **{"STAGES": config.stages, "REGISTERS": config.registers},
+            "STEPS": in_features // kernel.BLOCK_K,
+            "STAGES": config.stages,
+            "REGISTERS": kernel.REGISTERS,
         },
     )
 
@@ -338,10 +331,10 @@ def compile_gluon(in_features: int, config: Any, dtype: str) -> dict[str, str]:
 @pytest.mark.skipif(not triton.__version__.startswith(op.GLUON_VERSIONS), reason="another Gluon")
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize(("out_features", "in_features"), [(1280, 320), (2560, 640)])
-def test_a_consumer_computes_while_others_are_in_their_epilogues(
+def test_a_consumer_computes_while_the_other_is_in_its_epilogue(
     out_features: int, in_features: int, dtype: str
 ) -> None:
-    configs = gluon_module().gluon_configs(1000, out_features, in_features)
+    configs = gluon_module().gluon_configs(out_features, in_features)
     for config in (config for config in configs if config.aligned):
         asm = compile_gluon(in_features, config, dtype)
         assert_no_spills(asm)
@@ -349,13 +342,13 @@ def test_a_consumer_computes_while_others_are_in_their_epilogues(
         assert "UTMALDG" in sass and "UTMASTG" in sass and "USETMAXREG" in sass
         assert set(re.findall(r"HGMMA\.(\w+)\.", sass)) == {f"64x{2 * config.columns}x16"}
         # first step, further ones, the last wait, for each; waits beyond these would mean serialised products
-        assert sass.count("WARPGROUP.DEPBAR") == 3 * config.consumers
+        assert sass.count("WARPGROUP.DEPBAR") == 3 * 2
         outputs = config.columns // 2  # of a thread
         copies = len(re.findall(r"\bMOV R\d+, R\d+;", sass))
-        assert copies < config.consumers * (outputs + 8), "one of the bias for the other row; sums stay where they are"
-        assert sass.count("MUFU.EX2") == config.consumers * outputs
+        assert copies < 2 * (outputs + 8), "one of the bias for the other row; sums stay where they are"
+        assert sass.count("MUFU.EX2") == 2 * outputs
         epilogues = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0;(.*?)UTMASTG", sass, re.DOTALL)
-        assert len(epilogues) == config.consumers
+        assert len(epilogues) == 2
         for epilogue in epilogues:
             assert epilogue.count(";") < (14 if dtype == "fp16" else 15) * outputs
             # barriers of more than this warpgroup's 128 threads would hold one consumer up for the other
@@ -390,7 +383,7 @@ def test_every_gluon_configuration(shape: Shape, device: torch.device) -> None:
     x, weight, bias = draw(shape, torch.float16, device)
     skip_unless_served(x, weight, bias)
     kernel = gluon_module()
-    for config in kernel.gluon_configs(shape.rows, shape.out_features, shape.in_features):
+    for config in kernel.gluon_configs(shape.out_features, shape.in_features):
         first, again = torch.empty(2, shape.rows, shape.out_features, dtype=x.dtype, device=device)
         kernel.launch(x[0], weight, bias, first, config=config)
         assert_matches_reference(first[None], x, weight, bias)
@@ -405,7 +398,7 @@ def test_nothing_is_written_beyond_the_output(device: torch.device) -> None:
     x, weight, bias = draw(Shape(301, 320, 1280), torch.float16, device)
     skip_unless_served(x, weight, bias)
     kernel = gluon_module()
-    for config in kernel.gluon_configs(301, 1280, 320):
+    for config in kernel.gluon_configs(1280, 320):
         memory = torch.full((3, 301, 1280), 77.0, dtype=x.dtype, device=device)
         kernel.launch(x[0], weight, bias, memory[1], config=config)
         assert (memory[::2] == 77).all(), config

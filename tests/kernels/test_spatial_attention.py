@@ -428,25 +428,22 @@ def test_triton_kernel_prefetches_and_does_not_spill(target: str, head_dim: int,
 
 def compile_gluon(head_dim: int, config: Any) -> dict[str, str]:
     gluon = pytest.importorskip("vidaccel.kernels.spatial_attention_gluon")
-    arguments, constants = {}, {}
-    for suffix, channels in zip(("desc", "rest_desc"), gluon._parts(head_dim, config.split), strict=True):
-        for name, rows in zip(("q", "k", "v", "out"), (64, config.columns, config.columns, 64), strict=True):
-            block = [1, rows, 1, channels]
-            layout = gluon.gl.NVMMASharedLayout.get_default_for(block, gluon.gl.float16)
-            if channels:
-                arguments[f"{name}_{suffix}"] = f"tensordesc<fp16{block},{layout!r}>"
-            else:
-                constants[f"{name}_{suffix}"] = None
+    block = [1, 64, 1, gluon._padded(head_dim)]
+    layout = gluon.gl.NVMMASharedLayout.get_default_for(block, gluon.gl.float16)
+
+    def descriptor(rows: int) -> str:
+        return f"tensordesc<fp16{[1, rows, 1, block[3]]},{layout!r}>"
+
     return compile_for(
         "sm_90",
         gluon.spatial_attention_gluon_kernel,
         {
-            **arguments,
+            **dict.fromkeys(("q_desc", "out_desc"), descriptor(gluon.CONSUMER_ROWS)),
+            **dict.fromkeys(("k_desc", "v_desc"), descriptor(config.columns)),
             **dict.fromkeys(("num_tiles", "tiles_per_head", "num_heads", "seq_kv", "kv_batch_step"), "i32"),
             "scale_log2": "fp32",
         },
         {
-            **constants,
             **{"CONSUMERS": config.consumers, "STAGES": config.stages},
             **{"PING_PONG": config.ping_pong, "REGISTERS": config.registers},
         },
@@ -455,7 +452,7 @@ def compile_gluon(head_dim: int, config: Any) -> dict[str, str]:
 
 @pytest.mark.skipif(not triton.__version__.startswith(op.GLUON_VERSIONS), reason="another Gluon")
 @pytest.mark.parametrize("ping_pong", [True, False], ids=["ping-pong", "free"])
-@pytest.mark.parametrize("head_dim", [32, 40, 64, 80, 96, 128])
+@pytest.mark.parametrize("head_dim", [64, 128])
 def test_gluon_kernel_overlaps_products_with_the_softmax(head_dim: int, ping_pong: bool) -> None:
     from vidaccel.kernels.spatial_attention_gluon import choose_config
 
@@ -465,29 +462,24 @@ def test_gluon_kernel_overlaps_products_with_the_softmax(head_dim: int, ping_pon
     assert "UTMALDG" in sass and "UTMASTG" in sass and "USETMAXREG" in sass
     # ptxas may let two consumers share a piece of code; waits beyond four for each would mean serialised products
     assert 4 * (config.consumers - 1) < sass.count("WARPGROUP.DEPBAR") <= 4 * config.consumers
-    loop = re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x[12];(.*?)WARPGROUP\.DEPBAR\.LE gsb0, 0x0;", sass, re.DOTALL)
+    loop = re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1;(.*?)WARPGROUP\.DEPBAR\.LE gsb0, 0x0;", sass, re.DOTALL)
     assert loop is not None
     assert loop[1].count("MUFU.EX2") >= config.columns // 2, "the softmax is to run before the wait for p @ v"
     if config.consumers == 2:
         assert_no_spills(asm)
-    else:  # three leave 160 registers a thread: a few scalars of each go to memory and back, once a tile
-        assert len(re.findall(r"\bLDL\b", sass)) <= 3 * config.consumers
+    else:  # three leave 160 registers a thread: at most two scalars of each go to memory and back, once a tile
+        assert len(re.findall(r"\bLDL\b", sass)) <= 2 * config.consumers
         assert not re.search(r"\b(?:LDL|STL)\b", loop[1])
 
 
 @pytest.mark.parametrize("head_dim", range(8, 129, 8))
-def test_gluon_parts_and_configurations_hold_a_head(head_dim: int) -> None:
+def test_gluon_configurations_hold_a_head(head_dim: int) -> None:
     gluon = pytest.importorskip("vidaccel.kernels.spatial_attention_gluon")
     configs = gluon.gluon_configs(head_dim)
     assert len(set(configs)) == len(configs)
     for config in configs:
-        first, rest = gluon._parts(head_dim, config.split)
-        assert {first, rest} <= {0, 16, 32, 64, 128} and first > rest and first + rest >= head_dim
-        assert config.split == (rest > 0)
-        numbers = (first + rest) * 2 * (64 * config.consumers + config.columns * config.stages)
-        assert 2 * numbers <= 226 * 1024
-    padded = [sum(gluon._parts(head_dim, config.split)) for config in configs]
-    assert padded[0] == min(padded)
+        numbers = 2 * gluon._padded(head_dim) * (64 * config.consumers + config.columns * config.stages)
+        assert gluon._padded(head_dim) >= head_dim and 2 * numbers <= 226 * 1024
 
 
 # on a GPU
