@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,8 @@ def _tables(device: str, records: list[dict[str, Any]]) -> list[str]:
     here = [record for record in records if record["environment"]["device"] == device]
     pipelines = [record for record in here if "op" not in record["subject"]]
     ops = [record for record in here if "op" in record["subject"]]
-    calls = _table(_CALL_COLUMNS, (row for record in pipelines for row in _call_rows(record)))
+    labels = Counter(_call(record, scope) for record in pipelines for scope in _scopes(record))
+    calls = _table(_CALL_COLUMNS, (row for record in pipelines for row in _call_rows(record, labels)))
     kernels = _table(_OP_COLUMNS, (row for record in ops for row in _op_rows(record)))
     return list(filter(None, (f"On one {device}:", calls, kernels)))
 
@@ -89,11 +91,20 @@ _OP_COLUMNS = (
 )
 
 
-def _call_rows(record: dict[str, Any]) -> Iterator[list[str]]:
-    """A row per scope and variant; of the torch.compile baselines only the fastest, the record has the others."""
+def _call(record: dict[str, Any], scope: str) -> str:
+    return f"{_subject(record)} {scope}, {_shape(record, scope)}, {record['dtype']}"
+
+
+def _call_rows(record: dict[str, Any], labels: Mapping[str, int]) -> Iterator[list[str]]:
+    """A row per scope and variant; of the torch.compile baselines only the fastest, the record has the others.
+
+    Of several records of one call, each says by its note what it is about.
+    """
     for scope in _scopes(record):
         compiled = best_compile(record["results"], scope)
-        call = f"{_subject(record)} {scope}, {_shape(record, scope)}, {record['dtype']}"
+        call = _call(record, scope)
+        if labels[call] > 1 and "note" in record:
+            call += f"; {record['note']}"
         for row in record["results"]:
             slower = is_compile_baseline(row["variant"]) and row["status"] == "ok" and row is not compiled
             if row["scope"] == scope and not slower:
@@ -190,6 +201,7 @@ def _origin(record: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {where[name]}" for name in ("torch", "triton", "diffusers") if where[name])
     commit = f", commit {where['commit'][:10]}" if where["commit"] else ""
     note = f"; {record['note']}" if "note" in record else ""
+    note += "" if record.get("complete", True) else "; cut short"
     return f"- `{record['command']}`: {where['device']}, {versions}{commit}, {where['date'][:10]}{note}"
 
 

@@ -434,6 +434,11 @@ def test_tables_of_many_records() -> None:
     ]
     assert sum(line.startswith("- `vidaccel bench") for line in lines) == 3
 
+    lines = draw([calls, calls | {"note": "empty caches", "complete": False}]).splitlines()
+    labels = [line.split(" | ")[0] for line in lines if line.startswith("| svd")]
+    assert labels == ["| svd denoiser, 2x14, float16", "| svd denoiser, 2x14, float16; empty caches"]
+    assert [line.endswith("; empty caches; cut short") for line in lines if line.startswith("- `")] == [False, True]
+
 
 def test_the_script_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["scripts/bench.py", "--op", "no-op"])
