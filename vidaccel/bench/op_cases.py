@@ -20,6 +20,7 @@ from vidaccel.blocks.resnet import FusedTemporalResnetBlock
 from vidaccel.blocks.rules import Swap
 from vidaccel.blocks.site import Site
 from vidaccel.kernels import group_norm_silu as gn
+from vidaccel.kernels import linear_geglu as lg
 from vidaccel.kernels import spatial_attention as sa
 from vidaccel.kernels import temporal_attention as ta
 from vidaccel.kernels import upsample_conv as uc
@@ -187,6 +188,36 @@ _SPATIAL_ATTENTION = Op(
 )
 
 
+def _projection_case(name: str, frames: int, pixels: int, channels: int) -> Case:
+    return Case(name, ((frames, pixels, channels), (8 * channels, channels), (8 * channels,)))
+
+
+def _projection_numbers(case: Case) -> float:
+    """x, the weight, and a result half as wide as the projection."""
+    x, weight, bias = (math.prod(shape) for shape in case.shapes)
+    return x + weight + bias + 4 * x
+
+
+_LINEAR_GEGLU = Op(
+    cases=(
+        _projection_case("svd level 0", 28, 9216, 320),
+        _projection_case("svd level 1", 28, 2304, 640),
+        _projection_case("animatediff level 0", 32, 4096, 320),
+        _projection_case("modelscope level 0", 32, 1024, 320),
+    ),
+    tiny=_projection_case("tiny", 2, 3, 16),
+    reference=lg.linear_geglu_ref,
+    providers={
+        "eager": Provider(lg.linear_geglu_ref),
+        "compile": Provider(lg.linear_geglu_ref, compiled=True),
+        "two-step": Provider(partial(lg.linear_geglu, impl=lg.TWO_STEP)),
+        "ours": Provider(lg.linear_geglu),
+    },
+    numbers=_projection_numbers,
+    flops=lambda case: 16.0 * math.prod(case.shapes[0]) * case.shapes[0][2],
+)
+
+
 def _block_case(name: str, *shape: int, time_channels: int) -> Case:
     return Case(name, (shape, (shape[0], shape[2], time_channels)))
 
@@ -249,6 +280,7 @@ OPS = {
     "conv_epilogue": CONV_EPILOGUE,
     "geglu": GEGLU,
     "group_norm_silu": _GROUP_NORM_SILU,
+    "linear_geglu": _LINEAR_GEGLU,
     "spatial_attention": _SPATIAL_ATTENTION,
     "temporal_attention": _TEMPORAL_ATTENTION,
     "temporal_resnet_block": _TEMPORAL_RESNET_BLOCK,
