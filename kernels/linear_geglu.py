@@ -160,17 +160,12 @@ def _large(x: Tensor, weight: Tensor) -> bool:
 
 def _first_choice(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[str, str] | None:
     """The choice for a shape not seen before; None if it has to wait, because a graph is being captured."""
-    key = _cache_key(x, weight)
-    measured = tuning_cache.load(OP, key)
-    if measured is None or measured.winner not in IMPLEMENTATIONS:
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
-            return None
-        measured = _measure(x, weight, bias)
-        if measured is None:
-            return TWO_STEP, ""
-        tuning_cache.save(OP, key, measured)
+    measure = functools.partial(_measure, x, weight, bias)
+    measured = tuning_cache.settled(OP, _cache_key(x, weight), IMPLEMENTATIONS, measure, x)
+    if measured is None:
+        return None
     problem = measured.problems.get("gluon")
-    return measured.winner, f"gluon: {problem}" if problem else ""
+    return measured.winner or TWO_STEP, f"gluon: {problem}" if problem else ""
 
 
 def _cache_key(x: Tensor, weight: Tensor) -> dict[str, Any]:

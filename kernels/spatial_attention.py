@@ -424,17 +424,12 @@ def _first_choice(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float)
     if not _measures(q, k):
         return default, ""
     competitors = _competitors(*arguments)
-    key = _cache_key(q, k, num_heads, list(competitors))
-    measured = tuning_cache.load(OP, key)
-    if measured is None or measured.winner not in IMPLEMENTATIONS:
-        if q.is_cuda and torch.cuda.is_current_stream_capturing():
-            return None
-        measured = _measure(*arguments, competitors, favourite=default)
-        if measured is None:
-            return default, ""
-        tuning_cache.save(OP, key, measured)
+    measure = functools.partial(_measure, *arguments, competitors, favourite=default)
+    measured = tuning_cache.settled(OP, _cache_key(q, k, num_heads, list(competitors)), IMPLEMENTATIONS, measure, q)
+    if measured is None:
+        return None
     failed = [f"{name}: {measured.problems[name]}" for name in OURS if name in measured.problems]
-    return measured.winner, "; ".join(failed)
+    return measured.winner or default, "; ".join(failed)
 
 
 def _measures(q: Tensor, k: Tensor) -> bool:

@@ -434,16 +434,11 @@ def _first_choice(arguments: _Arguments, default: str) -> tuple[str, str] | None
     """The choice for a shape not seen before; None if it has to wait, because a graph is being captured."""
     if not _measures(arguments):
         return default, ""
-    key = _cache_key(arguments)
-    measured = tuning_cache.load(OP, key)
-    if measured is None or measured.winner not in IMPLEMENTATIONS:
-        if arguments.x.is_cuda and torch.cuda.is_current_stream_capturing():
-            return None
-        measured = _measure(arguments, default)
-        if measured is None:
-            return default, ""
-        tuning_cache.save(OP, key, measured)
-    return measured.winner, "; ".join(f"{name}: {problem}" for name, problem in measured.problems.items())
+    measure = functools.partial(_measure, arguments, default)
+    measured = tuning_cache.settled(OP, _cache_key(arguments), IMPLEMENTATIONS, measure, arguments.x)
+    if measured is None:
+        return None
+    return measured.winner or default, "; ".join(f"{name}: {problem}" for name, problem in measured.problems.items())
 
 
 def _measures(arguments: _Arguments) -> bool:

@@ -12,7 +12,7 @@ import json
 import logging
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ import torch
 from vidaccel.config import cache_directory
 from vidaccel.errors import first_line
 
-__all__ = ["Measured", "cuda_milliseconds", "fastest", "load", "save"]
+__all__ = ["Measured", "cuda_milliseconds", "fastest", "load", "save", "settled"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Measured(NamedTuple):
     """The outcome for one key.
 
     Attributes:
-        winner: Name of the right candidate to run.
+        winner: Name of the right candidate to run; empty if none was right.
         milliseconds: Median time of every candidate that finished; of a dropped one, its only repetition.
         problems: Why others could not win.
     """
@@ -74,6 +74,33 @@ def save(topic: str, key: Key, measured: Measured) -> None:
         logger.debug("cannot remember a measurement in %s: %s", path.parent, error)
         if part is not None:
             part.unlink(missing_ok=True)
+
+
+def settled(
+    topic: str, key: Key, names: Container[str], measure: Callable[[], Measured | None], x: torch.Tensor
+) -> Measured | None:
+    """What was remembered for ``key``; else what ``measure`` finds now, remembered from then on.
+
+    Args:
+        topic: Name of the op.
+        key: The question.
+        names: Candidates; an answer that is none of them is forgotten.
+        measure: Gives the outcome, or None if no candidate is right, which is not remembered.
+        x: A tensor on the device in question.
+
+    Returns:
+        The outcome, without a winner if there is none; None if it has to wait, because a graph is being captured.
+    """
+    measured = load(topic, key)
+    if measured is not None and measured.winner in names:
+        return measured
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    measured = measure()
+    if measured is None:
+        return Measured("", {}, {})
+    save(topic, key, measured)
+    return measured
 
 
 def _path(topic: str, key: Key) -> Path:

@@ -230,16 +230,19 @@ def _parts(x: Tensor, cells: Tensor, bias: Tensor) -> str:
     flops = 8 * x.numel() * cells.shape[0]
     if not x.is_cuda or x.shape[0] < 2 or flops < MEASURED_FLOPS or not tuning_enabled():
         return WHOLE
-    key = (x.device.index, x.dtype, tuple(x.shape), cells.shape[0], torch.backends.cudnn.benchmark)
-    if key not in _chosen:
-        if torch.cuda.is_current_stream_capturing():
+    shape = x.device.index, x.dtype, tuple(x.shape), cells.shape[0], torch.backends.cudnn.benchmark
+    if shape not in _chosen:
+        measured = tuning_cache.settled(
+            OP, _cache_key(x, cells), (WHOLE, HALVES), functools.partial(_measure, x, cells, bias), x
+        )
+        if measured is None:
             return WHOLE
-        _chosen[key] = _measured_parts(x, cells, bias)
-    return _chosen[key]
+        _chosen[shape] = measured.winner or WHOLE
+    return _chosen[shape]
 
 
-def _measured_parts(x: Tensor, cells: Tensor, bias: Tensor) -> str:
-    key = {
+def _cache_key(x: Tensor, cells: Tensor) -> dict[str, Any]:
+    return {
         "device": torch.cuda.get_device_name(x.device),
         "torch": torch.__version__,
         "cudnn": torch.backends.cudnn.version(),
@@ -248,15 +251,12 @@ def _measured_parts(x: Tensor, cells: Tensor, bias: Tensor) -> str:
         "shape": list(x.shape),
         "channels": cells.shape[0],
     }
-    measured = tuning_cache.load(OP, key)
-    if measured is None or measured.winner not in (WHOLE, HALVES):
-        runs = {parts: functools.partial(_run, parts, x, cells, bias) for parts in (WHOLE, HALVES)}
-        # either way each image goes through a kernel of cuDNN's: there is nothing to hold against anything
-        measured = tuning_cache.fastest(runs, lambda y: None, tuning_cache.cuda_milliseconds, favourite=WHOLE)
-        if measured is None:
-            return WHOLE
-        tuning_cache.save(OP, key, measured)
-    return measured.winner
+
+
+def _measure(x: Tensor, cells: Tensor, bias: Tensor) -> tuning_cache.Measured | None:
+    """Time both ways. Either way each image goes through a kernel of cuDNN's: there is nothing to hold against it."""
+    runs = {parts: functools.partial(_run, parts, x, cells, bias) for parts in (WHOLE, HALVES)}
+    return tuning_cache.fastest(runs, lambda y: None, tuning_cache.cuda_milliseconds, favourite=WHOLE)
 
 
 def _problem(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vidaccel.kernels.tuning_cache import REPEATS, Measured, fastest, load, save
+from vidaccel.kernels.tuning_cache import REPEATS, Measured, fastest, load, save, settled
 
 KEY = {"device": "a GPU", "shape": [1, 2]}
 MEASURED = Measured("ours", {"ours": 1.0, "theirs": 2.0}, {"slow": "RuntimeError: no"})
@@ -139,3 +139,26 @@ def test_a_candidate_that_raises_never_wins() -> None:
 def test_no_candidate_left() -> None:
     assert fastest({}, right, lambda run: 1.0) is None
     assert fastest({"a": lambda: torch.ones(())}, lambda out: "is off", lambda run: 1.0) is None
+
+
+def test_a_question_is_settled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpu(Tensor):
+        is_cuda = True
+
+    capturing = [True]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    x, outcomes = torch.ones(1).as_subclass(OnGpu), [None, Measured("fast", {"fast": 1.0}, {}), Measured("new", {}, {})]
+
+    def settle(names: tuple[str, ...] = ("fast", "slow"), x: Tensor = x) -> Measured | None:
+        return settled("op", {"shape": 3}, names, lambda: outcomes.pop(0), x)
+
+    assert settle() is None, "nothing is timed while a graph is being captured"
+    capturing[0] = False
+    assert settle() == Measured("", {}, {}), "no candidate was right, which is not remembered"
+    assert settle() == settle() == Measured("fast", {"fast": 1.0}, {})
+    capturing[0] = True
+    assert settle() == Measured("fast", {"fast": 1.0}, {}), "what is remembered may be used then, too"
+    assert settle(("new",)) is None
+    capturing[0] = False
+    assert settle(("new",)) == Measured("new", {}, {}), "an answer of another version is forgotten"
+    assert not outcomes

@@ -143,20 +143,31 @@ def test_halves_are_the_whole(samples: int, device: torch.device) -> None:
     assert halves.stride() == whole.stride()
 
 
-def test_the_measured_choice_is_kept(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_faster_way_is_taken(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpu(Tensor):
+        is_cuda = True
+
     monkeypatch.setenv("VIDACCEL_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(op, "_chosen", {})
+    monkeypatch.setattr(op, "MEASURED_FLOPS", 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    x, weight, bias = draw((2, 16, 24, 3, 5), torch.float16, device)
-    cells = op._launch_cells(weight)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    x, weight, bias = draw((2, 16, 24, 3, 5), torch.float16, torch.device("cpu"))
+    x, cells = x.as_subclass(OnGpu), cell_weights_ref(weight)
     for winner in (op.HALVES, op.WHOLE):
         measured = tuning_cache.Measured(winner, {}, {})
         with mock.patch.object(tuning_cache, "fastest", return_value=measured) as fastest:
-            assert op._measured_parts(x, cells, bias) == winner
-            assert op._measured_parts(x, cells, bias) == winner and fastest.call_count == 1
+            assert op._parts(x, cells, bias) == winner
+            op._chosen.clear()  # as in another process
+            assert op._parts(x, cells, bias) == winner and fastest.call_count == 1
         x = x[..., :-1]  # another shape, another question
     with mock.patch.object(tuning_cache, "fastest", return_value=None):  # neither could run
-        assert op._measured_parts(x, cells, bias) == op.WHOLE
+        assert op._parts(x, cells, bias) == op.WHOLE
     assert len(list(tmp_path.rglob("*.json"))) == 2
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    op._chosen.clear()
+    assert op._parts(x, cells, bias) == op.WHOLE and not op._chosen, "it waits for a call that may be timed"
+    assert op._parts(x[:1], cells, bias) == op._parts(x.as_subclass(Tensor), cells, bias) == op.WHOLE
 
 
 def test_takes_any_strides(device: torch.device) -> None:
