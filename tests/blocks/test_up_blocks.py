@@ -436,6 +436,9 @@ def test_a_marked_skip_is_a_tensor_to_all_but_its_concatenation() -> None:
     skip = x.as_subclass(_Skip)
     for out in (skip + 1, skip.to(torch.float64), torch.cat([x, skip]), torch.stack([skip])):
         assert type(out) is Tensor
+    for parts in ([skip, x], [skip, skip], [x, skip, x]):  # not what a Joined stands for
+        out = torch.cat(parts, dim=1)
+        assert type(out) is Tensor and torch.equal(out, torch.cat([x] * len(parts), dim=1))
     joined: Any = torch.cat([x, skip], dim=1)
     assert isinstance(joined, Joined) and joined.x is x
     assert type(joined.skip) is Tensor and joined.skip.data_ptr() == x.data_ptr()

@@ -44,7 +44,7 @@ class _Skip(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            if func is torch.cat and kwargs == {"dim": 1}:
+            if func is torch.cat and kwargs == {"dim": 1} and [type(part) for part in args[0]] == [Tensor, _Skip]:
                 x, skip = args[0]
                 return Joined(x, skip.as_subclass(Tensor))
             return func(*args, **kwargs or {})
