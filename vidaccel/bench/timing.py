@@ -19,10 +19,12 @@ __all__ = [
     "reset_peak_memory",
     "summarise",
     "time_calls",
+    "time_queued",
     "timed",
 ]
 
 _FEWEST_REPEATS = 3
+_MOST_REPLAYS = 40
 
 _Mark = Any  # seconds of the host's clock, or a CUDA event
 
@@ -97,6 +99,28 @@ def time_calls(
     if previous is not None:
         milliseconds.append(_elapsed_ms(*previous))
     return summarise(milliseconds)
+
+
+def time_queued(calls: list[Callable[[], object]], device: torch.device, *, budget_seconds: float) -> Latency:
+    """Latency of a call on a GPU that never waits for the host: all ``calls`` in one CUDA graph, replayed.
+
+    Each lap is the mean of ``calls``. Their inputs together should exceed the L2 cache several times over; what they
+    return is kept until the last one is through, or the next call would write to memory that the cache still holds.
+
+    Args:
+        calls: The same work on different inputs, all of them warm.
+        device: A CUDA device.
+        budget_seconds: About how long to replay.
+    """
+    with torch.cuda.device(device):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = [call() for call in calls]
+        once = timed(graph.replay, device)
+        replays = min(max(int(budget_seconds / once), _FEWEST_REPEATS), _MOST_REPLAYS)
+        laps = time_calls(graph.replay, device, repeats=replays, warmup=1)
+        del outputs
+    return Latency(*(milliseconds / len(calls) for milliseconds in laps[:3]), laps.repeats)
 
 
 def summarise(milliseconds: list[float]) -> Latency:
