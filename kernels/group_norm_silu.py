@@ -34,6 +34,7 @@ from vidaccel.kernels.dispatch import DTYPES, choose
 from vidaccel.kernels.launch import Launch, prepared
 
 __all__ = [
+    "apply_silu",
     "compile_ahead",
     "group_norm_and_sum",
     "group_norm_silu",
@@ -42,9 +43,11 @@ __all__ = [
     "validate_norm",
 ]
 
-TILE = 4096  # elements: 32 for each thread
-FOLD = 4  # rows that a thread merges at once
-NUM_WARPS = 4
+STATS_TILE = 1024  # elements: 32 for each thread
+FOLD = 4  # rows of it that a thread merges at once
+STATS_PROGRAMS = 2560
+MOST_TILES = 64  # of a program that computes statistics
+APPLY_TILE = 512
 
 
 def group_norm_silu_ref(
@@ -79,15 +82,30 @@ def _add(count, mean, m2, other_count, other_mean, other_m2):
 
 
 @triton.jit
-def _merge(count, mean, m2):
-    """The same for all lanes along axis 0 together."""
-    total = tl.sum(count, axis=0)
-    divisor = tl.maximum(total, 1.0)
-    rough_mean = tl.sum(count * mean, axis=0) / divisor
+def _add_both(a, b, other_a, other_b):
+    return a + other_a, b + other_b
+
+
+@triton.jit
+def _merge(count, mean, m2, total):
+    """The same for all lanes along axis 0 together, whose counts make ``total``: their mean and m2."""
+    share = 1.0 / total
+    rough_mean = tl.sum(count * mean, axis=0) * share
     deviation = mean - rough_mean
     # for an off-centre input the first sum rounds at the size of the mean, the second at that of the spread
-    merged_mean = rough_mean + tl.sum(count * deviation, axis=0) / divisor
-    return total, merged_mean, tl.sum(m2 + count * deviation * deviation, axis=0)
+    drift, m2 = tl.reduce((count * deviation, m2 + count * deviation * deviation), 0, _add_both)
+    return rough_mean + drift * share, m2
+
+
+@triton.jit
+def apply_silu(y, dtype):
+    """``y / (1 + exp(-y))`` in float32, to the last bit but two; for 16-bit results in half the instructions."""
+    if dtype == tl.float32:
+        return y / (1.0 + tl.exp(-y))
+    else:
+        # neither needs the code that exp and a division have for numbers at the ends of float32's range
+        root = tl.rsqrt(1.0 + tl.exp2(y * -1.4426950408889634))
+        return y * root * root
 
 
 @triton.jit
@@ -156,8 +174,7 @@ def _channel_stats(
         tile_m2 = tl.sum(deviation * deviation, axis=1)
         # every tile but the last is full
         _, mean, m2 = _add(1.0 * step * FOLD, mean, m2, tile_count, tile_mean, tile_m2)
-    _, mean, m2 = _merge(_count(rows, lane, LANES)[:, None], mean, m2)
-    return mean, m2
+    return _merge(_count(rows, lane, LANES)[:, None], mean, m2, 1.0 * rows)
 
 
 @triton.jit
@@ -179,8 +196,7 @@ def _normalise(
             tl.store(sum_ptr + offs, (z + addend).to(sum_ptr.dtype.element_ty), mask=mask)
         y = ((z - mean) * scale + bias).to(y_ptr.dtype.element_ty)
         if SILU:
-            y = y.to(tl.float32)
-            y = (y / (1.0 + tl.exp(-y))).to(y_ptr.dtype.element_ty)
+            y = apply_silu(y.to(tl.float32), y.dtype).to(y.dtype)
         tl.store(y_ptr + offs, y, mask=mask)
 
 
@@ -233,8 +249,9 @@ def _group_stats_kernel(
         part_mean = tl.load(part_ptr + offs, mask=mask, other=0.0)
         part_m2 = tl.load(part_ptr + channels + offs, mask=mask, other=0.0)
         count, mean, m2 = _add(count, mean, m2, part_count, part_mean, part_m2)
-    count, mean, m2 = _merge(count, mean, m2)
-    rstd = tl.rsqrt(m2 / count + eps)
+    total = 1.0 * segments * segment_rows * group_channels
+    mean, m2 = _merge(count, mean, m2, total)
+    rstd = tl.rsqrt(m2 / total + eps)
 
     # the group's mean once for each channel, so that the last pass reads whole vectors; in the place of the sample's
     # first part, whose values in these channels nobody else reads
@@ -287,6 +304,7 @@ class _Tiling(NamedTuple):
     block_c: int
     chunk_rows: int
     stages: int  # depth of the prefetch: tiles on their way, plus the one at work
+    num_warps: int
 
 
 _Tilings = tuple[_Tiling, _Tiling]  # of the statistics and of the last pass
@@ -325,19 +343,21 @@ def _sizes(x: Tensor, tail: Tensor | None, shift: Tensor | None, groups: int) ->
 
 
 def _stats_tiling(sizes: _Sizes) -> _Tiling:
-    """Long chunks, because each ends in a merge across threads; as many as a Hopper GPU runs at once, or more."""
+    """Programs of one warp, which never waits for another: as many as a Hopper GPU runs at once, or more."""
     block_c = min(sizes.widest_block, 64)
-    block_r = TILE // block_c
+    block_r = STATS_TILE // block_c
     tiles = triton.cdiv(sizes.segment_rows, block_r)
-    chunks = max(768 // (sizes.samples * sizes.columns(block_c)), triton.cdiv(tiles, 32), 1)
-    return _Tiling(block_r, block_c, block_r * triton.cdiv(tiles, chunks), stages=4)
+    chunks = max(STATS_PROGRAMS // (sizes.samples * sizes.columns(block_c)), triton.cdiv(tiles, MOST_TILES), 1)
+    tiles_of_chunk = triton.cdiv(tiles, chunks)
+    stages = 4 if tiles_of_chunk >= 16 else 1  # prefetching begins to pay where there is much to do
+    return _Tiling(block_r, block_c, tiles_of_chunk * block_r, stages, num_warps=1)
 
 
 def _apply_tiling(sizes: _Sizes) -> _Tiling:
-    """Short chunks: both tiles of a program are on their way before it works on the first."""
+    """Programs of one warp and few rows: most of what they read is on its way before they work on the first tile."""
     block_c = min(sizes.widest_block, 128)
-    block_r = TILE // block_c
-    return _Tiling(block_r, block_c, 2 * block_r, stages=3)
+    block_r = APPLY_TILE // block_c
+    return _Tiling(block_r, block_c, 4 * block_r, stages=3, num_warps=1)
 
 
 class _Launches(NamedTuple):
@@ -379,13 +399,13 @@ def _prepare(
     has_shift = shift_stride is not None
     stats, apply = tilings or (_stats_tiling(sizes), _apply_tiling(sizes))
     parts = segments * triton.cdiv(segment_rows, stats.chunk_rows)
-    merge_warps = 1 if parts * (channels // groups) <= 4096 else 8
+    merge_warps = min(triton.next_power_of_2(triton.cdiv(parts * (channels // groups), 512)), 8)
     chunk_stats = Launch(
         _chunk_stats_kernel, sizes.grid(stats),
         channels, head_channels, segment_rows, stats.chunk_rows,
         shift_stride or 0,
         BLOCK_R=stats.block_r, BLOCK_C=stats.block_c, FOLD=FOLD, HAS_SHIFT=has_shift, STAGES=stats.stages,
-        num_warps=NUM_WARPS,
+        num_warps=stats.num_warps,
     )  # fmt: skip
     group_stats = Launch(
         _group_stats_kernel, (samples * groups,),
@@ -400,7 +420,7 @@ def _prepare(
         shift_stride or 0,
         BLOCK_R=apply.block_r, BLOCK_C=apply.block_c, HAS_SHIFT=has_shift, HAS_ROW=has_row, SILU=silu,
         STAGES=apply.stages,
-        num_warps=NUM_WARPS,
+        num_warps=apply.num_warps,
     )  # fmt: skip
     return _Launches(chunk_stats, group_stats, apply_norm, (samples, parts, 2, channels))
 

@@ -39,7 +39,13 @@ from vidaccel.kernels.alpha_blend import blend
 from vidaccel.kernels.channels_last import channels_last, empty_channels_last
 from vidaccel.kernels.conv_epilogue import conv_epilogue, conv_epilogue_ref, validate_epilogue
 from vidaccel.kernels.dispatch import Choice, record_choice, requested, tensors_problem, triton_device_problem
-from vidaccel.kernels.group_norm_silu import group_norm_silu, group_norm_silu_ref, group_norm_statistics, validate_norm
+from vidaccel.kernels.group_norm_silu import (
+    apply_silu,
+    group_norm_silu,
+    group_norm_silu_ref,
+    group_norm_statistics,
+    validate_norm,
+)
 from vidaccel.kernels.launch import Launch, prepared
 
 __all__ = ["IMPLEMENTATIONS", "NormSiLU", "Tiling", "choose_tiling", "temporal_conv", "temporal_conv_ref"]
@@ -106,7 +112,7 @@ def _norm_silu(x, shift, mean, scale, bias, HAS_SHIFT: tl.constexpr):
     if HAS_SHIFT:
         z = (z + shift).to(dtype).to(tl.float32)
     y = ((z - mean) * scale + bias).to(dtype).to(tl.float32)
-    return (y / (1.0 + tl.exp(-y))).to(dtype)
+    return apply_silu(y, dtype).to(dtype)
 
 
 @triton.jit(do_not_specialize=["frames", "pixels", "segments", "stride_norm_sample"])
