@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidaccel.kernels.dispatch import choose, tensors_problem
-from vidaccel.kernels.launch import Launch, await_previous_kernel, prepared
+from vidaccel.kernels.launch import Launch, prepared
 
 __all__ = ["Tiling", "choose_tiling", "temporal_attention", "temporal_attention_ref"]
 
@@ -37,6 +37,7 @@ MAX_FRAMES_FLOAT32 = 32  # longer tiles spill: without tensor cores the operands
 MAX_SDPA_BATCH = 65535  # the flash and efficient kernels launch one grid row per batch entry: pytorch/pytorch#146704
 PREFETCHED_TILE_BYTES = 24 * 1024  # two of them and the scratch fit the 64 KB of an MI300 multiprocessor
 RESIDENT_BYTES = 132 * 192 * 1024  # of the tiles of all programs: twice what an H100 or H200 works on at a time
+WIDE_ITEMS = 8192  # from which on wider tiles leave enough programs
 SHORT_PROGRAMS = 6  # times as many programs where each is one warp: they share the work out more evenly
 
 
@@ -82,9 +83,8 @@ def _temporal_attention_kernel(
     scale_log2,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, FRAMES_Q: tl.constexpr, FRAMES_K: tl.constexpr,
     ITEMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    ALIGN: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    ALIGN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    await_previous_kernel(PDL)
     sample = (tl.program_id(0) // programs_per_sample).to(tl.int64)
     num_items = num_pixels * NUM_HEADS
 
@@ -142,8 +142,8 @@ class Tiling(NamedTuple):
     stages: int
 
 
-def choose_tiling(frames: int, head_dim: int, dtype: torch.dtype) -> Tiling:
-    """The tiling the op runs with; ``frames`` is the longer of the two frame axes."""
+def choose_tiling(frames: int, head_dim: int, dtype: torch.dtype, items: int) -> Tiling:
+    """The tiling the op runs with; ``frames`` is the longer of the two frame axes, ``items`` are those of a sample."""
     rows = max(16, triton.next_power_of_2(frames))
     columns = 64 // dtype.itemsize  # wider blocks of more than 16 rows spill
     if rows <= 32 and dtype != torch.float32 and head_dim < (48 if rows == 16 else 72):
@@ -151,8 +151,9 @@ def choose_tiling(frames: int, head_dim: int, dtype: torch.dtype) -> Tiling:
         # heads of 40; for 25 of 64, 397 us against 450 (99 % of copy bandwidth).
         return Tiling(64, 64, num_warps=4, stages=3)
     if rows == 16:
-        columns = 64  # of 16 bits are a 128-byte line
-        if dtype != torch.float32 and head_dim <= 64:
+        # 64 of 16 bits are a 128-byte line; of 32 bits 32 are, and pad less
+        columns = 64 if dtype != torch.float32 or -head_dim % 64 < 32 else 32
+        if dtype != torch.float32 and head_dim <= 64 and items >= WIDE_ITEMS:
             rows = 32  # 14 frames of heads of 64 at 98 % of an H100's copy bandwidth, 93 % with 16 rows
     if dtype == torch.float32:
         num_warps = 4
@@ -185,7 +186,7 @@ def _prepare(
     samples, (_, num_pixels, channels) = shape[0] // num_frames, shape
     num_frames_k, head_dim = rows_k // samples, channels // num_heads
     longest = max(num_frames, num_frames_k)
-    rows, columns, num_warps, stages = tiling or choose_tiling(longest, head_dim, dtype)
+    rows, columns, num_warps, stages = tiling or choose_tiling(longest, head_dim, dtype, num_pixels * num_heads)
     items = rows // longest
     tiles = triton.cdiv(num_pixels * num_heads, items)
     if programs is None:

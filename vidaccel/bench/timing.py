@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -101,7 +101,7 @@ def time_calls(
     return summarise(milliseconds)
 
 
-def time_queued(calls: list[Callable[[], object]], device: torch.device, *, budget_seconds: float) -> Latency:
+def time_queued(calls: Sequence[Callable[[], object]], device: torch.device, *, budget_seconds: float) -> Latency:
     """Latency of a call on a GPU that never waits for the host: all ``calls`` in one CUDA graph, replayed.
 
     Each lap is the mean of ``calls``. Their inputs together should exceed the L2 cache several times over; what they
@@ -120,7 +120,8 @@ def time_queued(calls: list[Callable[[], object]], device: torch.device, *, budg
         replays = min(max(int(budget_seconds / once), _FEWEST_REPEATS), _MOST_REPLAYS)
         laps = time_calls(graph.replay, device, repeats=replays, warmup=1)
         del outputs
-    return Latency(*(milliseconds / len(calls) for milliseconds in laps[:3]), laps.repeats)
+    median, p20, p80 = (milliseconds / len(calls) for milliseconds in laps[:3])
+    return Latency(median, p20, p80, laps.repeats)
 
 
 def summarise(milliseconds: list[float]) -> Latency:
