@@ -7,12 +7,11 @@ Memory is ``[N, S, C]`` with S the rows (pixels, and for a 5-D input frames) of 
 the channels of the second behind those of the first; a program reads one of them. Three launches: statistics of every
 (chunk of rows, channel); their merge into one mean and scale per (sample, channel); normalise and SiLU. PyTorch gives
 one block to a whole (sample, group), which fills no GPU when the statistics span a clip; here the first and the last
-pass cut the rows into as many chunks as the GPU likes, and every sum has a fixed order. Bound by memory: two reads and
-one write.
+pass cut the rows into as many chunks as the GPU likes. Bound by memory: two reads and one write. Where the kernel
+before has computed the statistics (:mod:`vidaccel.kernels.channel_statistics`), and x carries them, there is one read,
+and no first launch.
 
-Statistics are Welford means and squared deviations in float32, merged by Chan's formula (Chan, Golub, LeVeque 1983,
-https://doi.org/10.1080/00031305.1983.10483115), so an off-centre input loses nothing. z and the normalised value are
-rounded to the input dtype in registers, where eager stores them. Fidelity: math-exact.
+z and the normalised value are rounded to the input dtype in registers, where eager stores them. Fidelity: math-exact.
 
 ``group_norm_and_sum`` also writes ``x + row``, from the last pass, which reads x anyway: the residual of a transformer,
 with the bias of the projection that it will be added to (see ``add_layer_norm``).
@@ -29,6 +28,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vidaccel.kernels.channel_statistics import (
+    FOLD,
+    ChannelStatistics,
+    Tiling,
+    carried,
+    choose_tiling,
+    combine,
+    fold,
+    locate,
+    merge,
+    merge_lanes,
+    rows_of_tile,
+    store_part,
+)
 from vidaccel.kernels.channels_last import channels_last, empty_channels_last
 from vidaccel.kernels.dispatch import DTYPES, choose
 from vidaccel.kernels.launch import Launch, prepared
@@ -43,11 +56,7 @@ __all__ = [
     "validate_norm",
 ]
 
-STATS_TILE = 1024  # elements: 32 for each thread
-FOLD = 4  # rows of it that a thread merges at once
-STATS_PROGRAMS = 2560
-MOST_TILES = 64  # of a program that computes statistics
-APPLY_TILE = 512
+APPLY_TILE = 512  # elements: 16 for each thread
 
 
 def group_norm_silu_ref(
@@ -73,31 +82,6 @@ def group_norm_silu_ref(
 
 
 @triton.jit
-def _add(count, mean, m2, other_count, other_mean, other_m2):
-    """Chan's formula, lane by lane: count, mean and sum of squared deviations of two disjoint samples together."""
-    total = count + other_count
-    share = other_count / tl.maximum(total, 1.0)
-    delta = other_mean - mean
-    return total, mean + delta * share, m2 + other_m2 + delta * delta * (count * share)
-
-
-@triton.jit
-def _add_both(a, b, other_a, other_b):
-    return a + other_a, b + other_b
-
-
-@triton.jit
-def _merge(count, mean, m2, total):
-    """The same for all lanes along axis 0 together, whose counts make ``total``: their mean and m2."""
-    share = 1.0 / total
-    rough_mean = tl.sum(count * mean, axis=0) * share
-    deviation = mean - rough_mean
-    # for an off-centre input the first sum rounds at the size of the mean, the second at that of the spread
-    drift, m2 = tl.reduce((count * deviation, m2 + count * deviation * deviation), 0, _add_both)
-    return rough_mean + drift * share, m2
-
-
-@triton.jit
 def apply_silu(y, dtype):
     """``y / (1 + exp(-y))`` in float32, to the last bit but two; for 16-bit results in half the instructions."""
     if dtype == tl.float32:
@@ -109,27 +93,12 @@ def apply_silu(y, dtype):
 
 
 @triton.jit
-def _locate(pid, channels, segment_rows, chunk_rows, BLOCK_C: tl.constexpr):
-    """Segment, chunk and first channel of a program; channel blocks of the same rows are neighbours, as in memory."""
-    channel_blocks = channels // BLOCK_C
-    chunks = tl.cdiv(segment_rows, chunk_rows)
-    index = pid // channel_blocks
-    return (index // chunks).to(tl.int64), index % chunks, (pid % channel_blocks) * BLOCK_C
-
-
-@triton.jit
 def _source(x_ptr, tail_ptr, row, first_channel, head_channels, channels):
     """Where a program reads, all its channels in x or all in the tail behind it, and the stride of the rows there."""
     in_tail = first_channel >= head_channels
     stride = tl.where(in_tail, channels - head_channels, head_channels)
     first_channel -= tl.where(in_tail, head_channels, 0)
     return tl.where(in_tail, tail_ptr, x_ptr) + row * stride + first_channel, stride
-
-
-@triton.jit
-def _count(rows, lane, LANES: tl.constexpr):
-    """How many of ``rows`` rows fall to each lane when they are dealt out in turn."""
-    return (tl.maximum(rows - lane + LANES - 1, 0) // LANES).to(tl.float32)
 
 
 @triton.jit
@@ -156,25 +125,16 @@ def _channel_stats(
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, HAS_SHIFT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Mean and sum of squared deviations of each of BLOCK_C channels over ``rows`` rows."""
-    # A tile is LANES x FOLD rows. The compiler keeps the FOLD rows of a lane in one thread, which merges them alone,
-    # tile after tile; threads meet only after the loop.
-    LANES: tl.constexpr = BLOCK_R // FOLD
-    lane = tl.arange(0, LANES)
-    offs_r = lane[:, None, None] + LANES * tl.arange(0, FOLD)[None, :, None]
+    offs_r = rows_of_tile(BLOCK_R, FOLD)
     offs_c = tl.arange(0, BLOCK_C)
-    mean = tl.zeros([LANES, BLOCK_C], dtype=tl.float32)
-    m2 = tl.zeros([LANES, BLOCK_C], dtype=tl.float32)
+    mean = tl.zeros([BLOCK_R // FOLD, BLOCK_C], dtype=tl.float32)
+    m2 = tl.zeros([BLOCK_R // FOLD, BLOCK_C], dtype=tl.float32)
     for step in tl.range(0, tl.cdiv(rows, BLOCK_R), num_stages=STAGES):
         row = step * BLOCK_R + offs_r
         mask = row < rows
         z = _load_tile(x_ptr, row * stride + offs_c, mask, shift, HAS_SHIFT)  # [LANES, FOLD, BLOCK_C]
-        tile_count = tl.minimum(_count(rows - step * BLOCK_R, lane, LANES), 1.0 * FOLD)[:, None]
-        tile_mean = tl.sum(z, axis=1) * (1.0 / tl.maximum(tile_count, 1.0))
-        deviation = tl.where(mask, z - tile_mean[:, None, :], 0.0)
-        tile_m2 = tl.sum(deviation * deviation, axis=1)
-        # every tile but the last is full
-        _, mean, m2 = _add(1.0 * step * FOLD, mean, m2, tile_count, tile_mean, tile_m2)
-    return _merge(_count(rows, lane, LANES)[:, None], mean, m2, 1.0 * rows)
+        mean, m2 = fold(z, mask, step, rows, mean, m2, BLOCK_R, FOLD)
+    return merge_lanes(rows, mean, m2, BLOCK_R, FOLD)
 
 
 @triton.jit
@@ -207,7 +167,7 @@ def _chunk_stats_kernel(
     stride_shift_segment,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, HAS_SHIFT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    segment, chunk, first_channel = _locate(tl.program_id(0), channels, segment_rows, chunk_rows, BLOCK_C)
+    segment, chunk, first_channel = locate(tl.program_id(0), channels, segment_rows, chunk_rows, BLOCK_C)
     first_row = chunk * chunk_rows
     rows = tl.minimum(chunk_rows, segment_rows - first_row)
     row = segment * segment_rows + first_row
@@ -217,16 +177,12 @@ def _chunk_stats_kernel(
     if HAS_SHIFT:
         shift = tl.load(shift_ptr + segment * stride_shift_segment + first_channel + offs_c).to(tl.float32)
     mean, m2 = _channel_stats(x_ptr, stride, rows, shift, BLOCK_R, BLOCK_C, FOLD, HAS_SHIFT, STAGES)
-
-    chunks = tl.cdiv(segment_rows, chunk_rows)
-    part_ptr += (segment * chunks + chunk) * 2 * channels + first_channel
-    tl.store(part_ptr + offs_c, mean)
-    tl.store(part_ptr + channels + offs_c, m2)
+    store_part(part_ptr, segment, chunk, first_channel, channels, segment_rows, chunk_rows, mean, m2)
 
 
 @triton.jit(do_not_specialize=["groups", "group_channels", "segments", "segment_rows", "chunk_rows"])
 def _group_stats_kernel(
-    part_ptr, weight_ptr,
+    part_ptr, weight_ptr, norm_ptr,
     groups, group_channels, segments, segment_rows, chunk_rows,
     eps,
     BLOCK: tl.constexpr,
@@ -248,40 +204,40 @@ def _group_stats_kernel(
         part_count = _part_rows(part, parts, segment_rows, chunk_rows).to(tl.float32)
         part_mean = tl.load(part_ptr + offs, mask=mask, other=0.0)
         part_m2 = tl.load(part_ptr + channels + offs, mask=mask, other=0.0)
-        count, mean, m2 = _add(count, mean, m2, part_count, part_mean, part_m2)
+        count, mean, m2 = combine(count, mean, m2, part_count, part_mean, part_m2)
     total = 1.0 * segments * segment_rows * group_channels
-    mean, m2 = _merge(count, mean, m2, total)
+    mean, m2 = merge(count, mean, m2, total)
     rstd = tl.rsqrt(m2 / total + eps)
 
-    # the group's mean once for each channel, so that the last pass reads whole vectors; in the place of the sample's
-    # first part, whose values in these channels nobody else reads
+    # the group's mean once for each channel, so that the last pass reads whole vectors
+    norm_ptr += sample * 2 * channels + first_channel
     for start in range(0, group_channels, BLOCK):
         offs = start + tl.arange(0, BLOCK)
         mask = offs < group_channels
         weight = tl.load(weight_ptr + first_channel + offs, mask=mask).to(tl.float32)
-        tl.store(part_ptr + offs, tl.zeros([BLOCK], dtype=tl.float32) + mean, mask=mask)
-        tl.store(part_ptr + channels + offs, weight * rstd, mask=mask)
+        tl.store(norm_ptr + offs, tl.zeros([BLOCK], dtype=tl.float32) + mean, mask=mask)
+        tl.store(norm_ptr + channels + offs, weight * rstd, mask=mask)
 
 
-@triton.jit(do_not_specialize=["parts", "segments", "segment_rows", "chunk_rows", "stride_shift_segment"])
+@triton.jit(do_not_specialize=["segments", "segment_rows", "chunk_rows", "stride_shift_segment"])
 def _apply_kernel(
-    x_ptr, tail_ptr, shift_ptr, part_ptr, bias_ptr, row_ptr, sum_ptr, y_ptr,
-    channels, head_channels, parts, segments, segment_rows, chunk_rows,
+    x_ptr, tail_ptr, shift_ptr, norm_ptr, bias_ptr, row_ptr, sum_ptr, y_ptr,
+    channels, head_channels, segments, segment_rows, chunk_rows,
     stride_shift_segment,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_ROW: tl.constexpr, SILU: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     # backwards: the rows that the statistics read last are still in the L2 cache
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
-    segment, chunk, first_channel = _locate(pid, channels, segment_rows, chunk_rows, BLOCK_C)
+    segment, chunk, first_channel = locate(pid, channels, segment_rows, chunk_rows, BLOCK_C)
     first_row = chunk * chunk_rows
     rows = tl.minimum(chunk_rows, segment_rows - first_row)
     row = segment * segment_rows + first_row
     x_ptr, stride = _source(x_ptr, tail_ptr, row, first_channel, head_channels, channels)
     offs_c = tl.arange(0, BLOCK_C)
-    part_ptr += segment // segments * parts * 2 * channels + first_channel  # the sample's first, now mean and scale
-    mean = tl.load(part_ptr + offs_c)
-    scale = tl.load(part_ptr + channels + offs_c)
+    norm_ptr += segment // segments * 2 * channels + first_channel
+    mean = tl.load(norm_ptr + offs_c)
+    scale = tl.load(norm_ptr + channels + offs_c)
     bias = tl.load(bias_ptr + first_channel + offs_c).to(tl.float32)
     shift = 0.0
     if HAS_SHIFT:
@@ -297,17 +253,7 @@ def _apply_kernel(
     )  # fmt: skip
 
 
-class _Tiling(NamedTuple):
-    """How a kernel cuts an activation: a program walks ``chunk_rows`` rows in tiles of ``block_r`` x ``block_c``."""
-
-    block_r: int
-    block_c: int
-    chunk_rows: int
-    stages: int  # depth of the prefetch: tiles on their way, plus the one at work
-    num_warps: int
-
-
-_Tilings = tuple[_Tiling, _Tiling]  # of the statistics and of the last pass
+_Tilings = tuple[Tiling, Tiling]  # of the statistics and of the last pass
 
 
 class _Sizes(NamedTuple):
@@ -326,13 +272,12 @@ class _Sizes(NamedTuple):
         either = self.channels | self.head_channels
         return either & -either
 
-    def columns(self, block_c: int) -> int:
-        """Blocks of channels in all segments of a sample: how many programs one chunk of rows is for."""
-        return self.segments * (self.channels // block_c)
+    @property
+    def all_segments(self) -> int:
+        return self.samples * self.segments
 
-    def grid(self, tiling: _Tiling) -> tuple[int]:
-        chunks = triton.cdiv(self.segment_rows, tiling.chunk_rows)
-        return (self.samples * chunks * self.columns(tiling.block_c),)
+    def grid(self, tiling: Tiling) -> tuple[int]:
+        return (tiling.programs(self.all_segments, self.segment_rows, self.channels),)
 
 
 def _sizes(x: Tensor, tail: Tensor | None, shift: Tensor | None, groups: int) -> _Sizes:
@@ -342,39 +287,38 @@ def _sizes(x: Tensor, tail: Tensor | None, shift: Tensor | None, groups: int) ->
     return _Sizes(samples, channels, head_channels, segments, math.prod(x.shape[2:]) // segments, groups)
 
 
-def _stats_tiling(sizes: _Sizes) -> _Tiling:
-    """Programs of one warp, which never waits for another: as many as a Hopper GPU runs at once, or more."""
-    block_c = min(sizes.widest_block, 64)
-    block_r = STATS_TILE // block_c
-    tiles = triton.cdiv(sizes.segment_rows, block_r)
-    chunks = max(STATS_PROGRAMS // (sizes.samples * sizes.columns(block_c)), triton.cdiv(tiles, MOST_TILES), 1)
-    tiles_of_chunk = triton.cdiv(tiles, chunks)
-    stages = 4 if tiles_of_chunk >= 16 else 1  # prefetching begins to pay where there is much to do
-    return _Tiling(block_r, block_c, tiles_of_chunk * block_r, stages, num_warps=1)
+def _stats_tiling(sizes: _Sizes) -> Tiling:
+    return choose_tiling(sizes.all_segments, sizes.segment_rows, sizes.channels, sizes.widest_block)
 
 
-def _apply_tiling(sizes: _Sizes) -> _Tiling:
+def _apply_tiling(sizes: _Sizes) -> Tiling:
     """Programs of one warp and few rows: most of what they read is on its way before they work on the first tile."""
     block_c = min(sizes.widest_block, 128)
     block_r = APPLY_TILE // block_c
-    return _Tiling(block_r, block_c, 4 * block_r, stages=3, num_warps=1)
+    return Tiling(block_r, block_c, 4 * block_r, stages=3, num_warps=1)
 
 
 class _Launches(NamedTuple):
-    """Statistics of chunks, their merge, and the norm."""
+    """Statistics of chunks, unless x carries them; their merge; the norm."""
 
     chunk_stats: Launch
     group_stats: Launch
     apply: Launch
-    parts_shape: tuple[int, ...]
+    parts: tuple[int, int, int, int]
+    norms: tuple[int, int, int]
 
-    def statistics(self, x: Tensor, tail: Tensor | None, shift: Tensor | None, weight: Tensor) -> Tensor:
-        """What x is normalised with: in ``[n, 0]`` of the ``[N, parts, 2, C]`` that are returned."""
-        # mean and m2 of every part; the merge leaves mean and weight / standard deviation in a sample's first part
-        parts = torch.empty(self.parts_shape, dtype=torch.float32, device=x.device)
-        self.chunk_stats(x, tail, shift, parts)
-        self.group_stats(parts, weight)
-        return parts
+    def statistics(
+        self, x: Tensor, tail: Tensor | None, shift: Tensor | None, weight: Tensor, known: ChannelStatistics | None
+    ) -> Tensor:
+        """What x is normalised with, ``[N, 2, C]``: the mean and weight / standard deviation of every channel."""
+        if known is None:
+            parts = torch.empty(self.parts, dtype=torch.float32, device=x.device)
+            self.chunk_stats(x, tail, shift, parts)
+        else:
+            parts = known.parts
+        norm = torch.empty(self.norms, dtype=torch.float32, device=x.device)
+        self.group_stats(parts, weight, norm)
+        return norm
 
     def __call__(
         self,
@@ -386,20 +330,32 @@ class _Launches(NamedTuple):
         row: Tensor | None,
         summed: Tensor | None,
         y: Tensor,
+        known: ChannelStatistics | None,
     ) -> None:
-        self.apply(x, tail, shift, self.statistics(x, tail, shift, weight), bias, row, summed, y)
+        norm = self.statistics(x, tail, shift, weight, known)
+        self.apply(x, tail, shift, norm, bias, row, summed, y)
 
 
 @prepared
 def _prepare(
-    sizes: _Sizes, eps: float, silu: bool, shift_stride: int | None, has_row: bool, tilings: _Tilings | None = None
+    sizes: _Sizes,
+    eps: float,
+    silu: bool,
+    shift_stride: int | None,
+    has_row: bool,
+    known_rows: tuple[int, int] | None = None,
+    tilings: _Tilings | None = None,
 ) -> _Launches:
-    """``shift_stride`` is from one segment's shift to the next one's, or None where there is no shift."""
+    """``shift_stride`` is from one segment's shift to the next one's, or None where there is no shift.
+
+    ``known_rows`` are those of a segment and of a chunk in the statistics that x carries, or None.
+    """
     samples, channels, head_channels, segments, segment_rows, groups = sizes
     has_shift = shift_stride is not None
     stats, apply = tilings or (_stats_tiling(sizes), _apply_tiling(sizes))
-    parts = segments * triton.cdiv(segment_rows, stats.chunk_rows)
-    merge_warps = min(triton.next_power_of_2(triton.cdiv(parts * (channels // groups), 512)), 8)
+    merged_rows, chunk_rows = known_rows or (segment_rows, stats.chunk_rows)
+    merged_segments, chunks = segments * segment_rows // merged_rows, triton.cdiv(merged_rows, chunk_rows)
+    merge_warps = _merge_warps(merged_segments * chunks * (channels // groups))
     chunk_stats = Launch(
         _chunk_stats_kernel, sizes.grid(stats),
         channels, head_channels, segment_rows, stats.chunk_rows,
@@ -409,20 +365,34 @@ def _prepare(
     )  # fmt: skip
     group_stats = Launch(
         _group_stats_kernel, (samples * groups,),
-        groups, channels // groups, segments, segment_rows, stats.chunk_rows,
+        groups, channels // groups, merged_segments, merged_rows, chunk_rows,
         eps,
         BLOCK=256 * merge_warps,
         num_warps=merge_warps,
     )  # fmt: skip
     apply_norm = Launch(
         _apply_kernel, sizes.grid(apply),
-        channels, head_channels, parts, segments, segment_rows, apply.chunk_rows,
+        channels, head_channels, segments, segment_rows, apply.chunk_rows,
         shift_stride or 0,
         BLOCK_R=apply.block_r, BLOCK_C=apply.block_c, HAS_SHIFT=has_shift, HAS_ROW=has_row, SILU=silu,
         STAGES=apply.stages,
         num_warps=apply.num_warps,
     )  # fmt: skip
-    return _Launches(chunk_stats, group_stats, apply_norm, (samples, parts, 2, channels))
+    parts = samples * merged_segments, chunks, 2, channels
+    return _Launches(chunk_stats, group_stats, apply_norm, parts, (samples, 2, channels))
+
+
+def _merge_warps(values: int) -> int:
+    return 1 if values <= 512 else 8
+
+
+def _known(x: Tensor, tail: Tensor | None, shift: Tensor | None) -> ChannelStatistics | None:
+    """The statistics of what is normalised, if x carries them."""
+    return carried(x) if tail is None and shift is None else None
+
+
+def _rows_of(known: ChannelStatistics | None) -> tuple[int, int] | None:
+    return None if known is None else known[1:]
 
 
 def _by_segment(shift: Tensor | None) -> tuple[Tensor | None, int | None]:
@@ -452,9 +422,10 @@ def compile_ahead(
     if channels % 32 or dtype not in DTYPES:
         return
     silu, stride = silu and not and_sum, channels if shift and not and_sum else None
-    launches = _prepare(_Sizes(1, channels, channels, 1, 1, groups), 0.5, silu, stride, and_sum)
+    for rows in (1, 2**20):  # the merge of few parts, and of many
+        launches = _prepare(_Sizes(1, channels, channels, 1, rows, groups), 0.5, silu, stride, and_sum)
+        launches.group_stats.compile_ahead(weight.device, torch.float32, dtype, torch.float32)
     launches.chunk_stats.compile_ahead(weight.device, dtype, dtype, dtype, torch.float32)
-    launches.group_stats.compile_ahead(weight.device, torch.float32, dtype)
     launches.apply.compile_ahead(weight.device, *[dtype] * 3, torch.float32, *[dtype] * 4)
 
 
@@ -463,10 +434,11 @@ def group_norm_statistics(x: Tensor, weight: Tensor, groups: int, eps: float, sh
 
     For a kernel that normalises as it reads; the arguments are those that ``group_norm_silu`` gives its kernels.
     """
+    known = _known(x, None, shift)
     sizes = _sizes(x, None, shift, groups)
     shift, shift_stride = _by_segment(shift)
-    launches = _prepare(sizes, eps, True, shift_stride, False)
-    return launches.statistics(x, None, shift, weight)[:, 0]
+    launches = _prepare(sizes, eps, True, shift_stride, False, _rows_of(known))
+    return launches.statistics(x, None, shift, weight, known)
 
 
 def _launch(
@@ -481,12 +453,13 @@ def _launch(
     *,
     tilings: _Tilings | None = None,
 ) -> Tensor:
+    known = _known(x, tail, shift)
     x, tail = channels_last(x), None if tail is None else channels_last(tail)
     y = _empty_output(x, tail)
     sizes = _sizes(x, tail, shift, groups)
     shift, shift_stride = _by_segment(shift)
-    launches = _prepare(sizes, eps, silu, shift_stride, False, tilings)
-    launches(x, tail, shift, weight, bias, None, None, y)
+    launches = _prepare(sizes, eps, silu, shift_stride, False, _rows_of(known), tilings)
+    launches(x, tail, shift, weight, bias, None, None, y, known)
     return y
 
 
@@ -500,11 +473,12 @@ def _launch_and_sum(
     *,
     tilings: _Tilings | None = None,
 ) -> tuple[Tensor, Tensor]:
+    known = _known(x, None, None)
     x = channels_last(x)
     y, summed = empty_channels_last(x), empty_channels_last(x)
     sizes = _sizes(x, None, None, groups)
-    launches = _prepare(sizes, eps, False, None, True, tilings)
-    launches(x, None, None, weight, bias, row, summed, y)
+    launches = _prepare(sizes, eps, False, None, True, _rows_of(known), tilings)
+    launches(x, None, None, weight, bias, row, summed, y, known)
     return y, summed
 
 

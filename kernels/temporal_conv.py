@@ -321,8 +321,8 @@ def _(
 NO_NORM = (None, None, 0, 0.0, None)
 
 
-def _run(name: str, arguments: _Arguments) -> Tensor:
-    """The implementation called ``name``."""
+def _run(name: str, arguments: _Arguments, statistics: bool = False) -> Tensor:
+    """The implementation called ``name``; the library's result may carry ``statistics``, as the public op's."""
     x, norm = arguments.x, arguments.norm
     if name == "triton_prologue":
         return _run_kernel(*arguments[:-1], *(norm or NO_NORM))
@@ -330,7 +330,7 @@ def _run(name: str, arguments: _Arguments) -> Tensor:
         x = group_norm_silu(x, *norm[:4], shift=norm.shift)
     if name == "triton":
         return _run_kernel(x, *arguments[1:-1], *NO_NORM)
-    return _run_library(x, *arguments[1:-1])
+    return _run_library(x, *arguments[1:-1], statistics)
 
 
 def _run_kernel(*arguments: Any) -> Tensor:
@@ -346,6 +346,7 @@ def _run_library(
     mix_factor: Tensor | None,
     image_only: Tensor | None,
     spatial_is_second: bool,
+    statistics: bool,
 ) -> Tensor:
     return conv_epilogue(
         F.conv3d(x, weight.to(x.dtype), padding=(1, 0, 0)),
@@ -355,6 +356,7 @@ def _run_library(
         image_only=image_only,
         spatial_is_second=spatial_is_second,
         inplace=True,
+        statistics=statistics,
     )
 
 
@@ -541,6 +543,7 @@ def temporal_conv(
     image_only: Tensor | None = None,
     spatial_is_second: bool = False,
     norm: NormSiLU | None = None,
+    statistics: bool = False,
     impl: str | None = None,
 ) -> Tensor:
     """``residual + F.conv3d(x, weight, bias, padding=(1, 0, 0))``, blended with ``residual`` where that is asked for.
@@ -554,6 +557,7 @@ def temporal_conv(
         image_only: ``[N, F]``, nonzero where a frame is a still image and only ``residual`` counts; None: nowhere.
         spatial_is_second: Swap the two factors of the blend, as the SVD decoder does.
         norm: GroupNorm and SiLU of ``x`` before the convolution; None: ``x`` has had them.
+        statistics: A GroupNorm follows, so the result may carry what that needs to know of it (``conv_epilogue``).
         impl: One of ``IMPLEMENTATIONS``; None for the fastest (see the module's docstring).
 
     Returns:
@@ -571,15 +575,15 @@ def temporal_conv(
     default = _default(arguments)
     if impl is not None or chosen in ("torch", default) or torch.compiler.is_compiling():
         record_choice(Choice(OP, chosen, reason))
-        return _run(chosen, arguments)
+        return _run(chosen, arguments, statistics)
     try:
-        out = _run(chosen, arguments)
+        out = _run(chosen, arguments, statistics)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a measurement of another day may not hold on this GPU: the clip goes on without
         reason = f"{chosen}: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         logger.warning("%s: PyTorch's convolution runs from now on for this shape: %s", OP, reason)
         _chosen[_shape(arguments)] = default, reason
-        chosen, out = default, _run(default, arguments)
+        chosen, out = default, _run(default, arguments, statistics)
     record_choice(Choice(OP, chosen, reason))
     return out

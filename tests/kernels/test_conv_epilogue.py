@@ -9,8 +9,11 @@ from kernel_checks import TARGETS, assert_close_to_gold, assert_no_spills, compi
 from torch import Tensor
 
 from vidaccel.kernels import conv_epilogue as op
+from vidaccel.kernels.alpha_blend import alpha_blend_ref
+from vidaccel.kernels.channel_statistics import Tiling, carried, choose_tiling
 from vidaccel.kernels.conv_epilogue import conv_epilogue, conv_epilogue_ref
 from vidaccel.kernels.dispatch import record_choices
+from vidaccel.kernels.group_norm_silu import group_norm_silu, group_norm_silu_ref
 
 DTYPES = [torch.float32, torch.float16]
 if torch.cuda.is_available():
@@ -71,19 +74,20 @@ def test_matches_reference(shape: tuple[int, ...], epilogue: str, dtype: torch.d
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("epilogue", ["bias", "residual", "residual-with-bias"])
 @pytest.mark.parametrize("shape", [(2, 24, 35), (2, 24, 5, 7), (2, 24, 3, 5, 7)], ids=["3d", "4d", "5d"])
-def test_sums_have_the_bits_of_eager(
-    shape: tuple[int, ...], epilogue: str, dtype: torch.dtype, device: torch.device
-) -> None:
+def test_sums_are_rounded_once(shape: tuple[int, ...], epilogue: str, dtype: torch.dtype, device: torch.device) -> None:
     x, bias, arguments = draw(shape, dtype, device, epilogue)
     out = conv_epilogue(x, bias, **arguments, impl="triton")
-    assert torch.equal(out, conv_epilogue_ref(x, bias, **arguments))
+    in_float32 = {name: tensor.float() for name, tensor in arguments.items()}
+    assert torch.equal(out, conv_epilogue_ref(x.float(), bias.float(), **in_float32).to(dtype))
 
 
-def test_blend_has_the_bits_of_eager(device: torch.device) -> None:
+def test_blend_is_rounded_as_eager_rounds_it(device: torch.device) -> None:
     x, bias, arguments = draw((2, 24, 3, 5, 7), torch.float16, device, "mix-image-only")
     out = conv_epilogue(x, bias, **arguments, impl="triton")
-    assert torch.equal(out, conv_epilogue_ref(x, bias, **arguments))
-    assert torch.equal(out[0, :, 0], arguments["residual"][0, :, 0])
+    residual, mix = arguments["residual"], (arguments["mix_factor"], arguments["image_only"])
+    summed = conv_epilogue_ref(x.float(), bias.float(), residual.float()).half()
+    assert torch.equal(out, alpha_blend_ref(residual, summed, *mix))
+    assert torch.equal(out[0, :, 0], residual[0, :, 0])
 
 
 @pytest.mark.parametrize("epilogue", EPILOGUES)
@@ -121,7 +125,7 @@ def test_bias_of_another_dtype_is_rounded_first(device: torch.device) -> None:
     x, _, arguments = draw((2, 24, 5, 7), torch.float16, device)
     bias = torch.randn(24, device=device)
     out = conv_epilogue(x, bias, **arguments, impl="triton")
-    assert torch.equal(out, conv_epilogue_ref(x, bias.half(), **arguments))
+    assert torch.equal(out, conv_epilogue(x, bias.half(), **arguments, impl="triton"))
 
 
 @pytest.mark.parametrize("shape", [(0, 8, 3, 4, 4), (2, 8, 3, 0, 4)], ids=["no-samples", "no-pixels"])
@@ -205,30 +209,105 @@ def test_compiles_fullgraph(epilogue: str, device: torch.device) -> None:
     assert torch.equal(out, expected) and out.stride() == expected.stride()
 
 
+TILINGS = [
+    pytest.param(None, id="chosen"),
+    pytest.param(Tiling(block_r=8, block_c=32, chunk_rows=8, stages=1, num_warps=1), id="a-tile-to-a-chunk"),
+    pytest.param(Tiling(block_r=4, block_c=64, chunk_rows=12, stages=2, num_warps=2), id="several-tiles"),
+]
+
+
+@pytest.mark.parametrize("tiling", TILINGS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_statistics_change_nothing(
+    epilogue: str, dtype: torch.dtype, tiling: Tiling | None, device: torch.device
+) -> None:
+    x, bias, arguments = draw((2, 64, 3, 5, 7), dtype, device, epilogue)
+    expected = op._launch(x, *positional(bias, arguments))
+    for inplace in (False, True):
+        out = op._launch(x, *positional(bias, arguments), inplace=inplace, statistics=True, tiling=tiling)
+        assert torch.equal(out, expected) and out.stride() == expected.stride()
+
+
+def by_the_norm(out: Tensor) -> tuple[Tensor, Tensor]:
+    """What a norm makes of ``out``, and what the statistics in float64 would make of it."""
+    weight, bias = torch.randn(2, out.shape[1], device=out.device, dtype=out.dtype)
+    gold = group_norm_silu_ref(out.double(), weight.double(), bias.double(), 8, 1e-5)
+    return group_norm_silu(out, weight, bias, 8, 1e-5, impl="triton"), gold
+
+
+@pytest.mark.parametrize("tiling", TILINGS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 64, 5, 7), (2, 64, 3, 5, 7), (3, 64, 35)], ids=["4d", "5d", "3d"])
+def test_a_norm_goes_by_the_statistics(
+    shape: tuple[int, ...], dtype: torch.dtype, tiling: Tiling | None, device: torch.device
+) -> None:
+    x, bias, arguments = draw(shape, dtype, device)
+    out = op._launch(x + 30, *positional(bias, arguments), statistics=True, tiling=tiling)
+    known = carried(out)
+    assert known and known.parts.isfinite().all()
+    normed, gold = by_the_norm(out)
+    assert_close_to_gold(normed, gold, by_the_norm(out.clone())[0])
+    known.parts.zero_()  # a mean of 0 and no spread
+    assert not torch.allclose(by_the_norm(out)[0].double(), gold, atol=0.1), "the norm has read x for itself"
+
+
+def test_what_is_written_to_carries_no_statistics(device: torch.device) -> None:
+    x, bias, arguments = draw((2, 64, 5, 7), torch.float32, device)
+    out = conv_epilogue(x, bias, **arguments, statistics=True, impl="triton")
+    out[:, :8].mul_(3)
+    assert carried(out) is None
+    normed, gold = by_the_norm(out)
+    assert_close_to_gold(normed, gold, by_the_norm(out.clone())[0])
+
+
+def test_no_statistics_where_they_cannot_be_had(device: torch.device) -> None:
+    x, bias, arguments = draw((2, 64, 5, 7), torch.float32, device)
+    assert carried(conv_epilogue(x, bias, **arguments, impl="triton")) is None
+    assert carried(conv_epilogue(x, bias, **arguments, statistics=True, impl="torch")) is None
+    with torch.inference_mode():
+        assert carried(conv_epilogue(x, bias, **arguments, statistics=True, impl="triton")) is None
+    x, bias, arguments = draw((2, 24, 5, 7), torch.float32, device)
+    assert carried(conv_epilogue(x, bias, **arguments, statistics=True, impl="triton")) is None
+
+
+def compile_epilogue(target: str, epilogue: str, kernel: Any, num_warps: int, **constants: Any) -> dict[str, str]:
+    arguments = draw((2, 24, 3, 5, 7), torch.float16, torch.device("cpu"), epilogue)[2]
+    optional = {name: f"{name}_ptr" for name in ("residual", "residual_bias", "mix_factor", "image_only")}
+    present = [pointer for name, pointer in optional.items() if name in arguments]
+    flags = op._Flags(*(name in arguments for name in optional), spatial_is_second=False)
+    return compile_for(
+        target,
+        kernel,
+        {
+            **dict.fromkeys(["x_ptr", "bias_ptr", "y_ptr", *present], "*fp16:16"),
+            **{"part_ptr": "*fp32:16", "channels": "i32:16", "frame_size": "i32:16"},
+            **{"frame_rows": "i32", "chunk_rows": "i32"},
+        },
+        {**dict.fromkeys(set(optional.values()).difference(present)), **flags.constants(), **constants},
+        num_warps=num_warps,
+    )
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("epilogue", ["bias", "residual-with-bias", "mix-image-only"])
 def test_accesses_are_16_bytes_wide(target: str, epilogue: str) -> None:
-    _, _, arguments = draw((2, 24, 3, 5, 7), torch.float16, torch.device("cpu"), epilogue)
-    optional = {name: f"{name}_ptr" for name in ("residual", "residual_bias", "mix_factor", "image_only")}
-    present = [pointer for name, pointer in optional.items() if name in arguments]
-    asm = compile_for(
-        target,
-        op._conv_epilogue_kernel,
-        {
-            **dict.fromkeys(["x_ptr", "bias_ptr", "y_ptr", *present], "*fp16:16"),
-            **{"channels": "i32:16", "frame_size": "i32:16"},
-        },
-        {
-            **dict.fromkeys(set(optional.values()).difference(present)),
-            **{"HAS_RESIDUAL": "residual" in arguments, "HAS_RESIDUAL_BIAS": "residual_bias" in arguments},
-            **{"HAS_MIX": "mix_factor" in arguments},
-            **{"HAS_IMAGE_ONLY": "image_only" in arguments, "SPATIAL_IS_SECOND": False, "BLOCK": op.BLOCK},
-        },
-        num_warps=op.NUM_WARPS,
-    )
+    asm = compile_epilogue(target, epilogue, op._conv_epilogue_kernel, op.NUM_WARPS, BLOCK=op.BLOCK)
     assert_no_spills(asm)
-    scalars = {"mix_factor", "image_only"} & arguments.keys()
-    assert len(narrow_accesses(asm)) == len(scalars), "all but the scalars of the blend"
+    scalars = 2 if "mix" in epilogue else 0
+    assert len(narrow_accesses(asm)) == scalars, "all but the scalars of the blend"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("epilogue", ["residual-with-bias", "mix-image-only"])
+def test_tiles_with_statistics_are_read_and_written_16_bytes_at_a_time(target: str, epilogue: str) -> None:
+    tiling = choose_tiling(28, 9216, 320, 64)
+    blocks = {"BLOCK_R": tiling.block_r, "BLOCK_C": tiling.block_c, "FOLD": op.FOLD, "STAGES": tiling.stages}
+    asm = compile_epilogue(target, epilogue, op._conv_epilogue_statistics_kernel, tiling.num_warps, **blocks)
+    assert_no_spills(asm)
+    if "sass" in asm:
+        assert asm["sass"].count("LDG.E.128") == 2 * asm["sass"].count("STG.E.128") > 0
+        assert "BAR.SYNC" not in re.search(r"\n(LBB\d+):.*BRA \1;", asm["sass"], re.DOTALL)[0]
 
 
 @pytest.mark.gpu
@@ -244,6 +323,10 @@ def test_real_shapes(shape: tuple[int, ...], epilogue: str, dtype: torch.dtype, 
     out = conv_epilogue(x, bias, **arguments, impl="triton")
     gold = conv_epilogue_ref(x.double(), bias.double(), **in_float64(arguments))
     assert_close_to_gold(out, gold, conv_epilogue_ref(x, bias, **arguments))
+    with_statistics = conv_epilogue(x, bias, **arguments, statistics=True, impl="triton")
+    assert torch.equal(with_statistics, out) and carried(with_statistics)
+    normed, gold = by_the_norm(with_statistics)
+    assert_close_to_gold(normed, gold, by_the_norm(out)[0])
 
 
 @pytest.mark.gpu

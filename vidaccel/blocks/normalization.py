@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vidaccel.blocks.parameters import has_hook, why_unreadable
 from vidaccel.blocks.site import FusedBlock, fuses
 from vidaccel.kernels.add_layer_norm import RowTo, add_layer_norm
+from vidaccel.kernels.channel_statistics import carry
 from vidaccel.kernels.group_norm_silu import compile_ahead, group_norm_silu
 
 __all__ = [
@@ -17,10 +18,22 @@ __all__ = [
     "FusedGroupNormSiLU",
     "PassThroughSiLU",
     "add_layer_norm_module",
+    "as_clip",
+    "as_frames",
     "compile_group_norm_ahead",
     "group_norm_module",
     "why_layer_norms_unreadable",
 ]
+
+
+def as_clip(frames: Tensor, num_frames: int) -> Tensor:
+    """``[B*F, C, H, W]`` seen as ``[B, C, F, H, W]``, with the statistics that it may carry for a norm."""
+    return carry(frames.unflatten(0, (-1, num_frames)).transpose(1, 2), frames)
+
+
+def as_frames(clip: Tensor) -> Tensor:
+    """``[B, C, F, H, W]`` in channels-last memory seen as ``[B*F, C, H, W]``, with its statistics."""
+    return carry(clip.transpose(1, 2).flatten(0, 1), clip)
 
 
 def group_norm_module(

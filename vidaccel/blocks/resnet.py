@@ -28,7 +28,7 @@ from diffusers.models.resnet import (
 )
 from torch import Tensor, nn
 
-from vidaccel.blocks.normalization import compile_group_norm_ahead, group_norm_module
+from vidaccel.blocks.normalization import as_clip, as_frames, compile_group_norm_ahead, group_norm_module
 from vidaccel.blocks.parameters import why_not_bypassed, why_unreadable
 from vidaccel.blocks.site import FusedBlock, fuses
 from vidaccel.kernels.alpha_blend import alpha_blend
@@ -106,18 +106,20 @@ class _ConvolutionBlock(FusedBlock):
     ) -> Tensor:
         """``shortcut(residual) + conv(x)``; ``epilogue`` is what ``conv_epilogue`` takes for a blend.
 
+        The sum may carry its statistics: a norm comes next, but where the image is made smaller or larger first.
         With a ``skip`` connection, both convolutions have to be such that :meth:`_splits_bias`.
         """
         if not self._splits_bias(conv, x):
             return (residual if shortcut is None else shortcut(residual)) + conv(x)
         if shortcut is None and self._vidaccel.enabled("temporal_conv") and _is_temporal(conv):
-            return temporal_conv(x, conv.weight, conv.bias, residual, **epilogue)
+            return temporal_conv(x, conv.weight, conv.bias, residual, statistics=True, **epilogue)
         if shortcut is not None and self._splits_bias(shortcut, residual):
             epilogue["residual_bias"] = shortcut.bias
             residual = _without_bias(shortcut, residual) if skip is None else _project(shortcut, residual, skip)
         elif shortcut is not None:
             residual = shortcut(residual)
-        return conv_epilogue(_without_bias(conv, x), conv.bias, residual, inplace=True, **epilogue)
+        x = _without_bias(conv, x)
+        return conv_epilogue(x, conv.bias, residual, inplace=True, statistics=True, **epilogue)
 
     def _splits_bias(self, conv: Convolution, x: Tensor) -> bool:
         """Whether to run ``conv`` without its bias: only where a kernel then adds it on its way."""
@@ -277,13 +279,12 @@ class FusedTemporalConvLayer(_ConvolutionBlock, TemporalConvLayer):
         return self._why_norms_unreadable(hidden_states, *(stage[0] for stage in self._stages()))
 
     def fused_forward(self, hidden_states: Tensor, num_frames: int) -> Tensor:
-        clip = hidden_states.unflatten(0, (-1, num_frames)).transpose(1, 2)  # [B, C, F, H, W]
+        clip = as_clip(hidden_states, num_frames)
         *inner, last = self._stages()
         x, shift = clip, None
         for stage in inner:
             x, shift = self._convolve_to_norm(stage[-1], self._normalise(stage, x, shift))
-        x = self._convolve_to_residual(last[-1], self._normalise(last, x, shift), clip)
-        return x.transpose(1, 2).flatten(0, 1)
+        return as_frames(self._convolve_to_residual(last[-1], self._normalise(last, x, shift), clip))
 
     def compile_ahead(self) -> None:
         self._compile_norms_ahead(*(stage[0] for stage in self._stages()))
@@ -333,11 +334,9 @@ class FusedSpatioTemporalResBlock(FusedBlock, SpatioTemporalResBlock):
         self, x: Tensor, temb: Tensor | None, image_only_indicator: Tensor, skip: Tensor | None
     ) -> Tensor:
         hidden_states = self.spatial_res_block(_joined(x, skip), temb)
-        clip_shape = (-1, image_only_indicator.shape[-1])
-        spatial = hidden_states.unflatten(0, clip_shape).transpose(1, 2)  # [B, C, F, H, W]
-        temb = None if temb is None else temb.unflatten(0, clip_shape)
-        blended = self._temporal_blend(spatial, temb, image_only_indicator)
-        return blended.transpose(1, 2).flatten(0, 1)
+        num_frames = image_only_indicator.shape[-1]
+        temb = None if temb is None else temb.unflatten(0, (-1, num_frames))
+        return as_frames(self._temporal_blend(as_clip(hidden_states, num_frames), temb, image_only_indicator))
 
     def _temporal_blend(self, spatial: Tensor, temb: Tensor | None, image_only_indicator: Tensor) -> Tensor:
         temporal, mixer = self.temporal_res_block, self.time_mixer

@@ -21,6 +21,7 @@ from vidaccel.blocks.attention import (
     FusedTemporalBasicTransformerBlock,
     TemporalSelfAttention,
 )
+from vidaccel.blocks.normalization import as_clip
 from vidaccel.blocks.parameters import why_not_bypassed
 from vidaccel.blocks.projections import QKV_PROJECTION, RESIDUAL_PROJECTION, add_projected, norm_and_residual
 from vidaccel.blocks.resnet import FusedAlphaBlender
@@ -183,7 +184,7 @@ class FrameTransformer(TemporalSelfAttention):
         attention_kwargs: dict[str, Any] | None,
     ) -> Tensor:
         height = hidden_states.shape[2]
-        clip = hidden_states.unflatten(0, (-1, num_frames)).transpose(1, 2)  # [B, C, F, H, W]
+        clip = as_clip(hidden_states, num_frames)
         enabled = self._vidaccel.enabled(RESIDUAL_PROJECTION)
         both = norm_and_residual(self.norm, clip, self.proj_out) if enabled else None
         normed, with_bias = both or (self.norm(clip), None)

@@ -1,0 +1,180 @@
+"""Mean and spread of every channel, chunk of rows by chunk of rows: what a GroupNorm needs to know of an activation.
+
+Statistics are Welford means and squared deviations in float32, merged by Chan's formula (Chan, Golub, LeVeque 1983,
+https://doi.org/10.1080/00031305.1983.10483115), so an off-centre input loses nothing; every sum has a fixed order.
+
+Memory is ``[S, R, C]``: the rows of a segment, which is a frame, or whatever has an addend of its own. A program reads
+a chunk of a segment's rows in tiles of BLOCK_R x BLOCK_C, each of them LANES x FOLD rows. The compiler keeps the FOLD
+rows of a lane in one thread, which merges them alone, tile after tile; threads meet only after the loop. A program is
+one warp, which never waits for another.
+
+A kernel that writes an activation can compute these on its way, and the tensor then carries them to the norm behind it
+(:func:`attach`, :func:`carried`), which reads it once less.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = [
+    "FOLD",
+    "ChannelStatistics",
+    "Tiling",
+    "add_both",
+    "attach",
+    "carried",
+    "carry",
+    "choose_tiling",
+    "combine",
+    "empty_parts",
+    "fold",
+    "locate",
+    "merge",
+    "merge_lanes",
+    "rows_of_tile",
+    "store_part",
+]
+
+TILE = 1024  # elements: 32 for each thread
+FOLD = 4
+MOST_TILES = 64  # of a program
+PROGRAMS = 2560  # as many as a Hopper GPU runs at once, or more
+
+_ATTRIBUTE = "_vidaccel_statistics"
+
+
+class ChannelStatistics(NamedTuple):
+    """Of an activation ``[S, R, C]``."""
+
+    parts: Tensor  # [S, chunks, 2, C], float32: mean and sum of squared deviations of every chunk
+    segment_rows: int
+    chunk_rows: int  # fewer in the last chunk of a segment
+
+
+def attach(x: Tensor, statistics: ChannelStatistics) -> Tensor:
+    """Let ``x`` carry its statistics. What writes to it afterwards must be PyTorch, which counts that."""
+    if not x.is_inference():  # which has no count
+        setattr(x, _ATTRIBUTE, (statistics, x._version))
+    return x
+
+
+def carried(x: Tensor) -> ChannelStatistics | None:
+    """The statistics that ``x`` carries, unless it has been written to since."""
+    statistics, version = getattr(x, _ATTRIBUTE, (None, None))
+    return statistics if statistics is not None and x._version == version else None
+
+
+def carry(view: Tensor, x: Tensor) -> Tensor:
+    """Let a view of ``x`` that has the same rows, in the same order, carry what ``x`` does."""
+    if (found := getattr(x, _ATTRIBUTE, None)) is not None:
+        setattr(view, _ATTRIBUTE, found)
+    return view
+
+
+class Tiling(NamedTuple):
+    """How a kernel cuts an activation: a program walks ``chunk_rows`` rows in tiles of ``block_r`` x ``block_c``."""
+
+    block_r: int
+    block_c: int
+    chunk_rows: int
+    stages: int  # depth of the prefetch: tiles on their way, plus the one at work
+    num_warps: int
+
+    def programs(self, segments: int, segment_rows: int, channels: int) -> int:
+        return segments * triton.cdiv(segment_rows, self.chunk_rows) * (channels // self.block_c)
+
+
+def choose_tiling(segments: int, segment_rows: int, channels: int, widest_block: int) -> Tiling:
+    """For kernels that compute statistics; ``widest_block`` is what their blocks of channels must divide."""
+    block_c = min(widest_block, 64)
+    block_r = TILE // block_c
+    tiles = triton.cdiv(segment_rows, block_r)
+    chunks = max(PROGRAMS // (segments * (channels // block_c)), triton.cdiv(tiles, MOST_TILES), 1)
+    # so many programs hide each other's latencies: on an H100, prefetching up to three tiles gains nothing
+    return Tiling(block_r, block_c, triton.cdiv(tiles, chunks) * block_r, stages=1, num_warps=1)
+
+
+def empty_parts(x: Tensor, segments: int, segment_rows: int, chunk_rows: int, channels: int) -> Tensor:
+    """Memory for the statistics of every chunk."""
+    shape = segments, triton.cdiv(segment_rows, chunk_rows), 2, channels
+    return torch.empty(shape, dtype=torch.float32, device=x.device)
+
+
+@triton.jit
+def locate(pid, channels, segment_rows, chunk_rows, BLOCK_C: tl.constexpr):
+    """Segment, chunk and first channel of a program; channel blocks of the same rows are neighbours, as in memory."""
+    channel_blocks = channels // BLOCK_C
+    chunks = tl.cdiv(segment_rows, chunk_rows)
+    index = pid // channel_blocks
+    return (index // chunks).to(tl.int64), index % chunks, (pid % channel_blocks) * BLOCK_C
+
+
+@triton.jit
+def rows_of_tile(BLOCK_R: tl.constexpr, FOLD: tl.constexpr):
+    """Which row of a tile lies where in ``[LANES, FOLD, BLOCK_C]``."""
+    LANES: tl.constexpr = BLOCK_R // FOLD
+    return tl.arange(0, LANES)[:, None, None] + LANES * tl.arange(0, FOLD)[None, :, None]
+
+
+@triton.jit
+def combine(count, mean, m2, other_count, other_mean, other_m2):
+    """Chan's formula, lane by lane: count, mean and sum of squared deviations of two disjoint samples together."""
+    total = count + other_count
+    share = other_count / tl.maximum(total, 1.0)
+    delta = other_mean - mean
+    return total, mean + delta * share, m2 + other_m2 + delta * delta * (count * share)
+
+
+@triton.jit
+def add_both(a, b, other_a, other_b):
+    return a + other_a, b + other_b
+
+
+@triton.jit
+def merge(count, mean, m2, total):
+    """The same for all lanes along axis 0 together, whose counts make ``total``: their mean and m2."""
+    share = 1.0 / total
+    rough_mean = tl.sum(count * mean, axis=0) * share
+    deviation = mean - rough_mean
+    # for an off-centre input the first sum rounds at the size of the mean, the second at that of the spread
+    drift, m2 = tl.reduce((count * deviation, m2 + count * deviation * deviation), 0, add_both)
+    return rough_mean + drift * share, m2
+
+
+@triton.jit
+def _count(rows, BLOCK_R: tl.constexpr, FOLD: tl.constexpr):
+    """How many of ``rows`` rows fall to each lane when they are dealt out in turn, ``[LANES, 1]``."""
+    LANES: tl.constexpr = BLOCK_R // FOLD
+    lane = tl.arange(0, LANES)[:, None]
+    return (tl.maximum(rows - lane + LANES - 1, 0) // LANES).to(tl.float32)
+
+
+@triton.jit
+def fold(z, mask, step, rows, mean, m2, BLOCK_R: tl.constexpr, FOLD: tl.constexpr):
+    """Take tile number ``step`` of ``rows`` rows, 0 where masked, into the statistics of lanes and channels."""
+    tile_count = tl.minimum(_count(rows - step * BLOCK_R, BLOCK_R, FOLD), 1.0 * FOLD)
+    tile_mean = tl.sum(z, axis=1) * (1.0 / tl.maximum(tile_count, 1.0))
+    deviation = tl.where(mask, z - tile_mean[:, None, :], 0.0)
+    tile_m2 = tl.sum(deviation * deviation, axis=1)
+    # every tile but the last is full
+    _, mean, m2 = combine(1.0 * step * FOLD, mean, m2, tile_count, tile_mean, tile_m2)
+    return mean, m2
+
+
+@triton.jit
+def merge_lanes(rows, mean, m2, BLOCK_R: tl.constexpr, FOLD: tl.constexpr):
+    """The statistics of the channels, ``[BLOCK_C]``, once all ``rows`` rows are folded in."""
+    return merge(_count(rows, BLOCK_R, FOLD), mean, m2, 1.0 * rows)
+
+
+@triton.jit
+def store_part(part_ptr, segment, chunk, first_channel, channels, segment_rows, chunk_rows, mean, m2):
+    part = segment * tl.cdiv(segment_rows, chunk_rows) + chunk
+    part_ptr += part * 2 * channels + first_channel + tl.arange(0, mean.shape[0])
+    tl.store(part_ptr, mean)
+    tl.store(part_ptr + channels, m2)
