@@ -29,7 +29,7 @@ HOPELESS = 1.5  # times the fastest so far, after one repetition
 # What beats the favourite by less than this in a few repetitions on a cool GPU may well lose in the midst of a model.
 MARGIN = 0.03
 REPEATS = 5
-AHEAD = 2  # calls in the queue before the one that is timed
+HEAD_START = 2_000_000  # GPU clocks, about a millisecond: longer than it takes to launch a call
 
 Key = Mapping[str, Any]
 
@@ -144,11 +144,12 @@ def fastest(
 def cuda_milliseconds(run: Callable[[], object]) -> float:
     """GPU time of one call on the current stream; waits for it.
 
-    The GPU is given work before the clock starts: else a call would be charged for the time that its launch takes.
+    The GPU is kept waiting until the call is queued. Otherwise what takes Python longer to launch than the GPU to run
+    would be judged by that, and a model whose launches a CUDA graph has recorded would run the slower kernel.
     """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for _ in range(AHEAD):
-        run()
+    run()
+    torch.cuda._sleep(HEAD_START)
     start.record()
     run()
     end.record()

@@ -11,7 +11,8 @@ read the same windows, those of ``x`` padded by one pixel, so they are the outpu
     y[n, 2 p - 1 + r, 2 q - 1 + s, c] = z[n, p, q, (r, s, c)] + bias[c]
 
 which takes 4 / 9 of the multiplications and never stores the upsampled input. cuDNN runs it; a kernel here puts the
-pixels into place and adds the bias on the way, which PyTorch does in a kernel of its own. Channels-last memory.
+pixels into place and adds the bias on the way, which PyTorch does in a kernel of its own, and computes the statistics
+for a norm behind it (:mod:`vidaccel.kernels.channel_statistics`). Channels-last memory.
 
 The weights are added in float32 and rounded to the dtype of ``x`` once, which is one rounding more per product than
 eager has; z and y are rounded where eager rounds. A kernel adds them at every call, in one pass bound by memory: they
@@ -25,7 +26,7 @@ of a shape times the whole batch and two halves, once, and keeps the answer on d
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,14 +36,25 @@ from torch import Tensor
 
 from vidaccel.config import tuning_enabled
 from vidaccel.kernels import tuning_cache
+from vidaccel.kernels.channel_statistics import (
+    FOLD,
+    ChannelStatistics,
+    Tiling,
+    attach,
+    choose_tiling,
+    empty_parts,
+    fold,
+    locate,
+    merge_lanes,
+    rows_of_tile,
+    store_part,
+)
 from vidaccel.kernels.dispatch import choose, tensors_problem
 from vidaccel.kernels.launch import Launch, prepared
 
 __all__ = ["cell_weights_ref", "upsample_conv", "upsample_conv_ref"]
 
 OP = "upsample_conv"
-TILE = 4096  # elements
-NUM_WARPS = 4
 CELLS_BLOCK = 256  # input channels: 16 bytes of 16-bit weights for each thread of a warp
 CELLS_NUM_WARPS = 1
 WHOLE, HALVES = "whole", "halves"
@@ -119,26 +131,39 @@ def _cells_kernel(
     _store_sums(cells_ptr, bottom, padding, channel, channels, channels_in, mask, SUM_Y=3)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "chunk_rows"])
 def _interleave_kernel(
-    z_ptr, bias_ptr, y_ptr,
-    height, width, channels,
-    BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    z_ptr, bias_ptr, y_ptr, part_ptr,
+    height, width, channels, chunk_rows,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)  # of all images
-    channel_blocks = channels // BLOCK_C
-    offs_w = tl.program_id(1) // channel_blocks * BLOCK_W + tl.arange(0, BLOCK_W)
-    offs_c = tl.program_id(1) % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    below = row % height + 1
-    z_row = row // height * (height // 2 + 1) + below // 2
-    z_column = (offs_w + 1) // 2
-    cell = below % 2 * 2 + (offs_w + 1) % 2  # [BLOCK_W]
-    z_offs = ((z_row * (width // 2 + 1) + z_column) * 4 + cell)[:, None] * channels + offs_c  # [BLOCK_W, BLOCK_C]
-    y_offs = (row * width + offs_w)[:, None] * channels + offs_c
-    mask = (offs_w < width)[:, None]
+    pixels = height * width
+    image, chunk, first_channel = locate(tl.program_id(0), channels, pixels, chunk_rows, BLOCK_C)
+    first_pixel = chunk * chunk_rows
+    rows = tl.minimum(chunk_rows, pixels - first_pixel)
+    offs_c = first_channel + tl.arange(0, BLOCK_C)
+    offs_r = rows_of_tile(BLOCK_R, FOLD)
+    z_width = width // 2 + 1
+    z_ptr += image * (height // 2 + 1) * z_width * 4 * channels
+    y_ptr += image * pixels * channels
     bias = tl.load(bias_ptr + offs_c).to(tl.float32)
-    y = tl.load(z_ptr + z_offs, mask=mask).to(tl.float32) + bias
-    tl.store(y_ptr + y_offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+    mean = tl.zeros([BLOCK_R // FOLD, BLOCK_C], dtype=tl.float32)
+    m2 = tl.zeros([BLOCK_R // FOLD, BLOCK_C], dtype=tl.float32)
+    for step in tl.range(0, tl.cdiv(rows, BLOCK_R), num_stages=STAGES):
+        row = step * BLOCK_R + offs_r  # [LANES, FOLD, 1]
+        mask = row < rows
+        pixel = first_pixel + row
+        below, right = pixel // width + 1, pixel % width + 1
+        z_pixel = below // 2 * z_width + right // 2
+        cell = below % 2 * 2 + right % 2
+        z_offs = (z_pixel * 4 + cell).to(tl.int64) * channels + offs_c  # [LANES, FOLD, BLOCK_C]
+        y = tl.load(z_ptr + z_offs, mask=mask, other=0.0).to(tl.float32) + bias
+        y = y.to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + pixel.to(tl.int64) * channels + offs_c, y, mask=mask)
+        y = tl.where(mask, y.to(tl.float32), 0.0)
+        mean, m2 = fold(y, mask, step, rows, mean, m2, BLOCK_R, FOLD)
+    mean, m2 = merge_lanes(rows, mean, m2, BLOCK_R, FOLD)
+    store_part(part_ptr, image, chunk, first_channel, channels, pixels, chunk_rows, mean, m2)
 
 
 def _empty_cells(weight: Tensor) -> Tensor:
@@ -178,30 +203,55 @@ def _empty_output(z: Tensor, channels: int) -> Tensor:
 
 
 @prepared
-def _prepare(samples: int, channels: int, height: int, width: int) -> Launch:
-    block_c = min(channels & -channels, 128)
-    block_w = TILE // block_c
+def _prepare(samples: int, channels: int, height: int, width: int, tiling: Tiling) -> Launch:
     return Launch(
-        _interleave_kernel, (samples * height, triton.cdiv(width, block_w) * (channels // block_c)),
-        height, width, channels,
-        BLOCK_W=block_w, BLOCK_C=block_c,
-        num_warps=NUM_WARPS,
+        _interleave_kernel, (tiling.programs(samples, height * width, channels),),
+        height, width, channels, tiling.chunk_rows,
+        BLOCK_R=tiling.block_r, BLOCK_C=tiling.block_c, FOLD=FOLD, STAGES=tiling.stages,
+        num_warps=tiling.num_warps,
     )  # fmt: skip
 
 
-def _put_in_place(z: Tensor, bias: Tensor, y: Tensor) -> None:
-    _prepare(*y.shape)(z.contiguous(memory_format=torch.channels_last), bias.to(z.dtype).contiguous(), y)
+class _Output(NamedTuple):
+    """The memory of a result, and how it is written."""
+
+    y: Tensor
+    parts: Tensor
+    tiling: Tiling
+
+    def put(self, z: Tensor, bias: Tensor, images: slice = slice(None)) -> None:
+        """Bring what the convolution gave for some images to its place."""
+        y, parts = self.y[images], self.parts[images]
+        launch = _prepare(*y.shape, self.tiling)
+        launch(z.contiguous(memory_format=torch.channels_last), bias.to(z.dtype).contiguous(), y, parts)
+
+    def with_statistics(self) -> Tensor:
+        _, _, height, width = self.y.shape
+        return attach(self.y, ChannelStatistics(self.parts, height * width, self.tiling.chunk_rows))
 
 
-def _launch(z: Tensor, bias: Tensor) -> Tensor:
-    y = _empty_output(z, bias.shape[0])
-    _put_in_place(z, bias, y)
-    return y
+@prepared
+def _tiling(samples: int, channels: int, pixels: int) -> Tiling:
+    return choose_tiling(samples, pixels, channels, channels & -channels)
+
+
+def _output(x: Tensor, samples: int, channels: int, height: int, width: int) -> _Output:
+    """For a result of this size, like ``x`` in all else."""
+    y = x.new_empty((samples, height, width, channels)).permute(0, 3, 1, 2)
+    tiling = _tiling(samples, channels, height * width)
+    return _Output(y, empty_parts(x, samples, height * width, tiling.chunk_rows, channels), tiling)
+
+
+def _launch(z: Tensor, bias: Tensor) -> _Output:
+    samples, _, cell_rows, cell_columns = z.shape
+    output = _output(z, samples, bias.shape[0], 2 * (cell_rows - 1), 2 * (cell_columns - 1))
+    output.put(z, bias)
+    return output
 
 
 @torch.library.custom_op("vidaccel::upsample_conv_interleave", mutates_args=())
 def _interleave(z: Tensor, bias: Tensor) -> Tensor:
-    return _launch(z, bias)
+    return _launch(z, bias).y
 
 
 @_interleave.register_fake
@@ -212,13 +262,13 @@ def _(z: Tensor, bias: Tensor) -> Tensor:
 def _run(parts: str, x: Tensor, cells: Tensor, bias: Tensor) -> Tensor:
     """y by way of the whole batch, or of one half after the other."""
     if parts == WHOLE:
-        return _launch(F.conv2d(x, cells, padding=1), bias)
+        return _launch(F.conv2d(x, cells, padding=1), bias).with_statistics()
     samples, _, height, width = x.shape
-    y = x.new_empty((samples, 2 * height, 2 * width, bias.shape[0])).permute(0, 3, 1, 2)
-    half = triton.cdiv(samples, 2)
-    for x_half, y_half in zip(x.split(half), y.split(half), strict=True):
-        _put_in_place(F.conv2d(x_half, cells, padding=1), bias, y_half)
-    return y
+    output = _output(x, samples, bias.shape[0], 2 * height, 2 * width)
+    middle = triton.cdiv(samples, 2)
+    for images in (slice(middle), slice(middle, None)):
+        output.put(F.conv2d(x[images], cells, padding=1), bias, images)
+    return output.with_statistics()
 
 
 # Which is faster, by what decides it.
@@ -287,7 +337,7 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor, *, impl: str | None =
         impl: ``"triton"`` or ``"torch"``; None lets ``vidaccel.kernels.dispatch`` choose.
 
     Returns:
-        ``[N, C, 2 H, 2 W]`` in ``x.dtype``, channels innermost in memory.
+        ``[N, C, 2 H, 2 W]`` in ``x.dtype``, channels innermost in memory; it may carry statistics for a GroupNorm.
 
     Raises:
         ValueError: A shape is not as above, or ``impl`` cannot run here.
