@@ -30,6 +30,7 @@ __all__ = [
     "carried",
     "carry",
     "choose_tiling",
+    "choose_writer_tiling",
     "combine",
     "empty_parts",
     "fold",
@@ -44,6 +45,10 @@ TILE = 1024  # elements: 32 for each thread
 FOLD = 4
 MOST_TILES = 64  # of a program
 PROGRAMS = 2560  # as many as a Hopper GPU runs at once, or more
+# What writes as well is bound by memory: on an H100 larger tiles, fetched ahead, take 7 % less where there are many.
+WRITER_TILE = 4096
+WRITER_PROGRAMS = 10240
+WRITER_ELEMENTS = 2**23
 
 _ATTRIBUTE = "_vidaccel_statistics"
 
@@ -97,6 +102,17 @@ def choose_tiling(segments: int, segment_rows: int, channels: int, widest_block:
     chunks = max(PROGRAMS // (segments * (channels // block_c)), triton.cdiv(tiles, MOST_TILES), 1)
     # so many programs hide each other's latencies: on an H100, prefetching up to three tiles gains nothing
     return Tiling(block_r, block_c, triton.cdiv(tiles, chunks) * block_r, stages=1, num_warps=1)
+
+
+def choose_writer_tiling(segments: int, segment_rows: int, channels: int, widest_block: int) -> Tiling:
+    """For kernels that write the activation, too."""
+    if segments * segment_rows * channels < WRITER_ELEMENTS:
+        return choose_tiling(segments, segment_rows, channels, widest_block)
+    block_c = min(widest_block, 128)
+    block_r = WRITER_TILE // block_c
+    tiles = triton.cdiv(segment_rows, block_r)
+    chunks = max(WRITER_PROGRAMS // (segments * (channels // block_c)), 1)
+    return Tiling(block_r, block_c, triton.cdiv(tiles, chunks) * block_r, stages=2, num_warps=4)
 
 
 def empty_parts(x: Tensor, segments: int, segment_rows: int, chunk_rows: int, channels: int) -> Tensor:

@@ -28,7 +28,7 @@ from vidaccel.kernels.channel_statistics import (
     ChannelStatistics,
     Tiling,
     attach,
-    choose_tiling,
+    choose_writer_tiling,
     empty_parts,
     fold,
     locate,
@@ -189,7 +189,7 @@ def _prepare(channels: int, frame_size: int, frames: int, flags: _Flags) -> Laun
 def _prepare_statistics(
     channels: int, frame_rows: int, frames: int, flags: _Flags, tiling: Tiling | None = None
 ) -> tuple[Launch, Tiling]:
-    tiling = tiling or choose_tiling(frames, frame_rows, channels, channels & -channels)
+    tiling = tiling or choose_writer_tiling(frames, frame_rows, channels, channels & -channels)
     launch = Launch(
         _conv_epilogue_statistics_kernel, (tiling.programs(frames, frame_rows, channels),),
         channels, frame_rows, tiling.chunk_rows,

@@ -41,7 +41,7 @@ from vidaccel.kernels.channel_statistics import (
     ChannelStatistics,
     Tiling,
     attach,
-    choose_tiling,
+    choose_writer_tiling,
     empty_parts,
     fold,
     locate,
@@ -232,7 +232,7 @@ class _Output(NamedTuple):
 
 @prepared
 def _tiling(samples: int, channels: int, pixels: int) -> Tiling:
-    return choose_tiling(samples, pixels, channels, channels & -channels)
+    return choose_writer_tiling(samples, pixels, channels, channels & -channels)
 
 
 def _output(x: Tensor, samples: int, channels: int, height: int, width: int) -> _Output:

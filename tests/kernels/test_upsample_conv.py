@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vidaccel.kernels import tuning_cache
 from vidaccel.kernels import upsample_conv as op
-from vidaccel.kernels.channel_statistics import carried, choose_tiling
+from vidaccel.kernels.channel_statistics import carried, choose_writer_tiling
 from vidaccel.kernels.dispatch import record_choices
 from vidaccel.kernels.group_norm_silu import group_norm_silu, group_norm_silu_ref
 from vidaccel.kernels.upsample_conv import cell_weights_ref, upsample_conv, upsample_conv_ref
@@ -265,7 +265,7 @@ def test_compiles_fullgraph(device: torch.device) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_accesses_are_16_bytes_wide(target: str) -> None:
-    tiling = choose_tiling(14, 144 * 256, 512, 512)
+    tiling = choose_writer_tiling(14, 144 * 256, 512, 512)
     asm = compile_for(
         target,
         op._interleave_kernel,
