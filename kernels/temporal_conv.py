@@ -38,6 +38,7 @@ from vidaccel.kernels import tuning_cache
 from vidaccel.kernels.alpha_blend import blend
 from vidaccel.kernels.channels_last import channels_last, empty_channels_last
 from vidaccel.kernels.conv_epilogue import conv_epilogue, conv_epilogue_ref, validate_epilogue
+from vidaccel.kernels.convolution import convolve
 from vidaccel.kernels.dispatch import Choice, record_choice, requested, tensors_problem, triton_device_problem
 from vidaccel.kernels.group_norm_silu import (
     apply_silu,
@@ -349,7 +350,7 @@ def _run_library(
     statistics: bool,
 ) -> Tensor:
     return conv_epilogue(
-        F.conv3d(x, weight.to(x.dtype), padding=(1, 0, 0)),
+        convolve(x, weight.to(x.dtype), (1, 1, 1), (1, 0, 0), (1, 1, 1), 1),
         bias,
         residual,
         mix_factor=mix_factor,

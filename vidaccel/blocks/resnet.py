@@ -33,6 +33,7 @@ from vidaccel.blocks.parameters import why_not_bypassed, why_unreadable
 from vidaccel.blocks.site import FusedBlock, fuses
 from vidaccel.kernels.alpha_blend import alpha_blend
 from vidaccel.kernels.conv_epilogue import conv_epilogue
+from vidaccel.kernels.convolution import convolve
 from vidaccel.kernels.dispatch import runs_triton
 from vidaccel.kernels.temporal_conv import temporal_conv
 
@@ -140,7 +141,9 @@ def _is_pointwise(conv: Convolution) -> bool:
 
 
 def _without_bias(conv: Convolution, x: Tensor) -> Tensor:
-    return conv._conv_forward(x, conv.weight, None)
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return conv._conv_forward(x, conv.weight, None)
+    return convolve(x, conv.weight, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def _project(pointwise: nn.Conv2d, x: Tensor, skip: Tensor) -> Tensor:
