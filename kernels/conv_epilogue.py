@@ -37,10 +37,10 @@ from vidaccel.kernels.channel_statistics import (
     store_part,
 )
 from vidaccel.kernels.channels_last import channels_last, empty_channels_last
-from vidaccel.kernels.dispatch import choose, tensors_problem
+from vidaccel.kernels.dispatch import DTYPES, choose, tensors_problem
 from vidaccel.kernels.launch import Launch, prepared
 
-__all__ = ["conv_epilogue", "conv_epilogue_ref", "validate_epilogue"]
+__all__ = ["compile_ahead", "conv_epilogue", "conv_epilogue_ref", "validate_epilogue"]
 
 BLOCK = 2048
 NUM_WARPS = 4
@@ -234,6 +234,32 @@ def _launch(
     parts = empty_parts(x, frames, frame_rows, tiling.chunk_rows, channels)
     launch(*arguments, parts)
     return attach(y, ChannelStatistics(parts, frame_rows, tiling.chunk_rows))
+
+
+def compile_ahead(
+    weight: Tensor,
+    *,
+    residual_bias: bool = False,
+    mix: bool = False,
+    image_only: bool = False,
+    spatial_is_second: bool = False,
+) -> None:
+    """Begin to compile what sums with statistics will run for a convolution of this ``weight``, ``[C, ...]``.
+
+    Args:
+        weight: On the device in question.
+        residual_bias: Whether the residual is a convolution's, too.
+        mix: Whether a blend follows.
+        image_only: Whether that is told which frames are still images.
+        spatial_is_second: As of :func:`conv_epilogue`.
+    """
+    channels, dtype = weight.shape[0], weight.dtype
+    if channels % 32 or dtype not in DTYPES:
+        return
+    flags = _Flags(True, residual_bias, mix, image_only, spatial_is_second)
+    for frame_rows in (1, 2**20):  # small images, and large ones
+        launch, _ = _prepare_statistics(channels, frame_rows, 1, flags)
+        launch.compile_ahead(weight.device, *[dtype] * 7, torch.float32)
 
 
 @torch.library.custom_op("vidaccel::conv_epilogue", mutates_args=())

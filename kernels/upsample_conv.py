@@ -49,10 +49,10 @@ from vidaccel.kernels.channel_statistics import (
     rows_of_tile,
     store_part,
 )
-from vidaccel.kernels.dispatch import choose, tensors_problem
+from vidaccel.kernels.dispatch import DTYPES, choose, tensors_problem
 from vidaccel.kernels.launch import Launch, prepared
 
-__all__ = ["cell_weights_ref", "upsample_conv", "upsample_conv_ref"]
+__all__ = ["cell_weights_ref", "compile_ahead", "upsample_conv", "upsample_conv_ref"]
 
 OP = "upsample_conv"
 CELLS_BLOCK = 256  # input channels: 16 bytes of 16-bit weights for each thread of a warp
@@ -240,6 +240,16 @@ def _output(x: Tensor, samples: int, channels: int, height: int, width: int) -> 
     y = x.new_empty((samples, height, width, channels)).permute(0, 3, 1, 2)
     tiling = _tiling(samples, channels, height * width)
     return _Output(y, empty_parts(x, samples, height * width, tiling.chunk_rows, channels), tiling)
+
+
+def compile_ahead(weight: Tensor) -> None:
+    """Begin to compile what puts the pixels into place for a convolution of this ``weight``, ``[C, C_in, 3, 3]``."""
+    channels, dtype = weight.shape[0], weight.dtype
+    if channels % 8 or dtype not in DTYPES:
+        return
+    for side in (2, 2048):  # small images, and large ones
+        launch = _prepare(1, channels, side, side, _tiling(1, channels, side * side))
+        launch.compile_ahead(weight.device, *[dtype] * 3, torch.float32)
 
 
 def _launch(z: Tensor, bias: Tensor) -> _Output:

@@ -14,6 +14,7 @@ from vidaccel.kernels.channel_statistics import Tiling, carried, choose_writer_t
 from vidaccel.kernels.conv_epilogue import conv_epilogue, conv_epilogue_ref
 from vidaccel.kernels.dispatch import record_choices
 from vidaccel.kernels.group_norm_silu import group_norm_silu, group_norm_silu_ref
+from vidaccel.kernels.launch import Launch
 
 DTYPES = [torch.float32, torch.float16]
 if torch.cuda.is_available():
@@ -314,6 +315,24 @@ def test_tiles_with_statistics_are_read_and_written_16_bytes_at_a_time(
         assert ("LDGSTS" in asm["sass"]) == (tiling.stages > 1), "the next tile is to be on its way"
         if tiling.num_warps == 1:
             assert "BAR.SYNC" not in re.search(r"\n(LBB\d+):.*BRA \1;", asm["sass"], re.DOTALL)[0]
+
+
+@pytest.mark.parametrize("shape", [(28, 320, 9, 16), (2, 320, 14, 72, 128)], ids=["small", "large"])
+@pytest.mark.parametrize("second", [False, True], ids=["first", "second"])
+def test_what_is_compiled_ahead_is_what_runs(
+    second: bool, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(Launch, "compile_ahead", lambda launch, *dtypes: begun.append((launch._identity(), *dtypes)))
+    mix = len(shape) == 5
+    op.compile_ahead(torch.empty(320, 320, 3, 3), mix=mix, image_only=mix, spatial_is_second=second)
+    frames, rows = (shape[0] * shape[2], 72 * 128) if mix else (shape[0], 9 * 16)
+    launch, _ = op._prepare_statistics(320, rows, frames, op._Flags(True, False, mix, mix, second))
+    assert launch._identity() in [identity for identity, *_ in begun]
+    assert {len(dtypes) for _, _, *dtypes in begun} == {8}, "one for each of the kernel's tensors"
+    op.compile_ahead(torch.empty(24, 24, 3, 3))
+    op.compile_ahead(torch.empty(32, 32, 3, 3, dtype=torch.float64))
+    assert len(begun) == 2
 
 
 @pytest.mark.gpu

@@ -32,7 +32,7 @@ from vidaccel.blocks.normalization import as_clip, as_frames, compile_group_norm
 from vidaccel.blocks.parameters import why_not_bypassed, why_unreadable
 from vidaccel.blocks.site import FusedBlock, fuses
 from vidaccel.kernels.alpha_blend import alpha_blend
-from vidaccel.kernels.conv_epilogue import conv_epilogue
+from vidaccel.kernels.conv_epilogue import compile_ahead, conv_epilogue
 from vidaccel.kernels.convolution import convolve
 from vidaccel.kernels.dispatch import runs_triton
 from vidaccel.kernels.temporal_conv import temporal_conv
@@ -88,6 +88,11 @@ class _ConvolutionBlock(FusedBlock):
             compile_group_norm_ahead(first)
             for norm in inner:
                 compile_group_norm_ahead(norm, shift=True)
+
+    def _compile_sum_ahead(self, conv: Any, shortcut: Any = None) -> None:
+        """For the sum behind the last convolution of a block, if its parameters are plain ones."""
+        if self._vidaccel.enabled("conv_epilogue") and type(getattr(conv, "weight", None)) is nn.Parameter:
+            compile_ahead(conv.weight, residual_bias=shortcut is not None)
 
     def _convolve_to_norm(self, conv: Any, x: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """``conv(x)`` and what the norm behind it is to add to that: `shift`, and perhaps the bias instead of here."""
@@ -175,6 +180,7 @@ class _ResnetBlock(_ConvolutionBlock):
 
     def compile_ahead(self) -> None:
         self._compile_norms_ahead(self.norm1, self.norm2)
+        self._compile_sum_ahead(self.conv2, self.conv_shortcut)
 
     def residual_branch(
         self, x: Tensor, time_embedding: Tensor | None, skip: Tensor | None = None, **epilogue: Any
@@ -252,6 +258,9 @@ class FusedTemporalResnetBlock(_ResnetBlock, TemporalResnetBlock):
         time_embedding = None if self.time_emb_proj is None else self.time_emb_proj(self.nonlinearity(temb))
         return self.residual_branch(input_tensor, time_embedding, **epilogue)
 
+    def compile_ahead(self) -> None:  # the sum is its parent's
+        self._compile_norms_ahead(self.norm1, self.norm2)
+
     def takes_blend(self, x: Tensor) -> bool:
         """Whether the last kernel of this block can take a blend with its input on its way."""
         return self.serves_parent(x, None) and self._splits_bias(self.conv2, x)
@@ -291,6 +300,7 @@ class FusedTemporalConvLayer(_ConvolutionBlock, TemporalConvLayer):
 
     def compile_ahead(self) -> None:
         self._compile_norms_ahead(*(stage[0] for stage in self._stages()))
+        self._compile_sum_ahead(self.conv4[-1])
 
     def _stages(self) -> tuple[Any, ...]:
         """Each GroupNorm, SiLU, dropout (but in the first) and convolution."""
@@ -318,6 +328,13 @@ class FusedSpatioTemporalResBlock(FusedBlock, SpatioTemporalResBlock):
         if module.time_mixer.merge_strategy == "fixed":
             return "its blend factor is fixed"
         return None if module.temporal_res_block.conv_shortcut is None else "its temporal block changes the width"
+
+    def compile_ahead(self) -> None:
+        conv, mixer = self.temporal_res_block.conv2, self.time_mixer
+        if type(getattr(conv, "weight", None)) is nn.Parameter:
+            images = mixer.merge_strategy == "learned_with_images"
+            second = mixer.switch_spatial_to_temporal_mix
+            compile_ahead(conv.weight, mix=True, image_only=images, spatial_is_second=second)
 
     def forward(
         self, hidden_states: Tensor | Joined, temb: Tensor | None = None, image_only_indicator: Tensor | None = None

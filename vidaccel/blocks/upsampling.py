@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vidaccel.blocks.parameters import why_unreadable
 from vidaccel.blocks.site import FusedBlock, fuses
 from vidaccel.kernels.dispatch import runs_triton
-from vidaccel.kernels.upsample_conv import upsample_conv
+from vidaccel.kernels.upsample_conv import compile_ahead, upsample_conv
 
 __all__ = ["FusedUpsample2D"]
 
@@ -32,6 +32,10 @@ class FusedUpsample2D(FusedBlock, Upsample2D):
         if not module.use_conv or module.use_conv_transpose or module.name != "conv":
             return "it has no convolution after its interpolation"
         return _why_not_3x3(module.conv)
+
+    def compile_ahead(self) -> None:
+        if type(getattr(self.conv, "weight", None)) is nn.Parameter:
+            compile_ahead(self.conv.weight)
 
     def forward(self, hidden_states: Tensor, output_size: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
         return self.guarded(hidden_states, output_size, *args, **kwargs)
