@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -22,7 +25,7 @@ from vidaccel.bench.ops import one_stage_kernels
 from vidaccel.bench.record import add_ratios, json_text, table
 from vidaccel.bench.settings import Settings
 from vidaccel.bench.synthetic import build_pipeline, families, pipeline_inputs, specification
-from vidaccel.bench.timing import time_calls
+from vidaccel.bench.timing import time_calls, time_queued
 from vidaccel.bench.variants import applied, cudnn_benchmark, measured_modules
 from vidaccel.cli import main
 from vidaccel.generation import generate
@@ -338,6 +341,34 @@ def test_timing_stops_when_its_budget_is_spent() -> None:
     assert time_calls(lambda: calls.append(0), CPU, repeats=7, warmup=2).repeats == 7
     assert len(calls) == 9
     assert time_calls(lambda: None, CPU, repeats=100, budget_seconds=0).repeats == 3
+
+
+@pytest.mark.parametrize(("cache_bytes", "sets"), [(1, 2), (1000, 10), (10**6, 24)])
+def test_inputs_are_copied_until_they_exceed_the_cache(
+    cache_bytes: int, sets: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = SimpleNamespace(L2_cache_size=cache_bytes)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    layer, x, y = torch.nn.Linear(2, 2), torch.randn(60), torch.randn(40)  # of 400 bytes
+    inputs = ops._input_sets((layer, x, y), CPU)
+    assert len(inputs) == sets and inputs[0] == (layer, x, y)
+    assert len({tensor.data_ptr() for _, *tensors in inputs for tensor in tensors}) == 2 * sets
+    assert all(module is layer and torch.equal(a, x) and torch.equal(b, y) for module, a, b in inputs)
+
+
+@pytest.mark.gpu
+def test_queued_calls_do_not_wait_for_python(device: torch.device) -> None:
+    inputs = [torch.randn(2**10, device=device) for _ in range(4)]
+
+    def slow_to_launch(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(20):
+            time.sleep(1e-4)
+            x = x + 1
+        return x
+
+    calls = [partial(slow_to_launch, x) for x in inputs]
+    latency = time_queued(calls, device, budget_seconds=0.01)
+    assert 0 < latency.p20_ms <= latency.median_ms <= latency.p80_ms < 0.5 and latency.repeats >= 3
 
 
 def test_table_leaves_out_what_nobody_measured() -> None:
