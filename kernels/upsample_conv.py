@@ -316,7 +316,8 @@ def _cache_key(x: Tensor, cells: Tensor) -> dict[str, Any]:
 def _measure(x: Tensor, cells: Tensor, bias: Tensor) -> tuning_cache.Measured | None:
     """Time both ways. Either way each image goes through a kernel of cuDNN's: there is nothing to hold against it."""
     runs = {parts: functools.partial(_run, parts, x, cells, bias) for parts in (WHOLE, HALVES)}
-    return tuning_cache.fastest(runs, lambda y: None, tuning_cache.cuda_milliseconds, favourite=WHOLE)
+    with torch.cuda.device_of(x):
+        return tuning_cache.fastest(runs, lambda y: None, tuning_cache.cuda_milliseconds, favourite=WHOLE)
 
 
 def _problem(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
