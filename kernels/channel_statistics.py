@@ -5,8 +5,8 @@ https://doi.org/10.1080/00031305.1983.10483115), so an off-centre input loses no
 
 Memory is ``[S, R, C]``: the rows of a segment, which is a frame, or whatever has an addend of its own. A program reads
 a chunk of a segment's rows in tiles of BLOCK_R x BLOCK_C, each of them LANES x FOLD rows. The compiler keeps the FOLD
-rows of a lane in one thread, which merges them alone, tile after tile; threads meet only after the loop. A program is
-one warp, which never waits for another.
+rows of a lane in one thread, which merges them alone, tile after tile; threads meet only after the loop. A program that
+only reads is one warp, which never waits for another.
 
 A kernel that writes an activation can compute these on its way, and the tensor then carries them to the norm behind it
 (:func:`attach`, :func:`carried`), which reads it once less.
@@ -75,10 +75,9 @@ def carried(x: Tensor) -> ChannelStatistics | None:
 
 
 def carry(view: Tensor, x: Tensor) -> Tensor:
-    """Let a view of ``x`` that has the same rows, in the same order, carry what ``x`` does."""
-    if (found := getattr(x, _ATTRIBUTE, None)) is not None:
-        setattr(view, _ATTRIBUTE, found)
-    return view
+    """Let a view of ``x``, or a copy, that has the same rows in the same order carry what ``x`` does."""
+    statistics = carried(x)
+    return view if statistics is None else attach(view, statistics)
 
 
 class Tiling(NamedTuple):

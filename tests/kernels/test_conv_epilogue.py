@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vidaccel.kernels import conv_epilogue as op
 from vidaccel.kernels.alpha_blend import alpha_blend_ref
-from vidaccel.kernels.channel_statistics import Tiling, carried, choose_writer_tiling
+from vidaccel.kernels.channel_statistics import Tiling, carried, carry, choose_writer_tiling
 from vidaccel.kernels.conv_epilogue import conv_epilogue, conv_epilogue_ref
 from vidaccel.kernels.dispatch import record_choices
 from vidaccel.kernels.group_norm_silu import group_norm_silu, group_norm_silu_ref
@@ -260,6 +260,18 @@ def test_what_is_written_to_carries_no_statistics(device: torch.device) -> None:
     assert carried(out) is None
     normed, gold = by_the_norm(out)
     assert_close_to_gold(normed, gold, by_the_norm(out.clone())[0])
+
+
+def test_views_and_copies_carry_what_is_still_true(device: torch.device) -> None:
+    x, bias, arguments = draw((6, 64, 5, 7), torch.float32, device)
+    out = conv_epilogue(x, bias, **arguments, statistics=True, impl="triton")
+    clip = carry(out.unflatten(0, (2, 3)).transpose(1, 2), out)  # [B, C, F, H, W]
+    assert carried(clip) == carried(out) == carried(carry(out.clone(), out)) is not None
+    normed, gold = by_the_norm(clip)
+    assert_close_to_gold(normed, gold, by_the_norm(clip.clone())[0])
+    out[:, :8].mul_(3)
+    assert carried(clip) is None
+    assert carried(carry(out.clone(), out)) is None, "the copy has been written to as often as the original had"
 
 
 def test_no_statistics_where_they_cannot_be_had(device: torch.device) -> None:
