@@ -17,21 +17,21 @@ from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.controlnets.controlnet_sparsectrl import SparseControlNetModel
 from diffusers.models.unets.unet_motion_model import UNetMotionModel
 
-from vidaccel.blocks.activations import FusedGEGLU
-from vidaccel.blocks.attention import FusedTextTransformerBlock
-from vidaccel.blocks.convolution import FusedFewChannelConv2d
-from vidaccel.blocks.normalization import FusedGroupNorm
-from vidaccel.blocks.resnet import FusedResnetBlock2D
-from vidaccel.blocks.rules import ChannelsLastWeights, Family, NormOut, Processor, Swap
-from vidaccel.blocks.text_context import TextSource
-from vidaccel.blocks.transformer_2d import FusedTransformer2DModel
-from vidaccel.blocks.unet_motion_model import (
+from vidaccel.blocks.unet.activations import FusedGEGLU
+from vidaccel.blocks.unet.attention import FusedTextTransformerBlock
+from vidaccel.blocks.unet.convolution import FusedFewChannelConv2d
+from vidaccel.blocks.unet.normalization import FusedGroupNorm
+from vidaccel.blocks.unet.resnet import FusedResnetBlock2D
+from vidaccel.blocks.unet.text_context import TextSource
+from vidaccel.blocks.unet.transformer_2d import FusedTransformer2DModel
+from vidaccel.blocks.unet.unet_motion_model import (
     FusedAnimateDiffTransformer3D,
     FusedCrossAttnUpBlockMotion,
     FusedUpBlockMotion,
 )
-from vidaccel.blocks.upsampling import FusedUpsample2D
+from vidaccel.blocks.unet.upsampling import FusedUpsample2D
 from vidaccel.pipelines.autoencoder_kl import TINY_VAE, VAE
+from vidaccel.sites.rules import ChannelsLastWeights, Family, NormOut, Processor, Swap
 
 __all__ = ["FAMILY", "SYNTHETIC"]
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 
-from vidaccel.blocks.convolution import FusedFewChannelConv2d
-from vidaccel.blocks.normalization import FusedGroupNorm
-from vidaccel.blocks.resnet import FusedResnetBlock2D
-from vidaccel.blocks.rules import ChannelsLastWeights, Family, NormOut, Processor, Swap
-from vidaccel.blocks.upsampling import FusedUpsample2D
-from vidaccel.blocks.vae import FusedDecoder
+from vidaccel.blocks.unet.convolution import FusedFewChannelConv2d
+from vidaccel.blocks.unet.normalization import FusedGroupNorm
+from vidaccel.blocks.unet.resnet import FusedResnetBlock2D
+from vidaccel.blocks.unet.upsampling import FusedUpsample2D
+from vidaccel.blocks.vae.vae import FusedDecoder
+from vidaccel.sites.rules import ChannelsLastWeights, Family, NormOut, Processor, Swap
 
 __all__ = ["FAMILY", "TINY_VAE", "VAE"]
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from diffusers.models.unets.unet_i2vgen_xl import I2VGenXLUNet
 
-from vidaccel.blocks.rules import ChannelsLastWeights, Family, NormOut
-from vidaccel.blocks.text_context import TextSource
+from vidaccel.blocks.unet.text_context import TextSource
 from vidaccel.pipelines.autoencoder_kl import TINY_VAE, VAE
 from vidaccel.pipelines.stable_video_diffusion import IMAGE_ENCODER
 from vidaccel.pipelines.text_to_video_synthesis import BLOCK_RULES, TINY_UNET, UNET
+from vidaccel.sites.rules import ChannelsLastWeights, Family, NormOut
 
 __all__ = ["FAMILY", "SYNTHETIC"]
 

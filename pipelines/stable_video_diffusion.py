@@ -21,21 +21,21 @@ from diffusers.models.autoencoders.autoencoder_kl_temporal_decoder import (
 from diffusers.models.autoencoders.vae import Encoder
 from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemporalConditionModel
 
-from vidaccel.blocks.activations import FusedGEGLU
-from vidaccel.blocks.attention import FusedBasicTransformerBlock, FusedTemporalBasicTransformerBlock
-from vidaccel.blocks.convolution import FusedFewChannelConv2d
-from vidaccel.blocks.normalization import FusedGroupNorm
-from vidaccel.blocks.resnet import (
+from vidaccel.blocks.unet.activations import FusedGEGLU
+from vidaccel.blocks.unet.attention import FusedBasicTransformerBlock, FusedTemporalBasicTransformerBlock
+from vidaccel.blocks.unet.convolution import FusedFewChannelConv2d
+from vidaccel.blocks.unet.normalization import FusedGroupNorm
+from vidaccel.blocks.unet.resnet import (
     FusedAlphaBlender,
     FusedResnetBlock2D,
     FusedSpatioTemporalResBlock,
     FusedTemporalResnetBlock,
 )
-from vidaccel.blocks.rules import ChannelsLastWeights, Family, NormOut, Processor, Swap
-from vidaccel.blocks.transformer_temporal import FusedTransformerSpatioTemporalModel
-from vidaccel.blocks.unet_3d_blocks import FusedCrossAttnUpBlockSpatioTemporal, FusedUpBlockSpatioTemporal
-from vidaccel.blocks.upsampling import FusedUpsample2D
-from vidaccel.blocks.vae import FusedTemporalDecoder
+from vidaccel.blocks.unet.transformer_temporal import FusedTransformerSpatioTemporalModel
+from vidaccel.blocks.unet.unet_3d_blocks import FusedCrossAttnUpBlockSpatioTemporal, FusedUpBlockSpatioTemporal
+from vidaccel.blocks.unet.upsampling import FusedUpsample2D
+from vidaccel.blocks.vae.vae import FusedTemporalDecoder
+from vidaccel.sites.rules import ChannelsLastWeights, Family, NormOut, Processor, Swap
 
 __all__ = ["FAMILY", "IMAGE_ENCODER", "SYNTHETIC"]
 

@@ -15,18 +15,18 @@ from typing import Any
 
 from diffusers.models.unets.unet_3d_condition import UNet3DConditionModel
 
-from vidaccel.blocks.activations import FusedGEGLU
-from vidaccel.blocks.attention import FusedTextTransformerBlock
-from vidaccel.blocks.convolution import FusedFewChannelConv2d
-from vidaccel.blocks.normalization import FusedGroupNorm
-from vidaccel.blocks.resnet import FusedResnetBlock2D, FusedTemporalConvLayer
-from vidaccel.blocks.rules import ChannelsLastWeights, Family, NormOut, Processor, Swap
-from vidaccel.blocks.text_context import TextSource
-from vidaccel.blocks.transformer_2d import FusedTransformer2DModel
-from vidaccel.blocks.transformer_temporal import FusedTransformerTemporalModel
-from vidaccel.blocks.unet_3d_blocks import FusedCrossAttnUpBlock3D, FusedUpBlock3D
-from vidaccel.blocks.upsampling import FusedUpsample2D
+from vidaccel.blocks.unet.activations import FusedGEGLU
+from vidaccel.blocks.unet.attention import FusedTextTransformerBlock
+from vidaccel.blocks.unet.convolution import FusedFewChannelConv2d
+from vidaccel.blocks.unet.normalization import FusedGroupNorm
+from vidaccel.blocks.unet.resnet import FusedResnetBlock2D, FusedTemporalConvLayer
+from vidaccel.blocks.unet.text_context import TextSource
+from vidaccel.blocks.unet.transformer_2d import FusedTransformer2DModel
+from vidaccel.blocks.unet.transformer_temporal import FusedTransformerTemporalModel
+from vidaccel.blocks.unet.unet_3d_blocks import FusedCrossAttnUpBlock3D, FusedUpBlock3D
+from vidaccel.blocks.unet.upsampling import FusedUpsample2D
 from vidaccel.pipelines.autoencoder_kl import TINY_VAE, VAE
+from vidaccel.sites.rules import ChannelsLastWeights, Family, NormOut, Processor, Swap
 
 __all__ = ["BLOCK_RULES", "FAMILY", "SYNTHETIC", "TINY_UNET", "UNET"]
 

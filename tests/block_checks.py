@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vidaccel.blocks.rules import Swap
-from vidaccel.blocks.site import FusedBlock, Site
+from vidaccel.sites.rules import Swap
+from vidaccel.sites.site import FusedBlock, Site
 
 __all__ = ["frozen", "fused", "relative_error", "tensor_of"]
 

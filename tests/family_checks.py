@@ -11,8 +11,8 @@ from block_checks import relative_error
 from torch import Tensor, nn
 
 from vidaccel import patch_module, patch_pipeline
-from vidaccel.generation import generate
-from vidaccel.report import PatchReport
+from vidaccel.clips.generation import generate
+from vidaccel.patching.report import PatchReport
 
 __all__ = ["check_clip", "check_compiled", "check_kernels"]
 

@@ -28,12 +28,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from vidaccel import cuda_graph, patch_module, patch_pipeline
+from vidaccel import patch_module, patch_pipeline
 from vidaccel.bench.variants import parse_variants
-from vidaccel.blocks import resnet
-from vidaccel.cuda_capture import Captured, CaptureError, CudaCapture
+from vidaccel.blocks.unet import resnet
 from vidaccel.errors import UsageError
-from vidaccel.report import PatchReport
+from vidaccel.patching import cuda_graph
+from vidaccel.patching.cuda_capture import Captured, CaptureError, CudaCapture
+from vidaccel.patching.report import PatchReport
 
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
 

@@ -18,9 +18,9 @@ from PIL import Image
 from tiny_models import tiny_svd_pipeline
 
 from vidaccel import patch_module, patch_pipeline
-from vidaccel.blocks import normalization
+from vidaccel.blocks.unet import normalization
 from vidaccel.errors import UsageError
-from vidaccel.patching import families
+from vidaccel.patching.patch import families
 
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vidaccel.clips.video import fit_image, read_image, side_by_side, to_uint8, write_clip
 from vidaccel.errors import UsageError
-from vidaccel.video import fit_image, read_image, side_by_side, to_uint8, write_clip
 
 
 def a_clip(frames: int = 5, height: int = 40, width: int = 72) -> np.ndarray:

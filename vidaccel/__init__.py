@@ -8,17 +8,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vidaccel.patching import patch_module, patch_pipeline
-    from vidaccel.report import PatchReport
+    from vidaccel.patching.patch import patch_module, patch_pipeline
+    from vidaccel.patching.report import PatchReport
 
 __all__ = ["PatchReport", "__version__", "patch_module", "patch_pipeline"]
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "PatchReport": "vidaccel.report",
-    "patch_module": "vidaccel.patching",
-    "patch_pipeline": "vidaccel.patching",
+    "PatchReport": "vidaccel.patching.report",
+    "patch_module": "vidaccel.patching.patch",
+    "patch_pipeline": "vidaccel.patching.patch",
 }
 
 

@@ -15,10 +15,10 @@ __all__ = ["main"]
 
 # Each module has `add_arguments(parser)` and `run(args) -> exit code`.
 COMMANDS = {
-    "generate": ("vidaccel.generate_command", "make clips, patched, unpatched or both side by side"),
-    "validate": ("vidaccel.fidelity.command", "show that patched clips are the same clips"),
-    "bench": ("vidaccel.bench.command", "measure speed and memory against eager and torch.compile"),
-    "env": ("vidaccel.env_command", "print devices and versions, for bug reports and records"),
+    "generate": ("vidaccel.commands.generate", "make clips, patched, unpatched or both side by side"),
+    "validate": ("vidaccel.commands.validate", "show that patched clips are the same clips"),
+    "bench": ("vidaccel.commands.bench", "measure speed and memory against eager and torch.compile"),
+    "env": ("vidaccel.commands.env", "print devices and versions, for bug reports and records"),
 }
 INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended
 

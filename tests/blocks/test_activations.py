@@ -6,8 +6,8 @@ from block_checks import frozen, fused, relative_error
 from diffusers.models.activations import GEGLU
 from torch import Tensor, nn
 
-from vidaccel.blocks.activations import FusedGEGLU
-from vidaccel.kernels import linear_geglu as op
+from vidaccel.blocks.unet.activations import FusedGEGLU
+from vidaccel.kernels.ffn import linear_geglu as op
 
 
 class AddsAdapter(nn.Module):
@@ -31,7 +31,7 @@ def block() -> nn.Module:
 
 @pytest.fixture
 def never_in_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vidaccel.blocks.activations.linear_geglu", None)
+    monkeypatch.setattr("vidaccel.blocks.unet.activations.linear_geglu", None)
 
 
 def test_same_output_and_exact_restore(block: nn.Module, device: torch.device) -> None:

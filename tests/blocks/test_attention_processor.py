@@ -8,10 +8,10 @@ from block_checks import fused
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
 
-from vidaccel.blocks.attention_processor import FusedAttnProcessor2_0
-from vidaccel.blocks.normalization import FusedGroupNorm
-from vidaccel.blocks.site import Site
-from vidaccel.kernels import spatial_attention as op
+from vidaccel.blocks.unet.attention_processor import FusedAttnProcessor2_0
+from vidaccel.blocks.unet.normalization import FusedGroupNorm
+from vidaccel.kernels.attention import spatial_attention as op
+from vidaccel.sites.site import Site
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,8 @@ from tiny_models import tiny_autoencoder_kl, tiny_motion_unet
 from torch import Tensor, nn
 
 from vidaccel import patch_module
-from vidaccel.blocks.convolution import FusedFewChannelConv2d
-from vidaccel.blocks.rules import Swap
+from vidaccel.blocks.unet.convolution import FusedFewChannelConv2d
+from vidaccel.sites.rules import Swap
 
 
 def conv_in(channels: int, dtype: torch.dtype, **options: object) -> nn.Conv2d:

@@ -10,9 +10,9 @@ from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
 from tests.block_checks import frozen
-from vidaccel.blocks import projections
-from vidaccel.blocks.normalization import FusedGroupNorm
-from vidaccel.blocks.projections import (
+from vidaccel.blocks.unet import projections
+from vidaccel.blocks.unet.normalization import FusedGroupNorm
+from vidaccel.blocks.unet.projections import (
     QKV_PROJECTION,
     RESIDUAL_PROJECTION,
     add_projected,
@@ -20,8 +20,8 @@ from vidaccel.blocks.projections import (
     norm_and_residual,
     project_together,
 )
-from vidaccel.blocks.site import BlockState, Site
 from vidaccel.kernels.dispatch import Choice, record_choices
+from vidaccel.sites.site import BlockState, Site
 
 CHANNELS = 16
 

@@ -13,10 +13,10 @@ from diffusers import AutoencoderKLTemporalDecoder
 from diffusers.models.resnet import ResnetBlock2D, SpatioTemporalResBlock, TemporalConvLayer
 from torch import Tensor, nn
 
-from vidaccel.blocks.resnet import FusedResnetBlock2D, FusedTemporalConvLayer
-from vidaccel.kernels.channel_statistics import carried
+from vidaccel.blocks.unet.resnet import FusedResnetBlock2D, FusedTemporalConvLayer
 from vidaccel.kernels.launch import Launch
-from vidaccel.patching import patch_module
+from vidaccel.kernels.norm.channel_statistics import carried
+from vidaccel.patching.patch import patch_module
 
 
 @pytest.fixture

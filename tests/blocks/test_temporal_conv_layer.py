@@ -11,7 +11,7 @@ from block_checks import frozen, fused, relative_error
 from diffusers.models.resnet import TemporalConvLayer
 from torch import Tensor, nn
 
-from vidaccel.blocks.resnet import FusedTemporalConvLayer
+from vidaccel.blocks.unet.resnet import FusedTemporalConvLayer
 
 CHANNELS = 32
 SHAPES = [

@@ -12,11 +12,11 @@ from tiny_models import tiny_motion_unet
 from torch import Tensor, nn
 
 from vidaccel import patch_module
-from vidaccel.blocks import text_context
-from vidaccel.blocks.attention import FusedTextTransformerBlock
-from vidaccel.blocks.rules import Swap
-from vidaccel.blocks.site import Site
-from vidaccel.blocks.text_context import LastResult, TextSource
+from vidaccel.blocks.unet import text_context
+from vidaccel.blocks.unet.attention import FusedTextTransformerBlock
+from vidaccel.blocks.unet.text_context import LastResult, TextSource
+from vidaccel.sites.rules import Swap
+from vidaccel.sites.site import Site
 
 BATCH, FRAMES, TEXT = 2, 3, 32
 

@@ -12,12 +12,12 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vidaccel.blocks.activations import FusedGEGLU
-from vidaccel.blocks.attention import FusedTextTransformerBlock
-from vidaccel.blocks.normalization import FusedGroupNorm
-from vidaccel.blocks.rules import Swap
-from vidaccel.blocks.site import Site
-from vidaccel.blocks.transformer_2d import FusedTransformer2DModel
+from vidaccel.blocks.unet.activations import FusedGEGLU
+from vidaccel.blocks.unet.attention import FusedTextTransformerBlock
+from vidaccel.blocks.unet.normalization import FusedGroupNorm
+from vidaccel.blocks.unet.transformer_2d import FusedTransformer2DModel
+from vidaccel.sites.rules import Swap
+from vidaccel.sites.site import Site
 
 CHANNELS, TEXT = 64, 24
 

@@ -19,9 +19,9 @@ from diffusers.models.transformers.transformer_temporal import (
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from torch import Tensor, nn
 
-from vidaccel.blocks.rules import Swap
-from vidaccel.blocks.transformer_temporal import FusedTransformerSpatioTemporalModel, FusedTransformerTemporalModel
-from vidaccel.blocks.unet_motion_model import FusedAnimateDiffTransformer3D
+from vidaccel.blocks.unet.transformer_temporal import FusedTransformerSpatioTemporalModel, FusedTransformerTemporalModel
+from vidaccel.blocks.unet.unet_motion_model import FusedAnimateDiffTransformer3D
+from vidaccel.sites.rules import Swap
 
 CHANNELS = 32
 FUSED = {

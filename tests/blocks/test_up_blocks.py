@@ -22,17 +22,17 @@ from diffusers.models.unets.unet_motion_model import CrossAttnUpBlockMotion, UpB
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from vidaccel.blocks import normalization
-from vidaccel.blocks.resnet import FusedResnetBlock2D, FusedSpatioTemporalResBlock, Joined
-from vidaccel.blocks.site import FusedBlock, Site
-from vidaccel.blocks.unet_3d_blocks import (
+from vidaccel.blocks.unet import normalization
+from vidaccel.blocks.unet.resnet import FusedResnetBlock2D, FusedSpatioTemporalResBlock, Joined
+from vidaccel.blocks.unet.unet_3d_blocks import (
     FusedCrossAttnUpBlock3D,
     FusedCrossAttnUpBlockSpatioTemporal,
     FusedUpBlock3D,
     FusedUpBlockSpatioTemporal,
     _Skip,
 )
-from vidaccel.blocks.unet_motion_model import FusedCrossAttnUpBlockMotion, FusedUpBlockMotion
+from vidaccel.blocks.unet.unet_motion_model import FusedCrossAttnUpBlockMotion, FusedUpBlockMotion
+from vidaccel.sites.site import FusedBlock, Site
 
 FRAMES, SIDE, CONTEXT = 2, 4, 32
 WIDTH, NARROW = 64, 32  # of the block, and of its last skip connection
@@ -385,7 +385,7 @@ def test_a_failing_product_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
     block = make(UpBlockMotion)
     expected = call(block)
-    monkeypatch.setattr("vidaccel.blocks.resnet._project", out_of_order)
+    monkeypatch.setattr("vidaccel.blocks.unet.resnet._project", out_of_order)
     with patched(block):
         for _ in range(2):
             assert torch.equal(call(block), expected)

@@ -16,9 +16,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vidaccel import patch_module
-from vidaccel.blocks import resnet
-from vidaccel.blocks import vae as blocks
-from vidaccel.blocks.vae import decode_bytes, frames_that_fit
+from vidaccel.blocks.unet import resnet
+from vidaccel.blocks.vae import vae as blocks
+from vidaccel.blocks.vae.vae import decode_bytes, frames_that_fit
 
 GIB = 2**30
 

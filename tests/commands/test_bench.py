@@ -28,9 +28,9 @@ from vidaccel.bench.synthetic import build_pipeline, families, pipeline_inputs, 
 from vidaccel.bench.timing import time_calls, time_queued
 from vidaccel.bench.variants import applied, cudnn_benchmark, measured_modules
 from vidaccel.cli import main
-from vidaccel.generation import generate
-from vidaccel.kernels.group_norm_silu import _apply_kernel
+from vidaccel.clips.generation import generate
 from vidaccel.kernels.launch import Launch
+from vidaccel.kernels.norm.group_norm_silu import _apply_kernel
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -147,7 +147,7 @@ def test_a_failing_variant_costs_only_itself(tiny_bench: Bench, monkeypatch: pyt
 
 
 def test_a_variant_whose_output_is_not_finite_fails(tiny_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vidaccel.blocks.normalization import FusedGroupNorm
+    from vidaccel.blocks.unet.normalization import FusedGroupNorm
 
     monkeypatch.setenv("VIDACCEL_SELF_CHECK", "0")
     monkeypatch.setattr(FusedGroupNorm, "fused_forward", lambda self, input: input * float("nan"))

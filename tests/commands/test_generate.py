@@ -16,12 +16,13 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 
-from vidaccel import clip_maker, patching, video_model
 from vidaccel.cli import main
-from vidaccel.clip_request import ClipRequest
+from vidaccel.clips import clip_maker, video_model
+from vidaccel.clips.clip_request import ClipRequest
+from vidaccel.clips.generation import call_arguments, resolve
+from vidaccel.clips.video_model import find_model
 from vidaccel.errors import UsageError
-from vidaccel.generation import call_arguments, resolve
-from vidaccel.video_model import find_model
+from vidaccel.patching import patch as patching
 
 Generate = Callable[..., int]
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from vidaccel import patching
-from vidaccel.blocks.normalization import FusedGroupNorm
+from vidaccel.blocks.unet.normalization import FusedGroupNorm
 from vidaccel.cli import main
 from vidaccel.fidelity import validation
+from vidaccel.patching import patch as patching
 
 Validate = Callable[..., int]
 

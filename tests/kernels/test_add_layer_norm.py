@@ -10,9 +10,9 @@ import triton
 from kernel_checks import TARGETS, assert_close_to_gold, assert_no_spills, compile_for, narrow_accesses
 from torch import Tensor
 
-from vidaccel.kernels import add_layer_norm as op
-from vidaccel.kernels.add_layer_norm import add_layer_norm, add_layer_norm_ref
 from vidaccel.kernels.dispatch import record_choices
+from vidaccel.kernels.norm import add_layer_norm as op
+from vidaccel.kernels.norm.add_layer_norm import add_layer_norm, add_layer_norm_ref
 
 EPS = 1e-5
 DTYPES = [torch.float32, torch.float16]

@@ -7,8 +7,8 @@ import torch
 from kernel_checks import TARGETS, assert_close_to_gold, assert_no_spills, compile_for, narrow_accesses
 from torch import Tensor
 
-from vidaccel.kernels import alpha_blend as op
-from vidaccel.kernels.alpha_blend import alpha_blend, alpha_blend_ref
+from vidaccel.kernels.conv import alpha_blend as op
+from vidaccel.kernels.conv.alpha_blend import alpha_blend, alpha_blend_ref
 from vidaccel.kernels.dispatch import record_choices
 
 DTYPES = [torch.float32, torch.float16]

@@ -8,13 +8,13 @@ import torch
 from kernel_checks import TARGETS, assert_close_to_gold, assert_no_spills, compile_for, narrow_accesses
 from torch import Tensor
 
-from vidaccel.kernels import conv_epilogue as op
-from vidaccel.kernels.alpha_blend import alpha_blend_ref
-from vidaccel.kernels.channel_statistics import Tiling, carried, carry, choose_writer_tiling
-from vidaccel.kernels.conv_epilogue import conv_epilogue, conv_epilogue_ref
+from vidaccel.kernels.conv import conv_epilogue as op
+from vidaccel.kernels.conv.alpha_blend import alpha_blend_ref
+from vidaccel.kernels.conv.conv_epilogue import conv_epilogue, conv_epilogue_ref
 from vidaccel.kernels.dispatch import record_choices
-from vidaccel.kernels.group_norm_silu import group_norm_silu, group_norm_silu_ref
 from vidaccel.kernels.launch import Launch
+from vidaccel.kernels.norm.channel_statistics import Tiling, carried, carry, choose_writer_tiling
+from vidaccel.kernels.norm.group_norm_silu import group_norm_silu, group_norm_silu_ref
 
 DTYPES = [torch.float32, torch.float16]
 if torch.cuda.is_available():

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from kernel_checks import assert_close_to_gold
 from torch import Tensor
 
-from vidaccel.kernels import convolution as op
 from vidaccel.kernels import tuning_cache
-from vidaccel.kernels.convolution import HEURISTICS, TRIED, convolve
+from vidaccel.kernels.conv import convolution as op
+from vidaccel.kernels.conv.convolution import HEURISTICS, TRIED, convolve
 from vidaccel.kernels.dispatch import record_choices
 
 PLANE = ((1, 1), (1, 1), (1, 1), 1)

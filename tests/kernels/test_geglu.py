@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from kernel_checks import TARGETS, assert_close_to_gold, assert_no_spills, compile_for, narrow_accesses
 from torch import Tensor
 
-from vidaccel.kernels import geglu as op
 from vidaccel.kernels.dispatch import record_choices
-from vidaccel.kernels.geglu import geglu, geglu_ref
+from vidaccel.kernels.ffn import geglu as op
+from vidaccel.kernels.ffn.geglu import geglu, geglu_ref
 
 DTYPES = [torch.float32, torch.float16]
 if torch.cuda.is_available():

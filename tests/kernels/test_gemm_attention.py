@@ -10,9 +10,9 @@ import triton
 from kernel_checks import TARGETS, assert_close_to_gold, assert_no_spills, compile_for, narrow_accesses
 from torch import Tensor
 
-from vidaccel.kernels import gemm_attention as op
-from vidaccel.kernels import spatial_attention as attention
-from vidaccel.kernels.spatial_attention import spatial_attention, spatial_attention_ref
+from vidaccel.kernels.attention import gemm_attention as op
+from vidaccel.kernels.attention import spatial_attention as attention
+from vidaccel.kernels.attention.spatial_attention import spatial_attention, spatial_attention_ref
 
 
 @pytest.fixture(autouse=True)

@@ -9,10 +9,10 @@ import torch
 from kernel_checks import TARGETS, assert_close_to_gold, assert_no_spills, compile_for
 from torch import Tensor
 
-from vidaccel.kernels import group_norm_silu as op
-from vidaccel.kernels.channel_statistics import Tiling
 from vidaccel.kernels.dispatch import record_choices
-from vidaccel.kernels.group_norm_silu import group_norm_and_sum, group_norm_silu, group_norm_silu_ref
+from vidaccel.kernels.norm import group_norm_silu as op
+from vidaccel.kernels.norm.channel_statistics import Tiling
+from vidaccel.kernels.norm.group_norm_silu import group_norm_and_sum, group_norm_silu, group_norm_silu_ref
 
 EPS = 1e-5
 DTYPES = [torch.float32, torch.float16]

@@ -23,12 +23,12 @@ from triton.runtime import JITFunction
 
 from vidaccel import patch_module
 from vidaccel.kernels import launch as launching
-from vidaccel.kernels.add_layer_norm import add_layer_norm
-from vidaccel.kernels.conv_epilogue import conv_epilogue
-from vidaccel.kernels.geglu import geglu
-from vidaccel.kernels.group_norm_silu import group_norm_silu
+from vidaccel.kernels.attention.temporal_attention import temporal_attention
+from vidaccel.kernels.conv.conv_epilogue import conv_epilogue
+from vidaccel.kernels.ffn.geglu import geglu
 from vidaccel.kernels.launch import Launch, constants_overridden, prepared
-from vidaccel.kernels.temporal_attention import temporal_attention
+from vidaccel.kernels.norm.add_layer_norm import add_layer_norm
+from vidaccel.kernels.norm.group_norm_silu import group_norm_silu
 
 pytestmark = pytest.mark.skipif(not launching.DIRECT, reason="launches go through this version of Triton as ever")
 

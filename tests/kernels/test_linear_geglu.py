@@ -15,11 +15,11 @@ import triton
 from kernel_checks import assert_close_to_gold, assert_no_spills, compile_for
 from torch import Tensor
 
-from vidaccel.kernels import linear_geglu as op
 from vidaccel.kernels import tuning_cache
 from vidaccel.kernels.dispatch import record_choices
-from vidaccel.kernels.geglu import geglu
-from vidaccel.kernels.linear_geglu import TWO_STEP, linear_geglu, linear_geglu_ref
+from vidaccel.kernels.ffn import linear_geglu as op
+from vidaccel.kernels.ffn.geglu import geglu
+from vidaccel.kernels.ffn.linear_geglu import TWO_STEP, linear_geglu, linear_geglu_ref
 
 
 class Shape(NamedTuple):
@@ -251,7 +251,7 @@ def test_small_shapes_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def gluon_module() -> Any:
-    return pytest.importorskip("vidaccel.kernels.linear_geglu_gluon")
+    return pytest.importorskip("vidaccel.kernels.ffn.linear_geglu_gluon")
 
 
 def test_gelu_formula() -> None:

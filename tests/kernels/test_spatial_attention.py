@@ -13,10 +13,9 @@ import triton
 from kernel_checks import TARGETS, assert_close_to_gold, assert_no_spills, compile_for, narrow_accesses
 from torch import Tensor
 
-from vidaccel.kernels import spatial_attention as op
 from vidaccel.kernels import tuning_cache
-from vidaccel.kernels.dispatch import record_choices
-from vidaccel.kernels.spatial_attention import (
+from vidaccel.kernels.attention import spatial_attention as op
+from vidaccel.kernels.attention.spatial_attention import (
     IMPLEMENTATIONS,
     Blocks,
     Implementation,
@@ -24,6 +23,7 @@ from vidaccel.kernels.spatial_attention import (
     spatial_attention,
     spatial_attention_ref,
 )
+from vidaccel.kernels.dispatch import record_choices
 
 DTYPES = [torch.float16]
 if torch.cuda.is_available():
@@ -184,7 +184,7 @@ def test_unserved_input(
     ],
 )
 def test_head_dims_of_the_gluon_kernel(head_dim: int, reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("vidaccel.kernels.spatial_attention_gluon")
+    pytest.importorskip("vidaccel.kernels.attention.spatial_attention_gluon")
     monkeypatch.setattr(op, "_on_hopper", lambda x: True)
     monkeypatch.setattr(op, "GLUON_VERSIONS", (triton.__version__,))
     q = torch.ones(1, 4, 2 * head_dim).half()
@@ -427,7 +427,7 @@ def test_triton_kernel_prefetches_and_does_not_spill(target: str, head_dim: int,
 
 
 def compile_gluon(head_dim: int, config: Any) -> dict[str, str]:
-    gluon = pytest.importorskip("vidaccel.kernels.spatial_attention_gluon")
+    gluon = pytest.importorskip("vidaccel.kernels.attention.spatial_attention_gluon")
     block = [1, 64, 1, gluon._padded(head_dim)]
     layout = gluon.gl.NVMMASharedLayout.get_default_for(block, gluon.gl.float16)
 
@@ -454,7 +454,7 @@ def compile_gluon(head_dim: int, config: Any) -> dict[str, str]:
 @pytest.mark.parametrize("ping_pong", [True, False], ids=["ping-pong", "free"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_gluon_kernel_overlaps_products_with_the_softmax(head_dim: int, ping_pong: bool) -> None:
-    from vidaccel.kernels.spatial_attention_gluon import choose_config
+    from vidaccel.kernels.attention.spatial_attention_gluon import choose_config
 
     config = choose_config(head_dim)._replace(ping_pong=ping_pong)
     asm = compile_gluon(head_dim, config)
@@ -474,7 +474,7 @@ def test_gluon_kernel_overlaps_products_with_the_softmax(head_dim: int, ping_pon
 
 @pytest.mark.parametrize("head_dim", range(8, 129, 8))
 def test_gluon_configurations_hold_a_head(head_dim: int) -> None:
-    gluon = pytest.importorskip("vidaccel.kernels.spatial_attention_gluon")
+    gluon = pytest.importorskip("vidaccel.kernels.attention.spatial_attention_gluon")
     configs = gluon.gluon_configs(head_dim)
     assert len(set(configs)) == len(configs)
     for config in configs:
@@ -518,7 +518,7 @@ def test_every_gluon_configuration(head_dim: int, device: torch.device) -> None:
     q, k, v = draw(shape, torch.float16, device)
     if problem := IMPLEMENTATIONS["gluon"].problem(q, k, v, shape.heads, 0.125):
         pytest.skip(problem)
-    from vidaccel.kernels.spatial_attention_gluon import gluon_configs, launch
+    from vidaccel.kernels.attention.spatial_attention_gluon import gluon_configs, launch
 
     for config in gluon_configs(head_dim):
         first = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -540,7 +540,7 @@ def test_gluon_writes_every_head_and_nothing_beyond(shape: Shape, device: torch.
     q, k, v = draw(shape, torch.float16, device)
     if problem := IMPLEMENTATIONS["gluon"].problem(q, k, v, shape.heads, 0.125):
         pytest.skip(problem)
-    from vidaccel.kernels.spatial_attention_gluon import gluon_configs, launch
+    from vidaccel.kernels.attention.spatial_attention_gluon import gluon_configs, launch
 
     for config in gluon_configs(shape.head_dim):
         memory = torch.full((3, *q.shape), float("nan"), dtype=q.dtype, device=device)

@@ -11,9 +11,14 @@ import torch
 from kernel_checks import TARGETS, assert_close_to_gold, assert_no_spills, compile_for
 from torch import Tensor
 
-from vidaccel.kernels import temporal_attention as op
+from vidaccel.kernels.attention import temporal_attention as op
+from vidaccel.kernels.attention.temporal_attention import (
+    Tiling,
+    choose_tiling,
+    temporal_attention,
+    temporal_attention_ref,
+)
 from vidaccel.kernels.dispatch import record_choices
-from vidaccel.kernels.temporal_attention import Tiling, choose_tiling, temporal_attention, temporal_attention_ref
 
 DTYPES = [torch.float32, torch.float16]
 if torch.cuda.is_available():

@@ -10,10 +10,10 @@ import torch
 from kernel_checks import TARGETS, assert_close_to_gold, assert_no_spills, compile_for
 from torch import Tensor
 
-from vidaccel.kernels import temporal_conv as op
 from vidaccel.kernels import tuning_cache
+from vidaccel.kernels.conv import temporal_conv as op
+from vidaccel.kernels.conv.temporal_conv import NormSiLU, Tiling, choose_tiling, temporal_conv, temporal_conv_ref
 from vidaccel.kernels.dispatch import record_choices
-from vidaccel.kernels.temporal_conv import NormSiLU, Tiling, choose_tiling, temporal_conv, temporal_conv_ref
 
 DTYPES = [torch.float32, torch.float16]
 if torch.cuda.is_available():

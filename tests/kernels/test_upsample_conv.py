@@ -13,11 +13,11 @@ from kernel_checks import TARGETS, assert_close_to_gold, assert_no_spills, compi
 from torch import Tensor
 
 from vidaccel.kernels import tuning_cache
-from vidaccel.kernels import upsample_conv as op
-from vidaccel.kernels.channel_statistics import carried, choose_writer_tiling
+from vidaccel.kernels.conv import upsample_conv as op
+from vidaccel.kernels.conv.upsample_conv import cell_weights_ref, upsample_conv, upsample_conv_ref
 from vidaccel.kernels.dispatch import record_choices
-from vidaccel.kernels.group_norm_silu import group_norm_silu, group_norm_silu_ref
-from vidaccel.kernels.upsample_conv import cell_weights_ref, upsample_conv, upsample_conv_ref
+from vidaccel.kernels.norm.channel_statistics import carried, choose_writer_tiling
+from vidaccel.kernels.norm.group_norm_silu import group_norm_silu, group_norm_silu_ref
 
 DTYPES = [torch.float32, torch.float16]
 if torch.cuda.is_available():

@@ -19,9 +19,9 @@ from tiny_models import tiny_animatediff_pipeline, tiny_controlnet, tiny_motion_
 from torch import Tensor, nn
 
 from vidaccel import patch_module, patch_pipeline
-from vidaccel.blocks.text_context import distinct_rows
-from vidaccel.patching import families
-from vidaccel.video_model import parameters_of_call
+from vidaccel.blocks.unet.text_context import distinct_rows
+from vidaccel.clips.video_model import parameters_of_call
+from vidaccel.patching.patch import families
 
 FRAMES = 3
 IMAGES = [Image.fromarray(np.full((32, 32, 3), 60 * i, np.uint8)) for i in range(1, FRAMES + 1)]

@@ -7,7 +7,7 @@ import torch
 from family_checks import check_clip
 from tiny_models import tiny_synthetic_pipeline
 
-from vidaccel.generation import generate
+from vidaccel.clips.generation import generate
 
 
 @pytest.fixture(autouse=True)

@@ -21,12 +21,12 @@ from vidaccel.bench.settings import Settings
 from vidaccel.bench.synthetic import build_pipeline, pipeline_inputs, specification
 from vidaccel.bench.timing import ceilings
 from vidaccel.bench.variants import BASELINES, DEFAULT, parse_variants
-from vidaccel.clip_request import pipeline_names, request_from_arguments
+from vidaccel.clips.clip_request import pipeline_names, request_from_arguments
+from vidaccel.clips.generation import call_arguments, resolve
+from vidaccel.clips.outputs import check_record
+from vidaccel.clips.video_model import device_of, dtype_of, find_model, load_pipeline
 from vidaccel.errors import UsageError
-from vidaccel.generation import call_arguments, resolve
-from vidaccel.outputs import check_record
-from vidaccel.patching import patch_pipeline
-from vidaccel.video_model import device_of, dtype_of, find_model, load_pipeline
+from vidaccel.patching.patch import patch_pipeline
 
 __all__ = ["benchmark"]
 

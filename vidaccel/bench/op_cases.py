@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from vidaccel.bench.op_case import Arguments, Case, Op, Provider, channels_first, passes
 from vidaccel.bench.streaming_cases import ADD_LAYER_NORM, ALPHA_BLEND, CONV_EPILOGUE, GEGLU
-from vidaccel.blocks.resnet import FusedTemporalResnetBlock
-from vidaccel.blocks.rules import Swap
-from vidaccel.blocks.site import Site
-from vidaccel.kernels import group_norm_silu as gn
-from vidaccel.kernels import linear_geglu as lg
-from vidaccel.kernels import spatial_attention as sa
-from vidaccel.kernels import temporal_attention as ta
-from vidaccel.kernels import upsample_conv as uc
+from vidaccel.blocks.unet.resnet import FusedTemporalResnetBlock
+from vidaccel.kernels.attention import spatial_attention as sa
+from vidaccel.kernels.attention import temporal_attention as ta
+from vidaccel.kernels.conv import upsample_conv as uc
+from vidaccel.kernels.ffn import linear_geglu as lg
+from vidaccel.kernels.norm import group_norm_silu as gn
+from vidaccel.sites.rules import Swap
+from vidaccel.sites.site import Site
 
 __all__ = ["OPS"]
 

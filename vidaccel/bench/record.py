@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from vidaccel.clips.outputs import aside
 from vidaccel.errors import first_line
-from vidaccel.outputs import aside
 
 __all__ = [
     "Recorder",

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from vidaccel.bench.op_case import Arguments, Case, Op, Outputs, Provider, channels_first, passes
-from vidaccel.kernels import add_layer_norm as aln
-from vidaccel.kernels import alpha_blend as ab
-from vidaccel.kernels import conv_epilogue as ce
-from vidaccel.kernels import geglu as gg
+from vidaccel.kernels.conv import alpha_blend as ab
+from vidaccel.kernels.conv import conv_epilogue as ce
+from vidaccel.kernels.ffn import geglu as gg
+from vidaccel.kernels.norm import add_layer_norm as aln
 
 __all__ = ["ADD_LAYER_NORM", "ALPHA_BLEND", "CONV_EPILOGUE", "GEGLU"]
 

@@ -17,8 +17,8 @@ from torch._inductor.utils import fresh_cache
 from vidaccel.bench.settings import Settings
 from vidaccel.bench.timing import free_memory
 from vidaccel.errors import UsageError
-from vidaccel.patching import patch_pipeline
-from vidaccel.report import PatchReport
+from vidaccel.patching.patch import patch_pipeline
+from vidaccel.patching.report import PatchReport
 
 __all__ = [
     "BASELINES",

@@ -20,7 +20,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor, nn
 
-from vidaccel.generation import Timings, generate
+from vidaccel.clips.generation import Timings, generate
 
 __all__ = ["ModuleCall", "ModuleWorkload", "PipelineWorkload", "Workload", "recorded_calls"]
 

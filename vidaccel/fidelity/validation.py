@@ -10,13 +10,13 @@ from typing import Any
 
 from vidaccel import patch_pipeline
 from vidaccel.bench.record import environment, json_text, write_json
-from vidaccel.clip_request import request_from_arguments
+from vidaccel.clips.clip_request import request_from_arguments
+from vidaccel.clips.generation import Clip, call_arguments, generate, resolve
+from vidaccel.clips.outputs import check_record
+from vidaccel.clips.video_model import device_of, dtype_of, find_model, load_pipeline
 from vidaccel.errors import UsageError
 from vidaccel.fidelity.verdict import DEFAULT_MIN_PSNR_DB, judge
-from vidaccel.generation import Clip, call_arguments, generate, resolve
-from vidaccel.outputs import check_record
-from vidaccel.report import path_pattern
-from vidaccel.video_model import device_of, dtype_of, find_model, load_pipeline
+from vidaccel.patching.report import path_pattern
 
 __all__ = ["validate"]
 

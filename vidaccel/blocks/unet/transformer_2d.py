@@ -1,0 +1,109 @@
+"""diffusers' ``models/transformers/transformer_2d.py``: the spatial transformer of the text-conditioned UNets.
+
+Activations stay channels-last: image to rows and back are views, where stock code copies the activations into NCHW at
+the end. A 1x1 convolution of such an image is a matrix product of its rows, bias included; cuDNN would add the bias in
+a pass of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+
+from vidaccel.blocks.unet.projections import RESIDUAL_PROJECTION, add_projected, norm_and_residual
+from vidaccel.sites.parameters import why_unreadable
+from vidaccel.sites.site import FusedBlock, fuses
+
+__all__ = ["FusedTransformer2DModel"]
+
+
+@fuses(Transformer2DModel, {"channels_last": "math-exact", RESIDUAL_PROJECTION: "math-exact"})
+class FusedTransformer2DModel(FusedBlock, Transformer2DModel):  # type: ignore[misc]
+    """Norm, projection, blocks, projection and residual on ``[N, HW, C]``, whatever kind the two projections are."""
+
+    @classmethod
+    def why_left_alone(cls, module: nn.Module) -> str | None:
+        assert isinstance(module, Transformer2DModel)
+        return None if module.is_input_continuous else "its input is not an image of features"
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        timestep: torch.LongTensor | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+        class_labels: torch.LongTensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        sample = self.guarded(
+            hidden_states,
+            encoder_hidden_states,
+            timestep,
+            added_cond_kwargs,
+            class_labels,
+            cross_attention_kwargs,
+            attention_mask,
+            encoder_attention_mask,
+        )
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def original_forward(self, *args: Any) -> Tensor:
+        (sample,) = Transformer2DModel.forward(self, *args, return_dict=False)
+        return sample
+
+    def why_unserved(self, hidden_states: Tensor, *args: Any) -> str | None:
+        *_, attention_mask, context_mask = args
+        return None if attention_mask is None and context_mask is None else "an attention mask was passed"
+
+    def fused_forward(
+        self,
+        hidden_states: Tensor,
+        context: Any,
+        timestep: torch.LongTensor | None,
+        added_cond_kwargs: dict[str, Tensor] | None,
+        class_labels: torch.LongTensor | None,
+        cross_attention_kwargs: dict[str, Any] | None,
+        *masks: None,
+    ) -> Tensor:
+        height = hidden_states.shape[2]
+        enabled = self._vidaccel.enabled(RESIDUAL_PROJECTION)
+        both = norm_and_residual(self.norm, hidden_states, self.proj_out) if enabled else None
+        normed, with_bias = both or (self.norm(hidden_states), None)
+        rows = self._project(self.proj_in, _rows(normed), height)
+        for block in self.transformer_blocks:
+            rows = block(
+                rows,
+                encoder_hidden_states=context,
+                timestep=timestep,
+                cross_attention_kwargs=cross_attention_kwargs,
+                class_labels=class_labels,
+            )
+        if with_bias is not None:
+            return _image(add_projected(self.proj_out, rows, _rows(with_bias)), height)
+        return _image(self._project(self.proj_out, rows, height), height) + hidden_states
+
+    def _project(self, projection: Any, rows: Tensor, height: int) -> Tensor:
+        """``proj_in`` or ``proj_out`` of ``[N, HW, C]``, a Linear or a 1x1 convolution."""
+        if self.use_linear_projection:
+            return projection(rows)
+        if why_unreadable(projection, nn.Conv2d, rows):  # LoRA, quantised, offloaded
+            return _rows(projection(_image(rows, height)))
+        return F.linear(rows, projection.weight.flatten(1), projection.bias)
+
+
+def _rows(image: Tensor) -> Tensor:
+    """``[N, C, H, W]`` as ``[N, HW, C]``: a view of a channels-last image."""
+    return image.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _image(rows: Tensor, height: int) -> Tensor:
+    """``[N, HW, C]`` as ``[N, C, H, W]`` with channels-last strides: a view."""
+    return rows.unflatten(1, (height, -1)).permute(0, 3, 1, 2)

@@ -1,0 +1,234 @@
+"""diffusers' ``models/transformers/transformer_temporal.py``: transformers over frames, kept channels-last.
+
+``TransformerSpatioTemporalModel`` is SVD's, ``TransformerTemporalModel`` that of ModelScope and I2VGenXL.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.embeddings import Timesteps
+from diffusers.models.transformers.transformer_temporal import (
+    TransformerSpatioTemporalModel,
+    TransformerTemporalModel,
+    TransformerTemporalModelOutput,
+)
+from torch import Tensor
+
+from vidaccel.blocks.unet.attention import (
+    FusedBasicTransformerBlock,
+    FusedTemporalBasicTransformerBlock,
+    TemporalSelfAttention,
+)
+from vidaccel.blocks.unet.normalization import as_clip
+from vidaccel.blocks.unet.projections import QKV_PROJECTION, RESIDUAL_PROJECTION, add_projected, norm_and_residual
+from vidaccel.blocks.unet.resnet import FusedAlphaBlender
+from vidaccel.sites.parameters import why_not_bypassed
+from vidaccel.sites.site import FusedBlock, fuses
+
+__all__ = ["FrameTransformer", "FusedTransformerSpatioTemporalModel", "FusedTransformerTemporalModel"]
+
+FRAME_EMBEDDING = "frame_embedding"
+
+
+@fuses(
+    TransformerSpatioTemporalModel,
+    {"channels_last": "math-exact", RESIDUAL_PROJECTION: "math-exact", FRAME_EMBEDDING: "bit-exact"},
+)
+class FusedTransformerSpatioTemporalModel(FusedBlock, TransformerSpatioTemporalModel):
+    """Image to rows and back as views, the context once per clip instead of once per pixel, one row per frame index.
+
+    Stock code copies the activations into NCHW at the end and broadcasts the context to ``[B*HW, L, D]``. Where both
+    blocks of a pair are fused, what one ends and the other begins with is a single pass: the spatial block's last sum,
+    the frame embedding and the temporal block's first norm; likewise the temporal block's last sum and the blend.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        image_only_indicator: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> TransformerTemporalModelOutput | tuple[Tensor]:
+        sample = self.guarded(hidden_states, encoder_hidden_states, image_only_indicator)
+        return TransformerTemporalModelOutput(sample=sample) if return_dict else (sample,)
+
+    def original_forward(self, hidden_states: Tensor, context: Tensor, image_only_indicator: Tensor) -> Tensor:
+        (sample,) = TransformerSpatioTemporalModel.forward(
+            self, hidden_states, context, image_only_indicator, return_dict=False
+        )
+        return sample
+
+    def why_unserved(self, hidden_states: Tensor, context: Tensor | None, *args: Any) -> str | None:
+        return "no context was passed" if context is None else None
+
+    def fused_forward(self, hidden_states: Tensor, context: Tensor, image_only_indicator: Tensor) -> Tensor:
+        num_frames = image_only_indicator.shape[-1]
+        height = hidden_states.shape[2]
+        residual = hidden_states
+        enabled = self._vidaccel.enabled(RESIDUAL_PROJECTION)
+        both = norm_and_residual(self.norm, hidden_states, self.proj_out) if enabled else None
+        normed, with_bias = both or (self.norm(hidden_states), None)
+        hidden_states = self.proj_in(normed.permute(0, 2, 3, 1).flatten(1, 2))  # [B*F, HW, C]
+        frame_embedding = self._frame_embedding(num_frames, hidden_states)
+        first_frame_context = context.unflatten(0, (-1, num_frames))[:, 0]  # [B, L, D]
+        for block, temporal_block in zip(self.transformer_blocks, self.temporal_transformer_blocks, strict=True):
+            blocks: tuple[Any, ...] = (block, temporal_block, hidden_states, context, first_frame_context, num_frames)
+            run: Any = self._run_as_one if self._are_served(*blocks) else self._run_in_turn
+            spatial, temporal, addend = run(*blocks, frame_embedding)
+            hidden_states = self._mix(spatial, temporal, addend, image_only_indicator)
+        if with_bias is not None:
+            hidden_states = add_projected(self.proj_out, hidden_states, with_bias.permute(0, 2, 3, 1).flatten(1, 2))
+            return hidden_states.unflatten(1, (height, -1)).permute(0, 3, 1, 2)
+        hidden_states = self.proj_out(hidden_states).unflatten(1, (height, -1))
+        return hidden_states.permute(0, 3, 1, 2) + residual
+
+    def _are_served(
+        self, block: Any, temporal_block: Any, hidden_states: Tensor, context: Tensor, time_context: Tensor, frames: int
+    ) -> bool:
+        """Whether both blocks are fused, and serve this call."""
+        return (
+            isinstance(block, FusedBasicTransformerBlock)
+            and isinstance(temporal_block, FusedTemporalBasicTransformerBlock)
+            and block.serves_parent(*_block_arguments(hidden_states, context))
+            and temporal_block.serves_parent(hidden_states, frames, time_context)
+        )
+
+    def _run_as_one(
+        self,
+        block: FusedBasicTransformerBlock,
+        temporal_block: FusedTemporalBasicTransformerBlock,
+        hidden_states: Tensor,
+        context: Tensor,
+        time_context: Tensor,
+        num_frames: int,
+        frame_embedding: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The spatial block's result, and the two addends of the temporal block's."""
+        addends = block.run_part(block.last_addends, *_block_arguments(hidden_states, context))
+        return temporal_block.run_part(temporal_block.last_addends, addends, frame_embedding, num_frames, time_context)
+
+    def _run_in_turn(
+        self,
+        block: Any,
+        temporal_block: Any,
+        hidden_states: Tensor,
+        context: Tensor,
+        time_context: Tensor,
+        num_frames: int,
+        frame_embedding: Tensor,
+    ) -> tuple[Tensor, Tensor, None]:
+        """The spatial block's result and the temporal block's."""
+        hidden_states = block(hidden_states, encoder_hidden_states=context)
+        if not isinstance(temporal_block, FusedTemporalBasicTransformerBlock):
+            time_context = time_context.repeat_interleave(hidden_states.shape[1], dim=0)
+        mixed = temporal_block(
+            hidden_states + frame_embedding, num_frames=num_frames, encoder_hidden_states=time_context
+        )
+        return hidden_states, mixed, None
+
+    def _mix(self, spatial: Tensor, temporal: Tensor, addend: Tensor | None, image_only_indicator: Tensor) -> Tensor:
+        """The blend of ``spatial`` with ``temporal + addend``."""
+        mixer = self.time_mixer
+        if isinstance(mixer, FusedAlphaBlender) and mixer.serves_parent(spatial, temporal, image_only_indicator):
+            return mixer.run_part(mixer.fused_forward, spatial, temporal, image_only_indicator, addend)
+        temporal = temporal if addend is None else temporal + addend
+        return mixer(x_spatial=spatial, x_temporal=temporal, image_only_indicator=image_only_indicator)
+
+    def _frame_embedding(self, num_frames: int, like: Tensor) -> Tensor:
+        """``[B*F, 1, C]``: the embedding of each frame's index, worked out once and repeated for the batch."""
+        embedding = self.time_pos_embed(self._frame_sinusoids(num_frames, like))
+        return embedding.repeat(like.shape[0] // num_frames, 1)[:, None]
+
+    def _frame_sinusoids(self, num_frames: int, like: Tensor) -> Tensor:
+        """``[F, C]``, what the embedding's layers are given: without weights, so the same for every call."""
+        wanted = self._vidaccel.enabled(FRAME_EMBEDDING) and not torch.compiler.is_compiling()
+        if not wanted or why_not_bypassed(self.time_proj, Timesteps):
+            return self._work_out_sinusoids(num_frames, like)
+        # never replaced: a captured graph may go on reading it; nor kept from a capture, where it has no values yet
+        kept, key = self._vidaccel.kept, f"sinusoids of {num_frames} frames, {like.dtype} on {like.device}"
+        if key not in kept:
+            sinusoids = self._work_out_sinusoids(num_frames, like)
+            if like.is_cuda and torch.cuda.is_current_stream_capturing():
+                return sinusoids
+            kept[key] = sinusoids
+        return kept[key]
+
+    def _work_out_sinusoids(self, num_frames: int, like: Tensor) -> Tensor:
+        return self.time_proj(torch.arange(num_frames, device=like.device)).to(like.dtype)
+
+
+def _block_arguments(hidden_states: Tensor, context: Tensor) -> tuple[Any, ...]:
+    """All of BasicTransformerBlock's, in order."""
+    return hidden_states, None, context, None, None, None, None, None
+
+
+class FrameTransformer(TemporalSelfAttention):
+    """What ModelScope's and AnimateDiff's transformers over frames share: GroupNorm over a clip, blocks, residual.
+
+    Stock code copies the image into ``[B*HW, F, C]`` for its blocks, and back.
+    """
+
+    norm: Any
+    proj_in: Any
+    proj_out: Any
+
+    def fused_forward(
+        self,
+        hidden_states: Tensor,
+        context: None,
+        timestep: Tensor | None,
+        class_labels: Tensor | None,
+        num_frames: int,
+        attention_kwargs: dict[str, Any] | None,
+    ) -> Tensor:
+        height = hidden_states.shape[2]
+        clip = as_clip(hidden_states, num_frames)
+        enabled = self._vidaccel.enabled(RESIDUAL_PROJECTION)
+        both = norm_and_residual(self.norm, clip, self.proj_out) if enabled else None
+        normed, with_bias = both or (self.norm(clip), None)
+        rows = self.run_blocks(self.proj_in(_frame_rows(normed)), num_frames)
+        if with_bias is not None:
+            rows = add_projected(self.proj_out, rows, _frame_rows(with_bias))
+            return rows.unflatten(1, (height, -1)).permute(0, 3, 1, 2)
+        return self.proj_out(rows).unflatten(1, (height, -1)).permute(0, 3, 1, 2) + hidden_states
+
+
+def _frame_rows(clip: Tensor) -> Tensor:
+    """``[B, C, F, H, W]`` as ``[B*F, HW, C]``: a view of a channels-last clip."""
+    return clip.permute(0, 2, 3, 4, 1).flatten(2, 3).flatten(0, 1)
+
+
+# its bases in diffusers disagree about the type of config_name, which mypy minds
+@fuses(
+    TransformerTemporalModel,
+    {
+        "temporal_attention": "math-exact",
+        "add_layer_norm": "math-exact",
+        "channels_last": "math-exact",
+        QKV_PROJECTION: "math-exact",
+        RESIDUAL_PROJECTION: "math-exact",
+    },
+)
+class FusedTransformerTemporalModel(FrameTransformer, TransformerTemporalModel):  # type: ignore[misc]
+    """The temporal transformer of ModelScope and I2VGenXL, and the one after their first convolution."""
+
+    def forward(  # type: ignore[override]  # stock code returns tuples too, whatever it is annotated with
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        timestep: torch.LongTensor | None = None,
+        class_labels: torch.LongTensor | None = None,
+        num_frames: int = 1,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> TransformerTemporalModelOutput | tuple[Tensor]:
+        sample = self.guarded(
+            hidden_states, encoder_hidden_states, timestep, class_labels, num_frames, cross_attention_kwargs
+        )
+        return TransformerTemporalModelOutput(sample=sample) if return_dict else (sample,)
+
+    def original_forward(self, *args: Any) -> Tensor:
+        (sample,) = TransformerTemporalModel.forward(self, *args, return_dict=False)
+        return sample

@@ -1,0 +1,195 @@
+"""A diffusers video pipeline, on disk or on the hub: found, judged by its small JSON files, and loaded."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import huggingface_hub
+import torch
+import transformers
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+from vidaccel.clips.clip_request import ClipRequest, option_called, pipeline_names
+from vidaccel.errors import UsageError, first_line
+
+__all__ = ["VideoModel", "device_of", "dtype_of", "find_model", "load_pipeline", "parameters_of_call"]
+
+_SAMPLES = Path(__file__).resolve().parents[2] / "samples"
+_BUNDLED_MODEL = _SAMPLES / "models" / "svd-tiny-scenes"
+_BUNDLED_IMAGES = _SAMPLES / "images"
+_SMALLEST_MULTIPLE = 8  # diffusers' pipelines insist on it whatever the VAE
+
+
+@dataclass(frozen=True)
+class VideoModel:
+    """What is known of a pipeline without its weights.
+
+    Attributes:
+        source: Folder or hub id.
+        pipeline_class: What it is loaded as.
+        components: Class names of its parts, by part.
+        defaults: What its ``generation_defaults.json`` suggests for a request; for the bundled model also an image.
+        size_multiple: What height and width must be multiples of.
+    """
+
+    source: str
+    pipeline_class: type[DiffusionPipeline]
+    components: Mapping[str, str]
+    defaults: Mapping[str, Any]
+    size_multiple: int
+
+    def check_patchable(self) -> None:
+        """Find out before loading whether ``patch_pipeline`` could do anything.
+
+        Raises:
+            UsageError: no part belongs to a family that vidaccel has an adapter for.
+        """
+        from vidaccel.patching.patch import families  # imports triton, which unpatched runs can do without
+
+        patchable = {part for family in families() for part in family.rules}
+        if patchable.isdisjoint(self.components.values()):
+            supported = ", ".join(sorted(name for family in families() for name in family.pipelines))
+            raise UsageError(
+                f"{self.pipeline_class.__name__} has no part that vidaccel can patch; supported pipelines: {supported}"
+            )
+
+
+def find_model(source: str | None = None) -> VideoModel:
+    """What is at ``source``, a folder or a hub id; the bundled model if None.
+
+    Raises:
+        UsageError: there is no model, or it is not a video pipeline.
+    """
+    if source is None:
+        if not _BUNDLED_MODEL.is_dir():
+            raise UsageError("give --model: the bundled one comes with the repository, not with the installed package")
+        source = _from_here(_BUNDLED_MODEL)
+    transformers.utils.logging.set_verbosity_error()  # importing a pipeline is reason enough for it to warn
+    index = _read_index(source)
+    name = index.get("_class_name", "")
+    pipeline_class: Any = getattr(diffusers, name, None)
+    if pipeline_class is None:
+        raise UsageError(f"{source}: diffusers {diffusers.__version__} has no pipeline {name!r}")
+    if not set(pipeline_names("frames")) & parameters_of_call(pipeline_class).keys():
+        raise UsageError(f"{source}: {name} does not make video from text or an image (it takes no num_frames)")
+    components = {part: entry[1] for part, entry in index.items() if isinstance(entry, list) and entry[1]}
+    return VideoModel(source, pipeline_class, components, _defaults(source), _size_multiple(source, components))
+
+
+def _read_index(source: str) -> dict[str, Any]:
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise UsageError(f"{source} is not a diffusers pipeline: it holds no model_index.json")
+    if not folder.is_dir() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
+        raise UsageError(f"no such model folder: {source}")
+    try:
+        return _load_config(DiffusionPipeline, source)
+    except (OSError, ValueError) as error:
+        where = source if folder.is_dir() else f"{source} is no folder here, and the Hugging Face hub does not give it"
+        raise UsageError(f"{where}: {first_line(error)}") from error
+
+
+def _load_config(owner: Any, source: str, **options: Any) -> dict[str, Any]:
+    # A hub that cannot be reached is reported once, by the error, and not by every retry.
+    huggingface_hub.utils.logging.set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return owner.load_config(source, **options)
+
+
+def _defaults(source: str) -> dict[str, Any]:
+    image = None
+    if Path(source).resolve() == _BUNDLED_MODEL:
+        image = next((_from_here(path) for path in sorted(_BUNDLED_IMAGES.glob("*.png"))), None)
+    path = Path(source) / "generation_defaults.json"
+    if not path.is_file():
+        return {"image": image}
+    try:
+        values = json.loads(path.read_text())
+        options = {option_called(name): value for name, value in values.items()}
+        return asdict(ClipRequest(image=image).filled_from(options))
+    except (ValueError, AttributeError, UsageError) as error:
+        raise UsageError(f"{path}: {error}") from error
+
+
+def _from_here(path: Path) -> str:
+    """The path relative to the current folder where that is possible: records then say nothing of the machine."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def _size_multiple(source: str, components: Mapping[str, str]) -> int:
+    vae_class = getattr(diffusers, components.get("vae", ""), None)
+    if vae_class is None:
+        return _SMALLEST_MULTIPLE
+    try:
+        config = _load_config(vae_class, source, subfolder="vae")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{source}: {first_line(error)}") from error
+    factor = config.get("spatial_compression_ratio") or config.get("scale_factor_spatial")
+    levels = len(config.get("block_out_channels", [0]))
+    return max(_SMALLEST_MULTIPLE, factor or 2 ** (levels - 1))
+
+
+def parameters_of_call(pipeline_class: type[DiffusionPipeline]) -> dict[str, inspect.Parameter]:
+    """What a pipeline of this class takes by name when it is called."""
+    parameters = list(inspect.signature(pipeline_class.__call__).parameters.values())[1:]
+    return {p.name: p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device called ``name``; for None the first GPU, else the CPU.
+
+    Raises:
+        UsageError: this machine has no such device.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise UsageError(f"device {name!r} cannot be used here: {first_line(error)}") from error
+    return device
+
+
+def dtype_of(name: str | None, device: torch.device) -> torch.dtype:
+    """The dtype called ``name``; for None float16, and float32 on a CPU, where half precision is slow."""
+    return getattr(torch, name or ("float32" if device.type == "cpu" else "float16"))
+
+
+def load_pipeline(
+    model: VideoModel, dtype: torch.dtype, device: torch.device, show_progress: bool = False
+) -> DiffusionPipeline:
+    """The model's pipeline on ``device``; for float16 from its fp16 files if it has such, else from the plain ones.
+
+    Raises:
+        UsageError: it cannot be loaded.
+    """
+    for library in (diffusers, transformers):
+        switch = library.utils.logging
+        switch.enable_progress_bar() if show_progress else switch.disable_progress_bar()
+    try:
+        return _from_pretrained(model.source, dtype).to(device)
+    except torch.OutOfMemoryError:
+        raise UsageError(f"{model.source} does not fit into the memory of {device}") from None
+    except Exception as error:  # a broken folder can raise anything
+        raise UsageError(f"cannot load {model.source}: {first_line(error)}") from error
+
+
+def _from_pretrained(source: str, dtype: torch.dtype) -> DiffusionPipeline:
+    preferred, other = ("fp16", None) if dtype == torch.float16 else (None, "fp16")
+    try:
+        return DiffusionPipeline.from_pretrained(source, dtype=dtype, variant=preferred)
+    except (OSError, ValueError) as error:
+        try:
+            return DiffusionPipeline.from_pretrained(source, dtype=dtype, variant=other)
+        except (OSError, ValueError) as second:
+            # without the variant the message says what is wrong with the folder, not that there is no variant
+            raise (second if preferred else error) from None

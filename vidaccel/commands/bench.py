@@ -1,0 +1,86 @@
+"""``vidaccel bench``: its arguments. What it does is in ``benchmark.py``, which imports torch and diffusers."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+
+from vidaccel.clips.clip_request import add_clip_arguments, add_model_arguments
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    subject = parser.add_mutually_exclusive_group()
+    subject.add_argument("--synthetic", metavar="FAMILY", help="a pipeline with random weights instead of --model")
+    subject.add_argument("--op", metavar="NAME", help="one op at the models' shapes instead of a pipeline; or all")
+    add_clip_arguments(parser)
+    parser.add_argument(
+        "--size", choices=("full", "tiny"), default="full", help="tiny: a quick dry run of --synthetic or --op"
+    )
+    parser.add_argument(
+        "--scope",
+        default="denoiser,vae,end-to-end",
+        metavar="LIST",
+        help="what to time: one denoiser call, the decode of one clip, the whole pipeline (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--variants",
+        metavar="LIST",
+        help="eager, or any of patched, compile, cudnn.benchmark and channels_last joined by +; eager is always "
+        "measured, and first (default: eager,patched,compile,patched+compile, and for --synthetic on a GPU also the "
+        "stronger torch.compile baselines)",
+    )
+    parser.add_argument("--only", nargs="+", metavar="SITE", help="patch only these ops, parts or module paths")
+    parser.add_argument("--skip", nargs="+", metavar="SITE", help="patch all but these")
+    parser.add_argument("--repeats", type=int, default=20, help="timed calls at most (default: %(default)s)")
+    parser.add_argument("--warmup", type=int, default=1, help="untimed calls after the first (default: %(default)s)")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="stop repeating a call after so long, but not before three repeats (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        default=float("inf"),
+        metavar="SECONDS",
+        help="record what has not begun by then as skipped",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="three repeats, no stronger baselines, no float32 reference"
+    )
+    parser.add_argument("--no-reference", action="store_true", help="compare with eager only, not with float32")
+    parser.add_argument("--compile-backend", help="of torch.compile (default: inductor; for --size tiny, eager)")
+    parser.add_argument(
+        "--empty-caches",
+        action="store_true",
+        help="hide the disk caches of torch.compile and Triton from every variant, so that each cold start is cold",
+    )
+    parser.add_argument("--out", metavar="FILE", help="JSON record, saved after every measurement")
+    parser.add_argument("--note", help="a remark that the record keeps, as on what the disk caches held before")
+    parser.add_argument("--commit", help="what to record as the commit where there is no checkout")
+
+
+def run(args: argparse.Namespace) -> int:
+    from vidaccel.bench.benchmark import benchmark
+
+    return benchmark(args, _command_line(args))
+
+
+def _command_line(args: argparse.Namespace) -> str:
+    """The command with the options that were given, but for where its record went."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    words = ["vidaccel", "bench"]
+    for name, default in vars(parser.parse_args([])).items():
+        value = getattr(args, name)
+        if value == default or name in ("out", "commit", "note"):
+            continue
+        words.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            words += [str(entry) for entry in (value if isinstance(value, list) else [value])]
+    return shlex.join(words)

@@ -1,0 +1,130 @@
+"""What a patch did: every site, what runs there, what fell back and why; and the way back."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from vidaccel.patching.cuda_graph import ungraph
+from vidaccel.sites.rules import Patch, patches_of
+from vidaccel.sites.site import Site
+
+__all__ = ["PatchReport", "path_pattern"]
+
+
+def path_pattern(path: str) -> str:
+    """``unet.down_blocks.0.resnets.1`` -> ``unet.down_blocks.*.resnets.*``: the form in which sites are listed."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)
+
+
+class PatchReport:
+    """The outcome of one ``patch_pipeline`` or ``patch_module`` call; also a context manager that restores on exit.
+
+    Attributes:
+        sites: Every site that the call considered: patched, found patched already, or left alone.
+    """
+
+    def __init__(self) -> None:
+        self.sites: list[Site] = []
+        self._patched: list[tuple[nn.Module, Patch]] = []
+        self._graphed: list[nn.Module] = []
+
+    def adopt(self, module: nn.Module, patch: Patch) -> None:
+        """Make ``patch`` one that :meth:`restore` undoes."""
+        self._patched.append((module, patch))
+
+    def adopt_graph(self, model: nn.Module) -> None:
+        """Make the CUDA graphs of ``model``'s calls something that :meth:`restore` drops."""
+        self._graphed.append(model)
+
+    @property
+    def fallbacks(self) -> dict[tuple[str, str, str], int]:
+        """How many calls of a site went another way than planned: ``{(path, op, reason): calls}``."""
+        return {(site.path, site.op, reason): calls for site in self.sites for reason, calls in site.fallbacks.items()}
+
+    def restore(self) -> None:
+        """Put every patched module back as it was: same classes, same processors, same memory order, same bits out."""
+        for model in self._graphed:
+            ungraph(model)
+        for module, patch in reversed(self._patched):
+            applied = patches_of(module)
+            if patch in applied:
+                patch.rule.undo(module, patch.memo)
+                applied.remove(patch)
+                for site in patch.sites:
+                    site.state = "restored"
+            if not applied:
+                module.__dict__.pop("_vidaccel_patches", None)
+        self._patched, self._graphed = [], []
+
+    def __enter__(self) -> PatchReport:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.restore()
+
+    def summary(self) -> dict[str, Any]:
+        """The report as plain JSON types, sites counted by op."""
+        ops = {}
+        for op in sorted({site.op for site in self.sites}):
+            sites = [site for site in self.sites if site.op == op]
+            ops[op] = {
+                "fidelity": sites[0].fidelity,
+                "states": dict(Counter(site.state for site in sites)),
+                "implementations": sorted(set().union(*(site.implementations for site in sites))),
+            }
+        return {
+            "active": sum(site.state == "active" for site in self.sites),
+            "ops": ops,
+            "left_alone": self._counted("left alone"),
+            "failed": self._counted("failed"),
+            "fallbacks": [
+                {"path": path, "op": op, "reason": reason, "calls": calls}
+                for (path, op, reason), calls in self.fallbacks.items()
+            ],
+        }
+
+    def _counted(self, state: str) -> list[dict[str, Any]]:
+        counts = Counter((site.op, path_pattern(site.path), site.reason) for site in self.sites if site.state == state)
+        return [
+            {"op": op, "path": path, "reason": reason, "sites": count} for (op, path, reason), count in counts.items()
+        ]
+
+    def overview(self) -> str:
+        """The report in a few lines: one for each op and outcome, one for each reason to fall back."""
+        rows = Counter((site.op, *_outcome(site)) for site in self.sites)
+        lines = _table(
+            ("op", "runs as", "fidelity", "sites"), [(*row, str(count)) for row, count in sorted(rows.items())]
+        )
+        active = sum(site.state == "active" for site in self.sites)
+        lines.append(f"{active} of {len(self.sites)} sites patched")
+        fallbacks: Counter[tuple[str, str]] = Counter()
+        for (_, op, reason), calls in self.fallbacks.items():
+            fallbacks[op, reason] += calls
+        lines += [f"fell back in {calls} calls: {op}: {reason}" for (op, reason), calls in fallbacks.items()]
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        rows = Counter((path_pattern(site.path), site.op, *_outcome(site)) for site in self.sites)
+        table = [(*row, str(count)) for row, count in sorted(rows.items())]
+        return "\n".join([*_table(("site", "op", "runs as", "fidelity", "sites"), table), "", self.overview()])
+
+
+def _outcome(site: Site) -> tuple[str, str]:
+    """What runs there, and its fidelity class."""
+    if site.state == "active":
+        return site.implementation, site.fidelity
+    return (f"{site.state}: {site.reason}" if site.reason else site.state), ""
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in (head, *rows))
+    return ["  ".join(row).rstrip() for row in padded]
