@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from vidaccel.config import preferred_implementation
+from vidaccel.config import preferred_implementation as preferred
+from vidaccel.config import preferred_implementations
+from vidaccel.kernels import op as op_module
+from vidaccel.kernels.op import Listener, note
 
 __all__ = [
     "Choice",
@@ -42,29 +46,29 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-_recorded: list[Choice] | None = None
+
+_recorded: ContextVar[list[Choice] | None] = ContextVar("recorded", default=None)
 
 
 @contextmanager
 def record_choices() -> Iterator[list[Choice]]:
     """Collect the choices made inside the ``with`` block, in order; what a nested recorder sees is its own."""
-    global _recorded
-    outer, _recorded = _recorded, []
+    choices: list[Choice] = []
+    heard = op_module._listener.set(Listener(lambda event: choices.append(Choice(*event[:3]))))
+    token = _recorded.set(choices)
     try:
-        yield _recorded
+        yield choices
     finally:
-        _recorded = outer
+        _recorded.reset(token)
+        op_module._listener.reset(heard)
 
 
 def choices_so_far() -> list[Choice] | None:
-    """What the innermost recorder has collected, or None where nobody records."""
-    return _recorded
+    return None if torch.compiler.is_compiling() else _recorded.get()
 
 
 def record_choice(choice: Choice) -> None:
-    """Add a decision to what the nearest :func:`record_choices` collects."""
-    if _recorded is not None and not torch.compiler.is_compiling():
-        _recorded.append(choice)
+    note(*choice)
 
 
 def triton_device_problem(x: Tensor) -> str | None:
@@ -85,7 +89,7 @@ def tensors_problem(x: Tensor, *others: Tensor | None) -> str | None:
 
 def runs_triton(op: str, x: Tensor) -> bool:
     """Whether ``op`` would run as Triton on ``x``'s device: for callers whose detour only the kernel makes worth it."""
-    return preferred_implementation(op) != "torch" and triton_device_problem(x) is None
+    return preferred(op, preferred_implementations()) != "torch" and triton_device_problem(x) is None
 
 
 def choose(op: str, x: Tensor, impl: str | None, problem: str | None = None) -> str:
@@ -106,12 +110,11 @@ def choose(op: str, x: Tensor, impl: str | None, problem: str | None = None) -> 
     problem = device_problem or problem
     if impl == "triton" and problem:
         raise ValueError(f"{op}: impl='triton' cannot run: {problem}")
-    chosen = impl or preferred_implementation(op) or ("torch" if device_problem else "triton")
+    chosen = impl or preferred(op, preferred_implementations()) or ("torch" if device_problem else "triton")
     reason = ""
     if chosen != "torch" and problem:
         chosen, reason = "torch", problem
-    if _recorded is not None:
-        record_choice(Choice(op, chosen, reason))
+    record_choice(Choice(op, chosen, reason))
     return chosen
 
 
@@ -132,7 +135,7 @@ def requested(op: str, impl: str | None, problems: Mapping[str, Callable[[], str
         if problem := problems[impl]():
             raise ValueError(f"{op}: impl={impl!r} cannot run: {problem}")
         return impl, ""
-    wish = preferred_implementation(op)
+    wish = preferred(op, preferred_implementations())
     if wish is None or wish not in problems:
         return None, ""
     problem = problems[wish]()

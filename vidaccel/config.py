@@ -1,19 +1,25 @@
 """Every ``VIDACCEL_*`` environment variable, read here and nowhere else (listed in the README).
 
-A leaf: it imports nothing of the project, so every floor may import it.
+A leaf: it imports nothing of the project but its errors, so every floor may import it.
 """
 
 from __future__ import annotations
 
 import os
 
+from vidaccel.errors import UsageError, nearest
+
 __all__ = [
     "cache_directory",
+    "check_environment",
     "preferred_implementation",
     "preferred_implementations",
     "self_check_enabled",
     "tuning_enabled",
 ]
+
+_NAMES = ("VIDACCEL_CACHE_DIR", "VIDACCEL_IMPL", "VIDACCEL_SELF_CHECK", "VIDACCEL_TUNE")
+_SWITCH = {"0": False, "off": False, "false": False, "no": False, "1": True, "on": True, "true": True, "yes": True}
 
 
 def preferred_implementations() -> str:
@@ -21,9 +27,8 @@ def preferred_implementations() -> str:
     return os.environ.get("VIDACCEL_IMPL", "")
 
 
-def preferred_implementation(op: str) -> str | None:
-    """What ``VIDACCEL_IMPL`` asks for ``op``."""
-    wishes = preferred_implementations()
+def preferred_implementation(op: str, wishes: str) -> str | None:
+    """What ``wishes``, of the form of ``VIDACCEL_IMPL``, asks for ``op``."""
     if not wishes:  # as nearly always, and every call of every op asks
         return None
     for entry in filter(None, wishes.split(",")):
@@ -34,8 +39,8 @@ def preferred_implementation(op: str) -> str | None:
 
 
 def self_check_enabled() -> bool:
-    """``VIDACCEL_SELF_CHECK=0`` turns off the first-sight comparison of every site with the original code."""
-    return os.environ.get("VIDACCEL_SELF_CHECK", "1") != "0"
+    """``VIDACCEL_SELF_CHECK=0`` turns off the comparison of every site with its references."""
+    return _switch("VIDACCEL_SELF_CHECK")
 
 
 def cache_directory() -> str:
@@ -45,4 +50,23 @@ def cache_directory() -> str:
 
 def tuning_enabled() -> bool:
     """``VIDACCEL_TUNE=0``: run default implementations, measure nothing and read no earlier measurement."""
-    return os.environ.get("VIDACCEL_TUNE", "1") != "0"
+    return _switch("VIDACCEL_TUNE")
+
+
+def check_environment() -> None:
+    """Hold the names and the switches against what there is.
+
+    Raises:
+        UsageError: a variable has a name or a value that means nothing.
+    """
+    for name in os.environ:
+        if name.startswith("VIDACCEL_") and name not in _NAMES:
+            raise UsageError(f"{name} is no setting of vidaccel{nearest(name, _NAMES)}")
+    self_check_enabled(), tuning_enabled()
+
+
+def _switch(name: str) -> bool:
+    value = os.environ.get(name, "1")
+    if value.lower() not in _SWITCH:
+        raise UsageError(f"{name}={value!r} is neither on nor off{nearest(value, _SWITCH)}")
+    return _SWITCH[value.lower()]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["UsageError", "error_line", "first_line"]
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["UsageError", "error_line", "first_line", "nearest"]
 
 
 class UsageError(Exception):
@@ -20,3 +23,12 @@ def error_line(error: UsageError) -> str:
 def first_line(error: BaseException) -> str:
     """A library's error in one line."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """What an error about an unknown ``word`` ends with: the nearest of the right ``words``, or all of them."""
+    words = sorted(words)
+    close = difflib.get_close_matches(word, words, n=3, cutoff=0.5)
+    if close:
+        return f"; did you mean {' or '.join(close)}?"
+    return f"; there are {', '.join(words)}"

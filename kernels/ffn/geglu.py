@@ -9,16 +9,18 @@ device's erf that decides the last place). Bound by memory: reads ``2 D``, write
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable, Iterator
+
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidaccel.kernels.dispatch import choose, tensors_problem
-from vidaccel.kernels.launch import Launch, prepared
+from vidaccel.kernels.check import Part, row_parts
+from vidaccel.kernels.launch import Launch
+from vidaccel.kernels.op import Costs, Implementation, Op, device_reason, tensors_reason
 
-__all__ = ["geglu", "geglu_ref"]
+__all__ = ["GEGLU", "geglu", "geglu_ref"]
 
 BLOCK = 2048
 NUM_WARPS = 4
@@ -50,31 +52,47 @@ def _geglu_kernel(
     tl.store(y_ptr + offs_y, value * gelu.to(y_ptr.dtype.element_ty).to(tl.float32), mask=mask)
 
 
-@prepared
-def _prepare(dim: int, size: int) -> Launch:
-    grid = (triton.cdiv(size, BLOCK),)
-    return Launch(_geglu_kernel, grid, dim, size, BLOCK=BLOCK, num_warps=NUM_WARPS)
+def _bind(x: Tensor) -> Callable[[Tensor], Tensor]:
+    size, dim = x.numel() // 2, x.shape[-1] // 2
+    launch = Launch(_geglu_kernel, (triton.cdiv(size, BLOCK),), dim, size, BLOCK=BLOCK, num_warps=NUM_WARPS)
+
+    def run(x: Tensor) -> Tensor:
+        y = _empty_output(x)
+        launch(x.contiguous(), y)
+        return y
+
+    return run
 
 
-def _launch(x: Tensor) -> Tensor:
-    x = x.contiguous()
-    y = _empty_output(x)
-    _prepare(y.shape[-1], y.numel())(x, y)
-    return y
+def _triton(x: Tensor) -> Tensor:
+    return _bind(x)(x)
 
 
 def _empty_output(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 
-@torch.library.custom_op("vidaccel::geglu", mutates_args=())
-def _geglu(x: Tensor) -> Tensor:
-    return _launch(x)
+def _reason(x: Tensor) -> str | None:
+    return device_reason(x) or tensors_reason(x)
 
 
-@_geglu.register_fake
-def _(x: Tensor) -> Tensor:
-    return _empty_output(x)
+def _costs(x: Tensor) -> Costs:
+    return Costs(bytes=x.nbytes * 3 // 2)
+
+
+def _parts(x: Tensor) -> Iterator[Part]:
+    for rows, of in row_parts(x.reshape(-1, x.shape[-1])):
+        yield Part((rows,), of)
+
+
+GEGLU = Op(
+    "geglu",
+    reference=geglu_ref,
+    implementations={"triton": Implementation(_triton, _reason, _bind, registered=True)},
+    fake=_empty_output,
+    costs=_costs,
+    parts=_parts,
+)
 
 
 def geglu(x: Tensor, *, impl: str | None = None) -> Tensor:
@@ -82,19 +100,19 @@ def geglu(x: Tensor, *, impl: str | None = None) -> Tensor:
 
     Args:
         x: ``[..., 2 * D]``, fp16 / bf16 / fp32; made contiguous if it is not.
-        impl: ``"triton"`` or ``"torch"``; None lets ``vidaccel.kernels.dispatch`` choose.
+        impl: ``"triton"`` or ``"torch"``; None lets the op choose.
 
     Returns:
         ``[..., D]`` in ``x.dtype``, contiguous.
 
     Raises:
         ValueError: The last dim of ``x`` is odd or missing; ``impl`` cannot run here.
+        TypeError: ``x`` is not floating-point.
     """
     if x.ndim == 0 or x.shape[-1] % 2:
         raise ValueError(f"geglu: x must be [..., 2 * D], got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"geglu: x must be floating-point, got {x.dtype}")
     if x.numel() == 0:
         return _empty_output(x)
-    if choose("geglu", x, impl, tensors_problem(x)) == "torch":
-        return geglu_ref(x)
-    run = _geglu if torch.compiler.is_compiling() else _launch
-    return run(x)
+    return GEGLU(x, impl=impl)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from vidaccel.config import preferred_implementation, tuning_enabled
+from vidaccel.config import preferred_implementation, preferred_implementations, tuning_enabled
 from vidaccel.kernels import tuning_cache
 from vidaccel.kernels.dispatch import Choice, record_choice, record_choices, requested, tensors_problem
 from vidaccel.kernels.ffn.geglu import geglu, geglu_ref
@@ -150,7 +150,9 @@ def _choose(x: Tensor, weight: Tensor, bias: Tensor, impl: str | None) -> tuple[
 
 def _two_steps_wished() -> bool:
     """Whether somebody chose how ``geglu`` itself runs, or something that only it has."""
-    return any(preferred_implementation(op) not in (None, "gluon") for op in (OP, RECORDED_AS))
+    return any(
+        preferred_implementation(op, preferred_implementations()) not in (None, "gluon") for op in (OP, RECORDED_AS)
+    )
 
 
 def _large(x: Tensor, weight: Tensor) -> bool:

@@ -1,0 +1,217 @@
+"""Is what an implementation returned right? It is held against the op's reference, on the very tensors of the call.
+
+One norm over a whole tensor lets a thousand wrong pixels through. So an output is seen as frames of rows of channels,
+and judged by its worst row, its worst channel of a frame, and by what a whole frame is scaled by (two right results
+differ by roundings, which have no common sign). Where that is more than roundings explain, float64 decides: the error
+may be twice the reference's own, plus what the reference's result moves by when its inputs are off in the last places
+of float32. An overflow in the reference is not held against anybody; a value that is not finite elsewhere is.
+
+The reference works part by part, so that a check takes little memory beside the call that it belongs to; the host waits
+for the GPU once.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vidaccel.kernels import settings
+
+if TYPE_CHECKING:
+    from vidaccel.kernels.op import Op
+
+__all__ = ["MOST_ELEMENTS", "Part", "cuts", "disagreement", "disagreement_of", "row_parts"]
+
+MOST_ELEMENTS = 2**23  # of a part: a quarter of a GiB, with everything that is made of it
+SCREEN_ROWS = 2.0  # units in the last place, relative L2: less needs no second look
+SCREEN_GAIN = 0.5
+LOSSY = 16  # times the tolerance of math-exact
+PERTURBATION = 2.0**-22
+# float32 sums in another order; with TF32, numbers are cut to 10 bits before they are multiplied
+FP32_EPS, TF32_EPS, FP64_EPS = 2.0**-20, 2.0**-10, 2.0**-49
+
+
+class Part(NamedTuple):
+    """A part of a call: arguments that the reference computes it from, and where it lies in the outputs."""
+
+    args: tuple[Any, ...]
+    of: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
+
+
+def cuts(length: int, elements: int) -> Iterator[slice]:
+    """``length`` items of ``elements`` numbers each, cut so that none but a single item has too many numbers."""
+    step = max(MOST_ELEMENTS // max(elements, 1), 1)
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
+
+
+def row_parts(rows: Tensor) -> Iterator[tuple[Tensor, Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]]]:
+    """For an op that works row by row on ``rows`` ``[R, C]``: some of them, and where they lie in the outputs."""
+    for part in cuts(len(rows), rows.shape[1]):
+        yield rows[part], functools.partial(_rows_of, len(rows), part)
+
+
+def _rows_of(count: int, part: slice, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(out.view(count, -1)[part] for out in outputs)
+
+
+def disagreement(op: Op, args: tuple[Any, ...], out: Any, fidelity: str) -> str | None:
+    """One line on why ``out`` is not what ``op`` means by ``args``, or None if it is."""
+    outputs = _tuple(out)
+    parts = list(op.parts(*args)) if op.parts else [Part(args, lambda whole: whole)]
+    with torch.no_grad():
+        suspects = []
+        for part in parts:
+            mine, expected = part.of(outputs), _tuple(op.reference(*part.args))
+            if problem := _shapes_differ(mine, expected):
+                return problem
+            suspects.append(_suspicious(mine, expected, fidelity))
+        if not suspects or not (flags := torch.stack(suspects).tolist()) or not any(flags):
+            return None
+        if fidelity == "bit-exact":
+            return "differs from the reference in some bits, and is declared bit-exact"
+        for part, suspect in zip(parts, flags, strict=True):
+            if suspect and (problem := _second_look(op, part, part.of(outputs), fidelity)):
+                return problem
+    return None
+
+
+def disagreement_of(out: Tensor, expected: Tensor, gold: Tensor, fidelity: str) -> str | None:
+    """The same for one tensor, whose ``expected`` and float64 ``gold`` values are at hand."""
+    if problem := _shapes_differ((out,), (expected,)):
+        return problem
+    if not bool(_suspicious((out,), (expected,), fidelity)):
+        return None
+    if fidelity == "bit-exact":
+        return "differs from the original in some bits, and is declared bit-exact"
+    return _judge(out, expected, gold, gold, fidelity)
+
+
+def _tuple(out: Any) -> tuple[Tensor, ...]:
+    return (out,) if isinstance(out, Tensor) else tuple(out)
+
+
+def _shapes_differ(mine: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> str | None:
+    for x, y in zip(mine, expected, strict=True):
+        if x.shape != y.shape or x.dtype != y.dtype:
+            return f"returned {_describe(x)} where the reference returned {_describe(y)}"
+    return None
+
+
+def _describe(x: Tensor) -> str:
+    return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+
+
+def _suspicious(mine: tuple[Tensor, ...], expected: tuple[Tensor, ...], fidelity: str) -> Tensor:
+    """Whether any output deserves a second look, a bool on the device."""
+    flags = []
+    for x, y in zip(mine, expected, strict=True):
+        if x.numel() == 0:
+            continue
+        if fidelity == "bit-exact":
+            flags.append(((x != y) & ~(x.isnan() & y.isnan())).any())
+            continue
+        rows, columns, gain, lost = _distances(x, y, y)
+        eps = _eps(y) * (LOSSY if fidelity == "lossy" else 1)
+        near = (rows <= SCREEN_ROWS * eps) & (columns <= SCREEN_ROWS * eps) & (gain <= SCREEN_GAIN * eps)
+        flags.append(lost | ~near)
+    device = expected[0].device
+    return torch.stack(flags).any() if flags else torch.zeros((), dtype=torch.bool, device=device)
+
+
+def _second_look(op: Op, part: Part, mine: tuple[Tensor, ...], fidelity: str) -> str | None:
+    expected = _tuple(op.reference(*part.args))
+    gold = _tuple(op.reference(*map(_double, part.args)))
+    generator = torch.Generator(expected[0].device).manual_seed(0)
+    moved = _tuple(op.reference(*(_perturbed(x, generator) for x in part.args)))
+    problems = (_judge(*tensors, fidelity) for tensors in zip(mine, expected, gold, moved, strict=True))
+    return next(filter(None, problems), None)
+
+
+def _double(x: Any) -> Any:
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def _perturbed(x: Any, generator: torch.Generator) -> Any:
+    """In float64, every number of it off by up to ``PERTURBATION`` of itself."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return x
+    noise = torch.rand(x.shape, dtype=torch.float64, device=x.device, generator=generator)
+    return x.double() * (1 + PERTURBATION * (2 * noise - 1))
+
+
+def _judge(out: Tensor, expected: Tensor, gold: Tensor, moved: Tensor, fidelity: str) -> str | None:
+    """What is wrong with ``out``, or None; ``moved`` is the gold of slightly other inputs."""
+    *mine, lost = _distances(out, gold, expected)
+    *own, _ = _distances(expected, gold, expected)
+    *moves, _ = _distances(moved, gold, expected)
+    eps = _eps(expected)
+    slack = LOSSY if fidelity == "lossy" else 1
+    if bool(lost):
+        return "is not finite where the reference is"
+    for name, error, by_reference, by_inputs, units in zip(
+        ("the worst row", "the worst channel of a frame", "the scale of a frame"),
+        mine,
+        own,
+        moves,
+        (2, 2, 1),
+        strict=True,
+    ):
+        allowed = slack * (2 * float(by_reference) + 2 * float(by_inputs) + units * eps)
+        if not float(error) <= allowed:
+            return f"{name} is off by {float(error):.1e}, which may be {allowed:.1e} (of {_describe(out)})"
+    return None
+
+
+def _distances(x: Tensor, y: Tensor, finite_in: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """How far ``x`` is from ``y``: worst row, worst channel of a frame, scale of a frame; and whether it lost values.
+
+    All relative to ``y``, where ``finite_in`` is finite; rows and channels that are small beside their frame, to that.
+    """
+    dtype = torch.float64 if torch.float64 in (x.dtype, y.dtype) or y.dtype == torch.float32 else torch.float32
+    finite = _frames(finite_in).isfinite()
+    x, y = _frames(x), _frames(y)
+    lost = (finite & ~x.isfinite()).any()
+    y = torch.where(finite, y, 0).to(dtype)
+    largest = y.abs().amax((1, 2), keepdim=True)
+    scale = torch.where(largest > 0, 1 / largest, 1.0).nan_to_num(1.0, 1.0, 1.0)
+    y = y * scale
+    difference = torch.where(finite, x, 0).to(dtype).mul_(scale).sub_(y)
+    norm = torch.linalg.vector_norm(y, dim=(1, 2))  # [frames]
+    floor = torch.finfo(dtype).tiny
+    rows, columns = (_worst(difference, y, norm, dim) for dim in (2, 1))
+    gain = ((difference * y).sum((1, 2)) / (norm * norm).clamp_min(floor)).abs().amax()
+    return rows, columns, gain, lost
+
+
+def _worst(difference: Tensor, y: Tensor, norm: Tensor, dim: int) -> Tensor:
+    """The largest norm of ``difference`` along ``dim``, relative to that of ``y``, or to that of y's mean one."""
+    size = torch.linalg.vector_norm(y, dim=dim)
+    mean = (norm / math.sqrt(size.shape[1]))[:, None]
+    error = torch.linalg.vector_norm(difference, dim=dim)
+    # a difference where there is nothing at all counts as infinitely large
+    return torch.where(error > 0, error / torch.maximum(size, mean), 0.0).amax()
+
+
+def _frames(x: Tensor) -> Tensor:
+    """``[frames, rows, channels]`` of rows ``[B, S, C]``, images ``[N, C, H, W]`` or clips ``[B, C, F, H, W]``."""
+    if x.ndim == 5:
+        return x.permute(0, 2, 3, 4, 1).flatten(2, 3).flatten(0, 1)
+    if x.ndim == 4:
+        return x.permute(0, 2, 3, 1).flatten(1, 2)
+    return x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1] if x.ndim else 1)
+
+
+def _eps(x: Tensor) -> float:
+    """A unit in the last place; where sums are longer than a number is, what another order of them may change."""
+    if x.dtype == torch.float64:
+        return FP64_EPS
+    if x.dtype != torch.float32:
+        return torch.finfo(x.dtype).eps
+    tf32 = x.is_cuda and (settings.tf32_products() or settings.tf32_convolutions())
+    return TF32_EPS if tf32 else FP32_EPS

@@ -1,0 +1,395 @@
+"""An op: one meaning with several implementations, and all that they share.
+
+An op knows its reference, its implementations (how each runs, why it cannot run on given arguments, its fidelity
+class), the shapes of its outputs, the bytes and FLOPs of a call, and how its arguments are cut into parts. What is made
+of that is written once, here: which implementation runs, registration for ``torch.compile``, the check against the
+reference, the event of a call.
+
+Which implementation runs is settled the first time that an op sees a signature (sizes, strides, dtypes and devices of
+its tensors, values of all else, settings of PyTorch and of this project), and stands from then on. Order: the ``impl``
+argument (an error if that cannot run), then ``VIDACCEL_IMPL`` (a wish: passed over if it cannot), then the fastest by
+measurement where the op says that measuring pays (``choice.py``), then the first that serves the arguments.
+
+What an op does is told as an :class:`Event` to whoever listens in the same context (:func:`listening`).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from vidaccel.config import preferred_implementation
+from vidaccel.errors import UsageError, first_line, nearest
+from vidaccel.kernels import choice, settings
+from vidaccel.kernels.check import Part, disagreement
+from vidaccel.kernels.settings import FIDELITIES, Fidelity
+
+__all__ = [
+    "DTYPES",
+    "REFERENCE",
+    "Costs",
+    "Event",
+    "Implementation",
+    "Listener",
+    "Op",
+    "device_reason",
+    "listening",
+    "note",
+    "ops",
+    "runs_triton",
+    "tensors_reason",
+]
+
+logger = logging.getLogger(__name__)
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+REFERENCE = "torch"  # the name of the implementation that is the reference itself
+MOST_PLANS = 4096  # that an op keeps: more than the shapes of several models
+# Fixed when Triton is imported, and not a thing that Dynamo can trace.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+_PLAIN = frozenset([int, float, bool, str, type(None), torch.dtype])
+
+Outputs = Any  # a Tensor, or a tuple or list of them
+Signature = tuple[Any, ...]
+
+
+class Costs(NamedTuple):
+    """What a call has to move and to multiply, at least: bytes through device memory, FLOPs on the tensor cores."""
+
+    bytes: int
+    flops: int = 0
+
+
+class Event(NamedTuple):
+    """One call of an op.
+
+    Attributes:
+        op: Its name.
+        implementation: What ran.
+        reason: Why another one, wished for or faster, did not; empty if it did.
+        costs: Bytes and FLOPs of the call.
+        problem: What the check against the reference found, in one line; the reference's result was returned then.
+    """
+
+    op: str
+    implementation: str
+    reason: str = ""
+    costs: Costs = Costs(0)
+    problem: str = ""
+
+
+class Listener(NamedTuple):
+    """Who hears the events of a context."""
+
+    hear: Callable[[Event], None]
+    checks: bool = False  # whether every call is held against its reference
+    only_references: bool = False  # whether references run in place of what was chosen
+
+
+_listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+
+
+@contextmanager
+def listening(*, checks: bool = False, only_references: bool = False) -> Iterator[list[Event]]:
+    """Collect the events inside the ``with`` block, in this thread; what a nested listener hears is its own.
+
+    Args:
+        checks: Hold the result of every op against its reference, and return the reference's where they disagree.
+        only_references: Choose as ever, but run the reference: for a check of what lies between the ops.
+    """
+    events: list[Event] = []
+    token = _listener.set(Listener(events.append, checks, only_references))
+    try:
+        yield events
+    finally:
+        _listener.reset(token)
+
+
+def note(op: str, implementation: str, reason: str = "") -> None:
+    """Tell of something that is no op with kernels: a shortcut, another memory order."""
+    if not torch.compiler.is_compiling() and (listener := _listener.get()):
+        listener.hear(Event(op, implementation, reason))
+
+
+def device_reason(x: Tensor) -> str | None:
+    """Why no Triton kernel can run on ``x``'s device, or None."""
+    if x.is_cuda or INTERPRETED:
+        return None
+    return f"Triton has no {x.device.type} backend here (TRITON_INTERPRET=1 interprets the kernels)"
+
+
+def tensors_reason(x: Tensor, *others: Tensor | None) -> str | None:
+    """Why no kernel here can take ``x`` together with ``others`` (dtype, gradients), or None."""
+    if x.dtype not in DTYPES:
+        return f"the kernel takes float16, bfloat16 and float32, x is {x.dtype}"
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
+        return "the kernel has no backward pass (call it under torch.no_grad)"
+    return None
+
+
+def runs_triton(op: str, x: Tensor) -> bool:
+    """Whether ``op`` would run as Triton on ``x``'s device: for callers whose detour only the kernel makes worth it."""
+    return device_reason(x) is None and preferred_implementation(op, settings.current().preferred) != REFERENCE
+
+
+def _serves_all(*args: Any) -> None:
+    return None
+
+
+class Implementation(NamedTuple):
+    """One way to compute an op.
+
+    Attributes:
+        run: Takes the op's arguments, by position.
+        reason: Takes the same; why this implementation does not serve them, or None.
+        bind: Takes the same; returns what takes them in later calls of the same signature, everything prepared that
+            follows from that. None: ``run`` itself.
+        fidelity: Its class.
+        registered: Whether ``torch.compile`` sees it as one opaque op (whatever launches a kernel).
+        competes: Whether it is tried where implementations are measured.
+    """
+
+    run: Callable[..., Outputs]
+    reason: Callable[..., str | None] = _serves_all
+    bind: Callable[..., Callable[..., Outputs]] | None = None
+    fidelity: Fidelity = "math-exact"
+    registered: bool = False
+    competes: bool = True
+
+
+class _Plan(NamedTuple):
+    """What runs for a signature."""
+
+    name: str
+    run: Callable[..., Outputs]
+    reason: str = ""
+    stands: bool = True  # False: to be settled again at the next call
+
+
+class Op:
+    """One meaning with several implementations; a callable that takes its arguments by position.
+
+    Args:
+        name: As its file is called.
+        reference: Its specification in PyTorch, for any float dtype; also the implementation ``"torch"``.
+        implementations: By name, those that are better where they serve first; the reference comes last by itself.
+        fake: Takes the arguments; empty outputs of the right shapes, dtypes and strides.
+        costs: Takes the arguments; bytes and FLOPs of a call.
+        parts: Takes the arguments; cuts them so that the reference can work part by part. None: all at once.
+        measures: Takes the arguments; whether measuring the implementations would pay. None: never.
+        key: Takes the arguments; what the fastest implementation depends on: strings, numbers, tuples of them. Needed
+            with ``measures``.
+        default: Takes the arguments; the implementation to run where nothing is measured. None: the first that serves.
+        unshared: Takes the arguments; the same such that the op writes to none of them. None: it never does.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        reference: Callable[..., Outputs],
+        implementations: Mapping[str, Implementation],
+        fake: Callable[..., Outputs],
+        costs: Callable[..., Costs],
+        parts: Callable[..., Iterator[Part]] | None = None,
+        measures: Callable[..., bool] | None = None,
+        key: Callable[..., Mapping[str, Any]] | None = None,
+        default: Callable[..., str] | None = None,
+        unshared: Callable[..., tuple[Any, ...]] | None = None,
+    ) -> None:
+        self.name = name
+        self.reference = reference
+        self.implementations = {**implementations, REFERENCE: Implementation(reference)}
+        self.fake = fake
+        self.costs = costs
+        self.parts = parts
+        self.registered = {
+            way: self._register(way, implementation)
+            for way, implementation in implementations.items()
+            if implementation.registered
+        }
+        self._measures, self._key, self._default, self._unshared = measures, key, default, unshared
+        self._plans: dict[Signature, _Plan] = {}
+        _ops[name] = self
+
+    def __call__(self, *args: Any, impl: str | None = None) -> Any:
+        if torch.compiler.is_compiling():
+            return self._traced(args, impl)
+        listener = _listener.get()
+        if impl is not None or torch.is_grad_enabled():
+            signature, plan = None, self._plan(args, impl)
+        else:
+            signature = _signature(args)
+            plan = self._plans.get(signature) or self._settle(signature, args)
+        if listener is None:
+            return self._run(plan, args, signature)
+        return self._run_heard(plan, args, signature, listener)
+
+    def unserved(self, *args: Any, impl: str) -> str | None:
+        """Why the implementation called ``impl`` cannot run on these arguments as things are, or None."""
+        implementation = self.implementations[impl]
+        allowed = settings.current().allowed
+        if FIDELITIES.index(implementation.fidelity) > FIDELITIES.index(allowed):
+            return f"it is {implementation.fidelity}, and what may run is {allowed} (allow={implementation.fidelity!r})"
+        return implementation.reason(*args)
+
+    def forget(self) -> None:
+        """Settle every signature anew."""
+        self._plans.clear()
+
+    def _register(self, way: str, implementation: Implementation) -> Any:
+        registered = torch.library.custom_op(f"vidaccel::{self.name}_{way}", implementation.run, mutates_args=())
+        registered.register_fake(self.fake)
+        return registered
+
+    def _settle(self, signature: Signature, args: tuple[Any, ...]) -> _Plan:
+        plan = self._plan(args, None)
+        if plan.stands:
+            if bind := self.implementations[plan.name].bind:
+                plan = plan._replace(run=bind(*args))
+            if len(self._plans) >= MOST_PLANS:
+                self._plans.clear()
+            self._plans[signature] = plan
+        return plan
+
+    def _plan(self, args: tuple[Any, ...], impl: str | None) -> _Plan:
+        if impl is not None:
+            if impl not in self.implementations:
+                raise ValueError(f"{self.name}: impl must be one of {', '.join(self.implementations)}, got {impl!r}")
+            if reason := self.unserved(*args, impl=impl):
+                raise ValueError(f"{self.name}: impl={impl!r} cannot run: {reason}")
+            return self._plan_of(impl)
+        wish, reason = self._wish(args)
+        if wish is not None:
+            return self._plan_of(wish)
+        if self._measures is not None and settings.current().tunes and self._measures(*args):
+            settled = choice.settle(self, args, self._default_of(args))
+            if settled is None:  # a graph is being captured, and nothing can be measured
+                return self._plan_of(self._default_of(args), reason, stands=False)
+            return self._plan_of(settled.winner, reason or settled.reason)
+        default = self._default_of(args)
+        return self._plan_of(default, reason or self._why_not_first(args, default))
+
+    def _plan_of(self, name: str, reason: str = "", stands: bool = True) -> _Plan:
+        return _Plan(name, self.implementations[name].run, reason, stands)
+
+    def _wish(self, args: tuple[Any, ...]) -> tuple[str | None, str]:
+        """What ``VIDACCEL_IMPL`` asks for if it can run here; else why it is passed over."""
+        wish = preferred_implementation(self.name, settings.current().preferred)
+        if wish is None or wish not in self.implementations:
+            return None, ""
+        reason = self.unserved(*args, impl=wish)
+        return (None, reason) if reason else (wish, "")
+
+    def _default_of(self, args: tuple[Any, ...]) -> str:
+        if self._default is not None:
+            return self._default(*args)
+        return next(name for name in self.implementations if self.unserved(*args, impl=name) is None)
+
+    def _why_not_first(self, args: tuple[Any, ...], default: str) -> str:
+        """Why the first implementation does not run, where that is worth telling: on a device that it is made for."""
+        first = next(iter(self.implementations))
+        if self._default is not None or first == default or device_reason(args[0]):
+            return ""
+        return self.unserved(*args, impl=first) or ""
+
+    def key(self, *args: Any) -> Mapping[str, Any]:
+        """What the fastest implementation for these arguments depends on."""
+        assert self._key is not None
+        return self._key(*args)
+
+    def _run(self, plan: _Plan, args: tuple[Any, ...], signature: Signature | None) -> Outputs:
+        try:
+            return plan.run(*args)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if plan.name == REFERENCE or signature is None:
+                raise
+            # Whatever a kernel does on a new GPU, or with a new compiler, the clip goes on without it.
+            reason = f"{plan.name}: {first_line(error)}"
+            logger.warning("%s: PyTorch runs from now on for this shape: %s", self.name, reason)
+            self._plans[signature] = self._plan_of(REFERENCE, reason)
+            return self.reference(*args)
+
+    def _run_heard(
+        self, plan: _Plan, args: tuple[Any, ...], signature: Signature | None, listener: Listener
+    ) -> Outputs:
+        if listener.only_references:
+            out = self.reference(*args)
+            listener.hear(Event(self.name, plan.name, plan.reason, self.costs(*args)))
+            return out
+        problem = ""
+        checked = listener.checks and plan.name != REFERENCE
+        if checked and self._unshared:
+            args = self._unshared(*args)
+        out = self._run(plan, args, signature)
+        if signature is not None:  # what ran may have failed, and be another one from now on
+            plan = self._plans.get(signature, plan)
+        if checked and plan.name != REFERENCE:
+            problem = disagreement(self, args, out, self.implementations[plan.name].fidelity) or ""
+            if problem:
+                out = self.reference(*args)
+        listener.hear(Event(self.name, plan.name, plan.reason, self.costs(*args), problem))
+        return out
+
+    def _traced(self, args: tuple[Any, ...], impl: str | None) -> Outputs:
+        """A call that Dynamo traces: nothing is measured, remembered or told."""
+        name = impl or self._wish(args)[0]
+        if name is None and self._measures is not None:
+            name = choice.known(self, args)
+            name = None if name is None or self.unserved(*args, impl=name) else name
+        name = name or self._default_of(args)
+        return self.registered.get(name, self.implementations[name].run)(*args)
+
+
+_ops: dict[str, Op] = {}
+
+
+@functools.cache
+def ops() -> Mapping[str, Op]:
+    """Every op there is, by name."""
+    import importlib
+    import pkgutil
+
+    from vidaccel import kernels
+
+    for kind in ("norm", "attention", "conv", "ffn"):
+        folders = [f"{path}/{kind}" for path in kernels.__path__]
+        for module in pkgutil.iter_modules(folders):
+            if not module.name.endswith("_gluon"):  # imported where it runs: Gluon is not in every Triton
+                importlib.import_module(f"{kernels.__name__}.{kind}.{module.name}")
+    return dict(sorted(_ops.items()))
+
+
+def check_wishes(shortcuts: Sequence[str] = ()) -> None:
+    """Hold ``VIDACCEL_IMPL`` against what there is; ``shortcuts`` are further names that may stand in it.
+
+    Raises:
+        UsageError: it names no op, or no implementation.
+    """
+    known = {name: list(op.implementations) for name, op in ops().items()}
+    every = sorted({"triton", REFERENCE, *(way for ways in known.values() for way in ways)})
+    for entry in filter(None, settings.current().preferred.split(",")):
+        op, equals, way = entry.strip().rpartition("=")
+        if equals and op not in known and op not in shortcuts:
+            raise UsageError(f"VIDACCEL_IMPL: there is no op {op!r}{nearest(op, [*known, *shortcuts])}")
+        ways = known.get(op, every)
+        if way not in ways:
+            raise UsageError(f"VIDACCEL_IMPL: {op or 'no op'} has no implementation {way!r}{nearest(way, ways)}")
+
+
+def _signature(args: tuple[Any, ...]) -> Signature:
+    """Everything that may decide what runs for ``args``."""
+    return (
+        settings.current(),
+        *[x if type(x) in _PLAIN else (type(x), x.shape, x.stride(), x.dtype, x.device) for x in args],
+    )

@@ -1,0 +1,123 @@
+"""What a choice of implementation depends on besides the arguments: PyTorch's flags, ours, and what a patch allows.
+
+Reading all of it takes as long as launching a kernel, so a caller of many ops freezes it (:func:`frozen`) for the time
+of a model's call. Outside of that every op reads it anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+
+from vidaccel.config import preferred_implementations, tuning_enabled
+
+__all__ = ["FIDELITIES", "Fidelity", "Settings", "allowed", "current", "frozen", "tf32_convolutions", "tf32_products"]
+
+Fidelity = Literal["bit-exact", "math-exact", "lossy"]
+FIDELITIES: tuple[Fidelity, ...] = get_args(Fidelity)  # the strictest first
+
+_allowed: ContextVar[Fidelity] = ContextVar("allowed", default="math-exact")
+_frozen: ContextVar[Settings | None] = ContextVar("frozen", default=None)
+
+
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """All of it. Equal settings are one object, so that comparing two, or hashing one, takes no time.
+
+    Attributes:
+        allowed: The loosest fidelity class that may run.
+        preferred: ``VIDACCEL_IMPL``.
+        tunes: Whether implementations may be measured.
+        autocast: The devices on which autocast is on.
+        precision: How float32 is multiplied: by matrix products, by convolutions.
+        reduced: Whether products may add in half precision: float16, bfloat16.
+        cudnn: Enabled, benchmark, deterministic.
+        attention: PyTorch's attention backends that are on: flash, efficient, cuDNN, math.
+    """
+
+    allowed: Fidelity
+    preferred: str
+    tunes: bool
+    autocast: tuple[bool, bool] = (False, False)
+    precision: tuple[str, str] = ("none", "none")
+    reduced: tuple[bool, bool] = (True, True)
+    cudnn: tuple[bool, bool, bool] = (True, False, False)
+    attention: tuple[bool, bool, bool, bool] = (True, True, True, True)
+
+
+_interned: dict[tuple[Any, ...], Settings] = {}
+
+
+def current() -> Settings:
+    """The settings of this call: those frozen around it, or as they are now."""
+    if torch.compiler.is_compiling():  # PyTorch's own flags are Inductor's business
+        return Settings(*_ours())
+    return _frozen.get() or _read()
+
+
+@torch.compiler.assume_constant_result
+def _ours() -> tuple[Fidelity, str, bool]:
+    """What Dynamo, which knows no context variables, is to take for a constant."""
+    return _allowed.get(), preferred_implementations(), tuning_enabled()
+
+
+def _read() -> Settings:
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    values = (
+        _allowed.get(),
+        preferred_implementations(),
+        tuning_enabled(),
+        (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")),
+        (cuda.matmul.fp32_precision, cudnn.conv.fp32_precision),  # type: ignore[attr-defined]
+        (
+            bool(cuda.matmul.allow_fp16_reduced_precision_reduction),
+            bool(cuda.matmul.allow_bf16_reduced_precision_reduction),
+        ),
+        (cudnn.enabled, cudnn.benchmark, cudnn.deterministic or torch.are_deterministic_algorithms_enabled()),
+        (
+            cuda.flash_sdp_enabled(),
+            cuda.mem_efficient_sdp_enabled(),
+            cuda.cudnn_sdp_enabled(),
+            cuda.math_sdp_enabled(),
+        ),
+    )
+    if values not in _interned:
+        _interned[values] = Settings(*values)
+    return _interned[values]
+
+
+@contextmanager
+def frozen() -> Iterator[Settings]:
+    """Inside the ``with`` block, in this thread, the settings are read no more."""
+    settings = current()
+    token = _frozen.set(settings)
+    try:
+        yield settings
+    finally:
+        _frozen.reset(token)
+
+
+@contextmanager
+def allowed(fidelity: Fidelity) -> Iterator[None]:
+    """Inside the ``with`` block, in this thread, implementations of a looser class than ``fidelity`` do not run."""
+    token, unfrozen = _allowed.set(fidelity), _frozen.set(None)
+    try:
+        yield
+    finally:
+        _frozen.reset(unfrozen)
+        _allowed.reset(token)
+
+
+def tf32_products() -> bool:
+    """Whether matrix products cut float32 to 10 bits, as either of PyTorch's two ways to say so has it."""
+    return current().precision[0] == "tf32"
+
+
+def tf32_convolutions() -> bool:
+    """The same of cuDNN's convolutions."""
+    return current().precision[1] == "tf32"
