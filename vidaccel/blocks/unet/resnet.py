@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from vidaccel.blocks.unet.normalization import as_clip, as_frames, compile_group_norm_ahead, group_norm_module
 from vidaccel.kernels.conv.alpha_blend import alpha_blend
 from vidaccel.kernels.conv.conv_epilogue import compile_ahead, conv_epilogue
-from vidaccel.kernels.conv.convolution import convolve
 from vidaccel.kernels.conv.temporal_conv import temporal_conv
 from vidaccel.kernels.dispatch import runs_triton
 from vidaccel.sites.parameters import why_not_bypassed, why_unreadable
@@ -112,20 +111,19 @@ class _ConvolutionBlock(FusedBlock):
     ) -> Tensor:
         """``shortcut(residual) + conv(x)``; ``epilogue`` is what ``conv_epilogue`` takes for a blend.
 
-        The sum may carry its statistics: a norm comes next, but where the image is made smaller or larger first.
         With a ``skip`` connection, both convolutions have to be such that :meth:`_splits_bias`.
         """
         if not self._splits_bias(conv, x):
             return (residual if shortcut is None else shortcut(residual)) + conv(x)
         if shortcut is None and self._vidaccel.enabled("temporal_conv") and _is_temporal(conv):
-            return temporal_conv(x, conv.weight, conv.bias, residual, statistics=True, **epilogue)
+            return temporal_conv(x, conv.weight, conv.bias, residual, **epilogue)
         if shortcut is not None and self._splits_bias(shortcut, residual):
             epilogue["residual_bias"] = shortcut.bias
             residual = _without_bias(shortcut, residual) if skip is None else _project(shortcut, residual, skip)
         elif shortcut is not None:
             residual = shortcut(residual)
         x = _without_bias(conv, x)
-        return conv_epilogue(x, conv.bias, residual, inplace=True, statistics=True, **epilogue)
+        return conv_epilogue(x, conv.bias, residual, inplace=True, **epilogue)
 
     def _splits_bias(self, conv: Convolution, x: Tensor) -> bool:
         """Whether to run ``conv`` without its bias: only where a kernel then adds it on its way."""
@@ -148,7 +146,8 @@ def _is_pointwise(conv: Convolution) -> bool:
 def _without_bias(conv: Convolution, x: Tensor) -> Tensor:
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return conv._conv_forward(x, conv.weight, None)
-    return convolve(x, conv.weight, conv.stride, conv.padding, conv.dilation, conv.groups)
+    convolution = F.conv2d if x.ndim == 4 else F.conv3d
+    return convolution(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def _project(pointwise: nn.Conv2d, x: Tensor, skip: Tensor) -> Tensor:
