@@ -56,7 +56,7 @@ REFERENCE = "torch"  # the name of the implementation that is the reference itse
 MOST_PLANS = 4096  # that an op keeps: more than the shapes of several models
 # Fixed when Triton is imported, and not a thing that Dynamo can trace.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-_PLAIN = frozenset([int, float, bool, str, type(None), torch.dtype])
+_PLAIN = frozenset([int, float, bool, str, tuple, type(None), torch.dtype])  # tuples of these, that is
 
 Outputs = Any  # a Tensor, or a tuple or list of them
 Signature = tuple[Any, ...]
@@ -150,12 +150,17 @@ def _serves_all(*args: Any) -> None:
     return None
 
 
+def _always(*args: Any) -> bool:
+    return True
+
+
 class Implementation(NamedTuple):
     """One way to compute an op.
 
     Attributes:
         run: Takes the op's arguments, by position.
         reason: Takes the same; why this implementation does not serve them, or None.
+        pays: Takes the same; whether it is better than those behind it at all. No is no reason worth telling.
         bind: Takes the same; returns what takes them in later calls of the same signature, everything prepared that
             follows from that. None: ``run`` itself.
         fidelity: Its class.
@@ -165,6 +170,7 @@ class Implementation(NamedTuple):
 
     run: Callable[..., Outputs]
     reason: Callable[..., str | None] = _serves_all
+    pays: Callable[..., bool] = _always
     bind: Callable[..., Callable[..., Outputs]] | None = None
     fidelity: Fidelity = "math-exact"
     registered: bool = False
@@ -194,7 +200,7 @@ class Op:
         key: Takes the arguments; what the fastest implementation depends on: strings, numbers, tuples of them. Needed
             with ``measures``.
         default: Takes the arguments; the implementation to run where nothing is measured. None: the first that serves.
-        unshared: Takes the arguments; the same such that the op writes to none of them. None: it never does.
+        overwrites: Position of the argument whose memory the result may take, if there is one.
     """
 
     def __init__(
@@ -209,7 +215,7 @@ class Op:
         measures: Callable[..., bool] | None = None,
         key: Callable[..., Mapping[str, Any]] | None = None,
         default: Callable[..., str] | None = None,
-        unshared: Callable[..., tuple[Any, ...]] | None = None,
+        overwrites: int | None = None,
     ) -> None:
         self.name = name
         self.reference = reference
@@ -222,7 +228,7 @@ class Op:
             for way, implementation in implementations.items()
             if implementation.registered
         }
-        self._measures, self._key, self._default, self._unshared = measures, key, default, unshared
+        self._measures, self._key, self._default, self._overwrites = measures, key, default, overwrites
         self._plans: dict[Signature, _Plan] = {}
         _ops[name] = self
 
@@ -298,12 +304,13 @@ class Op:
     def _default_of(self, args: tuple[Any, ...]) -> str:
         if self._default is not None:
             return self._default(*args)
-        return next(name for name in self.implementations if self.unserved(*args, impl=name) is None)
+        ways = self.implementations.items()
+        return next(name for name, way in ways if way.pays(*args) and self.unserved(*args, impl=name) is None)
 
     def _why_not_first(self, args: tuple[Any, ...], default: str) -> str:
         """Why the first implementation does not run, where that is worth telling: on a device that it is made for."""
-        first = next(iter(self.implementations))
-        if self._default is not None or first == default or device_reason(args[0]):
+        first, way = next(iter(self.implementations.items()))
+        if self._default is not None or first == default or device_reason(args[0]) or not way.pays(*args):
             return ""
         return self.unserved(*args, impl=first) or ""
 
@@ -335,9 +342,7 @@ class Op:
             return out
         problem = ""
         checked = listener.checks and plan.name != REFERENCE
-        if checked and self._unshared:
-            args = self._unshared(*args)
-        out = self._run(plan, args, signature)
+        out = self._run(plan, self._with_copy(args) if checked else args, signature)
         if signature is not None:  # what ran may have failed, and be another one from now on
             plan = self._plans.get(signature, plan)
         if checked and plan.name != REFERENCE:
@@ -346,6 +351,13 @@ class Op:
                 out = self.reference(*args)
         listener.hear(Event(self.name, plan.name, plan.reason, self.costs(*args), problem))
         return out
+
+    def _with_copy(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments such that the reference will find all of them as they are after the op has run."""
+        if self._overwrites is None:
+            return args
+        before, overwritten, after = args[: self._overwrites], args[self._overwrites], args[self._overwrites + 1 :]
+        return (*before, overwritten.clone(), *after)
 
     def _problem(self, plan: _Plan, args: tuple[Any, ...], out: Outputs) -> str:
         try:

@@ -19,6 +19,7 @@ from diffusers.models.unets.unet_motion_model import UNetMotionModel
 
 from vidaccel.blocks.unet.activations import FusedGEGLU
 from vidaccel.blocks.unet.attention import FusedTextTransformerBlock
+from vidaccel.blocks.unet.attention_processor import Processor
 from vidaccel.blocks.unet.convolution import FusedFewChannelConv2d
 from vidaccel.blocks.unet.normalization import FusedGroupNorm
 from vidaccel.blocks.unet.resnet import FusedResnetBlock2D
@@ -31,7 +32,7 @@ from vidaccel.blocks.unet.unet_motion_model import (
 )
 from vidaccel.blocks.unet.upsampling import FusedUpsample2D
 from vidaccel.pipelines.autoencoder_kl import TINY_VAE, VAE
-from vidaccel.sites.rules import ChannelsLastWeights, Family, NormOut, Processor, Swap
+from vidaccel.sites.rules import ChannelsLastWeights, Family, Swap
 
 __all__ = ["FAMILY", "SYNTHETIC"]
 
@@ -43,7 +44,7 @@ _BLOCK_RULES = (
     Swap(FusedResnetBlock2D),
     Swap(FusedUpsample2D),
     Swap(FusedFewChannelConv2d, names=("conv_in",)),
-    Swap(FusedGroupNorm, names=("norm",)),
+    Swap(FusedGroupNorm, names=("norm", "conv_norm_out")),
     Processor(),
 )
 _CONTROLNET_RULES = (ChannelsLastWeights(ControlNetModel), *_BLOCK_RULES)
@@ -64,7 +65,6 @@ FAMILY = Family(
         "UNetMotionModel": (
             TextSource(UNetMotionModel),
             ChannelsLastWeights(UNetMotionModel),
-            NormOut(UNetMotionModel),
             Swap(FusedUpBlockMotion),
             Swap(FusedCrossAttnUpBlockMotion),
             *_BLOCK_RULES,

@@ -7,14 +7,14 @@ decoder are made of the same ResNet blocks; only the decoder, which sees every f
 from __future__ import annotations
 
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.autoencoders.vae import Decoder, Encoder
 
+from vidaccel.blocks.unet.attention_processor import Processor
 from vidaccel.blocks.unet.convolution import FusedFewChannelConv2d
 from vidaccel.blocks.unet.normalization import FusedGroupNorm
 from vidaccel.blocks.unet.resnet import FusedResnetBlock2D
 from vidaccel.blocks.unet.upsampling import FusedUpsample2D
 from vidaccel.blocks.vae.vae import FusedDecoder
-from vidaccel.sites.rules import ChannelsLastWeights, Family, NormOut, Processor, Swap
+from vidaccel.sites.rules import ChannelsLastWeights, Family, Swap
 
 __all__ = ["FAMILY", "TINY_VAE", "VAE"]
 
@@ -24,13 +24,11 @@ FAMILY = Family(
     rules={
         "AutoencoderKL": (
             ChannelsLastWeights(AutoencoderKL),
-            NormOut(Decoder),
-            NormOut(Encoder),
             Swap(FusedDecoder),
             Swap(FusedResnetBlock2D),
             Swap(FusedUpsample2D),
             Swap(FusedFewChannelConv2d, names=("conv_in",)),
-            Swap(FusedGroupNorm, names=("group_norm",)),
+            Swap(FusedGroupNorm, names=("group_norm", "conv_norm_out")),
             Processor(),
         ),
     },

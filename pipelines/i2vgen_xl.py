@@ -12,7 +12,7 @@ from vidaccel.blocks.unet.text_context import TextSource
 from vidaccel.pipelines.autoencoder_kl import TINY_VAE, VAE
 from vidaccel.pipelines.stable_video_diffusion import IMAGE_ENCODER
 from vidaccel.pipelines.text_to_video_synthesis import BLOCK_RULES, TINY_UNET, UNET
-from vidaccel.sites.rules import ChannelsLastWeights, Family, NormOut
+from vidaccel.sites.rules import ChannelsLastWeights, Family
 
 __all__ = ["FAMILY", "SYNTHETIC"]
 
@@ -23,7 +23,6 @@ FAMILY = Family(
         "I2VGenXLUNet": (
             TextSource(I2VGenXLUNet, repeats_text=True),
             ChannelsLastWeights(I2VGenXLUNet),
-            NormOut(I2VGenXLUNet),
             *BLOCK_RULES,
         )
     },

@@ -16,13 +16,12 @@ from typing import Any
 
 from diffusers.models.autoencoders.autoencoder_kl_temporal_decoder import (
     AutoencoderKLTemporalDecoder,
-    TemporalDecoder,
 )
-from diffusers.models.autoencoders.vae import Encoder
 from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemporalConditionModel
 
 from vidaccel.blocks.unet.activations import FusedGEGLU
 from vidaccel.blocks.unet.attention import FusedBasicTransformerBlock, FusedTemporalBasicTransformerBlock
+from vidaccel.blocks.unet.attention_processor import Processor
 from vidaccel.blocks.unet.convolution import FusedFewChannelConv2d
 from vidaccel.blocks.unet.normalization import FusedGroupNorm
 from vidaccel.blocks.unet.resnet import (
@@ -35,7 +34,7 @@ from vidaccel.blocks.unet.transformer_temporal import FusedTransformerSpatioTemp
 from vidaccel.blocks.unet.unet_3d_blocks import FusedCrossAttnUpBlockSpatioTemporal, FusedUpBlockSpatioTemporal
 from vidaccel.blocks.unet.upsampling import FusedUpsample2D
 from vidaccel.blocks.vae.vae import FusedTemporalDecoder
-from vidaccel.sites.rules import ChannelsLastWeights, Family, NormOut, Processor, Swap
+from vidaccel.sites.rules import ChannelsLastWeights, Family, Swap
 
 __all__ = ["FAMILY", "IMAGE_ENCODER", "SYNTHETIC"]
 
@@ -45,7 +44,7 @@ _RESNET_RULES = (
     Swap(FusedTemporalResnetBlock),
     Swap(FusedAlphaBlender),
     Swap(FusedUpsample2D),
-    Swap(FusedGroupNorm, names=("norm", "group_norm")),
+    Swap(FusedGroupNorm, names=("norm", "group_norm", "conv_norm_out")),
     Processor(),
 )
 
@@ -55,7 +54,6 @@ FAMILY = Family(
     rules={
         "UNetSpatioTemporalConditionModel": (
             ChannelsLastWeights(UNetSpatioTemporalConditionModel),
-            NormOut(UNetSpatioTemporalConditionModel),
             Swap(FusedUpBlockSpatioTemporal),
             Swap(FusedCrossAttnUpBlockSpatioTemporal),
             Swap(FusedTransformerSpatioTemporalModel),
@@ -66,8 +64,6 @@ FAMILY = Family(
         ),
         "AutoencoderKLTemporalDecoder": (
             ChannelsLastWeights(AutoencoderKLTemporalDecoder),
-            NormOut(TemporalDecoder),
-            NormOut(Encoder),
             Swap(FusedTemporalDecoder),
             Swap(FusedFewChannelConv2d, names=("conv_in",)),
             *_RESNET_RULES,

@@ -17,6 +17,7 @@ from diffusers.models.unets.unet_3d_condition import UNet3DConditionModel
 
 from vidaccel.blocks.unet.activations import FusedGEGLU
 from vidaccel.blocks.unet.attention import FusedTextTransformerBlock
+from vidaccel.blocks.unet.attention_processor import Processor
 from vidaccel.blocks.unet.convolution import FusedFewChannelConv2d
 from vidaccel.blocks.unet.normalization import FusedGroupNorm
 from vidaccel.blocks.unet.resnet import FusedResnetBlock2D, FusedTemporalConvLayer
@@ -26,7 +27,7 @@ from vidaccel.blocks.unet.transformer_temporal import FusedTransformerTemporalMo
 from vidaccel.blocks.unet.unet_3d_blocks import FusedCrossAttnUpBlock3D, FusedUpBlock3D
 from vidaccel.blocks.unet.upsampling import FusedUpsample2D
 from vidaccel.pipelines.autoencoder_kl import TINY_VAE, VAE
-from vidaccel.sites.rules import ChannelsLastWeights, Family, NormOut, Processor, Swap
+from vidaccel.sites.rules import ChannelsLastWeights, Family, Swap
 
 __all__ = ["BLOCK_RULES", "FAMILY", "SYNTHETIC", "TINY_UNET", "UNET"]
 
@@ -41,7 +42,7 @@ BLOCK_RULES = (
     Swap(FusedUpsample2D),
     Swap(FusedFewChannelConv2d, names=("conv_in",)),
     Swap(FusedGEGLU),
-    Swap(FusedGroupNorm, names=("norm",)),
+    Swap(FusedGroupNorm, names=("norm", "conv_norm_out")),
     Processor(),
 )
 
@@ -52,7 +53,6 @@ FAMILY = Family(
         "UNet3DConditionModel": (
             TextSource(UNet3DConditionModel, repeats_text=True),
             ChannelsLastWeights(UNet3DConditionModel),
-            NormOut(UNet3DConditionModel),
             *BLOCK_RULES,
         ),
     },

@@ -94,6 +94,11 @@ class Host:
     def fused_forward(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
 
+    @classmethod
+    def left_alone_reason(cls, module: Any) -> str | None:
+        """Why a module cannot be fused at all as it is configured, or None; also asked later: it may have changed."""
+        return None
+
     def call_reason(self, *args: Any, **kwargs: Any) -> str | None:
         """Why this very call goes to the original forward, or None. No tensor data; Dynamo can trace it."""
         return None
@@ -120,11 +125,6 @@ class FusedBlock(Host, nn.Module):
     def stands_for(cls, module: Any) -> bool:
         """Whether ``module`` is of the kind that this block is about, where diffusers has one class for several."""
         return True
-
-    @classmethod
-    def left_alone_reason(cls, module: Any) -> str | None:
-        """Why a module of the original class cannot be fused at all (an unusual configuration), or None."""
-        return None
 
     @classmethod
     def original_forward(cls, host: Any, *args: Any, **kwargs: Any) -> Any:
@@ -154,7 +154,8 @@ class FusedBlock(Host, nn.Module):
 @once_per_call
 def _may_be_bypassed(block: FusedBlock) -> bool:
     sites = getattr(block, SITES, None)
-    return sites is not None and sites.any_runs and plain_reason(block, block.original) is None
+    unfused = sites is None or not sites.any_runs or block.left_alone_reason(block)
+    return not unfused and plain_reason(block, block.original) is None
 
 
 def _new(kind: type[nn.Module]) -> nn.Module:
@@ -182,8 +183,7 @@ def call_site(kind: type[Host], host: Any, *args: Any, **kwargs: Any) -> Any:
     if sites is None:
         return kind.original_forward(host, *args, **kwargs)
     if torch.compiler.is_compiling():
-        reason = None if sites.any_runs else "off"
-        reason = reason or _gradients_reason(host, args) or host.call_reason(*args, **kwargs)
+        reason = _reason(host, sites, args, kwargs)
         return kind.original_forward(host, *args, **kwargs) if reason else host.fused_forward(*args, **kwargs)
     memo = held()
     if memo is None:
@@ -209,7 +209,7 @@ def call_site(kind: type[Host], host: Any, *args: Any, **kwargs: Any) -> Any:
 def _one_way(
     way: str, kind: type[Host], host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    if way == "original" or not sites.any_runs or host.call_reason(*args, **kwargs):
+    if way == "original" or _reason(host, sites, args, kwargs):
         return kind.original_forward(host, *args, **kwargs)
     return host.fused_forward(*args, **kwargs)
 
@@ -226,11 +226,17 @@ def run_part(host: Host, part: Callable[..., Result], *args: Any, **kwargs: Any)
 
 
 def _plan(host: Host, sites: SiteGroup, kind_of_call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Plan:
-    reason = "" if sites.any_runs else "it is off, or failed"
-    reason = reason or _gradients_reason(host, args) or host.call_reason(*args, **kwargs) or ""
+    reason = _reason(host, sites, args, kwargs) or ""
     path = (kind_of_call, settings.current(), fingerprint(host.module_of(args)))
     seen = sites.seen.setdefault(path, _Seen(sites.paths, sites.checks))
     return _Plan(reason, seen)
+
+
+def _reason(host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Why this call goes to the original forward, or None."""
+    if not sites.any_runs:
+        return "it is off, or failed"
+    return _gradients_reason(host, args) or host.left_alone_reason(host) or host.call_reason(*args, **kwargs)
 
 
 def _gradients_reason(host: Host, args: tuple[Any, ...]) -> str | None:
@@ -285,7 +291,7 @@ def _corner_problem(
     if corner is None:
         return None
     args, kwargs = corner
-    if host.call_reason(*args, **kwargs):
+    if _reason(host, sites, args, kwargs):
         return None
     original, fused = Memo(), Memo()
     original.only, fused.only = "original", "fused"

@@ -46,7 +46,7 @@ class Patch:
 
 def patches_of(module: nn.Module) -> list[Patch]:
     """The patches on this very module (not its children), in the order they were applied."""
-    return _patches.setdefault(module, [])
+    return _patches.get(module, [])
 
 
 class Rule:
@@ -79,7 +79,7 @@ class Rule:
         patch = Patch(self, sites, self.apply(module, sites, checks))
         for site in sites:
             site.put_in_place(partial(self.in_place, module, patch.memo))
-        patches_of(module).append(patch)
+        _patches.setdefault(module, []).append(patch)
         plans_changed()
         return patch
 
