@@ -103,9 +103,8 @@ class FusedTransformer2DModel(FusedBlock, Transformer2DModel):  # type: ignore[m
         """``proj_in`` or ``proj_out`` of ``[N, HW, C]``, a Linear or a 1x1 convolution."""
         if self.use_linear_projection:
             return projection(rows)
-        if (
-            readable_reason(projection, nn.Conv2d, rows) or geometry_of(projection)[1:] != _POINTWISE
-        ):  # LoRA, quantised, offloaded
+        # LoRA, quantised, offloaded
+        if readable_reason(projection, nn.Conv2d, rows) or geometry_of(projection)[1:] != _POINTWISE:
             return _rows(projection(_image(rows, height)))
         return F.linear(rows, projection.weight.flatten(1), projection.bias)
 
