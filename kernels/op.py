@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -188,6 +188,8 @@ class Op:
         key: Takes the arguments; what the fastest implementation depends on: strings, numbers, tuples of them. Needed
             with ``measures``.
         default: Takes the arguments; the implementation to run where nothing is measured. None: the first that serves.
+        beaten: Takes the names of those that compete and serve, then the arguments; those that another of them always
+            beats, which are not measured. None: nobody knows.
         unshared: Takes the arguments; the same such that the op writes to none of them. None: it never does.
     """
 
@@ -203,6 +205,7 @@ class Op:
         measures: Callable[..., bool] | None = None,
         key: Callable[..., Mapping[str, Any]] | None = None,
         default: Callable[..., str] | None = None,
+        beaten: Callable[..., Set[str]] | None = None,
         unshared: Callable[..., tuple[Any, ...]] | None = None,
     ) -> None:
         self.name = name
@@ -216,7 +219,8 @@ class Op:
             for way, implementation in implementations.items()
             if implementation.registered
         }
-        self._measures, self._key, self._default, self._unshared = measures, key, default, unshared
+        self._measures, self._key, self._default, self._beaten = measures, key, default, beaten
+        self._unshared = unshared
         self._plans: dict[Signature, _Plan] = {}
         _ops[name] = self
 
@@ -240,6 +244,16 @@ class Op:
         if FIDELITIES.index(implementation.fidelity) > FIDELITIES.index(allowed):
             return f"it is {implementation.fidelity}, and what may run is {allowed} (allow={implementation.fidelity!r})"
         return implementation.reason(*args)
+
+    def competitors(self, *args: Any) -> list[str]:
+        """The implementations that would be measured for these arguments, the likely winner first."""
+        serving = [
+            name
+            for name, way in self.implementations.items()
+            if way.competes and self.unserved(*args, impl=name) is None
+        ]
+        beaten = self._beaten(set(serving), *args) if self._beaten else ()
+        return [name for name in serving if name not in beaten]
 
     def forget(self) -> None:
         """Settle every signature anew."""
