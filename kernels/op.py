@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -201,6 +201,8 @@ class Op:
             with ``measures``.
         default: Takes the arguments; the implementation to run where nothing is measured. None: the first that serves.
         overwrites: Position of the argument whose memory the result may take, if there is one.
+        beaten: Takes the names of those that compete and serve, then the arguments; those that another of them always
+            beats, which are not measured. None: nobody knows.
     """
 
     def __init__(
@@ -216,6 +218,7 @@ class Op:
         key: Callable[..., Mapping[str, Any]] | None = None,
         default: Callable[..., str] | None = None,
         overwrites: int | None = None,
+        beaten: Callable[..., Set[str]] | None = None,
     ) -> None:
         self.name = name
         self.reference = reference
@@ -228,7 +231,8 @@ class Op:
             for way, implementation in implementations.items()
             if implementation.registered
         }
-        self._measures, self._key, self._default, self._overwrites = measures, key, default, overwrites
+        self._measures, self._key, self._default, self._beaten = measures, key, default, beaten
+        self._overwrites = overwrites
         self._plans: dict[Signature, _Plan] = {}
         _ops[name] = self
 
@@ -252,6 +256,16 @@ class Op:
         if FIDELITIES.index(implementation.fidelity) > FIDELITIES.index(allowed):
             return f"it is {implementation.fidelity}, and what may run is {allowed} (allow={implementation.fidelity!r})"
         return implementation.reason(*args)
+
+    def competitors(self, *args: Any) -> list[str]:
+        """The implementations that would be measured for these arguments, the likely winner first."""
+        serving = [
+            name
+            for name, way in self.implementations.items()
+            if way.competes and self.unserved(*args, impl=name) is None
+        ]
+        beaten = self._beaten(set(serving), *args) if self._beaten else ()
+        return [name for name in serving if name not in beaten]
 
     def forget(self) -> None:
         """Settle every signature anew."""

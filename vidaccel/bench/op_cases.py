@@ -150,20 +150,9 @@ def _sequence_flops(case: Case) -> float:
     return 4.0 * batch * tokens**2 * channels
 
 
-def _reference_in_parts(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
-    """The specification on parts whose scores fit the memory in float64."""
-    out = torch.empty_like(q)
-    for sample in range(q.shape[0]):
-        part = slice(sample, sample + 1)
-        for rows in range(0, q.shape[1], 1024):
-            cut = part, slice(rows, rows + 1024)
-            out[cut] = sa.spatial_attention_ref(q[cut], k[part], v[part], num_heads)
-    return out
-
-
 def _implementation(name: str) -> Provider:
     def problem(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> str | None:
-        return sa.IMPLEMENTATIONS[name].problem(q, k, v, num_heads, 1.0)
+        return sa.SPATIAL_ATTENTION.unserved(q, k, v, num_heads, 1.0, impl=name)
 
     return Provider(partial(sa.spatial_attention, impl=name), problem=problem)
 
@@ -177,7 +166,7 @@ _SPATIAL_ATTENTION = Op(
         _sequence_case("svd vae", 14, 1, 9216, 512),
     ),
     tiny=_sequence_case("tiny", 2, 2, 16, 32),
-    reference=_reference_in_parts,
+    reference=sa.spatial_attention_ref,
     providers={
         "eager": Provider(sa.spatial_attention_ref),
         **{name: _implementation(name) for name in ("cudnn", "flash", "fa3", "triton", "gluon", "gemm")},
