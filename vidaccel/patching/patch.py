@@ -6,24 +6,21 @@ each rule does to each module it matches; the report holds every site and the wa
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from functools import cache
 from typing import Any, Literal
 
 from torch import nn
 
-from vidaccel import pipelines
 from vidaccel.config import self_check_enabled
 from vidaccel.errors import UsageError
 from vidaccel.patching.cuda_graph import graph_calls, graphed_call, is_denoiser, why_not_graphed
+from vidaccel.patching.families import reason_unserved, rules_for, unwrapped
 from vidaccel.patching.report import PatchReport, path_pattern
-from vidaccel.sites.rules import Family, Patch, Rule, patches_of
+from vidaccel.sites.rules import Patch, Rule, patches_of
 from vidaccel.sites.site import FusedBlock, Site, State
 
-__all__ = ["families", "patch_module", "patch_pipeline"]
+__all__ = ["patch_module", "patch_pipeline"]
 
 
 def patch_pipeline(
@@ -60,10 +57,11 @@ def patch_pipeline(
     """
     components = getattr(pipe, "components", None)
     if not isinstance(components, dict):
-        raise UsageError(f"patch_pipeline takes a diffusers pipeline, got {type(pipe).__name__}; {_supported()}")
-    models = {name: part for name, part in components.items() if isinstance(part, nn.Module) and _rules_for(part)}
+        raise UsageError(reason_unserved(pipe))
+    parts = {name: unwrapped(part) for name, part in components.items() if isinstance(part, nn.Module)}
+    models = {name: part for name, part in parts.items() if rules_for(part)}
     if not models:
-        raise UsageError(f"{type(pipe).__name__} has no part that vidaccel can patch; {_supported()}")
+        raise UsageError(reason_unserved(pipe))
     return _patch(models, only, skip, strict, self_check, cuda_graph)
 
 
@@ -77,25 +75,9 @@ def patch_module(
     cuda_graph: bool | Literal["auto"] = False,
 ) -> PatchReport:
     """:func:`patch_pipeline` for those who hold only a denoiser or a VAE; paths are relative to ``model``."""
-    if not isinstance(model, nn.Module) or not _rules_for(model):
-        raise UsageError(f"{type(model).__name__} is not a model that vidaccel can patch; {_supported()}")
-    return _patch({"": model}, only, skip, strict, self_check, cuda_graph)
-
-
-@cache
-def families() -> tuple[Family, ...]:
-    """Every family that has an adapter: one for each file in ``pipelines/``."""
-    names = sorted(module.name for module in pkgutil.iter_modules(pipelines.__path__, f"{pipelines.__name__}."))
-    return tuple(importlib.import_module(name).FAMILY for name in names)
-
-
-def _rules_for(model: nn.Module) -> tuple[Rule, ...]:
-    return next((f.rules[type(model).__name__] for f in families() if type(model).__name__ in f.rules), ())
-
-
-def _supported() -> str:
-    names = sorted(pipeline for family in families() for pipeline in family.pipelines)
-    return f"supported pipelines: {', '.join(names)}"
+    if not isinstance(model, nn.Module) or not rules_for(model):
+        raise UsageError(reason_unserved(model))
+    return _patch({"": unwrapped(model)}, only, skip, strict, self_check, cuda_graph)
 
 
 def _patch(
@@ -134,7 +116,7 @@ def _patch(
 
 def _plan(name: str, model: nn.Module) -> Iterator[tuple[nn.Module, Patch, list[Site]]]:
     """Every place a rule of the model's family matches, or was applied before, with the sites it is or would be."""
-    rules = _rules_for(model)
+    rules = rules_for(model)
     for relative_path, module in list(model.named_modules()):
         path = ".".join(filter(None, (name, relative_path)))
         applied = module.__dict__.get("_vidaccel_patches", [])

@@ -21,7 +21,7 @@ from vidaccel.blocks.unet.projections import QKV_PROJECTION
 from vidaccel.sites.parameters import has_hook
 from vidaccel.sites.site import BlockState, Fidelity, FusedBlock, Site
 
-__all__ = ["ChannelsLastWeights", "Family", "NormOut", "Patch", "Processor", "Rule", "Swap", "patches_of"]
+__all__ = ["ChannelsLastWeights", "NormOut", "Patch", "Processor", "Rule", "Swap", "patches_of"]
 
 HOOKED = "a hook replaced its forward (offload, casting or cache): patch before turning that on"
 
@@ -195,12 +195,3 @@ def _plain_convolutions(model: nn.Module) -> Iterator[nn.Conv2d | nn.Conv3d]:
             weight = module.weight
             if type(weight) is nn.Parameter and weight.is_floating_point() and not weight.is_meta:
                 yield module
-
-
-@dataclass(frozen=True)
-class Family:
-    """A diffusers family: its pipelines by class name, and the rules for each of its models by class name."""
-
-    name: str
-    pipelines: tuple[str, ...]
-    rules: dict[str, tuple[Rule, ...]]
