@@ -14,38 +14,18 @@ from vidaccel.blocks.unet.normalization import FusedGroupNorm
 from vidaccel.blocks.unet.resnet import FusedResnetBlock2D
 from vidaccel.blocks.unet.upsampling import FusedUpsample2D
 from vidaccel.blocks.vae.vae import FusedDecoder
-from vidaccel.sites.rules import ChannelsLastWeights, Family, Swap
+from vidaccel.sites.rules import ChannelsLastWeights, Swap
 
-__all__ = ["FAMILY", "TINY_VAE", "VAE"]
+__all__ = ["RULES"]
 
-FAMILY = Family(
-    name="autoencoder_kl",
-    pipelines=(),
-    rules={
-        "AutoencoderKL": (
-            ChannelsLastWeights(AutoencoderKL),
-            Swap(FusedDecoder),
-            Swap(FusedResnetBlock2D),
-            Swap(FusedUpsample2D),
-            Swap(FusedFewChannelConv2d, names=("conv_in",)),
-            Swap(FusedGroupNorm, names=("group_norm", "conv_norm_out")),
-            Processor(),
-        ),
-    },
-)
-
-# Stable Diffusion 1.5's, which the text-to-video checkpoints come with, too.
-VAE = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "sample_size": 512,
-    "scaling_factor": 0.18215,
-}
-TINY_VAE = {
-    "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2,
-    "block_out_channels": (32, 64),
+RULES = {
+    "AutoencoderKL": (
+        ChannelsLastWeights(AutoencoderKL),
+        Swap(FusedDecoder),
+        Swap(FusedResnetBlock2D),
+        Swap(FusedUpsample2D),
+        Swap(FusedFewChannelConv2d, names=("conv_in",)),
+        Swap(FusedGroupNorm, names=("group_norm", "conv_norm_out")),
+        Processor(),
+    ),
 }

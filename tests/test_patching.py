@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import logging
+import pkgutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,10 +19,10 @@ from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from tiny_models import tiny_svd_pipeline
 
+import vidaccel.pipelines
 from vidaccel import patch_module, patch_pipeline
 from vidaccel.blocks.unet import normalization
 from vidaccel.errors import UsageError
-from vidaccel.patching.patch import families
 
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
 
@@ -285,8 +287,9 @@ def test_block_signatures_are_the_originals() -> None:
     """Cache hooks look parameters up by name, gradient checkpointing passes them by position."""
     import inspect
 
-    for family in families():
-        for rule in {rule for rules in family.rules.values() for rule in rules}:
+    folder = pkgutil.iter_modules(vidaccel.pipelines.__path__)
+    for adapter in [importlib.import_module(f"vidaccel.pipelines.{adapter.name}") for adapter in folder]:
+        for rule in {rule for rules in adapter.RULES.values() for rule in rules}:
             if fused := getattr(rule, "fused", None):
                 ours, theirs = (inspect.signature(cls.forward).parameters for cls in (fused, fused.original))
                 assert list(ours) == list(theirs), fused

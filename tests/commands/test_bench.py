@@ -24,7 +24,7 @@ from vidaccel.bench.op_cases import OPS
 from vidaccel.bench.ops import one_stage_kernels
 from vidaccel.bench.record import add_ratios, json_text, table
 from vidaccel.bench.settings import Settings
-from vidaccel.bench.synthetic import build_pipeline, families, pipeline_inputs, specification
+from vidaccel.bench.synthetic import build_pipeline, configurations, pipeline_inputs, specification
 from vidaccel.bench.timing import time_calls, time_queued
 from vidaccel.bench.variants import applied, cudnn_benchmark, measured_modules
 from vidaccel.cli import main
@@ -317,9 +317,9 @@ def test_a_variant_is_undone(variant: str, plain_pytorch: None) -> None:
     assert (generate(pipe, arguments, seed=0).frames == before).all()
 
 
-@pytest.mark.parametrize("family", sorted(families().keys() - {"svd-xt", "zeroscope"}))  # others at another size
-def test_synthetic_tiny_pipelines_run(family: str) -> None:
-    specified = specification(family, "tiny")
+@pytest.mark.parametrize("name", sorted({*configurations()} - {"svd-xt", "zeroscope"}))  # others at another size
+def test_synthetic_tiny_pipelines_run(name: str) -> None:
+    specified = specification(name, "tiny")
     pipe = build_pipeline(specified, CPU, torch.bfloat16)
     models = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     parameters = [parameter for model in models for parameter in model.parameters()]

@@ -19,6 +19,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from vidaccel.clips.clip_request import ClipRequest, option_called, pipeline_names
 from vidaccel.errors import UsageError, first_line
+from vidaccel.patching.families import served_models, unserved_pipeline
 
 __all__ = ["VideoModel", "device_of", "dtype_of", "find_model", "load_pipeline", "parameters_of_call"]
 
@@ -52,14 +53,9 @@ class VideoModel:
         Raises:
             UsageError: no part belongs to a family that vidaccel has an adapter for.
         """
-        from vidaccel.patching.patch import families  # imports triton, which unpatched runs can do without
-
-        patchable = {part for family in families() for part in family.rules}
-        if patchable.isdisjoint(self.components.values()):
-            supported = ", ".join(sorted(name for family in families() for name in family.pipelines))
-            raise UsageError(
-                f"{self.pipeline_class.__name__} has no part that vidaccel can patch; supported pipelines: {supported}"
-            )
+        models = self.components.values()
+        if set(served_models()).isdisjoint(models):
+            raise UsageError(unserved_pipeline(self.pipeline_class.__name__, models))
 
 
 def find_model(source: str | None = None) -> VideoModel:

@@ -13,7 +13,7 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     subject = parser.add_mutually_exclusive_group()
-    subject.add_argument("--synthetic", metavar="FAMILY", help="a pipeline with random weights instead of --model")
+    subject.add_argument("--synthetic", metavar="NAME", help="a pipeline with random weights instead of --model")
     subject.add_argument("--op", metavar="NAME", help="one op at the models' shapes instead of a pipeline; or all")
     add_clip_arguments(parser)
     parser.add_argument(

@@ -15,11 +15,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from vidaccel.bench.record import environment
     from vidaccel.clips.video_model import device_of
-    from vidaccel.patching.patch import families
+    from vidaccel.patching.families import served_pipelines
 
     facts = environment(device_of(args.device))
     facts |= {name: value for name, value in sorted(os.environ.items()) if name.startswith("VIDACCEL_")}
-    facts["pipelines"] = ", ".join(sorted(name for family in families() for name in family.pipelines))
+    facts["pipelines"] = ", ".join(served_pipelines())
     width = max(map(len, facts))
     for name, value in facts.items():
         print(f"{name:{width}}  {value if value is not None else '-'}")

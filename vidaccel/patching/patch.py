@@ -18,7 +18,7 @@ from vidaccel.kernels.op import check_wishes
 from vidaccel.kernels.settings import FIDELITIES, Fidelity
 from vidaccel.patching.cuda_capture import CudaCapture
 from vidaccel.patching.cuda_graph import Graphs, GraphSite, is_denoiser
-from vidaccel.patching.families import rules_for, unserved_reason, unwrapped
+from vidaccel.patching.families import reason_unserved, rules_for, unwrapped
 from vidaccel.patching.model_call import ModelCall, wrap_call
 from vidaccel.patching.premises import capture_reason
 from vidaccel.patching.report import PatchReport, path_pattern
@@ -68,11 +68,11 @@ def patch_pipeline(
     """
     components = getattr(pipe, "components", None)
     if not isinstance(components, dict):
-        raise UsageError(f"patch_pipeline takes a diffusers pipeline, got {unserved_reason(pipe)}")
+        raise UsageError(reason_unserved(pipe))
     models = {name: unwrapped(part) for name, part in components.items() if isinstance(part, nn.Module)}
     models = {name: model for name, model in models.items() if rules_for(model)}
     if not models:
-        raise UsageError(unserved_reason(pipe))
+        raise UsageError(reason_unserved(pipe))
     return _patch(models, only, skip, allow, strict, self_check, cuda_graph)
 
 
@@ -88,7 +88,7 @@ def patch_module(
 ) -> PatchReport:
     """:func:`patch_pipeline` for those who hold only a denoiser or a VAE; paths are relative to ``model``."""
     if not isinstance(model, nn.Module) or not rules_for(unwrapped(model)):
-        raise UsageError(unserved_reason(model))
+        raise UsageError(reason_unserved(model))
     return _patch({"": unwrapped(model)}, only, skip, allow, strict, self_check, cuda_graph)
 
 

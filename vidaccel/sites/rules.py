@@ -20,7 +20,7 @@ from vidaccel.sites.memo import plans_changed
 from vidaccel.sites.plain import hook_reason, stock_class
 from vidaccel.sites.site import Fidelity, Site, SiteGroup
 
-__all__ = ["ChannelsLastWeights", "Family", "Patch", "Rule", "Swap", "patches_of"]
+__all__ = ["ChannelsLastWeights", "Patch", "Rule", "Swap", "patches_of"]
 
 _patches: WeakKeyDictionary[nn.Module, list[Patch]] = WeakKeyDictionary()
 
@@ -178,12 +178,3 @@ def _plain_convolutions(model: nn.Module) -> Iterator[Any]:
             weight = module.weight
             if type(weight) is nn.Parameter and weight.is_floating_point() and not weight.is_meta:
                 yield module
-
-
-@dataclass(frozen=True)
-class Family:
-    """A diffusers family: its pipelines by class name, and the rules for each of its models by class name."""
-
-    name: str
-    pipelines: tuple[str, ...]
-    rules: Mapping[str, tuple[Rule, ...]]
