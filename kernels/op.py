@@ -160,21 +160,21 @@ class Implementation(NamedTuple):
     Attributes:
         run: Takes the op's arguments, by position.
         reason: Takes the same; why this implementation does not serve them, or None.
-        pays: Takes the same; whether it is better than those behind it at all. No is no reason worth telling.
         bind: Takes the same; returns what takes them in later calls of the same signature, everything prepared that
             follows from that. None: ``run`` itself.
         fidelity: Its class.
         registered: Whether ``torch.compile`` sees it as one opaque op (whatever launches a kernel).
         competes: Whether it is tried where implementations are measured.
+        pays: Takes the arguments; whether it is better than those behind it at all. No is no reason worth telling.
     """
 
     run: Callable[..., Outputs]
     reason: Callable[..., str | None] = _serves_all
-    pays: Callable[..., bool] = _always
     bind: Callable[..., Callable[..., Outputs]] | None = None
     fidelity: Fidelity = "math-exact"
     registered: bool = False
     competes: bool = True
+    pays: Callable[..., bool] = _always
 
 
 class _Plan(NamedTuple):
