@@ -581,7 +581,6 @@ def group_norm_silu(
     silu: bool = True,
     shift: Tensor | None = None,
     tail: Tensor | None = None,
-    statistics=None,
     impl: str | None = None,
 ) -> Tensor:
     """``F.silu(F.group_norm(x + shift, groups, weight, bias, eps))``, returned in channels-last memory.
