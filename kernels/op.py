@@ -188,6 +188,7 @@ class Op:
         key: Takes the arguments; what the fastest implementation depends on: strings, numbers, tuples of them. Needed
             with ``measures``.
         default: Takes the arguments; the implementation to run where nothing is measured. None: the first that serves.
+        validate: Takes the arguments; raises if they do not fit one another. Asked once for a signature. None: they do.
         unshared: Takes the arguments; the same such that the op writes to none of them. None: it never does.
     """
 
@@ -203,6 +204,7 @@ class Op:
         measures: Callable[..., bool] | None = None,
         key: Callable[..., Mapping[str, Any]] | None = None,
         default: Callable[..., str] | None = None,
+        validate: Callable[..., None] | None = None,
         unshared: Callable[..., tuple[Any, ...]] | None = None,
     ) -> None:
         self.name = name
@@ -217,6 +219,7 @@ class Op:
             if implementation.registered
         }
         self._measures, self._key, self._default, self._unshared = measures, key, default, unshared
+        self._validate = validate
         self._plans: dict[Signature, _Plan] = {}
         _ops[name] = self
 
@@ -261,6 +264,8 @@ class Op:
         return plan
 
     def _plan(self, args: tuple[Any, ...], impl: str | None) -> _Plan:
+        if self._validate is not None:
+            self._validate(*args)
         if impl is not None:
             if impl not in self.implementations:
                 raise ValueError(f"{self.name}: impl must be one of {', '.join(self.implementations)}, got {impl!r}")
@@ -343,6 +348,8 @@ class Op:
 
     def _traced(self, args: tuple[Any, ...], impl: str | None) -> Outputs:
         """A call that Dynamo traces: nothing is measured, remembered or told."""
+        if self._validate is not None:
+            self._validate(*args)
         name = impl or self._wish(args)[0]
         if name is None and self._measures is not None:
             name = choice.known(self, args)

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidaccel.kernels.norm.add_layer_norm import RowTo, add_layer_norm
-from vidaccel.kernels.norm.channel_statistics import carry
 from vidaccel.kernels.norm.group_norm_silu import compile_ahead, group_norm_silu
 from vidaccel.sites.parameters import has_hook, why_unreadable
 from vidaccel.sites.site import FusedBlock, fuses
@@ -27,13 +26,13 @@ __all__ = [
 
 
 def as_clip(frames: Tensor, num_frames: int) -> Tensor:
-    """``[B*F, C, H, W]`` seen as ``[B, C, F, H, W]``, with the statistics that it may carry for a norm."""
-    return carry(frames.unflatten(0, (-1, num_frames)).transpose(1, 2), frames)
+    """``[B*F, C, H, W]`` seen as ``[B, C, F, H, W]``."""
+    return frames.unflatten(0, (-1, num_frames)).transpose(1, 2)
 
 
 def as_frames(clip: Tensor) -> Tensor:
-    """``[B, C, F, H, W]`` in channels-last memory seen as ``[B*F, C, H, W]``, with its statistics."""
-    return carry(clip.transpose(1, 2).flatten(0, 1), clip)
+    """``[B, C, F, H, W]`` in channels-last memory seen as ``[B*F, C, H, W]``."""
+    return clip.transpose(1, 2).flatten(0, 1)
 
 
 def group_norm_module(
