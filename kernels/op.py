@@ -429,7 +429,8 @@ def check_wishes(shortcuts: Sequence[str] = ()) -> None:
             raise UsageError(f"VIDACCEL_IMPL: there is no op {op!r}{nearest(op, [*known, *shortcuts])}")
         ways = known.get(op, every)
         if way not in ways:
-            raise UsageError(f"VIDACCEL_IMPL: {op or 'no op'} has no implementation {way!r}{nearest(way, ways)}")
+            which = f"{op} has" if op else "there is"
+            raise UsageError(f"VIDACCEL_IMPL: {which} no implementation {way!r}{nearest(way, ways)}")
 
 
 def _signature(args: tuple[Any, ...]) -> Signature:

@@ -33,5 +33,7 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
     """The nearest of the right ``words`` as the end of an error, or nothing if none is near."""
-    close = difflib.get_close_matches(word, list(words), n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
+    matches = difflib.get_close_matches(word, list(words), n=3, cutoff=0.5)
+    alike = [difflib.SequenceMatcher(a=match, b=word).ratio() for match in matches]
+    near = [match for match, ratio in zip(matches, alike, strict=True) if ratio > alike[0] - 0.1]
+    return f"; did you mean {' or '.join(near)}?" if near else ""

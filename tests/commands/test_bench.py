@@ -22,13 +22,14 @@ from vidaccel.bench import measure, ops, variants
 from vidaccel.bench.op_case import Provider
 from vidaccel.bench.op_cases import OPS
 from vidaccel.bench.ops import one_stage_kernels
-from vidaccel.bench.record import add_ratios, json_text, table
+from vidaccel.bench.record import add_ratios, table
 from vidaccel.bench.settings import Settings
 from vidaccel.bench.synthetic import build_pipeline, configurations, pipeline_inputs, specification
 from vidaccel.bench.timing import time_calls, time_queued
 from vidaccel.bench.variants import applied, cudnn_benchmark, measured_modules
 from vidaccel.cli import main
 from vidaccel.clips.generation import generate
+from vidaccel.clips.outputs import json_text
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.norm.group_norm_silu import _apply_kernel
 

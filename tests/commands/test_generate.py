@@ -434,13 +434,6 @@ def test_the_script_is_the_same_command(monkeypatch: pytest.MonkeyPatch, capsys:
     assert "vidaccel generate --help" in the_only_line(capsys)
 
 
-def test_env_prints_versions_and_pipelines(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["env", "--device", "cpu"]) == 0
-    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert lines["diffusers"] == diffusers.__version__
-    assert "StableVideoDiffusionPipeline" in lines["pipelines"]
-
-
 def test_help_needs_neither_torch_nor_diffusers() -> None:
     code = (
         "import sys; from vidaccel.cli import main\n"

@@ -16,7 +16,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from vidaccel.bench.measure import SCOPES, measure_pipeline
 from vidaccel.bench.op_cases import OPS
 from vidaccel.bench.ops import measure_ops
-from vidaccel.bench.record import Recorder, environment, table
+from vidaccel.bench.record import Recorder, table
 from vidaccel.bench.settings import Settings
 from vidaccel.bench.synthetic import build_pipeline, pipeline_inputs, specification
 from vidaccel.bench.timing import ceilings
@@ -24,7 +24,8 @@ from vidaccel.bench.variants import BASELINES, DEFAULT, parse_variants
 from vidaccel.clips.clip_request import pipeline_names, request_from_arguments
 from vidaccel.clips.generation import call_arguments, resolve
 from vidaccel.clips.outputs import check_record
-from vidaccel.clips.video_model import device_of, dtype_of, find_model, load_pipeline
+from vidaccel.clips.video_model import dtype_of, find_model, load_pipeline
+from vidaccel.environment import device_of, environment
 from vidaccel.errors import UsageError
 from vidaccel.patching.patch import patch_pipeline
 

@@ -17,15 +17,12 @@ from torch import Tensor
 from vidaccel.bench.record import Recorder, Row
 from vidaccel.bench.settings import Settings
 from vidaccel.bench.timing import (
-    free_memory,
-    peak_memory_gib,
-    peak_reserved_gib,
-    reset_peak_memory,
     time_calls,
     timed,
 )
 from vidaccel.bench.variants import applied, cudnn_benchmark, dtype_of, measured_modules, without_benchmark
 from vidaccel.bench.workloads import ModuleWorkload, PipelineWorkload, Workload, recorded_calls
+from vidaccel.environment import free_memory, peak_memory_gib, peak_reserved_gib, reset_peak_memory
 from vidaccel.errors import first_line
 from vidaccel.fidelity.metrics import psnr, relative_error
 

@@ -6,24 +6,16 @@ A record is one JSON object. Its ``results`` are rows, one per (scope, variant):
 
 from __future__ import annotations
 
-import json
 import logging
-import math
-import platform
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from vidaccel.clips.outputs import aside
+from vidaccel.clips.outputs import write_json
 from vidaccel.errors import first_line
 
 __all__ = [
@@ -31,74 +23,13 @@ __all__ = [
     "Row",
     "add_ratios",
     "best_compile",
-    "environment",
     "is_compile_baseline",
-    "json_text",
     "table",
-    "write_json",
 ]
 
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
-
-
-def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
-    """Everything about this machine and its software that moves a figure."""
-    on_gpu = device.type == "cuda"
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit or _commit(),
-        "device": torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()} CPU",
-        "cpu_threads": torch.get_num_threads(),
-        "driver": _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
-        "cuda": torch.version.cuda or torch.version.hip,
-        "cudnn": torch.backends.cudnn.version() if on_gpu else None,
-        "python": platform.python_version(),
-        **{name: _version(name) for name in ("vidaccel", "torch", "triton", "diffusers", "transformers")},
-    }
-
-
-def _commit() -> str | None:
-    """Of the checkout that this file belongs to, if it does; an installed package may lie in somebody else's."""
-    root = Path(__file__).parents[2]
-    describe = ("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-    return _output_of("git", "-C", str(root), *describe) if (root / ".git").exists() else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _output_of(*command: str) -> str | None:
-    """First line that ``command`` prints, or None if it is missing or fails."""
-    if shutil.which(command[0]) is None:
-        return None
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    lines = done.stdout.splitlines()
-    return lines[0].strip() if done.returncode == 0 and lines else None
-
-
-def write_json(path: Path, record: Any) -> None:
-    """Write aside, then rename: whoever reads ``path`` sees the whole of the old record or the whole of the new."""
-    with aside(path) as part:
-        part.write_text(json_text(record) + "\n")
-
-
-def json_text(record: Any) -> str:
-    """Strict JSON; infinities and NaN, which it has no numbers for, become the strings that Python's float() reads."""
-    return json.dumps(_plain(record), indent=2, allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Recorder:

@@ -1,8 +1,7 @@
-"""Latencies on a GPU or a CPU, peak memory, and the two ceilings that they are judged by."""
+"""Latencies on a GPU or a CPU, and the two ceilings that they are judged by."""
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,10 +12,6 @@ import torch
 __all__ = [
     "Latency",
     "ceilings",
-    "free_memory",
-    "peak_memory_gib",
-    "peak_reserved_gib",
-    "reset_peak_memory",
     "summarise",
     "time_calls",
     "time_queued",
@@ -133,29 +128,6 @@ def summarise(milliseconds: list[float]) -> Latency:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def free_memory() -> None:
-    """Give back what nobody refers to any more, so that one measurement does not weigh on the next."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Start :func:`peak_memory_gib` and :func:`peak_reserved_gib` afresh."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_memory_gib(device: torch.device) -> float | None:
-    """Most memory that tensors held since the reset, or None where PyTorch does not count it."""
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-
-
-def peak_reserved_gib(device: torch.device) -> float | None:
-    """Most memory that PyTorch held since the reset, used or not: the pool of a CUDA graph counts only here."""
-    return torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else None
 
 
 def ceilings(device: torch.device) -> dict[str, float]:

@@ -15,7 +15,7 @@ from torch import nn
 from torch._inductor.utils import fresh_cache
 
 from vidaccel.bench.settings import Settings
-from vidaccel.bench.timing import free_memory
+from vidaccel.environment import free_memory
 from vidaccel.errors import UsageError
 from vidaccel.patching.patch import patch_pipeline
 from vidaccel.patching.report import PatchReport

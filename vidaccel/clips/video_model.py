@@ -21,7 +21,7 @@ from vidaccel.clips.clip_request import ClipRequest, option_called, pipeline_nam
 from vidaccel.errors import UsageError, first_line
 from vidaccel.patching.families import served_models, unserved_pipeline
 
-__all__ = ["VideoModel", "device_of", "dtype_of", "find_model", "load_pipeline", "parameters_of_call"]
+__all__ = ["VideoModel", "dtype_of", "find_model", "load_pipeline", "parameters_of_call"]
 
 _SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 _BUNDLED_MODEL = _SAMPLES / "models" / "svd-tiny-scenes"
@@ -139,20 +139,6 @@ def parameters_of_call(pipeline_class: type[DiffusionPipeline]) -> dict[str, ins
     """What a pipeline of this class takes by name when it is called."""
     parameters = list(inspect.signature(pipeline_class.__call__).parameters.values())[1:]
     return {p.name: p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
-
-
-def device_of(name: str | None) -> torch.device:
-    """The device called ``name``; for None the first GPU, else the CPU.
-
-    Raises:
-        UsageError: this machine has no such device.
-    """
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise UsageError(f"device {name!r} cannot be used here: {first_line(error)}") from error
-    return device
 
 
 def dtype_of(name: str | None, device: torch.device) -> torch.dtype:
