@@ -24,7 +24,7 @@ from vidaccel.bench.op_cases import CASES, TINY
 from vidaccel.bench.ops import arguments_of
 from vidaccel.bench.record import add_ratios, table
 from vidaccel.bench.settings import Settings
-from vidaccel.bench.synthetic import build_pipeline, pipeline_inputs, specification
+from vidaccel.bench.synthetic import build_pipeline, configurations, pipeline_inputs, specification
 from vidaccel.bench.timing import time_call, time_calls, time_queued
 from vidaccel.bench.variants import applied, cudnn_benchmark, measured_modules, parse_variants
 from vidaccel.cli import main
