@@ -160,21 +160,21 @@ class Implementation(NamedTuple):
     Attributes:
         run: Takes the op's arguments, by position.
         reason: Takes the same; why this implementation does not serve them, or None.
-        pays: Takes the same; whether it is better than those behind it at all. No is no reason worth telling.
         bind: Takes the same; returns what takes them in later calls of the same signature, everything prepared that
             follows from that. None: ``run`` itself.
         fidelity: Its class.
         registered: Whether ``torch.compile`` sees it as one opaque op (whatever launches a kernel).
         competes: Whether it is tried where implementations are measured.
+        pays: Takes the arguments; whether it is better than those behind it at all. No is no reason worth telling.
     """
 
     run: Callable[..., Outputs]
     reason: Callable[..., str | None] = _serves_all
-    pays: Callable[..., bool] = _always
     bind: Callable[..., Callable[..., Outputs]] | None = None
     fidelity: Fidelity = "math-exact"
     registered: bool = False
     competes: bool = True
+    pays: Callable[..., bool] = _always
 
 
 class _Plan(NamedTuple):
@@ -203,6 +203,7 @@ class Op:
         overwrites: Position of the argument whose memory the result may take, if there is one.
         beaten: Takes the names of those that compete and serve, then the arguments; those that another of them always
             beats, which are not measured. None: nobody knows.
+        validate: Takes the arguments; raises if they do not fit one another. Asked once for a signature. None: they do.
     """
 
     def __init__(
@@ -219,6 +220,7 @@ class Op:
         default: Callable[..., str] | None = None,
         overwrites: int | None = None,
         beaten: Callable[..., Set[str]] | None = None,
+        validate: Callable[..., None] | None = None,
     ) -> None:
         self.name = name
         self.reference = reference
@@ -232,7 +234,7 @@ class Op:
             if implementation.registered
         }
         self._measures, self._key, self._default, self._beaten = measures, key, default, beaten
-        self._overwrites = overwrites
+        self._overwrites, self._validate = overwrites, validate
         self._plans: dict[Signature, _Plan] = {}
         _ops[name] = self
 
@@ -287,6 +289,8 @@ class Op:
         return plan
 
     def _plan(self, args: tuple[Any, ...], impl: str | None) -> _Plan:
+        if self._validate is not None:
+            self._validate(*args)
         if impl is not None:
             if impl not in self.implementations:
                 raise ValueError(f"{self.name}: impl must be one of {', '.join(self.implementations)}, got {impl!r}")
@@ -382,6 +386,8 @@ class Op:
 
     def _traced(self, args: tuple[Any, ...], impl: str | None) -> Outputs:
         """A call that Dynamo traces: nothing is measured, remembered or told."""
+        if self._validate is not None:
+            self._validate(*args)
         name = impl or self._wish(args)[0]
         if name is None and self._measures is not None:
             name = choice.known(self, args)

@@ -10,8 +10,9 @@ import importlib
 import multiprocessing
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -21,6 +22,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
+
+from vidaccel.kernels.op import Op
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -37,6 +40,38 @@ def assert_close_to_gold(out: Tensor, gold: Tensor, baseline: Tensor) -> None:
     err = (out.double() - gold).abs().max()
     allowed = 2 * (baseline.double() - gold).abs().max() + torch.finfo(out.dtype).eps * gold.abs().max()
     assert err <= allowed, f"max err {err:.3e} > allowed {allowed:.3e}"
+
+
+def _gain(rows: Tensor) -> None:
+    rows[0] *= 1.01
+
+
+def _zeroed_row(rows: Tensor) -> None:
+    rows.select(0, -1).flatten(0, -2)[-1] = 0
+
+
+def _swapped_frames(rows: Tensor) -> None:
+    rows[:2] = rows[:2].flip(0).clone()
+
+
+# What a check has to find in an output ``[frames, ..., C]``, spoilt in place.
+FAULTS = {"gain": _gain, "zeroed-row": _zeroed_row, "swapped-frames": _swapped_frames}
+
+
+@contextmanager
+def planted(op: Op, name: str, spoil: Callable[[Any], None]) -> Iterator[None]:
+    """Inside the ``with`` block the results of an implementation are spoilt, in place."""
+    right = op.implementations[name]
+
+    def run(*args: Any) -> Any:
+        out = right.run(*args)
+        spoil(out)
+        return out
+
+    with mock.patch.dict(op.implementations, {name: right._replace(run=run, bind=None)}):
+        op.forget()
+        yield
+    op.forget()
 
 
 def compile_for(

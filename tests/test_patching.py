@@ -16,6 +16,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, StableVideoDiffusionPipeline, UNet2DModel
 from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.resnet import SpatioTemporalResBlock
 from PIL import Image
 from tiny_models import tiny_svd_pipeline
 
@@ -131,9 +132,7 @@ def test_choice_of_sites(
 
 
 def test_unknown_site_lists_those_that_exist(pipe: StableVideoDiffusionPipeline) -> None:
-    with pytest.raises(
-        UsageError, match=r"only='unet.nowhere' names no site; ops are: add_layer_norm, .*sites are: unet,"
-    ):
+    with pytest.raises(UsageError, match=r"only='unet.nowhere' names no site; did you mean .*unet"):
         patch_pipeline(pipe, only="unet.nowhere")
 
 
@@ -186,10 +185,10 @@ def test_a_wrong_kernel_is_found_out_and_replaced(
     report = patch_pipeline(pipe, only="group_norm_silu")
     with caplog.at_level(logging.WARNING, "vidaccel"):
         assert np.array_equal(clip(pipe), before)
-    reached = [site for site in report.sites if site.implementations]
-    assert {site.state for site in reached} == {"failed"}
-    assert "relative error" in str(report)
-    assert len(caplog.records) == len(reached), "one warning for each site"
+    failed = [site for site in report.sites if site.state == "failed"]
+    assert len(failed) > 20 and not any(site.implementations for site in report.sites)
+    assert "differs from the original" in str(report)
+    assert len(caplog.records) == len(failed), "one warning for each site"
 
 
 def test_self_check_can_be_turned_off(pipe: StableVideoDiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,12 +208,10 @@ def test_a_check_that_runs_out_of_memory_does_not_end_the_clip(
         raise torch.OutOfMemoryError
 
     report = patch_pipeline(pipe, only="unet.conv_norm_out")
-    monkeypatch.setattr(pipe.unet.conv_norm_out, "original_forward", out_of_memory)
+    monkeypatch.setattr(type(pipe.unet.conv_norm_out), "original_forward", out_of_memory)
     with caplog.at_level(logging.WARNING, "vidaccel"):
         assert relative_error(clip(pipe), before) <= 1e-5
-    assert [record.message for record in caplog.records] == [
-        "unet.conv_norm_out: not checked against the original code, for want of memory"
-    ]
+    assert "unet.conv_norm_out: not checked against the original block: out of memory" in caplog.messages
     assert {site.state for site in report.sites} == {"active"} and not report.fallbacks
 
 
@@ -254,12 +251,12 @@ def test_patched_pipeline_copies_saves_and_loads(pipe: StableVideoDiffusionPipel
     patch_pipeline(pipe)
     patched = clip(pipe)
     twin = copy.deepcopy(pipe)
-    assert np.array_equal(clip(twin), patched)
+    assert type(twin.unet.mid_block.resnets[0]) is SpatioTemporalResBlock, "a copy is a stock model"
+    assert np.abs(clip(twin) - patched).max() < 1e-4
     assert set(pipe.unet.state_dict()) == keys
     pipe.save_pretrained(str(tmp_path))
     loaded = StableVideoDiffusionPipeline.from_pretrained(str(tmp_path))
     loaded.set_progress_bar_config(disable=True)
-    patch_pipeline(twin).restore()
     restored = twin.unet.state_dict()
     assert all(torch.equal(weight, restored[name]) for name, weight in loaded.unet.state_dict().items())
     # not the same bits: weights read from a file lie at other addresses, and CPU kernels go by their alignment

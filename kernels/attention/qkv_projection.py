@@ -73,7 +73,7 @@ def _flat(of: Any, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 QKV_PROJECTION = Op(
     "qkv_projection",
     reference=qkv_projection_ref,
-    implementations={"merged": Implementation(_merged, _reason, _pays)},
+    implementations={"merged": Implementation(_merged, _reason, pays=_pays)},
     fake=_fake,
     costs=_costs,
     parts=_parts,

@@ -35,6 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vidaccel.kernels.attention.alignment import aligned_rows
 from vidaccel.kernels.attention.gemm_attention import MOST_KEYS, bind_gemm_attention
 from vidaccel.kernels.check import Part, cuts
 from vidaccel.kernels.launch import Launch
@@ -71,7 +72,7 @@ def spatial_attention_ref(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale
 def _heads(x: Tensor, num_heads: int) -> Tensor:
     """``[B, S, H*D]`` seen as ``[B, H, S, D]``."""
     batch, rows, channels = x.shape
-    return x.view(batch, rows, num_heads, channels // num_heads).transpose(1, 2)
+    return aligned_rows(x).view(batch, rows, num_heads, channels // num_heads).transpose(1, 2)
 
 
 def _rows(x: Tensor) -> Tensor:

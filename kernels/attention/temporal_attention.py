@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vidaccel.kernels.attention.alignment import aligned_rows
 from vidaccel.kernels.check import Part, cuts
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.op import Costs, Implementation, Op, device_reason, tensors_reason
@@ -37,6 +38,7 @@ __all__ = ["TEMPORAL_ATTENTION", "Tiling", "bind", "choose_tiling", "temporal_at
 
 MAX_HEAD_DIM = 160
 MAX_FRAMES = 128
+MAX_FRAMES_BLACKWELL = 64  # Triton 3.6 makes a trap, and nothing else, of longer tiles of wide heads
 MAX_FRAMES_FLOAT32 = 32  # longer tiles spill: without tensor cores the operands live in registers
 MAX_SDPA_BATCH = 65535  # the flash and efficient kernels launch one grid row per batch entry: pytorch/pytorch#146704
 PREFETCHED_TILE_BYTES = 24 * 1024  # two of them and the scratch fit the 64 KB of an MI300 multiprocessor
@@ -51,7 +53,7 @@ def temporal_attention_ref(
     """The specification. Pass float64 inputs for gold values."""
     out = _empty_output(q)
     samples, num_pixels = q.shape[0] // num_frames, q.shape[1]
-    q, k, v, out_items = (_as_items(x, samples, num_heads) for x in (q, k, v, out))
+    q, k, v, out_items = (_as_items(x, samples, num_heads) for x in (*map(aligned_rows, (q, k, v)), out))
     for sample in range(samples):  # samples and pixels do not merge into the one batch axis of SDPA without a copy
         for start in range(0, num_pixels, MAX_SDPA_BATCH):
             part = sample, slice(start, start + MAX_SDPA_BATCH)
@@ -239,13 +241,18 @@ def _reason(q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_heads: int, sc
     head_dim = q.shape[2] // num_heads
     if head_dim % 8 or head_dim > MAX_HEAD_DIM:
         return f"the kernel takes head_dim up to {MAX_HEAD_DIM} in steps of 8, got {head_dim}"
-    most = MAX_FRAMES_FLOAT32 if q.dtype == torch.float32 else MAX_FRAMES
+    most = MAX_FRAMES_FLOAT32 if q.dtype == torch.float32 else _most_frames(q)
     frames = max(num_frames, num_frames * k.shape[0] // q.shape[0])
     if frames > most:
         return f"the kernel takes up to {most} frames of {q.dtype}, got {frames}"
     if not q.stride(2) == k.stride(2) == v.stride(2) == 1:
         return "the kernel takes q, k and v with a last stride of 1"
     return tensors_reason(q, k, v)
+
+
+def _most_frames(q: Tensor) -> int:
+    on_blackwell = q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device)[0] >= 10
+    return MAX_FRAMES_BLACKWELL if on_blackwell else MAX_FRAMES
 
 
 def _costs(q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_heads: int, scale: float) -> Costs:

@@ -19,7 +19,7 @@ from vidaccel.kernels import settings
 from vidaccel.kernels.check import Part, cuts
 from vidaccel.kernels.op import Costs, Implementation, Op, device_reason, tensors_reason
 
-__all__ = ["JOINED_PROJECTION", "joined_projection", "joined_projection_ref"]
+__all__ = ["JOINED_PROJECTION", "joined_projection", "joined_projection_ref", "joining_pays"]
 
 
 def joined_projection_ref(x: Tensor, skip: Tensor, weight: Tensor) -> Tensor:
@@ -48,9 +48,9 @@ def _reason(x: Tensor, skip: Tensor, weight: Tensor) -> str | None:
     return None
 
 
-def _pays(x: Tensor, *others: Tensor) -> bool:
+def joining_pays(x: Tensor, *others: Tensor) -> bool:
     """Whether a product is as fast as a convolution: with TF32 in both or none."""
-    return x.dtype != torch.float32 or settings.tf32_products() or not settings.tf32_convolutions()
+    return not x.is_cuda or x.dtype != torch.float32 or settings.tf32_products() or not settings.tf32_convolutions()
 
 
 def _fake(x: Tensor, skip: Tensor, weight: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def _parts(x: Tensor, skip: Tensor, weight: Tensor) -> Iterator[Part]:
 JOINED_PROJECTION = Op(
     "joined_projection",
     reference=joined_projection_ref,
-    implementations={"in place": Implementation(_two_products, _reason, _pays)},
+    implementations={"in place": Implementation(_two_products, _reason, pays=joining_pays)},
     fake=_fake,
     costs=_costs,
     parts=_parts,

@@ -23,14 +23,14 @@ ALIGNMENT = 16  # bytes
 
 
 def padded_channels_ref(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: tuple[int, ...]
 ) -> Tensor:
     """The specification. Pass float64 inputs for gold values."""
     return F.conv2d(x, weight, bias, stride, padding)
 
 
 def _padded(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: tuple[int, ...]
 ) -> Tensor:
     return F.conv2d(_pad_channels(x), _pad_channels(weight), bias, stride, padding)
 
@@ -53,7 +53,7 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Ten
     return padded_channels_ref(x, weight, bias, *geometry)
 
 
-def _costs(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]) -> Costs:
+def _costs(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: tuple[int, ...]) -> Costs:
     pixels = x.shape[0] * x.shape[2] * x.shape[3] // (stride[0] * stride[1])
     moved = x.numel() + weight.numel() + pixels * weight.shape[0]
     return Costs(bytes=moved * x.itemsize, flops=2 * pixels * weight.numel())
@@ -67,7 +67,7 @@ def _parts(x: Tensor, weight: Tensor, *others: Any) -> Iterator[Part]:
 PADDED_CHANNELS = Op(
     "padded_channels",
     reference=padded_channels_ref,
-    implementations={"padded": Implementation(_padded, _reason, _pays)},
+    implementations={"padded": Implementation(_padded, _reason, pays=_pays)},
     fake=_fake,
     costs=_costs,
     parts=_parts,
@@ -78,8 +78,8 @@ def padded_channels(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
     *,
     impl: str | None = None,
 ) -> Tensor:

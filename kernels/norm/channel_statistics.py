@@ -8,8 +8,7 @@ a chunk of a segment's rows in tiles of BLOCK_R x BLOCK_C, each of them LANES x 
 rows of a lane in one thread, which merges them alone, tile after tile; threads meet only after the loop. A program that
 only reads is one warp, which never waits for another.
 
-A kernel that writes an activation can compute these on its way, and the tensor then carries them to the norm behind it
-(:func:`attach`, :func:`carried`), which reads it once less.
+A kernel that writes an activation can compute these on its way. Handed to the norm behind it, they save one reading.
 """
 
 from __future__ import annotations
@@ -26,9 +25,6 @@ __all__ = [
     "ChannelStatistics",
     "Tiling",
     "add_both",
-    "attach",
-    "carried",
-    "carry",
     "choose_tiling",
     "choose_writer_tiling",
     "combine",
@@ -50,8 +46,6 @@ WRITER_TILE = 4096
 WRITER_PROGRAMS = 10240
 WRITER_ELEMENTS = 2**23
 
-_ATTRIBUTE = "_vidaccel_statistics"
-
 
 class ChannelStatistics(NamedTuple):
     """Of an activation ``[S, R, C]``."""
@@ -59,25 +53,6 @@ class ChannelStatistics(NamedTuple):
     parts: Tensor  # [S, chunks, 2, C], float32: mean and sum of squared deviations of every chunk
     segment_rows: int
     chunk_rows: int  # fewer in the last chunk of a segment
-
-
-def attach(x: Tensor, statistics: ChannelStatistics) -> Tensor:
-    """Let ``x`` carry its statistics. What writes to it afterwards must be PyTorch, which counts that."""
-    if not x.is_inference():  # which has no count
-        setattr(x, _ATTRIBUTE, (statistics, x._version))
-    return x
-
-
-def carried(x: Tensor) -> ChannelStatistics | None:
-    """The statistics that ``x`` carries, unless it has been written to since."""
-    statistics, version = getattr(x, _ATTRIBUTE, (None, None))
-    return statistics if statistics is not None and x._version == version else None
-
-
-def carry(view: Tensor, x: Tensor) -> Tensor:
-    """Let a view of ``x``, or a copy, that has the same rows in the same order carry what ``x`` does."""
-    statistics = carried(x)
-    return view if statistics is None else attach(view, statistics)
 
 
 class Tiling(NamedTuple):

@@ -496,6 +496,20 @@ def test_backends_take_any_row_strides(layout: Callable[[Tensor], Tensor], impl:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["cudnn", "flash", "efficient", "torch"])
+@pytest.mark.parametrize("offset", [1, 4])
+def test_backends_take_rows_at_any_address(offset: int, impl: str, device: torch.device) -> None:
+    """cuDNN would return nonsense, the others would raise."""
+    q = torch.randn(2, 35, 80, device=device).half()
+    k = torch.randn(2 * 35 * 80 + 8, device=device).half()[offset:][: 2 * 35 * 80].view(2, 35, 80)
+    skip_unserved(impl, q, k, k, 2)
+    out = spatial_attention(q, k, k, 2, impl=impl)
+    assert_matches_reference(out, q, k, k, 2)
+    gold = spatial_attention_ref(q.double(), k.double(), k.double(), 2)
+    assert (out.double() - gold).norm() <= 4 * torch.finfo(out.dtype).eps * gold.norm(), "not only as wrong as PyTorch"
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("impl", ["cudnn", "flash", "efficient"])
 def test_backends_that_the_user_has_turned_off_decline(impl: str, device: torch.device) -> None:
     q, k, v = draw(Shape(2, 2, 64, 64, 64), torch.float16, device)

@@ -1,7 +1,8 @@
 """A benchmark record: where it was measured, how it is written, and the table that it prints.
 
 A record is one JSON object. Its ``results`` are rows, one per (scope, variant): ``status`` is ``ok``, ``failed`` or
-``skipped`` (then ``reason`` says why), and an ``ok`` row carries its figures.
+``skipped`` (then ``reason`` says why), and an ``ok`` row carries its figures. Its ``new_processes``, if it has any, are
+such rows of first calls, one per (variant, caches, scope).
 """
 
 from __future__ import annotations
@@ -48,10 +49,6 @@ class Recorder:
         self._deadline = deadline
         self._bar = tqdm(leave=False, disable=None)
 
-    def expect(self, rows: int) -> None:
-        """How many rows there are going to be, for the progress bar."""
-        self._bar.total = rows
-
     def measure(self, scope: str, variant: str, work: Callable[[], Row]) -> None:
         """Add the row that ``work`` returns; if it fails, or there is no time for it, a row that says so."""
         if self.out_of_time:
@@ -65,6 +62,13 @@ class Recorder:
             self.fail(scope, variant, error)
         else:
             self._add(scope, variant, "ok", row)
+
+    def note_first_calls(self, row: Row) -> None:
+        """Add a row to the record's ``new_processes``."""
+        self.record.setdefault("new_processes", []).append(row)
+        outcome = f"first call {row['first_call_s']:.2f} s" if row["status"] == "ok" else row["reason"]
+        self._bar.write(f"{row['scope']}: {row['variant']}, {row['caches']} caches: {outcome}", file=sys.stderr)
+        self._save()
 
     def skip(self, scope: str, variant: str, reason: str) -> None:
         """Add a row for what is not tried."""
@@ -130,6 +134,10 @@ def _number(digits: int) -> Callable[[Any], str]:
     return lambda value: f"{value:.{digits}f}"
 
 
+def _unless_ok(status: str) -> str:
+    return "" if status == "ok" else status
+
+
 _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("scope", "scope", str),
     ("variant", "variant", str),
@@ -145,13 +153,20 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("tflop_s", "TFLOP/s", _number(2)),
     ("of_matmul_rate", "of matmul", _number(2)),
     ("bound", "bound by", str),
+    ("host_ms", "host ms", _number(2)),
+    ("caches", "caches", str),
+    ("first_call_s", "first call s", _number(2)),
+    ("next_ms", "2nd to 10th call ms", _number(3)),
+    ("next_worst_ms", "worst", _number(3)),
+    ("next_host_ms", "their host ms", _number(2)),
+    ("run_ms", "in a run ms", _number(3)),
     ("cold_start_s", "cold start s", _number(1)),
     ("peak_memory_gib", "peak GiB", _number(2)),
     ("peak_reserved_gib", "reserved GiB", _number(2)),
     ("error_to_eager", "error to eager", "{:.1e}".format),
     ("error_to_reference", "error to reference", "{:.1e}".format),
     ("psnr_min_to_eager_db", "min PSNR dB", _number(1)),
-    ("status", "", lambda status: "" if status == "ok" else status),
+    ("status", "", _unless_ok),
     ("reason", "", str),
 )
 
@@ -162,9 +177,7 @@ def table(rows: list[Row]) -> str:
     used = [i for i in range(len(_COLUMNS)) if any(line[i] for line in cells)]
     lines = [[_COLUMNS[i][1] for i in used], *([line[i] for i in used] for line in cells)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    texts = {
-        i for i, column in enumerate(used) if _COLUMNS[column][0] in ("scope", "variant", "bound", "status", "reason")
-    }
+    texts = {i for i, column in enumerate(used) if _COLUMNS[column][2] in (str, _unless_ok)}
     return "\n".join(
         "  ".join(
             cell.ljust(width) if i in texts else cell.rjust(width)

@@ -80,7 +80,7 @@ def rules_for(model: nn.Module) -> tuple[Rule, ...]:
     """The rules for a model's modules, whatever it is wrapped in; none if it has no adapter, or that is off."""
     name = _served_class(model)
     adapter = _adapter(_FAMILY_OF_MODEL[name]) if name else {}
-    return () if isinstance(adapter, str) else adapter.get(name, ())
+    return () if name is None or isinstance(adapter, str) else adapter.get(name, ())
 
 
 def off_reason(model: nn.Module) -> str | None:

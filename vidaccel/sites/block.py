@@ -8,7 +8,8 @@ and stands as long as that does.
 The first call of a signature is checked, and others now and then, for a fault may need other values. Every op in it is
 held against its reference on its very tensors (``kernels/check.py``); no child, hook or random number runs twice. What
 lies between the ops, the block itself, is held against the original block where that is safe: where all below it is
-plain, on a corner of the call's own tensors, with references in place of kernels. So a check takes little memory.
+plain, on the call's own tensors or a corner of them, with references in place of kernels. So a check takes little
+memory.
 
 A module that lost its sites (a copy, or a bound forward that somebody kept when it was restored) does what the original
 does.
@@ -33,13 +34,14 @@ from vidaccel.sites.memo import Memo, held, holding, once_per_call, signature
 from vidaccel.sites.plain import fingerprint, plain_reason, subtree_reason
 from vidaccel.sites.site import Fidelity, SiteGroup
 
-__all__ = ["SITES", "FusedBlock", "Host", "call_site", "fuses", "run_part"]
+__all__ = ["SITES", "FusedBlock", "Host", "call_site", "cut_corner", "fuses", "run_part"]
 
 logger = logging.getLogger(__name__)
 
 SITES = "_vidaccel"  # the attribute that a module or processor has its sites in
 CORNER = 8  # pixels of an image's sides, in a check of what lies between ops
 CORNER_ROWS = CORNER * CORNER
+MOST_WHOLE = 2**21  # numbers in a call's tensors that need not be cut
 # A checked call costs about two; so few of a model's blocks are due at once, and later ones ever more rarely.
 FIRST_RECHECK, RECHECK_SPREAD, RECHECK_GROWTH = 32, 128, 4
 GRADIENTS = "gradients are being recorded (fused sites serve inference only: use torch.no_grad())"
@@ -105,7 +107,7 @@ class Host:
 
     def corner(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Small arguments for which fused and original forward do the same, cut from these; None if there are none."""
-        return tree_map(_corner_of, (args, kwargs))
+        return cut_corner(args, kwargs)
 
     def module_of(self, args: tuple[Any, ...]) -> nn.Module:
         """The module that a call runs."""
@@ -258,10 +260,10 @@ def _heard(
 ) -> Any:
     """A call whose events are noted, and whose ops and what lies between them are checked if it is their turn."""
     unsafe = subtree_reason(host.module_of(args))
-    if checked and not unsafe and (problem := _corner_problem(kind, host, sites, args, kwargs)):
-        sites.fail(problem)
-        return kind.original_forward(host, *args, **kwargs)
     try:
+        if checked and not unsafe and (problem := _problem_between_ops(kind, host, sites, args, kwargs)):
+            sites.fail(problem)
+            return kind.original_forward(host, *args, **kwargs)
         with listening(checks=checked) as events:
             out = host.fused_forward(*args, **kwargs)
     except torch.OutOfMemoryError:
@@ -283,28 +285,38 @@ def _heard(
     return out
 
 
-def _corner_problem(
+def _problem_between_ops(
     kind: type[Host], host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> str | None:
     """What the fused block does other than the original one on a corner of its arguments, or None."""
     corner = host.corner(args, kwargs)
-    if corner is None:
+    if corner is None or _reason(host, sites, *corner):
         return None
     args, kwargs = corner
-    if _reason(host, sites, args, kwargs):
-        return None
     original, fused = Memo(), Memo()
     original.only, fused.only = "original", "fused"
-    with holding(original):
-        expected = tree_leaves(kind.original_forward(host, *args, **kwargs))
-    with holding(fused), listening(only_references=True):
-        found = tree_leaves(host.fused_forward(*args, **kwargs))
-    pairs = [(x, y) for x, y in zip(found, expected, strict=True) if isinstance(y, Tensor)]
-    return next(filter(None, (near(x, y) for x, y in pairs)), None)
+    original.text = fused.text = getattr(held(), "text", None)
+    try:
+        with holding(original):
+            expected = tree_leaves(kind.original_forward(host, *args, **kwargs))
+        with holding(fused), listening(only_references=True):
+            found = tree_leaves(host.fused_forward(*args, **kwargs))
+        pairs = [(x, y) for x, y in zip(found, expected, strict=True) if isinstance(y, Tensor)]
+        return next(filter(None, (near(x, y) for x, y in pairs)), None)
+    except torch.OutOfMemoryError:  # for the check alone: the call itself may have what it needs
+        logger.warning("%s: not checked against the original block: out of memory", sites.paths)
+        return None
+
+
+def cut_corner(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of the first pixels of images and clips, and the first rows of ``[B, S, C]``, if they are many."""
+    if sum(x.numel() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)) <= MOST_WHOLE:
+        return args, kwargs
+    corner: tuple[tuple[Any, ...], dict[str, Any]] = tree_map(_corner_of, (args, kwargs))
+    return corner
 
 
 def _corner_of(x: Any) -> Any:
-    """The first pixels of images and clips, the first rows of ``[B, S, C]``; in the same order of memory."""
     if not isinstance(x, Tensor) or x.ndim < 3:
         return x
     if x.ndim == 3:

@@ -37,7 +37,7 @@ from vidaccel.kernels.ffn.residual_projection import residual_projection
 from vidaccel.kernels.norm.add_layer_norm import RowTo
 from vidaccel.kernels.norm.add_layer_norm import compile_ahead as compile_norm_ahead
 from vidaccel.kernels.op import runs_triton
-from vidaccel.sites.block import FusedBlock, call_site, fuses
+from vidaccel.sites.block import FusedBlock, call_site, cut_corner, fuses
 from vidaccel.sites.memo import once_per_call
 from vidaccel.sites.plain import plain_reason, readable_reason
 
@@ -337,7 +337,7 @@ class FusedTemporalBasicTransformerBlock(_TransformerBlock, TemporalBasicTransfo
     def corner(self, args: Any, kwargs: Any) -> Any:
         hidden_states, num_frames, context = args
         pixels = hidden_states.shape[1]
-        corner, _ = super().corner((hidden_states,), {})
+        corner, _ = cut_corner((hidden_states,), {})  # of the context all tokens
         if context is not None and context.shape[0] != hidden_states.shape[0] // num_frames:  # a row for every pixel
             context = context.unflatten(0, (-1, pixels))[:, : corner[0].shape[1]].flatten(0, 1)
         return (*corner, num_frames, context), kwargs

@@ -49,7 +49,7 @@ class FusedAttnProcessor2_0(Host, AttnProcessor2_0):
         if sites is not None:
             setattr(self, SITES, sites)
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:
         return AttnProcessor2_0
 

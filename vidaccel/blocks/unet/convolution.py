@@ -40,4 +40,5 @@ class FusedFewChannelConv2d(FusedBlock, nn.Conv2d):
         return readable_reason(self, nn.Conv2d, input, with_bias=False)
 
     def fused_forward(self, input: Tensor) -> Tensor:
+        assert not isinstance(self.padding, str)
         return padded_channels(input, self.weight, self.bias, self.stride, self.padding)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from vidaccel.kernels.norm.add_layer_norm import RowTo, add_layer_norm
 from vidaccel.kernels.norm.channel_statistics import ChannelStatistics
 from vidaccel.kernels.norm.group_norm_silu import compile_ahead, group_norm_and_sum, group_norm_silu
-from vidaccel.sites.block import FusedBlock, call_site, fuses, run_part
+from vidaccel.sites.block import CORNER_ROWS, FusedBlock, call_site, cut_corner, fuses, run_part
 from vidaccel.sites.plain import readable_reason
 
 __all__ = [
@@ -103,8 +103,9 @@ class FusedGroupNorm(FusedBlock, nn.GroupNorm):
     def fused_forward(self, input: Tensor) -> Tensor:
         return group_norm_module(self, input, silu=False)
 
-    def corner(self, args: Any, kwargs: Any) -> None:
-        return None  # there is nothing between its only op and its call
+    def corner(self, args: Any, kwargs: Any) -> Any:
+        (x,) = args
+        return ((x[..., :CORNER_ROWS],), {}) if x.ndim == 3 else cut_corner(args, kwargs)  # [N, C, S]
 
 
 def norm_and_residual(norm: Any, image: Tensor, bias: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -407,9 +407,10 @@ class FusedSpatioTemporalResBlock(FusedBlock, SpatioTemporalResBlock):
         temb = None if temb is None else temb.unflatten(0, (-1, num_frames))
         spatial, temporal, mixer = as_clip(frames, num_frames), self.temporal_res_block, self.time_mixer
         bypassed = isinstance(temporal, FusedTemporalResnetBlock) and temporal.takes_blend(spatial)
-        if not bypassed or not _mixes_plainly(mixer, frames.device):
+        if not (bypassed and _mixes_plainly(mixer, frames.device)):
             return as_frames(mixer(spatial, temporal(spatial, temb), image_only_indicator)), None
         indicator = image_only_indicator if mixer.merge_strategy == "learned_with_images" else None
+        assert isinstance(temporal, FusedTemporalResnetBlock)
         out, found = run_part(
             temporal,
             temporal.with_blend,

@@ -61,8 +61,9 @@ class _Watch:
     def __call__(self, memo: Memo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(zip(self._names, args, strict=False)) | kwargs
         text, sample = given.get("encoder_hidden_states"), given.get("sample")
-        plain = isinstance(text, Tensor) and isinstance(sample, Tensor) and sample.ndim == 5
-        if plain and not self._text_is_changed_on_its_way(memo):
+        if not isinstance(text, Tensor) or not isinstance(sample, Tensor) or sample.ndim != 5:
+            return
+        if not self._text_is_changed_on_its_way(memo):
             num_frames = sample.shape[2]
             memo.text = _Text(text, num_frames, self._repeats_text, self._distinct(text, sample.shape[0], num_frames))
 
@@ -70,10 +71,12 @@ class _Watch:
         """Whether a hook or a module that is not diffusers' may hand on another text than was passed."""
         question = "text is changed on its way"
         if question not in memo:
-            memo[question] = any(subtree_reason(part) for part in (self._model() or nn.Identity()).children()) or bool(
-                getattr(self._model(), "_forward_pre_hooks", None)
-            )
-        return memo[question]
+            model = self._model()
+            assert model is not None
+            reasons = [subtree_reason(part) for part in model.children()]
+            memo[question] = any(reasons) or len(model._forward_pre_hooks) > 0
+        changed: bool = memo[question]
+        return changed
 
     def _distinct(self, text: Tensor, batch: int, num_frames: int) -> Tensor:
         if self._repeats_text or num_frames == 1 or text.shape[0] != batch * num_frames:

@@ -19,6 +19,7 @@ from diffusers.models.unets.unet_3d_blocks import (
 from torch import Tensor, nn
 
 from vidaccel.blocks.unet.resnet import FusedResnetBlock2D, Joined
+from vidaccel.kernels.conv.joined_projection import joining_pays
 from vidaccel.kernels.op import note, runs_triton
 from vidaccel.sites.block import FusedBlock, call_site, fuses
 from vidaccel.sites.plain import plain_reason
@@ -51,7 +52,8 @@ class UpBlock(FusedBlock):
 
     def joined(self, resnet: nn.Module, x: Tensor, skip: Tensor) -> Tensor | Joined:
         """The two channel by channel, for ``resnet``; not made where it takes them apart."""
-        if torch.compiler.is_compiling() or not runs_triton(SKIP_CONCAT, x):  # nothing gained there
+        gains = runs_triton(SKIP_CONCAT, x) and joining_pays(x)
+        if torch.compiler.is_compiling() or not gains:
             return torch.cat([x, skip], dim=1)
         reason = _joining_reason(resnet, skip)
         note(SKIP_CONCAT, "torch" if reason else "in place", reason or "")

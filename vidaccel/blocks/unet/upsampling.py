@@ -11,7 +11,7 @@ from vidaccel.blocks.unet.convolution import geometry_of
 from vidaccel.kernels.conv.upsample_conv import compile_ahead, upsample_conv, upsample_conv_and_statistics
 from vidaccel.kernels.norm.channel_statistics import ChannelStatistics
 from vidaccel.kernels.op import runs_triton
-from vidaccel.sites.block import FusedBlock, call_site, fuses
+from vidaccel.sites.block import FusedBlock, call_site, cut_corner, fuses
 from vidaccel.sites.memo import once_per_call
 from vidaccel.sites.plain import readable_reason
 
@@ -61,7 +61,7 @@ class FusedUpsample2D(FusedBlock, Upsample2D):
 
     def corner(self, args: Any, kwargs: Any) -> Any:
         hidden_states, *_ = args
-        return super().corner((hidden_states,), {})  # of another size than the output size that was asked for
+        return cut_corner((hidden_states,), {})  # of another size than the output size that was asked for
 
 
 @once_per_call
