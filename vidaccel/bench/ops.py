@@ -56,8 +56,8 @@ def measure_ops(
 ) -> None:
     """Fill ``recorder`` with one row per op, case and variant.
 
-    ``name`` is that of an op, or "all": then torch.compile gets only the first case of each. The record's ``failed_ops``
-    are those of which a variant failed.
+    ``name`` is that of an op, or "all": then torch.compile gets only the first case of each. The record's
+    ``failed_ops`` are those of which a variant failed.
     """
     cases = {
         (op, case): arguments
@@ -130,12 +130,12 @@ def _measure_case(
 
 def _variants(op: Op, args: tuple[Any, ...], compiles: bool) -> Iterator[tuple[str, _Variant]]:
     """By name: stock code in each memory order, compiled or not, each implementation where there are several, ours."""
-    run, prepare = STOCK.get(op.name, Stock(op.reference, _as_they_are))
+    stock = STOCK.get(op.name, Stock(op.reference, _as_they_are))
     images = any(isinstance(x, Tensor) and x.ndim > 3 for x in args)
     for name in ("eager", "compile") if compiles else ("eager",):
-        yield name, _Variant(run, partial(_stock_order, prepare), compiled=name == "compile")
+        yield name, _Variant(stock.run, partial(_stock_order, stock.prepare), compiled=name == "compile")
         if images:
-            yield f"{name}+channels_last", _Variant(run, prepare, compiled=name == "compile")
+            yield f"{name}+channels_last", _Variant(stock.run, stock.prepare, compiled=name == "compile")
     ways = [name for name in op.implementations if name != REFERENCE]
     for way in ways if len(ways) > 1 else ():
         yield way, _Variant(partial(op, impl=way), _as_they_are, impl=way)
