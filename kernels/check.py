@@ -30,7 +30,7 @@ __all__ = ["MOST_ELEMENTS", "Part", "cuts", "disagreement", "near", "piece_of", 
 MOST_ELEMENTS = 2**23  # of a part: a quarter of a GiB, with everything that is made of it
 SCREEN_ROWS = 2.0  # units in the last place, relative L2: less needs no second look
 SCREEN_GAIN = 0.5
-CHAIN, CHAIN_GAIN = 16.0, 8.0  # of a dozen ops, whose roundings are the same but for their order
+CHAIN, CHAIN_GAIN = 16.0, 16.0  # of a dozen ops, whose roundings are the same but for their order
 LOSSY = 16  # times the tolerance of math-exact
 PERTURBATION = 2.0**-22
 # float32 sums in another order; with TF32, numbers are cut to 10 bits before they are multiplied

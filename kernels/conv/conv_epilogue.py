@@ -385,10 +385,6 @@ def _of_rows(
     return seen((_rows_of(y, frame, rows), parts[frame : frame + 1, chunks]))
 
 
-def _never_in_place(*args: Any) -> tuple[Any, ...]:
-    return (*args[:7], False, *args[8:])
-
-
 def _validate(op: str, x: Tensor, *others: Any) -> None:
     validate_epilogue(op, x, x.shape, *others[:5])
 
@@ -442,7 +438,7 @@ CONV_EPILOGUE = Op(
     costs=_costs,
     parts=_parts,
     validate=functools.partial(_validate, "conv_epilogue"),
-    unshared=_never_in_place,
+    overwrites=0,
 )
 
 CONV_EPILOGUE_AND_STATISTICS = Op(
@@ -455,7 +451,7 @@ CONV_EPILOGUE_AND_STATISTICS = Op(
     costs=_costs,
     parts=_parts_with_statistics,
     validate=functools.partial(_validate, "conv_epilogue_and_statistics"),
-    unshared=_never_in_place,
+    overwrites=0,
 )
 
 

@@ -73,6 +73,8 @@ def _empty_output(x: Tensor) -> Tensor:
 
 
 def _reason(x: Tensor) -> str | None:
+    if x.numel() == 0:
+        return "there is nothing to multiply"
     return device_reason(x) or tensors_reason(x)
 
 
@@ -85,6 +87,13 @@ def _parts(x: Tensor) -> Iterator[Part]:
         yield Part((rows,), of)
 
 
+def _validate(x: Tensor) -> None:
+    if x.ndim == 0 or x.shape[-1] % 2:
+        raise ValueError(f"geglu: x must be [..., 2 * D], got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"geglu: x must be floating-point, got {x.dtype}")
+
+
 GEGLU = Op(
     "geglu",
     reference=geglu_ref,
@@ -92,6 +101,7 @@ GEGLU = Op(
     fake=_empty_output,
     costs=_costs,
     parts=_parts,
+    validate=_validate,
 )
 
 
@@ -109,10 +119,4 @@ def geglu(x: Tensor, *, impl: str | None = None) -> Tensor:
         ValueError: The last dim of ``x`` is odd or missing; ``impl`` cannot run here.
         TypeError: ``x`` is not floating-point.
     """
-    if x.ndim == 0 or x.shape[-1] % 2:
-        raise ValueError(f"geglu: x must be [..., 2 * D], got {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"geglu: x must be floating-point, got {x.dtype}")
-    if x.numel() == 0:
-        return _empty_output(x)
     return GEGLU(x, impl=impl)

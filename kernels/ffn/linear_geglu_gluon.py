@@ -45,7 +45,9 @@ write through the same proxy, so only the output tile, which threads write and T
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -62,7 +64,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-__all__ = ["Config", "choose_config", "gluon_configs", "launch", "linear_geglu_gluon_kernel"]
+__all__ = ["Config", "choose_config", "gluon_configs", "linear_geglu_gluon_kernel", "prepare"]
 
 TILE_ROWS = 64  # what one wgmma takes
 BLOCK_K = 64  # 128 bytes of a row: the widest swizzle
@@ -304,7 +306,8 @@ def gluon_configs(out_features: int, in_features: int) -> list[Config]:
     # of 320 take 696 us in columns of 128, 783 in columns of 64.
     for columns in (128, 64):
         stages = _stages(columns, in_features)
-        if out_features % columns == 0 and in_features % BLOCK_K == 0 and stages >= STAGES.start:
+        fits = out_features % columns == 0 and in_features % BLOCK_K == 0 and stages >= STAGES.start
+        if fits and out_features and in_features:
             configs += [Config(columns, min(stages, STAGES.stop - 1), aligned) for aligned in (True, False)]
     return configs
 
@@ -320,30 +323,56 @@ def _programs(columns: int, multiprocessors: int, aligned: bool) -> int:
     return multiprocessors // columns * columns if aligned and columns <= multiprocessors else multiprocessors
 
 
-def launch(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, *, config: Config | None = None) -> None:
-    """Write ``linear_geglu(x, weight, bias)`` to ``out``, ``[M, D]``; ``x`` is ``[M, K]``, with M > 64."""
-    (rows, dim), in_features = out.shape, x.shape[1]
+def prepare(
+    rows: int,
+    in_features: int,
+    dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    config: Config | None = None,
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
+    """What writes ``linear_geglu`` of tensors of these sizes, contiguous and aligned: ``launch(x, weight, bias, out)``.
+
+    Args:
+        rows: M, more than 64.
+        in_features: K; x has M * K numbers.
+        dim: D; the output has M * D numbers.
+        dtype: Of all of them.
+        device: Where they are.
+        config: None for the likely best.
+    """
     config = config or choose_config(dim, in_features)
     if config is None or rows <= TILE_ROWS:
         raise ValueError(f"linear_geglu: the kernel does not serve M={rows}, K={in_features}, D={dim}")
     columns = dim // config.columns
     tiles_per_column = triton.cdiv(rows, TILE_ROWS)
     num_tiles = columns * tiles_per_column
-    with torch.cuda.device_of(x):
-        linear_geglu_gluon_kernel[(min(num_tiles, _programs(columns, _multiprocessors(x.device), config.aligned)),)](
-            _descriptor(x, [TILE_ROWS, BLOCK_K]),
-            _descriptor(weight.unflatten(0, (2, dim)), [2, config.columns, BLOCK_K]),
-            bias,
-            _descriptor(out, [TILE_ROWS, OUT_COLUMNS]),
-            dim, num_tiles, tiles_per_column,
-            STEPS=in_features // BLOCK_K, STAGES=config.stages, REGISTERS=REGISTERS,
-            num_warps=4,
-        )  # fmt: skip
+    programs = min(num_tiles, _programs(columns, _multiprocessors(device), config.aligned))
+    kernel = linear_geglu_gluon_kernel[(programs,)]
+    x_of, weight_of, out_of = (
+        _descriptors(shape, block, DTYPES[dtype])
+        for shape, block in (
+            ([rows, in_features], [TILE_ROWS, BLOCK_K]),
+            ([2, dim, in_features], [2, config.columns, BLOCK_K]),
+            ([rows, dim], [TILE_ROWS, OUT_COLUMNS]),
+        )
+    )
+    constants = {"STEPS": in_features // BLOCK_K, "STAGES": config.stages, "REGISTERS": REGISTERS, "num_warps": 4}
+
+    def launch(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
+        with torch.cuda.device_of(x):
+            kernel(
+                x_of(x), weight_of(weight), bias, out_of(out), dim, num_tiles, tiles_per_column, **constants
+            )  # fmt: skip
+
+    return launch
 
 
-def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[x.dtype])
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
+def _descriptors(shape: list[int], block: list[int], dtype: Any) -> Callable[[Tensor], TensorDescriptor]:
+    """What describes a contiguous tensor of this shape to TMA, which moves it block by block."""
+    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    return lambda x: TensorDescriptor(x, shape, strides, block, layout)
 
 
 @functools.cache

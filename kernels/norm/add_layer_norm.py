@@ -16,7 +16,9 @@ residual), writes y (and z); with residual and one of the others eager makes 7 s
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +26,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidaccel.kernels.dispatch import DTYPES, choose, tensors_problem
-from vidaccel.kernels.launch import Launch, prepared
+from vidaccel.kernels.check import Part, cuts
+from vidaccel.kernels.launch import Launch
+from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason, tensors_reason
 
-__all__ = ["RowTo", "add_layer_norm", "add_layer_norm_ref", "compile_ahead"]
+__all__ = ["ADD_LAYER_NORM", "RowTo", "add_layer_norm", "add_layer_norm_ref", "choose_tiling", "compile_ahead"]
 
 RowTo = Literal["sum", "residual", "norm", "stored"]
 ROW_TO = get_args(RowTo)
@@ -38,11 +41,10 @@ def add_layer_norm_ref(
     weight: Tensor,
     bias: Tensor,
     eps: float,
-    *,
     residual: Tensor | None = None,
     row: Tensor | None = None,
     position: Tensor | None = None,
-    row_to: RowTo = "sum",
+    row_to: str = "sum",
 ) -> tuple[Tensor, Tensor]:
     """The specification. Pass float64 inputs for gold values."""
     if row is not None and residual is not None and row_to == "residual":
@@ -108,12 +110,16 @@ def _add_layer_norm_kernel(
         tl.store(y_ptr + offs, y, mask=mask)
 
 
-class _Tiling(NamedTuple):
-    """``programs`` programs of ``num_warps`` warps walk tiles of ``block_m`` whole rows."""
+class Tiling(NamedTuple):
+    """``programs`` programs of ``num_warps`` warps walk tiles of ``block_m`` whole rows.
+
+    ``stages - 1`` tiles are fetched ahead of the one being worked on.
+    """
 
     block_m: int
     programs: int
     num_warps: int
+    stages: int
 
 
 TENSORS = 8  # that the kernel takes
@@ -122,73 +128,37 @@ TILE_BYTES = 2048
 RESIDENT_BYTES = 132 * 16 * TILE_BYTES  # sixteen small tiles on every multiprocessor of an H100 or H200
 
 
-def _tiling(block_c: int, itemsize: int) -> _Tiling:
+def choose_tiling(block_c: int, itemsize: int, has_residual: bool, has_row: bool, row_to: str) -> Tiling:
+    """For rows of ``block_c`` numbers, a power of two, of ``itemsize`` bytes."""
     row_bytes = block_c * itemsize
     # few warps to a row: each more makes both reductions wait for one another; two half-precision rows fill a warp
     block_m = max(TILE_BYTES // row_bytes, 4 // itemsize)
-    return _Tiling(block_m, RESIDENT_BYTES // (block_m * row_bytes), num_warps=1 if block_c <= 512 else 2)
-
-
-def _stages(has_residual: bool, has_row: bool, row_to: str) -> int:
     # measured on an H200 at C = 320, 640 and 1280: x and the residual overlap well enough with one tile ahead
-    return 2 if has_residual and (not has_row or row_to == "stored") else 3
+    stages = 2 if has_residual and (not has_row or row_to == "stored") else 3
+    return Tiling(block_m, RESIDENT_BYTES // (block_m * row_bytes), num_warps=1 if block_c <= 512 else 2, stages=stages)
 
 
-@prepared
-def _prepare(
-    samples: int,
-    sample_rows: int,
-    channels: int,
+def _launch(
+    shape: tuple[int, int, int],
+    itemsize: int,
     positions: int,
     eps: float,
     has_residual: bool,
     has_row: bool,
     row_to: str,
-    itemsize: int,
-    tiling: _Tiling | None,
-    stages: int | None,
 ) -> Launch:
     """``positions`` is 0 where there are none."""
-    rows = samples * sample_rows
-    block_c = triton.next_power_of_2(channels)
-    block_m, programs, num_warps = tiling or _tiling(block_c, itemsize)
+    samples, sample_rows, channels = shape
+    rows, block_c = samples * sample_rows, triton.next_power_of_2(channels)
+    block_m, programs, num_warps, stages = choose_tiling(block_c, itemsize, has_residual, has_row, row_to)
     return Launch(
         _add_layer_norm_kernel, (min(triton.cdiv(rows, block_m), programs),),
         rows, sample_rows, channels, max(positions, 1),
         eps,
         HAS_RESIDUAL=has_residual, HAS_ROW=has_row, HAS_POSITION=positions > 0, ROW_TO=row_to,
-        BLOCK_M=block_m, BLOCK_C=block_c, STAGES=stages or _stages(has_residual, has_row, row_to),
+        BLOCK_M=block_m, BLOCK_C=block_c, STAGES=stages,
         num_warps=num_warps,
     )  # fmt: skip
-
-
-def _launch(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    residual: Tensor | None,
-    row: Tensor | None,
-    position: Tensor | None = None,
-    row_to: str = "sum",
-    *,
-    tiling: _Tiling | None = None,
-    stages: int | None = None,
-) -> list[Tensor]:
-    """``[z, y]``, or only ``[y]`` when z is x: a custom op may not return its input.
-
-    ``stages - 1`` tiles are fetched ahead of the one being worked on.
-    """
-    outputs = _empty_outputs(x, residual, row, row_to)
-    positions = 0 if position is None else position.shape[0]
-    flags = residual is not None, row is not None, row_to
-    launch = _prepare(*x.shape, positions, eps, *flags, x.itemsize, tiling, stages)
-    launch(
-        x.contiguous(), _contiguous(residual), _contiguous(row), _contiguous(position),
-        weight.contiguous(), bias.contiguous(),
-        outputs[0], outputs[-1],
-    )  # fmt: skip
-    return outputs
 
 
 def compile_ahead(
@@ -204,60 +174,139 @@ def compile_ahead(
     """
     if weight.numel() <= MAX_CHANNELS and weight.dtype in DTYPES:
         flags = residual, row_to is not None, row_to or "sum"
-        launch = _prepare(1, 1, weight.numel(), int(position), 0.5, *flags, weight.itemsize, None, None)
+        launch = _launch((1, 1, weight.numel()), weight.itemsize, int(position), 0.5, *flags)
         launch.compile_ahead(weight.device, *[weight.dtype] * TENSORS)
 
 
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
+def _bind(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    row: Tensor | None,
+    position: Tensor | None,
+    row_to: str,
+) -> Callable[..., list[Tensor]]:
+    positions = 0 if position is None else len(position)
+    launch = _launch(x.shape, x.itemsize, positions, eps, residual is not None, row is not None, row_to)
+    ready = all(t is None or t.is_contiguous() for t in (x, residual, row, position, weight, bias))
+    stores = _stores_sum(residual, row, row_to)
+
+    def run(x, weight, bias, eps, residual, row, position, row_to):
+        if not ready:
+            every = x, weight, bias, residual, row, position
+            x, weight, bias, residual, row, position = (None if t is None else t.contiguous() for t in every)
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        if not stores:
+            launch(x, residual, row, position, weight, bias, None, y)
+            return [y]
+        z = torch.empty_like(x, memory_format=torch.contiguous_format)
+        launch(x, residual, row, position, weight, bias, z, y)
+        return [z, y]
+
+    return run
 
 
-def _empty_outputs(x: Tensor, residual: Tensor | None, row: Tensor | None, row_to: str) -> list[Tensor]:
-    outputs = 1 if residual is None and (row is None or row_to == "norm") else 2
+def _stores_sum(residual: Tensor | None, row: Tensor | None, row_to: str) -> bool:
+    """Whether z is another tensor than x."""
+    return residual is not None or (row is not None and row_to != "norm")
+
+
+def _triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    row: Tensor | None,
+    position: Tensor | None,
+    row_to: str,
+) -> list[Tensor]:
+    args = x, weight, bias, eps, residual, row, position, row_to
+    return _bind(*args)(*args)
+
+
+def _reference(*args: Any) -> list[Tensor]:
+    """``[z, y]``, or only ``[y]`` when z is x: a custom op may not return its input."""
+    z, y = add_layer_norm_ref(*args)
+    return [z, y] if _stores_sum(args[4], args[5], args[7]) else [y]
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    row: Tensor | None,
+    position: Tensor | None,
+    row_to: str,
+) -> list[Tensor]:
+    outputs = 1 + _stores_sum(residual, row, row_to)
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(outputs)]
 
 
-@torch.library.custom_op("vidaccel::add_layer_norm", mutates_args=())
-def _add_layer_norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    residual: Tensor | None,
-    row: Tensor | None,
-    position: Tensor | None = None,
-    row_to: str = "sum",
-) -> list[Tensor]:
-    return _launch(x, weight, bias, eps, residual, row, position, row_to)
-
-
-@_add_layer_norm.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    residual: Tensor | None,
-    row: Tensor | None,
-    position: Tensor | None = None,
-    row_to: str = "sum",
-) -> list[Tensor]:
-    return _empty_outputs(x, residual, row, row_to)
-
-
-def _problem(x: Tensor, weight: Tensor, bias: Tensor, *addends: Tensor | None) -> str | None:
-    """Why the kernel does not serve these arguments, or None."""
+def _reason(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *others: Any) -> str | None:
+    addends = others[:-1]
     if x.shape[-1] > MAX_CHANNELS:
         return f"the kernel keeps a row in registers, up to C={MAX_CHANNELS}, got C={x.shape[-1]}"
+    if x.numel() == 0:
+        return "there is nothing to normalise"
     if mixed := [t.dtype for t in addends if t is not None and t.dtype != x.dtype]:
         return f"the addends must have the dtype of x, {x.dtype}, got {mixed[0]}"
-    return tensors_problem(x, weight, bias, *addends)
+    return device_reason(x) or tensors_reason(x, weight, bias, *addends)
+
+
+def _costs(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    row: Tensor | None,
+    position: Tensor | None,
+    row_to: str,
+) -> Costs:
+    return Costs(bytes=x.nbytes * (2 + (residual is not None) + _stores_sum(residual, row, row_to)))
+
+
+def _parts(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    row: Tensor | None,
+    position: Tensor | None,
+    row_to: str,
+) -> Iterator[Part]:
+    samples, rows, channels = x.shape
+    for n in cuts(samples, rows * channels):
+        if position is not None:
+            positions = position[torch.arange(n.start, n.stop, device=x.device) % len(position)]
+        for s in cuts(rows, (n.stop - n.start) * channels):
+            yield Part(
+                (
+                    x[n, s], weight, bias, eps,
+                    None if residual is None else residual[n, s],
+                    None if row is None else row[n],
+                    None if position is None else positions,
+                    row_to,
+                ),
+                functools.partial(_at, (n, s)),
+            )  # fmt: skip
+
+
+def _at(index: tuple[slice, slice], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(out[index] for out in outputs)
 
 
 def _validate(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
+    eps: float,
     residual: Tensor | None,
     row: Tensor | None,
     position: Tensor | None,
@@ -282,6 +331,17 @@ def _validate(
         raise ValueError(f"add_layer_norm: row_to must be one of {', '.join(ROW_TO)}, got {row_to!r}")
     if row_to == "residual" and residual is None:
         raise ValueError("add_layer_norm: row_to='residual' needs a residual")
+
+
+ADD_LAYER_NORM = Op(
+    "add_layer_norm",
+    reference=_reference,
+    implementations={"triton": Implementation(_triton, _reason, _bind, registered=True)},
+    fake=_fake,
+    costs=_costs,
+    parts=_parts,
+    validate=_validate,
+)
 
 
 def add_layer_norm(
@@ -311,7 +371,7 @@ def add_layer_norm(
         row_to: What the row joins: the ``"sum"``, as above; the ``"residual"`` before it joins the sum,
             ``z = x + (row + residual)``; only what is normed, ``"norm"``: ``z = x + residual``, norm of ``row + z``; or
             only z, ``"stored"``: ``z = row + (x + residual)``, norm of ``x + residual``.
-        impl: ``"triton"`` or ``"torch"``; None lets ``vidaccel.kernels.dispatch`` choose.
+        impl: ``"triton"`` or ``"torch"``; None lets the op choose.
 
     Returns:
         z, and the norm with its position, both ``[B, S, C]`` in ``x.dtype``; z is ``x`` itself when nothing is added
@@ -321,10 +381,5 @@ def add_layer_norm(
         ValueError: ``x`` is not 3-D; another argument has another shape; ``T`` does not divide ``B``; ``row_to`` is
             unknown or wants a residual that is not there; ``impl`` cannot run here.
     """
-    _validate(x, weight, bias, residual, row, position, row_to)
-    chosen = choose("add_layer_norm", x, impl, _problem(x, weight, bias, residual, row, position))
-    if chosen == "torch" or x.numel() == 0:
-        return add_layer_norm_ref(x, weight, bias, eps, residual=residual, row=row, position=position, row_to=row_to)
-    run = _add_layer_norm if torch.compiler.is_compiling() else _launch
-    outputs = run(x, weight, bias, eps, residual, row, position, row_to)
+    outputs = ADD_LAYER_NORM(x, weight, bias, eps, residual, row, position, row_to, impl=impl)
     return (outputs[0] if len(outputs) == 2 else x), outputs[-1]

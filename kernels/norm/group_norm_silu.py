@@ -7,9 +7,8 @@ Memory is ``[N, S, C]`` with S the rows (pixels, and for a 5-D input frames) of 
 the channels of the second behind those of the first; a program reads one of them. Three launches: statistics of every
 (chunk of rows, channel); their merge into one mean and scale per (sample, channel); normalise and SiLU. PyTorch gives
 one block to a whole (sample, group), which fills no GPU when the statistics span a clip; here the first and the last
-pass cut the rows into as many chunks as the GPU likes. Bound by memory: two reads and one write. Where the kernel
-before has computed the statistics (``channel_statistics.py``), and x carries them, there is one read,
-and no first launch.
+pass cut the rows into as many chunks as the GPU likes. Bound by memory: two reads and one write. Given the statistics
+that the kernel before has computed (``channel_statistics.py``), there is one read, and no first launch.
 
 z and the normalised value are rounded to the input dtype in registers, where eager stores them. Fidelity: math-exact.
 
@@ -19,8 +18,10 @@ with the bias of the projection that it will be added to (see ``add_layer_norm``
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,14 +29,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidaccel.kernels.channels_last import channels_last, empty_channels_last
-from vidaccel.kernels.dispatch import DTYPES, choose
-from vidaccel.kernels.launch import Launch, prepared
+from vidaccel.kernels.channels_last import (
+    channels_last,
+    channels_last_strides,
+    empty_channels_last,
+)
+from vidaccel.kernels.check import Part, cuts
+from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.norm.channel_statistics import (
     FOLD,
     ChannelStatistics,
     Tiling,
-    carried,
     choose_tiling,
     combine,
     fold,
@@ -45,17 +49,22 @@ from vidaccel.kernels.norm.channel_statistics import (
     rows_of_tile,
     store_part,
 )
+from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason, tensors_reason
 
 __all__ = [
+    "GROUP_NORM_AND_SUM",
+    "GROUP_NORM_SILU",
     "apply_silu",
+    "choose_apply_tiling",
     "compile_ahead",
     "group_norm_and_sum",
+    "group_norm_and_sum_ref",
     "group_norm_silu",
     "group_norm_silu_ref",
-    "group_norm_statistics",
-    "validate_norm",
 ]
 
+CHANNELS = 32  # a multiple of these in every tensor that the kernels read
+NO_STATISTICS = None, 0, 0
 APPLY_TILE = 512  # elements: 16 for each thread
 
 
@@ -65,20 +74,38 @@ def group_norm_silu_ref(
     bias: Tensor,
     groups: int,
     eps: float,
-    *,
     silu: bool = True,
     shift: Tensor | None = None,
     tail: Tensor | None = None,
+    parts: Tensor | None = None,
+    segment_rows: int = 0,
+    chunk_rows: int = 0,
 ) -> Tensor:
-    """The specification. Pass float64 inputs for gold values."""
+    """The specification, which computes the statistics itself. Pass float64 inputs for gold values."""
     if tail is not None:
         x = torch.cat([x, tail], dim=1)
     if shift is not None:
-        rows = x[0, 0].numel()
+        rows = math.prod(x.shape[2:])
         per_row = shift.to(x.dtype).repeat_interleave(rows // shift.shape[1], dim=1)
         x = x + per_row.transpose(1, 2).reshape(x.shape)
     y = F.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype), eps)
-    return F.silu(y) if silu else y
+    return channels_last(F.silu(y) if silu else y)
+
+
+def group_norm_and_sum_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    row: Tensor,
+    parts: Tensor | None = None,
+    segment_rows: int = 0,
+    chunk_rows: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """The specification. Pass float64 inputs for gold values."""
+    summed = x + row.to(x.dtype).view(-1, *(1,) * (x.ndim - 2))
+    return group_norm_silu_ref(x, weight, bias, groups, eps, silu=False), channels_last(summed)
 
 
 @triton.jit
@@ -253,7 +280,41 @@ def _apply_kernel(
     )  # fmt: skip
 
 
-_Tilings = tuple[Tiling, Tiling]  # of the statistics and of the last pass
+class _Call(NamedTuple):
+    """The arguments of either op."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    groups: int
+    eps: float
+    silu: bool
+    shift: Tensor | None
+    tail: Tensor | None
+    parts: Tensor | None
+    segment_rows: int
+    chunk_rows: int
+    row: Tensor | None = None
+
+    @classmethod
+    def and_sum(
+        cls, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, row: Tensor, *statistics: Any
+    ) -> _Call:
+        return cls(x, weight, bias, groups, eps, False, None, None, *statistics, row)
+
+    @property
+    def rows(self) -> int:
+        """Of a sample."""
+        return math.prod(self.x.shape[2:])
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Those that kernels read."""
+        return self.x, self.shift, self.tail, self.weight, self.bias, self.row, self.parts
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        return (self.x.shape[0], self.weight.shape[0], *self.x.shape[2:])
 
 
 class _Sizes(NamedTuple):
@@ -280,79 +341,39 @@ class _Sizes(NamedTuple):
         return (tiling.programs(self.all_segments, self.segment_rows, self.channels),)
 
 
-def _sizes(x: Tensor, tail: Tensor | None, shift: Tensor | None, groups: int) -> _Sizes:
-    samples, head_channels = x.shape[:2]
-    channels = head_channels if tail is None else head_channels + tail.shape[1]
-    segments = 1 if shift is None else shift.shape[1]
-    return _Sizes(samples, channels, head_channels, segments, math.prod(x.shape[2:]) // segments, groups)
-
-
-def _stats_tiling(sizes: _Sizes) -> Tiling:
-    return choose_tiling(sizes.all_segments, sizes.segment_rows, sizes.channels, sizes.widest_block)
-
-
-def _apply_tiling(sizes: _Sizes) -> Tiling:
+def choose_apply_tiling(widest_block: int) -> Tiling:
     """Programs of one warp and few rows: most of what they read is on its way before they work on the first tile."""
-    block_c = min(sizes.widest_block, 128)
+    block_c = min(widest_block, 128)
     block_r = APPLY_TILE // block_c
     return Tiling(block_r, block_c, 4 * block_r, stages=3, num_warps=1)
 
 
 class _Launches(NamedTuple):
-    """Statistics of chunks, unless x carries them; their merge; the norm."""
+    """Statistics of chunks; their merge; the norm. And the shapes of what each of the first two writes."""
 
     chunk_stats: Launch
     group_stats: Launch
     apply: Launch
     parts: tuple[int, int, int, int]
-    norms: tuple[int, int, int]
-
-    def statistics(
-        self, x: Tensor, tail: Tensor | None, shift: Tensor | None, weight: Tensor, known: ChannelStatistics | None
-    ) -> Tensor:
-        """What x is normalised with, ``[N, 2, C]``: the mean and weight / standard deviation of every channel."""
-        if known is None:
-            parts = torch.empty(self.parts, dtype=torch.float32, device=x.device)
-            self.chunk_stats(x, tail, shift, parts)
-        else:
-            parts = known.parts
-        norm = torch.empty(self.norms, dtype=torch.float32, device=x.device)
-        self.group_stats(parts, weight, norm)
-        return norm
-
-    def __call__(
-        self,
-        x: Tensor,
-        tail: Tensor | None,
-        shift: Tensor | None,
-        weight: Tensor,
-        bias: Tensor,
-        row: Tensor | None,
-        summed: Tensor | None,
-        y: Tensor,
-        known: ChannelStatistics | None,
-    ) -> None:
-        norm = self.statistics(x, tail, shift, weight, known)
-        self.apply(x, tail, shift, norm, bias, row, summed, y)
+    norm: tuple[int, int, int]
 
 
-@prepared
-def _prepare(
+def _launches(
     sizes: _Sizes,
     eps: float,
     silu: bool,
     shift_stride: int | None,
     has_row: bool,
     known_rows: tuple[int, int] | None = None,
-    tilings: _Tilings | None = None,
 ) -> _Launches:
     """``shift_stride`` is from one segment's shift to the next one's, or None where there is no shift.
 
-    ``known_rows`` are those of a segment and of a chunk in the statistics that x carries, or None.
+    ``known_rows`` are those of a segment and of a chunk in statistics that are known, or None.
     """
     samples, channels, head_channels, segments, segment_rows, groups = sizes
     has_shift = shift_stride is not None
-    stats, apply = tilings or (_stats_tiling(sizes), _apply_tiling(sizes))
+    stats = choose_tiling(sizes.all_segments, segment_rows, channels, sizes.widest_block)
+    apply = choose_apply_tiling(sizes.widest_block)
     merged_rows, chunk_rows = known_rows or (segment_rows, stats.chunk_rows)
     merged_segments, chunks = segments * segment_rows // merged_rows, triton.cdiv(merged_rows, chunk_rows)
     merge_warps = _merge_warps(merged_segments * chunks * (channels // groups))
@@ -386,26 +407,6 @@ def _merge_warps(values: int) -> int:
     return 1 if values <= 512 else 8
 
 
-def _known(x: Tensor, tail: Tensor | None, shift: Tensor | None) -> ChannelStatistics | None:
-    """The statistics of what is normalised, if x carries them."""
-    return carried(x) if tail is None and shift is None else None
-
-
-def _rows_of(known: ChannelStatistics | None) -> tuple[int, int] | None:
-    return None if known is None else known[1:]
-
-
-def _by_segment(shift: Tensor | None) -> tuple[Tensor | None, int | None]:
-    """``[N, T, C]`` with one stride for all its N * T rows, and that: 0 for a bias that was expanded."""
-    if shift is None:
-        return None, None
-    samples, segments, _ = shift.shape
-    even = samples == 1 or segments == 1 or shift.stride(0) == segments * shift.stride(1)
-    if not even or shift.stride(2) != 1:
-        shift = shift.contiguous()
-    return shift, shift.stride(0 if segments == 1 else 1)
-
-
 def compile_ahead(
     weight: Tensor, groups: int, *, silu: bool = True, shift: bool = False, and_sum: bool = False
 ) -> None:
@@ -419,29 +420,83 @@ def compile_ahead(
         and_sum: Whether it is :func:`group_norm_and_sum` that will run, which has neither.
     """
     channels, dtype = weight.numel(), weight.dtype
-    if channels % 32 or dtype not in DTYPES:
+    if channels % CHANNELS or dtype not in DTYPES:
         return
     silu, stride = silu and not and_sum, channels if shift and not and_sum else None
     for rows in (1, 2**20):  # the merge of few parts, and of many
-        launches = _prepare(_Sizes(1, channels, channels, 1, rows, groups), 0.5, silu, stride, and_sum)
+        launches = _launches(_Sizes(1, channels, channels, 1, rows, groups), 0.5, silu, stride, and_sum)
         launches.group_stats.compile_ahead(weight.device, torch.float32, dtype, torch.float32)
     launches.chunk_stats.compile_ahead(weight.device, dtype, dtype, dtype, torch.float32)
     launches.apply.compile_ahead(weight.device, *[dtype] * 3, torch.float32, *[dtype] * 4)
 
 
-def group_norm_statistics(x: Tensor, weight: Tensor, groups: int, eps: float, shift: Tensor | None) -> Tensor:
-    """``[N, 2, C]``, float32: the mean of ``x + shift`` and ``weight / standard deviation``, for every channel.
+def _readied(x: Tensor, shift: Tensor | None, tail: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors of a call as the kernels read them; those that are so already are the same objects."""
+    if tail is not None and x.shape[1] % CHANNELS:  # no block of channels ends where x does
+        x, tail = torch.cat([x, tail], dim=1), None
+    if shift is not None:
+        samples, segments, _ = shift.shape
+        # one stride for all N * T rows: 0 for a bias that was expanded
+        even = samples == 1 or segments == 1 or shift.stride(0) == segments * shift.stride(1)
+        shift = shift if even and shift.stride(2) == 1 else shift.contiguous()
+    contiguous = (None if other is None else other.contiguous() for other in others)
+    return channels_last(x), shift, None if tail is None else channels_last(tail), *contiguous
 
-    For a kernel that normalises as it reads; the arguments are those that ``group_norm_silu`` gives its kernels.
-    """
-    known = _known(x, None, shift)
-    sizes = _sizes(x, None, shift, groups)
-    shift, shift_stride = _by_segment(shift)
-    launches = _prepare(sizes, eps, True, shift_stride, False, _rows_of(known))
-    return launches.statistics(x, None, shift, weight, known)
+
+def _prepare(call: _Call) -> Callable[..., None]:
+    """What writes the norm, and the sum if there is a row, for tensors like these."""
+    readied = _readied(*call.tensors)
+    ready = all(made is given for made, given in zip(readied, call.tensors, strict=True))
+    x, shift = readied[:2]
+    assert x is not None
+    segments = 1 if shift is None else shift.shape[1]
+    sizes = _Sizes(len(x), call.weight.shape[0], x.shape[1], segments, call.rows // segments, call.groups)
+    stride = None if shift is None else shift.stride(0 if segments == 1 else 1)
+    known_rows = None if call.parts is None else (call.segment_rows, call.chunk_rows)
+    launches = _launches(sizes, call.eps, call.silu, stride, call.row is not None, known_rows)
+    chunk_stats, group_stats, apply, parts_shape, norm_shape = launches
+    empty, dtype, device = torch.empty, torch.float32, x.device
+
+    def write(x, shift, tail, weight, bias, row, parts, summed, y):
+        if not ready:
+            x, shift, tail, weight, bias, row, parts = _readied(x, shift, tail, weight, bias, row, parts)
+        if parts is None:
+            parts = empty(parts_shape, dtype=dtype, device=device)
+            chunk_stats(x, tail, shift, parts)
+        norm = empty(norm_shape, dtype=dtype, device=device)
+        group_stats(parts, weight, norm)
+        apply(x, tail, shift, norm, bias, row, summed, y)
+
+    return write
 
 
-def _launch(
+def _bind(*args: Any) -> Callable[..., Tensor]:
+    call = _Call(*args)
+    write, shape = _prepare(call), call.output_shape
+    strides = channels_last_strides(shape)
+
+    def run(x, weight, bias, groups, eps, silu, shift, tail, parts, segment_rows, chunk_rows):
+        y = x.new_empty_strided(shape, strides)
+        write(x, shift, tail, weight, bias, None, parts, None, y)
+        return y
+
+    return run
+
+
+def _bind_and_sum(*args: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+    call = _Call.and_sum(*args)
+    write, shape = _prepare(call), call.output_shape
+    strides = channels_last_strides(shape)
+
+    def run(x, weight, bias, groups, eps, row, parts, segment_rows, chunk_rows):
+        y, summed = x.new_empty_strided(shape, strides), x.new_empty_strided(shape, strides)
+        write(x, None, None, weight, bias, row, parts, summed, y)
+        return y, summed
+
+    return run
+
+
+def _triton(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -449,126 +504,137 @@ def _launch(
     eps: float,
     silu: bool,
     shift: Tensor | None,
-    tail: Tensor | None = None,
-    *,
-    tilings: _Tilings | None = None,
+    tail: Tensor | None,
+    parts: Tensor | None,
+    segment_rows: int,
+    chunk_rows: int,
 ) -> Tensor:
-    known = _known(x, tail, shift)
-    x, tail = channels_last(x), None if tail is None else channels_last(tail)
-    y = _empty_output(x, tail)
-    sizes = _sizes(x, tail, shift, groups)
-    shift, shift_stride = _by_segment(shift)
-    launches = _prepare(sizes, eps, silu, shift_stride, False, _rows_of(known), tilings)
-    launches(x, tail, shift, weight, bias, None, None, y, known)
-    return y
+    args = x, weight, bias, groups, eps, silu, shift, tail, parts, segment_rows, chunk_rows
+    return _bind(*args)(*args)
 
 
-def _launch_and_sum(
+def _triton_and_sum(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
     groups: int,
     eps: float,
     row: Tensor,
-    *,
-    tilings: _Tilings | None = None,
+    parts: Tensor | None,
+    segment_rows: int,
+    chunk_rows: int,
 ) -> tuple[Tensor, Tensor]:
-    known = _known(x, None, None)
-    x = channels_last(x)
-    y, summed = empty_channels_last(x), empty_channels_last(x)
-    sizes = _sizes(x, None, None, groups)
-    launches = _prepare(sizes, eps, False, None, True, _rows_of(known), tilings)
-    launches(x, None, None, weight, bias, row, summed, y, known)
-    return y, summed
+    args = x, weight, bias, groups, eps, row, parts, segment_rows, chunk_rows
+    return _bind_and_sum(*args)(*args)
 
 
-def _empty_output(x: Tensor, tail: Tensor | None) -> Tensor:
-    if tail is None:
-        return empty_channels_last(x)
-    return empty_channels_last(x.new_empty(()).expand(x.shape[0], x.shape[1] + tail.shape[1], *x.shape[2:]))
+def _reason(call: _Call) -> str | None:
+    channels = call.weight.shape[0]
+    if channels % CHANNELS:
+        return f"the kernels take C divisible by {CHANNELS}, got C={channels}"
+    if len(call.x) * call.rows == 0:
+        return "there is nothing to normalise"
+    return device_reason(call.x) or tensors_reason(*call.tensors)
 
 
-@torch.library.custom_op("vidaccel::group_norm_silu", mutates_args=())
-def _group_norm_silu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    silu: bool,
-    shift: Tensor | None,
-    tail: Tensor | None,
-) -> Tensor:
-    return _launch(x, weight, bias, groups, eps, silu, shift, tail)
-
-
-@_group_norm_silu.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    silu: bool,
-    shift: Tensor | None,
-    tail: Tensor | None,
-) -> Tensor:
-    return _empty_output(x, tail)
-
-
-@torch.library.custom_op("vidaccel::group_norm_and_sum", mutates_args=())
-def _group_norm_and_sum(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, row: Tensor
-) -> tuple[Tensor, Tensor]:
-    return _launch_and_sum(x, weight, bias, groups, eps, row)
-
-
-@_group_norm_and_sum.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, row: Tensor) -> tuple[Tensor, Tensor]:
-    return empty_channels_last(x), empty_channels_last(x)
-
-
-def _why_not_triton(x: Tensor, channels: int) -> str | None:
-    if x.dtype not in DTYPES:
-        return f"the kernels take float16, bfloat16 and float32, x is {x.dtype}"
-    if channels % 32:
-        return f"the kernels take C divisible by 32, got C={channels}"
-    return None
-
-
-def validate_norm(
-    op: str,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    shift: Tensor | None = None,
-    tail: Tensor | None = None,
-) -> None:
-    """Raise for arguments that do not fit one another."""
+def _validate(name: str, call: _Call) -> None:
+    x, shift, tail = call.x, call.shift, call.tail
     if not 3 <= x.ndim <= 5:
-        raise ValueError(f"{op}: x must be [N, C, *spatial] with 1 to 3 spatial dims, got {tuple(x.shape)}")
-    samples, channels = x.shape[:2]
+        raise ValueError(f"{name}: x must be [N, C, *spatial] with 1 to 3 spatial dims, got {tuple(x.shape)}")
+    channels = x.shape[1]
     if tail is not None:
         if tail.shape[:1] != x.shape[:1] or tail.shape[2:] != x.shape[2:] or tail.dtype != x.dtype:
             raise ValueError(
-                f"{op}: tail must be x but for its channels, got {tuple(tail.shape)} {tail.dtype} "
+                f"{name}: tail must be x but for its channels, got {tuple(tail.shape)} {tail.dtype} "
                 f"behind {tuple(x.shape)} {x.dtype}"
             )
         channels += tail.shape[1]
-    if groups < 1 or channels % groups:
-        raise ValueError(f"{op}: groups={groups} does not divide C={channels} (x is {tuple(x.shape)})")
-    if weight.shape != (channels,) or bias.shape != (channels,):
+    if call.groups < 1 or channels % call.groups:
+        raise ValueError(f"{name}: groups={call.groups} does not divide C={channels} (x is {tuple(x.shape)})")
+    if call.weight.shape != (channels,) or call.bias.shape != (channels,):
         raise ValueError(
-            f"{op}: weight and bias must be [{channels}], got {tuple(weight.shape)} and {tuple(bias.shape)}"
+            f"{name}: weight and bias must be [{channels}], got {tuple(call.weight.shape)} and {tuple(call.bias.shape)}"
         )
-    if shift is None:
-        return
-    if shift.ndim != 3 or shift.shape[::2] != (samples, channels):
-        raise ValueError(f"{op}: shift must be [{samples}, T, {channels}], got {tuple(shift.shape)}")
-    rows = math.prod(x.shape[2:])
-    if shift.shape[1] == 0 or rows % shift.shape[1]:
-        raise ValueError(f"{op}: T={shift.shape[1]} of shift does not divide the {rows} rows of x {tuple(x.shape)}")
+    if call.row is not None and call.row.shape != (channels,):
+        raise ValueError(f"{name}: row must be [{channels}], got {tuple(call.row.shape)}")
+    if shift is not None:
+        if shift.ndim != 3 or shift.shape[::2] != (len(x), channels):
+            raise ValueError(f"{name}: shift must be [{len(x)}, T, {channels}], got {tuple(shift.shape)}")
+        if shift.shape[1] == 0 or call.rows % shift.shape[1]:
+            raise ValueError(
+                f"{name}: T={shift.shape[1]} of shift does not divide the {call.rows} rows of x {tuple(x.shape)}"
+            )
+    if call.parts is not None:
+        _validate_statistics(name, call, call.parts)
+
+
+def _validate_statistics(name: str, call: _Call, parts: Tensor) -> None:
+    if call.shift is not None or call.tail is not None:
+        raise ValueError(f"{name}: statistics are of x alone, and do not serve with a shift or a tail")
+    rows = f"segment_rows={call.segment_rows}, chunk_rows={call.chunk_rows}"
+    if call.segment_rows < 1 or call.chunk_rows < 1 or call.rows % call.segment_rows:
+        raise ValueError(f"{name}: the segments of statistics must divide the {call.rows} rows of x, got {rows}")
+    segments = len(call.x) * call.rows // call.segment_rows
+    shape = segments, triton.cdiv(call.segment_rows, call.chunk_rows), 2, call.x.shape[1]
+    if parts.shape != shape or parts.dtype != torch.float32:
+        raise ValueError(
+            f"{name}: parts of statistics with {rows} must be {shape} torch.float32, "
+            f"got {tuple(parts.shape)} {parts.dtype}"
+        )
+
+
+def _costs(call: _Call) -> Costs:
+    """x is read twice, once where its statistics are known; the norm is written, and the sum."""
+    passes = 2 + (call.parts is None) + (call.row is not None)
+    return Costs(bytes=passes * math.prod(call.output_shape) * call.x.itemsize)
+
+
+def _cuts(call: _Call) -> Iterator[tuple[_Call, Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]]]:
+    """Calls of some groups of some samples, and where these lie in the outputs; statistics are computed anew."""
+    x, weight, bias, groups, eps, silu, shift, tail, *_, row = call
+    width, head = len(weight) // groups, x.shape[1]
+    for n in cuts(len(x), len(weight) * call.rows):
+        for some in cuts(groups, (n.stop - n.start) * width * call.rows):
+            c = slice(some.start * width, some.stop * width)
+            part = _Call(
+                x[n, c], weight[c], bias[c], some.stop - some.start, eps, silu,
+                None if shift is None else shift[n, :, c],
+                None if tail is None else tail[n, max(c.start - head, 0) : max(c.stop - head, 0)],
+                *NO_STATISTICS,
+                None if row is None else row[c],
+            )  # fmt: skip
+            yield part, functools.partial(_at, (n, c))
+
+
+def _at(index: tuple[slice, slice], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(out[index] for out in outputs)
+
+
+GROUP_NORM_SILU = Op(
+    "group_norm_silu",
+    reference=group_norm_silu_ref,
+    implementations={
+        "triton": Implementation(_triton, lambda *args: _reason(_Call(*args)), _bind, registered=True),
+    },
+    fake=lambda x, weight, *others: empty_channels_last(x, len(weight)),
+    costs=lambda *args: _costs(_Call(*args)),
+    parts=lambda *args: (Part(call[:-1], of) for call, of in _cuts(_Call(*args))),
+    validate=lambda *args: _validate("group_norm_silu", _Call(*args)),
+)
+
+GROUP_NORM_AND_SUM = Op(
+    "group_norm_and_sum",
+    reference=group_norm_and_sum_ref,
+    implementations={
+        "triton": Implementation(
+            _triton_and_sum, lambda *args: _reason(_Call.and_sum(*args)), _bind_and_sum, registered=True
+        ),
+    },
+    fake=lambda x, *others: (empty_channels_last(x), empty_channels_last(x)),
+    costs=lambda *args: _costs(_Call.and_sum(*args)),
+    parts=lambda *args: (Part((*call[:5], call.row), of) for call, of in _cuts(_Call.and_sum(*args))),
+    validate=lambda *args: _validate("group_norm_and_sum", _Call.and_sum(*args)),
+)
 
 
 def group_norm_silu(
@@ -581,6 +647,7 @@ def group_norm_silu(
     silu: bool = True,
     shift: Tensor | None = None,
     tail: Tensor | None = None,
+    statistics: ChannelStatistics | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """``F.silu(F.group_norm(x + shift, groups, weight, bias, eps))``, returned in channels-last memory.
@@ -598,32 +665,35 @@ def group_norm_silu(
         shift: ``[N, T, C]``, added to x before the norm (time embedding, bias of the convolution before): row ``s`` of
             the ``S`` pixels of a sample takes ``shift[n, s // (S // T)]``. Rounded to ``x.dtype`` first.
         tail: Like x but for the number of its channels, which lie behind those of x (the skip connection of a UNet).
-        impl: ``"triton"`` or ``"torch"``; None lets ``vidaccel.kernels.dispatch`` choose.
+        statistics: Of x, from the kernel that wrote it; its segments divide the rows of a sample. None: computed here.
+            Only without ``shift`` and ``tail``.
+        impl: ``"triton"`` or ``"torch"``; None lets the op choose.
 
     Returns:
         ``[N, C, *spatial]`` in ``x.dtype``, channels innermost in memory.
 
     Raises:
-        ValueError: ``groups`` does not divide ``C``; ``weight``, ``bias``, ``shift`` or ``tail`` has another shape;
-            ``T`` does not divide ``S``; ``impl`` cannot run here.
+        ValueError: ``groups`` does not divide ``C``; ``weight``, ``bias``, ``shift``, ``tail`` or ``statistics`` has
+            another shape; ``T`` does not divide ``S``; there are statistics and a shift or a tail; ``impl`` cannot run
+            here.
     """
-    validate_norm("group_norm_silu", x, weight, bias, groups, shift, tail)
-    channels = weight.shape[0]
-    if x.shape[0] * channels * math.prod(x.shape[2:]) == 0:
-        return _empty_output(x, tail)
-    if choose("group_norm_silu", x, impl, _why_not_triton(x, channels)) == "torch":
-        y = group_norm_silu_ref(x, weight, bias, groups, eps, silu=silu, shift=shift, tail=tail)
-        return channels_last(y)
     if shift is not None:
         shift = shift.to(x.dtype)
-    if tail is not None and x.shape[1] % 32:
-        x, tail = torch.cat([x, tail], dim=1), None
-    run = _group_norm_silu if torch.compiler.is_compiling() else _launch
-    return run(x, weight.contiguous(), bias.contiguous(), groups, eps, silu, shift, tail)
+    return GROUP_NORM_SILU(
+        x, weight, bias, groups, eps, silu, shift, tail, *(statistics or NO_STATISTICS), impl=impl
+    )  # fmt: skip
 
 
 def group_norm_and_sum(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, row: Tensor, *, impl: str | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    row: Tensor,
+    *,
+    statistics: ChannelStatistics | None = None,
+    impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``F.group_norm(x, groups, weight, bias, eps)`` and ``x + row``, both in channels-last memory.
 
@@ -634,6 +704,7 @@ def group_norm_and_sum(
         groups: Number of groups.
         eps: Added to the variance.
         row: ``[C]``, any float dtype; rounded to ``x.dtype`` first.
+        statistics: As in :func:`group_norm_silu`.
         impl: ``"triton"`` or ``"torch"``.
 
     Returns:
@@ -642,14 +713,5 @@ def group_norm_and_sum(
     Raises:
         ValueError: As :func:`group_norm_silu`; ``row`` has another shape.
     """
-    validate_norm("group_norm_and_sum", x, weight, bias, groups)
-    if row.shape != weight.shape:
-        raise ValueError(f"group_norm_and_sum: row must be [{x.shape[1]}], got {tuple(row.shape)}")
     row = row.to(x.dtype)
-    if x.numel() == 0:
-        return empty_channels_last(x), empty_channels_last(x)
-    if choose("group_norm_silu", x, impl, _why_not_triton(x, x.shape[1])) == "torch":
-        y = group_norm_silu_ref(x, weight, bias, groups, eps, silu=False)
-        return channels_last(y), channels_last(x + row.view(-1, *(1,) * (x.ndim - 2)))
-    run = _group_norm_and_sum if torch.compiler.is_compiling() else _launch_and_sum
-    return run(x, weight.contiguous(), bias.contiguous(), groups, eps, row.contiguous())
+    return GROUP_NORM_AND_SUM(x, weight, bias, groups, eps, row, *(statistics or NO_STATISTICS), impl=impl)

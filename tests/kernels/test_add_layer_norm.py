@@ -7,12 +7,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton
-from kernel_checks import TARGETS, assert_close_to_gold, assert_no_spills, compile_for, narrow_accesses
+from kernel_checks import (
+    FAULTS,
+    TARGETS,
+    assert_close_to_gold,
+    assert_no_spills,
+    compile_for,
+    narrow_accesses,
+    planted,
+)
 from torch import Tensor
 
-from vidaccel.kernels.dispatch import record_choices
+from vidaccel.kernels import check
+from vidaccel.kernels.launch import constants_overridden
 from vidaccel.kernels.norm import add_layer_norm as op
-from vidaccel.kernels.norm.add_layer_norm import add_layer_norm, add_layer_norm_ref
+from vidaccel.kernels.norm.add_layer_norm import ADD_LAYER_NORM, add_layer_norm, add_layer_norm_ref, choose_tiling
+from vidaccel.kernels.op import listening
 
 EPS = 1e-5
 DTYPES = [torch.float32, torch.float16]
@@ -145,14 +155,13 @@ def test_returns_its_input_when_nothing_is_added(impl: str, device: torch.device
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3])
-@pytest.mark.parametrize("programs", [1, 3, 1000])
-@pytest.mark.parametrize("block_m", [1, 4])
-def test_result_does_not_depend_on_the_cut(block_m: int, programs: int, stages: int, device: torch.device) -> None:
-    """One row or several to a tile, tiles that span samples, one tile or several to a program."""
+@pytest.mark.parametrize("block_m", [1, 4, 16])
+def test_result_does_not_depend_on_the_cut(block_m: int, stages: int, device: torch.device) -> None:
+    """One row or several to a tile, tiles that span samples, one tile or several to a program, or none."""
     x, weight, bias, addends = draw((3, 5, 42), torch.float32, device, centre=30.0)
-    tiling = op._Tiling(block_m, programs, num_warps=2)
-    out = op._launch(x, weight, bias, EPS, addends["residual"], addends["row"], tiling=tiling, stages=stages)
-    assert_matches_reference(tuple(out), x, weight, bias, addends)
+    with constants_overridden(BLOCK_M=block_m, STAGES=stages):
+        out = add_layer_norm(x, weight, bias, EPS, **addends, impl="triton")
+    assert_matches_reference(out, x, weight, bias, addends)
 
 
 @pytest.mark.parametrize(
@@ -207,9 +216,9 @@ def test_unserved_input_runs_in_torch(
     x, weight, bias, addends = draw((2, 3, channels), dtype, device, ("residual",))
     addends["residual"] = addends["residual"].to(residual_dtype)
     weight.requires_grad_(requires_grad)
-    with record_choices() as choices:
+    with listening() as events:
         out = add_layer_norm(x, weight, bias, EPS, **addends)
-    assert [choice.impl for choice in choices] == ["torch"] and reason in choices[0].reason
+    assert [event.implementation for event in events] == ["torch"] and reason in events[0].reason
     for ours, eager in zip(out, add_layer_norm_ref(x, weight, bias, EPS, **addends), strict=True):
         assert torch.equal(ours, eager)
     with pytest.raises(ValueError, match=f"add_layer_norm: impl='triton' cannot run: .*{re.escape(reason)}"):
@@ -230,7 +239,7 @@ def test_unserved_input_runs_in_torch(
         ({"position": torch.ones(3, 32)}, r"T=3 of position does not divide the B=2 of x"),
         ({"row_to": "x"}, r"row_to must be one of sum, residual, norm, stored, got 'x'"),
         ({"row_to": "residual"}, r"row_to='residual' needs a residual"),
-        ({"impl": "cuda"}, r"impl must be 'triton' or 'torch', got 'cuda'"),
+        ({"impl": "cuda"}, r"impl must be one of triton, torch, got 'cuda'"),
     ],
 )
 def test_rejects(change: dict[str, object], message: str) -> None:
@@ -245,7 +254,7 @@ def test_registration(names: tuple[str, ...], device: torch.device) -> None:
     for laid_out in (x, x.mT.contiguous().mT):
         for row_to in ("sum", "norm"):
             arguments = (laid_out, weight, bias, EPS, *map(addends.get, ("residual", "row", "position")), row_to)
-            torch.library.opcheck(op._add_layer_norm, arguments)
+            torch.library.opcheck(ADD_LAYER_NORM.registered["triton"], arguments)
 
 
 @pytest.mark.parametrize("names", ADDENDS)
@@ -257,6 +266,43 @@ def test_compiles_fullgraph(names: tuple[str, ...], device: torch.device) -> Non
         return z + 2 * y
 
     assert torch.equal(torch.compile(combine, fullgraph=True, backend="aot_eager")(x), combine(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("most", [2**23, 200], ids=["whole", "in-parts"])
+@pytest.mark.parametrize(("names", "row_to"), [*(pytest.param(*p.values, "sum", id=p.id) for p in ADDENDS), *ROW_TO])
+def test_a_right_result_is_found_right(
+    names: tuple[str, ...],
+    row_to: op.RowTo,
+    most: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(check, "MOST_ELEMENTS", most)
+    x, weight, bias, addends = draw((6, 5, 64), dtype, device, names, positions=3, centre=3.0)
+    with listening(checks=True) as events:
+        out = add_layer_norm(x, weight, bias, EPS, **addends, row_to=row_to)
+    assert [(event.implementation, event.problem) for event in events] == [("triton", "")]
+    assert events[0].costs.bytes == x.nbytes * (2 + ("residual" in names) + (out[0] is not x))
+
+
+@pytest.mark.parametrize("most", [2**23, 200], ids=["whole", "in-parts"])
+@pytest.mark.parametrize("output", [0, 1], ids=["sum", "norm"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found(
+    fault: str, output: int, most: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "MOST_ELEMENTS", most)
+    x, weight, bias, addends = draw((3, 9, 64), torch.float16, device)
+    spoil = FAULTS[fault]
+    with (
+        planted(ADD_LAYER_NORM, "triton", lambda outputs: spoil(outputs[output])),
+        listening(checks=True) as events,
+    ):
+        outputs = add_layer_norm(x, weight, bias, EPS, **addends)
+    assert events[0].problem
+    assert all(map(torch.equal, outputs, add_layer_norm_ref(x, weight, bias, EPS, **addends)))
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -272,7 +318,7 @@ def test_accesses_are_16_bytes_wide_and_prefetched(target: str, channels: int, n
     pointers += ["z_ptr"] * (residual or row)
     absent = {"residual_ptr", "row_ptr", "position_ptr", "z_ptr"}.difference(pointers)
     block_c = triton.next_power_of_2(channels)
-    tiling = op._tiling(block_c, itemsize=2)
+    tiling = choose_tiling(block_c, 2, residual, row, "sum")
     asm = compile_for(
         target,
         op._add_layer_norm_kernel,
@@ -283,7 +329,7 @@ def test_accesses_are_16_bytes_wide_and_prefetched(target: str, channels: int, n
         {
             **dict.fromkeys(absent),
             **{"HAS_RESIDUAL": residual, "HAS_ROW": row, "HAS_POSITION": position, "ROW_TO": "sum"},
-            **{"BLOCK_M": tiling.block_m, "BLOCK_C": block_c, "STAGES": op._stages(residual, row, "sum")},
+            **{"BLOCK_M": tiling.block_m, "BLOCK_C": block_c, "STAGES": tiling.stages},
         },
         num_warps=tiling.num_warps,
     )

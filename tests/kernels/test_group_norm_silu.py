@@ -6,13 +6,23 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import TARGETS, assert_close_to_gold, assert_no_spills, compile_for
+from kernel_checks import FAULTS, TARGETS, assert_close_to_gold, assert_no_spills, compile_for, planted
 from torch import Tensor
 
-from vidaccel.kernels.dispatch import record_choices
+from vidaccel.kernels import check
+from vidaccel.kernels.launch import constants_overridden
 from vidaccel.kernels.norm import group_norm_silu as op
-from vidaccel.kernels.norm.channel_statistics import Tiling
-from vidaccel.kernels.norm.group_norm_silu import group_norm_and_sum, group_norm_silu, group_norm_silu_ref
+from vidaccel.kernels.norm.channel_statistics import FOLD, ChannelStatistics, Tiling, choose_tiling
+from vidaccel.kernels.norm.group_norm_silu import (
+    GROUP_NORM_AND_SUM,
+    GROUP_NORM_SILU,
+    choose_apply_tiling,
+    group_norm_and_sum,
+    group_norm_and_sum_ref,
+    group_norm_silu,
+    group_norm_silu_ref,
+)
+from vidaccel.kernels.op import listening
 
 EPS = 1e-5
 DTYPES = [torch.float32, torch.float16]
@@ -139,13 +149,12 @@ def test_shift_rounds_as_a_stored_sum_does(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("stages", [1, 3])
-@pytest.mark.parametrize("chunk_rows", [8, 24, 64])
-def test_result_does_not_depend_on_the_cut(chunk_rows: int, stages: int, device: torch.device) -> None:
+@pytest.mark.parametrize("block_rows", [4, 8, 64])
+def test_result_does_not_depend_on_the_cut(block_rows: int, stages: int, device: torch.device) -> None:
     """Several tiles to a chunk, chunks of unequal size, a last tile that is mostly outside."""
-    x, weight, bias, shift = draw((1, 64, 3, 9, 5), torch.float32, device, 3, centre=30.0)
-    stats = Tiling(block_r=8, block_c=32, chunk_rows=chunk_rows, stages=stages, num_warps=1)
-    apply = Tiling(block_r=16, block_c=64, chunk_rows=32, stages=stages, num_warps=4)
-    out = op._launch(x, weight, bias, 8, EPS, True, shift, tilings=(stats, apply))
+    x, weight, bias, shift = draw((1, 32, 3, 9, 5), torch.float32, device, 3, centre=30.0)
+    with constants_overridden(BLOCK_R=block_rows, STAGES=stages):
+        out = group_norm_silu(x, weight, bias, 8, EPS, shift=shift, impl="triton")
     assert_matches_reference(out, x, weight, bias, 8, shift=shift)
 
 
@@ -239,12 +248,27 @@ def test_empty_input(shape: tuple[int, ...], device: torch.device) -> None:
 )
 def test_unserved_input_runs_in_torch(channels: int, dtype: torch.dtype, reason: str, device: torch.device) -> None:
     x, weight, bias, shift = draw((2, channels, 5, 7), dtype, device, 5)
-    with record_choices() as choices:
+    with listening() as events:
         out = group_norm_silu(x, weight, bias, 8, EPS, shift=shift)
-    assert [choice.impl for choice in choices] == ["torch"] and reason in choices[0].reason
+    assert [event.implementation for event in events] == ["torch"]
+    assert reason in events[0].reason
     assert_matches_reference(out, x, weight, bias, 8, shift=shift)
     with pytest.raises(ValueError, match=f"impl='triton' cannot run: .*{re.escape(reason)}"):
         group_norm_silu(x, weight, bias, 8, EPS, impl="triton")
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "shift"])
+def test_gradients_flow_where_they_are_wanted(name: str, device: torch.device) -> None:
+    x, weight, bias, shift = draw((2, 32, 5, 7), torch.float32, device, 5)
+    # channels first: PyTorch 2.13 on the CPU crashes in the other order where x itself wants no gradient
+    arguments = {"x": x.contiguous(), "weight": weight, "bias": bias, "groups": 8, "eps": EPS, "shift": shift}
+    arguments[name].requires_grad_()
+    with listening() as events:
+        group_norm_silu(**arguments).sum().backward()
+    assert [event.implementation for event in events] == ["torch"]
+    assert arguments[name].grad is not None
+    with pytest.raises(ValueError, match="no backward pass"):
+        group_norm_silu(**arguments, impl="triton")
 
 
 def test_torch_implementation_returns_channels_last(device: torch.device) -> None:
@@ -265,7 +289,14 @@ def test_torch_implementation_returns_channels_last(device: torch.device) -> Non
         ({"tail": torch.ones(2, 32, 2, 3)}, r"weight and bias must be \[64\], got \(32,\) and \(32,\)"),
         ({"tail": torch.ones(2, 8, 3, 2)}, r"tail must be x but for its channels, got \(2, 8, 3, 2\) torch.float32 "),
         ({"tail": torch.ones(2, 8, 2, 3).half()}, r"but for its channels, got \(2, 8, 2, 3\) torch.float16 behind"),
-        ({"impl": "cuda"}, r"impl must be 'triton' or 'torch', got 'cuda'"),
+        ({"impl": "cuda"}, r"impl must be one of triton, torch, got 'cuda'"),
+        ({"statistics": ChannelStatistics(torch.ones(2, 1, 2, 32), 4, 4)}, r"must divide the 6 rows .* segment_rows=4"),
+        ({"statistics": ChannelStatistics(torch.ones(2, 1, 2, 32), 3, 3)}, r"must be \(4, 1, 2, 32\) torch.float32"),
+        ({"statistics": ChannelStatistics(torch.ones(2, 1, 2, 32).half(), 6, 6)}, r"got \(2, 1, 2, 32\) torch.float16"),
+        (
+            {"statistics": ChannelStatistics(torch.ones(2, 1, 2, 32), 6, 6), "shift": torch.ones(2, 1, 32)},
+            "statistics are of x alone",
+        ),
     ],
 )
 def test_rejects(change: dict[str, Any], message: str) -> None:
@@ -291,13 +322,17 @@ def test_rejects(change: dict[str, Any], message: str) -> None:
 def test_registration(shape: tuple[int, ...], segments: int | None, channels_last: bool, device: torch.device) -> None:
     x, weight, bias, shift = draw(shape, torch.float32, device, segments)
     x = x if channels_last else x.contiguous()
-    torch.library.opcheck(op._group_norm_silu, (x, weight, bias, 4, EPS, True, shift, None))
+    torch.library.opcheck(
+        GROUP_NORM_SILU.registered["triton"], (x, weight, bias, 4, EPS, True, shift, None, None, 0, 0)
+    )
 
 
 def test_registration_with_tail(device: torch.device) -> None:
     whole, weight, bias, shift = draw((2, 96, 3, 5), torch.float32, device, 1)
     x, tail = cut(whole, 32)
-    torch.library.opcheck(op._group_norm_silu, (x, weight, bias, 8, EPS, True, shift, tail))
+    torch.library.opcheck(
+        GROUP_NORM_SILU.registered["triton"], (x, weight, bias, 8, EPS, True, shift, tail, None, 0, 0)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -311,7 +346,8 @@ def test_norm_and_sum(shape: tuple[int, ...], impl: str, dtype: torch.dtype, dev
     assert summed.movedim(1, -1).is_contiguous()
     if impl == "triton":
         assert_matches_reference(out, x, weight, bias, 8, silu=False)
-        torch.library.opcheck(op._group_norm_and_sum, (x, weight, bias, 8, EPS, row.to(dtype)))
+        arguments = x, weight, bias, 8, EPS, row.to(dtype), None, 0, 0
+        torch.library.opcheck(GROUP_NORM_AND_SUM.registered["triton"], arguments)
 
 
 def test_norm_and_sum_wants_a_row_for_every_channel(device: torch.device) -> None:
@@ -334,6 +370,91 @@ def test_compiles_fullgraph(segments: int | None, head: int, device: torch.devic
     assert torch.equal(out, eager) and out.stride() == eager.stride()
 
 
+def statistics_of(x: Tensor, segment_rows: int, chunk_rows: int) -> ChannelStatistics:
+    """In float64, then stored as kernels do."""
+    rows = x.movedim(1, -1).reshape(-1, segment_rows, x.shape[1]).double()  # [S, R, C]
+    chunks = rows.split(chunk_rows, dim=1)
+    parts = [torch.stack([part.mean(1), part.var(1, correction=0) * part.shape[1]], 1) for part in chunks]
+    return ChannelStatistics(torch.stack(parts, 1).float(), segment_rows, chunk_rows)
+
+
+@pytest.mark.parametrize(
+    ("segment_rows", "chunk_rows"), [(105, 105), (105, 8), (35, 16), (7, 4)], ids=["whole", "chunks", "frames", "lines"]
+)
+@pytest.mark.parametrize("centre", [0.0, 30.0], ids=["centred", "off-centre"])
+def test_takes_statistics(segment_rows: int, chunk_rows: int, centre: float, device: torch.device) -> None:
+    x, weight, bias, row = draw((2, 96, 3, 7, 5), torch.float32, device, 1, centre=centre)
+    assert row is not None
+    known = statistics_of(x, segment_rows, chunk_rows)
+    out = group_norm_silu(x, weight, bias, 8, EPS, statistics=known, impl="triton")
+    assert_matches_reference(out, x, weight, bias, 8)
+    out, summed = group_norm_and_sum(x, weight, bias, 8, EPS, row[0, 0], statistics=known, impl="triton")
+    assert_matches_reference(out, x, weight, bias, 8, silu=False)
+    assert torch.equal(summed, x + row[:1, 0, :, None, None, None])
+
+
+def test_statistics_are_what_it_normalises_by(device: torch.device) -> None:
+    x, weight, bias, _ = draw((2, 32, 5, 7), torch.float32, device)
+    known = statistics_of(2 * x, 35, 16)
+    with listening(checks=True) as events:
+        out = group_norm_silu(x, weight, bias, 8, EPS, statistics=known)
+    assert "worst row" in events[0].problem, "wrong ones are found"
+    assert torch.equal(out, group_norm_silu_ref(x, weight, bias, 8, EPS))
+    out = group_norm_silu(x, weight, bias, 8, EPS, silu=False, statistics=known, impl="triton")
+    plain = group_norm_silu(x, weight, bias, 8, EPS, silu=False, impl="triton")
+    bias = bias.view(-1, 1, 1)
+    assert not torch.allclose(out - bias, plain - bias, rtol=0.1)
+    known = known._replace(parts=known.parts.repeat_interleave(2, -1)[..., ::2])
+    strided = group_norm_silu(x, weight, bias.flatten(), 8, EPS, silu=False, statistics=known, impl="triton")
+    assert torch.equal(strided, out)
+
+
+# the check against the reference
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("most", [2**23, 700], ids=["whole", "in-parts"])
+@pytest.mark.parametrize(("head", "segments"), [(64, None), (64, 3), (40, None)], ids=["plain", "shift", "tail"])
+def test_a_right_result_is_found_right(
+    head: int,
+    segments: int | None,
+    most: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(check, "MOST_ELEMENTS", most)
+    whole, weight, bias, shift = draw((2, 64, 3, 4, 5), dtype, device, segments, centre=3.0)
+    x, tail = (whole, None) if head == 64 else cut(whole, head)
+    with listening(checks=True) as events:
+        group_norm_silu(x, weight, bias, 8, EPS, shift=shift, tail=tail)
+        group_norm_and_sum(whole, weight, bias, 8, EPS, weight)
+    assert [event[:2] for event in events] == [("group_norm_silu", "triton"), ("group_norm_and_sum", "triton")]
+    assert not any(event.problem for event in events), events
+    numbers = whole.nbytes
+    assert [event.costs.bytes for event in events] == [3 * numbers, 4 * numbers]
+
+
+@pytest.mark.parametrize("most", [2**23, 700], ids=["whole", "in-parts"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found(fault: str, most: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "MOST_ELEMENTS", most)
+    x, weight, bias, _ = draw((3, 64, 9, 5), torch.float16, device)
+    spoil = FAULTS[fault]
+    arguments = x, weight, bias, 8, EPS
+    with planted(GROUP_NORM_SILU, "triton", lambda y: spoil(y.movedim(1, -1))), listening(checks=True) as events:
+        out = group_norm_silu(*arguments)
+    assert events[0].problem
+    assert torch.equal(out, group_norm_silu_ref(*arguments))
+    with (
+        planted(GROUP_NORM_AND_SUM, "triton", lambda outputs: spoil(outputs[1].movedim(1, -1))),
+        listening(checks=True) as events,
+    ):
+        outputs = group_norm_and_sum(*arguments, weight)
+    assert events[0].problem
+    assert all(map(torch.equal, outputs, group_norm_and_sum_ref(*arguments, weight)))
+
+
 SIGNATURE = {
     **dict.fromkeys(("x_ptr", "tail_ptr", "shift_ptr", "weight_ptr", "bias_ptr", "row_ptr"), "*fp16:16"),
     **dict.fromkeys(("sum_ptr", "y_ptr"), "*fp16:16"),
@@ -343,7 +464,6 @@ SIGNATURE = {
     "stride_shift_segment": "i32",
     "eps": "fp32",
 }
-SVD = op._Sizes(28, 320, 320, 1, 9216, 32)
 
 
 def compile_tiled(target: str, kernel: Any, tiling: Tiling, **flags: Any) -> dict[str, str]:
@@ -368,7 +488,7 @@ def assert_loads_16_bytes_ahead(asm: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_threads_work_alone_on_the_statistics(target: str) -> None:
-    asm = compile_tiled(target, op._chunk_stats_kernel, op._stats_tiling(SVD), FOLD=op.FOLD)
+    asm = compile_tiled(target, op._chunk_stats_kernel, choose_tiling(28, 9216, 320, 64), FOLD=FOLD)
     assert_no_spills(asm)
     if target.startswith("sm_"):
         assert "LDG.E.128" in asm["sass"] and "BAR.SYNC" not in asm["sass"].split("LBB")[0]
@@ -379,7 +499,9 @@ def test_threads_work_alone_on_the_statistics(target: str) -> None:
 @pytest.mark.parametrize("shift", [True, False], ids=["shift", "sum"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_apply_prefetches_and_stores_16_bytes(target: str, shift: bool) -> None:
-    asm = compile_tiled(target, op._apply_kernel, op._apply_tiling(SVD), SILU=True, HAS_SHIFT=shift, HAS_ROW=not shift)
+    asm = compile_tiled(
+        target, op._apply_kernel, choose_apply_tiling(64), SILU=True, HAS_SHIFT=shift, HAS_ROW=not shift
+    )
     assert_no_spills(asm)
     assert_loads_16_bytes_ahead(asm)
     if "ptx" in asm:

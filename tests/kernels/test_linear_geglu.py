@@ -3,7 +3,6 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,15 +10,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import triton
-from kernel_checks import assert_close_to_gold, assert_no_spills, compile_for
+from kernel_checks import FAULTS, assert_close_to_gold, assert_no_spills, compile_for, planted
 from torch import Tensor
 
-from vidaccel.kernels import tuning_cache
-from vidaccel.kernels.dispatch import record_choices
-from vidaccel.kernels.ffn import linear_geglu as op
+from vidaccel.kernels import check, choice
 from vidaccel.kernels.ffn.geglu import geglu
-from vidaccel.kernels.ffn.linear_geglu import TWO_STEP, linear_geglu, linear_geglu_ref
+from vidaccel.kernels.ffn.linear_geglu import GLUON, LINEAR_GEGLU, TWO_STEP, linear_geglu, linear_geglu_ref
+from vidaccel.kernels.op import listening
 
 
 class Shape(NamedTuple):
@@ -46,7 +43,13 @@ GPU_SHAPES = [
 @pytest.fixture(autouse=True)
 def fresh_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VIDACCEL_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(op, "_chosen", {})
+    forget()
+
+
+def forget() -> None:
+    """As in another process."""
+    choice.drop()
+    LINEAR_GEGLU.forget()
 
 
 def draw(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,26 +76,81 @@ def test_reference_is_value_times_gelu_of_gate(device: torch.device) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_two_steps_are_linear_and_geglu(dtype: torch.dtype, device: torch.device) -> None:
     x, weight, bias = draw(SMALL, dtype, device)
-    with record_choices() as choices:
+    with listening() as events:
         out = linear_geglu(x, weight, bias)
     assert torch.equal(out, geglu(F.linear(x, weight, bias)))
-    assert [(choice.op, choice.reason) for choice in choices] == [("geglu", "")]
+    assert [event[:2] for event in events] == [("geglu", "triton"), ("linear_geglu", TWO_STEP)]
+    assert events[1].costs.flops == 2 * 37 * 16 * 48
+    assert events[1].costs.bytes == dtype.itemsize * (37 * 16 + 48 * 16 + 48 + 37 * 24)
     assert_matches_reference(out, x, weight, bias)
 
 
+@pytest.mark.parametrize("wish", ["torch", "linear_geglu=torch"])
+def test_a_wish_for_torch(wish: str, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    monkeypatch.setenv("VIDACCEL_IMPL", wish)
+    with listening() as events:
+        linear_geglu(*draw(SMALL, torch.float32, device))
+    assert [event[:3] for event in events] == [("linear_geglu", "torch", "")]
+
+
+@pytest.mark.parametrize("impl", [None, TWO_STEP, "torch"])
 @pytest.mark.parametrize(
-    ("change", "message"),
+    "shape", [(0, 16), (3, 0, 16), (3, 0), (2, 5, 16), (16,)], ids=["no-rows", "no-pixels", "K=0", "3-D", "one-row"]
+)
+@pytest.mark.parametrize("dim", [0, 24])
+def test_shapes_at_the_edge(shape: tuple[int, ...], dim: int, impl: str | None, device: torch.device) -> None:
+    x, weight, bias = torch.ones(shape), torch.ones(2 * dim, shape[-1]), torch.ones(2 * dim)
+    out = linear_geglu(x.to(device), weight.to(device), bias.to(device), impl=impl)
+    assert out.shape == (*shape[:-1], dim)
+    torch.testing.assert_close(out.cpu(), linear_geglu_ref(x, weight, bias))
+
+
+@pytest.mark.parametrize("change", ["strided", "expanded", "unaligned"])
+def test_takes_any_strides(change: str, device: torch.device) -> None:
+    x, weight, bias = draw(SMALL, torch.float16, device)
+    restride = {
+        "strided": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+        "expanded": lambda x: x[..., :1].expand(x.shape),
+        "unaligned": lambda x: F.pad(x.flatten(), (1, 0))[1:].view(x.shape),
+    }[change]
+    x, weight, bias = map(restride, (x, weight, bias))
+    assert_matches_reference(linear_geglu(x, weight, bias), x, weight, bias)
+
+
+def test_gradients_flow(device: torch.device) -> None:
+    x, weight, bias = draw(SMALL, torch.float32, device)
+    linear_geglu(x, weight.requires_grad_(), bias).sum().backward()
+    assert weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("error", "change", "message"),
     [
-        ({"x": torch.ones(3, 15)}, r"x must be \[..., K\], .* got x \(3, 15\), weight \(48, 16\), bias \(48,\)"),
-        ({"weight": torch.ones(47, 16)}, r".* weight \[2 \* D, K\], .* weight \(47, 16\)"),
-        ({"bias": torch.ones(24)}, r".* bias \[2 \* D\], .* bias \(24,\)"),
-        ({"impl": "fast"}, r"impl must be one of gluon, two-step, got 'fast'"),
+        (ValueError, {"x": torch.ones(3, 15)}, r"x must be \[..., K\], .* got x \(3, 15\), weight \(48, 16\)"),
+        (ValueError, {"x": torch.tensor(1.0)}, r"x must be \[..., K\], .* got x \(\), weight \(48, 16\)"),
+        (ValueError, {"weight": torch.ones(47, 16)}, r".* weight \[2 \* D, K\], .* weight \(47, 16\)"),
+        (ValueError, {"bias": torch.ones(24)}, r".* bias \[2 \* D\], .* bias \(24,\)"),
+        (ValueError, {"impl": "fast"}, r"impl must be one of gluon, two-step, torch, got 'fast'"),
+        (
+            TypeError,
+            {"bias": torch.ones(48).half()},
+            r".* one dtype, got torch.float32, torch.float32 and torch.float16",
+        ),
+        (TypeError, {"x": torch.ones(3, 16).int()}, "x must be floating-point, got torch.int32"),
     ],
 )
-def test_rejects(change: dict[str, object], message: str) -> None:
-    arguments = {"x": torch.ones(3, 16), "weight": torch.ones(48, 16), "bias": torch.ones(48), **change}
-    with pytest.raises(ValueError, match=f"linear_geglu: {message}"):
-        linear_geglu(**arguments)
+@pytest.mark.parametrize("impl", [None, "torch"])
+def test_rejects(impl: str | None, error: type[Exception], change: dict[str, Any], message: str) -> None:
+    arguments = {"x": torch.ones(3, 16), "weight": torch.ones(48, 16), "bias": torch.ones(48), "impl": impl}
+    with pytest.raises(error, match=f"linear_geglu: {message}"):
+        linear_geglu(**{**arguments, **change})
+
+
+def test_autocast_decides_the_dtype() -> None:
+    x, weight, bias = draw(SMALL, torch.float32, torch.device("cpu"))
+    with torch.autocast("cpu", torch.float16):
+        out = linear_geglu(x.half(), weight, bias)
+    assert out.dtype == torch.float16
 
 
 def test_gluon_is_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,22 +159,9 @@ def test_gluon_is_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="linear_geglu: impl='gluon' cannot run: the kernel is for Hopper GPUs"):
         linear_geglu(x, weight, bias, impl="gluon")
     monkeypatch.setenv("VIDACCEL_IMPL", "linear_geglu=gluon")
-    with record_choices() as choices:
+    with listening() as events:
         linear_geglu(x, weight, bias)
-    assert choices[0] == ("geglu", TWO_STEP, "the kernel is for Hopper GPUs")
-
-
-def test_what_the_kernel_declines() -> None:
-    gluon_module()
-    x, weight, bias = draw(Shape(128, 64, 64), torch.float16, torch.device("cpu"))
-    assert op._layout_problem(x, weight, bias) is None and op._shape_problem(x, weight) is None
-    assert "x is torch.float32" in str(op._layout_problem(x.float(), weight, bias))
-    assert "one dtype" in str(op._layout_problem(x, weight, bias.float()))
-    assert "contiguous" in str(op._layout_problem(x, weight.T.contiguous().T, bias))
-    assert "contiguous" in str(op._layout_problem(F.pad(x, (4, 4))[..., 4:-4], weight, bias))
-    assert "more than 64 rows" in str(op._shape_problem(x[:, :64], weight))
-    assert "got D=64, K=1280" in str(op._shape_problem(torch.ones(128, 1280), torch.ones(128, 1280)))
-    assert "got D=32, K=64" in str(op._shape_problem(x, weight[:64]))
+    assert events[-1][:3] == ("linear_geglu", TWO_STEP, "the kernel is for Hopper GPUs")
 
 
 def test_compiles_fullgraph(device: torch.device) -> None:
@@ -125,126 +170,27 @@ def test_compiles_fullgraph(device: torch.device) -> None:
     assert torch.equal(compiled(x), linear_geglu(x, weight, bias) + 1)
 
 
-def test_a_compiled_graph_takes_the_choice_made_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of what decides traces, too, but for the questions about the GPU."""
-    gluon_module()
-    x, weight, bias = draw(Shape(128, 64, 64), torch.float16, torch.device("cpu"))
-
-    def problem(*tensors: Tensor) -> str | None:
-        return op._layout_problem(*tensors) or op._shape_problem(*tensors[:2])
-
-    monkeypatch.setattr(op, "_gluon_problem", problem)
-    monkeypatch.setattr(op, "_large", lambda *args: True)
-    op._chosen[op._shape(x, weight)] = "gluon", ""
-    graphs = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        graphs.append(graph)
-        return lambda *args: (linear_geglu_ref(x, weight, bias),)
-
-    torch.compile(lambda x: linear_geglu(x, weight, bias), fullgraph=True, backend=backend)(x)
-    assert "linear_geglu_gluon" in graphs[0].code
-
-
-# the choice, with made-up clocks
-
-
-@pytest.fixture
-def measuring(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """Every shape is measured, as on a GPU, by a clock that the test sets: milliseconds by implementation."""
-    times = {"gluon": 1.0, TWO_STEP: 2.0}
-    monkeypatch.setattr(op, "IMPLEMENTATIONS", {name: functools.partial(named_run, name) for name in times})
-    monkeypatch.setattr(op, "_gluon_problem", lambda *args: None)
-    monkeypatch.setattr(op, "_large", lambda *args: True)
-    monkeypatch.setattr(op, "_cache_key", lambda *args: {"shape": str(op._shape(*args))})
-    monkeypatch.setattr(tuning_cache, "cuda_milliseconds", lambda run: times[run.args[0]])
-    return times
-
-
-def named_run(name: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return linear_geglu_ref(x, weight, bias)
-
-
-def ran() -> tuple[str, str]:
-    with record_choices() as choices:
-        linear_geglu(*draw(SMALL, torch.float32, torch.device("cpu")))
-    return "+".join(choice.impl for choice in choices), choices[0].reason
-
-
-TWO_STEPS_RAN = "torch"  # what geglu, the second step, says on a CPU
-
-
-@pytest.fixture(autouse=True)
-def geglu_in_torch(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    if "measuring" in request.fixturenames:
-        monkeypatch.setattr("vidaccel.kernels.dispatch.INTERPRETED", False)
-
-
-def test_ours_has_to_win_by_a_margin(measuring: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ran() == ("gluon", "")
-    measuring["gluon"] = 3.0
-    assert ran() == ("gluon", ""), "a shape is measured once"
-    monkeypatch.setattr(op, "_chosen", {})  # as in another process
-    assert ran() == ("gluon", ""), "and remembered on disk"
-
-
-def test_a_tie_goes_to_two_steps(measuring: dict[str, float]) -> None:
-    measuring["gluon"] = 1.98
-    assert ran() == (TWO_STEPS_RAN, "")
-
-
-@pytest.mark.parametrize("wish", ["torch", "geglu=triton", "geglu=torch", "linear_geglu=two-step"])
-def test_a_wish_for_geglu_is_one_for_two_steps(
-    wish: str, measuring: dict[str, float], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("most", [2**23, 200], ids=["whole", "in-parts"])
+def test_a_right_result_is_found_right(
+    most: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", wish)
-    assert ran()[0] == TWO_STEPS_RAN
+    monkeypatch.setattr(check, "MOST_ELEMENTS", most)
+    with listening(checks=True) as events:
+        linear_geglu(*draw(SMALL, dtype, device))
+    assert len(events) == 2 and not any(event.problem for event in events), events
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        pytest.param(lambda out: out * 1.01, id="off-by-a-percent"),
-        pytest.param(lambda out: torch.full_like(out, float("nan")), id="nan"),
-        pytest.param(lambda out: out.index_fill(1, torch.tensor([3]), 0.0), id="one-row-missing"),
-    ],
-)
-def test_a_wrong_result_never_wins(wrong: Callable[[Tensor], Tensor], measuring: dict[str, float]) -> None:
-    op.IMPLEMENTATIONS["gluon"] = lambda *args: wrong(linear_geglu_ref(*args))
-    impl, reason = ran()
-    assert impl == f"{TWO_STEP}+{TWO_STEPS_RAN}" and reason.startswith("gluon: its result is not that of two steps")
-
-
-def test_a_kernel_that_fails_is_reported(measuring: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
-    def out_of_shared_memory(*args: object) -> Tensor:
-        raise RuntimeError("out of resource: shared memory\nand more")
-
-    expected = (f"{TWO_STEP}+{TWO_STEPS_RAN}", "gluon: RuntimeError: out of resource: shared memory")
-    assert ran()[0] == "gluon"
-    op.IMPLEMENTATIONS["gluon"] = out_of_shared_memory
-    assert [ran(), ran()] == [expected, expected], "a choice that fails later gives way"
-    monkeypatch.setattr(op, "_chosen", {})
-    for file in Path(op.tuning_cache._path(op.OP, {})).parent.iterdir():
-        file.unlink()
-    assert ran() == expected, "so does one that fails while it is measured"
-
-
-def test_small_shapes_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    class OnGpu:
-        is_cuda = True
-
-        def __init__(self, *shape: int) -> None:
-            self.shape = shape
-
-        def numel(self) -> int:
-            return math.prod(self.shape)
-
-    large, weight = OnGpu(28, 9216, 320), OnGpu(2560, 320)
-    assert op._large(large, weight)
-    assert not op._large(OnGpu(1, 9216, 320), weight)
-    assert not op._large(torch.ones(2**20, 320, device="meta"), weight), "nothing is measured on a CPU"
-    monkeypatch.setenv("VIDACCEL_TUNE", "0")
-    assert not op._large(large, weight)
+@pytest.mark.parametrize("most", [2**23, 200], ids=["whole", "in-parts"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found(fault: str, most: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "MOST_ELEMENTS", most)
+    x, weight, bias = draw(Shape(36, 16, 24), torch.float16, device)
+    x = x.view(4, 9, 16)
+    with planted(LINEAR_GEGLU, TWO_STEP, FAULTS[fault]), listening(checks=True) as events:
+        out = linear_geglu(x, weight, bias)
+    assert events[-1].problem
+    assert torch.equal(out, linear_geglu_ref(x, weight, bias))
 
 
 # the kernel for Hopper
@@ -289,16 +235,13 @@ def test_configurations_fit_in_shared_memory(out_features: int, in_features: int
         assert 2 * numbers <= 226 * 1024 and config.stages >= 3
 
 
-def test_a_tile_for_each_consumer() -> None:
-    x, weight, bias = draw(Shape(64, 320, 1280), torch.float16, torch.device("cpu"))
-    with pytest.raises(ValueError, match="does not serve M=64, K=320, D=1280"):
-        gluon_module().launch(x[0], weight, bias, torch.empty(64, 1280))
-
-
-def test_programs_are_a_multiple_of_the_columns_where_aligned() -> None:
-    programs = gluon_module()._programs
-    assert [programs(columns, 132, True) for columns in (10, 40, 200)] == [130, 120, 132]
-    assert programs(40, 132, False) == 132
+@pytest.mark.parametrize(
+    "shape", [Shape(64, 320, 1280), Shape(128, 1280, 64), Shape(128, 64, 32), Shape(128, 0, 64), Shape(128, 64, 0)]
+)
+def test_what_the_kernel_declines(shape: Shape) -> None:
+    rows, in_features, dim = shape
+    with pytest.raises(ValueError, match=f"does not serve M={rows}, K={in_features}, D={dim}"):
+        gluon_module().prepare(*shape, torch.float16, torch.device("cpu"))
 
 
 def compile_gluon(in_features: int, config: Any, dtype: str) -> dict[str, str]:
@@ -328,7 +271,7 @@ def compile_gluon(in_features: int, config: Any, dtype: str) -> dict[str, str]:
     )
 
 
-@pytest.mark.skipif(not triton.__version__.startswith(op.GLUON_VERSIONS), reason="another Gluon")
+@pytest.mark.skipif(not GLUON, reason="another Gluon")
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize(("out_features", "in_features"), [(1280, 320), (2560, 640)])
 def test_a_consumer_computes_while_the_other_is_in_its_epilogue(
@@ -361,8 +304,8 @@ def test_a_consumer_computes_while_the_other_is_in_its_epilogue(
 
 
 def skip_unless_served(x: Tensor, weight: Tensor, bias: Tensor) -> None:
-    if problem := op._gluon_problem(x, weight, bias):
-        pytest.skip(problem)
+    if reason := LINEAR_GEGLU.unserved(x, weight, bias, impl="gluon"):
+        pytest.skip(reason)
 
 
 @pytest.mark.gpu
@@ -373,7 +316,16 @@ def test_gluon_on_a_gpu(shape: Shape, dtype: torch.dtype, device: torch.device) 
     skip_unless_served(x, weight, bias)
     out = linear_geglu(x, weight, bias, impl="gluon")
     assert out.shape == (1, shape.rows, shape.out_features) and out.is_contiguous()
-    assert op._why_wrong((x, weight, bias), linear_geglu(x, weight, bias, impl=TWO_STEP), out) is None
+    assert check.disagreement(LINEAR_GEGLU, (x, weight, bias), out, "math-exact") is None
+
+
+@pytest.mark.gpu
+def test_gluon_takes_tensors_that_start_anywhere(device: torch.device) -> None:
+    x, weight, bias = draw(Shape(128, 64, 64), torch.float16, device)
+    skip_unless_served(x, weight, bias)
+    expected = linear_geglu(x, weight, bias, impl="gluon")
+    moved = (F.pad(t.flatten(), (1, 0))[1:].view(t.shape) for t in (x, weight, bias))
+    assert torch.equal(linear_geglu(*moved, impl="gluon"), expected)
 
 
 @pytest.mark.gpu
@@ -384,23 +336,25 @@ def test_every_gluon_configuration(shape: Shape, device: torch.device) -> None:
     skip_unless_served(x, weight, bias)
     kernel = gluon_module()
     for config in kernel.gluon_configs(shape.out_features, shape.in_features):
+        launch = kernel.prepare(*shape, x.dtype, device, config)
         first, again = torch.empty(2, shape.rows, shape.out_features, dtype=x.dtype, device=device)
-        kernel.launch(x[0], weight, bias, first, config=config)
+        launch(x, weight, bias, first)
         assert_matches_reference(first[None], x, weight, bias)
         for _ in range(20):
             again.fill_(float("nan"))
-            kernel.launch(x[0], weight, bias, again, config=config)
+            launch(x, weight, bias, again)
             assert torch.equal(again, first), config
 
 
 @pytest.mark.gpu
 def test_nothing_is_written_beyond_the_output(device: torch.device) -> None:
-    x, weight, bias = draw(Shape(301, 320, 1280), torch.float16, device)
+    shape = Shape(301, 320, 1280)
+    x, weight, bias = draw(shape, torch.float16, device)
     skip_unless_served(x, weight, bias)
     kernel = gluon_module()
     for config in kernel.gluon_configs(1280, 320):
         memory = torch.full((3, 301, 1280), 77.0, dtype=x.dtype, device=device)
-        kernel.launch(x[0], weight, bias, memory[1], config=config)
+        kernel.prepare(*shape, x.dtype, device, config)(x, weight, bias, memory[1])
         assert (memory[::2] == 77).all(), config
         assert_matches_reference(memory[1:2], x, weight, bias)
 
@@ -415,35 +369,35 @@ def test_nan_stays_in_its_row(device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-def test_the_choice_on_a_gpu(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@torch.no_grad()
+def test_the_choice_on_a_gpu(device: torch.device, tmp_path: Path) -> None:
     x, weight, bias = draw(Shape(65536, 320, 1280), torch.float16, device)
-    with record_choices() as choices:
+    with listening() as events:
         out = linear_geglu(x, weight, bias)
     assert_matches_reference(out, x, weight, bias)
-    assert choices[0].reason == "", "a kernel of ours that fails is said here"
-    if op._gluon_problem(x, weight, bias) is None:
-        assert len(list(tmp_path.rglob("*.json"))) == 1
-    monkeypatch.setattr(op, "_chosen", {})
-    monkeypatch.setattr(op, "_measure", None)  # nothing is to be measured again
-    with record_choices() as again:
-        assert torch.equal(linear_geglu(x, weight, bias), out)
-    assert again == choices
+    assert events[-1].reason == "", "a kernel of ours that fails is said here"
+    assert [event.implementation for event in events[:-1]] == ["triton"] * (events[-1].implementation == TWO_STEP)
+    ((name, key, measured),) = choice.remembered()
+    assert (name, key["rows"], measured.winner) == ("linear_geglu", 65536, events[-1].implementation)
+    compiled = torch.compile(lambda x: linear_geglu(x, weight, bias), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), out), "a graph takes the choice made before"
 
 
 @pytest.mark.gpu
-def test_nothing_is_measured_during_capture(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+@torch.no_grad()
+def test_nothing_is_measured_during_capture(device: torch.device) -> None:
     x, weight, bias = draw(Shape(65536, 320, 1280), torch.float16, device)
-    monkeypatch.setattr(op, "_measure", None)
     expected = linear_geglu(x, weight, bias, impl=TWO_STEP)  # warms the library up
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = linear_geglu(x, weight, bias)
     graph.replay()
     assert torch.equal(out, expected)
+    assert not list(choice.remembered())
 
 
 @pytest.mark.gpu
 def test_registration(device: torch.device) -> None:
     x, weight, bias = draw(Shape(128, 64, 64), torch.float16, device)
     skip_unless_served(x, weight, bias)
-    torch.library.opcheck(op._linear_geglu_gluon, (x, weight, bias))
+    torch.library.opcheck(LINEAR_GEGLU.registered["gluon"], (x, weight, bias))

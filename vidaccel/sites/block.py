@@ -8,7 +8,8 @@ and stands as long as that does.
 The first call of a signature is checked, and others now and then, for a fault may need other values. Every op in it is
 held against its reference on its very tensors (``kernels/check.py``); no child, hook or random number runs twice. What
 lies between the ops, the block itself, is held against the original block where that is safe: where all below it is
-plain, on a corner of the call's own tensors, with references in place of kernels. So a check takes little memory.
+plain, on the call's own tensors or a corner of them, with references in place of kernels. So a check takes little
+memory.
 
 A module that lost its sites (a copy, or a bound forward that somebody kept when it was restored) does what the original
 does.
@@ -33,13 +34,14 @@ from vidaccel.sites.memo import Memo, held, holding, once_per_call, signature
 from vidaccel.sites.plain import fingerprint, plain_reason, subtree_reason
 from vidaccel.sites.site import Fidelity, SiteGroup
 
-__all__ = ["SITES", "FusedBlock", "Host", "call_site", "fuses", "run_part"]
+__all__ = ["SITES", "FusedBlock", "Host", "call_site", "cut_corner", "fuses", "run_part"]
 
 logger = logging.getLogger(__name__)
 
 SITES = "_vidaccel"  # the attribute that a module or processor has its sites in
 CORNER = 8  # pixels of an image's sides, in a check of what lies between ops
 CORNER_ROWS = CORNER * CORNER
+MOST_WHOLE = 2**21  # numbers in a call's tensors that need not be cut
 # A checked call costs about two; so few of a model's blocks are due at once, and later ones ever more rarely.
 FIRST_RECHECK, RECHECK_SPREAD, RECHECK_GROWTH = 32, 128, 4
 GRADIENTS = "gradients are being recorded (fused sites serve inference only: use torch.no_grad())"
@@ -94,13 +96,18 @@ class Host:
     def fused_forward(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
 
+    @classmethod
+    def left_alone_reason(cls, module: Any) -> str | None:
+        """Why a module cannot be fused at all as it is configured, or None; also asked later: it may have changed."""
+        return None
+
     def call_reason(self, *args: Any, **kwargs: Any) -> str | None:
         """Why this very call goes to the original forward, or None. No tensor data; Dynamo can trace it."""
         return None
 
     def corner(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Small arguments for which fused and original forward do the same, cut from these; None if there are none."""
-        return tree_map(_corner_of, (args, kwargs))
+        return cut_corner(args, kwargs)
 
     def module_of(self, args: tuple[Any, ...]) -> nn.Module:
         """The module that a call runs."""
@@ -120,11 +127,6 @@ class FusedBlock(Host, nn.Module):
     def stands_for(cls, module: Any) -> bool:
         """Whether ``module`` is of the kind that this block is about, where diffusers has one class for several."""
         return True
-
-    @classmethod
-    def left_alone_reason(cls, module: Any) -> str | None:
-        """Why a module of the original class cannot be fused at all (an unusual configuration), or None."""
-        return None
 
     @classmethod
     def original_forward(cls, host: Any, *args: Any, **kwargs: Any) -> Any:
@@ -154,7 +156,8 @@ class FusedBlock(Host, nn.Module):
 @once_per_call
 def _may_be_bypassed(block: FusedBlock) -> bool:
     sites = getattr(block, SITES, None)
-    return sites is not None and sites.any_runs and plain_reason(block, block.original) is None
+    unfused = sites is None or not sites.any_runs or block.left_alone_reason(block)
+    return not unfused and plain_reason(block, block.original) is None
 
 
 def _new(kind: type[nn.Module]) -> nn.Module:
@@ -182,8 +185,7 @@ def call_site(kind: type[Host], host: Any, *args: Any, **kwargs: Any) -> Any:
     if sites is None:
         return kind.original_forward(host, *args, **kwargs)
     if torch.compiler.is_compiling():
-        reason = None if sites.any_runs else "off"
-        reason = reason or _gradients_reason(host, args) or host.call_reason(*args, **kwargs)
+        reason = _reason(host, sites, args, kwargs)
         return kind.original_forward(host, *args, **kwargs) if reason else host.fused_forward(*args, **kwargs)
     memo = held()
     if memo is None:
@@ -209,7 +211,7 @@ def call_site(kind: type[Host], host: Any, *args: Any, **kwargs: Any) -> Any:
 def _one_way(
     way: str, kind: type[Host], host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    if way == "original" or not sites.any_runs or host.call_reason(*args, **kwargs):
+    if way == "original" or _reason(host, sites, args, kwargs):
         return kind.original_forward(host, *args, **kwargs)
     return host.fused_forward(*args, **kwargs)
 
@@ -226,11 +228,17 @@ def run_part(host: Host, part: Callable[..., Result], *args: Any, **kwargs: Any)
 
 
 def _plan(host: Host, sites: SiteGroup, kind_of_call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Plan:
-    reason = "" if sites.any_runs else "it is off, or failed"
-    reason = reason or _gradients_reason(host, args) or host.call_reason(*args, **kwargs) or ""
+    reason = _reason(host, sites, args, kwargs) or ""
     path = (kind_of_call, settings.current(), fingerprint(host.module_of(args)))
     seen = sites.seen.setdefault(path, _Seen(sites.paths, sites.checks))
     return _Plan(reason, seen)
+
+
+def _reason(host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Why this call goes to the original forward, or None."""
+    if not sites.any_runs:
+        return "it is off, or failed"
+    return _gradients_reason(host, args) or host.left_alone_reason(host) or host.call_reason(*args, **kwargs)
 
 
 def _gradients_reason(host: Host, args: tuple[Any, ...]) -> str | None:
@@ -252,10 +260,10 @@ def _heard(
 ) -> Any:
     """A call whose events are noted, and whose ops and what lies between them are checked if it is their turn."""
     unsafe = subtree_reason(host.module_of(args))
-    if checked and not unsafe and (problem := _corner_problem(kind, host, sites, args, kwargs)):
-        sites.fail(problem)
-        return kind.original_forward(host, *args, **kwargs)
     try:
+        if checked and not unsafe and (problem := _problem_between_ops(kind, host, sites, args, kwargs)):
+            sites.fail(problem)
+            return kind.original_forward(host, *args, **kwargs)
         with listening(checks=checked) as events:
             out = host.fused_forward(*args, **kwargs)
     except torch.OutOfMemoryError:
@@ -277,28 +285,38 @@ def _heard(
     return out
 
 
-def _corner_problem(
+def _problem_between_ops(
     kind: type[Host], host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> str | None:
     """What the fused block does other than the original one on a corner of its arguments, or None."""
     corner = host.corner(args, kwargs)
-    if corner is None:
+    if corner is None or _reason(host, sites, *corner):
         return None
     args, kwargs = corner
-    if host.call_reason(*args, **kwargs):
-        return None
     original, fused = Memo(), Memo()
     original.only, fused.only = "original", "fused"
-    with holding(original):
-        expected = tree_leaves(kind.original_forward(host, *args, **kwargs))
-    with holding(fused), listening(only_references=True):
-        found = tree_leaves(host.fused_forward(*args, **kwargs))
-    pairs = [(x, y) for x, y in zip(found, expected, strict=True) if isinstance(y, Tensor)]
-    return next(filter(None, (near(x, y) for x, y in pairs)), None)
+    original.text = fused.text = getattr(held(), "text", None)
+    try:
+        with holding(original):
+            expected = tree_leaves(kind.original_forward(host, *args, **kwargs))
+        with holding(fused), listening(only_references=True):
+            found = tree_leaves(host.fused_forward(*args, **kwargs))
+        pairs = [(x, y) for x, y in zip(found, expected, strict=True) if isinstance(y, Tensor)]
+        return next(filter(None, (near(x, y) for x, y in pairs)), None)
+    except torch.OutOfMemoryError:  # for the check alone: the call itself may have what it needs
+        logger.warning("%s: not checked against the original block: out of memory", sites.paths)
+        return None
+
+
+def cut_corner(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of the first pixels of images and clips, and the first rows of ``[B, S, C]``, if they are many."""
+    if sum(x.numel() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)) <= MOST_WHOLE:
+        return args, kwargs
+    corner: tuple[tuple[Any, ...], dict[str, Any]] = tree_map(_corner_of, (args, kwargs))
+    return corner
 
 
 def _corner_of(x: Any) -> Any:
-    """The first pixels of images and clips, the first rows of ``[B, S, C]``; in the same order of memory."""
     if not isinstance(x, Tensor) or x.ndim < 3:
         return x
     if x.ndim == 3:

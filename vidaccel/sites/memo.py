@@ -47,7 +47,7 @@ _preparations: WeakKeyDictionary[nn.Module, list[Preparation]] = WeakKeyDictiona
 
 
 def preparations(model: nn.Module) -> list[Preparation]:
-    """What is to be called at the start of each call of ``model``, with the memo and the call's arguments; to add to."""
+    """What is called at the start of each call of ``model``, with the memo and the arguments; a list to add to."""
     return _preparations.setdefault(model, [])
 
 

@@ -43,8 +43,8 @@ def hook_reason(module: nn.Module) -> str | None:
     name, own = stock_class(module).__name__, vars(module)
     if "forward" in own or "_hf_hook" in own:
         return f"a hook replaced the forward of a {name} (offload, casting or cache)"
-    if replaced := sorted(own.keys() & _methods(stock_class(module))):
-        return f"somebody replaced {replaced[0]} of a {name}"
+    if not torch.compiler.is_compiling() and (replaced := own.keys() & _methods(stock_class(module))):
+        return f"somebody replaced {min(replaced)} of a {name}"
     if module._forward_hooks or module._forward_pre_hooks:
         return f"a {name} has forward hooks, which only a call of it runs"
     return None

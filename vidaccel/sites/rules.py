@@ -20,7 +20,7 @@ from vidaccel.sites.memo import plans_changed
 from vidaccel.sites.plain import hook_reason, stock_class
 from vidaccel.sites.site import Fidelity, Site, SiteGroup
 
-__all__ = ["ChannelsLastWeights", "Family", "Patch", "Rule", "Swap", "patches_of"]
+__all__ = ["ChannelsLastWeights", "Patch", "Rule", "Swap", "patches_of"]
 
 _patches: WeakKeyDictionary[nn.Module, list[Patch]] = WeakKeyDictionary()
 
@@ -46,7 +46,7 @@ class Patch:
 
 def patches_of(module: nn.Module) -> list[Patch]:
     """The patches on this very module (not its children), in the order they were applied."""
-    return _patches.setdefault(module, [])
+    return _patches.get(module, [])
 
 
 class Rule:
@@ -79,7 +79,7 @@ class Rule:
         patch = Patch(self, sites, self.apply(module, sites, checks))
         for site in sites:
             site.put_in_place(partial(self.in_place, module, patch.memo))
-        patches_of(module).append(patch)
+        _patches.setdefault(module, []).append(patch)
         plans_changed()
         return patch
 
@@ -178,12 +178,3 @@ def _plain_convolutions(model: nn.Module) -> Iterator[Any]:
             weight = module.weight
             if type(weight) is nn.Parameter and weight.is_floating_point() and not weight.is_meta:
                 yield module
-
-
-@dataclass(frozen=True)
-class Family:
-    """A diffusers family: its pipelines by class name, and the rules for each of its models by class name."""
-
-    name: str
-    pipelines: tuple[str, ...]
-    rules: Mapping[str, tuple[Rule, ...]]
