@@ -1,6 +1,6 @@
 # make demo       generate a clip with the bundled model, unpatched and patched, and compare the two
 # make test       every test that needs no GPU
-# make gpu-test   the tests that need one
+# make gpu-test   the tests that need one; leaves samples/benchmarks/gpu-tests.json
 # make check      ruff, mypy
 # make benchmarks draw the README's tables from the committed records
 
@@ -18,7 +18,7 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not gpu"
 
 gpu-test: $(READY)
-	$(BIN)/pytest -m gpu
+	$(BIN)/pytest -m gpu --gpu-record samples/benchmarks/gpu-tests.json
 
 check: $(READY)
 	$(BIN)/ruff check .

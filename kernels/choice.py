@@ -175,11 +175,8 @@ def gpu_milliseconds(run: Callable[[], object]) -> float:
 
 def _measure(op: Op, args: tuple[Any, ...], favourite: str) -> Measured:
     """Time the implementations that compete, serve these arguments and agree with the reference."""
-    competing = {
-        name: functools.partial(way.run, *args)
-        for name, way in op.implementations.items()
-        if (way.competes or name == favourite) and op.unserved(*args, impl=name) is None
-    }
+    names = dict.fromkeys([*op.competitors(*args), favourite])
+    competing = {name: functools.partial(op.implementations[name].run, *args) for name in names}
     device = next(x for x in args if isinstance(x, Tensor))
 
     def wrong(name: str, out: Any) -> str | None:
@@ -204,7 +201,8 @@ def _agree(digest: str, measured: Measured) -> Measured:
 
 def _full_key(op: Op, args: tuple[Any, ...]) -> dict[str, Any]:
     device = next(x.device for x in args if isinstance(x, Tensor))
-    return {**_machine(device), "source": _source(op), **op.key(*args)}
+    # among others (strides that a kernel declines, a library installed later) another one may be the fastest
+    return {**_machine(device), "source": _source(op), "competitors": op.competitors(*args), **op.key(*args)}
 
 
 @functools.cache

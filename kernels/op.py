@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -44,6 +44,7 @@ __all__ = [
     "listening",
     "note",
     "ops",
+    "overheard",
     "runs_triton",
     "tensors_reason",
 ]
@@ -55,7 +56,7 @@ REFERENCE = "torch"  # the name of the implementation that is the reference itse
 MOST_PLANS = 4096  # that an op keeps: more than the shapes of several models
 # Fixed when Triton is imported, and not a thing that Dynamo can trace.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-_PLAIN = frozenset([int, float, bool, str, type(None), torch.dtype])
+_PLAIN = frozenset([int, float, bool, str, tuple, type(None), torch.dtype])  # tuples of these, that is
 
 Outputs = Any  # a Tensor, or a tuple or list of them
 Signature = tuple[Any, ...]
@@ -113,6 +114,11 @@ def listening(*, checks: bool = False, only_references: bool = False) -> Iterato
         _listener.reset(token)
 
 
+def overheard() -> Listener | None:
+    """Who listens in this context, or None."""
+    return _listener.get()
+
+
 def note(op: str, implementation: str, reason: str = "") -> None:
     """Tell of something that is no op with kernels: a shortcut, another memory order."""
     if not torch.compiler.is_compiling() and (listener := _listener.get()):
@@ -144,6 +150,10 @@ def _serves_all(*args: Any) -> None:
     return None
 
 
+def _always(*args: Any) -> bool:
+    return True
+
+
 class Implementation(NamedTuple):
     """One way to compute an op.
 
@@ -155,6 +165,7 @@ class Implementation(NamedTuple):
         fidelity: Its class.
         registered: Whether ``torch.compile`` sees it as one opaque op (whatever launches a kernel).
         competes: Whether it is tried where implementations are measured.
+        pays: Takes the arguments; whether it is better than those behind it at all. No is no reason worth telling.
     """
 
     run: Callable[..., Outputs]
@@ -163,6 +174,7 @@ class Implementation(NamedTuple):
     fidelity: Fidelity = "math-exact"
     registered: bool = False
     competes: bool = True
+    pays: Callable[..., bool] = _always
 
 
 class _Plan(NamedTuple):
@@ -188,8 +200,10 @@ class Op:
         key: Takes the arguments; what the fastest implementation depends on: strings, numbers, tuples of them. Needed
             with ``measures``.
         default: Takes the arguments; the implementation to run where nothing is measured. None: the first that serves.
+        overwrites: Position of the argument whose memory the result may take, if there is one.
+        beaten: Takes the names of those that compete and serve, then the arguments; those that another of them always
+            beats, which are not measured. None: nobody knows.
         validate: Takes the arguments; raises if they do not fit one another. Asked once for a signature. None: they do.
-        unshared: Takes the arguments; the same such that the op writes to none of them. None: it never does.
     """
 
     def __init__(
@@ -204,8 +218,9 @@ class Op:
         measures: Callable[..., bool] | None = None,
         key: Callable[..., Mapping[str, Any]] | None = None,
         default: Callable[..., str] | None = None,
+        overwrites: int | None = None,
+        beaten: Callable[..., Set[str]] | None = None,
         validate: Callable[..., None] | None = None,
-        unshared: Callable[..., tuple[Any, ...]] | None = None,
     ) -> None:
         self.name = name
         self.reference = reference
@@ -218,8 +233,8 @@ class Op:
             for way, implementation in implementations.items()
             if implementation.registered
         }
-        self._measures, self._key, self._default, self._unshared = measures, key, default, unshared
-        self._validate = validate
+        self._measures, self._key, self._default, self._beaten = measures, key, default, beaten
+        self._overwrites, self._validate = overwrites, validate
         self._plans: dict[Signature, _Plan] = {}
         _ops[name] = self
 
@@ -243,6 +258,16 @@ class Op:
         if FIDELITIES.index(implementation.fidelity) > FIDELITIES.index(allowed):
             return f"it is {implementation.fidelity}, and what may run is {allowed} (allow={implementation.fidelity!r})"
         return implementation.reason(*args)
+
+    def competitors(self, *args: Any) -> list[str]:
+        """The implementations that would be measured for these arguments, the likely winner first."""
+        serving = [
+            name
+            for name, way in self.implementations.items()
+            if way.competes and self.unserved(*args, impl=name) is None
+        ]
+        beaten = self._beaten(set(serving), *args) if self._beaten else ()
+        return [name for name in serving if name not in beaten]
 
     def forget(self) -> None:
         """Settle every signature anew."""
@@ -297,12 +322,13 @@ class Op:
     def _default_of(self, args: tuple[Any, ...]) -> str:
         if self._default is not None:
             return self._default(*args)
-        return next(name for name in self.implementations if self.unserved(*args, impl=name) is None)
+        ways = self.implementations.items()
+        return next(name for name, way in ways if way.pays(*args) and self.unserved(*args, impl=name) is None)
 
     def _why_not_first(self, args: tuple[Any, ...], default: str) -> str:
         """Why the first implementation does not run, where that is worth telling: on a device that it is made for."""
-        first = next(iter(self.implementations))
-        if self._default is not None or first == default or device_reason(args[0]):
+        first, way = next(iter(self.implementations.items()))
+        if self._default is not None or first == default or device_reason(args[0]) or not way.pays(*args):
             return ""
         return self.unserved(*args, impl=first) or ""
 
@@ -334,17 +360,29 @@ class Op:
             return out
         problem = ""
         checked = listener.checks and plan.name != REFERENCE
-        if checked and self._unshared:
-            args = self._unshared(*args)
-        out = self._run(plan, args, signature)
+        out = self._run(plan, self._with_copy(args) if checked else args, signature)
         if signature is not None:  # what ran may have failed, and be another one from now on
             plan = self._plans.get(signature, plan)
         if checked and plan.name != REFERENCE:
-            problem = disagreement(self, args, out, self.implementations[plan.name].fidelity) or ""
+            problem = self._problem(plan, args, out)
             if problem:
                 out = self.reference(*args)
         listener.hear(Event(self.name, plan.name, plan.reason, self.costs(*args), problem))
         return out
+
+    def _with_copy(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments such that the reference will find all of them as they are after the op has run."""
+        if self._overwrites is None:
+            return args
+        before, overwritten, after = args[: self._overwrites], args[self._overwrites], args[self._overwrites + 1 :]
+        return (*before, overwritten.clone(), *after)
+
+    def _problem(self, plan: _Plan, args: tuple[Any, ...], out: Outputs) -> str:
+        try:
+            return disagreement(self, args, out, self.implementations[plan.name].fidelity) or ""
+        except torch.OutOfMemoryError:  # for the check alone: the call itself had what it needed
+            logger.warning("%s: not checked against its reference: out of memory", self.name)
+            return ""
 
     def _traced(self, args: tuple[Any, ...], impl: str | None) -> Outputs:
         """A call that Dynamo traces: nothing is measured, remembered or told."""
@@ -391,7 +429,8 @@ def check_wishes(shortcuts: Sequence[str] = ()) -> None:
             raise UsageError(f"VIDACCEL_IMPL: there is no op {op!r}{nearest(op, [*known, *shortcuts])}")
         ways = known.get(op, every)
         if way not in ways:
-            raise UsageError(f"VIDACCEL_IMPL: {op or 'no op'} has no implementation {way!r}{nearest(way, ways)}")
+            which = f"{op} has" if op else "there is"
+            raise UsageError(f"VIDACCEL_IMPL: {which} no implementation {way!r}{nearest(way, ways)}")
 
 
 def _signature(args: tuple[Any, ...]) -> Signature:

@@ -7,47 +7,25 @@ decoder are made of the same ResNet blocks; only the decoder, which sees every f
 from __future__ import annotations
 
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.autoencoders.vae import Decoder, Encoder
 
+from vidaccel.blocks.unet.attention_processor import Processor
 from vidaccel.blocks.unet.convolution import FusedFewChannelConv2d
 from vidaccel.blocks.unet.normalization import FusedGroupNorm
 from vidaccel.blocks.unet.resnet import FusedResnetBlock2D
 from vidaccel.blocks.unet.upsampling import FusedUpsample2D
 from vidaccel.blocks.vae.vae import FusedDecoder
-from vidaccel.sites.rules import ChannelsLastWeights, Family, NormOut, Processor, Swap
+from vidaccel.sites.rules import ChannelsLastWeights, Swap
 
-__all__ = ["FAMILY", "TINY_VAE", "VAE"]
+__all__ = ["RULES"]
 
-FAMILY = Family(
-    name="autoencoder_kl",
-    pipelines=(),
-    rules={
-        "AutoencoderKL": (
-            ChannelsLastWeights(AutoencoderKL),
-            NormOut(Decoder),
-            NormOut(Encoder),
-            Swap(FusedDecoder),
-            Swap(FusedResnetBlock2D),
-            Swap(FusedUpsample2D),
-            Swap(FusedFewChannelConv2d, names=("conv_in",)),
-            Swap(FusedGroupNorm, names=("group_norm",)),
-            Processor(),
-        ),
-    },
-)
-
-# Stable Diffusion 1.5's, which the text-to-video checkpoints come with, too.
-VAE = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "sample_size": 512,
-    "scaling_factor": 0.18215,
-}
-TINY_VAE = {
-    "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2,
-    "block_out_channels": (32, 64),
+RULES = {
+    "AutoencoderKL": (
+        ChannelsLastWeights(AutoencoderKL),
+        Swap(FusedDecoder),
+        Swap(FusedResnetBlock2D),
+        Swap(FusedUpsample2D),
+        Swap(FusedFewChannelConv2d, names=("conv_in",)),
+        Swap(FusedGroupNorm, names=("group_norm", "conv_norm_out")),
+        Processor(),
+    ),
 }

@@ -11,12 +11,11 @@ What the family offers:
 
 from __future__ import annotations
 
-from typing import Any
-
 from diffusers.models.unets.unet_3d_condition import UNet3DConditionModel
 
 from vidaccel.blocks.unet.activations import FusedGEGLU
 from vidaccel.blocks.unet.attention import FusedTextTransformerBlock
+from vidaccel.blocks.unet.attention_processor import Processor
 from vidaccel.blocks.unet.convolution import FusedFewChannelConv2d
 from vidaccel.blocks.unet.normalization import FusedGroupNorm
 from vidaccel.blocks.unet.resnet import FusedResnetBlock2D, FusedTemporalConvLayer
@@ -25,10 +24,9 @@ from vidaccel.blocks.unet.transformer_2d import FusedTransformer2DModel
 from vidaccel.blocks.unet.transformer_temporal import FusedTransformerTemporalModel
 from vidaccel.blocks.unet.unet_3d_blocks import FusedCrossAttnUpBlock3D, FusedUpBlock3D
 from vidaccel.blocks.unet.upsampling import FusedUpsample2D
-from vidaccel.pipelines.autoencoder_kl import TINY_VAE, VAE
-from vidaccel.sites.rules import ChannelsLastWeights, Family, NormOut, Processor, Swap
+from vidaccel.sites.rules import ChannelsLastWeights, Swap
 
-__all__ = ["BLOCK_RULES", "FAMILY", "SYNTHETIC", "TINY_UNET", "UNET"]
+__all__ = ["BLOCK_RULES", "RULES"]
 
 BLOCK_RULES = (
     Swap(FusedUpBlock3D),
@@ -41,71 +39,14 @@ BLOCK_RULES = (
     Swap(FusedUpsample2D),
     Swap(FusedFewChannelConv2d, names=("conv_in",)),
     Swap(FusedGEGLU),
-    Swap(FusedGroupNorm, names=("norm",)),
+    Swap(FusedGroupNorm, names=("norm", "conv_norm_out")),
     Processor(),
 )
 
-FAMILY = Family(
-    name="text_to_video_synthesis",
-    pipelines=("TextToVideoSDPipeline", "VideoToVideoSDPipeline"),
-    rules={
-        "UNet3DConditionModel": (
-            TextSource(UNet3DConditionModel, repeats_text=True),
-            ChannelsLastWeights(UNet3DConditionModel),
-            NormOut(UNet3DConditionModel),
-            *BLOCK_RULES,
-        ),
-    },
-)
-
-# The released checkpoints' configurations (ali-vilab/text-to-video-ms-1.7b, cerspense/zeroscope_v2_576w).
-UNET = {
-    "sample_size": 32,
-    "in_channels": 4,
-    "out_channels": 4,
-    "cross_attention_dim": 1024,
-    "attention_head_dim": 64,
-    "norm_num_groups": 32,
-    "layers_per_block": 2,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "down_block_types": ("CrossAttnDownBlock3D",) * 3 + ("DownBlock3D",),
-    "up_block_types": ("UpBlock3D",) + ("CrossAttnUpBlock3D",) * 3,
+RULES = {
+    "UNet3DConditionModel": (
+        TextSource(UNet3DConditionModel, repeats_text=True),
+        ChannelsLastWeights(UNet3DConditionModel),
+        *BLOCK_RULES,
+    ),
 }
-_SCHEDULER = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
-TINY_UNET = {
-    "cross_attention_dim": 32,
-    "attention_head_dim": 32,
-    "layers_per_block": 1,
-    "block_out_channels": (32, 64),
-    "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
-    "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
-}
-_TINY = {
-    "components": {"unet": TINY_UNET, "vae": TINY_VAE},
-    "inputs": {"prompt_embeds": (1, 7, 32), "negative_prompt_embeds": (1, 7, 32)},
-    "call": {"height": 32, "width": 32, "num_frames": 3, "num_inference_steps": 2},
-}
-
-
-def _synthetic(num_frames: int, height: int, width: int) -> dict[str, Any]:
-    return {
-        "pipeline": "TextToVideoSDPipeline",
-        "components": {
-            "unet": ("UNet3DConditionModel", UNET),
-            "vae": ("AutoencoderKL", VAE),
-            "scheduler": ("DDIMScheduler", _SCHEDULER),
-        },
-        "inputs": {"prompt_embeds": (1, 77, 1024), "negative_prompt_embeds": (1, 77, 1024)},
-        "call": {"height": height, "width": width, "num_frames": num_frames, "num_inference_steps": 50},
-        "tiny": _TINY,
-    }
-
-
-SYNTHETIC = {"modelscope": _synthetic(16, 256, 256), "zeroscope": _synthetic(24, 320, 576)}

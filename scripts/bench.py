@@ -4,4 +4,5 @@ import sys
 
 from vidaccel.cli import main
 
-sys.exit(main(["bench", *sys.argv[1:]]))
+if __name__ == "__main__":  # which the processes that it starts are not
+    sys.exit(main(["bench", *sys.argv[1:]]))

@@ -21,6 +21,7 @@ RECORDS = Path(__file__).resolve().parents[1] / "samples" / "benchmarks"
 BEGIN, END = "<!-- benchmarks -->\n", "<!-- /benchmarks -->\n"
 NONE = "-"
 Row = dict[str, Any]
+FirstCalls = Mapping[tuple[str, str], Row]  # by variant and caches
 
 
 def main() -> int:
@@ -29,7 +30,8 @@ def main() -> int:
     parser.add_argument("--readme", type=Path, help=f"file to put them into, between {BEGIN.strip()} and {END.strip()}")
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if the file is out of date")
     args = parser.parse_args()
-    drawn = draw([json.loads(path.read_text()) for path in args.records or sorted(RECORDS.glob("*.json"))])
+    records = [json.loads(path.read_text()) for path in args.records or sorted(RECORDS.glob("*.json"))]
+    drawn = draw([record for record in records if "results" in record])  # gpu-tests.json has none
     if args.readme is None:
         print(drawn, end="")
         return 0
@@ -73,7 +75,9 @@ _CALL_COLUMNS = (
     "median",
     "of eager",
     "of best torch.compile",
-    "cold start",
+    "first call, warm caches (empty)",
+    "2nd to 10th call, of eager's (worst), warm caches; empty",
+    "host",
     "peak memory (reserved)",
     "relative error to float32, to eager",
     "worst PSNR to eager",
@@ -92,7 +96,9 @@ _OP_COLUMNS = (
 
 
 def _call(record: dict[str, Any], scope: str) -> str:
-    return f"{_subject(record)} {scope}, {_shape(record, scope)}, {record['dtype']}"
+    cpus = record.get("settings", {}).get("cpus")
+    pinned = f", on {cpus} CPU cores" if cpus else ""
+    return f"{_subject(record)} {scope}, {_shape(record, scope)}, {record['dtype']}{pinned}"
 
 
 def _call_rows(record: dict[str, Any], labels: Mapping[str, int]) -> Iterator[list[str]]:
@@ -108,24 +114,50 @@ def _call_rows(record: dict[str, Any], labels: Mapping[str, int]) -> Iterator[li
         for row in record["results"]:
             slower = is_compile_baseline(row["variant"]) and row["status"] == "ok" and row is not compiled
             if row["scope"] == scope and not slower:
-                yield [call, *_call_cells(row)]
+                yield [call, *_call_cells(row, _first_calls(record, scope))]
                 call = ""  # said once
 
 
-def _call_cells(row: Row) -> list[str]:
+def _first_calls(record: dict[str, Any], scope: str) -> FirstCalls:
+    rows = record.get("new_processes", [])
+    return {(r["variant"], r["caches"]): r for r in rows if r["scope"] == scope and r["status"] == "ok"}
+
+
+def _call_cells(row: Row, first: FirstCalls) -> list[str]:
     if row["status"] != "ok":
-        return [row["variant"], f"{row['status']}: {row['reason']}", *[NONE] * 6]
+        return [row["variant"], f"{row['status']}: {row['reason']}", *[NONE] * 8]
     memory, reserved = row.get("peak_memory_gib"), row.get("peak_reserved_gib")
     return [
         row["variant"],
         _milliseconds(row),
         _shown(row, "of_eager", "{:.2f}"),
         _shown(row, "of_best_compile", "{:.2f}"),
-        _shown(row, "cold_start_s", "{:.3g} s"),
+        _first_call(row, first),
+        _next_calls(row["variant"], first),
+        _shown(row, "host_ms", "{:.3g} ms"),
         NONE if memory is None else f"{memory:.1f} GiB" + (f" ({reserved:.1f})" if reserved is not None else ""),
         f"{_shown(row, 'error_to_reference', '{:.1e}')}, {_shown(row, 'error_to_eager', '{:.1e}')}",
         _shown(row, "psnr_min_to_eager_db", "{:.1f} dB"),
     ]
+
+
+def _first_call(row: Row, first: FirstCalls) -> str:
+    """Seconds, patching or compiling included: in new processes if there were any, else as it came in a longer one."""
+    rows = [first.get((row["variant"], caches)) for caches in ("warm", "empty")]
+    seconds = [f"{r['patch_s'] + r['first_call_s']:.3g} s" for r in rows if r]
+    if not seconds:
+        return _shown(row, "cold_start_s", "{:.3g} s")
+    return seconds[0] + (f" ({seconds[1]})" if len(seconds) == 2 else "")
+
+
+def _next_calls(variant: str, first: FirstCalls) -> str:
+    """The median (and the worst) of the calls after the first, over the median of eager's."""
+    eager = first.get(("eager", "empty"))
+    rows = [first[variant, caches] for caches in ("warm", "empty") if (variant, caches) in first]
+    if eager is None or not rows:
+        return NONE
+    ratios = ([r[figure] / eager["next_ms"] for figure in ("next_ms", "next_worst_ms")] for r in rows)
+    return "; ".join(f"{median:.2f} ({worst:.2f})" for median, worst in ratios)
 
 
 def _op_rows(record: dict[str, Any]) -> Iterator[list[str]]:

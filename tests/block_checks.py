@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vidaccel.sites.block import FusedBlock
 from vidaccel.sites.rules import Swap
-from vidaccel.sites.site import FusedBlock, Site
+from vidaccel.sites.site import Site
 
 __all__ = ["frozen", "fused", "relative_error", "tensor_of"]
 
@@ -29,13 +30,13 @@ def fused(
 ) -> Iterator[dict[str, Site]]:
     """``module`` as ``fused_class`` with ``ops`` (None: all) inside the ``with`` block; yields its sites by op."""
     rule = Swap(fused_class)
-    assert rule.matches("block", module) and rule.why_left_alone(module) is None
+    assert rule.matches("block", module) and rule.left_alone_reason(module) is None
     sites = [Site("block", op, fidelity) for op, fidelity in rule.ops.items() if ops is None or op in ops]
-    memo: Any = rule.apply(module, sites, self_check=True)
+    patch = rule.put(module, sites, checks=True)
     try:
         yield {site.op: site for site in sites}
     finally:
-        rule.undo(module, memo)
+        patch.undo(module)
 
 
 def tensor_of(output: Any) -> Tensor:

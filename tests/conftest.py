@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
+from gpu_record import GpuRecord
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gpu-record", type=Path, metavar="FILE", help="where a run on a GPU leaves its record (JSON)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Record the run where there is a GPU; in one process only, that of the session."""
+    path = config.getoption("--gpu-record")
+    if path and torch.cuda.is_available() and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(GpuRecord(path, torch.device("cuda")))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -29,7 +29,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from vidaccel import patch_module, patch_pipeline
-from vidaccel.bench.variants import parse_variants
 from vidaccel.blocks.unet import resnet
 from vidaccel.errors import UsageError
 from vidaccel.patching import cuda_graph
@@ -589,13 +588,6 @@ def test_torch_compile_sees_through_it(tape: type[TapeCapture]) -> None:
         for _ in range(3):
             assert compiled(torch.ones(2))["x"].eq(2).all()
     assert tape.captures == 0
-
-
-def test_bench_variant_needs_patched() -> None:
-    assert parse_variants("patched+cuda_graph") == ("eager", "patched+cuda_graph")
-    for variant in ("cuda_graph", "compile+cuda_graph", "patched+compile+cuda_graph"):
-        with pytest.raises(UsageError, match="cuda_graph goes with patched, and not with compile"):
-            parse_variants(variant)
 
 
 @pytest.fixture

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import logging
+import pkgutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,13 +16,14 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, StableVideoDiffusionPipeline, UNet2DModel
 from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.resnet import SpatioTemporalResBlock
 from PIL import Image
 from tiny_models import tiny_svd_pipeline
 
+import vidaccel.pipelines
 from vidaccel import patch_module, patch_pipeline
 from vidaccel.blocks.unet import normalization
 from vidaccel.errors import UsageError
-from vidaccel.patching.patch import families
 
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
 
@@ -129,9 +132,7 @@ def test_choice_of_sites(
 
 
 def test_unknown_site_lists_those_that_exist(pipe: StableVideoDiffusionPipeline) -> None:
-    with pytest.raises(
-        UsageError, match=r"only='unet.nowhere' names no site; ops are: add_layer_norm, .*sites are: unet,"
-    ):
+    with pytest.raises(UsageError, match=r"only='unet.nowhere' names no site; did you mean .*unet"):
         patch_pipeline(pipe, only="unet.nowhere")
 
 
@@ -184,10 +185,10 @@ def test_a_wrong_kernel_is_found_out_and_replaced(
     report = patch_pipeline(pipe, only="group_norm_silu")
     with caplog.at_level(logging.WARNING, "vidaccel"):
         assert np.array_equal(clip(pipe), before)
-    reached = [site for site in report.sites if site.implementations]
-    assert {site.state for site in reached} == {"failed"}
-    assert "relative error" in str(report)
-    assert len(caplog.records) == len(reached), "one warning for each site"
+    failed = [site for site in report.sites if site.state == "failed"]
+    assert len(failed) > 20 and not any(site.implementations for site in report.sites)
+    assert "differs from the original" in str(report)
+    assert len(caplog.records) == len(failed), "one warning for each site"
 
 
 def test_self_check_can_be_turned_off(pipe: StableVideoDiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,12 +208,10 @@ def test_a_check_that_runs_out_of_memory_does_not_end_the_clip(
         raise torch.OutOfMemoryError
 
     report = patch_pipeline(pipe, only="unet.conv_norm_out")
-    monkeypatch.setattr(pipe.unet.conv_norm_out, "original_forward", out_of_memory)
+    monkeypatch.setattr(type(pipe.unet.conv_norm_out), "original_forward", out_of_memory)
     with caplog.at_level(logging.WARNING, "vidaccel"):
         assert relative_error(clip(pipe), before) <= 1e-5
-    assert [record.message for record in caplog.records] == [
-        "unet.conv_norm_out: not checked against the original code, for want of memory"
-    ]
+    assert "unet.conv_norm_out: not checked against the original block: out of memory" in caplog.messages
     assert {site.state for site in report.sites} == {"active"} and not report.fallbacks
 
 
@@ -252,12 +251,12 @@ def test_patched_pipeline_copies_saves_and_loads(pipe: StableVideoDiffusionPipel
     patch_pipeline(pipe)
     patched = clip(pipe)
     twin = copy.deepcopy(pipe)
-    assert np.array_equal(clip(twin), patched)
+    assert type(twin.unet.mid_block.resnets[0]) is SpatioTemporalResBlock, "a copy is a stock model"
+    assert np.abs(clip(twin) - patched).max() < 1e-4
     assert set(pipe.unet.state_dict()) == keys
     pipe.save_pretrained(str(tmp_path))
     loaded = StableVideoDiffusionPipeline.from_pretrained(str(tmp_path))
     loaded.set_progress_bar_config(disable=True)
-    patch_pipeline(twin).restore()
     restored = twin.unet.state_dict()
     assert all(torch.equal(weight, restored[name]) for name, weight in loaded.unet.state_dict().items())
     # not the same bits: weights read from a file lie at other addresses, and CPU kernels go by their alignment
@@ -285,8 +284,9 @@ def test_block_signatures_are_the_originals() -> None:
     """Cache hooks look parameters up by name, gradient checkpointing passes them by position."""
     import inspect
 
-    for family in families():
-        for rule in {rule for rules in family.rules.values() for rule in rules}:
+    folder = pkgutil.iter_modules(vidaccel.pipelines.__path__)
+    for adapter in [importlib.import_module(f"vidaccel.pipelines.{adapter.name}") for adapter in folder]:
+        for rule in {rule for rules in adapter.RULES.values() for rule in rules}:
             if fused := getattr(rule, "fused", None):
                 ours, theirs = (inspect.signature(cls.forward).parameters for cls in (fused, fused.original))
                 assert list(ours) == list(theirs), fused

@@ -155,7 +155,7 @@ def tiny_autoencoder_kl(seed: int = 0) -> AutoencoderKL:
 
 
 def tiny_synthetic_pipeline(name: str, seed: int = 0) -> tuple[DiffusionPipeline, dict[str, Any]]:
-    """The synthetic pipeline that an adapter calls ``name``, tiny and fp32 on the CPU, and what to call it with."""
+    """The synthetic pipeline called ``name``, tiny and fp32 on the CPU, and what to call it with."""
     specified, cpu = specification(name, "tiny"), torch.device("cpu")
     pipe = build_pipeline(specified, cpu, torch.float32, seed)
     with torch.random.fork_rng():

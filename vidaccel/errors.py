@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["UsageError", "error_line", "first_line", "nearest"]
+__all__ = ["UsageError", "did_you_mean", "error_line", "first_line", "nearest"]
 
 
 class UsageError(Exception):
@@ -28,7 +28,12 @@ def first_line(error: BaseException) -> str:
 def nearest(word: str, words: Iterable[str]) -> str:
     """What an error about an unknown ``word`` ends with: the nearest of the right ``words``, or all of them."""
     words = sorted(words)
-    close = difflib.get_close_matches(word, words, n=3, cutoff=0.5)
-    if close:
-        return f"; did you mean {' or '.join(close)}?"
-    return f"; there are {', '.join(words)}"
+    return did_you_mean(word, words) or f"; there are {', '.join(words)}"
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """The nearest of the right ``words`` as the end of an error, or nothing if none is near."""
+    matches = difflib.get_close_matches(word, list(words), n=3, cutoff=0.5)
+    alike = [difflib.SequenceMatcher(a=match, b=word).ratio() for match in matches]
+    near = [match for match, ratio in zip(matches, alike, strict=True) if ratio > alike[0] - 0.1]
+    return f"; did you mean {' or '.join(near)}?" if near else ""

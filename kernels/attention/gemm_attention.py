@@ -19,14 +19,16 @@ the width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["MOST_KEYS", "gemm_attention"]
+from vidaccel.kernels.launch import Launch
+
+__all__ = ["MOST_KEYS", "SCORES_BYTES", "bind_gemm_attention"]
 
 SCORES_BYTES = 2**27
 ROW_STEP = 128  # rows of the products' tiles
@@ -51,19 +53,15 @@ def _softmax_kernel(
     tl.store(p_ptr + start + offs, p.to(p_ptr.dtype.element_ty), mask=mask)
 
 
-def _softmax(s: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """``P_SCALE * softmax(s * scale, -1)`` of contiguous float32 ``s`` ``[N, M, Skv]``, rounded to ``dtype``."""
-    p = torch.empty_like(s, dtype=dtype)
-    columns = s.shape[2]
-    with torch.cuda.device_of(s):
-        _softmax_kernel[(s.shape[0] * s.shape[1],)](
-            s, p,
-            columns,
-            scale * math.log2(math.e),
-            P_SCALE=P_SCALE, BLOCK=triton.next_power_of_2(columns),
-            num_warps=NUM_WARPS,
-        )  # fmt: skip
-    return p
+def _softmax_launch(rows: int, columns: int, scale: float) -> Launch:
+    """Writes ``P_SCALE * softmax(s * scale, -1)`` of ``rows`` rows of float32 scores to its second tensor."""
+    return Launch(
+        _softmax_kernel, (rows,),
+        columns,
+        scale * math.log2(math.e),
+        P_SCALE=P_SCALE, BLOCK=triton.next_power_of_2(columns),
+        num_warps=NUM_WARPS,
+    )  # fmt: skip
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -71,15 +69,18 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.bmm(a.float(), b.float())
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float) -> None:
+def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax: Launch) -> None:
     """One head's part, ``[N, M, D]``; what it stores meanwhile is free again when it returns."""
-    p = _softmax(_product(q, k.mT), scale, q.dtype)
+    s = _product(q, k.mT)
+    p = torch.empty_like(s, dtype=q.dtype)
+    softmax(s, p)
+    del s
     torch.mul(_product(p, v), 1 / P_SCALE, out=out)
 
 
-def _parts(batch: int, seq_q: int, seq_kv: int) -> Iterator[tuple[slice, slice]]:
+def _parts(batch: int, seq_q: int, seq_kv: int, scores_bytes: int) -> Iterator[tuple[slice, slice]]:
     """Samples and rows of q whose scores are computed at once: whole samples, or as equal parts of one as may be."""
-    most_rows = max(SCORES_BYTES // (4 * seq_kv), ROW_STEP)
+    most_rows = max(scores_bytes // (4 * seq_kv), ROW_STEP)
     if seq_q <= most_rows:
         samples, rows = most_rows // seq_q, seq_q
     else:
@@ -87,22 +88,38 @@ def _parts(batch: int, seq_q: int, seq_kv: int) -> Iterator[tuple[slice, slice]]
         rows = triton.cdiv(triton.cdiv(seq_q, parts), ROW_STEP) * ROW_STEP
     for sample in range(0, batch, samples):
         for row in range(0, seq_q, rows):
-            yield slice(sample, sample + samples), slice(row, row + rows)
+            yield slice(sample, min(sample + samples, batch)), slice(row, min(row + rows, seq_q))
 
 
-def gemm_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, num_heads: int, scale: float) -> None:
-    """``F.scaled_dot_product_attention``, no mask, on rows, written to ``out``.
+def bind_gemm_attention(
+    q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float, *, scores_bytes: int = SCORES_BYTES
+) -> Callable[..., Tensor]:
+    """``F.scaled_dot_product_attention``, no mask, on rows, prepared for tensors of these sizes.
 
     Args:
         q: ``[B, S, H*D]``, fp16 / bf16, with a last stride of 1.
         k: ``[B, Skv, H*D]`` in ``q.dtype``, at most ``MOST_KEYS`` rows; may be expanded over the batch.
         v: As ``k``.
-        out: As ``q``, contiguous.
         num_heads: ``H``.
         scale: Factor of the scores, positive.
+        scores_bytes: Of the scores that are stored at a time.
+
+    Returns:
+        Takes the same arguments; returns ``[B, S, H*D]``, contiguous.
     """
-    heads = zip(*(x.chunk(num_heads, dim=-1) for x in (q, k, v, out)), strict=True)
-    for q_head, k_head, v_head, out_head in heads:
-        for samples, rows in _parts(q.shape[0], q.shape[1], k.shape[1]):
-            part = samples, rows
-            _attend(q_head[part], k_head[samples], v_head[samples], out_head[part], scale)
+    (batch, seq_q, _), seq_kv = q.shape, k.shape[1]
+    work = []
+    for samples, rows in _parts(batch, seq_q, seq_kv, scores_bytes):
+        count = (samples.stop - samples.start) * (rows.stop - rows.start)
+        work.append((samples, rows, _softmax_launch(count, seq_kv, scale)))
+
+    def run(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> Tensor:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        for head in zip(*(x.chunk(num_heads, dim=-1) for x in (q, k, v, out)), strict=True):
+            q_head, k_head, v_head, out_head = head
+            for samples, rows, softmax in work:
+                part = samples, rows
+                _attend(q_head[part], k_head[samples], v_head[samples], out_head[part], softmax)
+        return out
+
+    return run

@@ -38,7 +38,8 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -54,7 +55,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-__all__ = ["HEAD_DIMS", "Config", "choose_config", "gluon_configs", "launch", "spatial_attention_gluon_kernel"]
+__all__ = ["HEAD_DIMS", "Config", "bind", "choose_config", "gluon_configs", "spatial_attention_gluon_kernel"]
 
 HEAD_DIMS = range(8, 129, 8)  # TMA takes strides of whole 16 bytes
 CONSUMER_ROWS = 64  # what one wgmma takes
@@ -306,10 +307,14 @@ def _padded(head_dim: int) -> int:
     return 64 if head_dim <= 64 else 128
 
 
-def launch(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, num_heads: int, scale: float, *, config: Config | None = None
-) -> None:
-    """Write the attention of ``q``, ``k`` and ``v``, ``[B, S, H*D]``, to ``out``; see ``spatial_attention``."""
+def bind(
+    q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float, *, config: Config | None = None
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
+    """Prepare for q, k and v, ``[B, S, H*D]``, of these sizes and strides; see ``spatial_attention``.
+
+    Returns:
+        Takes q, k, v and a contiguous tensor that the attention is written to, all at multiples of 16 bytes.
+    """
     (batch, seq_q, channels), seq_kv = q.shape, k.shape[1]
     config = config or choose_config(channels // num_heads)
     tiles_per_head = triton.cdiv(seq_q, config.consumers * CONSUMER_ROWS)
@@ -317,28 +322,39 @@ def launch(
     shared_kv = k.stride(0) == 0
     if shared_kv:
         k, v = k[:1], v[:1]
-    with torch.cuda.device_of(q):
-        spatial_attention_gluon_kernel[(min(num_tiles, _multiprocessors(q.device)),)](
-            _descriptor(q, num_heads, CONSUMER_ROWS),
-            _descriptor(k, num_heads, config.columns),
-            _descriptor(v, num_heads, config.columns),
-            _descriptor(out, num_heads, CONSUMER_ROWS),
-            num_tiles, tiles_per_head, num_heads, seq_kv, 0 if shared_kv else 1,
-            scale * math.log2(math.e),
-            CONSUMERS=config.consumers, STAGES=config.stages, PING_PONG=config.ping_pong, REGISTERS=config.registers,
-            num_warps=4,
-        )  # fmt: skip
+    q_layout = _layout(q, q.stride(), num_heads, CONSUMER_ROWS)
+    k_layout, v_layout = (_layout(x, x.stride(), num_heads, config.columns) for x in (k, v))
+    out_layout = _layout(q, (seq_q * channels, channels), num_heads, CONSUMER_ROWS)
+    launch = functools.partial(
+        spatial_attention_gluon_kernel[(min(num_tiles, _multiprocessors(q.device)),)],
+        num_tiles=num_tiles, tiles_per_head=tiles_per_head, num_heads=num_heads, seq_kv=seq_kv,
+        kv_batch_step=0 if shared_kv else 1,
+        scale_log2=scale * math.log2(math.e),
+        CONSUMERS=config.consumers, STAGES=config.stages, PING_PONG=config.ping_pong, REGISTERS=config.registers,
+        num_warps=4,
+    )  # fmt: skip
+
+    def run(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+        with torch.cuda.device_of(q):
+            launch(
+                TensorDescriptor(q, *q_layout),
+                TensorDescriptor(k, *k_layout),
+                TensorDescriptor(v, *v_layout),
+                TensorDescriptor(out, *out_layout),
+            )
+
+    return run
 
 
-def _descriptor(x: Tensor, num_heads: int, rows: int) -> TensorDescriptor:
+def _layout(x: Tensor, strides: tuple[int, ...], num_heads: int, rows: int) -> tuple[Any, ...]:
     """``[B, S, H*D]`` as ``[B, S, H, D]``: TMA reads what a block has beyond D as zeros, and does not write it."""
-    head_dim = x.shape[2] // num_heads
+    batch, seq, channels = x.shape
+    head_dim = channels // num_heads
     block = [1, rows, 1, _padded(head_dim)]
     # the stride of a batch of one is anything, 0 where it was expanded
-    batch_stride = x.stride(0) if x.shape[0] > 1 else x.shape[1] * x.stride(1)
+    batch_stride = strides[0] if batch > 1 else seq * strides[1]
     layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[x.dtype])
-    shape, strides = [*x.shape[:2], num_heads, head_dim], [batch_stride, x.stride(1), head_dim, 1]
-    return TensorDescriptor(x, shape, strides, block, layout)
+    return [batch, seq, num_heads, head_dim], [batch_stride, strides[1], head_dim, 1], block, layout
 
 
 @functools.cache

@@ -17,8 +17,11 @@ Sources: FlashAttention-2 (https://arxiv.org/abs/2307.08691) for the arithmetic;
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +29,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidaccel.kernels.dispatch import choose, tensors_problem
-from vidaccel.kernels.launch import Launch, prepared
+from vidaccel.kernels.attention.alignment import aligned_rows
+from vidaccel.kernels.check import Part, cuts
+from vidaccel.kernels.launch import Launch
+from vidaccel.kernels.op import Costs, Implementation, Op, device_reason, tensors_reason
 
-__all__ = ["Tiling", "choose_tiling", "temporal_attention", "temporal_attention_ref"]
+__all__ = ["TEMPORAL_ATTENTION", "Tiling", "bind", "choose_tiling", "temporal_attention", "temporal_attention_ref"]
 
 MAX_HEAD_DIM = 160
 MAX_FRAMES = 128
+MAX_FRAMES_BLACKWELL = 64  # Triton 3.6 makes a trap, and nothing else, of longer tiles of wide heads
 MAX_FRAMES_FLOAT32 = 32  # longer tiles spill: without tensor cores the operands live in registers
 MAX_SDPA_BATCH = 65535  # the flash and efficient kernels launch one grid row per batch entry: pytorch/pytorch#146704
 PREFETCHED_TILE_BYTES = 24 * 1024  # two of them and the scratch fit the 64 KB of an MI300 multiprocessor
@@ -42,13 +48,17 @@ SHORT_PROGRAMS = 6  # times as many programs where each is one warp: they share 
 
 
 def temporal_attention_ref(
-    q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_heads: int, *, scale: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_heads: int, scale: float | None = None
 ) -> Tensor:
     """The specification. Pass float64 inputs for gold values."""
-    samples = q.shape[0] // num_frames
-    q_items, k_items, v_items = (_as_items(x, samples, num_heads) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q_items, k_items, v_items, scale=scale)
-    return out.permute(0, 3, 1, 2, 4).reshape(q.shape)
+    out = _empty_output(q)
+    samples, num_pixels = q.shape[0] // num_frames, q.shape[1]
+    q, k, v, out_items = (_as_items(x, samples, num_heads) for x in (*map(aligned_rows, (q, k, v)), out))
+    for sample in range(samples):  # samples and pixels do not merge into the one batch axis of SDPA without a copy
+        for start in range(0, num_pixels, MAX_SDPA_BATCH):
+            part = sample, slice(start, start + MAX_SDPA_BATCH)
+            out_items[part] = F.scaled_dot_product_attention(q[part], k[part], v[part], scale=scale)
+    return out
 
 
 def _as_items(x: Tensor, samples: int, num_heads: int) -> Tensor:
@@ -171,29 +181,30 @@ def _tile_bytes(rows: int, columns: int, head_dim: int, dtype: torch.dtype) -> i
     return 3 * rows * triton.cdiv(head_dim, columns) * columns * dtype.itemsize
 
 
-@prepared
-def _prepare(
-    shape: tuple[int, int, int],
-    rows_k: int,
-    strides: tuple[int, ...],
-    dtype: torch.dtype,
+def bind(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     num_frames: int,
     num_heads: int,
     scale: float,
-    tiling: Tiling | None,
-    programs: int | None,
-) -> Launch:
-    samples, (_, num_pixels, channels) = shape[0] // num_frames, shape
-    num_frames_k, head_dim = rows_k // samples, channels // num_heads
+    *,
+    tiling: Tiling | None = None,
+    programs: int | None = None,
+) -> Callable[..., Tensor]:
+    """The kernel, prepared for tensors of these sizes and strides; ``programs`` share the tiles of a sample evenly."""
+    samples, (_, num_pixels, channels) = q.shape[0] // num_frames, q.shape
+    num_frames_k, head_dim = k.shape[0] // samples, channels // num_heads
     longest = max(num_frames, num_frames_k)
-    rows, columns, num_warps, stages = tiling or choose_tiling(longest, head_dim, dtype, num_pixels * num_heads)
+    rows, columns, num_warps, stages = tiling or choose_tiling(longest, head_dim, q.dtype, num_pixels * num_heads)
     items = rows // longest
     tiles = triton.cdiv(num_pixels * num_heads, items)
     if programs is None:
-        programs = RESIDENT_BYTES // _tile_bytes(rows, columns, head_dim, dtype)
+        programs = RESIDENT_BYTES // _tile_bytes(rows, columns, head_dim, q.dtype)
         programs *= SHORT_PROGRAMS if num_warps == 1 else 1
     programs_per_sample = min(tiles, triton.cdiv(programs, samples))
-    return Launch(
+    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
+    launch = Launch(
         _temporal_attention_kernel, (samples * programs_per_sample,),
         num_pixels, programs_per_sample,
         *strides,
@@ -204,66 +215,77 @@ def _prepare(
         num_warps=num_warps,
     )  # fmt: skip
 
+    def run(q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_heads: int, scale: float) -> Tensor:
+        out = _empty_output(q)
+        launch(q, k, v, out)
+        return out
 
-def _launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    num_frames: int,
-    num_heads: int,
-    scale: float,
-    *,
-    tiling: Tiling | None = None,
-    programs: int | None = None,
-) -> Tensor:
-    """The kernel on ``programs`` programs, which share the tiles of a sample evenly."""
-    out = _empty_output(q)
-    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
-    _prepare(q.shape, k.shape[0], strides, q.dtype, num_frames, num_heads, scale, tiling, programs)(q, k, v, out)
-    return out
+    return run
+
+
+def _triton(q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_heads: int, scale: float) -> Tensor:
+    return bind(q, k, v, num_frames, num_heads, scale)(q, k, v, num_frames, num_heads, scale)
 
 
 def _block_rows(rows: int) -> int:
     return max(16, triton.next_power_of_2(rows))
 
 
-def _empty_output(q: Tensor) -> Tensor:
+def _empty_output(q: Tensor, *others: Any) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("vidaccel::temporal_attention", mutates_args=())
-def _temporal_attention(q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_heads: int, scale: float) -> Tensor:
-    return _launch(q, k, v, num_frames, num_heads, scale)
-
-
-@_temporal_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_heads: int, scale: float) -> Tensor:
-    return _empty_output(q)
-
-
-def _temporal_attention_torch(q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_heads: int, scale: float) -> Tensor:
-    out = _empty_output(q)
-    samples, num_pixels = q.shape[0] // num_frames, q.shape[1]
-    q, k, v, out_items = (_as_items(x, samples, num_heads) for x in (q, k, v, out))
-    for sample in range(samples):  # samples and pixels do not merge into the one batch axis of SDPA without a copy
-        for start in range(0, num_pixels, MAX_SDPA_BATCH):
-            part = sample, slice(start, start + MAX_SDPA_BATCH)
-            out_items[part] = F.scaled_dot_product_attention(q[part], k[part], v[part], scale=scale)
-    return out
-
-
-def _problem(q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_heads: int) -> str | None:
-    """Why the kernel does not serve these arguments, or None."""
-    head_dim = q.shape[-1] // num_heads
+def _reason(q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_heads: int, scale: float) -> str | None:
+    if reason := device_reason(q):
+        return reason
+    head_dim = q.shape[2] // num_heads
     if head_dim % 8 or head_dim > MAX_HEAD_DIM:
         return f"the kernel takes head_dim up to {MAX_HEAD_DIM} in steps of 8, got {head_dim}"
-    most = MAX_FRAMES_FLOAT32 if q.dtype == torch.float32 else MAX_FRAMES
+    most = MAX_FRAMES_FLOAT32 if q.dtype == torch.float32 else _most_frames(q)
     frames = max(num_frames, num_frames * k.shape[0] // q.shape[0])
     if frames > most:
         return f"the kernel takes up to {most} frames of {q.dtype}, got {frames}"
-    if not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
+    if not q.stride(2) == k.stride(2) == v.stride(2) == 1:
         return "the kernel takes q, k and v with a last stride of 1"
-    return tensors_problem(q, k, v)
+    return tensors_reason(q, k, v)
+
+
+def _most_frames(q: Tensor) -> int:
+    on_blackwell = q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device)[0] >= 10
+    return MAX_FRAMES_BLACKWELL if on_blackwell else MAX_FRAMES
+
+
+def _costs(q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_heads: int, scale: float) -> Costs:
+    frames_k = num_frames * k.shape[0] // q.shape[0]
+    return Costs(bytes=2 * q.nbytes + k.nbytes + v.nbytes, flops=4 * q.numel() * frames_k)
+
+
+def _parts(q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_heads: int, scale: float) -> Iterator[Part]:
+    """Head by head, for each is to be right by its own scale; sample by sample, as many pixels as fit."""
+    (_, num_pixels, channels), samples = q.shape, q.shape[0] // num_frames
+    frames_k, head_dim = k.shape[0] // samples, channels // num_heads
+    elements = (num_frames + frames_k) * head_dim + num_frames * frames_k
+    for head, sample in itertools.product(range(num_heads), range(samples)):
+        channel = slice(head * head_dim, (head + 1) * head_dim)
+        frames, keys = (slice(sample * count, (sample + 1) * count) for count in (num_frames, frames_k))
+        for pixels in cuts(num_pixels, elements):
+            place = frames, pixels, channel
+            args = q[place], k[keys, pixels, channel], v[keys, pixels, channel], num_frames, 1, scale
+            yield Part(args, functools.partial(_place, place))
+
+
+def _place(place: tuple[slice, slice, slice], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (outputs[0][place],)
+
+
+TEMPORAL_ATTENTION = Op(
+    "temporal_attention",
+    reference=temporal_attention_ref,
+    implementations={"triton": Implementation(_triton, _reason, bind, registered=True)},
+    fake=_empty_output,
+    costs=_costs,
+    parts=_parts,
+)
 
 
 def _validate(q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_heads: int) -> None:
@@ -306,7 +328,7 @@ def temporal_attention(
         num_frames: ``F``.
         num_heads: ``H``.
         scale: Factor of the scores; None for ``D ** -0.5``.
-        impl: ``"triton"`` or ``"torch"``; None lets ``vidaccel.kernels.dispatch`` choose.
+        impl: ``"triton"`` or ``"torch"``; None lets the op choose.
 
     Returns:
         ``[B*F, HW, H*D]``, contiguous, in ``q.dtype``.
@@ -321,8 +343,4 @@ def temporal_attention(
         return _empty_output(q)
     if scale is None:
         scale = (q.shape[-1] // num_heads) ** -0.5
-    chosen = choose("temporal_attention", q, impl, _problem(q, k, v, num_frames, num_heads))
-    if chosen == "torch":
-        return _temporal_attention_torch(q, k, v, num_frames, num_heads, scale)
-    run = _temporal_attention if torch.compiler.is_compiling() else _launch
-    return run(q, k, v, num_frames, num_heads, scale)
+    return TEMPORAL_ATTENTION(q, k, v, num_frames, num_heads, scale, impl=impl)

@@ -10,13 +10,7 @@ from torch import Tensor
 
 from vidaccel.blocks.unet.attention_processor import FusedAttnProcessor2_0
 from vidaccel.blocks.unet.normalization import FusedGroupNorm
-from vidaccel.kernels.attention import spatial_attention as op
 from vidaccel.sites.site import Site
-
-
-@pytest.fixture(autouse=True)
-def fresh_choices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(op, "_chosen", {})
 
 
 def attention(dtype: torch.dtype = torch.float32, **options: object) -> Attention:

@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
-from vidaccel.bench import measure, ops, variants
-from vidaccel.bench.op_case import Provider
-from vidaccel.bench.op_cases import OPS
-from vidaccel.bench.ops import one_stage_kernels
-from vidaccel.bench.record import add_ratios, json_text, table
+from vidaccel.bench.first_calls import first_calls
+from vidaccel.bench.op_cases import CASES, TINY
+from vidaccel.bench.ops import arguments_of
+from vidaccel.bench.record import add_ratios, table
 from vidaccel.bench.settings import Settings
-from vidaccel.bench.synthetic import build_pipeline, families, pipeline_inputs, specification
-from vidaccel.bench.timing import time_calls, time_queued
-from vidaccel.bench.variants import applied, cudnn_benchmark, measured_modules
+from vidaccel.bench.synthetic import build_pipeline, configurations, pipeline_inputs, specification
+from vidaccel.bench.timing import time_call, time_calls, time_queued
+from vidaccel.bench.variants import applied, cudnn_benchmark, measured_modules, parse_variants
 from vidaccel.cli import main
 from vidaccel.clips.generation import generate
-from vidaccel.kernels.launch import Launch
-from vidaccel.kernels.norm.group_norm_silu import _apply_kernel
+from vidaccel.clips.outputs import json_text
+from vidaccel.errors import UsageError
+from vidaccel.kernels.op import ops
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -42,6 +43,8 @@ EAGERLY = Settings(
     budget_seconds=1.0,
     with_reference=False,
     compile_backend="eager",
+    new_process=False,
+    cpus=None,
     empty_caches=True,
     only=None,
     skip=None,
@@ -114,15 +117,6 @@ def test_dry_run_of_all_scopes(tiny_bench: Bench, capsys: pytest.CaptureFixture[
     assert "end-to-end: patched:" in captured.err and "end-to-end: patched:" not in captured.out
 
 
-def test_compiled_variants_and_the_best_of_them(tiny_bench: Bench) -> None:
-    code, record = tiny_bench("--scope", "vae", "--variants", "compile+channels_last,patched+compile")
-    assert code == 0
-    _, compiled, patched = record["results"]
-    assert patched["of_best_compile"] == patched["median_ms"] / compiled["median_ms"]
-    assert max(compiled["error_to_eager"], patched["error_to_eager"]) < 1e-5
-    assert compiled["cold_start_s"] > 1e-3 * compiled["median_ms"]
-
-
 def test_half_precision_is_held_against_float32(tiny_bench: Bench) -> None:
     code, record = tiny_bench("--scope", "vae", "--variants", "patched", "--dtype", "bfloat16")
     assert code == 0
@@ -132,38 +126,63 @@ def test_half_precision_is_held_against_float32(tiny_bench: Bench) -> None:
     assert "psnr_min_to_reference_db" in patched and "error_to_eager" not in eager
 
 
-def test_a_failing_variant_costs_only_itself(tiny_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*args: object, **kwargs: object) -> None:
+@pytest.fixture
+def backend() -> Iterator[Callable[[Callable[..., Any]], None]]:
+    """Name a backend of torch.compile ``"odd"``, which runs a graph's outputs through a function."""
+    name = "odd"
+
+    def register(change: Callable[..., Any]) -> None:
+        @torch._dynamo.register_backend(name=name)
+        def compiled(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+            return lambda *args: [change(x) for x in graph(*args)]
+
+    yield register
+    torch._dynamo.backends.registry._COMPILER_FNS.pop(name, None)
+    torch._dynamo.backends.registry._BACKENDS.pop(name, None)
+
+
+def test_a_failing_variant_costs_only_itself(bench: Bench, backend: Callable[..., None]) -> None:
+    def broken(x: torch.Tensor) -> None:
         raise RuntimeError("no kernel image\nand a long story")
 
-    monkeypatch.setattr(variants, "patch_pipeline", broken)
-    code, record = tiny_bench("--scope", "vae,end-to-end", "--variants", "patched,cudnn.benchmark", "--quick")
+    backend(broken)
+    code, record = bench("--op", "geglu", "--size", "tiny", "--compile-backend", "odd")
     assert code == 1 and record["complete"]
     measured = rows(record)
-    for scope in ("vae", "end-to-end"):
-        assert measured[scope, "patched"]["status"] == "failed"
-        assert measured[scope, "patched"]["reason"] == "RuntimeError: no kernel image"
-        assert measured[scope, "cudnn.benchmark"]["bit_identical"]
+    assert measured["geglu: tiny", "compile"]["status"] == "failed"
+    assert measured["geglu: tiny", "compile"]["reason"] == "RuntimeError: no kernel image"
+    assert measured["geglu: tiny", "eager"]["status"] == measured["geglu: tiny", "ours"]["status"] == "ok"
 
 
-def test_a_variant_whose_output_is_not_finite_fails(tiny_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vidaccel.blocks.unet.normalization import FusedGroupNorm
-
-    monkeypatch.setenv("VIDACCEL_SELF_CHECK", "0")
-    monkeypatch.setattr(FusedGroupNorm, "fused_forward", lambda self, input: input * float("nan"))
-    code, record = tiny_bench("--scope", "vae", "--variants", "patched")
-    assert code == 1
-    assert record["results"][1]["reason"] == "ArithmeticError: the output is not finite, eager's is"
-
-
-def test_interrupted_keeps_what_is_measured(tiny_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*args: object, **kwargs: object) -> None:
+def test_interrupted_keeps_what_is_measured(bench: Bench, backend: Callable[..., None]) -> None:
+    def interrupted(x: torch.Tensor) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(variants, "patch_pipeline", interrupted)
-    code, record = tiny_bench("--scope", "vae", "--variants", "patched")
+    backend(interrupted)
+    code, record = bench("--op", "geglu", "--size", "tiny", "--compile-backend", "odd")
     assert code == 130
     assert not record["complete"] and [row["variant"] for row in record["results"]] == ["eager"]
+
+
+def test_neighbours_share_their_compiled_code_and_must_be_finite(
+    tiny_bench: Bench, backend: Callable[..., None]
+) -> None:
+    backend(lambda x: x * float("nan") if torch.backends.cudnn.benchmark else x)
+    names = "cudnn.benchmark,patched+no_graph,compile,compile+cudnn.benchmark"
+    code, record = tiny_bench("--scope", "vae", "--variants", names, "--compile-backend", "odd", "--quick")
+    assert code == 1 and not torch.backends.cudnn.benchmark
+    *measured, compiled, not_finite = record["results"]
+    assert not_finite["reason"] == "ArithmeticError: the output is not finite, eager's is"
+    assert [row["cold_start_s"] is None for row in measured] == [False, True, False]
+    for row in (*measured, compiled):
+        assert row["of_best_compile"] == row["median_ms"] / compiled["median_ms"]
+
+
+def test_variants() -> None:
+    assert parse_variants("patched,patched+no_graph, eager") == ("eager", "patched", "patched+no_graph")
+    for variant in ("no_graph", "compile+no_graph", "patched+compile+no_graph"):
+        with pytest.raises(UsageError, match="no_graph goes with patched, and not with compile"):
+            parse_variants(variant)
 
 
 def test_time_limit(tiny_bench: Bench) -> None:
@@ -182,116 +201,117 @@ def test_a_real_model(bench: Bench, model: Path, image: Path) -> None:
     assert record["results"][1]["cold_start_s"] > 0
 
 
-PREFETCHING = {"add_layer_norm", "group_norm_silu", "temporal_attention"}
+def test_first_calls(plain_pytorch: None) -> None:
+    specified = specification("svd", "tiny")
+    arguments = specified["call"] | pipeline_inputs(specified, CPU, torch.float32)
+    pipe = build_pipeline(specified, CPU, torch.float32)
+    settings = replace(EAGERLY, scopes=("denoiser", "end-to-end"))
+    denoiser, clip = first_calls((pipe, arguments), "patched", CPU, settings)
+    assert (denoiser["scope"], clip["scope"]) == ("denoiser", "end-to-end")
+    assert denoiser["patch_s"] > 0 and denoiser["first_call_s"] > 0 and denoiser["run_ms"] > 0
+    assert len(denoiser["calls_ms"]) == len(denoiser["calls_host_ms"]) == 9 and len(clip["calls_ms"]) == 2
+    assert min(denoiser["calls_ms"]) <= denoiser["next_ms"] <= denoiser["next_worst_ms"] == max(denoiser["calls_ms"])
+    assert clip["next_ms"] > denoiser["next_ms"]
 
 
-@pytest.mark.parametrize("op", sorted(OPS.keys() - {"spatial_attention", "temporal_resnet_block"}))
-def test_op(bench: Bench, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_variant_in_a_process_of_its_own(tiny_bench: Bench) -> None:
+    before = dict(os.environ)
+    code, record = tiny_bench("--scope", "denoiser", "--variants", "eager", "--new-process")
+    assert code == 0 and dict(os.environ) == before
+    (row,) = record["new_processes"]
+    assert (row["scope"], row["variant"], row["caches"], row["status"]) == ("denoiser", "eager", "empty", "ok")
+    assert len(row["calls_ms"]) == 9
+
+
+def test_no_time_for_new_processes(tiny_bench: Bench) -> None:
+    _, record = tiny_bench("--variants", "patched,compile", "--new-process", "--time-limit", 0)
+    assert [(row["variant"], row["caches"]) for row in record["new_processes"]] == [
+        ("eager", "empty"),
+        ("patched", "empty"),
+        ("patched", "warm"),
+    ]
+    assert {row["reason"] for row in record["new_processes"]} == {"the time limit was reached"}
+
+
+def test_fewer_cores(bench: Bench) -> None:
+    before = os.sched_getaffinity(0)
+    _, record = bench("--op", "geglu", "--size", "tiny", "--cpus", 1, "--time-limit", 0)
+    assert record["environment"]["cpu_cores"] == record["settings"]["cpus"] == 1
+    assert os.sched_getaffinity(0) == before
+
+
+MEASURED_OPS = sorted(CASES.keys() & ops().keys())
+
+
+def test_ops_dry_run(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VIDACCEL_IMPL")
-    code, record = bench("--op", op, "--size", "tiny")
-    assert code == 0
-    assert {row["scope"] for row in record["results"]} == {f"{op}: tiny"}
-    measured = {row["variant"]: row for row in record["results"]}
-    assert "eager" in measured and "compile" in measured
-    assert ("ours, one stage" in measured) == (op in PREFETCHING)
-    for row in measured.values():
-        assert row["status"] == "ok" and row["error_to_reference"] < 1e-5
+    code, record = bench("--op", "all", "--size", "tiny", "--compile-backend", "eager")
+    assert code == 0 and record["complete"] and record["failed_ops"] == []
+    measured = rows(record)
+    for op in MEASURED_OPS:
+        assert {"eager", "compile", "ours"} <= {variant for scope, variant in measured if scope == f"{op}: tiny"}
+        assert measured[f"{op}: tiny", "eager"]["implementations"] == []
+        assert measured[f"{op}: tiny", "ours"]["implementations"] != ["torch"]
+    for row in (row for row in record["results"] if row["status"] == "ok"):
+        assert row["error_to_reference"] < 1e-5
         assert row["gb_s"] == pytest.approx(row["bytes"] / row["median_ms"] / 1e6)
         assert row["of_copy_bandwidth"] > 0 and (row.get("of_matmul_rate", 0) > 0) == ("flops" in row)
-    assert measured["ours"]["implementations"] == ["triton"]
+    assert all("kernel" in row["reason"] or "GPU" in row["reason"] for row in record["results"] if "reason" in row)
 
 
-def test_all_ops_in_one_run(bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for op in ("geglu", "alpha_blend"):
-        monkeypatch.setitem(OPS, op, OPS[op]._replace(cases=(OPS[op].tiny, OPS[op].tiny._replace(name="again"))))
-    wrong = OPS["alpha_blend"].providers | {"ours": Provider(lambda spatial, *others: spatial + 1)}
-    monkeypatch.setitem(OPS, "alpha_blend", OPS["alpha_blend"]._replace(providers=wrong))
-    monkeypatch.setitem(OPS, "geglu", OPS["geglu"]._replace(reference=None))
-    for op in OPS.keys() - {"geglu", "alpha_blend"}:
-        monkeypatch.setitem(OPS, op, OPS[op]._replace(cases=()))
+def test_a_failing_op_costs_only_itself(
+    bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for op in MEASURED_OPS:
+        monkeypatch.setitem(CASES, op, {})
+    odd, right = {"y": (2, 4)}, {"x": (2, 4)}
+    monkeypatch.setitem(CASES, "geglu", {"odd": odd, "right": right, "again": right})
     code, record = bench("--op", "all", "--quick", "--compile-backend", "eager")
-    assert code == 1 and record["complete"] and record["failed_ops"] == ["alpha_blend", "geglu"]
-    assert "failed: alpha_blend, geglu" in capsys.readouterr().out
+    assert code == 1 and record["complete"] and record["failed_ops"] == ["geglu"]
+    assert "failed: geglu" in capsys.readouterr().out
     measured = rows(record)
-    assert {row["status"] for row in record["results"] if row["scope"].startswith("geglu")} == {"failed"}
-    assert measured["alpha_blend: tiny", "ours"]["reason"].startswith("ArithmeticError: relative error")
-    assert measured["alpha_blend: again", "eager"]["status"] == "ok"
-    assert ("alpha_blend: again", "compile") not in measured, "of many ops only the first case is compiled"
+    assert measured["geglu: odd", "all"]["status"] == "failed"
+    assert measured["geglu: again", "eager"]["status"] == "ok"
+    assert ("geglu: again", "compile") not in measured, "of many ops only the first case is compiled"
 
 
-def test_all_ops_dry_run(bench: Bench) -> None:
-    code, record = bench("--op", "all", "--size", "tiny", "--quick")
-    assert code == 0 and record["failed_ops"] == []
-    assert list(record["shapes"]) == [f"{op}: tiny" for op in OPS]
-    block = {row["variant"]: row for row in record["results"] if row["scope"] == "temporal_resnet_block: tiny"}
-    assert block["ours"]["implementations"] == ["torch"] and block["ours"]["error_to_reference"] < 1e-5
-    assert "compile+channels_last+cudnn.benchmark" in block and not torch.backends.cudnn.benchmark
+def test_every_case_is_of_an_op() -> None:
+    assert all(TINY in cases and len(cases) > 1 for cases in CASES.values())
 
 
-@pytest.mark.parametrize("name", sorted(OPS.keys() - {"spatial_attention", "temporal_resnet_block"}))
+@pytest.mark.parametrize("name", MEASURED_OPS)
 @torch.no_grad()
-def test_full_size_cases_fit_their_op(name: str, plain_pytorch: None) -> None:
-    op = OPS[name]
-    assert op.cases
+def test_full_size_cases_fit_their_op(name: str) -> None:
+    op = ops()[name]
     with FakeTensorMode():
-        for case in op.cases:
-            arguments = op.build(*ops._random_tensors(case, CPU, torch.float16, seed=0))
-            gold = [x.shape for x in ops._tensors(op.reference(*arguments, *case.scalars))]
-            for variant in op.providers.keys() & {"eager", "ours"}:
-                provider = op.providers[variant]
-                prepared = provider.prepare(*arguments, *case.scalars)
-                outputs = ops._tensors(provider.run(*prepared, *case.scalars))
-                assert [x.numel() for x in outputs] == [shape.numel() for shape in gold]
-            moved = op.numbers(case) * 2
-            assert moved >= sum(x.nbytes for x in arguments if isinstance(x, torch.Tensor))
-            assert op.flops is None or op.flops(case) > 0
+        for case in CASES[name].values():
+            args = arguments_of(op, case, CPU, torch.float16, seed=0)
+            expected, fake = op.reference(*args), op.fake(*args)
+            for x, y in zip(tree_leaves(expected), tree_leaves(fake), strict=True):
+                assert x.shape == y.shape and x.dtype == y.dtype
+            assert op.costs(*args).bytes > max(x.nbytes for x in args if isinstance(x, torch.Tensor))
 
 
-def test_time_limit_of_ops(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(OPS, "geglu", OPS["geglu"]._replace(reference=None))  # which is not even computed
+def test_time_limit_of_ops(bench: Bench) -> None:
     code, record = bench("--op", "geglu", "--size", "tiny", "--time-limit", 0)
     assert code == 0 and {row["reason"] for row in record["results"]} == {"the time limit was reached"}
-
-
-def test_a_graph_is_captured_in_the_second_call() -> None:
-    assert [measure._cold_calls("denoiser", variant) for variant in ("patched", "patched+cuda_graph")] == [1, 2]
-    assert measure._cold_calls("end-to-end", "patched+cuda_graph") == 1
-
-
-def test_op_of_many_implementations(bench: Bench) -> None:
-    code, record = bench("--op", "spatial_attention", "--size", "tiny")
-    assert code == 0
-    measured = rows(record)
-    for variant in ("eager", "ours"):
-        row = measured["spatial_attention: tiny", variant]
-        assert row["error_to_reference"] < 1e-5 and row["tflop_s"] > 0
-    gluon = measured["spatial_attention: tiny", "gluon"]
-    assert gluon["status"] == "skipped" and "Hopper" in gluon["reason"]
-
-
-def test_one_stage_reaches_the_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    launches: list[dict[str, Any]] = []
-    monkeypatch.setattr(Launch, "_through_triton", lambda self, tensors: launches.append(self._constants))
-    for guard in (one_stage_kernels(), nullcontext()):
-        with guard:
-            Launch(_apply_kernel, (1,), STAGES=3, BLOCK_C=64)(torch.zeros(1))
-            Launch(_apply_kernel, (1,), BLOCK_C=64)(torch.zeros(1))
-    assert [launch.get("STAGES") for launch in launches] == [1, None, 3, None]
-    assert all(launch["BLOCK_C"] == 64 for launch in launches)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         pytest.param(["--synthetic", "sora"], "svd, svd-xt", id="family"),
-        pytest.param(["--op", "matmul"], "unknown; there are add_layer_norm, alpha_blend", id="op"),
+        pytest.param(["--op", "matmul"], "--op matmul: unknown; there are ", id="op"),
         pytest.param(["--scope", "all"], "scopes are denoiser, vae, end-to-end", id="scope"),
         pytest.param(["--variants", "compile+faster"], "unknown faster", id="variant"),
         pytest.param(["--synthetic", "svd", "--size", "tiny", "--only", "no_op"], "ops are: ", id="site"),
         pytest.param(["--synthetic", "svd", "--prompt", "a cat"], "--prompt means nothing to", id="prompt"),
         pytest.param(["--size", "tiny"], "means nothing without --synthetic or --op", id="size"),
+        pytest.param(["--op", "gelu"], "did you mean geglu", id="op, nearly"),
+        pytest.param(["--op", "geglu", "--new-process"], "means nothing to --op", id="process"),
+        pytest.param(["--cpus", "0"], "--cpus must be 1 to", id="cpus"),
         pytest.param(["--repeats", "0"], "--repeats must be at least 1", id="repeats"),
-        pytest.param(["--synthetic", "svd", "--op", "group_norm_silu"], "not allowed with", id="both"),
+        pytest.param(["--synthetic", "svd", "--op", "geglu"], "not allowed with", id="both"),
         pytest.param(["--synthetic", "svd", "--model", "x/y"], "not allowed with", id="model"),
         pytest.param(["--out", "/"], "/ is a folder", id="out"),
     ],
@@ -317,7 +337,7 @@ def test_a_variant_is_undone(variant: str, plain_pytorch: None) -> None:
     assert (generate(pipe, arguments, seed=0).frames == before).all()
 
 
-@pytest.mark.parametrize("family", sorted(families().keys() - {"svd-xt", "zeroscope"}))  # others at another size
+@pytest.mark.parametrize("family", sorted(set(configurations()) - {"svd-xt", "zeroscope"}))  # others at another size
 def test_synthetic_tiny_pipelines_run(family: str) -> None:
     specified = specification(family, "tiny")
     pipe = build_pipeline(specified, CPU, torch.bfloat16)
@@ -343,17 +363,10 @@ def test_timing_stops_when_its_budget_is_spent() -> None:
     assert time_calls(lambda: None, CPU, repeats=100, budget_seconds=0).repeats == 3
 
 
-@pytest.mark.parametrize(("cache_bytes", "sets"), [(1, 2), (1000, 10), (10**6, 24)])
-def test_inputs_are_copied_until_they_exceed_the_cache(
-    cache_bytes: int, sets: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gpu = SimpleNamespace(L2_cache_size=cache_bytes)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-    layer, x, y = torch.nn.Linear(2, 2), torch.randn(60), torch.randn(40)  # of 400 bytes
-    inputs = ops._input_sets((layer, x, y), CPU)
-    assert len(inputs) == sets and inputs[0] == (layer, x, y)
-    assert len({tensor.data_ptr() for _, *tensors in inputs for tensor in tensors}) == 2 * sets
-    assert all(module is layer and torch.equal(a, x) and torch.equal(b, y) for module, a, b in inputs)
+@pytest.mark.gpu
+def test_queueing_is_told_from_running(device: torch.device) -> None:
+    times = time_call(lambda: torch.cuda._sleep(10**8), device)
+    assert 0 < times.host_ms < 5 and times.wall_ms > 20
 
 
 @pytest.mark.gpu
@@ -389,10 +402,8 @@ def test_records_are_strict_json() -> None:
     assert json.loads(json_text({"psnr": [float("inf"), 1.5, float("nan")]})) == {"psnr": ["inf", 1.5, "nan"]}
 
 
-def test_the_readme_tables_are_drawn_from_records(
-    tiny_bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _, record = tiny_bench("--scope", "vae", "--variants", "patched")
+def test_the_readme_tables_are_drawn_from_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = _record("H200", {"synthetic": "svd"}, {"scope": "denoiser", "variant": "eager", "median_ms": 200.0})
     path, readme = tmp_path / "svd.json", tmp_path / "README.md"
     path.write_text(json.dumps(record))
     readme.write_text("before\n<!-- benchmarks -->\nold\n<!-- /benchmarks -->\nafter\n")
@@ -408,7 +419,7 @@ def test_the_readme_tables_are_drawn_from_records(
     assert draw("--check") == 0
     text = readme.read_text()
     assert text.startswith("before\n<!-- benchmarks -->\n") and text.endswith("<!-- /benchmarks -->\nafter\n")
-    assert "\nold\n" not in text and "| svd vae, 3x4x16x16, float32 |" in text and f"`{record['command']}`" in text
+    assert "\nold\n" not in text and "| svd denoiser, 2x14, float16 |" in text and f"`{record['command']}`" in text
     readme.write_text("no marks\n")
     assert draw() not in (0, None) and readme.read_text() == "no marks\n"
 
@@ -437,10 +448,25 @@ def test_tables_of_many_records() -> None:
         measured | {"variant": "compile", "median_ms": 160.0},
         measured | {"variant": "compile+channels_last", "median_ms": 170.0},
         measured
-        | {"variant": "patched+cuda_graph", "median_ms": 80.0, "peak_reserved_gib": 3.0}
+        | {"variant": "patched", "median_ms": 80.0, "peak_reserved_gib": 3.0, "host_ms": 12.0}
         | {"error_to_reference": 1e-3, "error_to_eager": 3e-3, "psnr_min_to_eager_db": "inf"},
         {"scope": "denoiser", "variant": "patched+compile", "status": "failed", "reason": "OutOfMemoryError: 80 GiB"},
     )
+    starts = {"scope": "denoiser", "status": "ok", "patch_s": 0.5}
+    figures = {
+        ("eager", "empty"): (0.5, 200.0, 210.0),
+        ("patched", "empty"): (9.0, 90.0, 300.0),
+        ("patched", "warm"): (1.5, 80.0, 100.0),
+    }
+    calls["new_processes"] = [
+        *(
+            starts
+            | {"variant": variant, "caches": caches}
+            | dict(zip(("first_call_s", "next_ms", "next_worst_ms"), values, strict=True))
+            for (variant, caches), values in figures.items()
+        ),
+        {"scope": "denoiser", "variant": "patched+compile", "caches": "warm", "status": "failed", "reason": "no"},
+    ]
     rates = {"scope": "geglu: level 0", "gb_s": 3000.0, "of_copy_bandwidth": 0.75}
     kernels = _record(
         "H200",
@@ -454,16 +480,21 @@ def test_tables_of_many_records() -> None:
     lines = draw([_record("x86_64 CPU", {"model": "models/tiny"}), calls, kernels]).splitlines()
     assert lines.index("On one x86_64 CPU:") < lines.index("On one H200:")
     assert [line for line in lines if line.startswith(("| svd", "|  |"))] == [
-        "| svd denoiser, 2x14, float16 | eager | 200 ms | 1.00 | 1.25 | 2 s | 1.2 GiB | 2.0e-03, - | - |",
-        "|  | compile | 160 ms | 0.80 | 1.00 | 2 s | 1.2 GiB | -, - | - |",
-        "|  | patched+cuda_graph | 80 ms | 0.40 | 0.50 | 2 s | 1.2 GiB (3.0) | 1.0e-03, 3.0e-03 | inf dB |",
-        "|  | patched+compile | failed: OutOfMemoryError: 80 GiB | - | - | - | - | - | - |",
+        "| svd denoiser, 2x14, float16 | eager | 200 ms | 1.00 | 1.25 | 1 s | 1.00 (1.05) | - | 1.2 GiB | "
+        "2.0e-03, - | - |",
+        "|  | compile | 160 ms | 0.80 | 1.00 | 2 s | - | - | 1.2 GiB | -, - | - |",
+        "|  | patched | 80 ms | 0.40 | 0.50 | 2 s (9.5 s) | 0.40 (0.50); 0.45 (1.50) | 12 ms | 1.2 GiB (3.0) | "
+        "1.0e-03, 3.0e-03 | inf dB |",
+        "|  | patched+compile | failed: OutOfMemoryError: 80 GiB | - | - | - | - | - | - | - | - |",
     ]
     assert [line for line in lines if line.startswith("| geglu")] == [
         "| geglu: level 0, float16 | 3 ms | - | 1 ms | 3.00 | - | 75% (3000 GB/s) | - | 1.50 |",
         "| geglu: level 0, float16 with cudnn.benchmark | 3 ms | - | failed: RuntimeError: no | - | - | - | - | - |",
     ]
     assert sum(line.startswith("- `vidaccel bench") for line in lines) == 3
+
+    pinned = draw([calls | {"settings": {"cpus": 2}}])
+    assert "| svd denoiser, 2x14, float16, on 2 CPU cores | eager |" in pinned
 
     lines = draw([calls, calls | {"note": "empty caches", "complete": False}]).splitlines()
     labels = [line.split(" | ")[0] for line in lines if line.startswith("| svd")]
@@ -476,33 +507,7 @@ def test_the_script_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     with pytest.raises(SystemExit) as exited:
         runpy.run_path(str(ROOT / "scripts" / "bench.py"), run_name="__main__")
     assert exited.value.code == 2
-    assert "there are add_layer_norm" in capsys.readouterr().err
-
-
-def test_neighbours_that_differ_in_cudnn_benchmark_share_their_compiled_code(
-    tiny_bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    started: list[str] = []
-    seen: dict[str, bool] = {}
-    begin, work = measure.applied, measure._measure
-
-    def begun(variant: str, *args: Any) -> Any:
-        started.append(variant)
-        return begin(variant, *args)
-
-    def measured(workload: Any, yardstick: Any, variant: str, *args: Any) -> Any:
-        seen[variant] = torch.backends.cudnn.benchmark
-        return work(workload, yardstick, variant, *args)
-
-    monkeypatch.setattr(measure, "applied", begun)
-    monkeypatch.setattr(measure, "_measure", measured)
-    names = "cudnn.benchmark,compile,compile+cudnn.benchmark,patched+cuda_graph+cudnn.benchmark"
-    _, record = tiny_bench("--scope", "vae", "--variants", names, "--quick")
-    assert started == ["eager", "compile", "patched+cuda_graph+cudnn.benchmark"]
-    *ran, graph = record["results"]
-    assert seen == {row["variant"]: "benchmark" in row["variant"] for row in ran}
-    assert [row["cold_start_s"] is None for row in ran] == [False, True, False, True]
-    assert graph["status"] == "failed"  # a graph wants a GPU; it would have begun anew, for it records algorithms
+    assert "--op no-op: unknown" in capsys.readouterr().err
 
 
 @pytest.mark.gpu
@@ -521,3 +526,18 @@ def test_cudnn_tries_its_algorithms_for_a_convolution_that_has_run(device: torch
     with cudnn_benchmark(torch.float16):
         assert kernels() > 10, "nothing was tried"
     assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32) == before
+
+
+def test_records_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make() -> object:
+        options = [str(tmp_path), "--tiny", "--only", "ops", "--minutes", "5", "--commit", "abc"]
+        monkeypatch.setattr(sys, "argv", ["make_records.py", *options])
+        with pytest.raises(SystemExit) as exited:
+            runpy.run_path(str(ROOT / "scripts" / "make_records.py"), run_name="__main__")
+        return exited.value.code
+
+    assert make() == 0, (tmp_path / "ops.log").read_text()
+    path = tmp_path / "ops.json"
+    assert json.loads(path.read_text())["environment"]["commit"] == "abc"
+    made = path.stat().st_mtime_ns
+    assert make() == 0 and path.stat().st_mtime_ns == made

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 import triton
@@ -11,13 +9,9 @@ from kernel_checks import TARGETS, assert_close_to_gold, assert_no_spills, compi
 from torch import Tensor
 
 from vidaccel.kernels.attention import gemm_attention as op
-from vidaccel.kernels.attention import spatial_attention as attention
-from vidaccel.kernels.attention.spatial_attention import spatial_attention, spatial_attention_ref
-
-
-@pytest.fixture(autouse=True)
-def fresh_choices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_chosen", {})
+from vidaccel.kernels.attention.gemm_attention import bind_gemm_attention
+from vidaccel.kernels.attention.spatial_attention import SPATIAL_ATTENTION, spatial_attention, spatial_attention_ref
+from vidaccel.kernels.op import listening
 
 
 def draw(*shape: int, device: torch.device, factor: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,46 +25,23 @@ def draw(*shape: int, device: torch.device, factor: float = 1.0) -> tuple[Tensor
 
 @pytest.mark.parametrize("scores_bytes", [2**27, 4 * 67 * 140, 1], ids=["batch", "two-samples", "rows"])
 @pytest.mark.parametrize("tokens", [1, 67, 300])
-def test_result_does_not_depend_on_the_parts(
-    tokens: int, scores_bytes: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(op, "SCORES_BYTES", scores_bytes)
+def test_result_does_not_depend_on_the_parts(tokens: int, scores_bytes: int, device: torch.device) -> None:
     q, _, _ = draw(3, tokens, 288, device=device)
     _, k, v = draw(3, 67, 288, device=device)
-    out = spatial_attention(q, k, v, 1, impl="gemm")
+    arguments = q, k, v, 1, 288**-0.5
+    out = bind_gemm_attention(*arguments, scores_bytes=scores_bytes)(*arguments)
     gold = spatial_attention_ref(q.double(), k.double(), v.double(), 1)
     assert_close_to_gold(out, gold, spatial_attention_ref(q, k, v, 1))
 
 
-@pytest.mark.parametrize(
-    ("batch", "seq_q", "seq_kv"),
-    [
-        (14, 9216, 9216),
-        (16, 4096, 4096),
-        (5, 1024, 1024),
-        (3, 16384, 16384),
-        (2, 14080, 14080),
-        (2, 1, 77),
-        (7, 999, 3),
-    ],
-)
-def test_parts_cover_every_row_once_and_keep_to_their_memory(batch: int, seq_q: int, seq_kv: int) -> None:
-    seen = torch.zeros(batch, seq_q, dtype=torch.int)
-    for samples, rows in op._parts(batch, seq_q, seq_kv):
-        part = seen[samples, rows]
-        assert 4 * part.numel() * seq_kv <= op.SCORES_BYTES
-        part += 1
-    assert (seen == 1).all()
-
-
 def test_probabilities_too_small_for_float16(device: torch.device) -> None:
-    """Keys that all but one get so little each, and a fifth of the weight together."""
-    scores = torch.full((1, 1, 16384), -11.0, device=device)
-    scores[..., 0] = 0
-    p = op._softmax(scores, 1.0, torch.float16).double() / op.P_SCALE
-    gold = scores.double().softmax(-1)
-    assert gold[0, 0, 1] < torch.finfo(torch.float16).smallest_normal
-    torch.testing.assert_close(p, gold, rtol=torch.finfo(torch.float16).eps, atol=0)
+    """Keys that all but one get 2e-6 each, where float16 has steps of 6e-8, and 4 % of the weight together."""
+    q = torch.zeros(1, 1, 288, dtype=torch.float16, device=device)
+    k, v = (torch.zeros(1, 16384, 288, dtype=torch.float16, device=device) for _ in range(2))
+    q[..., 0], k[:, 1:, 0], v[:, 1:] = 1, -13, 1
+    out = spatial_attention(q, k, v, 1, scale=1.0, impl="gemm").double()
+    gold = spatial_attention_ref(q.double(), k.double(), v.double(), 1, 1.0)
+    torch.testing.assert_close(out, gold, rtol=torch.finfo(torch.float16).eps, atol=0)
 
 
 @pytest.mark.parametrize("scale", [1e-4, 3.0], ids=["flat", "sharp"])
@@ -103,7 +74,7 @@ def test_keys_beyond_what_a_row_of_scores_may_have(device: torch.device) -> None
 
 
 def test_registration(device: torch.device) -> None:
-    torch.library.opcheck(attention._spatial_attention_gemm, (*draw(1, 9, 288, device=device), 1, 0.25))
+    torch.library.opcheck(SPATIAL_ATTENTION.registered["gemm"], (*draw(1, 9, 288, device=device), 1, 0.25))
 
 
 def test_compiles_fullgraph(device: torch.device) -> None:
@@ -114,32 +85,11 @@ def test_compiles_fullgraph(device: torch.device) -> None:
     assert torch.equal(compiled(q, k, v), spatial_attention(q, k, v, 1, impl="gemm") + 1)
 
 
-@pytest.mark.parametrize(
-    ("tokens", "capability", "serves", "chosen"),
-    [
-        (4096, (8, 0), True, "gemm"),
-        (4096, (9, 0), True, "gemm"),
-        (4096, (9, 0), False, "cudnn"),
-        (4096, (8, 0), False, "torch"),
-        (64, (8, 0), True, "torch"),
-    ],
-    ids=["ampere", "hopper", "hopper-unserved", "ampere-unserved", "few-tokens"],
-)
-def test_default_of_unmeasured_shapes(
-    tokens: int, capability: tuple[int, int], serves: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class OnGpu:
-        is_cuda, device, shape = True, torch.device("cuda"), (2, tokens, 512)
-
-        def numel(self) -> int:
-            return math.prod(self.shape)
-
-    ways = attention.IMPLEMENTATIONS
-    monkeypatch.setattr(attention, "_capability", lambda device: capability)
-    monkeypatch.setitem(ways, "cudnn", ways["cudnn"]._replace(problem=attention._no_problem))
-    gemm_problem = attention._no_problem if serves else lambda *args: "it does not serve"
-    monkeypatch.setitem(ways, "gemm", ways["gemm"]._replace(problem=gemm_problem))
-    assert attention._default(OnGpu(), OnGpu(), OnGpu(), 1, 1.0) == chosen
+def test_the_check_passes_what_is_right(device: torch.device) -> None:
+    q, k, v = draw(2, 67, 576, device=device, factor=3.0)
+    with listening(checks=True) as events:
+        spatial_attention(q, k, v, 2, impl="gemm")
+    assert [(event.implementation, event.problem) for event in events] == [("gemm", "")]
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -162,23 +112,26 @@ def test_kernel_reads_wide_and_does_not_spill(target: str, columns: int) -> None
 @pytest.mark.parametrize(("batch", "tokens"), [(3, 9216), (5, 4096), (2, 1000)])
 def test_error_and_memory_on_a_gpu(batch: int, tokens: int, dtype: torch.dtype, device: torch.device) -> None:
     q, k, v = (x.to(dtype) for x in draw(batch, tokens, 512, device=device, factor=3.0))
-    arguments = (q, k, v, 1, 512**-0.5)
-    expected = spatial_attention_ref(q, k, v, 1)
     spatial_attention(q, k, v, 1, impl="gemm")  # cuBLAS keeps the workspace of its first call
     torch.cuda.reset_peak_memory_stats(device)
     held = torch.cuda.memory_allocated(device)
     out = spatial_attention(q, k, v, 1, impl="gemm")
     scratch = torch.cuda.max_memory_allocated(device) - held - out.nbytes
     assert scratch <= 1.6 * op.SCORES_BYTES, "scores, and probabilities of half the width"
-    assert attention._why_wrong(arguments, expected, out) is None
+    with listening(checks=True) as events:
+        spatial_attention(q, k, v, 1, impl="gemm")
+    assert [event.problem for event in events] == [""]
 
 
 @pytest.mark.gpu
+@torch.no_grad()
 def test_is_captured_and_chosen_unmeasured(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VIDACCEL_TUNE", "0")
     q, k, v = draw(2, 2048, 512, device=device)
-    assert attention._default(q, k, v, 1, 1.0) == "gemm"
-    expected = spatial_attention(q, k, v, 1)  # warms the library up
+    with listening() as events:
+        expected = spatial_attention(q, k, v, 1)  # warms the library up
+        spatial_attention(q[:, :64], k[:, :64], v[:, :64], 1)
+    assert [event.implementation for event in events][:1] == ["gemm"] != [events[1].implementation]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = spatial_attention(q, k, v, 1)

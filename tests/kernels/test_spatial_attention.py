@@ -3,7 +3,8 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,17 +14,18 @@ import triton
 from kernel_checks import TARGETS, assert_close_to_gold, assert_no_spills, compile_for, narrow_accesses
 from torch import Tensor
 
-from vidaccel.kernels import tuning_cache
+from vidaccel.kernels import choice
 from vidaccel.kernels.attention import spatial_attention as op
 from vidaccel.kernels.attention.spatial_attention import (
-    IMPLEMENTATIONS,
+    SPATIAL_ATTENTION,
     Blocks,
-    Implementation,
+    bind_triton,
     choose_blocks,
     spatial_attention,
     spatial_attention_ref,
 )
-from vidaccel.kernels.dispatch import record_choices
+from vidaccel.kernels.check import MOST_ELEMENTS
+from vidaccel.kernels.op import Implementation, listening
 
 DTYPES = [torch.float16]
 if torch.cuda.is_available():
@@ -67,9 +69,13 @@ GPU_SHAPES = [
 
 
 @pytest.fixture(autouse=True)
-def fresh_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def fresh_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("VIDACCEL_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(op, "_chosen", {})
+    choice.drop(SPATIAL_ATTENTION.name)
+    SPATIAL_ATTENTION.forget()
+    yield
+    choice.drop(SPATIAL_ATTENTION.name)
+    SPATIAL_ATTENTION.forget()
 
 
 def draw(
@@ -115,7 +121,8 @@ def test_large_scores_and_scale(impl: str, device: torch.device) -> None:
 @pytest.mark.parametrize("blocks", [Blocks(16, 16, 1, 1), Blocks(64, 32, 4, 2), Blocks(32, 128, 4, 3)], ids=str)
 def test_result_does_not_depend_on_the_cut(blocks: Blocks, device: torch.device) -> None:
     q, k, v = draw(Shape(2, 2, 67, 45, 40), torch.float16, device)
-    assert_matches_reference(op._launch(q, k, v, 2, 40**-0.5, blocks=blocks), q, k, v, 2)
+    arguments = q, k, v, 2, 40**-0.5
+    assert_matches_reference(bind_triton(*arguments, blocks=blocks)(*arguments), q, k, v, 2)
 
 
 def test_reference_is_softmax_over_keys_in_float64(device: torch.device) -> None:
@@ -166,30 +173,10 @@ def test_unserved_input(
     with pytest.raises(ValueError, match=f"spatial_attention: impl='{impl}' cannot run: .*{re.escape(reason)}"):
         spatial_attention(q, q, q, 2, scale=scale, impl=impl)
     monkeypatch.setenv("VIDACCEL_IMPL", f"spatial_attention={impl}")
-    with record_choices() as choices:
+    with listening() as events:
         out = spatial_attention(q, q, q, 2, scale=scale)
-    assert [choice.impl for choice in choices] == ["torch"] and reason in choices[0].reason
+    assert [event.implementation for event in events] == ["torch"] and reason in events[0].reason
     assert torch.equal(out, spatial_attention_ref(q, q, q, 2, scale=scale))
-
-
-@pytest.mark.parametrize(
-    ("head_dim", "reason"),
-    [
-        (8, None),
-        (40, None),
-        (80, None),
-        (128, None),
-        (20, "steps of 8, got 20"),
-        (160, "up to 128 in steps of 8, got 160"),
-    ],
-)
-def test_head_dims_of_the_gluon_kernel(head_dim: int, reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("vidaccel.kernels.attention.spatial_attention_gluon")
-    monkeypatch.setattr(op, "_on_hopper", lambda x: True)
-    monkeypatch.setattr(op, "GLUON_VERSIONS", (triton.__version__,))
-    q = torch.ones(1, 4, 2 * head_dim).half()
-    problem = op._gluon_problem(q, q, q, 2, 1.0)
-    assert problem is None if reason is None else reason in str(problem)
 
 
 def test_gradients_run_in_torch(device: torch.device) -> None:
@@ -223,7 +210,7 @@ def test_rejects(change: dict[str, object], error: type[Exception], message: str
 
 def test_registration(device: torch.device) -> None:
     q, k, v = draw(Shape(1, 2, 9, 5, 32), torch.float16, device)
-    torch.library.opcheck(op._spatial_attention_triton, (q, k, v, 2, 0.25))
+    torch.library.opcheck(SPATIAL_ATTENTION.registered["triton"], (q, k, v, 2, 0.25))
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch", None])
@@ -234,163 +221,157 @@ def test_compiles_fullgraph(impl: str | None, device: torch.device) -> None:
     assert torch.equal(compiled(q, k, v), attend(q, k, v) + 1)
 
 
-def test_a_compiled_graph_takes_the_choice_made_before(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v = draw(Shape(2, 2, 9, 9, 32), torch.float16, device)
-    op._chosen[op._shape(q, k, 2)] = "triton", ""
-    graphs = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        graphs.append(graph)
-        return graph.forward
-
-    out = torch.compile(lambda q, k, v: spatial_attention(q, k, v, 2), fullgraph=True, backend=backend)(q, k, v)
-    assert "spatial_attention_triton" in graphs[0].code
-    assert torch.equal(out, spatial_attention(q, k, v, 2, impl="triton"))
+def test_float64_in_parts_is_the_same(device: torch.device) -> None:
+    """More scores than a part may have: one query row at a time, as PyTorch's own."""
+    q, k, v = draw(Shape(1, 1, 3, 2**22, 2), torch.float64, device)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(spatial_attention_ref(q, k, v, 1), expected)
 
 
-# the choice, with made-up implementations and clocks
+# which implementation runs
 
 
-@pytest.fixture
-def measuring(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """Every shape is measured, as on a GPU, by a clock that the test sets: milliseconds by implementation."""
-    times: dict[str, float] = {}
-    right = {name: Implementation(functools.partial(named_run, name), op._no_problem) for name in ("new", "torch")}
-    monkeypatch.setattr(op, "IMPLEMENTATIONS", right)
-    monkeypatch.setattr(op, "_measures", lambda q, k: True)
-    monkeypatch.setattr(op, "_cache_key", lambda *args: {"shape": str(op._shape(*args[:3]))})
-    monkeypatch.setattr(tuning_cache, "cuda_milliseconds", lambda run: times[run.args[0]])
-    return times
+def test_costs_count_shared_keys_and_values_once() -> None:
+    q = torch.ones(3, 5, 64)
+    k = torch.ones(1, 7, 64).expand(3, 7, 64)
+    with listening() as events:
+        spatial_attention(q, k, k, 2)
+        spatial_attention(q, k.contiguous(), k.contiguous(), 2)
+    assert [event.costs.bytes for event in events] == [4 * 64 * (2 * 15 + 2 * keys) for keys in (7, 21)]
+    assert {event.costs.flops for event in events} == {4 * 3 * 2 * 5 * 7 * 32}
 
 
-def named_run(name: str, q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> Tensor:
-    return spatial_attention_ref(q, k, v, num_heads, scale=scale)
+@pytest.mark.parametrize(
+    ("serving", "timed"),
+    [
+        (["gluon", "cudnn", "flash", "triton"], ["gluon", "cudnn", "flash", "torch"]),
+        (["cudnn", "flash", "efficient", "triton"], ["cudnn", "flash", "triton", "torch"]),
+        ([], ["torch"]),
+    ],
+    ids=["gluon", "libraries", "none"],
+)
+def test_what_never_wins_is_not_timed(serving: list[str], timed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, way in SPATIAL_ATTENTION.implementations.items():
+        reason = None if name in (*serving, "torch") else "not here"
+        served = way._replace(reason=functools.partial(lambda reason, *args: reason, reason))
+        monkeypatch.setitem(SPATIAL_ATTENTION.implementations, name, served)
+    q = torch.ones(1, 4, 64).half()
+    assert SPATIAL_ATTENTION.competitors(q, q, q, 1, 1.0) == timed
+
+
+def test_threads_leave_the_flags_of_pytorch_alone() -> None:
+    q, k, v = draw(SMALL, torch.float32, torch.device("cpu"))
+    before = sdp_flags()
+    seen = set()
+
+    def attend(impl: str) -> None:
+        for _ in range(50):
+            spatial_attention(q, k, v, SMALL.heads, impl=impl)
+            seen.add(sdp_flags())
+
+    threads = [threading.Thread(target=attend, args=(impl,)) for impl in ("math", "torch", "math")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {before} and sdp_flags() == before
 
 
 SMALL = Shape(1, 2, 9, 9, 32)
 
 
-def ran(shape: Shape = SMALL) -> tuple[str, str]:
-    q, k, v = draw(shape, torch.float32, torch.device("cpu"))
-    with record_choices() as choices:
-        spatial_attention(q, k, v, shape.heads)
-    [choice] = choices
-    return choice.impl, choice.reason
+def sdp_flags() -> tuple[bool, ...]:
+    cuda = torch.backends.cuda
+    enabled = cuda.flash_sdp_enabled, cuda.mem_efficient_sdp_enabled, cuda.cudnn_sdp_enabled, cuda.math_sdp_enabled
+    return tuple(flag() for flag in enabled)
 
 
-@pytest.mark.parametrize("winner", ["new", "torch"])
-def test_the_fastest_runs(winner: str, measuring: dict[str, float]) -> None:
-    measuring.update({"new": 2.0, "torch": 2.0, winner: 1.0})
-    assert ran() == (winner, "")
+# the check
 
 
-def test_a_shape_is_measured_once_and_remembered_on_disk(
-    measuring: dict[str, float], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("impl", ["triton", "math"])
+@pytest.mark.parametrize("shape", [*SHAPES, Shape(3, 2, 70, 33, 32)], ids=str)
+def test_the_check_passes_what_is_right(shape: Shape, impl: str, device: torch.device) -> None:
+    q, k, v = draw(shape, torch.float16, device, factor=3.0)
+    with listening(checks=True) as events:
+        spatial_attention(q, k, v, shape.heads, impl=impl)
+    assert [(event.implementation, event.problem) for event in events] == [(impl, "")]
+
+
+def first_head(out: Tensor) -> Tensor:
+    return out[..., :32]
+
+
+FAULTS = [
+    pytest.param(lambda out: out.mul_(1.01), id="off-by-a-percent"),
+    pytest.param(lambda out: first_head(out).mul_(1.01), id="one-head-off-by-a-percent"),
+    pytest.param(lambda out: out[1].mul_(1.02), id="one-sample-off-by-two-percent"),
+    pytest.param(lambda out: out[-1, -1].zero_(), id="one-row-missing"),
+    pytest.param(lambda out: first_head(out)[0, 3].zero_(), id="one-row-of-a-head-missing"),
+    pytest.param(lambda out: out.copy_(out.flip(0)), id="two-samples-swapped"),
+    pytest.param(lambda out: out.copy_(out.roll(1, 1)), id="off-by-a-row"),
+    pytest.param(lambda out: out[0, 0, 0].fill_(float("nan")), id="one-nan"),
+    pytest.param(lambda out: out.fill_(float("inf")), id="overflow"),
+]
+
+
+@pytest.mark.parametrize("impl", [None, "triton"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_check_finds_what_is_wrong(
+    fault: Callable[[Tensor], Tensor], impl: str | None, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measuring.update({"new": 1.0, "torch": 2.0})
-    assert ran() == ("new", "")
-    measuring["new"] = 3.0
-    assert ran() == ("new", "")
-    monkeypatch.setattr(op, "_chosen", {})  # as in another process
-    assert ran() == ("new", "")
-    assert ran(Shape(1, 2, 9, 10, 32)) == ("torch", ""), "another shape is another question"
+    def wrong(*args: Any) -> Tensor:
+        out = spatial_attention_ref(*args)
+        fault(out)
+        return out
+
+    if impl is None:
+        monkeypatch.setenv("VIDACCEL_IMPL", "spatial_attention=triton")
+    monkeypatch.setitem(SPATIAL_ATTENTION.implementations, "triton", Implementation(wrong))
+    assert_found(draw(Shape(2, 3, 70, 65, 32), torch.float16, device), 3, impl=impl)
 
 
-def test_a_winner_that_is_gone_is_measured_anew(measuring: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
-    measuring.update({"new": 1.0, "torch": 2.0})
-    assert ran() == ("new", "")
-    monkeypatch.setattr(op, "_chosen", {})
-    monkeypatch.delitem(op.IMPLEMENTATIONS, "new")
-    assert ran() == ("torch", "")
+@pytest.mark.parametrize("scale", [1.01, 2.0])
+def test_the_check_finds_another_scale(scale: float, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(q: Tensor, k: Tensor, v: Tensor, num_heads: int, right: float) -> Tensor:
+        return spatial_attention_ref(q, k, v, num_heads, right * scale)
+
+    monkeypatch.setitem(SPATIAL_ATTENTION.implementations, "triton", Implementation(wrong))
+    assert_found(draw(Shape(2, 3, 70, 65, 32), torch.float16, device, factor=2.0), 3, impl="triton")
 
 
-def test_tuning_can_be_turned_off(measuring: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    monkeypatch.setenv("VIDACCEL_TUNE", "0")
-    q = torch.ones(1, 200, 64)
-    assert not op._measures(q, q)
+def test_the_check_judges_a_small_head_by_its_own_scale(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*args: Any) -> Tensor:
+        out = spatial_attention_ref(*args)
+        first_head(out).mul_(1.01)
+        return out
+
+    q, k, v = draw(Shape(2, 3, 70, 65, 32), torch.float16, device)
+    v = v.clone()
+    first_head(v).mul_(2**-8)
+    monkeypatch.setitem(SPATIAL_ATTENTION.implementations, "triton", Implementation(wrong))
+    assert_found((q, k, v), 3, impl="triton")
 
 
-def test_texts_and_tiny_shapes_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    class OnGpu:
-        is_cuda = True
-
-        def __init__(self, *shape: int) -> None:
-            self.shape = shape
-
-        def numel(self) -> int:
-            return math.prod(self.shape)
-
-    assert op._measures(OnGpu(2, 4096, 320), OnGpu(2, 4096, 320))
-    assert not op._measures(OnGpu(2, 4096, 320), OnGpu(2, 77, 320))
-    assert not op._measures(OnGpu(2, 144, 320), OnGpu(2, 144, 320))
-    assert not op._measures(torch.ones(2, 4096, 32), torch.ones(2, 4096, 32)), "nothing is measured on a CPU"
+def assert_found(tensors: tuple[Tensor, Tensor, Tensor], heads: int, impl: str | None) -> None:
+    with torch.no_grad(), listening(checks=True) as events:
+        out = spatial_attention(*tensors, heads, impl=impl)
+    assert [event.implementation for event in events] == ["triton"] and events[0].problem
+    assert torch.equal(out, spatial_attention_ref(*tensors, heads))
 
 
-@pytest.mark.parametrize(
-    ("hopper", "serving", "timed"),
-    [
-        (True, ["gluon", "cudnn", "torch", "flash", "triton"], ["gluon", "cudnn", "torch"]),
-        (True, ["torch", "flash", "triton"], ["torch", "flash", "triton"]),
-        (False, ["cudnn", "torch", "flash", "triton"], ["cudnn", "torch", "flash", "triton"]),
-    ],
-    ids=["hopper", "hopper-alone", "ampere"],
-)
-def test_what_never_wins_is_not_timed(
-    hopper: bool, serving: list[str], timed: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ways = {name: IMPLEMENTATIONS[name]._replace(problem=op._no_problem) for name in serving}
-    monkeypatch.setattr(op, "IMPLEMENTATIONS", ways)
-    monkeypatch.setattr(op, "_on_hopper", lambda x: hopper)
-    q = torch.ones(1, 4, 64).half()
-    assert list(op._competitors(q, q, q, 1, 1.0)) == timed
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        pytest.param(lambda out: out * 1.01, id="off-by-a-percent"),
-        pytest.param(lambda out: torch.full_like(out, float("nan")), id="nan"),
-        pytest.param(lambda out: out.index_fill(1, torch.tensor([3]), 0.0), id="one-row-missing"),
-    ],
-)
-def test_a_wrong_result_never_wins(wrong: Callable[[Tensor], Tensor], measuring: dict[str, float]) -> None:
-    measuring.update({"new": 1.0, "torch": 2.0})
-    run = op.IMPLEMENTATIONS["new"].run
-    op.IMPLEMENTATIONS["new"] = Implementation(lambda *args: wrong(run(*args)), op._no_problem)
-    assert ran() == ("torch", "")
-
-
-def test_a_kernel_of_ours_that_fails_is_reported(measuring: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
-    def out_of_shared_memory(*args: object) -> Tensor:
-        raise RuntimeError("out of resource: shared memory")
-
-    measuring["torch"] = 1.0
-    op.IMPLEMENTATIONS["gluon"] = Implementation(out_of_shared_memory, op._no_problem)
-    expected = ("torch", "gluon: RuntimeError: out of resource: shared memory")
-    assert ran() == expected
-    monkeypatch.setattr(op, "_chosen", {})
-    assert ran() == expected, "the reason is remembered with the choice"
-
-
-def test_a_choice_that_fails_later_gives_way(measuring: dict[str, float]) -> None:
-    measuring.update({"new": 1.0, "torch": 2.0})
-    assert ran() == ("new", "")
-
-    def fails(*args: object) -> Tensor:
-        raise RuntimeError("no kernel image is available\nfor this GPU")
-
-    op.IMPLEMENTATIONS["new"] = Implementation(fails, op._no_problem)
-    for _ in range(2):
-        assert ran() == ("torch", "new: RuntimeError: no kernel image is available")
-
-
-def test_float64_rows_catch_what_the_norm_lets_pass() -> None:
-    q, k, v = draw(Shape(1, 2, 9, 9, 32), torch.float16, torch.device("cpu"))
-    expected = spatial_attention_ref(q, k, v, 2)
-    arguments = (q, k, v, 2, 32**-0.5)
-    assert op._why_wrong(arguments, expected, expected) is None
-    assert "against float64" in str(op._why_wrong(arguments, expected, expected * (1 + 2**-8)))
+def test_the_check_works_in_parts_of_bounded_size() -> None:
+    q = torch.empty(28, 9216, 1, dtype=torch.float16).expand(28, 9216, 320)
+    k = torch.empty(1, 9216, 1, dtype=torch.float16).expand(28, 9216, 320)
+    out = torch.zeros(28, 9216, 1, dtype=torch.uint8).expand(28, 9216, 320)
+    assert SPATIAL_ATTENTION.parts is not None
+    parts = list(SPATIAL_ATTENTION.parts(q, k, k, 5, 0.125))
+    assert len(parts) <= 30
+    assert sum(part.of((out,))[0].numel() for part in parts) == out.numel()
+    for part in parts:
+        part_q, part_k, _, heads, scale = part.args
+        assert part.of((out,))[0].shape == part_q.shape
+        assert heads == 1 and scale == 0.125 and part_q.numel() + part_k.numel() <= MOST_ELEMENTS
 
 
 # what the compilers make of the kernels
@@ -423,7 +404,7 @@ def test_triton_kernel_prefetches_and_does_not_spill(target: str, head_dim: int,
     if "sass" in asm:
         assert not narrow_accesses(asm)
         assert "LDGSTS" in asm["sass"], "k and v are to be fetched by cp.async"
-        assert ("HGMMA" if target == "sm_90" else "HMMA") in asm["sass"]
+        assert {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}.get(target, "HMMA") in asm["sass"]
 
 
 def compile_gluon(head_dim: int, config: Any) -> dict[str, str]:
@@ -485,18 +466,60 @@ def test_gluon_configurations_hold_a_head(head_dim: int) -> None:
 # on a GPU
 
 
+def skip_unserved(impl: str, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> None:
+    if reason := SPATIAL_ATTENTION.unserved(q, k, v, num_heads, 0.125, impl=impl):
+        pytest.skip(reason)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("impl", ["fa3", "gluon", "cudnn", "flash", "triton"])
+@pytest.mark.parametrize("impl", ["fa3", "gluon", "cudnn", "flash", "efficient", "math", "triton"])
 @pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
 def test_implementations_on_a_gpu(shape: Shape, impl: str, dtype: torch.dtype, device: torch.device) -> None:
     q, k, v = draw(shape, dtype, device)
-    arguments = (q, k, v, shape.heads, shape.head_dim**-0.5)
-    if problem := IMPLEMENTATIONS[impl].problem(*arguments):
-        pytest.skip(problem)
-    out = spatial_attention(q, k, v, shape.heads, impl=impl)
-    assert op._why_wrong(arguments, spatial_attention_ref(q, k, v, shape.heads), out) is None
+    skip_unserved(impl, q, k, v, shape.heads)
+    if impl == "math" and shape.seq_q > 4096:
+        pytest.skip("its scores take too much memory")
+    with listening(checks=True) as events:
+        out = spatial_attention(q, k, v, shape.heads, impl=impl)
+    assert [event.problem for event in events] == [""]
     assert out.is_contiguous() and out.isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["cudnn", "flash", "efficient"])
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout.id != "rows-unaligned"])
+def test_backends_take_any_row_strides(layout: Callable[[Tensor], Tensor], impl: str, device: torch.device) -> None:
+    q, k, v = (layout(x) for x in draw(Shape(3, 2, 130, 130, 64), torch.float16, device))
+    skip_unserved(impl, q, k, v, 2)
+    assert_matches_reference(spatial_attention(q, k, v, 2, impl=impl), q, k, v, 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["cudnn", "flash", "efficient", "torch"])
+@pytest.mark.parametrize("offset", [1, 4])
+def test_backends_take_rows_at_any_address(offset: int, impl: str, device: torch.device) -> None:
+    """cuDNN would return nonsense, the others would raise."""
+    q = torch.randn(2, 35, 80, device=device).half()
+    k = torch.randn(2 * 35 * 80 + 8, device=device).half()[offset:][: 2 * 35 * 80].view(2, 35, 80)
+    skip_unserved(impl, q, k, k, 2)
+    out = spatial_attention(q, k, k, 2, impl=impl)
+    assert_matches_reference(out, q, k, k, 2)
+    gold = spatial_attention_ref(q.double(), k.double(), k.double(), 2)
+    assert (out.double() - gold).norm() <= 4 * torch.finfo(out.dtype).eps * gold.norm(), "not only as wrong as PyTorch"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["cudnn", "flash", "efficient"])
+def test_backends_that_the_user_has_turned_off_decline(impl: str, device: torch.device) -> None:
+    q, k, v = draw(Shape(2, 2, 64, 64, 64), torch.float16, device)
+    skip_unserved(impl, q, k, v, 2)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        with pytest.raises(ValueError, match="PyTorch declines"):
+            spatial_attention(q, k, v, 2, impl=impl)
+        with listening() as events, torch.no_grad():
+            spatial_attention(q, k, v, 2)
+        assert [event.implementation for event in events] == ["torch"]
 
 
 @pytest.mark.gpu
@@ -504,10 +527,39 @@ def test_implementations_on_a_gpu(shape: Shape, impl: str, dtype: torch.dtype, d
 @pytest.mark.parametrize("head_dim", [40, 64, 80, 128])
 def test_gluon_takes_any_row_strides(head_dim: int, layout: Callable[[Tensor], Tensor], device: torch.device) -> None:
     q, k, v = draw(Shape(3, 2, 517, 517, head_dim), torch.bfloat16, device)
-    k, v = layout(k), layout(v)
-    if problem := IMPLEMENTATIONS["gluon"].problem(q, k, v, 2, 0.125):
-        pytest.skip(problem)
+    q, k, v = (q if layout(q).stride(0) == 0 else layout(q)), layout(k), layout(v)
+    skip_unserved("gluon", q, k, v, 2)
     assert_matches_reference(spatial_attention(q, k, v, 2, impl="gluon"), q, k, v, 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("head_dim", "reason"),
+    [
+        *((head_dim, None) for head_dim in (8, 40, 80, 128)),
+        (20, "steps of 8, got 20"),
+        (160, "up to 128 in steps of 8, got 160"),
+    ],
+)
+def test_head_dims_of_the_gluon_kernel(head_dim: int, reason: str | None, device: torch.device) -> None:
+    x = torch.ones(1, 4, 128, dtype=torch.float16, device=device)
+    skip_unserved("gluon", x, x, x, 2)
+    q = torch.ones(1, 4, 2 * head_dim, dtype=torch.float16, device=device)
+    unserved = SPATIAL_ATTENTION.unserved(q, q, q, 2, 1.0, impl="gluon")
+    assert unserved is None if reason is None else reason in str(unserved)
+
+
+@pytest.mark.gpu
+def test_gluon_gives_way_at_addresses_that_tma_does_not_take(device: torch.device) -> None:
+    """One signature, prepared once, at another address."""
+    memory = torch.randn(2 * 256 * 128 + 4, dtype=torch.float16, device=device)
+    aligned, unaligned = (memory[start:][: 2 * 256 * 128].view(2, 256, 128) for start in (0, 4))
+    skip_unserved("gluon", aligned, aligned, aligned, 2)
+    bind = SPATIAL_ATTENTION.implementations["gluon"].bind
+    assert bind is not None
+    run = bind(aligned, aligned, aligned, 2, 0.125)
+    for x in (aligned, unaligned, aligned):
+        assert_matches_reference(run(x, x, x, 2, 0.125), x, x, x, 2)
 
 
 @pytest.mark.gpu
@@ -516,17 +568,17 @@ def test_every_gluon_configuration(head_dim: int, device: torch.device) -> None:
     """Against a race the same input many times: every run has the same bits."""
     shape = Shape(2, 8, 1000, 1000, head_dim)
     q, k, v = draw(shape, torch.float16, device)
-    if problem := IMPLEMENTATIONS["gluon"].problem(q, k, v, shape.heads, 0.125):
-        pytest.skip(problem)
-    from vidaccel.kernels.attention.spatial_attention_gluon import gluon_configs, launch
+    skip_unserved("gluon", q, k, v, shape.heads)
+    from vidaccel.kernels.attention.spatial_attention_gluon import bind, gluon_configs
 
     for config in gluon_configs(head_dim):
+        attend = bind(q, k, v, shape.heads, head_dim**-0.5, config=config)
         first = torch.empty_like(q, memory_format=torch.contiguous_format)
-        launch(q, k, v, first, shape.heads, head_dim**-0.5, config=config)
+        attend(q, k, v, first)
         assert_matches_reference(first, q, k, v, shape.heads)
         for _ in range(20):
             again = torch.empty_like(first)
-            launch(q, k, v, again, shape.heads, head_dim**-0.5, config=config)
+            attend(q, k, v, again)
             assert torch.equal(again, first), config
 
 
@@ -538,43 +590,90 @@ def test_every_gluon_configuration(head_dim: int, device: torch.device) -> None:
 )
 def test_gluon_writes_every_head_and_nothing_beyond(shape: Shape, device: torch.device) -> None:
     q, k, v = draw(shape, torch.float16, device)
-    if problem := IMPLEMENTATIONS["gluon"].problem(q, k, v, shape.heads, 0.125):
-        pytest.skip(problem)
-    from vidaccel.kernels.attention.spatial_attention_gluon import gluon_configs, launch
+    skip_unserved("gluon", q, k, v, shape.heads)
+    from vidaccel.kernels.attention.spatial_attention_gluon import bind, gluon_configs
 
     for config in gluon_configs(shape.head_dim):
         memory = torch.full((3, *q.shape), float("nan"), dtype=q.dtype, device=device)
-        launch(q, k, v, memory[1], shape.heads, shape.head_dim**-0.5, config=config)
+        bind(q, k, v, shape.heads, shape.head_dim**-0.5, config=config)(q, k, v, memory[1])
         assert memory[::2].isnan().all(), config
         assert_matches_reference(memory[1], q, k, v, shape.heads)
 
 
 @pytest.mark.gpu
-def test_the_choice_on_a_gpu(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@torch.no_grad()
+def test_a_large_shape_is_measured_once_and_remembered(
+    device: torch.device, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", logger="vidaccel")
     shape = Shape(4, 8, 2048, 2048, 64)
     q, k, v = draw(shape, torch.bfloat16, device)
-    with record_choices() as choices:
-        out = spatial_attention(q, k, v, shape.heads)
+
+    def attend() -> tuple[Tensor, str]:
+        with listening() as events:
+            out = spatial_attention(q, k, v, shape.heads)
+        assert events[0].reason == "", "kernels of ours that fail are said here"
+        return out, events[0].implementation
+
+    out, chosen = attend()
     assert_matches_reference(out, q, k, v, shape.heads)
-    assert len(list(tmp_path.rglob("*.json"))) == 1
-    assert choices[0].reason == "", "kernels of ours that fail are said here"
-    monkeypatch.setattr(op, "_chosen", {})
-    monkeypatch.setattr(op, "_measure", None)  # nothing is to be measured again
-    with record_choices() as again:
-        assert torch.equal(spatial_attention(q, k, v, shape.heads), out)
-    assert again == choices
+    [(name, key, measured)] = choice.remembered()
+    assert name == "spatial_attention" and measured.winner == chosen
+    assert measured.milliseconds.keys() | measured.problems.keys() >= {*key["competitors"]}
+    [path] = tmp_path.rglob("*.json")
+    written = path.stat().st_mtime_ns
+    SPATIAL_ATTENTION.forget()
+    again, chosen_again = attend()
+    assert chosen_again == chosen and torch.equal(again, out)
+    assert path.stat().st_mtime_ns == written
 
 
 @pytest.mark.gpu
-def test_nothing_is_measured_during_capture(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [77, 144], ids=["text", "few"])
+def test_texts_and_tiny_shapes_are_not_measured(rows: int, device: torch.device) -> None:
+    q, k = (
+        torch.randn(2, count, 320, dtype=torch.float16, device=device) for count in (144 if rows == 144 else 4096, rows)
+    )
+    spatial_attention(q, k, k, 5)
+    assert not list(choice.remembered())
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_nothing_is_measured_during_capture(device: torch.device) -> None:
     q, k, v = draw(Shape(4, 8, 2048, 2048, 64), torch.float16, device)
-    monkeypatch.setattr(op, "_measure", None)
-    expected = spatial_attention_ref(q, k, v, 8)  # warms the library up
+    expected = spatial_attention_ref(q, k, v, 8)
+    default = "cudnn" if SPATIAL_ATTENTION.unserved(q, k, v, 8, 0.125, impl="cudnn") is None else "torch"
+    spatial_attention(q, k, v, 8, impl=default)  # warms the library up
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = spatial_attention(q, k, v, 8)
+    assert not list(choice.remembered())
     graph.replay()
     assert_close_to_gold(out, expected.double(), expected)
+    spatial_attention(q, k, v, 8)
+    assert len(list(choice.remembered())) == 1, "the question was put off"
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_compiled_graph_takes_the_choice_made_before(device: torch.device) -> None:
+    q, k, v = draw(Shape(4, 8, 2048, 2048, 64), torch.bfloat16, device)
+    attend = functools.partial(spatial_attention, num_heads=8)
+    expected = attend(q, k, v)
+    compiled = torch.compile(lambda q, k, v: attend(q, k, v) + 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, k, v), expected + 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["gluon", "cudnn", "flash", "efficient", "triton"])
+def test_compiles_fullgraph_on_a_gpu(impl: str, device: torch.device) -> None:
+    q, k, v = draw(Shape(2, 2, 130, 130, 64), torch.float16, device)
+    skip_unserved(impl, q, k, v, 2)
+    attend = functools.partial(spatial_attention, num_heads=2, impl=impl)
+    compiled = torch.compile(lambda q, k, v: attend(q, k, v) + 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, k, v), attend(q, k, v) + 1)
 
 
 @pytest.mark.gpu
@@ -582,7 +681,7 @@ def test_offsets_beyond_int32(device: torch.device) -> None:
     q = torch.randn(2**13 + 1, 1024, 256, dtype=torch.float16, device=device)
     assert q.numel() > 2**31
     for impl in ("triton", "gluon"):
-        if IMPLEMENTATIONS[impl].problem(q, q, q, 4, 0.125) is None:
+        if SPATIAL_ATTENTION.unserved(q, q, q, 4, 0.125, impl=impl) is None:
             out = spatial_attention(q, q, q, 4, impl=impl)
             last = q[-1:]
             assert torch.equal(out[-1:], spatial_attention(last, last, last, 4, impl=impl)), impl

@@ -9,7 +9,7 @@ from family_checks import check_clip, check_compiled, check_kernels
 from tiny_models import tiny_synthetic_pipeline
 from torch import Tensor, nn
 
-from vidaccel.pipelines.text_to_video_synthesis import TINY_UNET, UNET
+from vidaccel.bench.synthetic import specification
 
 
 @pytest.fixture
@@ -52,7 +52,8 @@ ONE_LEVEL = {
 @pytest.fixture
 def unet(device: torch.device) -> nn.Module:
     torch.manual_seed(0)
-    unet = UNet3DConditionModel(**UNET | TINY_UNET | ONE_LEVEL).to(device)
+    _, tiny = specification("modelscope", "tiny")["components"]["unet"]
+    unet = UNet3DConditionModel(**tiny | ONE_LEVEL).to(device)
     for parameter in unet.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
     return unet.eval()

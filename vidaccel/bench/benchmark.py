@@ -4,34 +4,30 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
-from dataclasses import asdict, fields
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-from vidaccel.bench.measure import SCOPES, measure_pipeline
-from vidaccel.bench.op_cases import OPS
-from vidaccel.bench.ops import measure_ops
-from vidaccel.bench.record import Recorder, environment, table
+from vidaccel.bench.first_calls import measure_new_processes
+from vidaccel.bench.measure import measure_pipeline
+from vidaccel.bench.ops import measure_ops, measured_ops
+from vidaccel.bench.record import Recorder, table
 from vidaccel.bench.settings import Settings
-from vidaccel.bench.synthetic import build_pipeline, pipeline_inputs, specification
+from vidaccel.bench.subject import load_subject
 from vidaccel.bench.timing import ceilings
 from vidaccel.bench.variants import BASELINES, DEFAULT, parse_variants
-from vidaccel.clips.clip_request import pipeline_names, request_from_arguments
-from vidaccel.clips.generation import call_arguments, resolve
+from vidaccel.bench.workloads import SCOPES
 from vidaccel.clips.outputs import check_record
-from vidaccel.clips.video_model import device_of, dtype_of, find_model, load_pipeline
-from vidaccel.errors import UsageError
+from vidaccel.clips.video_model import dtype_of
+from vidaccel.environment import device_of, environment
+from vidaccel.errors import UsageError, nearest
 from vidaccel.patching.patch import patch_pipeline
 
 __all__ = ["benchmark"]
 
 _QUICK_REPEATS = 3
-_SYNTHETIC_STEPS = 4  # a step is also timed by itself
 
 
 def benchmark(args: argparse.Namespace, command_line: str) -> int:
@@ -45,9 +41,8 @@ def benchmark(args: argparse.Namespace, command_line: str) -> int:
     if device.index is not None:
         torch.cuda.set_device(device)  # events and compiled kernels go by the current device
     settings = _settings(args, device)
-    prepare = _prepare_op if args.op else _prepare_pipeline
-    measure = prepare(args, device, dtype, settings)
-    limits = ceilings(device)
+    if args.op:
+        _check_op(args.op)
     head = {
         "command": command_line,
         "environment": environment(device, args.commit),
@@ -55,18 +50,26 @@ def benchmark(args: argparse.Namespace, command_line: str) -> int:
         "subject": {name: getattr(args, name) for name in ("model", "synthetic", "op", "size") if getattr(args, name)},
         "dtype": str(dtype).removeprefix("torch."),
         "settings": asdict(settings),
-        "ceilings": limits,
     }
     recorder = Recorder(head, path, deadline)
-    measure(recorder)
+    if args.op:
+        recorder.record["ceilings"] = ceilings(device)
+        measure_ops(args.op, args.size, device, dtype, settings, recorder)
+    else:
+        _measure_pipeline(args, device, dtype, settings, recorder)
     recorder.finish()
+    if first := recorder.record.get("new_processes"):
+        print(table(first), end="\n\n")
     print(table(recorder.rows))
     if failed := recorder.record.get("failed_ops"):
         print(f"failed: {', '.join(failed)}")
     for variant, patch in recorder.record.get("patch_reports", {}).items():
         print(f"{variant}: {_in_short(patch)}")
-    print("ceilings of this run: " + ", ".join(f"{name} {value:.4g}" for name, value in limits.items()))
-    return 1 if any(row["status"] == "failed" for row in recorder.rows) else 0
+    print(
+        "ceilings of this run: "
+        + ", ".join(f"{name} {value:.4g}" for name, value in recorder.record["ceilings"].items())
+    )
+    return 1 if any(row["status"] == "failed" for row in (*recorder.rows, *(first or ()))) else 0
 
 
 def _settings(args: argparse.Namespace, device: torch.device) -> Settings:
@@ -77,6 +80,8 @@ def _settings(args: argparse.Namespace, device: torch.device) -> Settings:
     for name, least in (("repeats", 1), ("warmup", 0)):
         if getattr(args, name) < least:
             raise UsageError(f"--{name} must be at least {least}, got {getattr(args, name)}")
+    if args.new_process and args.op:
+        raise UsageError("--new-process means nothing to --op")
     scopes = {scope.strip() for scope in args.scope.split(",")}
     if unknown := scopes - set(SCOPES):
         raise UsageError(f"--scope: unknown {', '.join(sorted(unknown))}; scopes are {', '.join(SCOPES)}")
@@ -90,6 +95,8 @@ def _settings(args: argparse.Namespace, device: torch.device) -> Settings:
         budget_seconds=args.budget,
         with_reference=not (args.quick or args.no_reference),
         compile_backend=args.compile_backend or ("eager" if args.size == "tiny" else "inductor"),
+        new_process=args.new_process,
+        cpus=args.cpus,
         empty_caches=args.empty_caches,
         only=args.only,
         skip=args.skip,
@@ -97,47 +104,23 @@ def _settings(args: argparse.Namespace, device: torch.device) -> Settings:
     )
 
 
-def _prepare_op(
-    args: argparse.Namespace, device: torch.device, dtype: torch.dtype, settings: Settings
-) -> Callable[[Recorder], None]:
-    names = list(OPS) if args.op == "all" else [args.op]
-    if unknown := set(names) - set(OPS):
-        raise UsageError(f"--op {unknown.pop()}: unknown; there are {', '.join(OPS)}, and all")
-    return partial(measure_ops, names, args.size, device, dtype, settings)
+def _check_op(name: str) -> None:
+    names = [*measured_ops(), "all"]
+    if name not in names:
+        raise UsageError(f"--op {name}: unknown{nearest(name, names)}")
 
 
-def _prepare_pipeline(
-    args: argparse.Namespace, device: torch.device, dtype: torch.dtype, settings: Settings
-) -> Callable[[Recorder], None]:
-    if args.synthetic:
-        pipe, arguments = _synthetic(args, device, dtype)
-    else:
-        model = find_model(args.model)
-        request = resolve(model, request_from_arguments(args))
-        arguments = call_arguments(model.pipeline_class, request)
-        pipe = load_pipeline(model, dtype, device, show_progress=True)
+def _measure_pipeline(
+    args: argparse.Namespace, device: torch.device, dtype: torch.dtype, settings: Settings, recorder: Recorder
+) -> None:
+    if settings.new_process:  # before this process holds any memory of the GPU
+        measure_new_processes(args, device, dtype, settings, recorder)
+    recorder.record["ceilings"] = ceilings(device)
+    pipe, arguments = load_subject(args, device, dtype)
     if any("patched" in variant.split("+") for variant in settings.variants):
         # What cannot be patched, or an --only that names nothing, is found out before eager has been measured.
         patch_pipeline(pipe, only=args.only, skip=args.skip).restore()
-    return partial(measure_pipeline, pipe, arguments, device, settings)
-
-
-def _synthetic(
-    args: argparse.Namespace, device: torch.device, dtype: torch.dtype
-) -> tuple[DiffusionPipeline, dict[str, Any]]:
-    specified = specification(args.synthetic, args.size)
-    call = specified["call"]
-    call["num_inference_steps"] = min(call["num_inference_steps"], _SYNTHETIC_STEPS)
-    request = request_from_arguments(args)
-    for option in fields(request):
-        value = getattr(request, option.name)
-        names = pipeline_names(option.name)
-        if value is None or option.name == "seed":
-            continue
-        if not (taken := set(names) & call.keys()):
-            raise UsageError(f"--{option.name.replace('_', '-')} means nothing to --synthetic {args.synthetic}")
-        call[taken.pop()] = value
-    return build_pipeline(specified, device, dtype), call | pipeline_inputs(specified, device, dtype)
+    measure_pipeline(pipe, arguments, device, settings, recorder)
 
 
 def _in_short(patch: dict[str, Any]) -> str:

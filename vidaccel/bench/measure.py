@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import statistics
 import time
 from contextlib import ExitStack, nullcontext
 from functools import partial
@@ -16,25 +17,18 @@ from torch import Tensor
 
 from vidaccel.bench.record import Recorder, Row
 from vidaccel.bench.settings import Settings
-from vidaccel.bench.timing import (
-    free_memory,
-    peak_memory_gib,
-    peak_reserved_gib,
-    reset_peak_memory,
-    time_calls,
-    timed,
-)
-from vidaccel.bench.variants import applied, cudnn_benchmark, dtype_of, measured_modules, without_benchmark
-from vidaccel.bench.workloads import ModuleWorkload, PipelineWorkload, Workload, recorded_calls
+from vidaccel.bench.timing import time_call, time_calls
+from vidaccel.bench.variants import applied, cudnn_benchmark, dtype_of, without_benchmark
+from vidaccel.bench.workloads import PipelineWorkload, Workload, workloads
+from vidaccel.environment import free_memory, peak_memory_gib, peak_reserved_gib, reset_peak_memory
 from vidaccel.errors import first_line
 from vidaccel.fidelity.metrics import psnr, relative_error
 
-__all__ = ["SCOPES", "measure_pipeline"]
+__all__ = ["measure_pipeline"]
 
 logger = logging.getLogger(__name__)
 
-# The whole pipeline comes last: it finds its parts compiled by the other scopes, and compiles nothing twice.
-SCOPES = ("denoiser", "vae", "end-to-end")
+_HOST_CALLS = 5
 
 
 def measure_pipeline(
@@ -49,47 +43,30 @@ def measure_pipeline(
         settings: How to measure.
         recorder: Also receives the shapes and, per patched variant, the patch report.
     """
-    workloads = _workloads(pipe, arguments, settings)
-    recorder.expect(len(workloads) * len(settings.variants))
+    by_scope = workloads(pipe, arguments, settings.scopes, settings.seed)
     recorder.record["patch_reports"] = {}
-    recorder.record["shapes"] = {scope: workload.shapes for scope, workload in workloads.items()}
-    yardsticks = {scope: _Yardstick(scope, settings.with_reference) for scope in workloads}
+    recorder.record["shapes"] = {scope: workload.shapes for scope, workload in by_scope.items()}
+    yardsticks = {scope: _Yardstick(scope, settings.with_reference) for scope in by_scope}
     for code, variants in itertools.groupby(settings.variants, key=without_benchmark):
         with ExitStack() as stack:
             started = time.perf_counter()
             try:
                 report = stack.enter_context(applied(code, pipe, settings))
             except Exception as error:  # a variant that cannot be put in place is no reason to lose the others
-                for variant, scope in itertools.product(variants, workloads):
+                for variant, scope in itertools.product(variants, by_scope):
                     recorder.fail(scope, variant, error)
                 continue
             prepared: float | None = time.perf_counter() - started
             for variant in variants:
                 with cudnn_benchmark(dtype_of(pipe)) if variant != code else nullcontext():
-                    for scope, workload in workloads.items():
+                    for scope, workload in by_scope.items():
                         # A whole pipeline that comes after its parts finds them warm.
-                        start_up = prepared if scope != "end-to-end" or len(workloads) == 1 else None
-                        yardstick, cold_calls = yardsticks[scope], _cold_calls(scope, variant)
-                        work = partial(_measure, workload, yardstick, variant, device, settings, start_up, cold_calls)
+                        start_up = prepared if scope != "end-to-end" or len(by_scope) == 1 else None
+                        work = partial(_measure, workload, yardsticks[scope], variant, device, settings, start_up)
                         recorder.measure(scope, variant, work)
                 if report is not None:
                     recorder.record["patch_reports"][variant] = report.summary()
                 prepared = None  # the next one finds the same code compiled
-
-
-def _workloads(pipe: DiffusionPipeline, arguments: dict[str, Any], settings: Settings) -> dict[str, Workload]:
-    end_to_end = PipelineWorkload(pipe, arguments, settings.seed)
-    modules = {name: module for name, module in measured_modules(pipe).items() if name in settings.scopes}
-    workloads: dict[str, Workload] = {}
-    if modules:
-        with recorded_calls(modules) as calls:
-            end_to_end.output()
-        for name, module in modules.items():
-            # one step of the denoiser, but all chunks of the decode
-            workloads[name] = ModuleWorkload(module, calls[name][: 1 if name == "denoiser" else None], settings.seed)
-    if "end-to-end" in settings.scopes:
-        workloads["end-to-end"] = end_to_end
-    return workloads
 
 
 def _measure(
@@ -99,10 +76,9 @@ def _measure(
     device: torch.device,
     settings: Settings,
     start_up: float | None,
-    cold_calls: int,
 ) -> Row:
     free_memory()
-    first_calls = sum(timed(workload.run, device) for _ in range(cold_calls))
+    first_call = time_call(workload.run, device).wall_ms / 1e3
     output = workload.output()
     if variant == "eager":
         yardstick.adopt(output, workload)
@@ -112,22 +88,24 @@ def _measure(
     latency = time_calls(
         workload.run, device, repeats=settings.repeats, warmup=settings.warmup, budget_seconds=settings.budget_seconds
     )
+    parts, memory, reserved = workload.parts(), peak_memory_gib(device), peak_reserved_gib(device)
     return {
         **latency._asdict(),
-        **workload.parts(),
-        "cold_start_s": None if start_up is None else start_up + first_calls,
-        "peak_memory_gib": peak_memory_gib(device),
-        "peak_reserved_gib": peak_reserved_gib(device),
+        **parts,
+        "host_ms": _host_ms(workload, device, settings),
+        "cold_start_s": None if start_up is None else start_up + first_call,
+        "peak_memory_gib": memory,
+        "peak_reserved_gib": reserved,
         **likeness,
     }
 
 
-def _cold_calls(scope: str, variant: str) -> int:
-    """After how many calls everything is compiled: a graph of the denoiser is captured in the second one.
-
-    A clip, which takes several steps, has it captured in its first call.
-    """
-    return 2 if scope == "denoiser" and "cuda_graph" in variant.split("+") else 1
+def _host_ms(workload: Workload, device: torch.device, settings: Settings) -> float | None:
+    """Time that a call takes to queue, where a device works beside the host; of a whole pipeline it says nothing."""
+    if device.type != "cuda" or isinstance(workload, PipelineWorkload):
+        return None
+    calls = min(settings.repeats, _HOST_CALLS)
+    return statistics.median(time_call(workload.run, device).host_ms for _ in range(calls))
 
 
 class _Yardstick:

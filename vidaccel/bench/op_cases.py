@@ -1,66 +1,174 @@
 """The ops that the bench measures, at the models' shapes.
 
-A new op adds an entry to :data:`OPS`; ``ops.py`` measures it.
+A case says an op's arguments by the names of its reference's parameters; those that it leaves out keep their defaults.
+A tuple is the shape of a random tensor, from 4-D on in channels-last memory. A new op adds an entry to :data:`CASES`.
 """
 
 from __future__ import annotations
 
-import copy
-import math
-from functools import partial
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
-from diffusers.models.resnet import TemporalResnetBlock
-from torch import Tensor, nn
+from torch import Tensor
 
-from vidaccel.bench.op_case import Arguments, Case, Op, Provider, channels_first, passes
-from vidaccel.bench.streaming_cases import ADD_LAYER_NORM, ALPHA_BLEND, CONV_EPILOGUE, GEGLU
-from vidaccel.blocks.unet.resnet import FusedTemporalResnetBlock
-from vidaccel.kernels.attention import spatial_attention as sa
-from vidaccel.kernels.attention import temporal_attention as ta
-from vidaccel.kernels.conv import upsample_conv as uc
-from vidaccel.kernels.ffn import linear_geglu as lg
-from vidaccel.kernels.norm import group_norm_silu as gn
-from vidaccel.sites.rules import Swap
-from vidaccel.sites.site import Site
+__all__ = ["CASES", "STOCK", "TINY", "Arguments", "Stock", "Zeros"]
 
-__all__ = ["OPS"]
+TINY = "tiny"  # the case of a dry run
+
+Arguments = Mapping[str, Any]
 
 
-def _norm_case(name: str, *shape: int, groups: int = 32) -> Case:
-    return Case(name, (shape, shape[1:2], shape[1:2]), (groups, 1e-5))
+class Zeros(tuple[int, ...]):
+    """The shape of a tensor of zeros."""
 
 
-def _stock_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-    return F.silu(F.group_norm(x, groups, weight, bias, eps))
+class Stock(NamedTuple):
+    """What stock diffusers runs where that is not the op's reference.
+
+    Attributes:
+        run: Takes what ``prepare`` returns.
+        prepare: Takes the op's arguments by position; puts them as stock code finds them, before the clock runs.
+    """
+
+    run: Callable[..., Any]
+    prepare: Callable[..., tuple[Any, ...]]
 
 
-_GROUP_NORM_SILU = Op(
-    cases=(
-        _norm_case("svd level 0, frames together", 2, 320, 14, 72, 128),
-        _norm_case("svd level 0, frames apart", 28, 320, 72, 128),
-        _norm_case("svd level 1, frames together", 2, 640, 14, 36, 64),
-        _norm_case("svd level 2, frames apart", 28, 1280, 18, 32),
-        _norm_case("svd vae, frames apart", 14, 128, 576, 1024),
-        _norm_case("svd vae, frames together", 1, 256, 14, 288, 512),
-    ),
-    tiny=_norm_case("tiny", 1, 32, 2, 4, 4, groups=8),
-    reference=gn.group_norm_silu_ref,
-    providers={
-        "eager": Provider(_stock_norm, channels_first),
-        "eager+channels_last": Provider(_stock_norm),
-        "compile": Provider(_stock_norm, channels_first, compiled=True),
-        "compile+channels_last": Provider(_stock_norm, compiled=True),
-        "ours": Provider(gn.group_norm_silu),
-        "ours, one stage": Provider(gn.group_norm_silu, one_stage=True),
+def _norm(*shape: int, groups: int = 32) -> Arguments:
+    return {"x": shape, "weight": shape[1:2], "bias": shape[1:2], "groups": groups, "eps": 1e-5}
+
+
+def _norm_rows(frames: int, pixels: int, channels: int, **others: Any) -> Arguments:
+    x = frames, pixels, channels
+    shapes = {"residual": x, "row": (frames, 1, channels), "position": (frames // 2, channels)}
+    addends = {name: shapes[name] if there is True else there for name, there in others.items()}
+    return {"x": x, "weight": (channels,), "bias": (channels,), "eps": 1e-5, **addends}
+
+
+def _blend(batch: int, frames: int, pixels: int, channels: int) -> Arguments:
+    x = batch * frames, pixels, channels
+    return {"spatial": x, "temporal": x, "residual": x, **_mix(batch, frames)}
+
+
+def _mix(batch: int, frames: int) -> Arguments:
+    return {"mix_factor": (1,), "image_only": Zeros((batch, frames))}  # a clip has no still images
+
+
+def _epilogue(*shape: int) -> Arguments:
+    """With a residual; of clips, ``[B, C, F, H, W]``, also with the blend."""
+    mix = _mix(shape[0], shape[2]) if len(shape) == 5 else {}
+    return {"x": shape, "bias": shape[1:2], "residual": shape, **mix}
+
+
+def _temporal_conv(batch: int, channels: int, *sizes: int) -> Arguments:
+    x = batch, channels, *sizes
+    return {
+        "x": x,
+        "weight": (channels, channels, 3, 1, 1),
+        "bias": (channels,),
+        "residual": x,
+        **_mix(batch, sizes[0]),
+    }
+
+
+def _upsample(frames: int, channels: int, height: int, width: int) -> Arguments:
+    weight = channels, channels, 3, 3
+    return {"x": (frames, channels, height, width), "weight": weight, "bias": (channels,)}
+
+
+def _projection(frames: int, pixels: int, channels: int) -> Arguments:
+    return {"x": (frames, pixels, channels), "weight": (8 * channels, channels), "bias": (8 * channels,)}
+
+
+def _spatial(frames: int, heads: int, pixels: int, head_dim: int) -> Arguments:
+    return {**dict.fromkeys("qkv", (frames, pixels, heads * head_dim)), "num_heads": heads}
+
+
+def _temporal(batch: int, frames: int, pixels: int, heads: int, head_dim: int) -> Arguments:
+    x = batch * frames, pixels, heads * head_dim
+    return {**dict.fromkeys("qkv", x), "num_frames": frames, "num_heads": heads}
+
+
+# By op and case; the first case of an op tells most.
+CASES: dict[str, dict[str, Arguments]] = {
+    "add_layer_norm": {
+        "svd level 0, residual and row": _norm_rows(28, 9216, 320, residual=True, row=True),
+        "svd level 0, norm alone": _norm_rows(28, 9216, 320),
+        "svd level 0, residual": _norm_rows(28, 9216, 320, residual=True),
+        "svd level 0, row to the norm": _norm_rows(28, 9216, 320, residual=True, row=True, row_to="norm"),
+        "svd level 1, residual and row": _norm_rows(28, 2304, 640, residual=True, row=True),
+        "svd level 2, residual and row": _norm_rows(28, 576, 1280, residual=True, row=True),
+        "animatediff level 0, residual and position": _norm_rows(32, 4096, 320, residual=True, position=True),
+        TINY: _norm_rows(4, 3, 32, residual=True, row=True),
     },
-    numbers=passes(3),
-)
-
-
-def _attention_case(name: str, batch: int, frames: int, pixels: int, heads: int, head_dim: int) -> Case:
-    return Case(name, ((batch * frames, pixels, heads * head_dim),) * 3, (frames, heads))
+    "alpha_blend": {
+        "svd level 0": _blend(2, 14, 9216, 320),
+        "svd level 1": _blend(2, 14, 2304, 640),
+        "svd level 2": _blend(2, 14, 576, 1280),
+        TINY: _blend(1, 2, 4, 32),
+    },
+    "conv_epilogue": {
+        "svd level 0, residual and blend": _epilogue(2, 320, 14, 72, 128),
+        "svd level 0, residual": _epilogue(28, 320, 72, 128),
+        "svd level 1, residual and blend": _epilogue(2, 640, 14, 36, 64),
+        "animatediff level 0, residual": _epilogue(32, 320, 64, 64),
+        TINY: _epilogue(1, 32, 2, 4, 4),
+    },
+    "geglu": {
+        "svd level 0": {"x": (28, 9216, 2560)},
+        "svd level 1": {"x": (28, 2304, 5120)},
+        "svd level 2": {"x": (28, 576, 10240)},
+        "animatediff level 0": {"x": (32, 4096, 2560)},
+        TINY: {"x": (2, 3, 32)},
+    },
+    "group_norm_silu": {
+        "svd level 0, frames together": _norm(2, 320, 14, 72, 128),
+        "svd level 0, frames apart": _norm(28, 320, 72, 128),
+        "svd level 1, frames together": _norm(2, 640, 14, 36, 64),
+        "svd level 2, frames apart": _norm(28, 1280, 18, 32),
+        "svd vae, frames apart": _norm(14, 128, 576, 1024),
+        "svd vae, frames together": _norm(1, 256, 14, 288, 512),
+        TINY: _norm(1, 32, 2, 4, 4, groups=8),
+    },
+    "linear_geglu": {
+        "svd level 0": _projection(28, 9216, 320),
+        "svd level 1": _projection(28, 2304, 640),
+        "animatediff level 0": _projection(32, 4096, 320),
+        "modelscope level 0": _projection(32, 1024, 320),
+        TINY: _projection(2, 3, 16),
+    },
+    "spatial_attention": {
+        "svd level 0": _spatial(28, 5, 9216, 64),
+        "wan 1.3b": _spatial(2, 12, 32760, 128),
+        "ltx": _spatial(2, 32, 8064, 64),
+        "animatediff level 0": _spatial(32, 8, 4096, 40),
+        "svd vae": _spatial(14, 1, 9216, 512),
+        TINY: _spatial(2, 2, 16, 32),
+    },
+    "temporal_attention": {
+        "svd level 0": _temporal(2, 14, 9216, 5, 64),
+        "svd level 1": _temporal(2, 14, 2304, 10, 64),
+        "svd level 2": _temporal(2, 14, 576, 20, 64),
+        "svd-xt level 0": _temporal(2, 25, 9216, 5, 64),
+        "animatediff level 0": _temporal(2, 16, 4096, 8, 40),
+        "animatediff level 1": _temporal(2, 16, 1024, 8, 80),
+        "animatediff level 2": _temporal(2, 16, 256, 8, 160),
+        TINY: _temporal(1, 3, 4, 2, 32),
+    },
+    "temporal_conv": {
+        "svd level 0": _temporal_conv(2, 320, 14, 72, 128),
+        "svd level 1": _temporal_conv(2, 640, 14, 36, 64),
+        "svd level 2": _temporal_conv(2, 1280, 14, 18, 32),
+        TINY: _temporal_conv(1, 32, 2, 4, 4),
+    },
+    "upsample_conv": {
+        "svd vae, 72x128": _upsample(14, 512, 72, 128),
+        "svd vae, 144x256": _upsample(4, 512, 144, 256),
+        "svd vae, 288x512": _upsample(2, 256, 288, 512),
+        TINY: _upsample(1, 32, 4, 4),
+    },
+}
 
 
 def _frames_inner(x: Tensor, frames: int) -> Tensor:
@@ -68,221 +176,16 @@ def _frames_inner(x: Tensor, frames: int) -> Tensor:
     return x.unflatten(0, (-1, frames)).transpose(1, 2).contiguous()
 
 
-def _all_frames_inner(q: Tensor, k: Tensor, v: Tensor, frames: int, heads: int) -> Arguments:
-    return _frames_inner(q, frames), _frames_inner(k, frames), _frames_inner(v, frames)
+def _keys_frames_inner(q: Tensor, k: Tensor, v: Tensor, frames: int, heads: int, *_: Any) -> tuple[Any, ...]:
+    return q, _frames_inner(k, frames), _frames_inner(v, frames), frames, heads
 
 
-def _keys_frames_inner(q: Tensor, k: Tensor, v: Tensor, frames: int, heads: int) -> Arguments:
-    return q, _frames_inner(k, frames), _frames_inner(v, frames)
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, frames: int, heads: int) -> Tensor:
-    """Self-attention over the frames of ``[B, HW, F, C]``; returns a view ``[B, F, HW, C]``."""
-    q_items, k_items, v_items = (x.flatten(0, 1).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q_items, k_items, v_items).transpose(1, 2)
-    return out.reshape(q.shape).transpose(1, 2)
-
-
-def _stock_attention(x: Tensor, k: Tensor, v: Tensor, frames: int, heads: int) -> Tensor:
+def _attend_frames_inner(x: Tensor, k: Tensor, v: Tensor, frames: int, heads: int) -> Tensor:
     """What a stock temporal block spends around its attention: the copy of its input, SDPA, the copy back."""
-    return _sdpa(_frames_inner(x, frames), k, v, frames, heads).contiguous()
+    q = _frames_inner(x, frames)
+    items = (y.flatten(0, 1).unflatten(-1, (heads, -1)).transpose(1, 2) for y in (q, k, v))
+    out = F.scaled_dot_product_attention(*items).transpose(1, 2)
+    return out.reshape(q.shape).transpose(1, 2).flatten(0, 1)
 
 
-_TEMPORAL_ATTENTION = Op(
-    cases=(
-        _attention_case("svd level 0", 2, 14, 9216, 5, 64),
-        _attention_case("svd level 1", 2, 14, 2304, 10, 64),
-        _attention_case("svd level 2", 2, 14, 576, 20, 64),
-        _attention_case("svd-xt level 0", 2, 25, 9216, 5, 64),
-        _attention_case("animatediff level 0", 2, 16, 4096, 8, 40),
-        _attention_case("animatediff level 1", 2, 16, 1024, 8, 80),
-        _attention_case("animatediff level 2", 2, 16, 256, 8, 160),
-    ),
-    tiny=_attention_case("tiny", 1, 3, 4, 2, 32),
-    reference=ta.temporal_attention_ref,
-    providers={
-        "eager": Provider(_stock_attention, _keys_frames_inner),
-        "eager, SDPA alone": Provider(_sdpa, _all_frames_inner),
-        "compile": Provider(_stock_attention, _keys_frames_inner, compiled=True),
-        "ours": Provider(ta.temporal_attention),
-        "ours, one stage": Provider(ta.temporal_attention, one_stage=True),
-    },
-    numbers=passes(4),
-    flops=lambda case: 4.0 * math.prod(case.shapes[0]) * case.scalars[0],
-)
-
-
-def _upsample_case(name: str, frames: int, channels: int, height: int, width: int) -> Case:
-    return Case(name, ((frames, channels, height, width), (channels, channels, 3, 3), (channels,)))
-
-
-def _cells_flops(case: Case) -> float:
-    """Of four 2x2 convolutions, which are the 3x3 one on the image of twice the sides."""
-    return 2.0 * math.prod(case.shapes[0]) * case.shapes[0][1] * 4 * 4
-
-
-_UPSAMPLE_CONV = Op(
-    cases=(
-        _upsample_case("svd vae, 72x128", 14, 512, 72, 128),
-        _upsample_case("svd vae, 144x256", 4, 512, 144, 256),
-        _upsample_case("svd vae, 288x512", 2, 256, 288, 512),
-    ),
-    tiny=_upsample_case("tiny", 1, 32, 4, 4),
-    reference=uc.upsample_conv_ref,
-    providers={
-        "eager": Provider(uc.upsample_conv_ref, channels_first),
-        "eager+channels_last": Provider(uc.upsample_conv_ref),
-        "compile": Provider(uc.upsample_conv_ref, channels_first, compiled=True),
-        "compile+channels_last": Provider(uc.upsample_conv_ref, compiled=True),
-        "ours": Provider(uc.upsample_conv),
-    },
-    numbers=passes(13),
-    flops=_cells_flops,
-)
-
-
-def _sequence_case(name: str, batch: int, heads: int, tokens: int, head_dim: int) -> Case:
-    return Case(name, ((batch, tokens, heads * head_dim),) * 3, (heads,))
-
-
-def _sequence_flops(case: Case) -> float:
-    batch, tokens, channels = case.shapes[0]
-    return 4.0 * batch * tokens**2 * channels
-
-
-def _reference_in_parts(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
-    """The specification on parts whose scores fit the memory in float64."""
-    out = torch.empty_like(q)
-    for sample in range(q.shape[0]):
-        part = slice(sample, sample + 1)
-        for rows in range(0, q.shape[1], 1024):
-            cut = part, slice(rows, rows + 1024)
-            out[cut] = sa.spatial_attention_ref(q[cut], k[part], v[part], num_heads)
-    return out
-
-
-def _implementation(name: str) -> Provider:
-    def problem(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> str | None:
-        return sa.IMPLEMENTATIONS[name].problem(q, k, v, num_heads, 1.0)
-
-    return Provider(partial(sa.spatial_attention, impl=name), problem=problem)
-
-
-_SPATIAL_ATTENTION = Op(
-    cases=(
-        _sequence_case("svd level 0", 28, 5, 9216, 64),
-        _sequence_case("wan 1.3b", 2, 12, 32760, 128),
-        _sequence_case("ltx", 2, 32, 8064, 64),
-        _sequence_case("animatediff level 0", 32, 8, 4096, 40),
-        _sequence_case("svd vae", 14, 1, 9216, 512),
-    ),
-    tiny=_sequence_case("tiny", 2, 2, 16, 32),
-    reference=_reference_in_parts,
-    providers={
-        "eager": Provider(sa.spatial_attention_ref),
-        **{name: _implementation(name) for name in ("cudnn", "flash", "fa3", "triton", "gluon", "gemm")},
-        "ours": Provider(sa.spatial_attention),
-    },
-    numbers=passes(4),
-    flops=_sequence_flops,
-)
-
-
-def _projection_case(name: str, frames: int, pixels: int, channels: int) -> Case:
-    return Case(name, ((frames, pixels, channels), (8 * channels, channels), (8 * channels,)))
-
-
-def _projection_numbers(case: Case) -> float:
-    """x, the weight, and a result half as wide as the projection."""
-    x, weight, bias = (math.prod(shape) for shape in case.shapes)
-    return x + weight + bias + 4 * x
-
-
-_LINEAR_GEGLU = Op(
-    cases=(
-        _projection_case("svd level 0", 28, 9216, 320),
-        _projection_case("svd level 1", 28, 2304, 640),
-        _projection_case("animatediff level 0", 32, 4096, 320),
-        _projection_case("modelscope level 0", 32, 1024, 320),
-    ),
-    tiny=_projection_case("tiny", 2, 3, 16),
-    reference=lg.linear_geglu_ref,
-    providers={
-        "eager": Provider(lg.linear_geglu_ref),
-        "compile": Provider(lg.linear_geglu_ref, compiled=True),
-        "two-step": Provider(partial(lg.linear_geglu, impl=lg.TWO_STEP)),
-        "ours": Provider(lg.linear_geglu),
-    },
-    numbers=_projection_numbers,
-    flops=lambda case: 16.0 * math.prod(case.shapes[0]) * case.shapes[0][2],
-)
-
-
-def _block_case(name: str, *shape: int, time_channels: int) -> Case:
-    return Case(name, (shape, (shape[0], shape[2], time_channels)))
-
-
-def _with_block(x: Tensor, time_embedding: Tensor) -> Arguments:
-    """The block as SVD makes it, with random weights, and its arguments."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        block = TemporalResnetBlock(x.shape[1], temb_channels=time_embedding.shape[-1], eps=1e-5)
-    return block.to(x.device, x.dtype).eval().requires_grad_(False), x, time_embedding
-
-
-def _channels_last_weights(block: TemporalResnetBlock, x: Tensor, time_embedding: Tensor) -> Arguments:
-    block = copy.deepcopy(block)
-    for conv in (block.conv1, block.conv2):
-        conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last_3d)
-    return block, x, time_embedding
-
-
-def _fused(block: TemporalResnetBlock, x: Tensor, time_embedding: Tensor) -> Arguments:
-    fused, *others = _channels_last_weights(block, x, time_embedding)
-    rule = Swap(FusedTemporalResnetBlock)
-    # the bench itself holds the result against float64
-    rule.apply(fused, [Site("block", op, fidelity) for op, fidelity in rule.ops.items()], self_check=False)
-    return fused, *others
-
-
-def _run_block(block: nn.Module, x: Tensor, time_embedding: Tensor) -> Tensor:
-    return block(x, time_embedding)
-
-
-def _block_flops(case: Case) -> float:
-    return 2 * 2.0 * math.prod(case.shapes[0]) * 3 * case.shapes[0][1]  # two convolutions, three frames each
-
-
-_TEMPORAL_RESNET_BLOCK = Op(
-    cases=(_block_case("svd level 0", 2, 320, 14, 72, 128, time_channels=1280),),
-    tiny=_block_case("tiny", 1, 32, 2, 4, 4, time_channels=16),
-    reference=_run_block,
-    providers={
-        "eager": Provider(_run_block, channels_first),
-        "eager+channels_last+cudnn.benchmark": Provider(_run_block, _channels_last_weights, cudnn_benchmark=True),
-        "compile": Provider(_run_block, channels_first, compiled=True),
-        "compile+channels_last+cudnn.benchmark": Provider(
-            _run_block, _channels_last_weights, compiled=True, cudnn_benchmark=True
-        ),
-        "ours": Provider(_run_block, _fused),
-        "ours+cudnn.benchmark": Provider(_run_block, _fused, cudnn_benchmark=True),
-        "ours, one stage": Provider(_run_block, _fused, one_stage=True),
-    },
-    numbers=passes(13),  # two norms of three each, two convolutions of two, and three for the sum
-    flops=_block_flops,
-    build=_with_block,
-)
-
-# `vidaccel bench --op NAME`
-OPS = {
-    "add_layer_norm": ADD_LAYER_NORM,
-    "alpha_blend": ALPHA_BLEND,
-    "conv_epilogue": CONV_EPILOGUE,
-    "geglu": GEGLU,
-    "group_norm_silu": _GROUP_NORM_SILU,
-    "linear_geglu": _LINEAR_GEGLU,
-    "spatial_attention": _SPATIAL_ATTENTION,
-    "temporal_attention": _TEMPORAL_ATTENTION,
-    "temporal_resnet_block": _TEMPORAL_RESNET_BLOCK,
-    "upsample_conv": _UPSAMPLE_CONV,
-}
+STOCK = {"temporal_attention": Stock(_attend_frames_inner, _keys_frames_inner)}

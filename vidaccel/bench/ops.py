@@ -1,181 +1,237 @@
 """One op at a time, at the shapes that the models give it: stock code, torch.compile and ours, in one run.
 
-``bytes`` and ``flops`` of a row are what our algorithm has to move and to multiply, for every provider, so that
-``GB/s`` and ``TFLOP/s`` are nothing but the inverse of the time. What bounds it is the one that takes longer at the
-rates that this GPU was seen to reach.
+``bytes`` and ``flops`` of a row are what the op itself says that a call has to move and to multiply, for every variant,
+so that ``GB/s`` and ``TFLOP/s`` are nothing but the inverse of the time. What bounds it is the one that takes longer at
+the rates that this GPU was seen to reach.
 """
 
 from __future__ import annotations
 
-import copy
+import inspect
 import math
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vidaccel.bench.op_case import Arguments, Case, Op, Outputs, Provider
-from vidaccel.bench.op_cases import OPS
+from vidaccel.bench.op_cases import CASES, STOCK, TINY, Arguments, Stock, Zeros
 from vidaccel.bench.record import Recorder, Row
 from vidaccel.bench.settings import Settings
-from vidaccel.bench.timing import time_calls, time_queued, timed
-from vidaccel.bench.variants import cudnn_benchmark
-from vidaccel.fidelity.metrics import relative_error
-from vidaccel.kernels.dispatch import record_choices, triton_device_problem
+from vidaccel.bench.timing import time_call, time_calls, time_queued
+from vidaccel.kernels.check import Part
 from vidaccel.kernels.launch import constants_overridden
+from vidaccel.kernels.op import REFERENCE, Costs, Op, device_reason, listening, ops
 
-__all__ = ["measure_ops", "one_stage_kernels"]
+__all__ = ["arguments_of", "measure_ops", "measured_ops"]
 
-_CACHES = 4  # how many times over the inputs of all timed calls fill the L2 cache
-_MOST_CALLS = 24
-_SECONDS = 0.1  # for the timed calls of a provider
-_MOST_ROUNDINGS = 16  # relative error, in units of the dtype's, beyond which a result is wrong and not worth a time
+PREFETCHING = ("add_layer_norm", "group_norm_silu", "temporal_attention")  # their kernels take their depth as STAGES
+CACHES = 4  # how many times over the inputs of all timed calls fill the L2 cache
+MOST_CALLS = 24
+SECONDS = 0.1  # for the timed calls of a variant
+MOST_ROUNDINGS = 16  # relative error, in units of the dtype's, beyond which a result is wrong and not worth a time
+
+
+class _Variant(NamedTuple):
+    """One way to compute an op: ``run`` takes what ``prepare`` makes of the op's arguments."""
+
+    run: Callable[..., Any]
+    prepare: Callable[..., tuple[Any, ...]]
+    compiled: bool = False
+    one_stage: bool = False
+    impl: str | None = None
+
+
+class _Gold(NamedTuple):
+    """The reference in float64 on a part of the arguments, and where that lies in the outputs."""
+
+    of: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
+    outputs: tuple[Tensor, ...]
 
 
 def measure_ops(
-    names: list[str], size: str, device: torch.device, dtype: torch.dtype, settings: Settings, recorder: Recorder
+    name: str, size: str, device: torch.device, dtype: torch.dtype, settings: Settings, recorder: Recorder
 ) -> None:
-    """Fill ``recorder`` with one row per op, case and provider; of many ops torch.compile gets the first case only.
+    """Fill ``recorder`` with one row per op, case and variant.
 
-    The record's ``failed_ops`` are those of which a provider failed.
+    ``name`` is that of an op, or "all": then torch.compile gets only the first case of each. The record's
+    ``failed_ops`` are those of which a variant failed.
     """
-    cases = {name: (OPS[name].tiny,) if size == "tiny" else OPS[name].cases for name in names}
-    recorder.expect(sum(len(cases[name]) * len(OPS[name].providers) for name in names))
-    recorder.record["shapes"] = {
-        _scope(name, case): ["x".join(map(str, shape)) for shape in case.shapes]
-        for name in names
-        for case in cases[name]
+    cases = {
+        (op, case): arguments
+        for op in (measured_ops() if name == "all" else [name])
+        for case, arguments in CASES[op].items()
+        if (case == TINY) == (size == TINY)
     }
-    for name in names:
-        for case in cases[name]:
-            compiles = len(names) == 1 or case is cases[name][0]
-            providers = {v: p for v, p in OPS[name].providers.items() if compiles or not p.compiled}
-            _measure_case(_scope(name, case), OPS[name], case, providers, device, dtype, settings, recorder)
+    recorder.record["shapes"] = {
+        f"{op}: {case}": {x: "x".join(map(str, shape)) for x, shape in arguments.items() if isinstance(shape, tuple)}
+        for (op, case), arguments in cases.items()
+    }
+    compiled = set()
+    for (op, case), arguments in cases.items():
+        compiles = name != "all" or op not in compiled
+        compiled.add(op)
+        _measure_case(f"{op}: {case}", ops()[op], arguments, compiles, device, dtype, settings, recorder)
     failed = {row["scope"].partition(":")[0] for row in recorder.rows if row["status"] == "failed"}
     recorder.record["failed_ops"] = sorted(failed)
 
 
-def _scope(name: str, case: Case) -> str:
-    return f"{name}: {case.name}"
+def measured_ops() -> list[str]:
+    """The ops that have cases."""
+    return [op for op in CASES if op in ops()]
+
+
+def arguments_of(op: Op, case: Arguments, device: torch.device, dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
+    """The arguments of ``case`` by position, as ``op`` takes them."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def made(value: Any) -> Any:
+        if isinstance(value, Zeros):
+            return torch.zeros(value, device=device, dtype=dtype)
+        if not isinstance(value, tuple):
+            return value
+        x = torch.randn(value, generator=generator, device=device, dtype=dtype)
+        return x.movedim(1, -1).contiguous().movedim(-1, 1) if x.ndim > 3 else x
+
+    bound = inspect.signature(op.reference).bind(**{name: made(value) for name, value in case.items()})
+    bound.apply_defaults()
+    return (*bound.args, *bound.kwargs.values())
 
 
 def _measure_case(
     scope: str,
     op: Op,
-    case: Case,
-    providers: Mapping[str, Provider],
+    case: Arguments,
+    compiles: bool,
     device: torch.device,
     dtype: torch.dtype,
     settings: Settings,
     recorder: Recorder,
 ) -> None:
     if recorder.out_of_time:
-        for variant in providers:
-            recorder.skip_for_time(scope, variant)
+        recorder.skip_for_time(scope, "all")
         return
     try:
-        arguments = op.build(*_random_tensors(case, device, dtype, settings.seed))
-        gold = _gold(op, case, arguments)
+        args = arguments_of(op, case, device, dtype, settings.seed)
+        variants, gold, costs = dict(_variants(op, args, compiles)), _gold(op, args), op.costs(*args)
     except Exception as error:  # whatever one case does, the others are still worth measuring
-        for variant in providers:
-            recorder.fail(scope, variant, error)
+        recorder.fail(scope, "all", error)
         return
-    for variant, provider in providers.items():
-        if problem := _why_skipped(provider, arguments, case.scalars):
-            recorder.skip(scope, variant, problem)
+    for name, variant in variants.items():
+        if variant.impl and (reason := op.unserved(*args, impl=variant.impl)):
+            recorder.skip(scope, name, reason)
             continue
-        measured = partial(_measure, provider, arguments, case.scalars, gold, dtype, device, settings)
-        work = partial(_with_rates, measured, op, case, dtype.itemsize, recorder.record["ceilings"])
-        recorder.measure(scope, variant, work)
+        measured = partial(_measure, variant, op, args, gold, device, dtype, settings)
+        recorder.measure(scope, name, partial(_with_rates, measured, costs, recorder.record["ceilings"]))
         torch._dynamo.reset()
 
 
+def _variants(op: Op, args: tuple[Any, ...], compiles: bool) -> Iterator[tuple[str, _Variant]]:
+    """By name: stock code in each memory order, compiled or not, each implementation where there are several, ours."""
+    stock = STOCK.get(op.name, Stock(op.reference, _as_they_are))
+    images = any(isinstance(x, Tensor) and x.ndim > 3 for x in args)
+    for name in ("eager", "compile") if compiles else ("eager",):
+        yield name, _Variant(stock.run, partial(_stock_order, stock.prepare), compiled=name == "compile")
+        if images:
+            yield f"{name}+channels_last", _Variant(stock.run, stock.prepare, compiled=name == "compile")
+    ways = [name for name in op.implementations if name != REFERENCE]
+    for way in ways if len(ways) > 1 else ():
+        yield way, _Variant(partial(op, impl=way), _as_they_are, impl=way)
+    yield "ours", _Variant(op, _as_they_are)
+    if op.name in PREFETCHING and device_reason(args[0]) is None:
+        yield "ours, one stage", _Variant(op, _as_they_are, one_stage=True)
+
+
+def _as_they_are(*args: Any) -> tuple[Any, ...]:
+    return args
+
+
+def _stock_order(prepare: Callable[..., tuple[Any, ...]], *args: Any) -> tuple[Any, ...]:
+    """Every image in the memory order of stock code."""
+    return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in prepare(*args))
+
+
 @torch.no_grad()
-def _gold(op: Op, case: Case, arguments: Arguments) -> tuple[Tensor, ...]:
-    in_float64 = (copy.deepcopy(x).double() if isinstance(x, nn.Module) else x.double() for x in arguments)
-    return _tensors(op.reference(*in_float64, *case.scalars))
+def _gold(op: Op, args: tuple[Any, ...]) -> list[_Gold]:
+    parts = op.parts(*args) if op.parts else [Part(args, lambda outputs: outputs)]
+    return [_Gold(part.of, _tensors(op.reference(*map(_double, part.args)))) for part in parts]
 
 
-def _tensors(outputs: Outputs) -> tuple[Tensor, ...]:
-    return (outputs,) if isinstance(outputs, Tensor) else outputs
+def _double(x: Any) -> Any:
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
-def _why_skipped(provider: Provider, arguments: Arguments, scalars: tuple[Any, ...]) -> str | None:
-    first = next(x for x in arguments if isinstance(x, Tensor))
-    if provider.one_stage and (problem := triton_device_problem(first)):
-        return problem
-    return provider.problem(*arguments, *scalars) if provider.problem else None
+def _tensors(outputs: Any) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
-def _random_tensors(case: Case, device: torch.device, dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
-    generator = torch.Generator(device).manual_seed(seed)
-    drawn = [torch.randn(shape, generator=generator, device=device, dtype=dtype) for shape in case.shapes]
-    return tuple(x.movedim(1, -1).contiguous().movedim(-1, 1) if x.ndim > 3 else x for x in drawn)
+def _error(gold: list[_Gold], op: Op, args: tuple[Any, ...], outputs: Any) -> float:
+    """The largest relative L2 error of an output."""
+    # stock code may return another memory order, which a part cannot be cut from
+    outputs = tuple(
+        empty.copy_(x.reshape(empty.shape))
+        for empty, x in zip(_tensors(op.fake(*args)), _tensors(outputs), strict=True)
+    )
+    squares = torch.zeros(2, len(outputs), dtype=torch.float64)
+    for of, expected in gold:
+        for i, (x, y) in enumerate(zip(of(outputs), expected, strict=True)):
+            squares[:, i] += torch.stack([(x.double() - y).square().sum(), y.square().sum()]).cpu()
+    errors, norms = squares.sqrt()
+    return float((errors / norms).max())
 
 
 @torch.no_grad()
 def _measure(
-    provider: Provider,
-    arguments: Arguments,
-    scalars: tuple[Any, ...],
-    gold: tuple[Tensor, ...],
-    dtype: torch.dtype,
+    variant: _Variant,
+    op: Op,
+    args: tuple[Any, ...],
+    gold: list[_Gold],
     device: torch.device,
+    dtype: torch.dtype,
     settings: Settings,
 ) -> Row:
-    run = torch.compile(provider.run, backend=settings.compile_backend) if provider.compiled else provider.run
-    prepared = provider.prepare(*arguments, *scalars)
-    call = partial(run, *prepared, *scalars)
+    run = torch.compile(variant.run, backend=settings.compile_backend) if variant.compiled else variant.run
+    prepared = variant.prepare(*args)
+    call = partial(run, *prepared)
     with ExitStack() as stack:
-        if provider.one_stage:
-            stack.enter_context(one_stage_kernels())
-        if provider.cudnn_benchmark:
-            stack.enter_context(cudnn_benchmark(dtype))
-        first_call = timed(call, device)
-        with record_choices() as choices:
-            outputs = _tensors(call())
-        error = max(relative_error(x.reshape(y.shape), y) for x, y in zip(outputs, gold, strict=True))
-        if not error <= _MOST_ROUNDINGS * torch.finfo(dtype).eps:
+        if variant.one_stage:
+            stack.enter_context(constants_overridden(STAGES=1))
+        first_call = time_call(call, device)
+        with listening() as events:
+            error = _error(gold, op, args, call())
+        if not error <= MOST_ROUNDINGS * torch.finfo(dtype).eps:
             raise ArithmeticError(f"relative error {error:.1e} against float64")
         if device.type == "cuda":
-            calls = [partial(run, *inputs, *scalars) for inputs in _input_sets(prepared, device)]
-            latency = time_queued(calls, device, budget_seconds=_SECONDS)
+            calls = [partial(run, *inputs) for inputs in _input_sets(prepared, device)]
+            latency = time_queued(calls, device, budget_seconds=SECONDS)
         else:
             latency = time_calls(call, device, repeats=settings.repeats, warmup=settings.warmup)
     return {
         **latency._asdict(),
-        "cold_start_s": first_call,
+        "cold_start_s": first_call.wall_ms / 1e3,
         "error_to_reference": error,
-        "implementations": sorted({choice.impl for choice in choices}),
+        "implementations": sorted({event.implementation for event in events}),
     }
 
 
-def _input_sets(arguments: Arguments, device: torch.device) -> list[Arguments]:
+def _input_sets(args: tuple[Any, ...], device: torch.device) -> list[tuple[Any, ...]]:
     """The arguments and as many copies as it takes for none to be in the L2 cache when its turn comes."""
-    nbytes = sum(x.nbytes for x in arguments if isinstance(x, Tensor))
-    wanted = math.ceil(_CACHES * torch.cuda.get_device_properties(device).L2_cache_size / max(nbytes, 1))
-    copies = min(max(wanted, 2), _MOST_CALLS) - 1
-    return [arguments, *(tuple(x.clone() if isinstance(x, Tensor) else x for x in arguments) for _ in range(copies))]
+    nbytes = sum(x.nbytes for x in args if isinstance(x, Tensor))
+    wanted = math.ceil(CACHES * torch.cuda.get_device_properties(device).L2_cache_size / max(nbytes, 1))
+    copies = min(max(wanted, 2), MOST_CALLS) - 1
+    return [args, *(tuple(x.clone() if isinstance(x, Tensor) else x for x in args) for _ in range(copies))]
 
 
-def _with_rates(measure: Callable[[], Row], op: Op, case: Case, itemsize: int, ceilings: Mapping[str, float]) -> Row:
+def _with_rates(measure: Callable[[], Row], costs: Costs, ceilings: Mapping[str, float]) -> Row:
     """The row that ``measure`` returns, with what its time means against the ceilings of this device."""
     row = measure()
-    nbytes, bound = op.numbers(case) * itemsize, "memory"
-    gb_s = nbytes / row["median_ms"] / 1e6
-    row |= {"bytes": nbytes, "gb_s": gb_s, "of_copy_bandwidth": gb_s / ceilings["copy_gb_s"]}
-    if op.flops is not None:
-        flops = op.flops(case)
-        tflop_s = flops / row["median_ms"] / 1e9
+    gb_s = costs.bytes / row["median_ms"] / 1e6
+    row |= {"bytes": costs.bytes, "gb_s": gb_s, "of_copy_bandwidth": gb_s / ceilings["copy_gb_s"], "bound": "memory"}
+    if costs.flops:
+        tflop_s = costs.flops / row["median_ms"] / 1e9
         of_matmul = tflop_s / next(rate for name, rate in ceilings.items() if name.startswith("matmul_"))
-        row |= {"flops": flops, "tflop_s": tflop_s, "of_matmul_rate": of_matmul}
-        bound = "matmul" if of_matmul > row["of_copy_bandwidth"] else "memory"
-    return row | {"bound": bound}
-
-
-def one_stage_kernels() -> AbstractContextManager[None]:
-    """Launch every kernel that takes its prefetch depth as ``STAGES``, as ours do, with a depth of one."""
-    return constants_overridden(STAGES=1)
+        row |= {"flops": costs.flops, "tflop_s": tflop_s, "of_matmul_rate": of_matmul}
+        row["bound"] = "matmul" if of_matmul > row["of_copy_bandwidth"] else "memory"
+    return row

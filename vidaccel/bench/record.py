@@ -1,29 +1,22 @@
 """A benchmark record: where it was measured, how it is written, and the table that it prints.
 
 A record is one JSON object. Its ``results`` are rows, one per (scope, variant): ``status`` is ``ok``, ``failed`` or
-``skipped`` (then ``reason`` says why), and an ``ok`` row carries its figures.
+``skipped`` (then ``reason`` says why), and an ``ok`` row carries its figures. Its ``new_processes``, if it has any, are
+such rows of first calls, one per (variant, caches, scope).
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import math
-import platform
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from vidaccel.clips.outputs import aside
+from vidaccel.clips.outputs import write_json
 from vidaccel.errors import first_line
 
 __all__ = [
@@ -31,74 +24,13 @@ __all__ = [
     "Row",
     "add_ratios",
     "best_compile",
-    "environment",
     "is_compile_baseline",
-    "json_text",
     "table",
-    "write_json",
 ]
 
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
-
-
-def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
-    """Everything about this machine and its software that moves a figure."""
-    on_gpu = device.type == "cuda"
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit or _commit(),
-        "device": torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()} CPU",
-        "cpu_threads": torch.get_num_threads(),
-        "driver": _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
-        "cuda": torch.version.cuda or torch.version.hip,
-        "cudnn": torch.backends.cudnn.version() if on_gpu else None,
-        "python": platform.python_version(),
-        **{name: _version(name) for name in ("vidaccel", "torch", "triton", "diffusers", "transformers")},
-    }
-
-
-def _commit() -> str | None:
-    """Of the checkout that this file belongs to, if it does; an installed package may lie in somebody else's."""
-    root = Path(__file__).parents[2]
-    describe = ("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-    return _output_of("git", "-C", str(root), *describe) if (root / ".git").exists() else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _output_of(*command: str) -> str | None:
-    """First line that ``command`` prints, or None if it is missing or fails."""
-    if shutil.which(command[0]) is None:
-        return None
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    lines = done.stdout.splitlines()
-    return lines[0].strip() if done.returncode == 0 and lines else None
-
-
-def write_json(path: Path, record: Any) -> None:
-    """Write aside, then rename: whoever reads ``path`` sees the whole of the old record or the whole of the new."""
-    with aside(path) as part:
-        part.write_text(json_text(record) + "\n")
-
-
-def json_text(record: Any) -> str:
-    """Strict JSON; infinities and NaN, which it has no numbers for, become the strings that Python's float() reads."""
-    return json.dumps(_plain(record), indent=2, allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Recorder:
@@ -117,10 +49,6 @@ class Recorder:
         self._deadline = deadline
         self._bar = tqdm(leave=False, disable=None)
 
-    def expect(self, rows: int) -> None:
-        """How many rows there are going to be, for the progress bar."""
-        self._bar.total = rows
-
     def measure(self, scope: str, variant: str, work: Callable[[], Row]) -> None:
         """Add the row that ``work`` returns; if it fails, or there is no time for it, a row that says so."""
         if self.out_of_time:
@@ -134,6 +62,13 @@ class Recorder:
             self.fail(scope, variant, error)
         else:
             self._add(scope, variant, "ok", row)
+
+    def note_first_calls(self, row: Row) -> None:
+        """Add a row to the record's ``new_processes``."""
+        self.record.setdefault("new_processes", []).append(row)
+        outcome = f"first call {row['first_call_s']:.2f} s" if row["status"] == "ok" else row["reason"]
+        self._bar.write(f"{row['scope']}: {row['variant']}, {row['caches']} caches: {outcome}", file=sys.stderr)
+        self._save()
 
     def skip(self, scope: str, variant: str, reason: str) -> None:
         """Add a row for what is not tried."""
@@ -199,6 +134,10 @@ def _number(digits: int) -> Callable[[Any], str]:
     return lambda value: f"{value:.{digits}f}"
 
 
+def _unless_ok(status: str) -> str:
+    return "" if status == "ok" else status
+
+
 _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("scope", "scope", str),
     ("variant", "variant", str),
@@ -214,13 +153,20 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("tflop_s", "TFLOP/s", _number(2)),
     ("of_matmul_rate", "of matmul", _number(2)),
     ("bound", "bound by", str),
+    ("host_ms", "host ms", _number(2)),
+    ("caches", "caches", str),
+    ("first_call_s", "first call s", _number(2)),
+    ("next_ms", "2nd to 10th call ms", _number(3)),
+    ("next_worst_ms", "worst", _number(3)),
+    ("next_host_ms", "their host ms", _number(2)),
+    ("run_ms", "in a run ms", _number(3)),
     ("cold_start_s", "cold start s", _number(1)),
     ("peak_memory_gib", "peak GiB", _number(2)),
     ("peak_reserved_gib", "reserved GiB", _number(2)),
     ("error_to_eager", "error to eager", "{:.1e}".format),
     ("error_to_reference", "error to reference", "{:.1e}".format),
     ("psnr_min_to_eager_db", "min PSNR dB", _number(1)),
-    ("status", "", lambda status: "" if status == "ok" else status),
+    ("status", "", _unless_ok),
     ("reason", "", str),
 )
 
@@ -231,9 +177,7 @@ def table(rows: list[Row]) -> str:
     used = [i for i in range(len(_COLUMNS)) if any(line[i] for line in cells)]
     lines = [[_COLUMNS[i][1] for i in used], *([line[i] for i in used] for line in cells)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    texts = {
-        i for i, column in enumerate(used) if _COLUMNS[column][0] in ("scope", "variant", "bound", "status", "reason")
-    }
+    texts = {i for i, column in enumerate(used) if _COLUMNS[column][2] in (str, _unless_ok)}
     return "\n".join(
         "  ".join(
             cell.ljust(width) if i in texts else cell.rjust(width)

@@ -19,6 +19,8 @@ class Settings:
         budget_seconds: After how long to stop repeating.
         with_reference: Whether half-precision outputs are also held against float32 ones.
         compile_backend: Of torch.compile.
+        new_process: Whether the first calls are measured in new processes, too.
+        cpus: How many CPU cores the process is held to; None: as it is.
         empty_caches: Whether compiled code on disk is out of sight, so that nothing starts warm.
         only: For ``patch_pipeline``.
         skip: For ``patch_pipeline``.
@@ -32,6 +34,8 @@ class Settings:
     budget_seconds: float
     with_reference: bool
     compile_backend: str
+    new_process: bool
+    cpus: int | None
     empty_caches: bool
     only: list[str] | None
     skip: list[str] | None

@@ -1,28 +1,28 @@
 """Whole pipelines with random weights, built from configurations: no download, no checkpoint, any size.
 
-A family declares them in its adapter, ``pipelines/<family>.py``::
+What is built is declared in ``samples/models/configurations/<name>.json``::
 
-    SYNTHETIC = {
-        "svd": {
-            "pipeline": "StableVideoDiffusionPipeline",
-            "components": {"unet": ("UNetSpatioTemporalConditionModel", {...}), "scheduler": (...), ...},
-            "inputs": {"image": "image", "prompt_embeds": (1, 77, 768)},
-            "call": {"height": 576, "width": 1024, "num_frames": 14, "num_inference_steps": 25},
-            "tiny": {"components": {"unet": {...}}, "inputs": {...}, "call": {...}},
-        },
+    {
+      "source": "stabilityai/stable-video-diffusion-img2vid",
+      "pipeline": "StableVideoDiffusionPipeline",
+      "components": {"unet": ["UNetSpatioTemporalConditionModel", {...}], "scheduler": [...], ...},
+      "inputs": {"image": "image", "prompt_embeds": [1, 77, 768]},
+      "call": {"height": 576, "width": 1024, "num_frames": 14, "num_inference_steps": 25},
+      "tiny": {"components": {"unet": {...}}, "inputs": {...}, "call": {...}}
     }
 
-Component classes are named as diffusers or transformers export them. An input is ``"image"`` (a random picture of the
-call's size) or the shape of a random tensor. ``tiny`` overrides single entries for a dry run on a CPU.
+Component classes are named as diffusers or transformers export them, with the configuration of the released checkpoint
+(``source``). An input is ``"image"`` (a random picture of the call's size) or the shape of a random tensor. ``tiny``
+overrides single entries for a dry run on a CPU.
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import pkgutil
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -33,29 +33,32 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL import Image
 from torch import nn
 
-import vidaccel.pipelines
-from vidaccel.errors import UsageError
+from vidaccel.errors import UsageError, nearest
 
-__all__ = ["build_component", "build_pipeline", "families", "pipeline_inputs", "specification"]
+__all__ = ["build_component", "build_pipeline", "configurations", "pipeline_inputs", "specification"]
+
+_FOLDER = Path(__file__).resolve().parents[2] / "samples" / "models" / "configurations"
 
 Specification = dict[str, Any]
 
 
-def families() -> dict[str, Specification]:
-    """Every synthetic pipeline that an adapter declares, by name."""
-    found: dict[str, Specification] = {}
-    for module in pkgutil.iter_modules(vidaccel.pipelines.__path__):
-        adapter = importlib.import_module(f"vidaccel.pipelines.{module.name}")
-        found |= getattr(adapter, "SYNTHETIC", {})
-    return found
+def configurations() -> list[str]:
+    """The names of all there are, sorted."""
+    return sorted(path.stem for path in _FOLDER.glob("*.json"))
 
 
-def specification(family: str, size: str = "full") -> Specification:
-    """The declaration of ``family``, with its ``tiny`` overrides applied if ``size`` says so."""
-    known = families()
-    if family not in known:
-        raise UsageError(f"--synthetic {family}: unknown; there are {', '.join(sorted(known))}")
-    declared = known[family]
+def specification(name: str, size: str = "full") -> Specification:
+    """What is declared under ``name``, with its ``tiny`` overrides applied if ``size`` says so.
+
+    Raises:
+        UsageError: there is no such declaration, or none at all, as in an installed package.
+    """
+    names = configurations()
+    if not names:
+        raise UsageError("--synthetic: the configurations come with the repository, not with the installed package")
+    if name not in names:
+        raise UsageError(f"--synthetic {name}: unknown{nearest(name, names)}")
+    declared = json.loads((_FOLDER / f"{name}.json").read_text())
     tiny = declared["tiny"] if size == "tiny" else {}
     components = {
         name: (class_name, config | tiny.get("components", {}).get(name, {}))

@@ -1,8 +1,7 @@
-"""Latencies on a GPU or a CPU, peak memory, and the two ceilings that they are judged by."""
+"""Latencies on a GPU or a CPU, time of the host, peak memory, and the two ceilings that they are judged by."""
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,16 +10,14 @@ import numpy as np
 import torch
 
 __all__ = [
+    "Call",
     "Latency",
     "ceilings",
-    "free_memory",
-    "peak_memory_gib",
-    "peak_reserved_gib",
-    "reset_peak_memory",
     "summarise",
+    "time_call",
     "time_calls",
     "time_queued",
-    "timed",
+    "time_run",
 ]
 
 _FEWEST_REPEATS = 3
@@ -36,6 +33,18 @@ class Latency(NamedTuple):
     p20_ms: float
     p80_ms: float
     repeats: int
+
+
+class Call(NamedTuple):
+    """A call that found the device idle, in milliseconds.
+
+    Attributes:
+        host_ms: Until it returned to Python, the GPU perhaps still at work: the time that queueing takes.
+        wall_ms: Until all that it queued was done.
+    """
+
+    host_ms: float
+    wall_ms: float
 
 
 def _mark(device: torch.device) -> _Mark:
@@ -55,12 +64,19 @@ def _elapsed_ms(start: _Mark, end: _Mark) -> float:
     return 1e3 * float(end - start)
 
 
-def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Wall seconds of one call, to the end of what it queued on ``device``."""
+def time_call(call: Callable[[], object], device: torch.device) -> Call:
+    """Times of one call by the host's clock; waits for ``device`` before and after it."""
+    _synchronize(device)
     start = time.perf_counter()
     call()
+    returned = time.perf_counter()
     _synchronize(device)
-    return time.perf_counter() - start
+    return Call(1e3 * (returned - start), 1e3 * (time.perf_counter() - start))
+
+
+def time_run(call: Callable[[], object], device: torch.device, calls: int) -> float:
+    """Milliseconds of a call in a run of them, as a pipeline makes its steps: the device is waited for at the end."""
+    return time_call(lambda: [call() for _ in range(calls)], device).wall_ms / calls
 
 
 def time_calls(
@@ -116,8 +132,8 @@ def time_queued(calls: Sequence[Callable[[], object]], device: torch.device, *, 
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             outputs = [call() for call in calls]
-        once = timed(graph.replay, device)
-        replays = min(max(int(budget_seconds / once), _FEWEST_REPEATS), _MOST_REPLAYS)
+        once = time_call(graph.replay, device).wall_ms
+        replays = min(max(int(1e3 * budget_seconds / once), _FEWEST_REPEATS), _MOST_REPLAYS)
         laps = time_calls(graph.replay, device, repeats=replays, warmup=1)
         del outputs
     median, p20, p80 = (milliseconds / len(calls) for milliseconds in laps[:3])
@@ -133,29 +149,6 @@ def summarise(milliseconds: list[float]) -> Latency:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def free_memory() -> None:
-    """Give back what nobody refers to any more, so that one measurement does not weigh on the next."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Start :func:`peak_memory_gib` and :func:`peak_reserved_gib` afresh."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_memory_gib(device: torch.device) -> float | None:
-    """Most memory that tensors held since the reset, or None where PyTorch does not count it."""
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-
-
-def peak_reserved_gib(device: torch.device) -> float | None:
-    """Most memory that PyTorch held since the reset, used or not: the pool of a CUDA graph counts only here."""
-    return torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else None
 
 
 def ceilings(device: torch.device) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """What a variant such as ``patched+compile`` does to a pipeline, and how all of it is undone.
 
 A variant is ``eager``, or parts joined by ``+``: stock code and patched code take the same switches, so that the
-baseline is as strong as the user could make it.
+baseline is as strong as the user could make it. ``patched`` is ``patch_pipeline(pipe)`` as it comes, with CUDA graphs
+where it finds that they pay; ``patched+no_graph`` is without.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from torch import nn
 from torch._inductor.utils import fresh_cache
 
 from vidaccel.bench.settings import Settings
-from vidaccel.bench.timing import free_memory
+from vidaccel.environment import free_memory
 from vidaccel.errors import UsageError
-from vidaccel.patching.patch import patch_pipeline
+from vidaccel.patching.patch import CudaGraph, patch_pipeline
 from vidaccel.patching.report import PatchReport
 
 __all__ = [
@@ -31,7 +32,7 @@ __all__ = [
     "without_benchmark",
 ]
 
-PARTS = ("channels_last", "cudnn.benchmark", "patched", "cuda_graph", "compile")
+PARTS = ("channels_last", "cudnn.benchmark", "patched", "no_graph", "compile")
 DEFAULT = ("eager", "patched", "compile", "patched+compile")
 # The switches that a user of torch.compile may also turn; the fastest is the baseline that counts.
 BASELINES = ("compile+cudnn.benchmark", "compile+channels_last", "compile+channels_last+cudnn.benchmark")
@@ -45,15 +46,15 @@ def parse_variants(text: str) -> tuple[str, ...]:
         unknown = parts - set(PARTS)
         if unknown and name != "eager":
             raise UsageError(f"--variants: unknown {', '.join(sorted(unknown))}; parts are eager, {', '.join(PARTS)}")
-        if "cuda_graph" in parts and ("patched" not in parts or "compile" in parts):
-            raise UsageError(f"--variants: {name}: cuda_graph goes with patched, and not with compile")
+        if "no_graph" in parts and ("patched" not in parts or "compile" in parts):
+            raise UsageError(f"--variants: {name}: no_graph goes with patched, and not with compile, which has none")
     return tuple(dict.fromkeys(["eager", *names]))
 
 
 def without_benchmark(variant: str) -> str:
     """The variant that runs the same code, compiled or not, but for the algorithms that cuDNN chooses in it."""
     parts = variant.split("+")
-    if "cuda_graph" in parts:  # whose graph has recorded them
+    if "patched" in parts and not {"no_graph", "compile"} & set(parts):  # a graph may have recorded them
         return variant
     return "+".join(part for part in parts if part != "cudnn.benchmark") or "eager"
 
@@ -85,8 +86,8 @@ def applied(variant: str, pipe: DiffusionPipeline, settings: Settings) -> Iterat
             undo.enter_context(cudnn_benchmark(dtype_of(pipe)))
         report = None
         if "patched" in parts:
-            cuda_graph = "cuda_graph" in parts
-            report = patch_pipeline(pipe, only=settings.only, skip=settings.skip, cuda_graph=cuda_graph)
+            graph: CudaGraph = False if {"no_graph", "compile"} & parts else "auto"
+            report = patch_pipeline(pipe, only=settings.only, skip=settings.skip, cuda_graph=graph)
             undo.enter_context(report)
         if "compile" in parts:
             for module in modules:

@@ -12,7 +12,7 @@ import inspect
 import itertools
 import statistics
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -20,9 +20,13 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor, nn
 
+from vidaccel.bench.variants import measured_modules
 from vidaccel.clips.generation import Timings, generate
 
-__all__ = ["ModuleCall", "ModuleWorkload", "PipelineWorkload", "Workload", "recorded_calls"]
+__all__ = ["SCOPES", "ModuleCall", "ModuleWorkload", "PipelineWorkload", "Workload", "workloads"]
+
+# The whole pipeline comes last: it finds its parts compiled by the other scopes, and compiles nothing twice.
+SCOPES = ("denoiser", "vae", "end-to-end")
 
 _INPUT_SETS = 3
 
@@ -52,18 +56,25 @@ class ModuleCall(NamedTuple):
         return {name: "x".join(map(str, x.shape)) for name, x in named.items() if isinstance(x, Tensor)}
 
 
-@contextmanager
-def recorded_calls(modules: dict[str, nn.Module]) -> Iterator[dict[str, list[ModuleCall]]]:
-    """Copies of the arguments of every call of ``modules`` inside the ``with`` block, by name."""
+class _AllRecordedError(Exception):
+    """Ends a run of the pipeline of which nothing more is needed."""
+
+
+def _recorded_calls(modules: dict[str, nn.Module], run: Callable[[], object]) -> dict[str, list[ModuleCall]]:
+    """Copies of the arguments of one call of the denoiser, and of all those of a decode, made by ``run``."""
     calls: dict[str, list[ModuleCall]] = {name: [] for name in modules}
 
     def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls[name].append(ModuleCall(args, kwargs).map(torch.clone))
+        if name != "denoiser" or not calls[name]:
+            calls[name].append(ModuleCall(args, kwargs).map(torch.clone))
+        if list(modules) == ["denoiser"]:  # which thus has not run when its first call is timed
+            raise _AllRecordedError
 
-    with ExitStack() as hooks:
+    with ExitStack() as hooks, suppress(_AllRecordedError):
         for name, module in modules.items():
             hooks.callback(module.register_forward_pre_hook(partial(note, name), with_kwargs=True).remove)
-        yield calls
+        run()
+    return calls
 
 
 class Workload(Protocol):
@@ -140,6 +151,17 @@ class PipelineWorkload:
             "step_ms": 1e3 * statistics.median(timings.step for timings in self._timings),
             "decode_ms": 1e3 * statistics.median(timings.decode for timings in self._timings),
         }
+
+
+def workloads(
+    pipe: DiffusionPipeline, arguments: dict[str, Any], scopes: tuple[str, ...], seed: int
+) -> dict[str, Workload]:
+    """What there is to time in each of ``scopes``."""
+    end_to_end = PipelineWorkload(pipe, arguments, seed)
+    modules = {name: module for name, module in measured_modules(pipe).items() if name in scopes}
+    calls = _recorded_calls(modules, end_to_end.output) if modules else {}
+    made: dict[str, Workload] = {name: ModuleWorkload(modules[name], calls[name], seed) for name in modules}
+    return made | ({"end-to-end": end_to_end} if "end-to-end" in scopes else {})
 
 
 def _output(module: nn.Module, calls: list[ModuleCall]) -> Tensor:

@@ -14,14 +14,14 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from tqdm import tqdm
 
 from vidaccel import patch_pipeline
-from vidaccel.bench.record import environment
 from vidaccel.clips.clip_request import request_from_arguments
 from vidaccel.clips.comparison import Comparison
 from vidaccel.clips.generation import Clip, call_arguments, generate, resolve
 from vidaccel.clips.jobs import Job, LineErrors, jobs_from_file, numbered_jobs
 from vidaccel.clips.outputs import aside, check_output, comparison_path, discard, is_done, record_path
 from vidaccel.clips.video import write_clip
-from vidaccel.clips.video_model import VideoModel, device_of, dtype_of, find_model, load_pipeline, parameters_of_call
+from vidaccel.clips.video_model import VideoModel, dtype_of, find_model, load_pipeline, parameters_of_call
+from vidaccel.environment import device_of, environment
 from vidaccel.errors import UsageError
 
 if TYPE_CHECKING:

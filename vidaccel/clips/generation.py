@@ -12,10 +12,10 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from tqdm import tqdm
 
-from vidaccel.bench.timing import peak_memory_gib, reset_peak_memory
 from vidaccel.clips.clip_request import ClipRequest, pipeline_names
 from vidaccel.clips.video import fit_image, read_image
 from vidaccel.clips.video_model import VideoModel, parameters_of_call
+from vidaccel.environment import peak_memory_gib, reset_peak_memory
 from vidaccel.errors import UsageError, first_line
 
 __all__ = ["Clip", "Timings", "call_arguments", "generate", "resolve"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,17 @@ from typing import Any
 from vidaccel.clips.video import FRAME_PATTERN, SUFFIXES
 from vidaccel.errors import UsageError
 
-__all__ = ["aside", "check_output", "check_record", "comparison_path", "discard", "is_done", "record_path"]
+__all__ = [
+    "aside",
+    "check_output",
+    "check_record",
+    "comparison_path",
+    "discard",
+    "is_done",
+    "json_text",
+    "record_path",
+    "write_json",
+]
 
 
 def record_path(out: Path) -> Path:
@@ -102,3 +113,22 @@ def discard(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Write aside, then rename: whoever reads ``path`` sees the whole of the old record or the whole of the new."""
+    with aside(path) as part:
+        part.write_text(json_text(record) + "\n")
+
+
+def json_text(record: Any) -> str:
+    """Strict JSON; infinities and NaN, which it has no numbers for, become the strings that Python's float() reads."""
+    return json.dumps(_plain(record), indent=2, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -19,8 +19,9 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from vidaccel.clips.clip_request import ClipRequest, option_called, pipeline_names
 from vidaccel.errors import UsageError, first_line
+from vidaccel.patching.families import served_models, unserved_pipeline
 
-__all__ = ["VideoModel", "device_of", "dtype_of", "find_model", "load_pipeline", "parameters_of_call"]
+__all__ = ["VideoModel", "dtype_of", "find_model", "load_pipeline", "parameters_of_call"]
 
 _SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 _BUNDLED_MODEL = _SAMPLES / "models" / "svd-tiny-scenes"
@@ -52,14 +53,9 @@ class VideoModel:
         Raises:
             UsageError: no part belongs to a family that vidaccel has an adapter for.
         """
-        from vidaccel.patching.patch import families  # imports triton, which unpatched runs can do without
-
-        patchable = {part for family in families() for part in family.rules}
-        if patchable.isdisjoint(self.components.values()):
-            supported = ", ".join(sorted(name for family in families() for name in family.pipelines))
-            raise UsageError(
-                f"{self.pipeline_class.__name__} has no part that vidaccel can patch; supported pipelines: {supported}"
-            )
+        models = self.components.values()
+        if set(served_models()).isdisjoint(models):
+            raise UsageError(unserved_pipeline(self.pipeline_class.__name__, models))
 
 
 def find_model(source: str | None = None) -> VideoModel:
@@ -143,20 +139,6 @@ def parameters_of_call(pipeline_class: type[DiffusionPipeline]) -> dict[str, ins
     """What a pipeline of this class takes by name when it is called."""
     parameters = list(inspect.signature(pipeline_class.__call__).parameters.values())[1:]
     return {p.name: p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
-
-
-def device_of(name: str | None) -> torch.device:
-    """The device called ``name``; for None the first GPU, else the CPU.
-
-    Raises:
-        UsageError: this machine has no such device.
-    """
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise UsageError(f"device {name!r} cannot be used here: {first_line(error)}") from error
-    return device
 
 
 def dtype_of(name: str | None, device: torch.device) -> torch.dtype:

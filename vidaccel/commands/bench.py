@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 
+from vidaccel.bench.affinity import pinned
 from vidaccel.clips.clip_request import add_clip_arguments, add_model_arguments
 
 __all__ = ["add_arguments", "run"]
@@ -13,7 +14,7 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     subject = parser.add_mutually_exclusive_group()
-    subject.add_argument("--synthetic", metavar="FAMILY", help="a pipeline with random weights instead of --model")
+    subject.add_argument("--synthetic", metavar="NAME", help="a pipeline with random weights instead of --model")
     subject.add_argument("--op", metavar="NAME", help="one op at the models' shapes instead of a pipeline; or all")
     add_clip_arguments(parser)
     parser.add_argument(
@@ -28,14 +29,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--variants",
         metavar="LIST",
-        help="eager, or any of patched, compile, cudnn.benchmark and channels_last joined by +; eager is always "
-        "measured, and first (default: eager,patched,compile,patched+compile, and for --synthetic on a GPU also the "
-        "stronger torch.compile baselines)",
+        help="eager, or any of patched, no_graph (patched without CUDA graphs), compile, cudnn.benchmark and "
+        "channels_last joined by +; eager is always measured, and first (default: eager,patched,compile,"
+        "patched+compile, and for --synthetic on a GPU also the stronger torch.compile baselines)",
     )
     parser.add_argument("--only", nargs="+", metavar="SITE", help="patch only these ops, parts or module paths")
     parser.add_argument("--skip", nargs="+", metavar="SITE", help="patch all but these")
     parser.add_argument("--repeats", type=int, default=20, help="timed calls at most (default: %(default)s)")
-    parser.add_argument("--warmup", type=int, default=1, help="untimed calls after the first (default: %(default)s)")
+    parser.add_argument("--warmup", type=int, default=3, help="untimed calls after the first (default: %(default)s)")
+    parser.add_argument(
+        "--new-process",
+        action="store_true",
+        help="also measure calls 1 to 10 (of whole clips 1 to 3) of each variant without torch.compile in a new "
+        "process, patched ones with empty disk caches and then with those that the first one left",
+    )
+    parser.add_argument("--cpus", type=int, metavar="N", help="hold the process to this many CPU cores")
     parser.add_argument(
         "--budget",
         type=float,
@@ -66,9 +74,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from vidaccel.bench.benchmark import benchmark
+    with pinned(args.cpus):  # before PyTorch counts the cores
+        from vidaccel.bench.benchmark import benchmark
 
-    return benchmark(args, _command_line(args))
+        return benchmark(args, _command_line(args))
 
 
 def _command_line(args: argparse.Namespace) -> str:

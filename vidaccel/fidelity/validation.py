@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from vidaccel import patch_pipeline
-from vidaccel.bench.record import environment, json_text, write_json
 from vidaccel.clips.clip_request import request_from_arguments
 from vidaccel.clips.generation import Clip, call_arguments, generate, resolve
-from vidaccel.clips.outputs import check_record
-from vidaccel.clips.video_model import device_of, dtype_of, find_model, load_pipeline
+from vidaccel.clips.outputs import check_record, json_text, write_json
+from vidaccel.clips.video_model import dtype_of, find_model, load_pipeline
+from vidaccel.environment import device_of, environment
 from vidaccel.errors import UsageError
 from vidaccel.fidelity.verdict import DEFAULT_MIN_PSNR_DB, judge
 from vidaccel.patching.report import path_pattern

@@ -37,7 +37,7 @@ class CudaCapture:
         self._last_stream: torch.cuda.Stream | None = None
 
     @staticmethod
-    def why_unavailable() -> str | None:
+    def unavailable_reason() -> str | None:
         return None if torch.cuda.is_available() else "there is no CUDA device"
 
     def capturing(self) -> bool:
@@ -97,6 +97,15 @@ class CudaCapture:
         run()
         torch.cuda.synchronize(device)
         return 1e3 * (time.perf_counter() - start)
+
+    def queueing_milliseconds(self, run: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+        """How long ``run`` takes to return, and until the GPU has done its work, from an idle GPU on."""
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        run()
+        queued = time.perf_counter()
+        torch.cuda.synchronize(device)
+        return 1e3 * (queued - start), 1e3 * (time.perf_counter() - start)
 
     def wait(self) -> None:
         """Until no replay is under way, so that its graph may go."""

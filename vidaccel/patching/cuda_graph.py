@@ -2,23 +2,22 @@
 
 A denoiser at a small size is thousands of kernels of a few microseconds, and the GPU waits for Python to launch them. A
 recorded graph runs the same kernels on the same memory, so the result has the same bits; only the launches are saved.
+A call that comes through ``model_call.py`` goes one of three ways:
 
-The graph sits in ``module._compiled_call_impl``, the slot that ``module.compile()`` uses: the model keeps its class and
-its forward, and deepcopy and pickle drop the slot. A call goes one of three ways:
+* the first of its kind (shapes, strides, dtypes, Python values, settings) runs as ever: kernels compile, sites are
+  checked. Then it runs once more, on static buffers, and is captured there, so that a user's second call is a replay;
+  the graph's first replay is held against it bit for bit;
+* the later ones copy their tensors into those buffers, replay, and return copies of the static outputs;
+* now and then one also runs without its graph, for its sites to check themselves, and the graph is held against it.
 
-* the first of its kind (shapes, strides, dtypes, Python values) runs as ever: kernels compile, sites check themselves;
-* the second runs on static buffers and is captured there, and the graph's first replay is held against it bit for bit;
-* the later ones copy their tensors into those buffers, replay, and return copies of the static outputs.
-
-If anything else that a graph takes for granted has changed (``graph_premises.py``), all graphs are dropped and the
-calls begin anew. What cannot be captured runs as ever, and the report counts why. While a graph lives, the memory that
-the call works in stays reserved for it.
+If anything that a graph takes for granted has changed (``premises.py``), all graphs are dropped, and from then on a
+kind is captured when it is seen for the second time: what changes at every call is never captured. What cannot be
+captured runs as ever, and the report counts why. While a graph lives, the memory that the call works in stays reserved.
 """
 
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,22 +28,22 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from vidaccel.config import preferred_implementations
 from vidaccel.errors import first_line
+from vidaccel.kernels import settings
 from vidaccel.patching.cuda_capture import Captured, CaptureError, CudaCapture
-from vidaccel.patching.premises import CALL_SLOT, Premises, why_not_capturable
-from vidaccel.sites.self_check import disagreement
+from vidaccel.patching.premises import capture_reason
 from vidaccel.sites.site import Site
 
-__all__ = ["GraphedCall", "graph_calls", "graphed_call", "is_denoiser", "ungraph", "why_not_graphed"]
+__all__ = ["GraphSite", "Graphs", "is_denoiser"]
 
 logger = logging.getLogger(__name__)
 
 MAX_KINDS = 8
 # A Python value that differs at every call (a time step as a float) would push out all other kinds, and never return.
 MAX_VALUES_PER_SHAPE = 4
-# "auto" keeps a graph that takes at most this part of the time of separate launches.
-WORTH_IT = 0.95
+# "auto" captures a call whose launches take at least this part of its time, and keeps a graph that takes at most this.
+HOST_BOUND, WORTH_IT = 0.8, 0.95
+FIRST_AUDIT, AUDIT_GROWTH = 64, 8
 PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size)
 
 CHANGED = "the model has changed since the call before (weights, adapters, processors or settings)"
@@ -64,51 +63,6 @@ def is_denoiser(model: nn.Module) -> bool:
     return not hasattr(model, "decode")
 
 
-def graphed_call(model: nn.Module) -> GraphedCall | None:
-    """What :func:`graph_calls` put on ``model``, if it is there."""
-    call = vars(model).get(CALL_SLOT)
-    return call if isinstance(call, GraphedCall) else None
-
-
-def why_not_graphed(model: nn.Module) -> str | None:
-    """Why no call of ``model``, as it is now, could be captured, or None."""
-    if vars(model).get(CALL_SLOT) is not None and graphed_call(model) is None:
-        return "it was compiled with module.compile(), which needs the same slot"
-    return CudaCapture.why_unavailable() or why_not_capturable(model)
-
-
-def graph_calls(model: nn.Module, path: str, *, self_check: bool, only_if_faster: bool) -> Site:
-    """Let ``model`` capture and replay its calls; one that does so already stays as it is.
-
-    Args:
-        model: A denoiser.
-        path: Where it is listed in the report.
-        self_check: Compare the first replay of every graph with the call it was captured from.
-        only_if_faster: Time a replay and the call itself at capture, and keep the graph only if it gains something. (A
-            host that is held up by a full launch queue looks as busy as one that cannot keep up, so the time that a
-            call takes to launch would not tell.)
-
-    Returns:
-        The site: active, or left alone with the reason.
-    """
-    if found := graphed_call(model):
-        return found.site
-    site = GraphSite(path, "cuda_graph", "bit-exact")
-    if reason := why_not_graphed(model):
-        site.state, site.reason = "left alone", reason
-    else:
-        vars(model)[CALL_SLOT] = GraphedCall(model, site, self_check, only_if_faster)
-    return site
-
-
-def ungraph(model: nn.Module) -> None:
-    """Undo :func:`graph_calls`, and give back the memory."""
-    if call := graphed_call(model):
-        del vars(model)[CALL_SLOT]
-        call.site.state = "restored"
-        call.forget()
-
-
 class _Call:
     """One call of a model: its arguments taken apart."""
 
@@ -121,7 +75,7 @@ class _Call:
     def kind(self) -> _Kind:
         tensors = tuple((x.shape, x.stride(), x.dtype, x.device) for x in self.tensors)
         plain = tuple(... if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in self.leaves)
-        return _Kind(self.structure, tensors, plain + _switches())
+        return _Kind(self.structure, tensors, (*plain, settings.current()))
 
     def on(self, buffers: list[Tensor]) -> Callable[[], Any]:
         """The same call with ``buffers`` for its tensors."""
@@ -145,57 +99,64 @@ class _Kind:
 
 @dataclass(eq=False)
 class _Entry:
-    """One kind of call: seen once, captured, or refused for good (``reason``)."""
+    """One kind of call: seen, captured, or refused for good (``reason``)."""
 
     kind: _Kind
     reason: str = ""
     graph: Captured | None = None
     buffers: list[Tensor] = field(default_factory=list)
+    replays: int = 0
+    audit: int = FIRST_AUDIT
 
     def fill(self, tensors: list[Tensor]) -> None:
         for buffer, x in zip(self.buffers, tensors, strict=True):
             _unexpanded(buffer).copy_(_unexpanded(x))
 
 
-class GraphedCall:
-    """Stands in a model's call slot; see the module's docstring for a call's way through it."""
+class Graphs:
+    """The graphs of one model; see the module's docstring.
 
-    def __init__(self, model: nn.Module, site: Site, self_check: bool, only_if_faster: bool) -> None:
+    Args:
+        site: What is told of them.
+        checks: Hold the first replay of every graph against the call that it was captured from.
+        only_if_faster: Capture only calls that wait for their launches, and keep only graphs that gain something.
+    """
+
+    def __init__(self, site: Site, checks: bool, only_if_faster: bool) -> None:
         self.site = site
-        # weak, so that a model nobody uses any more goes at once, and its memory with it
-        self._model = weakref.ref(model)
-        self._self_check = self_check
+        self._checks = checks
         self._only_if_faster = only_if_faster
         self._gpu = CudaCapture()
         self._entries: list[_Entry] = []  # the one used last comes last
-        self._premises: Premises | None = None
+        self._model_reason: str | None = None
+        self._has_changed = False
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model: Any = self._model()
-        if torch.compiler.is_compiling() or self._gpu.capturing():
+    def call(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of ``model``, by its graph if there is one."""
+        if not self.site.on or self._gpu.capturing():
             return model._call_impl(*args, **kwargs)
         call = _Call(model, args, kwargs)
-        if reason := self._why_not_served(call):
+        if self._model_reason is None:
+            self._model_reason = capture_reason(model) or ""
+        if reason := self._model_reason or self._call_reason(call):
             return self._fall_back(call, reason)
-        if self._premises is None:
-            return self._begin(call)
-        if not self._premises.hold():
-            self.forget()
-            self.site.fallbacks[CHANGED] += 1
-            return self._begin(call)
-        if self._premises.problem:
-            return self._fall_back(call, self._premises.problem)
         return self._serve(call)
 
+    def changed(self) -> None:
+        """The model is not what it was: drop all graphs."""
+        self.forget()
+        self._has_changed = True
+        self.site.fallbacks[CHANGED] += 1
+
     def forget(self) -> None:
-        """Drop all graphs, and what they were captured under."""
+        """Drop all graphs, and give back their memory."""
         if any(entry.graph for entry in self._entries):
             self._gpu.wait()
             self._entries = []
             self._gpu.give_back_memory()
-        self._entries, self._premises = [], None
+        self._entries, self._model_reason = [], None
 
-    def _why_not_served(self, call: _Call) -> str | None:
+    def _call_reason(self, call: _Call) -> str | None:
         """Why this very call is neither captured nor replayed, or None."""
         if torch.is_grad_enabled():
             return "gradients are enabled (call it under torch.no_grad)"
@@ -213,13 +174,6 @@ class GraphedCall:
         strange = next((leaf for leaf in call.leaves if not isinstance(leaf, (Tensor, *PLAIN))), None)
         return None if strange is None else f"an argument is a {type(strange).__name__}"
 
-    def _begin(self, call: _Call) -> Any:
-        out = self._first_of_kind(call)
-        self._premises = Premises(call.model)
-        if self._premises.problem:
-            self.site.fallbacks[self._premises.problem] += 1
-        return out
-
     def _serve(self, call: _Call) -> Any:
         kind = call.kind()
         entry = next((entry for entry in self._entries if entry.kind == kind), None)
@@ -233,10 +187,23 @@ class GraphedCall:
             return self._fall_back(call, entry.reason)
         self._gpu.follow_last_stream(call.tensors[0].device)
         if entry.graph is None:
-            return self._capture(call, entry)
+            out = self._capture(call, entry)
+            return call.run() if out is None else out
         entry.fill(call.tensors)
         entry.graph.replay()
+        entry.replays += 1
+        if entry.replays == entry.audit:
+            entry.audit *= AUDIT_GROWTH
+            return self._audit(call, entry)
         return tree_map_only(Tensor, torch.clone, entry.graph.outputs)
+
+    def _audit(self, call: _Call, entry: _Entry) -> Any:
+        """The call without its graph, which is dropped if the replay just made differs."""
+        assert entry.graph is not None
+        out = call.run()
+        if not _same_bits(entry.graph.outputs, out):
+            self._drop(entry, "a later replay differs in some bits from the call")
+        return out
 
     def _fall_back(self, call: _Call, reason: str) -> Any:
         self.site.fallbacks[reason] += 1
@@ -256,47 +223,65 @@ class GraphedCall:
             self._gpu.wait()
             del self._entries[0]
         self._entries.append(entry)
+        if not entry.reason and not self._has_changed:
+            self._gpu.follow_last_stream(call.tensors[0].device)
+            self._capture(call, entry)
         return out
 
     def _capture(self, call: _Call, entry: _Entry) -> Any:
-        """Run the call on static buffers, then capture it there; a failure costs the graph, never the result."""
-        out = self._rehearse(call, entry)
-        if entry.reason:
-            return self._fall_back(call, entry.reason)
-        run = call.on(entry.buffers)
-        try:
-            # one pool for all: no two replays run at the same time, and what they return is copied at once
-            pool = next((other.graph.pool for other in self._entries if other.graph), None)
-            entry.graph = self._gpu.capture(run, call.tensors[0].device, pool)
-            entry.reason = self._why_not_kept(entry.graph, run, out, call.tensors[0].device) or ""
-        except Exception as error:
-            entry.reason = _one_line(error)
-        if entry.reason:
-            logger.warning("%s: no CUDA graph: %s", self.site.path or type(call.model).__name__, entry.reason)
-            self.site.fallbacks[entry.reason] += 1
-            self._gpu.wait()
-            entry.graph, entry.buffers = None, []
-            self._gpu.give_back_memory()
-        else:
-            self.site.implementations.add("cuda graph")
-        return out
+        """Run the call on static buffers, then capture it there; a failure costs the graph, never the result.
 
-    def _rehearse(self, call: _Call, entry: _Entry) -> Any:
-        """What the call returns, run on new static buffers; or a reason in ``entry``."""
+        Returns:
+            What the call returns; None if it did not get as far.
+        """
+        device = call.tensors[0].device
         try:
             entry.buffers = [_buffer_like(x) for x in call.tensors]
             entry.fill(call.tensors)
-            return self._gpu.rehearse(call.on(entry.buffers))
+            run = call.on(entry.buffers)
+            if self._only_if_faster and (reason := self._launches_reason(run, device)):
+                return self._refuse(call, entry, reason)
+            out = self._gpu.rehearse(run)
         except Exception as error:
-            entry.reason, entry.buffers = _one_line(error), []
-            return None
+            return self._refuse(call, entry, _one_line(error), warn=True)
+        try:
+            # one pool for all: no two replays run at the same time, and what they return is copied at once
+            pool = next((other.graph.pool for other in self._entries if other.graph), None)
+            entry.graph = self._gpu.capture(run, device, pool)
+            if reason := self._graph_reason(entry.graph, run, out, device):
+                self._drop(entry, reason)
+            else:
+                self.site.implementations.add("cuda graph")
+        except Exception as error:
+            self._drop(entry, _one_line(error))
+        return out
 
-    def _why_not_kept(self, graph: Captured, run: Callable[[], Any], expected: Any, device: torch.device) -> str | None:
+    def _refuse(self, call: _Call, entry: _Entry, reason: str, warn: bool = False) -> None:
+        entry.reason, entry.buffers = reason, []
+        self.site.fallbacks[reason] += 1
+        if warn:
+            logger.warning("%s: no CUDA graph: %s", self.site.path or type(call.model).__name__, reason)
+
+    def _drop(self, entry: _Entry, reason: str) -> None:
+        logger.warning("%s: no CUDA graph: %s", self.site.path or "the model", reason)
+        entry.reason = reason
+        self.site.fallbacks[reason] += 1
+        self._gpu.wait()
+        entry.graph, entry.buffers = None, []
+        self._gpu.give_back_memory()
+
+    def _launches_reason(self, run: Callable[[], Any], device: torch.device) -> str | None:
+        """Why saving the launches of ``run`` would gain nothing, or None."""
+        queueing, total = self._gpu.queueing_milliseconds(run, device)
+        if queueing >= HOST_BOUND * total:
+            return None
+        return f"the GPU is the slower one: launching takes {queueing:.1f} ms of {total:.1f}"
+
+    def _graph_reason(self, graph: Captured, run: Callable[[], Any], expected: Any, device: torch.device) -> str | None:
         """Why the graph just captured is of no use, or None."""
-        if self._self_check:
+        if self._checks:
             graph.replay()
-            pairs = zip(tree_leaves(graph.outputs), tree_leaves(expected), strict=True)
-            if any(disagreement(x, y, "bit-exact") for x, y in pairs if isinstance(x, Tensor)):
+            if not _same_bits(graph.outputs, expected):
                 return "a replay differs in some bits from the call that was captured"
         if self._only_if_faster:
             launches, replay = (self._gpu.milliseconds(way, device) for way in (run, graph.replay))
@@ -305,17 +290,9 @@ class GraphedCall:
         return None
 
 
-def _switches() -> tuple[Any, ...]:
-    """The settings of PyTorch and of this project that decide which kernels a call launches."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    return (
-        (matmul.fp32_precision, cudnn.conv.fp32_precision),  # type: ignore[attr-defined]
-        (matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction),
-        (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, torch.are_deterministic_algorithms_enabled()),
-        (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()),
-        (torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()),
-        preferred_implementations(),
-    )
+def _same_bits(outputs: Any, expected: Any) -> bool:
+    pairs = zip(tree_leaves(outputs), tree_leaves(expected), strict=True)
+    return all(bool(((x == y) | (x.isnan() & y.isnan())).all()) for x, y in pairs if isinstance(x, Tensor))
 
 
 def _versions(tensors: list[Tensor]) -> list[int]:

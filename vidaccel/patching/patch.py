@@ -6,34 +6,41 @@ each rule does to each module it matches; the report holds every site and the wa
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
-from vidaccel import pipelines
-from vidaccel.config import self_check_enabled
-from vidaccel.errors import UsageError
-from vidaccel.patching.cuda_graph import graph_calls, graphed_call, is_denoiser, why_not_graphed
+from vidaccel.config import check_environment, self_check_enabled
+from vidaccel.errors import UsageError, nearest
+from vidaccel.kernels.op import check_wishes
+from vidaccel.kernels.settings import FIDELITIES, Fidelity
+from vidaccel.patching.cuda_capture import CudaCapture
+from vidaccel.patching.cuda_graph import Graphs, GraphSite, is_denoiser
+from vidaccel.patching.families import reason_unserved, rules_for, unwrapped
+from vidaccel.patching.model_call import ModelCall, wrap_call
+from vidaccel.patching.premises import capture_reason
 from vidaccel.patching.report import PatchReport, path_pattern
-from vidaccel.sites.rules import Family, Patch, Rule, patches_of
-from vidaccel.sites.site import FusedBlock, Site, State
+from vidaccel.sites.block import FusedBlock
+from vidaccel.sites.rules import Patch, Rule, patches_of
+from vidaccel.sites.site import Site
 
-__all__ = ["families", "patch_module", "patch_pipeline"]
+__all__ = ["CudaGraph", "patch_module", "patch_pipeline"]
+
+CudaGraph = Literal["auto"] | bool
+Names = str | Sequence[str] | None
 
 
 def patch_pipeline(
     pipe: Any,
     *,
-    only: str | Sequence[str] | None = None,
-    skip: str | Sequence[str] | None = None,
+    only: Names = None,
+    skip: Names = None,
+    allow: Fidelity = "math-exact",
     strict: bool = False,
     self_check: bool | None = None,
-    cuda_graph: bool | Literal["auto"] = False,
+    cuda_graph: CudaGraph = "auto",
 ) -> PatchReport:
     """Make a diffusers video pipeline faster, in place; the clip stays the same within each site's fidelity class.
 
@@ -42,133 +49,168 @@ def patch_pipeline(
         only: Patch nothing but these: ops (``"temporal_attention"``), components (``"vae"``), module paths or
             patterns (``"unet.down_blocks.*"``), or ``"path:op"``. None: everything.
         skip: The same, for what to leave out.
+        allow: The loosest fidelity class that may run: ``"bit-exact"``, ``"math-exact"`` or ``"lossy"``.
         strict: Raise, leaving the pipeline as it was, if any chosen site cannot be patched.
-        self_check: Compare each site with the original code the first time it sees a shape. None: yes, unless
-            ``VIDACCEL_SELF_CHECK=0``.
-        cuda_graph: Also capture the denoiser's calls as CUDA graphs, one for each kind of arguments, whatever ``only``
-            and ``skip`` choose: the same bits without the time that the GPU waits for launches, at the price of the
-            memory that a call works in. "auto": where that can be done, and keep those that are faster.
+        self_check: Hold every op and block against its reference the first time that it sees a signature, and now and
+            then later. None: yes, unless ``VIDACCEL_SELF_CHECK=0``.
+        cuda_graph: Capture the denoiser's calls as CUDA graphs, one for each kind of arguments: the same bits without
+            the time that the GPU waits for launches, at the price of the memory that a call works in. "auto": where
+            launches are what a call waits for. True: wherever that can be done. False: nowhere.
 
     Returns:
         The report: printable, restorable, usable as a context manager. Patching a patched pipeline again changes
         nothing, and reports the sites that are there.
 
     Raises:
-        UsageError: No component of the pipeline belongs to a supported family; ``only`` or ``skip`` names nothing
-            that exists; with ``strict``, a site cannot be patched; or, with ``cuda_graph=True``, no call could be
-            captured as things are (there is no GPU, or an offload hook).
+        UsageError: No component of the pipeline belongs to a supported family; ``only``, ``skip``, ``allow`` or an
+            environment variable names nothing that exists; with ``strict``, a site cannot be patched; or, with
+            ``cuda_graph=True``, no call could be captured as things are (there is no GPU, or an offload hook).
     """
     components = getattr(pipe, "components", None)
     if not isinstance(components, dict):
-        raise UsageError(f"patch_pipeline takes a diffusers pipeline, got {type(pipe).__name__}; {_supported()}")
-    models = {name: part for name, part in components.items() if isinstance(part, nn.Module) and _rules_for(part)}
+        raise UsageError(reason_unserved(pipe))
+    models = {name: unwrapped(part) for name, part in components.items() if isinstance(part, nn.Module)}
+    models = {name: model for name, model in models.items() if rules_for(model)}
     if not models:
-        raise UsageError(f"{type(pipe).__name__} has no part that vidaccel can patch; {_supported()}")
-    return _patch(models, only, skip, strict, self_check, cuda_graph)
+        raise UsageError(reason_unserved(pipe))
+    return _patch(models, only, skip, allow, strict, self_check, cuda_graph)
 
 
 def patch_module(
     model: nn.Module,
     *,
-    only: str | Sequence[str] | None = None,
-    skip: str | Sequence[str] | None = None,
+    only: Names = None,
+    skip: Names = None,
+    allow: Fidelity = "math-exact",
     strict: bool = False,
     self_check: bool | None = None,
-    cuda_graph: bool | Literal["auto"] = False,
+    cuda_graph: CudaGraph = "auto",
 ) -> PatchReport:
     """:func:`patch_pipeline` for those who hold only a denoiser or a VAE; paths are relative to ``model``."""
-    if not isinstance(model, nn.Module) or not _rules_for(model):
-        raise UsageError(f"{type(model).__name__} is not a model that vidaccel can patch; {_supported()}")
-    return _patch({"": model}, only, skip, strict, self_check, cuda_graph)
-
-
-@cache
-def families() -> tuple[Family, ...]:
-    """Every family that has an adapter: one for each file in ``pipelines/``."""
-    names = sorted(module.name for module in pkgutil.iter_modules(pipelines.__path__, f"{pipelines.__name__}."))
-    return tuple(importlib.import_module(name).FAMILY for name in names)
-
-
-def _rules_for(model: nn.Module) -> tuple[Rule, ...]:
-    return next((f.rules[type(model).__name__] for f in families() if type(model).__name__ in f.rules), ())
-
-
-def _supported() -> str:
-    names = sorted(pipeline for family in families() for pipeline in family.pipelines)
-    return f"supported pipelines: {', '.join(names)}"
+    if not isinstance(model, nn.Module) or not rules_for(unwrapped(model)):
+        raise UsageError(reason_unserved(model))
+    return _patch({"": unwrapped(model)}, only, skip, allow, strict, self_check, cuda_graph)
 
 
 def _patch(
-    models: dict[str, nn.Module],
-    only: str | Sequence[str] | None,
-    skip: str | Sequence[str] | None,
+    models: Mapping[str, nn.Module],
+    only: Names,
+    skip: Names,
+    allow: Fidelity,
     strict: bool,
     self_check: bool | None,
-    cuda_graph: bool | Literal["auto"],
+    cuda_graph: CudaGraph,
 ) -> PatchReport:
-    self_check = self_check_enabled() if self_check is None else self_check
+    checks = self_check_enabled() if self_check is None else self_check
     denoisers = {name: model for name, model in models.items() if is_denoiser(model)}
-    _check_cuda_graph(denoisers, cuda_graph)
+    places = [place for name, model in models.items() for place in _plan(name, model, allow)]
+    chosen = _selection(only, skip, [site for place in places for site in place.sites])
+    _check_arguments(allow, cuda_graph, denoisers, [site.op for place in places for site in place.sites])
     report = PatchReport()
-    candidates = [found for name, model in models.items() for found in _plan(name, model)]
-    chosen = _selection(only, skip, [site for _, _, sites in candidates for site in sites])
-    for module, patch, sites in candidates:
-        wanted = [site for site in sites if chosen(site)]
-        report.sites += wanted
-        new = [site for site in wanted if site.state == "active" and site not in patch.sites]
-        if new:
-            _apply(module, patch, new, self_check)
-        if any(site in patch.sites for site in wanted):
-            report.adopt(module, patch)
-    _check_strict(report, strict)
-    for module, _, _ in candidates:
-        if isinstance(module, FusedBlock):
-            module.compile_ahead()
-    for name, model in denoisers.items():
-        if cuda_graph or graphed_call(model):
-            only_if_faster = cuda_graph == "auto"
-            report.sites.append(graph_calls(model, name, self_check=self_check, only_if_faster=only_if_faster))
-            report.adopt_graph(model)
+    try:
+        for place in places:
+            _apply(place, chosen, checks, report)
+        _check_strict(report, strict)
+        for name, model in models.items():
+            _wrap(name, model, report, allow, checks, cuda_graph if name in denoisers else False)
+        for place in places:
+            if isinstance(place.module, FusedBlock):
+                place.module.compile_ahead()
+    except BaseException:  # nobody would have a report to restore with
+        report.restore()
+        raise
     return report
 
 
-def _plan(name: str, model: nn.Module) -> Iterator[tuple[nn.Module, Patch, list[Site]]]:
-    """Every place a rule of the model's family matches, or was applied before, with the sites it is or would be."""
-    rules = _rules_for(model)
+class _Place:
+    """A module that a rule matches, or was applied to before, with the sites it has or would have."""
+
+    def __init__(self, module: nn.Module, rule: Rule, sites: list[Site], patch: Patch | None) -> None:
+        self.module, self.rule, self.sites, self.patch = module, rule, sites, patch
+
+
+def _plan(name: str, model: nn.Module, allow: Fidelity) -> Iterator[_Place]:
+    """Every place of a model."""
+    rules = rules_for(model)
     for relative_path, module in list(model.named_modules()):
         path = ".".join(filter(None, (name, relative_path)))
-        applied = module.__dict__.get("_vidaccel_patches", [])
-        for patch in applied:
-            there = {site.op for site in patch.sites}
-            yield module, patch, patch.sites + [site for site in _sites(patch.rule, path, "") if site.op not in there]
         for rule in rules:
-            if rule.matches(path, module) and not any(patch.rule == rule for patch in applied):
-                yield module, Patch(rule, []), _sites(rule, path, rule.why_left_alone(module) or "")
+            if not rule.matches(path, module):
+                continue
+            patch = _standing_patch(module, rule)
+            there = {} if patch is None else {site.op: site for site in patch.sites}
+            reason = "" if patch else rule.left_alone_reason(module) or ""
+            sites = [
+                there.get(op) or Site(path, op, fidelity, reason or _class_reason(fidelity, allow))
+                for op, fidelity in rule.ops.items()
+            ]
+            yield _Place(module, rule, sites, patch)
 
 
-def _sites(rule: Rule, path: str, reason: str) -> list[Site]:
-    state: State = "left alone" if reason else "active"
-    return [Site(rule.site_path(path), op, fidelity, state, reason) for op, fidelity in rule.ops.items()]
+def _standing_patch(module: nn.Module, rule: Rule) -> Patch | None:
+    """What an earlier call did by ``rule``, unless somebody has put something else in its place since."""
+    for patch in list(patches_of(module)):
+        if patch.rule == rule:
+            if patch.rule.in_place(module, patch.memo) is None:
+                return patch
+            patch.undo(module)
+    return None
 
 
-def _apply(module: nn.Module, patch: Patch, new: list[Site], self_check: bool) -> None:
-    """Apply the patch with ``new`` sites, beside those that an earlier call of narrower choice gave it."""
-    if patch.sites:
-        patch.rule.undo(module, patch.memo)
-    else:
-        patches_of(module).append(patch)
-    patch.sites = patch.sites + new
-    patch.memo = patch.rule.apply(module, patch.sites, self_check)
+def _class_reason(fidelity: Fidelity, allow: Fidelity) -> str:
+    if allow in FIDELITIES and FIDELITIES.index(fidelity) > FIDELITIES.index(allow):
+        return f"it is {fidelity}, and allow={allow!r}"
+    return ""
 
 
-def _selection(
-    only: str | Sequence[str] | None, skip: str | Sequence[str] | None, sites: list[Site]
-) -> Callable[[Site], bool]:
+def _apply(place: _Place, chosen: Callable[[Site], bool], checks: bool, report: PatchReport) -> None:
+    """Give a module the sites that are chosen, beside those that an earlier call of narrower choice gave it."""
+    wanted = [site for site in place.sites if chosen(site)]
+    report.sites += wanted
+    there = place.patch.sites if place.patch else []
+    new = [site for site in wanted if site not in there and site.state != "left alone"]
+    if new:
+        if place.patch:
+            place.patch.undo(place.module)
+        place.patch = place.rule.put(place.module, [*there, *new], checks)
+    if place.patch and any(site in place.patch.sites for site in wanted):
+        report.adopt(place.module, place.patch)
+
+
+def _wrap(
+    name: str, model: nn.Module, report: PatchReport, allow: Fidelity, checks: bool, cuda_graph: CudaGraph
+) -> None:
+    """Wrap the calls of a model, or of what of it is called, and let a denoiser's be captured."""
+    if not any(patch.sites for module in model.modules() for patch in patches_of(module)):
+        return
+    called = [model] if is_denoiser(model) else [part for part in model.children() if isinstance(part, nn.Module)]
+    calls = {part: wrap_call(part, allow) for part in called}
+    report.adopt_calls([part for part, call in calls.items() if call])
+    call = calls.get(model)
+    if call is not None and call.graphs is not None:
+        report.sites.append(call.graphs.site)
+    elif cuda_graph:
+        site = GraphSite(name, "cuda_graph", "bit-exact", _graph_reason(model, call) or "")
+        if call is not None and site.state != "left alone":
+            site.put_in_place(lambda: None)
+            call.graphs = Graphs(site, checks, only_if_faster=cuda_graph == "auto")
+        if cuda_graph is True or site.state != "left alone":
+            report.sites.append(site)
+
+
+def _graph_reason(model: nn.Module, call: ModelCall | None) -> str | None:
+    """Why no call of ``model``, as it is now, could be captured, or None."""
+    if call is None:
+        return "it was compiled with module.compile(), which needs the same slot"
+    return CudaCapture.unavailable_reason() or capture_reason(model)
+
+
+def _selection(only: Names, skip: Names, sites: list[Site]) -> Callable[[Site], bool]:
     only, skip = _as_list(only), _as_list(skip) or []
     for option, entries in (("only", only or []), ("skip", skip)):
         for entry in entries:
             if not any(_names(entry, site) for site in sites):
-                raise UsageError(f"{option}={entry!r} names no site; {_choices(sites)}")
+                raise UsageError(f"{option}={entry!r} names no site{_choices(entry, sites)}")
 
     def chosen(site: Site) -> bool:
         wanted = only is None or any(_names(entry, site) for entry in only)
@@ -177,7 +219,7 @@ def _selection(
     return chosen
 
 
-def _as_list(entries: str | Sequence[str] | None) -> list[str] | None:
+def _as_list(entries: Names) -> list[str] | None:
     return [entries] if isinstance(entries, str) else entries if entries is None else list(entries)
 
 
@@ -188,25 +230,30 @@ def _names(entry: str, site: Site) -> bool:
     return entry == site.op or site.path.startswith(f"{entry}.") or fnmatchcase(site.path, entry)
 
 
-def _choices(sites: list[Site]) -> str:
-    ops = ", ".join(sorted({site.op for site in sites}))
-    paths = ", ".join(sorted({path_pattern(site.path) for site in sites}))
-    return f"ops are: {ops}; sites are: {paths}"
+def _choices(entry: str, sites: list[Site]) -> str:
+    ops = {site.op for site in sites}
+    components = {site.path.partition(".")[0] for site in sites}
+    return nearest(entry, ops | components | {path_pattern(site.path) for site in sites})
 
 
-def _check_strict(report: PatchReport, strict: bool) -> None:
-    left = [site for site in report.sites if site.state == "left alone"]
-    if strict and left:
-        report.restore()
-        raise UsageError(f"strict: {len(left)} sites cannot be patched, first {left[0].path}: {left[0].reason}")
-
-
-def _check_cuda_graph(denoisers: dict[str, nn.Module], cuda_graph: bool | Literal["auto"]) -> None:
+def _check_arguments(
+    allow: Fidelity, cuda_graph: CudaGraph, denoisers: Mapping[str, nn.Module], shortcuts: list[str]
+) -> None:
+    check_environment()
+    check_wishes(shortcuts)
+    if allow not in get_args(Fidelity):
+        raise UsageError(f"allow={allow!r} is no fidelity class{nearest(str(allow), FIDELITIES)}")
     if cuda_graph not in (False, True, "auto"):
         raise UsageError(f"cuda_graph must be True, False or 'auto', got {cuda_graph!r}")
     if cuda_graph is True:
         if not denoisers:
             raise UsageError("cuda_graph: there is no denoiser whose calls could be captured")
         for name, model in denoisers.items():
-            if reason := why_not_graphed(model):
+            if reason := CudaCapture.unavailable_reason() or capture_reason(model):
                 raise UsageError(f"cuda_graph: {name or type(model).__name__}: {reason}")
+
+
+def _check_strict(report: PatchReport, strict: bool) -> None:
+    left = [site for site in report.sites if site.state == "left alone"]
+    if strict and left:
+        raise UsageError(f"strict: {len(left)} sites cannot be patched, first {left[0].path}: {left[0].reason}")

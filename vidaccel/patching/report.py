@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from vidaccel.patching.cuda_graph import ungraph
+from vidaccel.patching.model_call import unwrap_call
 from vidaccel.sites.rules import Patch, patches_of
 from vidaccel.sites.site import Site
 
@@ -32,15 +32,15 @@ class PatchReport:
     def __init__(self) -> None:
         self.sites: list[Site] = []
         self._patched: list[tuple[nn.Module, Patch]] = []
-        self._graphed: list[nn.Module] = []
+        self._called: list[nn.Module] = []
 
     def adopt(self, module: nn.Module, patch: Patch) -> None:
         """Make ``patch`` one that :meth:`restore` undoes."""
         self._patched.append((module, patch))
 
-    def adopt_graph(self, model: nn.Module) -> None:
-        """Make the CUDA graphs of ``model``'s calls something that :meth:`restore` drops."""
-        self._graphed.append(model)
+    def adopt_calls(self, models: Sequence[nn.Module]) -> None:
+        """Make the wrapped calls of ``models`` something that :meth:`restore` unwraps."""
+        self._called += models
 
     @property
     def fallbacks(self) -> dict[tuple[str, str, str], int]:
@@ -49,18 +49,13 @@ class PatchReport:
 
     def restore(self) -> None:
         """Put every patched module back as it was: same classes, same processors, same memory order, same bits out."""
-        for model in self._graphed:
-            ungraph(model)
         for module, patch in reversed(self._patched):
-            applied = patches_of(module)
-            if patch in applied:
-                patch.rule.undo(module, patch.memo)
-                applied.remove(patch)
-                for site in patch.sites:
-                    site.state = "restored"
-            if not applied:
-                module.__dict__.pop("_vidaccel_patches", None)
-        self._patched, self._graphed = [], []
+            if patch in patches_of(module):
+                patch.undo(module)
+        for model in self._called:
+            if not any(patches_of(module) for module in model.modules()):  # nor by another report
+                unwrap_call(model)
+        self._patched, self._called = [], []
 
     def __enter__(self) -> PatchReport:
         return self

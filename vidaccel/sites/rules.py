@@ -1,29 +1,28 @@
-"""What a family adapter is made of: rules that say which modules of a model are patched, how, and how it is undone.
+"""What a family adapter is made of: rules that say which modules of a model get sites, how, and how that is undone.
 
-A rule never changes a top-level model's class, and what it leaves behind on a module is one :class:`Patch` in the
-instance's dictionary: no parameter, no buffer, and no hook but those of ``TextSource``. So a patched model deep-copies,
-saves and loads like an unpatched one.
+A rule never changes a top-level model's class and leaves no parameter, buffer or hook behind. What it did to a module
+is a :class:`Patch`, kept beside the module, not in it: so a patched model is copied, saved and loaded like any other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from torch import nn
+from torch import Tensor, nn
 
-from vidaccel.blocks.unet.attention_processor import FusedAttnProcessor2_0, why_attention_left_alone
-from vidaccel.blocks.unet.normalization import FusedGroupNormSiLU, PassThroughSiLU
-from vidaccel.blocks.unet.projections import QKV_PROJECTION
-from vidaccel.sites.parameters import has_hook
-from vidaccel.sites.site import BlockState, Fidelity, FusedBlock, Site
+from vidaccel.sites.block import SITES, FusedBlock
+from vidaccel.sites.memo import plans_changed
+from vidaccel.sites.plain import hook_reason, stock_class
+from vidaccel.sites.site import Fidelity, Site, SiteGroup
 
-__all__ = ["ChannelsLastWeights", "Family", "NormOut", "Patch", "Processor", "Rule", "Swap", "patches_of"]
+__all__ = ["ChannelsLastWeights", "Patch", "Rule", "Swap", "patches_of"]
 
-HOOKED = "a hook replaced its forward (offload, casting or cache): patch before turning that on"
+_patches: WeakKeyDictionary[nn.Module, list[Patch]] = WeakKeyDictionary()
 
 
 @dataclass(eq=False)
@@ -34,36 +33,55 @@ class Patch:
     sites: list[Site]
     memo: Any = None
 
+    def undo(self, module: nn.Module) -> None:
+        """Put back what is still as the rule left it; what somebody has changed since stays."""
+        self.rule.undo(module, self.memo)
+        for site in self.sites:
+            site.taken_away()
+        patches = patches_of(module)
+        if self in patches:
+            patches.remove(self)
+        plans_changed()
+
 
 def patches_of(module: nn.Module) -> list[Patch]:
     """The patches on this very module (not its children), in the order they were applied."""
-    patches: list[Patch] = module.__dict__.setdefault("_vidaccel_patches", [])
-    return patches
+    return _patches.get(module, [])
 
 
 class Rule:
     """Base of all rules. ``ops`` names the ops that a match is a site of, with their fidelity class."""
 
     @property
-    def ops(self) -> dict[str, Fidelity]:
+    def ops(self) -> Mapping[str, Fidelity]:
         raise NotImplementedError
 
     def matches(self, path: str, module: Any) -> bool:
         raise NotImplementedError
 
-    def site_path(self, path: str) -> str:
-        """The path that the site is listed under."""
-        return path
+    def left_alone_reason(self, module: Any) -> str | None:
+        """Why a module that matches gets no sites, or None."""
+        return hook_reason(module)
 
-    def why_left_alone(self, module: Any) -> str | None:
-        return HOOKED if has_hook(module) else None
-
-    def apply(self, module: Any, sites: list[Site], self_check: bool) -> Any:
+    def apply(self, module: Any, sites: list[Site], checks: bool) -> Any:
         """Change the module; what is returned is handed to :meth:`undo`."""
+        raise NotImplementedError
+
+    def in_place(self, module: Any, memo: Any) -> str | None:
+        """What stands where :meth:`apply` put something, or None if that is still there."""
         raise NotImplementedError
 
     def undo(self, module: Any, memo: Any) -> None:
         raise NotImplementedError
+
+    def put(self, module: nn.Module, sites: list[Site], checks: bool) -> Patch:
+        """Apply the rule, and let its sites know what to look at."""
+        patch = Patch(self, sites, self.apply(module, sites, checks))
+        for site in sites:
+            site.put_in_place(partial(self.in_place, module, patch.memo))
+        _patches.setdefault(module, []).append(patch)
+        plans_changed()
+        return patch
 
 
 @dataclass(frozen=True)
@@ -74,88 +92,34 @@ class Swap(Rule):
     names: tuple[str, ...] = ()
 
     @property
-    def ops(self) -> dict[str, Fidelity]:
+    def ops(self) -> Mapping[str, Fidelity]:
         return self.fused.ops
 
     def matches(self, path: str, module: Any) -> bool:
         named = not self.names or path.rpartition(".")[2] in self.names
-        return named and type(module) is self.fused.original and self.fused.stands_for(module)
+        return named and stock_class(module) is self.fused.original and self.fused.stands_for(module)
 
-    def why_left_alone(self, module: Any) -> str | None:
-        return super().why_left_alone(module) or self.fused.why_left_alone(module)
+    def left_alone_reason(self, module: Any) -> str | None:
+        if reason := super().left_alone_reason(module):
+            return f"{reason}: patch before turning that on"
+        return self.fused.left_alone_reason(module)
 
-    def apply(self, module: Any, sites: list[Site], self_check: bool) -> None:
-        module._vidaccel = BlockState(sites, self_check)
+    def apply(self, module: Any, sites: list[Site], checks: bool) -> SiteGroup:
+        group = SiteGroup(sites, checks)
+        setattr(module, SITES, group)
         module.__class__ = self.fused
+        return group
 
-    def undo(self, module: Any, memo: None) -> None:
-        module.__class__ = self.fused.original
-        del module._vidaccel
+    def in_place(self, module: Any, memo: SiteGroup) -> str | None:
+        if type(module) is self.fused and vars(module).get(SITES) is memo:
+            return None
+        return f"its class is {type(module).__name__} now"
 
-
-@dataclass(frozen=True)
-class NormOut(Rule):
-    """A model's last GroupNorm and the SiLU after it, which the model holds as ``conv_norm_out`` and ``conv_act``."""
-
-    owner: type[nn.Module]
-
-    @property
-    def ops(self) -> dict[str, Fidelity]:
-        return FusedGroupNormSiLU.ops
-
-    def matches(self, path: str, module: Any) -> bool:
-        # the owner itself may have been fused by an earlier patch of narrower choice
-        stock = getattr(type(module), "original", type(module))
-        return stock is self.owner and type(module.conv_norm_out) is nn.GroupNorm
-
-    def site_path(self, path: str) -> str:
-        return f"{path}.conv_norm_out".lstrip(".")
-
-    def why_left_alone(self, module: Any) -> str | None:
-        norm = module.conv_norm_out
-        return (
-            super().why_left_alone(norm)
-            or FusedGroupNormSiLU.why_left_alone(norm)
-            or PassThroughSiLU.why_left_alone(module.conv_act)
-        )
-
-    def apply(self, module: Any, sites: list[Site], self_check: bool) -> None:
-        module.conv_norm_out._vidaccel = BlockState(sites, self_check)
-        module.conv_norm_out.__class__ = FusedGroupNormSiLU
-        module.conv_act.__class__ = PassThroughSiLU
-
-    def undo(self, module: Any, memo: None) -> None:
-        module.conv_norm_out.__class__ = nn.GroupNorm
-        module.conv_act.__class__ = nn.SiLU
-        del module.conv_norm_out._vidaccel
-
-
-@dataclass(frozen=True)
-class Processor(Rule):
-    """Give stock attention the processor that runs the fastest kernel, and does not divide by 1.0."""
-
-    @property
-    def ops(self) -> dict[str, Fidelity]:
-        return {"spatial_attention": "math-exact", QKV_PROJECTION: "math-exact", "unit_division": "bit-exact"}
-
-    def matches(self, path: str, module: Any) -> bool:
-        return type(module) is Attention
-
-    def why_left_alone(self, module: Any) -> str | None:
-        return why_attention_left_alone(module)
-
-    def apply(self, module: Any, sites: list[Site], self_check: bool) -> AttnProcessor2_0:
-        original = module.processor
-        module.processor = FusedAttnProcessor2_0(sites)
-        for site in sites:
-            if site.op == "unit_division":  # not there rather than run
-                site.implementations.add("torch")
-        return original
-
-    def undo(self, module: Any, memo: AttnProcessor2_0) -> None:
-        # the user may have put another processor in its place since; that one stays
-        if type(module.processor) is FusedAttnProcessor2_0:
-            module.processor = memo
+    def undo(self, module: Any, memo: SiteGroup) -> None:
+        if type(module) is self.fused:
+            module.__class__ = self.fused.original
+        if vars(module).get(SITES) is memo:
+            delattr(module, SITES)
 
 
 @dataclass(frozen=True)
@@ -168,39 +132,49 @@ class ChannelsLastWeights(Rule):
     owner: type[nn.Module]
 
     @property
-    def ops(self) -> dict[str, Fidelity]:
+    def ops(self) -> Mapping[str, Fidelity]:
         return {"channels_last": "math-exact"}
 
     def matches(self, path: str, module: Any) -> bool:
-        return type(module) is self.owner
+        return stock_class(module) is self.owner
 
-    def why_left_alone(self, module: Any) -> str | None:
+    def left_alone_reason(self, module: Any) -> str | None:
         return None if any(True for _ in _plain_convolutions(module)) else "it has no convolution with a plain weight"
 
-    def apply(self, module: Any, sites: list[Site], self_check: bool) -> None:
+    def apply(self, module: Any, sites: list[Site], checks: bool) -> list[tuple[nn.Module, tuple[int, ...]]]:
+        strides = []
         for convolution in _plain_convolutions(module):
-            order = torch.channels_last_3d if isinstance(convolution, nn.Conv3d) else torch.channels_last
-            convolution.weight.data = convolution.weight.data.contiguous(memory_format=order)
+            weight: Tensor = convolution.weight
+            strides.append((convolution, weight.stride()))
+            weight.data = weight.data.contiguous(memory_format=_order_of(convolution))
         for site in sites:
             site.implementations.add("torch")
+        return strides
 
-    def undo(self, module: Any, memo: None) -> None:
-        for convolution in _plain_convolutions(module):
-            convolution.weight.data = convolution.weight.data.contiguous()
+    def in_place(self, module: Any, memo: Any) -> str | None:
+        return None
+
+    def undo(self, module: Any, memo: list[tuple[nn.Module, tuple[int, ...]]]) -> None:
+        there = set(_plain_convolutions(module))
+        for convolution, strides in memo:
+            if convolution in there:
+                _lay_out(convolution.weight, strides)  # type: ignore[arg-type]
 
 
-def _plain_convolutions(model: nn.Module) -> Iterator[nn.Conv2d | nn.Conv3d]:
+def _lay_out(weight: nn.Parameter, strides: tuple[int, ...]) -> None:
+    if weight.stride() != strides:
+        weight.data = torch.empty_strided(
+            weight.shape, strides, dtype=weight.dtype, device=weight.device
+        ).copy_(weight.data)  # fmt: skip
+
+
+def _order_of(convolution: nn.Module) -> torch.memory_format:
+    return torch.channels_last_3d if isinstance(convolution, nn.Conv3d) else torch.channels_last
+
+
+def _plain_convolutions(model: nn.Module) -> Iterator[Any]:
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Conv3d)):
             weight = module.weight
             if type(weight) is nn.Parameter and weight.is_floating_point() and not weight.is_meta:
                 yield module
-
-
-@dataclass(frozen=True)
-class Family:
-    """A diffusers family: its pipelines by class name, and the rules for each of its models by class name."""
-
-    name: str
-    pipelines: tuple[str, ...]
-    rules: dict[str, tuple[Rule, ...]]

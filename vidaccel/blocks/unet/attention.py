@@ -8,8 +8,8 @@ Blocks that look across frames work on ``[B*F, HW, C]``: only their attention is
 
 Where a block ends with its feed-forward and a residual, the two are added in the feed-forward's last product.
 
-Where the context is a text, its keys and values are kept from step to step, and the queries of all frames that share a
-text are the queries of one attention (see ``text_context.py``).
+Where the context is a text, the queries of all frames that share it are the queries of one attention, and it is
+projected once (see ``text_context.py``).
 """
 
 from __future__ import annotations
@@ -17,26 +17,29 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTransformerBlock
+from diffusers.models.attention import BasicTransformerBlock, FeedForward, TemporalBasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import SinusoidalPositionalEmbedding
 from torch import Tensor, nn
 
-from vidaccel.blocks.unet.attention_processor import attend_projected, why_attention_left_alone
-from vidaccel.blocks.unet.normalization import add_layer_norm_module, why_layer_norms_unreadable
-from vidaccel.blocks.unet.projections import (
-    QKV_PROJECTION,
-    RESIDUAL_PROJECTION,
-    add_projected,
-    last_projection,
-    project_together,
+from vidaccel.blocks.unet.attention_processor import (
+    attend,
+    attend_projected,
+    attention_reason,
+    merged_weights,
+    output_layers,
 )
-from vidaccel.blocks.unet.text_context import LastResult, distinct_rows, keys_values, why_not_kept
+from vidaccel.blocks.unet.normalization import add_layer_norm_module, norms_reason
+from vidaccel.blocks.unet.text_context import distinct_rows
+from vidaccel.kernels.attention.qkv_projection import qkv_projection
 from vidaccel.kernels.attention.temporal_attention import temporal_attention
+from vidaccel.kernels.ffn.residual_projection import residual_projection
 from vidaccel.kernels.norm.add_layer_norm import RowTo
 from vidaccel.kernels.norm.add_layer_norm import compile_ahead as compile_norm_ahead
-from vidaccel.sites.parameters import why_not_bypassed
-from vidaccel.sites.site import FusedBlock, fuses
+from vidaccel.kernels.op import runs_triton
+from vidaccel.sites.block import FusedBlock, call_site, cut_corner, fuses
+from vidaccel.sites.memo import once_per_call
+from vidaccel.sites.plain import plain_reason, readable_reason
 
 __all__ = [
     "FusedBasicTransformerBlock",
@@ -53,24 +56,38 @@ def _is_one_token(context: Tensor | None) -> bool:
 def _one_token_attention(attn: Attention, context: Tensor) -> Tensor:
     """What ``attn(anything, context)`` returns for each row of a one-token ``context`` ``[N, 1, D]``: ``[N, 1, C]``."""
     out = attn.to_v(context)
-    for layer in attn.to_out:  # projection, dropout
+    for layer in output_layers(attn):
         out = layer(out)
     return out / attn.rescale_output_factor if attn.rescale_output_factor != 1.0 else out
 
 
-def _why_no_shortcut(attn: Attention | None) -> str | None:
+@once_per_call
+def _shortcut_reason(attn: Any) -> str | None:
     """Why ``attn`` does more with its context than weigh its values, or None."""
     if attn is None:
         return "it has no cross-attention"
+    if reason := attention_reason(attn):
+        return reason
     if attn.residual_connection or attn.norm_cross or attn.spatial_norm is not None or attn.group_norm is not None:
         return "its cross-attention has a norm or residual of its own"
-    return why_attention_left_alone(attn)
+    return None
+
+
+@once_per_call
+def _last_projection(feed_forward: Any, device: torch.device) -> nn.Linear | None:
+    """The linear layer that ends ``feed_forward``, if a product of ours may stand for it."""
+    if plain_reason(feed_forward, FeedForward):
+        return None
+    net = feed_forward.net
+    if len(net) != 3 or plain_reason(net[1], nn.Dropout) or net[1].training:
+        return None
+    return None if readable_reason(net[2], nn.Linear, torch.empty(0, device=device)) else net[2]
 
 
 def _attend_by_pixel(attn: Attention, x: Tensor, num_frames: int, context: Tensor | None = None) -> Tensor:
     """``attn`` over the frames of every pixel the stock way: ``[B*F, HW, C]`` permuted to ``[B*HW, F, C]`` and back."""
     pixels = x.unflatten(0, (-1, num_frames)).transpose(1, 2)  # [B, HW, F, C]
-    out = attn(pixels.flatten(0, 1), encoder_hidden_states=context).unflatten(0, pixels.shape[:2])
+    out = attend(attn, pixels.flatten(0, 1), context).unflatten(0, pixels.shape[:2])
     return out.transpose(1, 2).flatten(0, 1)
 
 
@@ -90,7 +107,7 @@ class _TransformerBlock(FusedBlock):
 
         The row joins the residual or what is normed instead, where ``row_to`` says so, as in ``add_layer_norm``.
         """
-        if self._vidaccel.enabled("add_layer_norm"):
+        if self.runs("add_layer_norm"):
             return add_layer_norm_module(norm, x, residual, row, position, row_to)
         if row is not None and residual is not None and row_to == "residual":
             residual, row = row + residual, None
@@ -105,38 +122,43 @@ class _TransformerBlock(FusedBlock):
         self, norm: Any, *, residual: bool = False, row_to: RowTo | None = None, position: bool = False
     ) -> None:
         plain = type(norm) is nn.LayerNorm and type(norm.weight) is nn.Parameter
-        if plain and self._vidaccel.enabled("add_layer_norm"):
+        if plain and self.runs("add_layer_norm"):
             compile_norm_ahead(norm.weight, residual=residual, row_to=row_to, position=position)
 
-    def _why_norms_unreadable(self, x: Tensor, *norms: nn.Module) -> str | None:
-        return why_layer_norms_unreadable(norms, x) if self._vidaccel.enabled("add_layer_norm") else None
+    def _norms_reason(self, x: Tensor, *norms: Any) -> str | None:
+        return norms_reason(nn.LayerNorm, x, *norms) if self.runs("add_layer_norm") else None
 
     def _add_feed_forward(self, block: Any, x: Tensor, residual: Tensor) -> Tensor:
         """``z + ff(norm3(z))`` of ``z = x + residual``, ``[N, HW, C]``, with the ``norm3`` and ``ff`` of ``block``."""
-        fused = self._vidaccel.enabled("add_layer_norm") and self._vidaccel.enabled(RESIDUAL_PROJECTION)
-        last = last_projection(block.ff, x) if fused else None
-        if last is None:
+        fused = self.runs("add_layer_norm") and self.runs("residual_projection")
+        fused = fused and runs_triton("residual_projection", x) and not torch.compiler.is_compiling()
+        last = _last_projection(block.ff, x.device) if fused else None
+        if last is None or last.weight.dtype != x.dtype:
             hidden_states, normed = self._add_norm(block.norm3, x, residual)
             return block.ff(normed) + hidden_states
         rows = x.reshape(1, -1, x.shape[2]), residual.reshape(1, -1, x.shape[2]), last.bias[None, None].to(x.dtype)
         with_bias, normed = self._add_norm(block.norm3, *rows, row_to="stored")
-        return add_projected(last, block.ff.net[0](normed.view(x.shape)), with_bias.view(x.shape))
+        return residual_projection(block.ff.net[0](normed.view(x.shape)), last.weight, with_bias.view(x.shape))
 
     def _attend_frames(self, attn: Attention, hidden_states: Tensor, num_frames: int) -> Tensor:
         """Self-attention over the frames of every pixel of ``[B*F, HW, C]``."""
-        if not self._vidaccel.enabled("temporal_attention"):
+        if not self.runs("temporal_attention"):
             return _attend_by_pixel(attn, hidden_states, num_frames)
-        layers = (attn.to_q, attn.to_k, attn.to_v)
-        together = project_together(layers, hidden_states) if self._vidaccel.enabled(QKV_PROJECTION) else None
-        query, key, value = together or [layer(hidden_states) for layer in layers]
+        weights = merged_weights(attn, hidden_states) if self.runs("qkv_projection") else None
+        if weights is None:
+            query, key, value = (layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v))
+        else:
+            query, key, value = qkv_projection(hidden_states, *weights)
         out = temporal_attention(query, key, value, num_frames, attn.heads)
-        for layer in attn.to_out:  # projection, dropout
+        for layer in output_layers(attn):
             out = layer(out)
         return out / attn.rescale_output_factor if attn.rescale_output_factor != 1.0 else out
 
 
 class _SpatialTransformerBlock(_TransformerBlock, BasicTransformerBlock):
     """Self-attention over a frame's pixels, cross-attention to a context, feed-forward; on ``[B*F, HW, C]``."""
+
+    original = BasicTransformerBlock
 
     @classmethod
     def stands_for(cls, module: nn.Module) -> bool:
@@ -145,11 +167,11 @@ class _SpatialTransformerBlock(_TransformerBlock, BasicTransformerBlock):
         return module.attn2 is not None and module.attn2.is_cross_attention
 
     @classmethod
-    def why_left_alone(cls, module: nn.Module) -> str | None:
+    def left_alone_reason(cls, module: nn.Module) -> str | None:
         assert isinstance(module, BasicTransformerBlock)
         if module.norm_type != "layer_norm" or module.pos_embed is not None or module.only_cross_attention:
             return "it is not a plain LayerNorm block"
-        return _why_no_shortcut(module.attn2)
+        return _shortcut_reason(module.attn2)
 
     def forward(
         self,
@@ -162,7 +184,9 @@ class _SpatialTransformerBlock(_TransformerBlock, BasicTransformerBlock):
         class_labels: torch.LongTensor | None = None,
         added_cond_kwargs: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        return self.guarded(
+        return call_site(
+            _SpatialTransformerBlock,
+            self,
             hidden_states,
             attention_mask,
             encoder_hidden_states,
@@ -173,7 +197,7 @@ class _SpatialTransformerBlock(_TransformerBlock, BasicTransformerBlock):
             added_cond_kwargs,
         )
 
-    def why_unserved(self, hidden_states: Tensor, *args: Any) -> str | None:
+    def call_reason(self, hidden_states: Tensor, *args: Any) -> str | None:
         attention_mask, context, context_mask, _, attention_kwargs, *_ = args
         if attention_mask is not None or context_mask is not None:
             return "an attention mask was passed"
@@ -182,12 +206,12 @@ class _SpatialTransformerBlock(_TransformerBlock, BasicTransformerBlock):
         if self._chunk_size is not None:
             return "the feed-forward is chunked"
         return (
-            self._why_context_unserved(context)
-            or _why_no_shortcut(self.attn2)
-            or self._why_norms_unreadable(hidden_states, self.norm1, self.norm2, self.norm3)
+            self._context_reason(context)
+            or _shortcut_reason(self.attn2)
+            or self._norms_reason(hidden_states, self.norm1, self.norm2, self.norm3)
         )
 
-    def _why_context_unserved(self, context: Any) -> str | None:
+    def _context_reason(self, context: Any) -> str | None:
         raise NotImplementedError
 
     def fused_forward(self, *args: Any) -> Tensor:
@@ -207,14 +231,14 @@ class _SpatialTransformerBlock(_TransformerBlock, BasicTransformerBlock):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Both attentions; see :meth:`_attend_context`."""
         _, normed = self._add_norm(self.norm1, hidden_states)
-        return self._attend_context(self.attn1(normed), hidden_states, context)
+        return self._attend_context(attend(self.attn1, normed), hidden_states, context)
 
     def _attend_context(
         self, attended: Tensor, residual: Tensor, context: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The addends of the residual stream after cross-attention: two, and perhaps a row for each sample."""
         residual, normed = self._add_norm(self.norm2, attended, residual)
-        return self.attn2(normed, encoder_hidden_states=context), residual, None
+        return attend(self.attn2, normed, context), residual, None
 
 
 @fuses(BasicTransformerBlock, {"one_token_attention": "math-exact", "add_layer_norm": "math-exact"})
@@ -225,20 +249,20 @@ class FusedBasicTransformerBlock(_SpatialTransformerBlock):
         self._compile_norm_ahead(self.norm1)
         self._compile_norm_ahead(self.norm3, residual=True, row_to="sum")
 
-    def _why_context_unserved(self, context: Any) -> str | None:
+    def _context_reason(self, context: Any) -> str | None:
         return None if _is_one_token(context) else "the context is not one token"
 
     def _attend_context(
         self, attended: Tensor, residual: Tensor, context: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        if not self._vidaccel.enabled("one_token_attention"):
+        if not self.runs("one_token_attention"):
             return super()._attend_context(attended, residual, context)
         return attended, residual, _one_token_attention(self.attn2, context)
 
 
 @fuses(
     BasicTransformerBlock,
-    {"text_keys_values": "math-exact", "add_layer_norm": "math-exact", RESIDUAL_PROJECTION: "math-exact"},
+    {"text_rows": "math-exact", "add_layer_norm": "math-exact", "residual_projection": "math-exact"},
 )
 class FusedTextTransformerBlock(_SpatialTransformerBlock):
     """The spatial block of the text-conditioned UNets; a text may have any number of tokens."""
@@ -248,13 +272,13 @@ class FusedTextTransformerBlock(_SpatialTransformerBlock):
         self._compile_norm_ahead(self.norm2, residual=True)
         self._compile_norm_ahead(self.norm3, residual=True, row_to="stored")
 
-    def _why_context_unserved(self, context: Any) -> str | None:
+    def _context_reason(self, context: Any) -> str | None:
         return None if isinstance(context, Tensor) else "no text was passed, or more than text (IP-Adapter)"
 
     def _attend_context(
         self, attended: Tensor, residual: Tensor, context: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        if torch.compiler.is_compiling() or not self._vidaccel.enabled("text_keys_values"):
+        if torch.compiler.is_compiling() or not self.runs("text_rows"):
             return super()._attend_context(attended, residual, context)
         residual, normed = self._add_norm(self.norm2, attended, residual)
         return self._attend_text(normed, context), residual, None
@@ -264,18 +288,7 @@ class FusedTextTransformerBlock(_SpatialTransformerBlock):
         attn, text = self.attn2, distinct_rows(context)
         query = attn.to_q(normed)
         query = query.view(text.shape[0], -1, query.shape[2])  # [B, F*HW, H*D]
-        out = attend_projected(attn, query, *keys_values(attn, text, self._kept(text))).view(normed.shape)
-        return out / attn.rescale_output_factor if attn.rescale_output_factor != 1.0 else out
-
-    def _kept(self, text: Tensor) -> LastResult | None:
-        """Where the keys and values of the last text are, if they may be used."""
-        kept: LastResult = self._vidaccel.kept.setdefault("text_keys_values", LastResult())
-        reason = why_not_kept(self.attn2, text)
-        if reason is None:
-            return kept
-        kept.clear()
-        self._vidaccel.note_fallback(reason, "text_keys_values")
-        return None
+        return attend_projected(attn, query, attn.to_k(text), attn.to_v(text)).view(normed.shape)
 
 
 @fuses(
@@ -284,7 +297,7 @@ class FusedTextTransformerBlock(_SpatialTransformerBlock):
         "temporal_attention": "math-exact",
         "one_token_attention": "math-exact",
         "add_layer_norm": "math-exact",
-        QKV_PROJECTION: "math-exact",
+        "qkv_projection": "math-exact",
     },
 )
 class FusedTemporalBasicTransformerBlock(_TransformerBlock, TemporalBasicTransformerBlock):
@@ -295,30 +308,39 @@ class FusedTemporalBasicTransformerBlock(_TransformerBlock, TemporalBasicTransfo
     """
 
     @classmethod
-    def why_left_alone(cls, module: nn.Module) -> str | None:
+    def left_alone_reason(cls, module: nn.Module) -> str | None:
         assert isinstance(module, TemporalBasicTransformerBlock)
         if not module.is_res:
             return "its inner width differs from its outer one"
         if module.attn1.norm_q is not None or module.attn1.norm_k is not None:
             return "its attention normalises queries or keys"
-        return why_attention_left_alone(module.attn1)
+        return attention_reason(module.attn1)
 
     def forward(self, hidden_states: Tensor, num_frames: int, encoder_hidden_states: Tensor | None = None) -> Tensor:
-        return self.guarded(hidden_states, num_frames, encoder_hidden_states)
+        return call_site(FusedTemporalBasicTransformerBlock, self, hidden_states, num_frames, encoder_hidden_states)
 
-    def why_unserved(self, hidden_states: Tensor, num_frames: int, context: Tensor | None) -> str | None:
+    def call_reason(self, hidden_states: Tensor, num_frames: int, context: Tensor | None) -> str | None:
         if self._chunk_size is not None:
             return "the feed-forward is chunked"
-        if self._takes_shortcut(context) and (reason := _why_no_shortcut(self.attn2)):
+        if self._takes_shortcut(context) and (reason := _shortcut_reason(self.attn2)):
             return reason
         norms = (self.norm_in, self.norm1, self.norm2 or self.norm3, self.norm3)
-        return why_attention_left_alone(self.attn1) or self._why_norms_unreadable(hidden_states, *norms)
+        return attention_reason(self.attn1) or self._norms_reason(hidden_states, *norms)
 
-    def original_forward(self, hidden_states: Tensor, num_frames: int, context: Tensor | None) -> Tensor:
+    @classmethod
+    def original_forward(cls, host: Any, hidden_states: Tensor, num_frames: int, context: Tensor | None) -> Tensor:
         pixels, batch = hidden_states.shape[1], hidden_states.shape[0] // num_frames
         if context is not None and context.shape[0] == batch:
             context = context.repeat_interleave(pixels, dim=0)
-        return TemporalBasicTransformerBlock.forward(self, hidden_states, num_frames, context)
+        return TemporalBasicTransformerBlock.forward(host, hidden_states, num_frames, context)
+
+    def corner(self, args: Any, kwargs: Any) -> Any:
+        hidden_states, num_frames, context = args
+        pixels = hidden_states.shape[1]
+        corner, _ = cut_corner((hidden_states,), {})  # of the context all tokens
+        if context is not None and context.shape[0] != hidden_states.shape[0] // num_frames:  # a row for every pixel
+            context = context.unflatten(0, (-1, pixels))[:, : corner[0].shape[1]].flatten(0, 1)
+        return (*corner, num_frames, context), kwargs
 
     def fused_forward(self, hidden_states: Tensor, num_frames: int, context: Tensor | None) -> Tensor:
         _, normed = self._add_norm(self.norm_in, hidden_states)
@@ -353,7 +375,7 @@ class FusedTemporalBasicTransformerBlock(_TransformerBlock, TemporalBasicTransfo
         return self.ff(normed), hidden_states
 
     def _takes_shortcut(self, context: Tensor | None) -> bool:
-        wanted = self.attn2 is not None and self._vidaccel.enabled("one_token_attention")
+        wanted = self.attn2 is not None and self.runs("one_token_attention")
         return wanted and _is_one_token(context)
 
     def _attend_context(
@@ -367,7 +389,7 @@ class FusedTemporalBasicTransformerBlock(_TransformerBlock, TemporalBasicTransfo
             residual, normed = self._add_norm(self.norm2, attended, residual)
             if context.shape[0] == batch:  # shared by all frames and pixels, which are queries of one attention then
                 queries = normed.view(batch, -1, normed.shape[2])
-                attended = self.attn2(queries, encoder_hidden_states=context).view_as(normed)
+                attended = attend(self.attn2, queries, context).view_as(normed)
             else:
                 attended = _attend_by_pixel(self.attn2, normed, num_frames, context)
             return self._add_norm(self.norm3, attended, residual)
@@ -389,10 +411,10 @@ class TemporalSelfAttention(_TransformerBlock):
     transformer_blocks: Any
 
     @classmethod
-    def why_left_alone(cls, module: Any) -> str | None:
-        return next(filter(None, map(_why_not_self_attention, module.transformer_blocks)), None)
+    def left_alone_reason(cls, module: Any) -> str | None:
+        return next(filter(None, map(_self_attention_reason, module.transformer_blocks)), None)
 
-    def why_unserved(
+    def call_reason(
         self,
         hidden_states: Tensor,
         context: Tensor | None,
@@ -405,18 +427,18 @@ class TemporalSelfAttention(_TransformerBlock):
             return "a context was passed"
         if attention_kwargs:
             return "cross_attention_kwargs were passed"
-        reasons = (self._why_block_unserved(block, hidden_states, num_frames) for block in self.transformer_blocks)
+        reasons = (self._block_reason(block, hidden_states, num_frames) for block in self.transformer_blocks)
         return next(filter(None, reasons), None)
 
-    def _why_block_unserved(self, block: Any, x: Tensor, num_frames: int) -> str | None:
-        if reason := _why_not_self_attention(block):
+    def _block_reason(self, block: Any, x: Tensor, num_frames: int) -> str | None:
+        if reason := _self_attention_reason(block):
             return reason
         if block._chunk_size is not None:
             return "the feed-forward is chunked"
-        if block.pos_embed is not None and (reason := _why_no_positions(block.pos_embed, x, num_frames)):
+        if block.pos_embed is not None and (reason := _positions_reason(block.pos_embed, x, num_frames)):
             return reason
         norms = (block.norm1, block.norm2 if block.attn2 else block.norm3, block.norm3)
-        return self._why_norms_unreadable(x, *norms)
+        return self._norms_reason(x, *norms)
 
     def compile_ahead(self) -> None:
         for block in self.transformer_blocks:
@@ -438,9 +460,10 @@ class TemporalSelfAttention(_TransformerBlock):
         return hidden_states
 
 
-def _why_not_self_attention(block: Any) -> str | None:
+@once_per_call
+def _self_attention_reason(block: Any) -> str | None:
     """Why ``block`` is other than one or two plain self-attentions and a feed-forward, or None."""
-    if reason := why_not_bypassed(block, BasicTransformerBlock):
+    if reason := plain_reason(block, BasicTransformerBlock):
         return reason
     if block.norm_type != "layer_norm":
         return f"its norm is of the kind {block.norm_type!r}"
@@ -448,7 +471,7 @@ def _why_not_self_attention(block: Any) -> str | None:
     if block.only_cross_attention or any(attn.is_cross_attention for attn in attentions):
         return "it attends to a context"
     for attn in attentions:
-        if reason := why_not_bypassed(attn, Attention) or why_attention_left_alone(attn):
+        if reason := attention_reason(attn):
             return reason
         if attn.residual_connection or attn.group_norm is not None or attn.spatial_norm is not None:
             return "its attention has a norm or residual of its own"
@@ -462,9 +485,9 @@ def _self_attentions(block: Any) -> tuple[Any, ...]:
     return (block.attn1,) if block.attn2 is None else (block.attn1, block.attn2)
 
 
-def _why_no_positions(embedding: Any, x: Tensor, num_frames: int) -> str | None:
+def _positions_reason(embedding: Any, x: Tensor, num_frames: int) -> str | None:
     """Why the table of a positional embedding cannot be added to rows like ``x`` as it is, or None."""
-    if reason := why_not_bypassed(embedding, SinusoidalPositionalEmbedding):
+    if reason := plain_reason(embedding, SinusoidalPositionalEmbedding):
         return reason
     table = embedding.pe
     if table.shape[1] < num_frames:

@@ -4,29 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidaccel.kernels.norm.add_layer_norm import RowTo, add_layer_norm
-from vidaccel.kernels.norm.group_norm_silu import compile_ahead, group_norm_silu
-from vidaccel.sites.parameters import has_hook, why_unreadable
-from vidaccel.sites.site import FusedBlock, fuses
+from vidaccel.kernels.norm.channel_statistics import ChannelStatistics
+from vidaccel.kernels.norm.group_norm_silu import compile_ahead, group_norm_and_sum, group_norm_silu
+from vidaccel.sites.block import CORNER_ROWS, FusedBlock, call_site, cut_corner, fuses, run_part
+from vidaccel.sites.plain import readable_reason
 
 __all__ = [
     "FusedGroupNorm",
-    "FusedGroupNormSiLU",
-    "PassThroughSiLU",
     "add_layer_norm_module",
     "as_clip",
     "as_frames",
     "compile_group_norm_ahead",
     "group_norm_module",
-    "why_layer_norms_unreadable",
+    "norm_and_residual",
+    "norms_reason",
 ]
 
 
 def as_clip(frames: Tensor, num_frames: int) -> Tensor:
-    """``[B*F, C, H, W]`` seen as ``[B, C, F, H, W]``."""
+    """``[B*F, C, H, W]`` seen as ``[B, C, F, H, W]``: the same memory, if that is channels-last."""
     return frames.unflatten(0, (-1, num_frames)).transpose(1, 2)
 
 
@@ -36,13 +35,21 @@ def as_frames(clip: Tensor) -> Tensor:
 
 
 def group_norm_module(
-    norm: nn.GroupNorm, x: Tensor, *, silu: bool, shift: Tensor | None = None, tail: Tensor | None = None
+    norm: nn.GroupNorm,
+    x: Tensor,
+    *,
+    silu: bool,
+    shift: Tensor | None = None,
+    tail: Tensor | None = None,
+    statistics: ChannelStatistics | None = None,
 ) -> Tensor:
     """The fused op with a GroupNorm module's parameters; `x` is ``[N, C, *spatial]``, `shift` ``[N, T, C]``.
 
-    `tail` has further channels, which lie elsewhere.
+    `tail` has further channels, which lie elsewhere; `statistics` are those of `x`, if somebody has computed them.
     """
-    return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=silu, shift=shift, tail=tail)
+    return group_norm_silu(
+        x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=silu, shift=shift, tail=tail, statistics=statistics
+    )  # fmt: skip
 
 
 def compile_group_norm_ahead(norm: Any, *, silu: bool = True, shift: bool = False, and_sum: bool = False) -> None:
@@ -67,24 +74,27 @@ def add_layer_norm_module(
     return add_layer_norm(x, *weights, residual=residual, row=row, position=position, row_to=row_to)
 
 
-def why_layer_norms_unreadable(norms: tuple[nn.Module, ...], x: Tensor) -> str | None:
-    """The first reason why one of ``norms`` is not a plain affine LayerNorm beside ``x``, or None."""
-    return next(filter(None, (why_unreadable(norm, nn.LayerNorm, x) for norm in norms)), None)
+def norms_reason(kind: type[nn.Module], x: Tensor, *norms: nn.Module) -> str | None:
+    """The first reason why one of ``norms`` is not a plain affine ``kind`` beside ``x``, or None."""
+    for norm in norms:
+        if reason := readable_reason(norm, kind, x):
+            return reason
+    return None
 
 
 @fuses(nn.GroupNorm, {"group_norm_silu": "math-exact"})
 class FusedGroupNorm(FusedBlock, nn.GroupNorm):
-    """A GroupNorm that no SiLU follows: the one before a transformer or an attention."""
+    """A GroupNorm that no SiLU of ours follows: before a transformer or an attention, or at the end of a model."""
 
     @classmethod
-    def why_left_alone(cls, module: nn.Module) -> str | None:
+    def left_alone_reason(cls, module: Any) -> str | None:
         return None if getattr(module, "affine", False) else "it has no weight and bias"
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.guarded(input)
+        return call_site(FusedGroupNorm, self, input)
 
-    def why_unserved(self, input: Tensor) -> str | None:
-        return why_unreadable(self, nn.GroupNorm, input)
+    def call_reason(self, input: Tensor) -> str | None:
+        return readable_reason(self, nn.GroupNorm, input)
 
     def compile_ahead(self) -> None:
         for and_sum in (False, True):  # the second is norm_and_residual's
@@ -93,33 +103,14 @@ class FusedGroupNorm(FusedBlock, nn.GroupNorm):
     def fused_forward(self, input: Tensor) -> Tensor:
         return group_norm_module(self, input, silu=False)
 
-
-@fuses(nn.GroupNorm, {"group_norm_silu": "math-exact"})
-class FusedGroupNormSiLU(FusedGroupNorm):
-    """A model's last GroupNorm (``conv_norm_out``), which takes over the SiLU of the ``conv_act`` beside it.
-
-    The two are one site: while this class is in place ``conv_act`` is a :class:`PassThroughSiLU`, so the original
-    forward must apply the SiLU too.
-    """
-
-    def original_forward(self, input: Tensor) -> Tensor:
-        return F.silu(nn.GroupNorm.forward(self, input))
-
-    def compile_ahead(self) -> None:
-        compile_group_norm_ahead(self)
-
-    def fused_forward(self, input: Tensor) -> Tensor:
-        return group_norm_module(self, input, silu=True)
+    def corner(self, args: Any, kwargs: Any) -> Any:
+        (x,) = args
+        return ((x[..., :CORNER_ROWS],), {}) if x.ndim == 3 else cut_corner(args, kwargs)  # [N, C, S]
 
 
-class PassThroughSiLU(nn.SiLU):
-    """A SiLU that the norm before it has already applied."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return input
-
-    @classmethod
-    def why_left_alone(cls, module: nn.Module) -> str | None:
-        if type(module) is not nn.SiLU:
-            return f"its activation is {type(module).__name__}, not SiLU"
-        return "a hook replaced its activation's forward" if has_hook(module) else None
+def norm_and_residual(norm: Any, image: Tensor, bias: Tensor) -> tuple[Tensor, Tensor] | None:
+    """``norm(image)`` and ``image + bias``, for a projection to its width; None if ``norm`` has to be called."""
+    if not isinstance(norm, FusedGroupNorm) or not norm.serves_parent(image):
+        return None
+    arguments = norm.weight, norm.bias, norm.num_groups, norm.eps, bias
+    return run_part(norm, group_norm_and_sum, image, *arguments)

@@ -28,14 +28,23 @@ from diffusers.models.resnet import (
 )
 from torch import Tensor, nn
 
-from vidaccel.blocks.unet.normalization import as_clip, as_frames, compile_group_norm_ahead, group_norm_module
+from vidaccel.blocks.unet.convolution import geometry_of
+from vidaccel.blocks.unet.normalization import (
+    as_clip,
+    as_frames,
+    compile_group_norm_ahead,
+    group_norm_module,
+    norms_reason,
+)
 from vidaccel.kernels.conv.alpha_blend import alpha_blend
-from vidaccel.kernels.conv.conv_epilogue import compile_ahead, conv_epilogue
-from vidaccel.kernels.conv.convolution import convolve
+from vidaccel.kernels.conv.conv_epilogue import compile_ahead, conv_epilogue, conv_epilogue_and_statistics
+from vidaccel.kernels.conv.joined_projection import joined_projection
 from vidaccel.kernels.conv.temporal_conv import temporal_conv
-from vidaccel.kernels.dispatch import runs_triton
-from vidaccel.sites.parameters import why_not_bypassed, why_unreadable
-from vidaccel.sites.site import FusedBlock, fuses
+from vidaccel.kernels.norm.channel_statistics import ChannelStatistics
+from vidaccel.kernels.op import runs_triton
+from vidaccel.sites.block import FusedBlock, call_site, fuses, run_part
+from vidaccel.sites.memo import once_per_call
+from vidaccel.sites.plain import plain_reason, readable_reason
 
 __all__ = [
     "FusedAlphaBlender",
@@ -46,7 +55,8 @@ __all__ = [
     "Joined",
 ]
 
-Convolution = nn.Conv2d | nn.Conv3d
+_TEMPORAL = (3, 1, 1), (1, 1, 1), (1, 0, 0), (1, 1, 1), 1, "zeros"
+_POINTWISE = (1, 1), (1, 1), (0, 0), (1, 1), 1, "zeros"
 
 
 class Joined(NamedTuple):
@@ -60,43 +70,51 @@ def _apart(x: Tensor | Joined) -> tuple[Tensor, Tensor | None]:
     return x if isinstance(x, Joined) else (x, None)
 
 
-def _joined(x: Tensor, skip: Tensor | None) -> Tensor | Joined:
-    return x if skip is None else Joined(x, skip)
+def _whole(x: Tensor, skip: Tensor | None) -> Tensor:
+    return x if skip is None else torch.cat([x, skip], dim=1)
+
+
+@once_per_call
+def _is_silu(activation: nn.Module) -> bool:
+    return plain_reason(activation, nn.SiLU) is None
 
 
 class _ConvolutionBlock(FusedBlock):
     """What the blocks share that are made of GroupNorm, SiLU and convolution, in this order."""
 
-    def _why_norms_unreadable(self, x: Tensor, *norms: nn.Module) -> str | None:
-        if not self._vidaccel.enabled("group_norm_silu"):
-            return None
-        return next(filter(None, (why_unreadable(norm, nn.GroupNorm, x) for norm in norms)), None)
+    def _norms_reason(self, x: Tensor, *norms: nn.Module) -> str | None:
+        return norms_reason(nn.GroupNorm, x, *norms) if self.runs("group_norm_silu") else None
 
     def _norm_silu(
-        self, norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None, skip: Tensor | None = None
+        self,
+        norm: nn.GroupNorm,
+        x: Tensor,
+        shift: Tensor | None = None,
+        skip: Tensor | None = None,
+        statistics: ChannelStatistics | None = None,
     ) -> Tensor:
         """``silu(norm(x + shift))``; with a ``skip`` connection, which the fused norm alone takes, of both joined."""
-        if self._vidaccel.enabled("group_norm_silu"):
-            return group_norm_module(norm, x, silu=True, shift=shift, tail=skip)
+        if self.runs("group_norm_silu"):
+            return group_norm_module(norm, x, silu=True, shift=shift, tail=skip, statistics=statistics)
         if shift is not None:
             x = x + shift.mT.unflatten(2, (-1, *(1 for _ in x.shape[3:])))  # [N, C, T, 1, ...]
         return F.silu(norm(x))
 
     def _compile_norms_ahead(self, first: Any, *inner: Any) -> None:
         """For the norms of a chain; to all but the first, at least a convolution's bias is added on its way."""
-        if self._vidaccel.enabled("group_norm_silu"):
+        if self.runs("group_norm_silu"):
             compile_group_norm_ahead(first)
             for norm in inner:
                 compile_group_norm_ahead(norm, shift=True)
 
-    def _compile_sum_ahead(self, conv: Any, shortcut: Any = None) -> None:
+    def _compile_sum_ahead(self, conv: Any, shortcut: Any = None, **blend: bool) -> None:
         """For the sum behind the last convolution of a block, if its parameters are plain ones."""
-        if self._vidaccel.enabled("conv_epilogue") and type(getattr(conv, "weight", None)) is nn.Parameter:
-            compile_ahead(conv.weight, residual_bias=shortcut is not None)
+        if self.runs("conv_epilogue") and type(getattr(conv, "weight", None)) is nn.Parameter:
+            compile_ahead(conv.weight, residual_bias=shortcut is not None, **blend)
 
     def _convolve_to_norm(self, conv: Any, x: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """``conv(x)`` and what the norm behind it is to add to that: `shift`, and perhaps the bias instead of here."""
-        if not self._splits_bias(conv, x) or not self._vidaccel.enabled("group_norm_silu"):
+        if not self._splits_bias(conv, x) or not self.runs("group_norm_silu"):
             return conv(x), shift
         bias = conv.bias.to(x.dtype)
         return _without_bias(conv, x), bias.expand(x.shape[0], 1, -1) if shift is None else shift + bias
@@ -108,61 +126,44 @@ class _ConvolutionBlock(FusedBlock):
         residual: Tensor,
         shortcut: Any = None,
         skip: Tensor | None = None,
+        statistics: bool = False,
         **epilogue: Any,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ChannelStatistics | None]:
         """``shortcut(residual) + conv(x)``; ``epilogue`` is what ``conv_epilogue`` takes for a blend.
 
-        The sum may carry its statistics: a norm comes next, but where the image is made smaller or larger first.
-        With a ``skip`` connection, both convolutions have to be such that :meth:`_splits_bias`.
+        With ``statistics`` also those of the sum, if they can be had, for a norm that comes next. With a ``skip``
+        connection, both convolutions have to be such that :meth:`_splits_bias`.
         """
         if not self._splits_bias(conv, x):
-            return (residual if shortcut is None else shortcut(residual)) + conv(x)
-        if shortcut is None and self._vidaccel.enabled("temporal_conv") and _is_temporal(conv):
-            return temporal_conv(x, conv.weight, conv.bias, residual, statistics=True, **epilogue)
+            return (residual if shortcut is None else shortcut(residual)) + conv(x), None
+        temporal = shortcut is None and self.runs("temporal_conv") and geometry_of(conv) == _TEMPORAL
+        if temporal and not statistics:
+            return temporal_conv(x, conv.weight, conv.bias, residual, **epilogue), None
         if shortcut is not None and self._splits_bias(shortcut, residual):
             epilogue["residual_bias"] = shortcut.bias
-            residual = _without_bias(shortcut, residual) if skip is None else _project(shortcut, residual, skip)
+            if skip is None:
+                residual = _without_bias(shortcut, residual)
+            else:
+                residual = joined_projection(residual, skip, shortcut.weight)
         elif shortcut is not None:
             residual = shortcut(residual)
         x = _without_bias(conv, x)
-        return conv_epilogue(x, conv.bias, residual, inplace=True, statistics=True, **epilogue)
+        if statistics:
+            return conv_epilogue_and_statistics(x, conv.bias, residual, inplace=True, **epilogue)
+        return conv_epilogue(x, conv.bias, residual, inplace=True, **epilogue), None
 
-    def _splits_bias(self, conv: Convolution, x: Tensor) -> bool:
+    def _splits_bias(self, conv: Any, x: Tensor) -> bool:
         """Whether to run ``conv`` without its bias: only where a kernel then adds it on its way."""
-        if not self._vidaccel.enabled("conv_epilogue") or not runs_triton("conv_epilogue", x):
+        if not self.runs("conv_epilogue") or not runs_triton("conv_epilogue", x):
             return False
-        return why_unreadable(conv, nn.Conv2d if x.ndim == 4 else nn.Conv3d, x) is None
+        return readable_reason(conv, nn.Conv2d if x.ndim == 4 else nn.Conv3d, x) is None
 
 
-def _is_temporal(conv: Convolution) -> bool:
-    """Whether it is a plain (3, 1, 1) convolution that keeps the number of frames."""
-    geometry = (conv.kernel_size, conv.padding, conv.stride, conv.dilation, conv.groups, conv.padding_mode)
-    return geometry == ((3, 1, 1), (1, 0, 0), (1, 1, 1), (1, 1, 1), 1, "zeros")
-
-
-def _is_pointwise(conv: Convolution) -> bool:
-    """Whether it is a plain 1x1 convolution."""
-    return (conv.kernel_size, conv.padding, conv.stride, conv.groups) == ((1, 1), (0, 0), (1, 1), 1)
-
-
-def _without_bias(conv: Convolution, x: Tensor) -> Tensor:
-    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+def _without_bias(conv: Any, x: Tensor) -> Tensor:
+    if conv.padding_mode != "zeros":
         return conv._conv_forward(x, conv.weight, None)
-    return convolve(x, conv.weight, conv.stride, conv.padding, conv.dilation, conv.groups)
-
-
-def _project(pointwise: nn.Conv2d, x: Tensor, skip: Tensor) -> Tensor:
-    """``pointwise`` without its bias, of the two joined: a matrix product of each, with its columns of the weight."""
-    for_x, for_skip = pointwise.weight.flatten(1).split([x.shape[1], skip.shape[1]], dim=1)  # views
-    rows = F.linear(_rows(x), for_x)
-    rows.addmm_(_rows(skip), for_skip.t())
-    samples, _, *image = x.shape
-    return rows.unflatten(0, (samples, *image)).permute(0, 3, 1, 2)
-
-
-def _rows(image: Tensor) -> Tensor:
-    """``[N, C, H, W]`` as ``[N*H*W, C]``: a view of a channels-last image."""
-    return image.permute(0, 2, 3, 1).flatten(0, 2)
+    convolve: Any = F.conv2d if x.ndim == 4 else F.conv3d
+    return convolve(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 class _ResnetBlock(_ConvolutionBlock):
@@ -173,22 +174,32 @@ class _ResnetBlock(_ConvolutionBlock):
     conv1: Any
     conv2: Any
     dropout: Any
+    nonlinearity: Any
     conv_shortcut: Any
 
-    def why_unserved(self, input_tensor: Tensor, temb: Tensor | None) -> str | None:
-        return self._why_norms_unreadable(input_tensor, self.norm1, self.norm2)
+    def call_reason(self, input_tensor: Tensor, *args: Any, **kwargs: Any) -> str | None:
+        if not _is_silu(self.nonlinearity):
+            return f"its activation is {type(self.nonlinearity).__name__}, or somebody hooked it"
+        return self._norms_reason(input_tensor, self.norm1, self.norm2)
 
     def compile_ahead(self) -> None:
         self._compile_norms_ahead(self.norm1, self.norm2)
         self._compile_sum_ahead(self.conv2, self.conv_shortcut)
 
     def residual_branch(
-        self, x: Tensor, time_embedding: Tensor | None, skip: Tensor | None = None, **epilogue: Any
-    ) -> Tensor:
-        """The whole block, up to and with the sum; ``epilogue`` is what ``conv_epilogue`` takes for a blend."""
-        hidden_states = self._norm_silu(self.norm1, x, skip=skip)
+        self,
+        x: Tensor,
+        time_embedding: Tensor | None,
+        skip: Tensor | None = None,
+        given: ChannelStatistics | None = None,
+        **epilogue: Any,
+    ) -> tuple[Tensor, ChannelStatistics | None]:
+        """The whole block, up to and with the sum; see :meth:`_convolve_to_residual`; ``given`` are x's statistics."""
+        hidden_states = self._norm_silu(self.norm1, x, skip=skip, statistics=given)
         hidden_states, shift = self._convolve_to_norm(self.conv1, hidden_states, time_embedding)
-        hidden_states = self.dropout(self._norm_silu(self.norm2, hidden_states, shift))
+        hidden_states = self._norm_silu(self.norm2, hidden_states, shift)
+        if self.dropout.training or plain_reason(self.dropout, nn.Dropout):
+            hidden_states = self.dropout(hidden_states)
         return self._convolve_to_residual(self.conv2, hidden_states, x, self.conv_shortcut, skip, **epilogue)
 
 
@@ -197,51 +208,61 @@ class FusedResnetBlock2D(_ResnetBlock, ResnetBlock2D):
     """Norm, SiLU and the adds before them in one kernel, bias and residual in another, no division by 1.0."""
 
     @classmethod
-    def why_left_alone(cls, module: nn.Module) -> str | None:
-        assert isinstance(module, ResnetBlock2D)
+    def left_alone_reason(cls, module: Any) -> str | None:
         if module.upsample is not None or module.downsample is not None:
             return "it resamples inside the block"
         if module.time_embedding_norm not in ("default", "group"):  # "group": the image VAE's decoder, which has none
             return f"its time embedding is of the kind {module.time_embedding_norm!r}"
-        return None if isinstance(module.nonlinearity, nn.SiLU) else "its activation is not SiLU"
+        return None
 
-    def why_concatenated(self, skip: Tensor) -> str | None:
+    def joining_reason(self, skip: Tensor) -> str | None:
         """Why this block has to get ``skip`` concatenated with its input, or None if :class:`Joined` will do."""
-        if self._vidaccel.broken:
-            return "its ResNet block is back to the original code"
-        if reason := why_not_bypassed(self, ResnetBlock2D) or self.why_unserved(skip, None):
-            return reason
+        if not self.serves_parent(skip, None):
+            return "its ResNet block is not fused, or has to be called"
         for conv in (self.conv2, self.conv_shortcut):
             if not self._splits_bias(conv, skip):
-                return why_unreadable(conv, nn.Conv2d, skip) or "the convolutions of its ResNet block add their biases"
-        if not self._vidaccel.enabled("group_norm_silu"):
+                return readable_reason(conv, nn.Conv2d, skip) or "its ResNet block adds its biases in convolutions"
+        if not self.runs("group_norm_silu"):
             return "the first norm of its ResNet block is not fused"
-        return None if _is_pointwise(self.conv_shortcut) else "the convolution on its residual is not a 1x1 one"
+        pointwise = geometry_of(self.conv_shortcut) == _POINTWISE
+        return None if pointwise else "the convolution on its residual is not a 1x1 one"
 
     def forward(self, input_tensor: Tensor | Joined, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         x, skip = _apart(input_tensor)
-        return self.guarded(x, temb, *args, skip=skip, **kwargs)
+        return call_site(FusedResnetBlock2D, self, x, temb, *args, skip=skip, **kwargs)
 
-    def original_forward(self, input_tensor: Tensor, *args: Any, skip: Tensor | None, **kwargs: Any) -> Tensor:
-        joined = input_tensor if skip is None else torch.cat([input_tensor, skip], dim=1)
-        return super().original_forward(joined, *args, **kwargs)
+    @classmethod
+    def original_forward(cls, host: Any, x: Tensor, *args: Any, skip: Tensor | None = None, **kwargs: Any) -> Tensor:
+        return ResnetBlock2D.forward(host, _whole(x, skip), *args, **kwargs)
 
-    def why_unserved(
+    def call_reason(
         self, input_tensor: Tensor, temb: Tensor | None, *args: Any, skip: Tensor | None = None, **kwargs: Any
     ) -> str | None:
         if args or kwargs:
             return "deprecated arguments beyond the time embedding were passed"
-        return super().why_unserved(input_tensor, temb)
+        return super().call_reason(input_tensor)
 
-    def fused_forward(self, input_tensor: Tensor, temb: Tensor | None, skip: Tensor | None) -> Tensor:
+    def fused_forward(self, x: Tensor, temb: Tensor | None, skip: Tensor | None = None) -> Tensor:
+        out, _ = self.with_statistics(x, temb, skip, statistics=False)
+        return out
+
+    def with_statistics(
+        self,
+        x: Tensor,
+        temb: Tensor | None,
+        skip: Tensor | None = None,
+        given: ChannelStatistics | None = None,
+        statistics: bool = True,
+    ) -> tuple[Tensor, ChannelStatistics | None]:
+        """The fused forward, and the statistics of the result for a norm behind it; ``given`` are those of x."""
         time_embedding = None
         if temb is not None and self.time_emb_proj is not None:
             temb = temb if self.skip_time_act else self.nonlinearity(temb)
             time_embedding = self.time_emb_proj(temb)[:, None, :]
-        hidden_states = self.residual_branch(input_tensor, time_embedding, skip)
-        if self.output_scale_factor == 1.0 and self._vidaccel.enabled("unit_division"):
-            return hidden_states
-        return hidden_states / self.output_scale_factor
+        out, found = self.residual_branch(x, time_embedding, skip, given, statistics=statistics)
+        if self.output_scale_factor == 1.0 and self.runs("unit_division"):
+            return out, found
+        return out / self.output_scale_factor, None
 
 
 @fuses(
@@ -252,11 +273,16 @@ class FusedTemporalResnetBlock(_ResnetBlock, TemporalResnetBlock):
     """The same over ``[B, C, F, H, W]``: statistics run over all frames, the time embedding has a row for each."""
 
     def forward(self, input_tensor: Tensor, temb: Tensor) -> Tensor:
-        return self.guarded(input_tensor, temb)
+        return call_site(FusedTemporalResnetBlock, self, input_tensor, temb)
 
-    def fused_forward(self, input_tensor: Tensor, temb: Tensor | None, **epilogue: Any) -> Tensor:
+    def fused_forward(self, input_tensor: Tensor, temb: Tensor | None) -> Tensor:
+        out, _ = self.with_blend(input_tensor, temb)
+        return out
+
+    def with_blend(self, x: Tensor, temb: Tensor | None, **options: Any) -> tuple[Tensor, ChannelStatistics | None]:
+        """The fused forward, a blend with ``x`` at its end; ``options`` as of :meth:`residual_branch`."""
         time_embedding = None if self.time_emb_proj is None else self.time_emb_proj(self.nonlinearity(temb))
-        return self.residual_branch(input_tensor, time_embedding, **epilogue)
+        return self.residual_branch(x, time_embedding, **options)
 
     def compile_ahead(self) -> None:  # the sum is its parent's
         self._compile_norms_ahead(self.norm1, self.norm2)
@@ -282,13 +308,13 @@ class FusedTemporalConvLayer(_ConvolutionBlock, TemporalConvLayer):
     """
 
     def forward(self, hidden_states: Tensor, num_frames: int = 1) -> Tensor:
-        return self.guarded(hidden_states, num_frames)
+        return call_site(FusedTemporalConvLayer, self, hidden_states, num_frames)
 
-    def why_unserved(self, hidden_states: Tensor, num_frames: int) -> str | None:
+    def call_reason(self, hidden_states: Tensor, num_frames: int) -> str | None:
         for stage in self._stages():
-            if reason := why_not_bypassed(stage, nn.Sequential) or why_not_bypassed(stage[1], nn.SiLU):
+            if reason := plain_reason(stage, nn.Sequential) or plain_reason(stage[1], nn.SiLU):
                 return reason
-        return self._why_norms_unreadable(hidden_states, *(stage[0] for stage in self._stages()))
+        return self._norms_reason(hidden_states, *(stage[0] for stage in self._stages()))
 
     def fused_forward(self, hidden_states: Tensor, num_frames: int) -> Tensor:
         clip = as_clip(hidden_states, num_frames)
@@ -296,7 +322,8 @@ class FusedTemporalConvLayer(_ConvolutionBlock, TemporalConvLayer):
         x, shift = clip, None
         for stage in inner:
             x, shift = self._convolve_to_norm(stage[-1], self._normalise(stage, x, shift))
-        return as_frames(self._convolve_to_residual(last[-1], self._normalise(last, x, shift), clip))
+        out, _ = self._convolve_to_residual(last[-1], self._normalise(last, x, shift), clip)
+        return as_frames(out)
 
     def compile_ahead(self) -> None:
         self._compile_norms_ahead(*(stage[0] for stage in self._stages()))
@@ -311,7 +338,8 @@ class FusedTemporalConvLayer(_ConvolutionBlock, TemporalConvLayer):
         norm, _, *dropout, _ = stage
         x = self._norm_silu(norm, x, shift)
         for layer in dropout:
-            x = layer(x)
+            if layer.training or plain_reason(layer, nn.Dropout):
+                x = layer(x)
         return x
 
 
@@ -323,8 +351,7 @@ class FusedSpatioTemporalResBlock(FusedBlock, SpatioTemporalResBlock):
     """
 
     @classmethod
-    def why_left_alone(cls, module: nn.Module) -> str | None:
-        assert isinstance(module, SpatioTemporalResBlock)
+    def left_alone_reason(cls, module: Any) -> str | None:
         if module.time_mixer.merge_strategy == "fixed":
             return "its blend factor is fixed"
         return None if module.temporal_res_block.conv_shortcut is None else "its temporal block changes the width"
@@ -340,37 +367,67 @@ class FusedSpatioTemporalResBlock(FusedBlock, SpatioTemporalResBlock):
         self, hidden_states: Tensor | Joined, temb: Tensor | None = None, image_only_indicator: Tensor | None = None
     ) -> Tensor:
         x, skip = _apart(hidden_states)
-        return self.guarded(x, temb, image_only_indicator, skip=skip)
+        return call_site(FusedSpatioTemporalResBlock, self, x, temb, image_only_indicator, skip=skip)
 
-    def original_forward(self, x: Tensor, *args: Any, skip: Tensor | None) -> Tensor:
-        return super().original_forward(_joined(x, skip), *args)
+    @classmethod
+    def original_forward(cls, host: Any, x: Tensor, *args: Any, skip: Tensor | None = None) -> Tensor:
+        return SpatioTemporalResBlock.forward(host, _whole(x, skip), *args)
 
-    def why_unserved(
-        self, x: Tensor, temb: Tensor | None, image_only_indicator: Tensor | None, skip: Tensor | None
+    def call_reason(
+        self,
+        x: Tensor,
+        temb: Tensor | None = None,
+        image_only_indicator: Tensor | None = None,
+        skip: Tensor | None = None,
     ) -> str | None:
         return "no image_only_indicator was passed" if image_only_indicator is None else None
 
     def fused_forward(
-        self, x: Tensor, temb: Tensor | None, image_only_indicator: Tensor, skip: Tensor | None
+        self, x: Tensor, temb: Tensor | None, image_only_indicator: Tensor, skip: Tensor | None = None
     ) -> Tensor:
-        hidden_states = self.spatial_res_block(_joined(x, skip), temb)
+        spatial = self.spatial_res_block(x if skip is None else Joined(x, skip), temb)
+        out, _ = self._temporal_blend(spatial, temb, image_only_indicator, statistics=False)
+        return out
+
+    def with_statistics(
+        self, x: Tensor, image_only_indicator: Tensor, given: ChannelStatistics | None
+    ) -> tuple[Tensor, ChannelStatistics | None]:
+        """The fused forward of a VAE's block, which has no time embedding, and the statistics of its result."""
+        spatial = self.spatial_res_block
+        if isinstance(spatial, FusedResnetBlock2D) and spatial.serves_parent(x, None):
+            x, _ = run_part(spatial, spatial.with_statistics, x, None, None, given, False)
+        else:
+            x = spatial(x, None)
+        return self._temporal_blend(x, None, image_only_indicator, statistics=True)
+
+    def _temporal_blend(
+        self, frames: Tensor, temb: Tensor | None, image_only_indicator: Tensor, statistics: bool
+    ) -> tuple[Tensor, ChannelStatistics | None]:
         num_frames = image_only_indicator.shape[-1]
         temb = None if temb is None else temb.unflatten(0, (-1, num_frames))
-        return as_frames(self._temporal_blend(as_clip(hidden_states, num_frames), temb, image_only_indicator))
-
-    def _temporal_blend(self, spatial: Tensor, temb: Tensor | None, image_only_indicator: Tensor) -> Tensor:
-        temporal, mixer = self.temporal_res_block, self.time_mixer
-        if not (isinstance(temporal, FusedTemporalResnetBlock) and temporal.takes_blend(spatial)):
-            return mixer(spatial, temporal(spatial, temb), image_only_indicator)
+        spatial, temporal, mixer = as_clip(frames, num_frames), self.temporal_res_block, self.time_mixer
+        bypassed = isinstance(temporal, FusedTemporalResnetBlock) and temporal.takes_blend(spatial)
+        if not (bypassed and _mixes_plainly(mixer, frames.device)):
+            return as_frames(mixer(spatial, temporal(spatial, temb), image_only_indicator)), None
         indicator = image_only_indicator if mixer.merge_strategy == "learned_with_images" else None
-        return temporal.run_part(
-            temporal.fused_forward,
+        assert isinstance(temporal, FusedTemporalResnetBlock)
+        out, found = run_part(
+            temporal,
+            temporal.with_blend,
             spatial,
             temb,
+            statistics=statistics,
             mix_factor=mixer.mix_factor,
             image_only=indicator,
             spatial_is_second=mixer.switch_spatial_to_temporal_mix,
         )
+        return as_frames(out), found
+
+
+@once_per_call
+def _mixes_plainly(mixer: Any, device: torch.device) -> bool:
+    """Whether a blend of ours, by the mixer's factor, may stand for a call of it."""
+    return plain_reason(mixer, AlphaBlender) is None and mixer.mix_factor.device == device
 
 
 @fuses(AlphaBlender, {"alpha_blend": "math-exact"})
@@ -380,14 +437,13 @@ class FusedAlphaBlender(FusedBlock, AlphaBlender):
     mix_factor: Tensor
 
     @classmethod
-    def why_left_alone(cls, module: nn.Module) -> str | None:
-        assert isinstance(module, AlphaBlender)
+    def left_alone_reason(cls, module: Any) -> str | None:
         return "its blend factor is fixed" if module.merge_strategy == "fixed" else None
 
     def forward(self, x_spatial: Tensor, x_temporal: Tensor, image_only_indicator: Tensor | None = None) -> Tensor:
-        return self.guarded(x_spatial, x_temporal, image_only_indicator)
+        return call_site(FusedAlphaBlender, self, x_spatial, x_temporal, image_only_indicator)
 
-    def why_unserved(self, x_spatial: Tensor, x_temporal: Tensor, image_only_indicator: Tensor | None) -> str | None:
+    def call_reason(self, x_spatial: Tensor, x_temporal: Tensor, image_only_indicator: Tensor | None) -> str | None:
         if self.mix_factor.device != x_spatial.device:
             return f"mix_factor is on {self.mix_factor.device}, its input on {x_spatial.device}"
         return None

@@ -15,20 +15,24 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from vidaccel.blocks.unet.projections import RESIDUAL_PROJECTION, add_projected, norm_and_residual
-from vidaccel.sites.parameters import why_unreadable
-from vidaccel.sites.site import FusedBlock, fuses
+from vidaccel.blocks.unet.convolution import geometry_of
+from vidaccel.blocks.unet.normalization import norm_and_residual
+from vidaccel.kernels.ffn.residual_projection import residual_projection
+from vidaccel.kernels.op import runs_triton
+from vidaccel.sites.block import FusedBlock, call_site, fuses
+from vidaccel.sites.plain import readable_reason
 
-__all__ = ["FusedTransformer2DModel"]
+__all__ = ["FusedTransformer2DModel", "adds_in_product"]
+
+_POINTWISE = (1, 1), (0, 0), (1, 1), 1, "zeros"  # of a 1x1 convolution: all that geometry_of tells but its size
 
 
-@fuses(Transformer2DModel, {"channels_last": "math-exact", RESIDUAL_PROJECTION: "math-exact"})
+@fuses(Transformer2DModel, {"channels_last": "math-exact", "residual_projection": "math-exact"})
 class FusedTransformer2DModel(FusedBlock, Transformer2DModel):  # type: ignore[misc]
     """Norm, projection, blocks, projection and residual on ``[N, HW, C]``, whatever kind the two projections are."""
 
     @classmethod
-    def why_left_alone(cls, module: nn.Module) -> str | None:
-        assert isinstance(module, Transformer2DModel)
+    def left_alone_reason(cls, module: Any) -> str | None:
         return None if module.is_input_continuous else "its input is not an image of features"
 
     def forward(
@@ -43,7 +47,9 @@ class FusedTransformer2DModel(FusedBlock, Transformer2DModel):  # type: ignore[m
         encoder_attention_mask: Tensor | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        sample = self.guarded(
+        sample = call_site(
+            FusedTransformer2DModel,
+            self,
             hidden_states,
             encoder_hidden_states,
             timestep,
@@ -55,11 +61,12 @@ class FusedTransformer2DModel(FusedBlock, Transformer2DModel):  # type: ignore[m
         )
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
-    def original_forward(self, *args: Any) -> Tensor:
-        (sample,) = Transformer2DModel.forward(self, *args, return_dict=False)
+    @classmethod
+    def original_forward(cls, host: Any, *args: Any) -> Tensor:
+        (sample,) = Transformer2DModel.forward(host, *args, return_dict=False)
         return sample
 
-    def why_unserved(self, hidden_states: Tensor, *args: Any) -> str | None:
+    def call_reason(self, hidden_states: Tensor, *args: Any) -> str | None:
         *_, attention_mask, context_mask = args
         return None if attention_mask is None and context_mask is None else "an attention mask was passed"
 
@@ -74,8 +81,9 @@ class FusedTransformer2DModel(FusedBlock, Transformer2DModel):  # type: ignore[m
         *masks: None,
     ) -> Tensor:
         height = hidden_states.shape[2]
-        enabled = self._vidaccel.enabled(RESIDUAL_PROJECTION)
-        both = norm_and_residual(self.norm, hidden_states, self.proj_out) if enabled else None
+        both = None
+        if self.runs("residual_projection") and adds_in_product(self.proj_out, hidden_states):
+            both = norm_and_residual(self.norm, hidden_states, self.proj_out.bias)
         normed, with_bias = both or (self.norm(hidden_states), None)
         rows = self._project(self.proj_in, _rows(normed), height)
         for block in self.transformer_blocks:
@@ -87,16 +95,28 @@ class FusedTransformer2DModel(FusedBlock, Transformer2DModel):  # type: ignore[m
                 class_labels=class_labels,
             )
         if with_bias is not None:
-            return _image(add_projected(self.proj_out, rows, _rows(with_bias)), height)
+            weight = self.proj_out.weight.flatten(1)
+            return _image(residual_projection(rows, weight, _rows(with_bias)), height)
         return _image(self._project(self.proj_out, rows, height), height) + hidden_states
 
     def _project(self, projection: Any, rows: Tensor, height: int) -> Tensor:
         """``proj_in`` or ``proj_out`` of ``[N, HW, C]``, a Linear or a 1x1 convolution."""
         if self.use_linear_projection:
             return projection(rows)
-        if why_unreadable(projection, nn.Conv2d, rows):  # LoRA, quantised, offloaded
+        # LoRA, quantised, offloaded
+        if readable_reason(projection, nn.Conv2d, rows) or geometry_of(projection)[1:] != _POINTWISE:
             return _rows(projection(_image(rows, height)))
         return F.linear(rows, projection.weight.flatten(1), projection.bias)
+
+
+def adds_in_product(projection: Any, x: Tensor) -> bool:
+    """Whether a product of ours with an addend may stand for the last ``projection`` of a transformer on ``x``."""
+    if torch.compiler.is_compiling() or not runs_triton("residual_projection", x):
+        return False
+    kind = nn.Conv2d if isinstance(projection, nn.Conv2d) else nn.Linear
+    if readable_reason(projection, kind, x) or projection.weight.dtype != x.dtype:
+        return False
+    return kind is nn.Linear or geometry_of(projection)[1:] == _POINTWISE
 
 
 def _rows(image: Tensor) -> Tensor:

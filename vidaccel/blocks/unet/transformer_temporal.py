@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.models.embeddings import Timesteps
 from diffusers.models.transformers.transformer_temporal import (
     TransformerSpatioTemporalModel,
     TransformerTemporalModel,
@@ -21,20 +20,33 @@ from vidaccel.blocks.unet.attention import (
     FusedTemporalBasicTransformerBlock,
     TemporalSelfAttention,
 )
-from vidaccel.blocks.unet.normalization import as_clip
-from vidaccel.blocks.unet.projections import QKV_PROJECTION, RESIDUAL_PROJECTION, add_projected, norm_and_residual
+from vidaccel.blocks.unet.normalization import as_clip, norm_and_residual
 from vidaccel.blocks.unet.resnet import FusedAlphaBlender
-from vidaccel.sites.parameters import why_not_bypassed
-from vidaccel.sites.site import FusedBlock, fuses
+from vidaccel.blocks.unet.transformer_2d import adds_in_product
+from vidaccel.kernels.ffn.residual_projection import residual_projection
+from vidaccel.sites.block import FusedBlock, call_site, fuses, run_part
+from vidaccel.sites.site import Fidelity
 
-__all__ = ["FrameTransformer", "FusedTransformerSpatioTemporalModel", "FusedTransformerTemporalModel"]
+__all__ = [
+    "FRAME_TRANSFORMER_OPS",
+    "FrameTransformer",
+    "FusedTransformerSpatioTemporalModel",
+    "FusedTransformerTemporalModel",
+]
 
-FRAME_EMBEDDING = "frame_embedding"
+
+FRAME_TRANSFORMER_OPS: dict[str, Fidelity] = {
+    "temporal_attention": "math-exact",
+    "add_layer_norm": "math-exact",
+    "channels_last": "math-exact",
+    "qkv_projection": "math-exact",
+    "residual_projection": "math-exact",
+}
 
 
 @fuses(
     TransformerSpatioTemporalModel,
-    {"channels_last": "math-exact", RESIDUAL_PROJECTION: "math-exact", FRAME_EMBEDDING: "bit-exact"},
+    {"channels_last": "math-exact", "residual_projection": "math-exact"},
 )
 class FusedTransformerSpatioTemporalModel(FusedBlock, TransformerSpatioTemporalModel):
     """Image to rows and back as views, the context once per clip instead of once per pixel, one row per frame index.
@@ -51,24 +63,30 @@ class FusedTransformerSpatioTemporalModel(FusedBlock, TransformerSpatioTemporalM
         image_only_indicator: Tensor | None = None,
         return_dict: bool = True,
     ) -> TransformerTemporalModelOutput | tuple[Tensor]:
-        sample = self.guarded(hidden_states, encoder_hidden_states, image_only_indicator)
+        sample = call_site(
+            FusedTransformerSpatioTemporalModel, self, hidden_states, encoder_hidden_states, image_only_indicator
+        )
         return TransformerTemporalModelOutput(sample=sample) if return_dict else (sample,)
 
-    def original_forward(self, hidden_states: Tensor, context: Tensor, image_only_indicator: Tensor) -> Tensor:
+    @classmethod
+    def original_forward(
+        cls, host: Any, hidden_states: Tensor, context: Tensor, image_only_indicator: Tensor
+    ) -> Tensor:
         (sample,) = TransformerSpatioTemporalModel.forward(
-            self, hidden_states, context, image_only_indicator, return_dict=False
+            host, hidden_states, context, image_only_indicator, return_dict=False
         )
         return sample
 
-    def why_unserved(self, hidden_states: Tensor, context: Tensor | None, *args: Any) -> str | None:
+    def call_reason(self, hidden_states: Tensor, context: Tensor | None, *args: Any) -> str | None:
         return "no context was passed" if context is None else None
 
     def fused_forward(self, hidden_states: Tensor, context: Tensor, image_only_indicator: Tensor) -> Tensor:
         num_frames = image_only_indicator.shape[-1]
         height = hidden_states.shape[2]
         residual = hidden_states
-        enabled = self._vidaccel.enabled(RESIDUAL_PROJECTION)
-        both = norm_and_residual(self.norm, hidden_states, self.proj_out) if enabled else None
+        both = None
+        if self.runs("residual_projection") and adds_in_product(self.proj_out, hidden_states):
+            both = norm_and_residual(self.norm, hidden_states, self.proj_out.bias)
         normed, with_bias = both or (self.norm(hidden_states), None)
         hidden_states = self.proj_in(normed.permute(0, 2, 3, 1).flatten(1, 2))  # [B*F, HW, C]
         frame_embedding = self._frame_embedding(num_frames, hidden_states)
@@ -79,7 +97,8 @@ class FusedTransformerSpatioTemporalModel(FusedBlock, TransformerSpatioTemporalM
             spatial, temporal, addend = run(*blocks, frame_embedding)
             hidden_states = self._mix(spatial, temporal, addend, image_only_indicator)
         if with_bias is not None:
-            hidden_states = add_projected(self.proj_out, hidden_states, with_bias.permute(0, 2, 3, 1).flatten(1, 2))
+            addend = with_bias.permute(0, 2, 3, 1).flatten(1, 2)
+            hidden_states = residual_projection(hidden_states, self.proj_out.weight, addend)
             return hidden_states.unflatten(1, (height, -1)).permute(0, 3, 1, 2)
         hidden_states = self.proj_out(hidden_states).unflatten(1, (height, -1))
         return hidden_states.permute(0, 3, 1, 2) + residual
@@ -106,8 +125,8 @@ class FusedTransformerSpatioTemporalModel(FusedBlock, TransformerSpatioTemporalM
         frame_embedding: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The spatial block's result, and the two addends of the temporal block's."""
-        addends = block.run_part(block.last_addends, *_block_arguments(hidden_states, context))
-        return temporal_block.run_part(temporal_block.last_addends, addends, frame_embedding, num_frames, time_context)
+        addends = run_part(block, block.last_addends, *_block_arguments(hidden_states, context))
+        return run_part(temporal_block, temporal_block.last_addends, addends, frame_embedding, num_frames, time_context)
 
     def _run_in_turn(
         self,
@@ -132,31 +151,14 @@ class FusedTransformerSpatioTemporalModel(FusedBlock, TransformerSpatioTemporalM
         """The blend of ``spatial`` with ``temporal + addend``."""
         mixer = self.time_mixer
         if isinstance(mixer, FusedAlphaBlender) and mixer.serves_parent(spatial, temporal, image_only_indicator):
-            return mixer.run_part(mixer.fused_forward, spatial, temporal, image_only_indicator, addend)
+            return run_part(mixer, mixer.fused_forward, spatial, temporal, image_only_indicator, addend)
         temporal = temporal if addend is None else temporal + addend
         return mixer(x_spatial=spatial, x_temporal=temporal, image_only_indicator=image_only_indicator)
 
     def _frame_embedding(self, num_frames: int, like: Tensor) -> Tensor:
-        """``[B*F, 1, C]``: the embedding of each frame's index, worked out once and repeated for the batch."""
-        embedding = self.time_pos_embed(self._frame_sinusoids(num_frames, like))
-        return embedding.repeat(like.shape[0] // num_frames, 1)[:, None]
-
-    def _frame_sinusoids(self, num_frames: int, like: Tensor) -> Tensor:
-        """``[F, C]``, what the embedding's layers are given: without weights, so the same for every call."""
-        wanted = self._vidaccel.enabled(FRAME_EMBEDDING) and not torch.compiler.is_compiling()
-        if not wanted or why_not_bypassed(self.time_proj, Timesteps):
-            return self._work_out_sinusoids(num_frames, like)
-        # never replaced: a captured graph may go on reading it; nor kept from a capture, where it has no values yet
-        kept, key = self._vidaccel.kept, f"sinusoids of {num_frames} frames, {like.dtype} on {like.device}"
-        if key not in kept:
-            sinusoids = self._work_out_sinusoids(num_frames, like)
-            if like.is_cuda and torch.cuda.is_current_stream_capturing():
-                return sinusoids
-            kept[key] = sinusoids
-        return kept[key]
-
-    def _work_out_sinusoids(self, num_frames: int, like: Tensor) -> Tensor:
-        return self.time_proj(torch.arange(num_frames, device=like.device)).to(like.dtype)
+        """``[B*F, 1, C]``: the embedding of each frame's index, once for the whole batch."""
+        sinusoids = self.time_proj(torch.arange(num_frames, device=like.device)).to(like.dtype)
+        return self.time_pos_embed(sinusoids).repeat(like.shape[0] // num_frames, 1)[:, None]
 
 
 def _block_arguments(hidden_states: Tensor, context: Tensor) -> tuple[Any, ...]:
@@ -185,12 +187,13 @@ class FrameTransformer(TemporalSelfAttention):
     ) -> Tensor:
         height = hidden_states.shape[2]
         clip = as_clip(hidden_states, num_frames)
-        enabled = self._vidaccel.enabled(RESIDUAL_PROJECTION)
-        both = norm_and_residual(self.norm, clip, self.proj_out) if enabled else None
+        both = None
+        if self.runs("residual_projection") and adds_in_product(self.proj_out, clip):
+            both = norm_and_residual(self.norm, clip, self.proj_out.bias)
         normed, with_bias = both or (self.norm(clip), None)
         rows = self.run_blocks(self.proj_in(_frame_rows(normed)), num_frames)
         if with_bias is not None:
-            rows = add_projected(self.proj_out, rows, _frame_rows(with_bias))
+            rows = residual_projection(rows, self.proj_out.weight.flatten(1), _frame_rows(with_bias))
             return rows.unflatten(1, (height, -1)).permute(0, 3, 1, 2)
         return self.proj_out(rows).unflatten(1, (height, -1)).permute(0, 3, 1, 2) + hidden_states
 
@@ -201,16 +204,7 @@ def _frame_rows(clip: Tensor) -> Tensor:
 
 
 # its bases in diffusers disagree about the type of config_name, which mypy minds
-@fuses(
-    TransformerTemporalModel,
-    {
-        "temporal_attention": "math-exact",
-        "add_layer_norm": "math-exact",
-        "channels_last": "math-exact",
-        QKV_PROJECTION: "math-exact",
-        RESIDUAL_PROJECTION: "math-exact",
-    },
-)
+@fuses(TransformerTemporalModel, FRAME_TRANSFORMER_OPS)
 class FusedTransformerTemporalModel(FrameTransformer, TransformerTemporalModel):  # type: ignore[misc]
     """The temporal transformer of ModelScope and I2VGenXL, and the one after their first convolution."""
 
@@ -224,11 +218,19 @@ class FusedTransformerTemporalModel(FrameTransformer, TransformerTemporalModel):
         cross_attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> TransformerTemporalModelOutput | tuple[Tensor]:
-        sample = self.guarded(
-            hidden_states, encoder_hidden_states, timestep, class_labels, num_frames, cross_attention_kwargs
+        sample = call_site(
+            FusedTransformerTemporalModel,
+            self,
+            hidden_states,
+            encoder_hidden_states,
+            timestep,
+            class_labels,
+            num_frames,
+            cross_attention_kwargs,
         )
         return TransformerTemporalModelOutput(sample=sample) if return_dict else (sample,)
 
-    def original_forward(self, *args: Any) -> Tensor:
-        (sample,) = TransformerTemporalModel.forward(self, *args, return_dict=False)
+    @classmethod
+    def original_forward(cls, host: Any, *args: Any) -> Tensor:
+        (sample,) = TransformerTemporalModel.forward(host, *args, return_dict=False)
         return sample

@@ -1,9 +1,7 @@
 """diffusers' ``models/unets/unet_3d_blocks.py``: the up-blocks of SVD, ModelScope and I2VGenXL.
 
 Stock code concatenates the activations with a skip connection before each ResNet block, which reads and writes both
-once more. Here the stock forward runs with skip connections that put it off: ``torch.cat`` of one makes a
-:class:`Joined`, which a fused ResNet block normalises and projects where its two tensors lie. That block checks itself;
-the loop around it is the original one. Fidelity: math-exact (see ``resnet.py``).
+once more. Here a fused ResNet block gets the two as :class:`Joined`, and normalises and projects them where they lie.
 """
 
 from __future__ import annotations
@@ -21,9 +19,11 @@ from diffusers.models.unets.unet_3d_blocks import (
 from torch import Tensor, nn
 
 from vidaccel.blocks.unet.resnet import FusedResnetBlock2D, Joined
-from vidaccel.kernels.dispatch import Choice, runs_triton, tensors_problem
-from vidaccel.sites.parameters import why_not_bypassed
-from vidaccel.sites.site import Fidelity, FusedBlock, fuses
+from vidaccel.kernels.conv.joined_projection import joining_pays
+from vidaccel.kernels.op import note, runs_triton
+from vidaccel.sites.block import FusedBlock, call_site, fuses
+from vidaccel.sites.plain import plain_reason
+from vidaccel.sites.site import Fidelity
 
 __all__ = [
     "UP_BLOCK_OPS",
@@ -38,68 +38,42 @@ SKIP_CONCAT = "skip_concat"
 UP_BLOCK_OPS: dict[str, Fidelity] = {SKIP_CONCAT: "math-exact"}
 
 
-class _Skip(Tensor):
-    """A skip connection that is not copied to be concatenated; to everything else it is the tensor that it was."""
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            if func is torch.cat and kwargs == {"dim": 1} and [type(part) for part in args[0]] == [Tensor, _Skip]:
-                x, skip = args[0]
-                return Joined(x, skip.as_subclass(Tensor))
-            return func(*args, **kwargs or {})
-
-
 class UpBlock(FusedBlock):
-    """What all up-blocks share: their forward is the original one, called with what :meth:`skips_for` returns."""
+    """What all up-blocks share: how a skip connection joins, and what keeps one from joining."""
 
-    resnets: Any
-    gradient_checkpointing: bool
+    upsamplers: Any
 
-    def skips_for(self, hidden_states: Tensor, skips: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """``skips``, of which those are a :class:`_Skip` now that their ResNet block takes as they are."""
-        if torch.compiler.is_compiling():  # it has its own ways to fuse
-            return skips
-        if not _gains(hidden_states):
-            self._vidaccel.note_choices([])
-            return skips
-        if reason := self._records_gradients((hidden_states, *skips)) or self.why_unserved(hidden_states):
-            self._vidaccel.note_fallback(reason)
-            return skips
-        last_first = [self._skip_for(resnet, skip) for resnet, skip in zip(self.resnets, reversed(skips), strict=False)]
-        return tuple(reversed(last_first))
-
-    def why_unserved(self, hidden_states: Tensor) -> str | None:
+    def call_reason(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> str | None:
         if all(getattr(self, factor, None) for factor in ("s1", "s2", "b1", "b2")):
             return "FreeU is on, which changes what is concatenated"
-        if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return "gradient checkpointing is on"
         if torch.is_autocast_enabled(hidden_states.device.type):
             return "autocast chooses the dtypes of matrix products"
-        return tensors_problem(hidden_states)
+        return None
 
-    def _skip_for(self, resnet: nn.Module, skip: Tensor) -> Tensor:
-        if reason := _why_concatenated(resnet, skip):
-            self._vidaccel.note_fallback(reason)
-            return skip
-        self._vidaccel.note_choices([Choice(SKIP_CONCAT, "in place")])
-        return skip.as_subclass(_Skip)
+    def joined(self, resnet: nn.Module, x: Tensor, skip: Tensor) -> Tensor | Joined:
+        """The two channel by channel, for ``resnet``; not made where it takes them apart."""
+        gains = runs_triton(SKIP_CONCAT, x) and joining_pays(x)
+        if torch.compiler.is_compiling() or not gains:
+            return torch.cat([x, skip], dim=1)
+        reason = _joining_reason(resnet, skip)
+        note(SKIP_CONCAT, "torch" if reason else "in place", reason or "")
+        return torch.cat([x, skip], dim=1) if reason else Joined(x, skip)
+
+    def upsampled(self, hidden_states: Tensor, size: Any) -> Tensor:
+        for upsampler in self.upsamplers or ():
+            hidden_states = upsampler(hidden_states, size)
+        return hidden_states
 
 
-def _gains(x: Tensor) -> bool:
-    """Whether there are kernels for it, and a matrix product is as fast as a convolution: with TF32 in both or none."""
-    tf32_in_convolutions_only = torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
-    slower = x.is_cuda and x.dtype == torch.float32 and tf32_in_convolutions_only
-    return runs_triton(SKIP_CONCAT, x) and not slower
-
-
-def _why_concatenated(resnet: nn.Module, skip: Tensor) -> str | None:
+def _joining_reason(resnet: Any, skip: Tensor) -> str | None:
     """Why ``resnet`` has to get ``skip`` concatenated with its input, or None if :class:`Joined` will do."""
     if isinstance(resnet, SpatioTemporalResBlock):  # fused or not, it only hands its input on
-        if reason := why_not_bypassed(resnet, SpatioTemporalResBlock):
+        if reason := plain_reason(resnet, SpatioTemporalResBlock):
             return reason
+        if type(resnet) is SpatioTemporalResBlock:
+            return "its ResNet block is not fused"
         resnet = resnet.spatial_res_block
-    return resnet.why_concatenated(skip) if isinstance(resnet, FusedResnetBlock2D) else "its ResNet block is not fused"
+    return resnet.joining_reason(skip) if isinstance(resnet, FusedResnetBlock2D) else "its ResNet block is not fused"
 
 
 @fuses(UpBlockSpatioTemporal, UP_BLOCK_OPS)
@@ -114,8 +88,17 @@ class FusedUpBlockSpatioTemporal(UpBlock, UpBlockSpatioTemporal):
         image_only_indicator: Tensor | None = None,
         upsample_size: int | None = None,
     ) -> Tensor:
-        skips = self.skips_for(hidden_states, res_hidden_states_tuple)
-        return self.original_forward(hidden_states, skips, temb, image_only_indicator, upsample_size)
+        return call_site(
+            FusedUpBlockSpatioTemporal,
+            self, hidden_states, res_hidden_states_tuple, temb, image_only_indicator, upsample_size,
+        )  # fmt: skip
+
+    def fused_forward(
+        self, x: Tensor, skips: tuple[Tensor, ...], temb: Tensor, image_only_indicator: Tensor, upsample_size: Any
+    ) -> Tensor:
+        for resnet, skip in zip(self.resnets, reversed(skips), strict=False):
+            x = resnet(self.joined(resnet, x, skip), temb, image_only_indicator=image_only_indicator)
+        return self.upsampled(x, upsample_size)
 
 
 @fuses(CrossAttnUpBlockSpatioTemporal, UP_BLOCK_OPS)
@@ -131,10 +114,27 @@ class FusedCrossAttnUpBlockSpatioTemporal(UpBlock, CrossAttnUpBlockSpatioTempora
         image_only_indicator: Tensor | None = None,
         upsample_size: int | None = None,
     ) -> Tensor:
-        skips = self.skips_for(hidden_states, res_hidden_states_tuple)
-        return self.original_forward(
-            hidden_states, skips, temb, encoder_hidden_states, image_only_indicator, upsample_size
-        )
+        return call_site(
+            FusedCrossAttnUpBlockSpatioTemporal,
+            self, hidden_states, res_hidden_states_tuple, temb, encoder_hidden_states, image_only_indicator,
+            upsample_size,
+        )  # fmt: skip
+
+    def fused_forward(
+        self,
+        x: Tensor,
+        skips: tuple[Tensor, ...],
+        temb: Tensor,
+        context: Tensor,
+        image_only_indicator: Tensor,
+        upsample_size: Any,
+    ) -> Tensor:
+        for resnet, attn, skip in zip(self.resnets, self.attentions, reversed(skips), strict=False):
+            x = resnet(self.joined(resnet, x, skip), temb, image_only_indicator=image_only_indicator)
+            x = attn(
+                x, encoder_hidden_states=context, image_only_indicator=image_only_indicator, return_dict=False
+            )[0]  # fmt: skip
+        return self.upsampled(x, upsample_size)
 
 
 @fuses(UpBlock3D, UP_BLOCK_OPS)
@@ -149,8 +149,16 @@ class FusedUpBlock3D(UpBlock, UpBlock3D):
         upsample_size: int | None = None,
         num_frames: int = 1,
     ) -> Tensor:
-        skips = self.skips_for(hidden_states, res_hidden_states_tuple)
-        return self.original_forward(hidden_states, skips, temb, upsample_size, num_frames)
+        return call_site(
+            FusedUpBlock3D, self, hidden_states, res_hidden_states_tuple, temb, upsample_size, num_frames
+        )  # fmt: skip
+
+    def fused_forward(
+        self, x: Tensor, skips: tuple[Tensor, ...], temb: Tensor, upsample_size: Any, num_frames: int
+    ) -> Tensor:
+        for resnet, temp_conv, skip in zip(self.resnets, self.temp_convs, reversed(skips), strict=False):
+            x = temp_conv(resnet(self.joined(resnet, x, skip), temb), num_frames=num_frames)
+        return self.upsampled(x, upsample_size)
 
 
 @fuses(CrossAttnUpBlock3D, UP_BLOCK_OPS)
@@ -168,14 +176,32 @@ class FusedCrossAttnUpBlock3D(UpBlock, CrossAttnUpBlock3D):
         num_frames: int = 1,
         cross_attention_kwargs: dict[str, Any] | None = None,
     ) -> Tensor:
-        skips = self.skips_for(hidden_states, res_hidden_states_tuple)
-        return self.original_forward(
-            hidden_states,
-            skips,
-            temb,
-            encoder_hidden_states,
-            upsample_size,
-            attention_mask,
-            num_frames,
-            cross_attention_kwargs,
+        return call_site(
+            FusedCrossAttnUpBlock3D,
+            self, hidden_states, res_hidden_states_tuple, temb, encoder_hidden_states, upsample_size, attention_mask,
+            num_frames, cross_attention_kwargs,
+        )  # fmt: skip
+
+    def fused_forward(
+        self,
+        x: Tensor,
+        skips: tuple[Tensor, ...],
+        temb: Tensor,
+        context: Tensor,
+        upsample_size: Any,
+        attention_mask: Tensor | None,  # which stock code does not use either
+        num_frames: int,
+        attention_kwargs: dict[str, Any] | None,
+    ) -> Tensor:
+        layers = zip(
+            self.resnets, self.temp_convs, self.attentions, self.temp_attentions, reversed(skips), strict=False
         )
+        for resnet, temp_conv, attn, temp_attn, skip in layers:
+            x = temp_conv(resnet(self.joined(resnet, x, skip), temb), num_frames=num_frames)
+            x = attn(
+                x, encoder_hidden_states=context, cross_attention_kwargs=attention_kwargs, return_dict=False
+            )[0]  # fmt: skip
+            x = temp_attn(
+                x, num_frames=num_frames, cross_attention_kwargs=attention_kwargs, return_dict=False
+            )[0]  # fmt: skip
+        return self.upsampled(x, upsample_size)

@@ -12,24 +12,14 @@ from diffusers.models.unets.unet_motion_model import (
 )
 from torch import Tensor
 
-from vidaccel.blocks.unet.projections import QKV_PROJECTION, RESIDUAL_PROJECTION
-from vidaccel.blocks.unet.transformer_temporal import FrameTransformer
+from vidaccel.blocks.unet.transformer_temporal import FRAME_TRANSFORMER_OPS, FrameTransformer
 from vidaccel.blocks.unet.unet_3d_blocks import UP_BLOCK_OPS, UpBlock
-from vidaccel.sites.site import fuses
+from vidaccel.sites.block import call_site, fuses
 
 __all__ = ["FusedAnimateDiffTransformer3D", "FusedCrossAttnUpBlockMotion", "FusedUpBlockMotion"]
 
 
-@fuses(
-    AnimateDiffTransformer3D,
-    {
-        "temporal_attention": "math-exact",
-        "add_layer_norm": "math-exact",
-        "channels_last": "math-exact",
-        QKV_PROJECTION: "math-exact",
-        RESIDUAL_PROJECTION: "math-exact",
-    },
-)
+@fuses(AnimateDiffTransformer3D, FRAME_TRANSFORMER_OPS)
 class FusedAnimateDiffTransformer3D(FrameTransformer, AnimateDiffTransformer3D):
     """A motion module: the temporal transformer whose attentions see the frame's position, added after each norm."""
 
@@ -42,9 +32,10 @@ class FusedAnimateDiffTransformer3D(FrameTransformer, AnimateDiffTransformer3D):
         num_frames: int = 1,
         cross_attention_kwargs: dict[str, Any] | None = None,
     ) -> Tensor:
-        return self.guarded(
-            hidden_states, encoder_hidden_states, timestep, class_labels, num_frames, cross_attention_kwargs
-        )
+        return call_site(
+            FusedAnimateDiffTransformer3D,
+            self, hidden_states, encoder_hidden_states, timestep, class_labels, num_frames, cross_attention_kwargs,
+        )  # fmt: skip
 
 
 @fuses(UpBlockMotion, UP_BLOCK_OPS)
@@ -61,8 +52,23 @@ class FusedUpBlockMotion(UpBlock, UpBlockMotion):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        skips = self.skips_for(hidden_states, res_hidden_states_tuple)
-        return self.original_forward(hidden_states, skips, temb, upsample_size, num_frames, *args, **kwargs)
+        return call_site(
+            FusedUpBlockMotion,
+            self, hidden_states, res_hidden_states_tuple, temb, upsample_size, num_frames, *args, **kwargs,
+        )  # fmt: skip
+
+    def call_reason(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> str | None:
+        if len(args) > 4 or kwargs:
+            return "deprecated arguments were passed"
+        return super().call_reason(hidden_states)
+
+    def fused_forward(
+        self, x: Tensor, skips: tuple[Tensor, ...], temb: Tensor, upsample_size: Any, num_frames: int
+    ) -> Tensor:
+        for resnet, motion_module, skip in zip(self.resnets, self.motion_modules, reversed(skips), strict=False):
+            x = resnet(input_tensor=self.joined(resnet, x, skip), temb=temb)
+            x = motion_module(x, num_frames=num_frames)
+        return self.upsampled(x, upsample_size)
 
 
 @fuses(CrossAttnUpBlockMotion, UP_BLOCK_OPS)
@@ -81,15 +87,34 @@ class FusedCrossAttnUpBlockMotion(UpBlock, CrossAttnUpBlockMotion):
         encoder_attention_mask: Tensor | None = None,
         num_frames: int = 1,
     ) -> Tensor:
-        skips = self.skips_for(hidden_states, res_hidden_states_tuple)
-        return self.original_forward(
-            hidden_states,
-            skips,
-            temb,
-            encoder_hidden_states,
-            cross_attention_kwargs,
-            upsample_size,
-            attention_mask,
-            encoder_attention_mask,
-            num_frames,
-        )
+        return call_site(
+            FusedCrossAttnUpBlockMotion,
+            self, hidden_states, res_hidden_states_tuple, temb, encoder_hidden_states, cross_attention_kwargs,
+            upsample_size, attention_mask, encoder_attention_mask, num_frames,
+        )  # fmt: skip
+
+    def fused_forward(
+        self,
+        x: Tensor,
+        skips: tuple[Tensor, ...],
+        temb: Tensor,
+        context: Any,
+        attention_kwargs: dict[str, Any] | None,
+        upsample_size: Any,
+        attention_mask: Tensor | None,
+        context_mask: Tensor | None,
+        num_frames: int,
+    ) -> Tensor:
+        layers = zip(self.resnets, self.attentions, self.motion_modules, reversed(skips), strict=False)
+        for resnet, attn, motion_module, skip in layers:
+            x = resnet(input_tensor=self.joined(resnet, x, skip), temb=temb)
+            x = attn(
+                hidden_states=x,
+                encoder_hidden_states=context,
+                cross_attention_kwargs=attention_kwargs,
+                attention_mask=attention_mask,
+                encoder_attention_mask=context_mask,
+                return_dict=False,
+            )[0]
+            x = motion_module(x, num_frames=num_frames)
+        return self.upsampled(x, upsample_size)

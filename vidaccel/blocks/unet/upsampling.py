@@ -7,12 +7,17 @@ from typing import Any
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from vidaccel.kernels.conv.upsample_conv import compile_ahead, upsample_conv
-from vidaccel.kernels.dispatch import runs_triton
-from vidaccel.sites.parameters import why_unreadable
-from vidaccel.sites.site import FusedBlock, fuses
+from vidaccel.blocks.unet.convolution import geometry_of
+from vidaccel.kernels.conv.upsample_conv import compile_ahead, upsample_conv, upsample_conv_and_statistics
+from vidaccel.kernels.norm.channel_statistics import ChannelStatistics
+from vidaccel.kernels.op import runs_triton
+from vidaccel.sites.block import FusedBlock, call_site, cut_corner, fuses
+from vidaccel.sites.memo import once_per_call
+from vidaccel.sites.plain import readable_reason
 
 __all__ = ["FusedUpsample2D"]
+
+_PLAIN_3X3 = (3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros"
 
 
 @fuses(Upsample2D, {"upsample_conv": "math-exact"})
@@ -25,41 +30,51 @@ class FusedUpsample2D(FusedBlock, Upsample2D):
     conv: Any
 
     @classmethod
-    def why_left_alone(cls, module: nn.Module) -> str | None:
-        assert isinstance(module, Upsample2D)
-        if module.norm is not None or not module.interpolate:
-            return "it normalises its input, or does not interpolate"
-        if not module.use_conv or module.use_conv_transpose or module.name != "conv":
-            return "it has no convolution after its interpolation"
-        return _why_not_3x3(module.conv)
+    def left_alone_reason(cls, module: Any) -> str | None:
+        return _configuration_reason(module)
 
     def compile_ahead(self) -> None:
         if type(getattr(self.conv, "weight", None)) is nn.Parameter:
             compile_ahead(self.conv.weight)
 
     def forward(self, hidden_states: Tensor, output_size: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        return self.guarded(hidden_states, output_size, *args, **kwargs)
+        return call_site(FusedUpsample2D, self, hidden_states, output_size, *args, **kwargs)
 
-    def why_unserved(self, hidden_states: Tensor, output_size: Any, *args: Any, **kwargs: Any) -> str | None:
+    def call_reason(self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> str | None:
         if args or kwargs:
             return "deprecated arguments beyond the output size were passed"
         if output_size is not None and tuple(output_size) != tuple(2 * side for side in hidden_states.shape[2:]):
             return "the output size is not twice the input's"
         if hidden_states.ndim != 4 or hidden_states.shape[1] != self.channels:
             return "the input is not an image of this layer's width"
-        return why_unreadable(self.conv, nn.Conv2d, hidden_states)
+        return _configuration_reason(self) or readable_reason(self.conv, nn.Conv2d, hidden_states)
 
-    def fused_forward(self, hidden_states: Tensor, output_size: Any) -> Tensor:
+    def fused_forward(self, hidden_states: Tensor, output_size: Any = None) -> Tensor:
         if not runs_triton("upsample_conv", hidden_states):
-            return self.original_forward(hidden_states, output_size)
+            return Upsample2D.forward(self, hidden_states, output_size)
         # The weights are added up at every call: fusing LoRA into one leaves its address and its version as they were.
         return upsample_conv(hidden_states, self.conv.weight, self.conv.bias)
 
+    def with_statistics(self, hidden_states: Tensor) -> tuple[Tensor, ChannelStatistics | None]:
+        """The fused forward, and what a GroupNorm behind it needs to know of the result, for a fused parent."""
+        return upsample_conv_and_statistics(hidden_states, self.conv.weight, self.conv.bias)
 
-def _why_not_3x3(conv: Any) -> str | None:
+    def corner(self, args: Any, kwargs: Any) -> Any:
+        hidden_states, *_ = args
+        return cut_corner((hidden_states,), {})  # of another size than the output size that was asked for
+
+
+@once_per_call
+def _configuration_reason(upsampler: Any) -> str | None:
+    if upsampler.norm is not None or not upsampler.interpolate:
+        return "it normalises its input, or does not interpolate"
+    if not upsampler.use_conv or upsampler.use_conv_transpose or upsampler.name != "conv":
+        return "it has no convolution after its interpolation"
+    conv = upsampler.conv
     if not isinstance(conv, nn.Conv2d):
         return f"its convolution is a {type(conv).__name__}"
-    plain = conv.kernel_size == (3, 3) and conv.padding == (1, 1) and conv.stride == conv.dilation == (1, 1)
-    if not plain or conv.groups != 1 or conv.padding_mode != "zeros" or conv.bias is None:
-        return "its convolution is not a plain 3 x 3 one"
-    return None
+    return (
+        None
+        if geometry_of(conv) == _PLAIN_3X3 and conv.bias is not None
+        else "its convolution is not a plain 3 x 3 one"
+    )

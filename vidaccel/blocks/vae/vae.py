@@ -1,9 +1,10 @@
 """The VAE decoders: diffusers' ``autoencoders/vae.py`` and ``autoencoders/autoencoder_kl_temporal_decoder.py``.
 
-Their blocks are patched one by one. What is left for the decoder is memory: the stock one, and each of its up-blocks,
-holds its input until it returns, so that the largest tensor of all, the output of the last upsampler, lies idle while
-three ResNet blocks run. Here the layers of the up-blocks are called in one loop, and no tensor outlives its last
-reader. A decode that runs out of memory nevertheless says how many frames would have fitted.
+Their blocks are patched one by one. What is left for the decoder is memory and statistics: the stock one, and each of
+its up-blocks, holds its input until it returns, so that the largest tensor of all, the output of the last upsampler,
+lies idle while three ResNet blocks run. Here the layers of the up-blocks are called in one loop, no tensor outlives its
+last reader, and the kernel that writes a tensor hands the statistics of its channels on to the norm behind it. A decode
+that runs out of memory nevertheless says how many frames would have fitted.
 """
 
 from __future__ import annotations
@@ -20,8 +21,14 @@ from diffusers.models.unets.unet_2d_blocks import UpDecoderBlock2D
 from diffusers.models.unets.unet_3d_blocks import UpBlockTemporalDecoder
 from torch import Tensor, nn
 
-from vidaccel.sites.parameters import has_hook
-from vidaccel.sites.site import FusedBlock, fuses
+from vidaccel.blocks.unet.normalization import FusedGroupNorm, group_norm_module
+from vidaccel.blocks.unet.resnet import FusedResnetBlock2D, FusedSpatioTemporalResBlock
+from vidaccel.blocks.unet.upsampling import FusedUpsample2D
+from vidaccel.kernels.norm.channel_statistics import ChannelStatistics
+from vidaccel.kernels.op import runs_triton
+from vidaccel.sites.block import FusedBlock, call_site, fuses, run_part
+from vidaccel.sites.memo import once_per_call
+from vidaccel.sites.plain import plain_reason, stock_class
 
 __all__ = ["FusedDecoder", "FusedTemporalDecoder", "decode_bytes", "frames_that_fit"]
 
@@ -29,7 +36,7 @@ _MARGIN = 1.1  # the allocator's rounding, the convolutions' workspaces, all tha
 
 
 class _Decoder(FusedBlock):
-    """What the two decoders share. Every layer checks itself; the loop around them needs no check of its own."""
+    """What the two decoders share."""
 
     conv_in: Any
     mid_block: Any
@@ -39,34 +46,33 @@ class _Decoder(FusedBlock):
     conv_out: Any
     advice: str
 
-    def decode(self, sample: Tensor, *args: Any) -> Tensor:
-        """The fused forward, its running out of memory explained."""
-        if reason := self._records_gradients((sample, *args)) or self.why_unserved(sample, *args):
-            if not torch.compiler.is_compiling():
-                self._vidaccel.note_fallback(reason)
-            return self.original_forward(sample, *args)
-        if torch.compiler.is_compiling():
-            return self.fused_forward(sample, *args)
-        self._vidaccel.note_choices([])
+    def explained(self, run: Any, sample: Tensor, *args: Any) -> Tensor:
+        """``run(sample, *args)``, its running out of memory explained."""
         held = torch.cuda.memory_allocated(sample.device) if sample.is_cuda else 0
         try:
-            return self.fused_forward(sample, *args)
+            return run(sample, *args)
         except torch.OutOfMemoryError as error:
             traceback.clear_frames(error.__traceback__)  # they hold every tensor of the attempt
             raise torch.OutOfMemoryError(self._explain(sample, held)) from error
 
-    def upsample(self, sample: Tensor, **kwargs: Any) -> Tensor:
-        """All up-blocks, then norm, SiLU and the convolution to pixels; ``kwargs`` are the ResNet blocks'."""
+    def upsample(self, sample: Tensor, indicator: Tensor | None) -> Tensor:
+        """All up-blocks, then norm, SiLU and the convolution to pixels; ``indicator`` is a clip's image_only one."""
+        statistics = None
         for block in self.up_blocks:
-            if _is_plain(block):
-                for resnet in block.resnets:
-                    sample = resnet(sample, **kwargs)
-                for upsampler in block.upsamplers or ():
-                    sample = upsampler(sample)
+            if _only_calls_its_layers(block):
+                for layer in (*block.resnets, *(block.upsamplers or ())):
+                    sample, statistics = _layer(layer, sample, indicator, statistics)
+            elif indicator is None:
+                sample, statistics = block(sample, None), None
             else:
-                sample = block(sample, **kwargs)
-        sample = self.conv_act(self.conv_norm_out(sample))
-        return self.conv_out(sample)
+                sample, statistics = block(sample, image_only_indicator=indicator), None
+        return self.conv_out(self._norm_out(sample, statistics))
+
+    def _norm_out(self, sample: Tensor, statistics: ChannelStatistics | None) -> Tensor:
+        norm, activation = self.conv_norm_out, self.conv_act
+        if isinstance(norm, FusedGroupNorm) and norm.serves_parent(sample) and not plain_reason(activation, nn.SiLU):
+            return run_part(norm, group_norm_module, norm, sample, silu=True, statistics=statistics)
+        return activation(norm(sample))
 
     def _explain(self, sample: Tensor, held: int) -> str:
         """What the stock error leaves out: how much a frame takes, how much there was, and what would fit."""
@@ -82,6 +88,28 @@ class _Decoder(FusedBlock):
         )  # fmt: skip
 
 
+def _layer(
+    layer: Any, sample: Tensor, indicator: Tensor | None, given: ChannelStatistics | None
+) -> tuple[Tensor, ChannelStatistics | None]:
+    """What a layer of an up-block makes of ``sample``, whose statistics may be ``given``, and those of the result."""
+    if not runs_triton("conv_epilogue", sample) or not isinstance(layer, FusedBlock):
+        return _call(layer, sample, indicator), None
+    if isinstance(layer, FusedResnetBlock2D) and layer.serves_parent(sample, None):
+        return run_part(layer, layer.with_statistics, sample, None, None, given)
+    if isinstance(layer, FusedSpatioTemporalResBlock) and layer.serves_parent(sample, None, indicator):
+        return run_part(layer, layer.with_statistics, sample, indicator, given)
+    if isinstance(layer, FusedUpsample2D) and layer.serves_parent(sample, None):
+        return run_part(layer, layer.with_statistics, sample)
+    return _call(layer, sample, indicator), None
+
+
+def _call(layer: Any, sample: Tensor, indicator: Tensor | None) -> Tensor:
+    kind = stock_class(layer)
+    if issubclass(kind, SpatioTemporalResBlock):
+        return layer(sample, image_only_indicator=indicator)
+    return layer(sample, temb=None) if issubclass(kind, ResnetBlock2D) else layer(sample)
+
+
 @fuses(Decoder, {"decode_memory": "bit-exact"})
 class FusedDecoder(_Decoder, Decoder):
     """The decoder of ``AutoencoderKL``: frames are independent."""
@@ -91,13 +119,16 @@ class FusedDecoder(_Decoder, Decoder):
     )
 
     def forward(self, sample: Tensor, latent_embeds: Tensor | None = None) -> Tensor:
-        return self.decode(sample, latent_embeds)
+        return call_site(FusedDecoder, self, sample, latent_embeds)
 
-    def why_unserved(self, sample: Tensor, latent_embeds: Tensor | None) -> str | None:
+    def call_reason(self, sample: Tensor, latent_embeds: Tensor | None) -> str | None:
         return None if latent_embeds is None else "latent embeddings were passed"
 
     def fused_forward(self, sample: Tensor, latent_embeds: None) -> Tensor:
-        return self.upsample(self.mid_block(self.conv_in(sample), latent_embeds), temb=None)
+        return self.explained(self._decode, sample)
+
+    def _decode(self, sample: Tensor) -> Tensor:
+        return self.upsample(self.mid_block(self.conv_in(sample), None), None)
 
 
 @fuses(TemporalDecoder, {"decode_memory": "bit-exact"})
@@ -107,22 +138,25 @@ class FusedTemporalDecoder(_Decoder, TemporalDecoder):
     advice = "decode_chunk_size={fit} would fit"
 
     def forward(self, sample: Tensor, image_only_indicator: Tensor, num_frames: int = 1) -> Tensor:
-        return self.decode(sample, image_only_indicator, num_frames)
+        return call_site(FusedTemporalDecoder, self, sample, image_only_indicator, num_frames)
 
     def fused_forward(self, sample: Tensor, image_only_indicator: Tensor, num_frames: int) -> Tensor:
+        return self.explained(self._decode, sample, image_only_indicator, num_frames)
+
+    def _decode(self, sample: Tensor, image_only_indicator: Tensor, num_frames: int) -> Tensor:
         dtype = next(self.up_blocks.parameters()).dtype
         sample = self.upsample(  # handed over without a name of its own, which would keep it alive
             self.mid_block(self.conv_in(sample), image_only_indicator=image_only_indicator).to(dtype),
-            image_only_indicator=image_only_indicator,
+            image_only_indicator,
         )
         sample = sample.unflatten(0, (-1, num_frames)).transpose(1, 2)  # [B, C, F, H, W]
         return self.time_conv_out(sample).transpose(1, 2).flatten(0, 1)
 
 
-def _is_plain(block: nn.Module) -> bool:
-    """Whether calling the block does nothing but call its layers."""
-    hooked = has_hook(block) or block._forward_hooks or block._forward_pre_hooks
-    return type(block) in (UpDecoderBlock2D, UpBlockTemporalDecoder) and not hooked
+@once_per_call
+def _only_calls_its_layers(block: nn.Module) -> bool:
+    """Whether calling the up-block does nothing but call its layers."""
+    return any(plain_reason(block, kind) is None for kind in (UpDecoderBlock2D, UpBlockTemporalDecoder))
 
 
 def decode_bytes(decoder: nn.Module, sample: Tensor) -> int:

@@ -1,0 +1,89 @@
+"""A linear layer that ends in a residual, the sum in the product's epilogue.
+
+    y = x @ W.T + with_bias,    with_bias = residual + bias
+
+An addition after a product reads two tensors and writes a third; cuBLAS adds one matrix on its way, so the residual
+comes with the layer's bias in it (``add_layer_norm`` and ``group_norm_and_sum`` write it so). ``with_bias`` becomes the
+result: ``torch.addmm`` would copy it first. The bias joins the residual before the product, where eager rounds product
+plus bias first. Fidelity: math-exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vidaccel.kernels.check import Part, row_parts
+from vidaccel.kernels.op import Costs, Implementation, Op, device_reason
+
+__all__ = ["RESIDUAL_PROJECTION", "residual_projection", "residual_projection_ref"]
+
+
+def residual_projection_ref(x: Tensor, weight: Tensor, with_bias: Tensor) -> Tensor:
+    """The specification. Pass float64 inputs for gold values."""
+    return F.linear(x, weight) + with_bias
+
+
+def _addmm(x: Tensor, weight: Tensor, with_bias: Tensor) -> Tensor:
+    with_bias.flatten(0, -2).addmm_(x.flatten(0, -2), weight.t())
+    return with_bias
+
+
+def _reason(x: Tensor, weight: Tensor, with_bias: Tensor) -> str | None:
+    if reason := device_reason(x):  # on a CPU there is nothing to gain
+        return reason
+    if torch.is_autocast_enabled(x.device.type) or not x.dtype == weight.dtype == with_bias.dtype:
+        return "x, weight and with_bias differ in dtype"
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, with_bias)):
+        return "it writes to its input, which gradients may need"
+    return None
+
+
+def _costs(x: Tensor, weight: Tensor, with_bias: Tensor) -> Costs:
+    moved = x.numel() + weight.numel() + 2 * with_bias.numel()
+    return Costs(bytes=moved * x.itemsize, flops=2 * x.numel() * weight.shape[0])
+
+
+def _parts(x: Tensor, weight: Tensor, with_bias: Tensor) -> Iterator[Part]:
+    addend = with_bias.reshape(-1, with_bias.shape[-1])
+    start = 0
+    for rows, of in row_parts(x.reshape(-1, x.shape[-1])):
+        yield Part((rows, weight, addend[start : start + len(rows)]), of)
+        start += len(rows)
+
+
+RESIDUAL_PROJECTION = Op(
+    "residual_projection",
+    reference=residual_projection_ref,
+    implementations={"addmm": Implementation(_addmm, _reason)},
+    fake=lambda x, weight, with_bias: torch.empty_like(with_bias),
+    costs=_costs,
+    parts=_parts,
+    overwrites=2,
+)
+
+
+def residual_projection(x: Tensor, weight: Tensor, with_bias: Tensor, *, impl: str | None = None) -> Tensor:
+    """``F.linear(x, weight) + with_bias``; ``with_bias`` is not needed any more, and may become the result.
+
+    Args:
+        x: ``[..., K]``.
+        weight: ``[C, K]``.
+        with_bias: ``[..., C]``, contiguous.
+        impl: ``"addmm"`` or ``"torch"``; None lets the op choose.
+
+    Returns:
+        ``[..., C]``.
+
+    Raises:
+        ValueError: The shapes do not fit one another; ``impl`` cannot run here.
+    """
+    if weight.shape != (with_bias.shape[-1], x.shape[-1]) or x.shape[:-1] != with_bias.shape[:-1]:
+        raise ValueError(
+            f"residual_projection: x must be [..., K], weight [C, K], with_bias [..., C], "
+            f"got {tuple(x.shape)}, {tuple(weight.shape)}, {tuple(with_bias.shape)}"
+        )
+    return RESIDUAL_PROJECTION(x, weight, with_bias, impl=impl)

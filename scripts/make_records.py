@@ -1,0 +1,155 @@
+"""Make the benchmark records anew, spread over the GPUs of one machine.
+
+python scripts/make_records.py records                      # all of them, one process per visible GPU at a time
+python scripts/make_records.py records --only svd svd-vae   # some
+python scripts/make_records.py records --minutes 9          # what fits; started again, it makes those that are missing
+
+Each record is a run of ``vidaccel bench``, which saves after every measurement: what time runs out on keeps what it
+has. The CPU cores are divided among the GPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import queue
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+BENCH = Path(__file__).with_name("bench.py")
+LEAST_SECONDS = 30  # with less than that nothing is begun
+# What a run needs after its time limit: to finish the measurement that it is at.
+GRACE_SECONDS = 20
+
+
+class Record(NamedTuple):
+    name: str
+    options: str
+
+
+def _model(name: str, scope: str, family: str, compiled: str, options: str) -> Record:
+    ours = "patched,patched+no_graph" if scope == "denoiser" else "patched"
+    variants = ",".join(filter(None, ("eager", ours, compiled)))
+    return Record(name, f"--synthetic {family} --scope {scope} --variants {variants} --new-process {options}")
+
+
+# torch.compile as it comes, and the switches under which it was fastest; those that take long first.
+COMPILED = "compile,compile+cudnn.benchmark"
+CHANNELS_LAST = "compile,compile+channels_last+cudnn.benchmark"
+RECORDS = (
+    _model("i2vgen-xl", "denoiser", "i2vgen-xl", "compile", "--repeats 7 --budget 4 --no-reference"),
+    _model("svd-xt", "denoiser", "svd-xt", COMPILED, "--repeats 8 --budget 3.5 --no-reference"),
+    _model("svd", "denoiser", "svd", CHANNELS_LAST, "--repeats 12 --budget 3"),
+    _model("animatediff-sdxl", "denoiser", "animatediff-sdxl", COMPILED, "--repeats 8 --budget 3 --no-reference"),
+    _model("animatediff", "denoiser", "animatediff", CHANNELS_LAST, "--repeats 15 --budget 2.5"),
+    _model("svd-xt-clip", "end-to-end", "svd-xt", "", "--repeats 3 --warmup 1 --budget 20"),
+    Record("ops", "--op all"),
+    _model("modelscope", "denoiser", "modelscope", COMPILED, "--repeats 20 --budget 1.5"),
+    _model("zeroscope", "denoiser", "zeroscope", COMPILED, "--repeats 12 --budget 2.5"),
+    _model("svd-xt-vae", "vae", "svd-xt", CHANNELS_LAST, "--repeats 5 --budget 3"),
+    _model("svd-vae", "vae", "svd", CHANNELS_LAST, "--repeats 6 --budget 2.5"),
+    _model("animatediff-vae", "vae", "animatediff", COMPILED, "--repeats 10 --budget 2"),
+    _model("modelscope-2-cores", "denoiser", "modelscope", "", "--cpus 2 --repeats 20 --budget 1.5 --no-reference"),
+    _model("zeroscope-2-cores", "denoiser", "zeroscope", "", "--cpus 2 --repeats 12 --budget 2.5 --no-reference"),
+    _model("animatediff-2-cores", "denoiser", "animatediff", "", "--cpus 2 --repeats 15 --budget 2.5 --no-reference"),
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Make the benchmark records anew on the GPUs of this machine.")
+    parser.add_argument("folder", type=Path, help="where the records go; those that are complete there are kept")
+    names = [record.name for record in RECORDS]
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
+    parser.add_argument("--gpus", type=int, metavar="N", help="use the first N (default: all)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long")
+    parser.add_argument("--clip-steps", type=int, default=4, help="steps of the whole clip (default: %(default)s)")
+    parser.add_argument("--commit", help="what to record as the commit where there is no checkout")
+    parser.add_argument("--tiny", action="store_true", help="a dry run on the CPU")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 60 * args.minutes
+    todo: queue.SimpleQueue[Record] = queue.SimpleQueue()
+    for record in RECORDS:
+        if (not args.only or record.name in args.only) and not _is_complete(args.folder / f"{record.name}.json"):
+            todo.put(record)
+    workers = 1 if args.tiny else torch.cuda.device_count() if args.gpus is None else args.gpus
+    if not workers:
+        parser.error("there is no GPU; --tiny makes a dry run on the CPU")
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(len(cores) // workers, 1)
+    threads = [
+        threading.Thread(target=_work, args=(todo, gpu, cores[gpu * share :][:share], args, deadline))
+        for gpu in range(workers)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    missing = [n for n in args.only or names if not _is_complete(args.folder / f"{n}.json")]
+    print("all records are complete" if not missing else f"not complete: {', '.join(missing)}")
+    return 1 if missing else 0
+
+
+def _work(
+    todo: queue.SimpleQueue[Record], gpu: int, cores: list[int], args: argparse.Namespace, deadline: float
+) -> None:
+    """Make records on one GPU until there are none left, or no time."""
+    os.sched_setaffinity(0, cores)  # of this thread, and of the processes that it starts
+    while (left := deadline - time.monotonic()) > LEAST_SECONDS:
+        try:
+            record = todo.get_nowait()
+        except queue.Empty:
+            return
+        started = time.monotonic()
+        code = _make(record, gpu, args, left)
+        print(f"{record.name}: GPU {gpu}, exit code {code}, {time.monotonic() - started:.0f} s", flush=True)
+
+
+def _make(record: Record, gpu: int, args: argparse.Namespace, seconds: float) -> int:
+    """Run one benchmark, its output beside its record; its exit code, negative if it had to be ended."""
+    options = shlex.split(record.options)
+    if record.name.endswith("-clip"):
+        options += ["--steps", str(args.clip_steps)]
+    if args.tiny:
+        options += ["--size", "tiny", "--device", "cpu", "--cpus", "1"]
+    if args.commit:
+        options += ["--commit", args.commit]
+    if seconds < float("inf"):
+        options += ["--time-limit", str(round(seconds - GRACE_SECONDS))]
+    command = [sys.executable, str(BENCH), *options, "--out", str(args.folder / f"{record.name}.json")]
+    environment = os.environ | ({} if args.tiny else {"CUDA_VISIBLE_DEVICES": _visible(gpu)})
+    with (args.folder / f"{record.name}.log").open("w") as log:
+        # a session of its own, so that what it has started ends with it
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            return process.wait(None if seconds == float("inf") else seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return process.wait()
+
+
+def _visible(gpu: int) -> str:
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return listed.split(",")[gpu] if listed else str(gpu)
+
+
+def _is_complete(path: Path) -> bool:
+    """Whether ``path`` is a record of a run that nothing cut short."""
+    if not path.exists():
+        return False
+    record = json.loads(path.read_text())
+    rows = [*record["results"], *record.get("new_processes", [])]
+    return record["complete"] and not any(row.get("reason") == "the time limit was reached" for row in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

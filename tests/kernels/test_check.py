@@ -1,0 +1,124 @@
+"""The check of an op against its reference: it finds what is wrong, and passes what is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vidaccel.kernels.check import disagreement
+from vidaccel.kernels.ffn.geglu import GEGLU
+from vidaccel.kernels.norm.group_norm_silu import GROUP_NORM_SILU
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+FRAMES, CHANNELS, SIDE = 14, 64, 12
+
+
+def norm_arguments(x: Tensor) -> tuple[Any, ...]:
+    """Of ``group_norm_silu``, by position: no shift, no tail, no statistics."""
+    torch.manual_seed(1)
+    weight, bias = (1 + 0.1 * torch.randn(2, CHANNELS)).to(x.dtype)
+    return (x, weight, bias, 32, 1e-5, True, None, None, None, 0, 0)
+
+
+def in_float32(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *others: Any) -> Tensor:
+    """What a kernel does: one rounding at the end of the norm, one after SiLU."""
+    y = F.group_norm(x.float(), groups, weight.float(), bias.float(), eps).to(x.dtype)
+    return F.silu(y.float()).to(x.dtype)
+
+
+def frames_swapped(y: Tensor) -> Tensor:
+    return y[[1, 0, *range(2, len(y))]]
+
+
+def pixels_zeroed(share: float) -> Callable[[Tensor], Tensor]:
+    def fault(y: Tensor) -> Tensor:
+        y = y.clone()
+        pixels = y.permute(0, 2, 3, 1).reshape(-1, CHANNELS)
+        pixels[-max(int(share * len(pixels)), 1) :] = 0
+        return pixels.view(FRAMES, SIDE, SIDE, CHANNELS).permute(0, 3, 1, 2)
+
+    return fault
+
+
+def a_frame_scaled(y: Tensor) -> Tensor:
+    return torch.cat([y[:-1], 1.02 * y[-1:]])
+
+
+def a_channel_shifted(y: Tensor) -> Tensor:
+    y = y.clone()
+    y[:, 5] += 0.1 * y.std()
+    return y
+
+
+def not_a_number(y: Tensor) -> Tensor:
+    y = y.clone()
+    y[3, 3, 3, 3] = float("nan")
+    return y
+
+
+FAULTS = {
+    "0.05 % of pixels zeroed": pixels_zeroed(5e-4),
+    "one pixel zeroed": pixels_zeroed(0.0),
+    "1 % gain": lambda y: 1.01 * y,
+    "2 % on one frame": a_frame_scaled,
+    "two frames swapped": frames_swapped,
+    "a channel's bias": a_channel_shifted,
+    "one NaN": not_a_number,
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_found(fault: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    args = norm_arguments((2 * torch.randn(FRAMES, CHANNELS, SIDE, SIDE) + 0.3).to(dtype))
+    right = in_float32(*args)
+    assert disagreement(GROUP_NORM_SILU, args, right, "math-exact") is None
+    assert disagreement(GROUP_NORM_SILU, args, FAULTS[fault](right).to(dtype), "math-exact")
+
+
+def odd_inputs(seed: int, dtype: torch.dtype) -> Tensor:
+    """Ordinary, sparse, constant, tiny, huge, off-centre activations in turn."""
+    torch.manual_seed(seed)
+    x = torch.randn(2, CHANNELS, 6, 5)
+    kinds = [
+        x,
+        x * (torch.rand_like(x) < 0.02),
+        torch.full_like(x, float(torch.randn(()))),
+        1e-6 * x,
+        1e3 * x,
+        x + 30,
+        x.round(),
+        torch.zeros_like(x),
+        torch.where(torch.arange(2)[:, None, None, None] == 0, x, 0.0),
+    ]
+    return kinds[seed % len(kinds)].to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_right_calls_pass(dtype: torch.dtype) -> None:
+    alarms = {}
+    for seed in range(500):
+        args = norm_arguments(odd_inputs(seed, dtype))
+        if problem := disagreement(GROUP_NORM_SILU, args, in_float32(*args), "math-exact"):
+            alarms[seed] = problem
+    assert not alarms
+
+
+def test_another_shape_is_told_in_one_line() -> None:
+    x = torch.randn(4, 8)
+    assert disagreement(GEGLU, (x,), torch.zeros(4, 3), "math-exact") == (
+        "returned (4, 3) float32 where the reference returned (4, 4) float32"
+    )
+
+
+def test_bit_exact_is_held_to_its_bits() -> None:
+    x = torch.randn(4, 8)
+    right = GEGLU.reference(x)
+    assert disagreement(GEGLU, (x,), right, "bit-exact") is None
+    assert "bits" in (disagreement(GEGLU, (x,), right * (1 + 2**-22), "bit-exact") or "")

@@ -1,0 +1,155 @@
+"""Which models and pipelines are served, through which wrappers, and what is said of the others."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import DDPMScheduler, LattePipeline, UNet2DModel
+from tiny_models import tiny_svd_pipeline
+from torch import nn
+
+import vidaccel.pipelines
+from vidaccel import patch_module, patch_pipeline
+from vidaccel.errors import UsageError
+from vidaccel.patching.families import (
+    off_reason,
+    reason_unserved,
+    rules_for,
+    served_models,
+    served_pipelines,
+    unserved_pipeline,
+    unwrapped,
+)
+
+
+@pytest.fixture
+def unet() -> Any:
+    return tiny_svd_pipeline().unet
+
+
+def test_the_table_says_what_the_adapters_hold() -> None:
+    folder = pkgutil.iter_modules(vidaccel.pipelines.__path__)
+    adapters = [importlib.import_module(f"vidaccel.pipelines.{adapter.name}") for adapter in folder]
+    assert sorted(model for adapter in adapters for model in adapter.RULES) == list(served_models())
+
+
+def test_what_is_served_is_there() -> None:
+    assert all(hasattr(diffusers, name) for name in served_pipelines())
+    # no top-level name; holds several ControlNets
+    assert all(hasattr(diffusers, name) for name in {*served_models()} - {"MultiControlNetModel"})
+
+
+def as_is(model: nn.Module) -> nn.Module:
+    return model
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")
+
+
+def with_lora(model: nn.Module) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["to_q"]))
+
+
+def subclassed(model: nn.Module) -> nn.Module:
+    model.__class__ = type("MyUNet", (type(model),), {})
+    return model
+
+
+def everything(model: nn.Module) -> nn.Module:
+    return compiled(with_lora(subclassed(model)))
+
+
+@pytest.mark.parametrize("wrap", [as_is, compiled, with_lora, subclassed, everything])
+def test_a_model_is_found_through(wrap: Any, unet: Any) -> None:
+    rules = rules_for(unet)
+    wrapped = wrap(unet)
+    assert unwrapped(wrapped) is unet
+    assert rules and rules_for(wrapped) == rules
+    with patch_module(wrapped) as report:
+        assert any(site.path == "mid_block.resnets.0.spatial_res_block" for site in report.sites)
+
+
+def test_a_pipeline_with_a_compiled_model_has_the_same_paths() -> None:
+    pipe = tiny_svd_pipeline()
+    with patch_pipeline(pipe) as report:
+        paths = [site.path for site in report.sites]
+    pipe.unet = compiled(pipe.unet)
+    with patch_pipeline(pipe) as report:
+        assert [site.path for site in report.sites] == paths
+
+
+def latte() -> Any:
+    return LattePipeline(None, None, None, None, DDPMScheduler())
+
+
+def test_other_pipelines_are_named_with_the_served_ones_and_the_nearest() -> None:
+    reason = reason_unserved(latte())
+    assert reason.startswith(
+        "LattePipeline has no part that vidaccel can patch (it has no model); supported pipelines: "
+    )
+    assert all(name in reason for name in served_pipelines())
+    assert "; did you mean AnimateDiffPipeline" in unserved_pipeline("AnimateDifPipeline", ["UNet"])
+
+
+def test_other_models_are_named(unet: Any) -> None:
+    other = UNet2DModel(block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
+    assert not rules_for(other) and off_reason(other) is None
+    assert reason_unserved(other).startswith("UNet2DModel is not a model that vidaccel can patch; supported models: ")
+    assert "did you mean" in reason_unserved(other)
+    assert "int" in reason_unserved(3)
+    with pytest.raises(UsageError, match="patch_module takes it"):
+        patch_pipeline(unet)
+
+
+WITHOUT_A_CLASS = """
+import sys
+from diffusers.models.{module} import {name}
+del sys.modules["diffusers.models.{module}"].{name}
+from vidaccel.patching.families import off_reason, reason_unserved, rules_for
+
+class {name}({name}): pass
+gone = {name}.__new__({name})
+def served(name):
+    import diffusers
+    kind = getattr(diffusers, name)
+    return bool(rules_for(kind.__new__(kind)))
+others = [served(name) for name in {others}]
+assert all(others), others
+assert not rules_for(gone)
+for reason in (off_reason(gone), reason_unserved(gone)):
+    assert reason.startswith("{name}") and "ImportError: cannot import name {name!r}" in reason, reason
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "others"),
+    [
+        ("unets.unet_motion_model", "UNetMotionModel", ["UNetSpatioTemporalConditionModel", "AutoencoderKL"]),
+        ("unets.unet_i2vgen_xl", "I2VGenXLUNet", ["UNet3DConditionModel", "UNetMotionModel"]),
+    ],
+)
+def test_a_class_that_diffusers_removes_breaks_its_own_family_only(module: str, name: str, others: list[str]) -> None:
+    code = WITHOUT_A_CLASS.format(module=module, name=name, others=others)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_only_the_adapter_of_the_model_is_imported() -> None:
+    code = (
+        "import sys, diffusers; from vidaccel.patching.families import rules_for, served_pipelines\n"
+        "served_pipelines(); assert not any(name.startswith('vidaccel.pipelines.') for name in sys.modules)\n"
+        "rules_for(diffusers.AutoencoderKL.__new__(diffusers.AutoencoderKL))\n"
+        "names = [name for name in sys.modules if name.startswith('vidaccel.pipelines.')]\n"
+        "assert names == ['vidaccel.pipelines.autoencoder_kl'], names"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

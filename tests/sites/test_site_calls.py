@@ -1,0 +1,150 @@
+"""How a call of a fused block goes: what is checked and when, what is counted, what can be switched."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from block_checks import fused, relative_error
+from diffusers.models.activations import GEGLU
+from torch import Tensor, nn
+
+from vidaccel.blocks.unet.activations import FusedGEGLU
+from vidaccel.kernels.ffn import geglu as geglu_file
+from vidaccel.kernels.ffn.geglu import GEGLU as GEGLU_OP
+from vidaccel.kernels.op import Implementation
+
+
+@pytest.fixture
+def block() -> GEGLU:
+    torch.manual_seed(0)
+    return GEGLU(16, 32).eval().requires_grad_(False)
+
+
+def rows(seed: int = 0, samples: int = 3) -> Tensor:
+    return torch.randn(samples, 50, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
+    """Let the op ``geglu`` prefer a faulty implementation, and the block use that op."""
+    monkeypatch.setenv("VIDACCEL_IMPL", "geglu=faulty")
+    monkeypatch.setitem(GEGLU_OP.implementations, "faulty", Implementation(run))
+    GEGLU_OP.forget()
+
+
+OPS = ("geglu",)  # without linear_geglu, whose implementations run it
+
+
+@torch.no_grad()
+def test_a_fault_fails_the_site_and_the_call_is_right(block: GEGLU, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch, lambda x: 1.01 * geglu_file.geglu_ref(x))
+    expected = block(rows())
+    with fused(block, FusedGEGLU, OPS) as sites:
+        assert torch.equal(block(rows()), expected)
+        assert sites["geglu"].state == "failed" and "off by" in sites["geglu"].reason
+        assert torch.equal(block(rows(1)), GEGLU.forward(block, rows(1)))
+
+
+@torch.no_grad()
+def test_a_fault_of_another_shape_is_found(block: GEGLU, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch, lambda x: geglu_file.geglu_ref(x) * (1.01 if len(x) == 5 else 1))
+    with fused(block, FusedGEGLU, OPS) as sites:
+        block(rows())
+        assert sites["geglu"].state == "active"
+        other = rows(samples=5)
+        assert relative_error(block(other), GEGLU.forward(block, other)) < 1e-6
+        assert sites["geglu"].state == "failed"
+
+
+@torch.no_grad()
+def test_a_fault_that_starts_later_is_found(block: GEGLU, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def later(x: Tensor) -> Tensor:
+        calls.append(1)
+        return geglu_file.geglu_ref(x) * (1.01 if len(calls) > 10 else 1)
+
+    plant(monkeypatch, later)
+    with fused(block, FusedGEGLU, OPS) as sites:
+        for _ in range(200):
+            block(rows())
+        assert sites["geglu"].state == "failed"
+
+
+@torch.no_grad()
+def test_what_lies_between_the_ops_is_checked(block: GEGLU, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = block(rows())
+    right = FusedGEGLU.fused_forward
+    monkeypatch.setattr(FusedGEGLU, "fused_forward", lambda self, x: right(self, x) + 0.01)
+    with fused(block, FusedGEGLU) as sites:
+        assert torch.equal(block(rows()), expected)
+        assert {site.state for site in sites.values()} == {"failed"}
+
+
+@torch.no_grad()
+def test_no_child_runs_twice_where_it_may_do_more(block: GEGLU) -> None:
+    calls = []
+    block.proj.register_forward_hook(lambda *args: calls.append(1))
+    with fused(block, FusedGEGLU, OPS):
+        block(rows())
+    assert len(calls) == 1
+
+
+@torch.no_grad()
+def test_a_users_error_comes_through(block: GEGLU) -> None:
+    def interrupt(*args: object) -> None:
+        raise RuntimeError("the user says stop")
+
+    block.proj.register_forward_hook(interrupt)
+    with fused(block, FusedGEGLU, OPS), pytest.raises(RuntimeError, match="the user says stop"):
+        block(rows())
+
+
+@torch.no_grad()
+def test_a_site_is_switched_in_place(block: GEGLU, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    plant(monkeypatch, lambda x: (ran.append(1), geglu_file.geglu_ref(x))[1])
+    with fused(block, FusedGEGLU, OPS) as sites:
+        site = sites["geglu"]
+        for on, state, grows in ((True, "active", True), (False, "off", False), (True, "active", True)):
+            site.on = on
+            before = len(ran)
+            block(rows())
+            assert site.state == state and (len(ran) > before) == grows
+
+
+@torch.no_grad()
+def test_copies_and_new_ones_of_the_class_are_stock(block: GEGLU) -> None:
+    expected = block(rows())
+    with fused(block, FusedGEGLU):
+        file = io.BytesIO()
+        torch.save(block, file)
+        file.seek(0)
+        twins = [copy.deepcopy(block), pickle.loads(pickle.dumps(block)), torch.load(file, weights_only=False)]
+        new = type(block)(16, 32)
+        new.load_state_dict(block.state_dict())
+    for twin in twins:
+        assert type(twin) is GEGLU and torch.equal(twin(rows()), expected)
+    assert torch.equal(new(rows()), expected)
+
+
+@torch.no_grad()
+def test_a_bound_forward_outlives_the_site(block: GEGLU) -> None:
+    expected = block(rows())
+    with fused(block, FusedGEGLU):
+        kept = block.forward
+        kept(rows())
+    assert type(block) is GEGLU
+    assert torch.equal(kept(rows()), expected)
+
+
+@torch.no_grad()
+def test_a_module_that_was_replaced_stays(block: GEGLU) -> None:
+    with fused(block, FusedGEGLU) as sites:
+        block.__class__ = type("Mine", (GEGLU,), {})
+        assert sites["geglu"].state == "left alone" and "Mine" in sites["geglu"].reason
+    assert type(block).__name__ == "Mine" and isinstance(block, nn.Module)

@@ -1,0 +1,48 @@
+"""The pipeline that the command line asks for, and the arguments of its call."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from typing import Any
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+from vidaccel.bench.synthetic import build_pipeline, pipeline_inputs, specification
+from vidaccel.clips.clip_request import pipeline_names, request_from_arguments
+from vidaccel.clips.generation import call_arguments, resolve
+from vidaccel.clips.video_model import find_model, load_pipeline
+from vidaccel.errors import UsageError
+
+__all__ = ["Subject", "load_subject"]
+
+Subject = tuple[DiffusionPipeline, dict[str, Any]]
+
+_SYNTHETIC_STEPS = 4  # a step is also timed by itself
+
+
+def load_subject(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Subject:
+    """A pipeline on ``device``, unpatched, and the keyword arguments of its call."""
+    if args.synthetic:
+        return _synthetic(args, device, dtype)
+    model = find_model(args.model)
+    request = resolve(model, request_from_arguments(args))
+    arguments = call_arguments(model.pipeline_class, request)
+    return load_pipeline(model, dtype, device, show_progress=True), arguments
+
+
+def _synthetic(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Subject:
+    specified = specification(args.synthetic, args.size)
+    call = specified["call"]
+    call["num_inference_steps"] = min(call["num_inference_steps"], _SYNTHETIC_STEPS)
+    request = request_from_arguments(args)
+    for option in fields(request):
+        value = getattr(request, option.name)
+        names = pipeline_names(option.name)
+        if value is None or option.name == "seed":
+            continue
+        if not (taken := set(names) & call.keys()):
+            raise UsageError(f"--{option.name.replace('_', '-')} means nothing to --synthetic {args.synthetic}")
+        call[taken.pop()] = value
+    return build_pipeline(specified, device, dtype), call | pipeline_inputs(specified, device, dtype)

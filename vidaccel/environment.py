@@ -1,0 +1,117 @@
+"""The machine and its software: which device, what is installed, and how much memory tensors hold.
+
+A leaf: it imports nothing of the project but its errors, so every floor may import it.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import shutil
+import subprocess
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vidaccel.errors import UsageError, first_line
+
+__all__ = [
+    "device_of",
+    "environment",
+    "free_memory",
+    "peak_memory_gib",
+    "peak_reserved_gib",
+    "reset_peak_memory",
+]
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device called ``name``; for None the first GPU, else the CPU.
+
+    Raises:
+        UsageError: this machine has no such device.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise UsageError(f"device {name!r} cannot be used here: {first_line(error)}") from error
+    return device
+
+
+def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
+    """Everything about this machine and its software that moves a figure."""
+    on_gpu = device.type == "cuda"
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit or _commit(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()} CPU",
+        "cpu": _cpu(),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_threads": torch.get_num_threads(),
+        "driver": _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
+        "cuda": torch.version.cuda or torch.version.hip,
+        "cudnn": torch.backends.cudnn.version() if on_gpu else None,
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("vidaccel", "torch", "triton", "diffusers", "transformers")},
+    }
+
+
+def _commit() -> str | None:
+    """Of the checkout that this file belongs to, if it does; an installed package may lie in somebody else's."""
+    root = Path(__file__).parents[1]
+    describe = ("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    return _output_of("git", "-C", str(root), *describe) if (root / ".git").exists() else None
+
+
+def _cpu() -> str:
+    """The processor's name as Linux has it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _output_of(*command: str) -> str | None:
+    """First line that ``command`` prints, or None if it is missing or fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    lines = done.stdout.splitlines()
+    return lines[0].strip() if done.returncode == 0 and lines else None
+
+
+def free_memory() -> None:
+    """Give back what nobody refers to any more, so that one measurement does not weigh on the next."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start :func:`peak_memory_gib` and :func:`peak_reserved_gib` afresh."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory_gib(device: torch.device) -> float | None:
+    """Most memory that tensors held since the reset, or None where PyTorch does not count it."""
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+
+
+def peak_reserved_gib(device: torch.device) -> float | None:
+    """Most memory that PyTorch held since the reset, used or not: the pool of a CUDA graph counts only here."""
+    return torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else None

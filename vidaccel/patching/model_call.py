@@ -1,0 +1,97 @@
+"""The one wrapper of a model's call: what is settled once per call is settled here, before any block runs.
+
+It sits in ``module._compiled_call_impl``, the slot that ``module.compile()`` uses: the model keeps its class and its
+forward, and deepcopy and pickle drop the slot. A call
+
+* waits for another thread's call of the same model: what is kept from call to call is for one at a time;
+* freezes the settings (``kernels/settings.py``) and compares the model with what it was (``premises.py``): while both
+  are the same, what was found out in earlier calls stands (``sites/memo.py``);
+* lets those who asked for it see the arguments (the text, ``blocks/unet/text_context.py``);
+* goes to a CUDA graph where one serves it (``cuda_graph.py``), else to the model.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+from vidaccel.kernels.settings import Fidelity, Settings, allowed, frozen
+from vidaccel.patching.cuda_graph import Graphs
+from vidaccel.patching.premises import CALL_SLOT, Premises
+from vidaccel.sites.memo import Memo, holding, preparations
+
+__all__ = ["ModelCall", "unwrap_call", "wrap_call"]
+
+MOST_ANSWERS = 2**16  # that a memo keeps: more than several shapes of the largest model
+
+
+class ModelCall:
+    """Stands in a model's call slot; see the module's docstring.
+
+    Attributes:
+        graphs: The model's CUDA graphs, or None.
+    """
+
+    def __init__(self, model: nn.Module, allow: Fidelity) -> None:
+        # weak, so that a model nobody uses any more goes at once, and its memory with it
+        self._model = weakref.ref(model)
+        self._allow = allow
+        self._lock = threading.RLock()
+        self._premises: Premises | None = None
+        self._settings: Settings | None = None
+        self._memo = Memo()
+        self.graphs: Graphs | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self._model()
+        if torch.compiler.is_compiling():
+            return model._call_impl(*args, **kwargs)
+        with self._lock, allowed(self._allow), frozen() as settings:
+            self._settle(model, settings)
+            memo = self._memo
+            try:
+                for prepare in preparations(model):
+                    prepare(memo, args, kwargs)
+                with holding(memo):
+                    if self.graphs is None:
+                        return model._call_impl(*args, **kwargs)
+                    return self.graphs.call(model, args, kwargs)
+            finally:
+                memo.text = None  # also after an interrupt: no later call may take it for its own
+
+    def _settle(self, model: nn.Module, settings: Settings) -> None:
+        """Forget what was found out if the model or the settings are not what they were."""
+        premises = self._premises
+        if premises is not None and settings is self._settings and premises.hold():
+            if self.graphs is not None and not premises.values_hold():
+                self.graphs.changed()
+                self._premises = Premises(model)
+            if len(self._memo) > MOST_ANSWERS:
+                self._memo.clear()
+            return
+        if self.graphs is not None and premises is not None:
+            self.graphs.changed()
+        self._memo.clear()
+        self._premises, self._settings = Premises(model), settings
+
+
+def wrap_call(model: nn.Module, allow: Fidelity) -> ModelCall | None:
+    """The wrapper of ``model``'s call, put there if there is none; None where the slot is somebody else's."""
+    call = vars(model).get(CALL_SLOT)
+    if call is None:
+        call = vars(model)[CALL_SLOT] = ModelCall(model, allow)
+    return call if isinstance(call, ModelCall) else None
+
+
+def unwrap_call(model: nn.Module) -> None:
+    """Undo :func:`wrap_call`."""
+    call = vars(model).get(CALL_SLOT)
+    if isinstance(call, ModelCall):
+        del vars(model)[CALL_SLOT]
+        if call.graphs is not None:
+            call.graphs.site.taken_away()
+            call.graphs.forget()

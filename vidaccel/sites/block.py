@@ -1,0 +1,327 @@
+"""A fused block stands in for a diffusers block, and every call of it goes through here.
+
+A fused block is a subclass of the diffusers class that it replaces, put in place by assigning ``module.__class__``. A
+call goes to the fused forward, or to the original one where the fused does not serve it; the reason is counted. Which
+of the two is settled the first time that a call of this signature is seen under a :class:`~vidaccel.sites.memo.Memo`,
+and stands as long as that does.
+
+The first call of a signature is checked, and others now and then, for a fault may need other values. Every op in it is
+held against its reference on its very tensors (``kernels/check.py``); no child, hook or random number runs twice. What
+lies between the ops, the block itself, is held against the original block where that is safe: where all below it is
+plain, on the call's own tensors or a corner of them, with references in place of kernels. So a check takes little
+memory.
+
+A module that lost its sites (a copy, or a bound forward that somebody kept when it was restored) does what the original
+does.
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from vidaccel.errors import first_line
+from vidaccel.kernels import settings
+from vidaccel.kernels.check import near
+from vidaccel.kernels.op import listening, overheard
+from vidaccel.sites.memo import Memo, held, holding, once_per_call, signature
+from vidaccel.sites.plain import fingerprint, plain_reason, subtree_reason
+from vidaccel.sites.site import Fidelity, SiteGroup
+
+__all__ = ["SITES", "FusedBlock", "Host", "call_site", "cut_corner", "fuses", "run_part"]
+
+logger = logging.getLogger(__name__)
+
+SITES = "_vidaccel"  # the attribute that a module or processor has its sites in
+CORNER = 8  # pixels of an image's sides, in a check of what lies between ops
+CORNER_ROWS = CORNER * CORNER
+MOST_WHOLE = 2**21  # numbers in a call's tensors that need not be cut
+# A checked call costs about two; so few of a model's blocks are due at once, and later ones ever more rarely.
+FIRST_RECHECK, RECHECK_SPREAD, RECHECK_GROWTH = 32, 128, 4
+GRADIENTS = "gradients are being recorded (fused sites serve inference only: use torch.no_grad())"
+
+Block = TypeVar("Block", bound="type[FusedBlock]")
+Result = TypeVar("Result")
+
+
+class _Seen:
+    """How often calls of one kind were seen, and when the next check is due."""
+
+    def __init__(self, path: str, checks: bool) -> None:
+        self.calls = 0
+        self._spread = zlib.crc32(path.encode()) % RECHECK_SPREAD
+        self._due: float = 1 if checks else float("inf")
+
+    def counted(self) -> bool:
+        """Count a call; whether it is to be checked."""
+        self.calls += 1
+        if self.calls < self._due:
+            return False
+        if self.calls == 1:
+            self._due = FIRST_RECHECK + self._spread
+        else:
+            self._due = self.calls * RECHECK_GROWTH + self._spread
+        return True
+
+
+class _Plan:
+    """What stands for calls of one signature: the reason to go the original way, or none; what fell back inside."""
+
+    __slots__ = ("fallbacks", "heard", "reason", "seen")
+
+    def __init__(self, reason: str, seen: _Seen) -> None:
+        self.reason = reason
+        self.seen = seen
+        self.heard = False
+        self.fallbacks: list[tuple[str, str]] = []
+
+
+class Host:
+    """What can have sites: a fused block, or an attention processor.
+
+    A subclass implements :meth:`fused_forward` and :meth:`original_forward`, both with the parameters that
+    :func:`call_site` was called with.
+    """
+
+    @classmethod
+    def original_forward(cls, host: Any, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def fused_forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    @classmethod
+    def left_alone_reason(cls, module: Any) -> str | None:
+        """Why a module cannot be fused at all as it is configured, or None; also asked later: it may have changed."""
+        return None
+
+    def call_reason(self, *args: Any, **kwargs: Any) -> str | None:
+        """Why this very call goes to the original forward, or None. No tensor data; Dynamo can trace it."""
+        return None
+
+    def corner(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Small arguments for which fused and original forward do the same, cut from these; None if there are none."""
+        return cut_corner(args, kwargs)
+
+    def module_of(self, args: tuple[Any, ...]) -> nn.Module:
+        """The module that a call runs."""
+        raise NotImplementedError
+
+
+class FusedBlock(Host, nn.Module):
+    """Mixin that goes before the diffusers class; made with ``@fuses(Original, {op: fidelity})``.
+
+    It keeps the original ``forward`` signature and hands its arguments to :func:`call_site`.
+    """
+
+    original: ClassVar[type[nn.Module]]
+    ops: ClassVar[dict[str, Fidelity]]
+
+    @classmethod
+    def stands_for(cls, module: Any) -> bool:
+        """Whether ``module`` is of the kind that this block is about, where diffusers has one class for several."""
+        return True
+
+    @classmethod
+    def original_forward(cls, host: Any, *args: Any, **kwargs: Any) -> Any:
+        return cls.original.forward(host, *args, **kwargs)
+
+    def module_of(self, args: tuple[Any, ...]) -> nn.Module:
+        return self
+
+    def runs(self, op: str) -> bool:
+        """Whether the fused code of ``op`` is to run in this block."""
+        sites = getattr(self, SITES, None)
+        return sites is not None and sites.runs(op)
+
+    def compile_ahead(self) -> None:
+        """Begin to compile kernels that the first call will need. What is not foretold here is compiled when needed."""
+
+    def serves_parent(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether a fused parent may run parts of this block, with :func:`run_part`, instead of calling it."""
+        return _may_be_bypassed(self) and self.call_reason(*args, **kwargs) is None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copy is a stock module: it has no report that could tell of it, and nobody to restore it."""
+        state = {name: value for name, value in nn.Module.__getstate__(self).items() if name != SITES}
+        return _new, (self.original,), state
+
+
+@once_per_call
+def _may_be_bypassed(block: FusedBlock) -> bool:
+    sites = getattr(block, SITES, None)
+    unfused = sites is None or not sites.any_runs or block.left_alone_reason(block)
+    return not unfused and plain_reason(block, block.original) is None
+
+
+def _new(kind: type[nn.Module]) -> nn.Module:
+    return kind.__new__(kind)
+
+
+def fuses(original: type[nn.Module], ops: dict[str, Fidelity]) -> Callable[[Block], Block]:
+    """Class decorator: this fused block replaces ``original`` and has sites of ``ops``.
+
+    It takes the original's name, because diffusers finds blocks by ``__class__.__name__`` (``_no_split_modules``,
+    ``_repeated_blocks``).
+    """
+
+    def decorate(cls: Block) -> Block:
+        cls.original, cls.ops = original, ops
+        cls.__name__, cls.__qualname__ = original.__name__, original.__qualname__
+        return cls
+
+    return decorate
+
+
+def call_site(kind: type[Host], host: Any, *args: Any, **kwargs: Any) -> Any:
+    """A call of ``host``, a ``kind`` or what was one: the fused forward if it serves the call, else the original."""
+    sites: SiteGroup | None = getattr(host, SITES, None)
+    if sites is None:
+        return kind.original_forward(host, *args, **kwargs)
+    if torch.compiler.is_compiling():
+        reason = _reason(host, sites, args, kwargs)
+        return kind.original_forward(host, *args, **kwargs) if reason else host.fused_forward(*args, **kwargs)
+    memo = held()
+    if memo is None:
+        with holding(Memo()):
+            return call_site(kind, host, *args, **kwargs)
+    if memo.only:
+        return _one_way(memo.only, kind, host, sites, args, kwargs)
+    question = (host, torch.is_grad_enabled(), *signature(args), *signature(kwargs.values()))
+    plan = memo.get(question)
+    if plan is None or question[1]:
+        plan = memo[question] = _plan(host, sites, question[1:], args, kwargs)
+    if plan.reason:
+        sites.count(plan.reason)
+        return kind.original_forward(host, *args, **kwargs)
+    checked = plan.seen.counted()
+    if checked or not plan.heard:
+        return _heard(kind, host, sites, plan, args, kwargs, checked)
+    for op, reason in plan.fallbacks:
+        sites.count(reason, op)
+    return host.fused_forward(*args, **kwargs)
+
+
+def _one_way(
+    way: str, kind: type[Host], host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    if way == "original" or _reason(host, sites, args, kwargs):
+        return kind.original_forward(host, *args, **kwargs)
+    return host.fused_forward(*args, **kwargs)
+
+
+def run_part(host: Host, part: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+    """``part(*args, **kwargs)``, a method of ``host``, on behalf of a fused parent: its events are told of ``host``."""
+    if torch.compiler.is_compiling() or (listener := overheard()) is None or listener.only_references:
+        return part(*args, **kwargs)
+    sites: SiteGroup = getattr(host, SITES)
+    with listening(checks=listener.checks) as events:
+        result = part(*args, **kwargs)
+    sites.hear(events)
+    return result
+
+
+def _plan(host: Host, sites: SiteGroup, kind_of_call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Plan:
+    reason = _reason(host, sites, args, kwargs) or ""
+    path = (kind_of_call, settings.current(), fingerprint(host.module_of(args)))
+    seen = sites.seen.setdefault(path, _Seen(sites.paths, sites.checks))
+    return _Plan(reason, seen)
+
+
+def _reason(host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Why this call goes to the original forward, or None."""
+    if not sites.any_runs:
+        return "it is off, or failed"
+    return _gradients_reason(host, args) or host.left_alone_reason(host) or host.call_reason(*args, **kwargs)
+
+
+def _gradients_reason(host: Host, args: tuple[Any, ...]) -> str | None:
+    if not torch.is_grad_enabled():
+        return None
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    recorded = any(x.requires_grad for x in (*tensors, *host.module_of(args).parameters()))
+    return GRADIENTS if recorded else None
+
+
+def _heard(
+    kind: type[Host],
+    host: Any,
+    sites: SiteGroup,
+    plan: _Plan,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    checked: bool,
+) -> Any:
+    """A call whose events are noted, and whose ops and what lies between them are checked if it is their turn."""
+    unsafe = subtree_reason(host.module_of(args))
+    try:
+        if checked and not unsafe and (problem := _problem_between_ops(kind, host, sites, args, kwargs)):
+            sites.fail(problem)
+            return kind.original_forward(host, *args, **kwargs)
+        with listening(checks=checked) as events:
+            out = host.fused_forward(*args, **kwargs)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if unsafe:  # it may be the user's own
+            raise
+        # If the arguments themselves are wrong, the original raises the error that its users know.
+        out = kind.original_forward(host, *args, **kwargs)
+        plan.reason = first_line(error)
+        sites.count(plan.reason)
+        logger.warning("%s: the fused block failed, the original runs: %s", sites.paths, plan.reason)
+        return out
+    sites.hear(events)
+    plan.heard = True
+    plan.fallbacks = [(event.op, event.reason) for event in events if event.reason]
+    for op, reason in plan.fallbacks:
+        sites.count(reason, op)
+    return out
+
+
+def _problem_between_ops(
+    kind: type[Host], host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str | None:
+    """What the fused block does other than the original one on a corner of its arguments, or None."""
+    corner = host.corner(args, kwargs)
+    if corner is None or _reason(host, sites, *corner):
+        return None
+    args, kwargs = corner
+    original, fused = Memo(), Memo()
+    original.only, fused.only = "original", "fused"
+    original.text = fused.text = getattr(held(), "text", None)
+    try:
+        with holding(original):
+            expected = tree_leaves(kind.original_forward(host, *args, **kwargs))
+        with holding(fused), listening(only_references=True):
+            found = tree_leaves(host.fused_forward(*args, **kwargs))
+        pairs = [(x, y) for x, y in zip(found, expected, strict=True) if isinstance(y, Tensor)]
+        return next(filter(None, (near(x, y) for x, y in pairs)), None)
+    except torch.OutOfMemoryError:  # for the check alone: the call itself may have what it needs
+        logger.warning("%s: not checked against the original block: out of memory", sites.paths)
+        return None
+
+
+def cut_corner(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of the first pixels of images and clips, and the first rows of ``[B, S, C]``, if they are many."""
+    if sum(x.numel() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)) <= MOST_WHOLE:
+        return args, kwargs
+    corner: tuple[tuple[Any, ...], dict[str, Any]] = tree_map(_corner_of, (args, kwargs))
+    return corner
+
+
+def _corner_of(x: Any) -> Any:
+    if not isinstance(x, Tensor) or x.ndim < 3:
+        return x
+    if x.ndim == 3:
+        return x[:, :CORNER_ROWS]
+    corner = x[..., :CORNER, :CORNER]
+    order = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim, torch.contiguous_format)
+    kept = order if x.is_contiguous(memory_format=order) else torch.contiguous_format
+    return corner.contiguous(memory_format=kept)

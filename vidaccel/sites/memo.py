@@ -1,0 +1,120 @@
+"""What is found out once per call of a model, and stands until the model changes.
+
+Whether a child may be bypassed, a weight read, a block fused: each is one question about modules, and the answer cannot
+change while a call is under way. So whoever runs a call (``patching/model_call.py``) holds a :class:`Memo` for as long
+as the model is what it was, and functions marked :func:`once_per_call` look their answers up there. Where nobody
+holds one, as in a block that is called alone, every question is asked anew.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Literal, ParamSpec, TypeVar, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Memo", "generation", "held", "holding", "once_per_call", "plans_changed", "preparations", "signature"]
+
+Preparation = Callable[["Memo", tuple[Any, ...], dict[str, Any]], None]
+Arguments = ParamSpec("Arguments")
+Answer = TypeVar("Answer")
+
+_generation = 0
+
+
+class Memo(dict[Hashable, Any]):
+    """Answers by question; and the text of the call that is under way.
+
+    Attributes:
+        text: What ``blocks/unet/text_context.py`` knows of this call, or None.
+        only: Which way every block under this call goes, for a check of what lies between ops: ``"fused"`` or
+            ``"original"``; empty: as planned.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text: Any = None
+        self.only: Literal["", "fused", "original"] = ""
+
+
+# By model: what is called at the start of each of its calls, with the memo and the call's arguments.
+_preparations: WeakKeyDictionary[nn.Module, list[Preparation]] = WeakKeyDictionary()
+
+
+def preparations(model: nn.Module) -> list[Preparation]:
+    """What is called at the start of each call of ``model``, with the memo and the arguments; a list to add to."""
+    return _preparations.setdefault(model, [])
+
+
+_memo: ContextVar[Memo | None] = ContextVar("memo", default=None)
+
+
+def held() -> Memo | None:
+    """The memo of the call that is under way in this thread, or None."""
+    return _memo.get()
+
+
+@contextmanager
+def holding(memo: Memo) -> Iterator[None]:
+    """Let ``memo`` be what :func:`held` returns inside the ``with`` block."""
+    token = _memo.set(memo)
+    try:
+        yield
+    finally:
+        _memo.reset(token)
+
+
+def once_per_call(ask: Callable[Arguments, Answer]) -> Callable[Arguments, Answer]:
+    """Decorator of a question about modules whose answer stands as long as the memo does; arguments are hashable."""
+
+    @functools.wraps(ask)
+    def answer(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or (memo := _memo.get()) is None:
+            return ask(*args)  # type: ignore[call-arg]
+        question = (ask, *args)
+        try:
+            return memo[question]
+        except KeyError:
+            memo[question] = found = ask(*args)  # type: ignore[call-arg]
+            return found
+
+    return cast(Callable[Arguments, Answer], answer)
+
+
+def generation() -> int:
+    """A number that grows whenever a site is switched, fails, is put in place or taken away."""
+    return _generation
+
+
+def plans_changed() -> None:
+    """Tell every model's call that what stood until now stands no more."""
+    global _generation
+    _generation += 1
+    if (memo := _memo.get()) is not None:
+        memo.clear()
+
+
+def signature(values: Any) -> tuple[Any, ...]:
+    """Everything about the arguments of a call that may pick another code path."""
+    return tuple([_described(value) for value in values])
+
+
+_BY_VALUE = frozenset([int, float, bool, str, type(None), torch.dtype])
+
+
+def _described(value: Any) -> Any:
+    kind = type(value)
+    if kind in _BY_VALUE:
+        return value
+    if isinstance(value, Tensor):
+        return kind, value.shape, value.stride(), value.dtype, value.device
+    if isinstance(value, tuple | list):
+        return kind, signature(value)
+    if isinstance(value, dict):
+        return kind, tuple(value), signature(value.values())
+    return kind

@@ -1,0 +1,122 @@
+"""The one place that decides whether code of ours may stand for a child module, or read its weights.
+
+LoRA, quantisation, casting, offload, caches and users change what a call of a child does: by its class, by its forward,
+by another method of the instance, by hooks, by what ``weight`` is. A child is *plain* only if it is exactly what is
+expected in all of these; all else is called, or left to the original code.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vidaccel.sites.memo import once_per_call
+
+__all__ = ["hook_reason", "plain_reason", "readable_reason", "stock_class", "subtree_reason"]
+
+_LIBRARIES = ("torch.nn.", "diffusers.", "vidaccel.")
+
+
+def stock_class(module: nn.Module) -> type:
+    """The class that ``module`` has, or had before it was fused."""
+    return getattr(type(module), "original", type(module))
+
+
+@once_per_call
+def plain_reason(child: nn.Module, expected: type[nn.Module]) -> str | None:
+    """Why a call of ``child`` may do other than what an ``expected`` does, or None."""
+    if stock_class(child) is not expected:
+        return f"a {expected.__name__} was replaced by {type(child).__name__}"
+    if reason := hook_reason(child):
+        return reason
+    if expected.forward is not _forwards().get(expected, expected.forward):
+        return f"somebody replaced the forward of every {expected.__name__}"
+    return None
+
+
+def hook_reason(module: nn.Module) -> str | None:
+    """What was hung on this very instance so that only a call of it runs that, or None."""
+    name, own = stock_class(module).__name__, vars(module)
+    if "forward" in own or "_hf_hook" in own:
+        return f"a hook replaced the forward of a {name} (offload, casting or cache)"
+    if not torch.compiler.is_compiling() and (replaced := own.keys() & _methods(stock_class(module))):
+        return f"somebody replaced {min(replaced)} of a {name}"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return f"a {name} has forward hooks, which only a call of it runs"
+    return None
+
+
+@functools.cache
+def _methods(kind: type) -> frozenset[str]:
+    return frozenset(name for name in dir(kind) if callable(getattr(kind, name, None)))
+
+
+@functools.cache
+def _forwards() -> dict[type, Any]:
+    """The forwards of the classes that code of ours stands for, as they were when the first of them was asked for."""
+    kinds = (nn.Linear, nn.Conv2d, nn.Conv3d, nn.GroupNorm, nn.LayerNorm, nn.SiLU, nn.Dropout, nn.Sequential)
+    return {kind: kind.forward for kind in kinds}
+
+
+_forwards()
+
+
+def readable_reason(child: Any, expected: type[nn.Module], x: Tensor, *, with_bias: bool = True) -> str | None:
+    """Why ``child.weight`` and ``child.bias`` are not what ``child(x)`` would use, or None.
+
+    Without ``with_bias`` a child that has no bias will do.
+    """
+    return _readable_reason(child, expected, x.device, with_bias)
+
+
+@once_per_call
+def _readable_reason(child: Any, expected: type[nn.Module], device: torch.device, with_bias: bool) -> str | None:
+    if reason := plain_reason(child, expected):
+        return reason
+    for parameter in (child.weight, child.bias):
+        if parameter is None and not with_bias:
+            continue
+        if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
+            return f"a {expected.__name__} has no plain weight and bias"
+        if parameter.device != device:
+            return f"a {expected.__name__} is on {parameter.device}, its input on {device}"
+    return None
+
+
+@once_per_call
+def subtree_reason(module: nn.Module) -> str | None:
+    """Why running ``module`` a second time may do more than the first did (a user's code, a random number), or None."""
+    for part in module.modules():
+        if not f"{stock_class(part).__module__}.".startswith(_LIBRARIES):
+            return f"a {type(part).__name__} is not of PyTorch or diffusers"
+        if reason := hook_reason(part):
+            return reason
+        if part.training and isinstance(part, nn.Dropout):
+            return "dropout is on"
+        processor = vars(part).get("processor")
+        if processor is not None and not f"{type(processor).__module__}.".startswith(_LIBRARIES):
+            return f"a processor is a {type(processor).__name__}, which is not diffusers'"
+    return None
+
+
+def fingerprint(module: nn.Module) -> tuple[Any, ...]:
+    """What about ``module`` and all below it may pick another code path: classes, hooks, plain attributes."""
+    return tuple(_traits(module))
+
+
+def _traits(module: nn.Module) -> Iterator[Any]:
+    for part in module.modules():
+        yield type(part)
+        yield hook_reason(part)
+        yield type(vars(part).get("processor"))
+        for name, value in vars(part).items():
+            if type(value) in (int, float, bool, str, tuple) and _is_hashable(value):
+                yield name, value
+
+
+def _is_hashable(value: Any) -> bool:
+    return not isinstance(value, tuple) or all(type(part) in (int, float, bool, str) for part in value)
