@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vidaccel.sites.memo import Memo, held, preparations
-from vidaccel.sites.plain import stock_class, subtree_reason
+from vidaccel.sites.plain import subtree_reason
 from vidaccel.sites.rules import Rule
 from vidaccel.sites.site import Fidelity, Site
 
