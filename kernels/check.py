@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from vidaccel.kernels import settings
 if TYPE_CHECKING:
     from vidaccel.kernels.op import Op
 
-__all__ = ["MOST_ELEMENTS", "Part", "cuts", "disagreement", "near", "row_parts"]
+__all__ = ["MOST_ELEMENTS", "Part", "cuts", "disagreement", "near", "piece_of", "pieces", "row_parts"]
 
 MOST_ELEMENTS = 2**23  # of a part: a quarter of a GiB, with everything that is made of it
 SCREEN_ROWS = 2.0  # units in the last place, relative L2: less needs no second look
@@ -37,11 +37,22 @@ PERTURBATION = 2.0**-22
 FP32_EPS, TF32_EPS, FP64_EPS = 2.0**-20, 2.0**-10, 2.0**-49
 
 
+def _all(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return outputs
+
+
 class Part(NamedTuple):
-    """A part of a call: arguments that the reference computes it from, and where it lies in the outputs."""
+    """A part of a call.
+
+    Attributes:
+        args: The arguments that the reference computes it from.
+        of: Takes the outputs of the whole call; the tensors that are judged of this part.
+        of_reference: The same for what the reference returns for ``args``.
+    """
 
     args: tuple[Any, ...]
     of: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
+    of_reference: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = _all
 
 
 def cuts(length: int, elements: int) -> Iterator[slice]:
@@ -49,6 +60,27 @@ def cuts(length: int, elements: int) -> Iterator[slice]:
     step = max(MOST_ELEMENTS // max(elements, 1), 1)
     for start in range(0, length, step):
         yield slice(start, min(start + step, length))
+
+
+def pieces(shape: Sequence[int], *dims: int) -> Iterator[tuple[slice, ...]]:
+    """Indices that cut ``shape`` along ``dims``, the first of them first, until no piece has too many numbers."""
+    yield from _pieces(tuple(slice(0, size) for size in shape), dims, math.prod(shape))
+
+
+def _pieces(index: tuple[slice, ...], dims: Sequence[int], elements: int) -> Iterator[tuple[slice, ...]]:
+    if elements <= MOST_ELEMENTS or not dims:
+        yield index
+        return
+    dim, *inner = dims
+    length = index[dim].stop
+    for part in cuts(length, elements // length):
+        piece = (*index[:dim], part, *index[dim + 1 :])
+        yield from _pieces(piece, inner, elements // length * (part.stop - part.start))
+
+
+def piece_of(index: tuple[slice, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """For an op whose outputs have the shape that :func:`pieces` has cut."""
+    return tuple(out[index] for out in outputs)
 
 
 def row_parts(rows: Tensor) -> Iterator[tuple[Tensor, Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]]]:
@@ -64,11 +96,11 @@ def _rows_of(count: int, part: slice, outputs: tuple[Tensor, ...]) -> tuple[Tens
 def disagreement(op: Op, args: tuple[Any, ...], out: Any, fidelity: str) -> str | None:
     """One line on why ``out`` is not what ``op`` means by ``args``, or None if it is."""
     outputs = _tuple(out)
-    parts = list(op.parts(*args)) if op.parts else [Part(args, lambda whole: whole)]
+    parts = list(op.parts(*args)) if op.parts else [Part(args, _all)]
     with torch.no_grad():
         suspects = []
         for part in parts:
-            mine, expected = part.of(outputs), _tuple(op.reference(*part.args))
+            mine, expected = part.of(outputs), _referred(op, part, part.args)
             if problem := _shapes_differ(mine, expected):
                 return problem
             suspects.append(_suspicious(mine, expected, fidelity))
@@ -113,6 +145,7 @@ def _describe(x: Tensor) -> str:
 def _suspicious(mine: tuple[Tensor, ...], expected: tuple[Tensor, ...], fidelity: str) -> Tensor:
     """Whether any output deserves a second look, a bool on the device."""
     flags = []
+    eps = _eps(*expected) * (LOSSY if fidelity == "lossy" else 1)
     for x, y in zip(mine, expected, strict=True):
         if x.numel() == 0:
             continue
@@ -120,19 +153,23 @@ def _suspicious(mine: tuple[Tensor, ...], expected: tuple[Tensor, ...], fidelity
             flags.append(((x != y) & ~(x.isnan() & y.isnan())).any())
             continue
         rows, columns, gain, lost = _distances(x, y, y)
-        eps = _eps(y) * (LOSSY if fidelity == "lossy" else 1)
         near = (rows <= SCREEN_ROWS * eps) & (columns <= SCREEN_ROWS * eps) & (gain <= SCREEN_GAIN * eps)
         flags.append(lost | ~near)
     device = expected[0].device
     return torch.stack(flags).any() if flags else torch.zeros((), dtype=torch.bool, device=device)
 
 
+def _referred(op: Op, part: Part, args: Iterable[Any]) -> tuple[Tensor, ...]:
+    return part.of_reference(_tuple(op.reference(*args)))
+
+
 def _second_look(op: Op, part: Part, mine: tuple[Tensor, ...], fidelity: str) -> str | None:
-    expected = _tuple(op.reference(*part.args))
-    gold = _tuple(op.reference(*map(_double, part.args)))
+    expected = _referred(op, part, part.args)
+    gold = _referred(op, part, map(_double, part.args))
     generator = torch.Generator(expected[0].device).manual_seed(0)
-    moved = _tuple(op.reference(*(_perturbed(x, generator) for x in part.args)))
-    problems = (_judge(*tensors, fidelity) for tensors in zip(mine, expected, gold, moved, strict=True))
+    moved = _referred(op, part, (_perturbed(x, generator) for x in part.args))
+    eps = _eps(*expected)
+    problems = (_judge(*tensors, eps, fidelity) for tensors in zip(mine, expected, gold, moved, strict=True))
     return next(filter(None, problems), None)
 
 
@@ -148,12 +185,11 @@ def _perturbed(x: Any, generator: torch.Generator) -> Any:
     return x.double() * (1 + PERTURBATION * (2 * noise - 1))
 
 
-def _judge(out: Tensor, expected: Tensor, gold: Tensor, moved: Tensor, fidelity: str) -> str | None:
+def _judge(out: Tensor, expected: Tensor, gold: Tensor, moved: Tensor, eps: float, fidelity: str) -> str | None:
     """What is wrong with ``out``, or None; ``moved`` is the gold of slightly other inputs."""
     *mine, lost = _distances(out, gold, expected)
     *own, _ = _distances(expected, gold, expected)
     *moves, _ = _distances(moved, gold, expected)
-    eps = _eps(expected)
     slack = LOSSY if fidelity == "lossy" else 1
     if bool(lost):
         return "is not finite where the reference is"
@@ -210,8 +246,15 @@ def _frames(x: Tensor) -> Tensor:
     return x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1] if x.ndim else 1)
 
 
-def _eps(x: Tensor) -> float:
-    """A unit in the last place; where sums are longer than a number is, what another order of them may change."""
+def _eps(*outputs: Tensor) -> float:
+    """A unit in the last place; where sums are longer than a number is, what another order of them may change.
+
+    Of several outputs, the coarsest: float32 statistics of a rounded tensor move with its roundings.
+    """
+    return max(map(_unit, outputs))
+
+
+def _unit(x: Tensor) -> float:
     if x.dtype == torch.float64:
         return FP64_EPS
     if x.dtype != torch.float32:

@@ -11,18 +11,24 @@ Bound by memory: two reads (three with a residual) and one write.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidaccel.kernels.dispatch import choose, tensors_problem
-from vidaccel.kernels.launch import Launch, prepared
+from vidaccel.kernels.check import Part, piece_of, pieces
+from vidaccel.kernels.conv.arguments import require_floats
+from vidaccel.kernels.launch import Launch
+from vidaccel.kernels.op import Costs, Implementation, Op, device_reason, tensors_reason
 
-__all__ = ["alpha_blend", "alpha_blend_ref", "blend"]
+__all__ = ["ALPHA_BLEND", "alpha_blend", "alpha_blend_ref", "blend"]
 
 BLOCK = 2048
 NUM_WARPS = 4
+CUT_DIMS = {3: (0, 1), 4: (0, 2), 5: (0, 2, 3)}  # of a branch: frames, then rows
 
 
 def alpha_blend_ref(
@@ -30,7 +36,6 @@ def alpha_blend_ref(
     temporal: Tensor,
     mix_factor: Tensor,
     image_only: Tensor | None = None,
-    *,
     residual: Tensor | None = None,
     spatial_is_second: bool = False,
 ) -> Tensor:
@@ -86,76 +91,151 @@ def _alpha_blend_kernel(
     tl.store(out_ptr + offs, out, mask=mask)
 
 
-@prepared
-def _prepare(frame_size: int, frames: int, has_residual: bool, has_image_only: bool, spatial_is_second: bool) -> Launch:
-    return Launch(
+def _bind(
+    spatial: Tensor,
+    temporal: Tensor,
+    mix_factor: Tensor,
+    image_only: Tensor | None,
+    residual: Tensor | None,
+    spatial_is_second: bool,
+) -> Callable[..., Tensor]:
+    frames = 1 if image_only is None else image_only.numel()
+    frame_size = spatial.numel() // frames
+    launch = Launch(
         _alpha_blend_kernel, (triton.cdiv(frame_size, BLOCK), frames),
         frame_size,
-        HAS_RESIDUAL=has_residual, HAS_IMAGE_ONLY=has_image_only, SPATIAL_IS_SECOND=spatial_is_second, BLOCK=BLOCK,
+        HAS_RESIDUAL=residual is not None, HAS_IMAGE_ONLY=image_only is not None,
+        SPATIAL_IS_SECOND=spatial_is_second, BLOCK=BLOCK,
         num_warps=NUM_WARPS, enable_fp_fusion=False,  # eager rounds the products before it adds them
     )  # fmt: skip
 
+    def run(
+        spatial: Tensor,
+        temporal: Tensor,
+        mix_factor: Tensor,
+        image_only: Tensor | None,
+        residual: Tensor | None,
+        spatial_is_second: bool,
+    ) -> Tensor:
+        out = torch.empty_like(spatial)
+        launch(
+            spatial, temporal, residual, mix_factor, None if image_only is None else image_only.contiguous(), out
+        )  # fmt: skip
+        return out
 
-def _launch(
+    return run
+
+
+def _triton(
     spatial: Tensor,
     temporal: Tensor,
-    residual: Tensor | None,
     mix_factor: Tensor,
     image_only: Tensor | None,
-    spatial_is_second: bool,
-) -> Tensor:
-    out = torch.empty_like(spatial)
-    frames = 1 if image_only is None else image_only.numel()
-    size = spatial.numel() // frames
-    launch = _prepare(size, frames, residual is not None, image_only is not None, spatial_is_second)
-    launch(spatial, temporal, residual, mix_factor, image_only, out)
-    return out
-
-
-@torch.library.custom_op("vidaccel::alpha_blend", mutates_args=())
-def _alpha_blend(
-    spatial: Tensor,
-    temporal: Tensor,
     residual: Tensor | None,
-    mix_factor: Tensor,
-    image_only: Tensor | None,
     spatial_is_second: bool,
 ) -> Tensor:
-    return _launch(spatial, temporal, residual, mix_factor, image_only, spatial_is_second)
+    args = spatial, temporal, mix_factor, image_only, residual, spatial_is_second
+    return _bind(*args)(*args)
 
 
-@_alpha_blend.register_fake
-def _(
-    spatial: Tensor,
-    temporal: Tensor,
-    residual: Tensor | None,
-    mix_factor: Tensor,
-    image_only: Tensor | None,
-    spatial_is_second: bool,
-) -> Tensor:
+def _empty_output(spatial: Tensor, *others: object) -> Tensor:
     return torch.empty_like(spatial)
 
 
-def _problem(
-    spatial: Tensor, temporal: Tensor, residual: Tensor | None, mix_factor: Tensor, image_only: Tensor | None
+def _reason(
+    spatial: Tensor,
+    temporal: Tensor,
+    mix_factor: Tensor,
+    image_only: Tensor | None,
+    residual: Tensor | None,
+    spatial_is_second: bool,
 ) -> str | None:
-    """Why the kernel does not serve these arguments, or None."""
+    if spatial.numel() == 0:
+        return "there is nothing to blend"
+    if reason := device_reason(spatial):
+        return reason
     for name, other in (("temporal", temporal), ("residual", residual)):
         if other is not None and other.dtype != spatial.dtype:
             return f"{name} differs from spatial in dtype: {other.dtype}, {spatial.dtype}"
         if other is not None and _memory_order(other) != _memory_order(spatial):
             return f"{name} differs from spatial in strides"
     # each frame must be one dense run of memory: its alpha is applied run by run
-    dense = spatial.is_contiguous(memory_format=torch.channels_last_3d) if spatial.ndim == 5 else False
-    dense = dense or (spatial.is_contiguous() and (spatial.ndim != 5 or image_only is None))
-    if not dense:
+    dense = spatial.ndim == 5 and spatial.is_contiguous(memory_format=torch.channels_last_3d)
+    if not dense and not (spatial.is_contiguous() and (spatial.ndim != 5 or image_only is None)):
         return "frames are not dense runs of memory"
-    return tensors_problem(spatial, temporal, residual, mix_factor)
+    return tensors_reason(spatial, temporal, residual, mix_factor)
 
 
 def _memory_order(x: Tensor) -> list[int]:
     """The strides that matter: a dim of one entry, as of a clip of one frame, may have any."""
     return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
+
+
+def _costs(
+    spatial: Tensor,
+    temporal: Tensor,
+    mix_factor: Tensor,
+    image_only: Tensor | None,
+    residual: Tensor | None,
+    spatial_is_second: bool,
+) -> Costs:
+    return Costs(bytes=spatial.nbytes * (3 if residual is None else 4))
+
+
+def _parts(
+    spatial: Tensor,
+    temporal: Tensor,
+    mix_factor: Tensor,
+    image_only: Tensor | None,
+    residual: Tensor | None,
+    spatial_is_second: bool,
+) -> Iterator[Part]:
+    for piece in pieces(spatial.shape, *CUT_DIMS[spatial.ndim]):
+        stills = image_only
+        if stills is not None:
+            stills = stills[piece[0], piece[2]] if spatial.ndim == 5 else stills.flatten()[piece[0]]
+        added = None if residual is None else residual[piece]
+        args = spatial[piece], temporal[piece], mix_factor, stills, added, spatial_is_second
+        yield Part(args, functools.partial(piece_of, piece))
+
+
+def _validate(
+    spatial: Tensor,
+    temporal: Tensor,
+    mix_factor: Tensor,
+    image_only: Tensor | None,
+    residual: Tensor | None,
+    spatial_is_second: bool,
+) -> None:
+    op, shape = ALPHA_BLEND.name, tuple(spatial.shape)
+    require_floats(op, spatial=spatial, temporal=temporal, mix_factor=mix_factor, residual=residual)
+    if spatial.ndim not in CUT_DIMS:
+        raise ValueError(f"{op}: spatial must be [B, C, F, H, W], [N, C, H, W] or [B * F, S, C], got {shape}")
+    for name, other in (("temporal", temporal), ("residual", residual)):
+        if other is not None and other.shape != shape:
+            raise ValueError(f"{op}: {name} must be {shape}, as spatial is, got {tuple(other.shape)}")
+    if mix_factor.numel() != 1:
+        raise ValueError(f"{op}: mix_factor must be [1], got {tuple(mix_factor.shape)}")
+    if image_only is None:
+        return
+    if image_only.device != spatial.device:
+        raise ValueError(f"{op}: image_only must be on {spatial.device}, as spatial is, got {image_only.device}")
+    if spatial.ndim == 4:
+        raise ValueError(f"{op}: with image_only, spatial must be [B, C, F, H, W] or [B * F, S, C], got {shape}")
+    frames = (shape[0], shape[2]) if spatial.ndim == 5 else shape[:1]
+    if image_only.shape != frames and (spatial.ndim == 5 or image_only.numel() != shape[0]):
+        raise ValueError(f"{op}: image_only must have {frames} entries, one a frame, got {tuple(image_only.shape)}")
+
+
+ALPHA_BLEND = Op(
+    "alpha_blend",
+    reference=alpha_blend_ref,
+    implementations={"triton": Implementation(_triton, _reason, _bind, registered=True)},
+    fake=_empty_output,
+    costs=_costs,
+    parts=_parts,
+    validate=_validate,
+)
 
 
 def alpha_blend(
@@ -171,36 +251,20 @@ def alpha_blend(
     """``a * spatial + (1 - a) * (temporal + residual)`` with ``a = where(image_only, 1, sigmoid(mix_factor))``.
 
     Args:
-        spatial: ``[B, C, F, H, W]`` or ``[B*F, S, C]``, fp16 / bf16 / fp32.
-        temporal: As ``spatial``, same strides.
+        spatial: ``[B, C, F, H, W]``, ``[N, C, H, W]`` or ``[B * F, S, C]``, fp16 / bf16 / fp32.
+        temporal: As ``spatial``; the kernel takes the same dtype and strides only.
         mix_factor: ``[1]``, any float dtype.
-        image_only: ``[B, F]``, nonzero where a frame is a still image and only ``spatial`` counts; None: nowhere.
+        image_only: Nonzero where a frame is a still image and only ``spatial`` counts, ``[B, F]``; for rows ``B * F``
+            entries in any shape; not for a 4-D ``spatial``. None: nowhere.
         residual: As ``temporal``, added to it first; None adds nothing.
         spatial_is_second: Swap the two factors, as the SVD decoder does.
-        impl: ``"triton"``, ``"torch"`` or None (chosen by device).
+        impl: ``"triton"`` or ``"torch"``; None lets the op choose.
 
     Returns:
         As ``spatial``.
 
     Raises:
-        ValueError: The branches differ in shape; ``image_only`` does not have one entry for each frame; ``impl``
-            cannot run here.
+        ValueError: A shape or device is not as above; ``impl`` cannot run here.
+        TypeError: A tensor but ``image_only`` is not floating-point.
     """
-    if spatial.shape != temporal.shape:
-        raise ValueError(f"alpha_blend: branches differ in shape: {tuple(spatial.shape)}, {tuple(temporal.shape)}")
-    if residual is not None and residual.shape != temporal.shape:
-        raise ValueError(f"alpha_blend: residual must be {tuple(temporal.shape)}, got {tuple(residual.shape)}")
-    if image_only is not None:
-        if spatial.ndim not in (3, 5):
-            raise ValueError(f"alpha_blend: with image_only the branches are 3-D or 5-D, got {tuple(spatial.shape)}")
-        frames = spatial.shape[0] * (spatial.shape[2] if spatial.ndim == 5 else 1)
-        if image_only.numel() != frames:
-            raise ValueError(f"alpha_blend: image_only is {tuple(image_only.shape)}, expected {frames} entries")
-    problem = _problem(spatial, temporal, residual, mix_factor, image_only)
-    if choose("alpha_blend", spatial, impl, problem) == "torch" or spatial.numel() == 0:
-        branches = (spatial, temporal, mix_factor, image_only)
-        return alpha_blend_ref(*branches, residual=residual, spatial_is_second=spatial_is_second)
-    if image_only is not None:
-        image_only = image_only.contiguous()
-    run = _alpha_blend if torch.compiler.is_compiling() else _launch
-    return run(spatial, temporal, residual, mix_factor, image_only, spatial_is_second)
+    return ALPHA_BLEND(spatial, temporal, mix_factor, image_only, residual, spatial_is_second, impl=impl)

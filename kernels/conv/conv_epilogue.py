@@ -2,70 +2,93 @@
 
     y[n, s, c] = x[n, s, c] + bias[c];   y = residual + y;   y = alpha * residual + (1 - alpha) * y
 
-Channels-last memory ``[N, S, C]``; the residual and the blend are optional, alpha is that of
-``alpha_blend.py``. PyTorch adds the bias of a cuDNN convolution in a kernel of its own, so a caller
-runs the convolution without it and leaves the bias to this op; the residual may be such an output too, with a bias
-still to come. The sum is computed in float32 and rounded once, where eager stores three sums: what is lost in a VAE's
-decoder by other roundings (``upsample_conv``) is more than made up for by that. The blend is rounded where eager's is.
-Fidelity: math-exact. Bound by memory: one or two reads and a write.
+Channels-last memory ``[N, S, C]``; the residual and the blend are optional, alpha is that of ``alpha_blend.py``.
+PyTorch adds the bias of a cuDNN convolution in a kernel of its own, so a caller runs the convolution without it and
+leaves the bias to this op; the residual may be such an output too, with a bias still to come. The sum is computed in
+float32 and rounded once, where eager stores three sums: what is lost in a VAE's decoder by other roundings
+(``upsample_conv``) is more than made up for by that. The blend is rounded where eager's is. Fidelity: math-exact.
+Bound by memory: one or two reads and a write.
 
-With ``statistics`` the result carries those of its channels, for the GroupNorm that follows
-(``channel_statistics.py``).
+A second op returns the statistics of the result, too, for the GroupNorm that follows (``channel_statistics.py``).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidaccel.kernels.channels_last import channels_last, empty_channels_last
-from vidaccel.kernels.conv.alpha_blend import alpha_blend_ref, blend
-from vidaccel.kernels.dispatch import DTYPES, choose, tensors_problem
-from vidaccel.kernels.launch import Launch, prepared
+from vidaccel.kernels.channels_last import channels_last, channels_last_strides, empty_channels_last
+from vidaccel.kernels.check import Part, cuts, piece_of, pieces
+from vidaccel.kernels.conv.alpha_blend import CUT_DIMS, alpha_blend_ref, blend
+from vidaccel.kernels.conv.arguments import require_floats
+from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.norm.channel_statistics import (
     FOLD,
     ChannelStatistics,
     Tiling,
-    attach,
-    choose_writer_tiling,
+    channel_statistics_ref,
+    chunk_rows_for,
     empty_parts,
     fold,
+    frames_and_rows,
     locate,
     merge_lanes,
+    moments,
     rows_of_tile,
     store_part,
+    writer_tiling,
 )
+from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason, tensors_reason
 
-__all__ = ["compile_ahead", "conv_epilogue", "conv_epilogue_ref", "validate_epilogue"]
+__all__ = [
+    "CONV_EPILOGUE",
+    "CONV_EPILOGUE_AND_STATISTICS",
+    "compile_ahead",
+    "conv_epilogue",
+    "conv_epilogue_and_statistics",
+    "conv_epilogue_and_statistics_ref",
+    "conv_epilogue_ref",
+    "validate_epilogue",
+]
 
 BLOCK = 2048
 NUM_WARPS = 4
+STATISTICS_STEP = 32  # that the channels of statistics are divisible by
 
 
 def conv_epilogue_ref(
     x: Tensor,
     bias: Tensor,
     residual: Tensor | None = None,
-    *,
     residual_bias: Tensor | None = None,
     mix_factor: Tensor | None = None,
     image_only: Tensor | None = None,
     spatial_is_second: bool = False,
+    inplace: bool = False,
 ) -> Tensor:
-    """The specification. Pass float64 inputs for gold values."""
+    """The specification; nothing happens in place. Pass float64 inputs for gold values."""
     per_channel = (-1, *(1 for _ in x.shape[2:]))
     y = x + bias.to(x.dtype).view(per_channel)
-    if residual is not None and residual_bias is not None:
-        residual = residual + residual_bias.to(x.dtype).view(per_channel)
     if residual is not None:
+        if residual_bias is not None:
+            residual = residual + residual_bias.to(x.dtype).view(per_channel)
         y = residual + y
-    if residual is not None and mix_factor is not None:
-        y = alpha_blend_ref(residual, y, mix_factor, image_only, spatial_is_second=spatial_is_second)
-    return y
+        if mix_factor is not None:
+            y = alpha_blend_ref(residual, y, mix_factor, image_only, None, spatial_is_second)
+    return channels_last(y)
+
+
+def conv_epilogue_and_statistics_ref(x: Tensor, bias: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    """The specification; the last argument is how many rows make a chunk of the statistics."""
+    *others, chunk_rows = others
+    y = conv_epilogue_ref(x, bias, *others)
+    return y, channel_statistics_ref(y, chunk_rows)
 
 
 @triton.jit
@@ -156,114 +179,114 @@ def _conv_epilogue_statistics_kernel(
     store_part(part_ptr, frame, chunk, first_channel, channels, frame_rows, chunk_rows, mean, m2)
 
 
-class _Flags(NamedTuple):
-    """What there is to add and to blend."""
-
-    residual: bool
-    residual_bias: bool
-    mix: bool
-    image_only: bool
-    spatial_is_second: bool
-
-    def constants(self) -> dict[str, bool]:
-        return {
-            "HAS_RESIDUAL": self.residual,
-            "HAS_RESIDUAL_BIAS": self.residual_bias,
-            "HAS_MIX": self.mix,
-            "HAS_IMAGE_ONLY": self.image_only,
-            "SPATIAL_IS_SECOND": self.spatial_is_second,
-        }
+def _flags(
+    residual: bool, residual_bias: bool, mix: bool, image_only: bool, spatial_is_second: bool
+) -> dict[str, bool]:
+    return {
+        "HAS_RESIDUAL": residual,
+        "HAS_RESIDUAL_BIAS": residual_bias,
+        "HAS_MIX": mix,
+        "HAS_IMAGE_ONLY": image_only,
+        "SPATIAL_IS_SECOND": spatial_is_second,
+    }
 
 
-@prepared
-def _prepare(channels: int, frame_size: int, frames: int, flags: _Flags) -> Launch:
+def _launch(channels: int, frame_size: int, frames: int, flags: dict[str, bool]) -> Launch:
     return Launch(
         _conv_epilogue_kernel, (triton.cdiv(frame_size, BLOCK), frames),
         channels, frame_size,
-        **flags.constants(), BLOCK=BLOCK,
+        **flags, BLOCK=BLOCK,
         num_warps=NUM_WARPS, enable_fp_fusion=False,  # eager rounds the blend's products before it adds them
     )  # fmt: skip
 
 
-@prepared
-def _prepare_statistics(
-    channels: int, frame_rows: int, frames: int, flags: _Flags, tiling: Tiling | None = None
-) -> tuple[Launch, Tiling]:
-    tiling = tiling or choose_writer_tiling(frames, frame_rows, channels, channels & -channels)
-    launch = Launch(
+def _launch_with_statistics(
+    channels: int, frame_rows: int, frames: int, flags: dict[str, bool], tiling: Tiling
+) -> Launch:
+    return Launch(
         _conv_epilogue_statistics_kernel, (tiling.programs(frames, frame_rows, channels),),
         channels, frame_rows, tiling.chunk_rows,
-        **flags.constants(), BLOCK_R=tiling.block_r, BLOCK_C=tiling.block_c, FOLD=FOLD, STAGES=tiling.stages,
+        **flags, BLOCK_R=tiling.block_r, BLOCK_C=tiling.block_c, FOLD=FOLD, STAGES=tiling.stages,
         num_warps=tiling.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
-    return launch, tiling
 
 
-def _launch(
+class _Call(NamedTuple):
+    """The arguments of a call, but for ``chunk_rows``."""
+
+    x: Tensor
+    bias: Tensor
+    residual: Tensor | None
+    residual_bias: Tensor | None
+    mix_factor: Tensor | None
+    image_only: Tensor | None
+    spatial_is_second: bool
+    inplace: bool
+
+    def flags(self) -> dict[str, bool]:
+        optional = self.residual, self.residual_bias, self.mix_factor, self.image_only
+        return _flags(*(tensor is not None for tensor in optional), self.spatial_is_second)
+
+
+def _laid_out(
     x: Tensor,
     bias: Tensor,
     residual: Tensor | None,
     residual_bias: Tensor | None,
     mix_factor: Tensor | None,
     image_only: Tensor | None,
-    spatial_is_second: bool,
-    *,
-    inplace: bool = False,
-    statistics: bool = False,
-    tiling: Tiling | None = None,
-) -> Tensor:
-    x = channels_last(x)
-    y = x if inplace else empty_channels_last(x)
-    flags = _Flags(
-        residual is not None, residual_bias is not None, mix_factor is not None, image_only is not None,
-        spatial_is_second,
-    )  # fmt: skip
-    arguments = (
-        x, bias.to(x.dtype).contiguous(), None if residual is None else channels_last(residual),
+) -> tuple[Tensor | None, ...]:
+    """The tensors as the kernels read them."""
+    return (
+        channels_last(x),
+        bias.to(x.dtype).contiguous(),
+        None if residual is None else channels_last(residual),
         None if residual_bias is None else residual_bias.to(x.dtype).contiguous(),
-        mix_factor, None if image_only is None else image_only.contiguous(), y,
-    )  # fmt: skip
-    channels = x.shape[1]
-    if not statistics:
-        frames = 1 if image_only is None else image_only.numel()
-        _prepare(channels, x.numel() // frames, frames, flags)(*arguments)
+        mix_factor,
+        None if image_only is None else image_only.contiguous(),
+    )
+
+
+def _are_laid_out(call: _Call) -> bool:
+    return all(ours is given for ours, given in zip(_laid_out(*call[:6]), call[:6], strict=True))
+
+
+def _bind(*args: Any) -> Callable[..., Tensor]:
+    call = _Call(*args)
+    shape, strides, ready = call.x.shape, channels_last_strides(call.x.shape), _are_laid_out(call)
+    frames = 1 if call.image_only is None else call.image_only.numel()
+    launch = _launch(shape[1], call.x.numel() // frames, frames, call.flags())
+
+    def run(*args: Any) -> Tensor:
+        tensors = args[:6] if ready else _laid_out(*args[:6])
+        x, inplace = tensors[0], args[7]
+        y = x if inplace else x.new_empty_strided(shape, strides)
+        launch(*tensors, y)
         return y
-    frames = x.shape[0] * (x.shape[2] if x.ndim == 5 else 1)
-    frame_rows = x.numel() // (frames * channels)
-    launch, tiling = _prepare_statistics(channels, frame_rows, frames, flags, tiling)
-    parts = empty_parts(x, frames, frame_rows, tiling.chunk_rows, channels)
-    launch(*arguments, parts)
-    return attach(y, ChannelStatistics(parts, frame_rows, tiling.chunk_rows))
+
+    return run
 
 
-def compile_ahead(
-    weight: Tensor,
-    *,
-    residual_bias: bool = False,
-    mix: bool = False,
-    image_only: bool = False,
-    spatial_is_second: bool = False,
-) -> None:
-    """Begin to compile what sums with statistics will run for a convolution of this ``weight``, ``[C, ...]``.
+def _bind_with_statistics(*args: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+    *others, chunk_rows = args
+    call = _Call(*others)
+    shape, strides, ready = call.x.shape, channels_last_strides(call.x.shape), _are_laid_out(call)
+    frames, frame_rows = frames_and_rows(shape)
+    tiling = writer_tiling(shape)._replace(chunk_rows=chunk_rows)
+    launch = _launch_with_statistics(shape[1], frame_rows, frames, call.flags(), tiling)
 
-    Args:
-        weight: On the device in question.
-        residual_bias: Whether the residual is a convolution's, too.
-        mix: Whether a blend follows.
-        image_only: Whether that is told which frames are still images.
-        spatial_is_second: As of :func:`conv_epilogue`.
-    """
-    channels, dtype = weight.shape[0], weight.dtype
-    if channels % 32 or dtype not in DTYPES:
-        return
-    flags = _Flags(True, residual_bias, mix, image_only, spatial_is_second)
-    for frame_rows in (1, 2**20):  # small images, and large ones
-        launch, _ = _prepare_statistics(channels, frame_rows, 1, flags)
-        launch.compile_ahead(weight.device, *[dtype] * 7, torch.float32)
+    def run(*args: Any) -> tuple[Tensor, Tensor]:
+        tensors = args[:6] if ready else _laid_out(*args[:6])
+        x, inplace = tensors[0], args[7]
+        y = x if inplace else x.new_empty_strided(shape, strides)
+        parts = empty_parts(x, frames, frame_rows, chunk_rows, shape[1])
+        launch(*tensors, y, parts)
+        return y, parts
+
+    return run
 
 
-@torch.library.custom_op("vidaccel::conv_epilogue", mutates_args=())
-def _conv_epilogue(
+def _triton(
     x: Tensor,
     bias: Tensor,
     residual: Tensor | None,
@@ -271,12 +294,14 @@ def _conv_epilogue(
     mix_factor: Tensor | None,
     image_only: Tensor | None,
     spatial_is_second: bool,
+    inplace: bool,
 ) -> Tensor:
-    return _launch(x, bias, residual, residual_bias, mix_factor, image_only, spatial_is_second)
+    """Never in place, for ``torch.compile`` is told so."""
+    args = x, bias, residual, residual_bias, mix_factor, image_only, spatial_is_second, False
+    return _bind(*args)(*args)
 
 
-@_conv_epilogue.register_fake
-def _(
+def _triton_with_statistics(
     x: Tensor,
     bias: Tensor,
     residual: Tensor | None,
@@ -284,19 +309,89 @@ def _(
     mix_factor: Tensor | None,
     image_only: Tensor | None,
     spatial_is_second: bool,
-) -> Tensor:
+    inplace: bool,
+    chunk_rows: int,
+) -> tuple[Tensor, Tensor]:
+    args = x, bias, residual, residual_bias, mix_factor, image_only, spatial_is_second, False, chunk_rows
+    return _bind_with_statistics(*args)(*args)
+
+
+def _empty_output(x: Tensor, *others: Any) -> Tensor:
     return empty_channels_last(x)
 
 
-def _problem(x: Tensor, bias: Tensor, residual: Tensor | None, *others: Tensor | None) -> str | None:
-    """Why the kernel does not serve these arguments, or None."""
+def _empty_outputs(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return empty_channels_last(x), empty_parts(x, *frames_and_rows(x.shape), others[-1], x.shape[1])
+
+
+def _reason(x: Tensor, bias: Tensor, residual: Tensor | None, *others: Any) -> str | None:
+    if x.numel() == 0:
+        return "there is nothing to add to"
+    if reason := device_reason(x):
+        return reason
     if residual is not None and residual.dtype != x.dtype:
         return f"residual must have the dtype of x, {x.dtype}, got {residual.dtype}"
-    return tensors_problem(x, bias, residual, *others)
+    residual_bias, mix_factor, *_ = others
+    return tensors_reason(x, bias, residual, residual_bias, mix_factor)
+
+
+def _statistics_reason(x: Tensor, *others: Any) -> str | None:
+    if x.shape[1] % STATISTICS_STEP:
+        return f"the kernel computes statistics of channels divisible by {STATISTICS_STEP}, got {x.shape[1]}"
+    return _reason(x, *others)
+
+
+def _costs(x: Tensor, bias: Tensor, residual: Tensor | None, *others: Any) -> Costs:
+    return Costs(bytes=x.nbytes * (2 if residual is None else 3))
+
+
+def _parts(*args: Any) -> Iterator[Part]:
+    call = _Call(*args)
+    for piece in pieces(call.x.shape, *CUT_DIMS[call.x.ndim]):
+        residual = None if call.residual is None else call.residual[piece]
+        stills = None if call.image_only is None else call.image_only[piece[0], piece[2]]
+        part = call._replace(x=call.x[piece], residual=residual, image_only=stills)
+        yield Part(tuple(part), functools.partial(piece_of, piece))
+
+
+def _parts_with_statistics(*args: Any) -> Iterator[Part]:
+    """Frame by frame, some chunks at a time."""
+    *others, chunk_rows = args
+    call = _Call(*others)
+    frames, rows = frames_and_rows(call.x.shape)
+    for frame in range(frames):
+        stills = None if call.image_only is None else call.image_only.flatten()[frame : frame + 1]
+        for chunks in cuts(triton.cdiv(rows, chunk_rows), chunk_rows * call.x.shape[1]):
+            some = slice(chunks.start * chunk_rows, chunks.stop * chunk_rows)
+            residual = None if call.residual is None else _rows_of(call.residual, frame, some)
+            part = call._replace(x=_rows_of(call.x, frame, some), residual=residual, image_only=stills)
+            seen = functools.partial(moments, chunk_rows, call.x.dtype)
+            yield Part((*part, chunk_rows), functools.partial(_of_rows, frame, some, chunks, seen), seen)
+
+
+def _rows_of(x: Tensor, frame: int, rows: slice) -> Tensor:
+    """Some rows of one frame of ``x`` ``[N, C, *spatial]``: ``[1, C, R]``."""
+    if x.ndim == 5:
+        sample, frame = divmod(frame, x.shape[2])
+        x = x[sample : sample + 1, :, frame]
+        frame = 0
+    return x[frame : frame + 1].flatten(2)[..., rows]
+
+
+def _of_rows(
+    frame: int, rows: slice, chunks: slice, seen: Callable[..., tuple[Tensor, ...]], outputs: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    y, parts = outputs
+    return seen((_rows_of(y, frame, rows), parts[frame : frame + 1, chunks]))
+
+
+def _validate(op: str, x: Tensor, *others: Any) -> None:
+    validate_epilogue(op, x, x.shape, *others[:5])
 
 
 def validate_epilogue(
     op: str,
+    x: Tensor,
     shape: torch.Size,
     bias: Tensor,
     residual: Tensor | None,
@@ -304,11 +399,15 @@ def validate_epilogue(
     mix_factor: Tensor | None,
     image_only: Tensor | None,
 ) -> None:
-    """Raise for arguments that do not fit one another, or a convolution whose output has this ``shape``."""
+    """Raise for arguments that do not fit one another, or a convolution of ``x`` whose output has this ``shape``."""
+    tensors = {"bias": bias, "residual": residual, "residual_bias": residual_bias, "mix_factor": mix_factor}
+    require_floats(op, x=x, **tensors)
+    if len(shape) not in CUT_DIMS:
+        raise ValueError(f"{op}: x must be [N, C, *spatial] with 1 to 3 spatial dims, got {tuple(shape)}")
     if bias.shape != (shape[1],):
         raise ValueError(f"{op}: bias must be [{shape[1]}], got {tuple(bias.shape)}")
     if residual is not None and residual.shape != shape:
-        raise ValueError(f"{op}: residual must be {tuple(shape)}, as x is, got {tuple(residual.shape)}")
+        raise ValueError(f"{op}: residual must be {tuple(shape)}, as the result is, got {tuple(residual.shape)}")
     if residual_bias is not None and (residual is None or residual_bias.shape != bias.shape):
         raise ValueError(
             f"{op}: residual_bias must be [{shape[1]}] and needs a residual, got {tuple(residual_bias.shape)}"
@@ -321,10 +420,39 @@ def validate_epilogue(
         raise ValueError(f"{op}: mix_factor needs a residual to blend with")
     if mix_factor.numel() != 1:
         raise ValueError(f"{op}: mix_factor must be [1], got {tuple(mix_factor.shape)}")
-    if image_only is not None and (len(shape) != 5 or image_only.shape != (shape[0], shape[2])):
+    if image_only is None:
+        return
+    if image_only.device != x.device:
+        raise ValueError(f"{op}: image_only must be on {x.device}, as x is, got {image_only.device}")
+    if len(shape) != 5 or image_only.shape != (shape[0], shape[2]):
         raise ValueError(
             f"{op}: image_only must be [B, F] of x [B, C, F, H, W], got {tuple(image_only.shape)} (x is {tuple(shape)})"
         )
+
+
+CONV_EPILOGUE = Op(
+    "conv_epilogue",
+    reference=conv_epilogue_ref,
+    implementations={"triton": Implementation(_triton, _reason, _bind, registered=True)},
+    fake=_empty_output,
+    costs=_costs,
+    parts=_parts,
+    validate=functools.partial(_validate, "conv_epilogue"),
+    overwrites=0,
+)
+
+CONV_EPILOGUE_AND_STATISTICS = Op(
+    "conv_epilogue_and_statistics",
+    reference=conv_epilogue_and_statistics_ref,
+    implementations={
+        "triton": Implementation(_triton_with_statistics, _statistics_reason, _bind_with_statistics, registered=True)
+    },
+    fake=_empty_outputs,
+    costs=_costs,
+    parts=_parts_with_statistics,
+    validate=functools.partial(_validate, "conv_epilogue_and_statistics"),
+    overwrites=0,
+)
 
 
 def conv_epilogue(
@@ -337,7 +465,6 @@ def conv_epilogue(
     image_only: Tensor | None = None,
     spatial_is_second: bool = False,
     inplace: bool = False,
-    statistics: bool = False,
     impl: str | None = None,
 ) -> Tensor:
     """``y = residual + (x + bias)``, or with ``mix_factor`` ``alpha_blend(residual, y, mix_factor, image_only)``.
@@ -353,47 +480,76 @@ def conv_epilogue(
             ``residual`` counts; None: nowhere.
         spatial_is_second: Swap the two factors of the blend, as the SVD decoder does.
         inplace: ``x`` is not needed any more, so the result may take its memory. No promise that it does: only the
-            kernel makes use of it, and only in eager mode.
-        statistics: A GroupNorm follows, so the result may carry what that needs to know of it: with the frames of a
-            5-D ``x`` told apart, for a norm of each or of all. No promise either; ``C`` must be divisible by 32.
-        impl: ``"triton"`` or ``"torch"``; None lets ``vidaccel.kernels.dispatch`` choose.
+            kernel makes use of it, and only where gradients are off and nothing is compiled.
+        impl: ``"triton"`` or ``"torch"``; None lets the op choose.
 
     Returns:
         ``[N, C, *spatial]`` in ``x.dtype``, channels innermost in memory.
 
     Raises:
-        ValueError: A shape is not as above; ``residual_bias`` or ``mix_factor`` comes without ``residual``, or
-            ``image_only`` without ``mix_factor``; ``impl`` cannot run here.
+        ValueError: A shape or device is not as above; ``residual_bias`` or ``mix_factor`` comes without ``residual``,
+            or ``image_only`` without ``mix_factor``; ``impl`` cannot run here.
+        TypeError: A tensor but ``image_only`` is not floating-point.
     """
-    if not 3 <= x.ndim <= 5:
-        raise ValueError(f"conv_epilogue: x must be [N, C, *spatial] with 1 to 3 spatial dims, got {tuple(x.shape)}")
-    validate_epilogue("conv_epilogue", x.shape, bias, residual, residual_bias, mix_factor, image_only)
-    chosen = choose("conv_epilogue", x, impl, _problem(x, bias, residual, residual_bias, mix_factor))
-    if chosen == "torch" or x.numel() == 0:
-        y = conv_epilogue_ref(
-            x,
-            bias,
-            residual,
-            residual_bias=residual_bias,
-            mix_factor=mix_factor,
-            image_only=image_only,
-            spatial_is_second=spatial_is_second,
-        )
-        return channels_last(y)
-    if torch.compiler.is_compiling():
-        return _conv_epilogue(x, bias, residual, residual_bias, mix_factor, image_only, spatial_is_second)
-    return _launch(
-        x,
-        bias,
-        residual,
-        residual_bias,
-        mix_factor,
-        image_only,
-        spatial_is_second,
-        inplace=inplace,
-        statistics=statistics and x.shape[1] % 32 == 0,
+    return CONV_EPILOGUE(
+        x, bias, residual, residual_bias, mix_factor, image_only, spatial_is_second, inplace, impl=impl
+    )  # fmt: skip
+
+
+def conv_epilogue_and_statistics(
+    x: Tensor,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    *,
+    residual_bias: Tensor | None = None,
+    mix_factor: Tensor | None = None,
+    image_only: Tensor | None = None,
+    spatial_is_second: bool = False,
+    inplace: bool = False,
+    impl: str | None = None,
+) -> tuple[Tensor, ChannelStatistics]:
+    """:func:`conv_epilogue`, and what a GroupNorm needs to know of its result.
+
+    Arguments and errors are the same; the kernel takes ``C`` divisible by 32 only.
+
+    Returns:
+        The result; its statistics, frame by frame, those of a clip ``[B, C, F, H, W]`` told apart, so that they serve
+        a norm of each frame and one of all.
+    """
+    chunk_rows = chunk_rows_for(x.shape)
+    y, parts = CONV_EPILOGUE_AND_STATISTICS(
+        x, bias, residual, residual_bias, mix_factor, image_only, spatial_is_second, inplace, chunk_rows, impl=impl
     )
+    return y, ChannelStatistics(parts, frames_and_rows(x.shape)[1], chunk_rows)
 
 
-def conv_epilogue_and_statistics(*args, **kwargs):
-    return conv_epilogue(*args, **kwargs), None
+def compile_ahead(
+    weight: Tensor,
+    *,
+    residual_bias: bool = False,
+    mix: bool = False,
+    image_only: bool = False,
+    spatial_is_second: bool = False,
+    statistics: bool = False,
+) -> None:
+    """Begin to compile what sums will run for a convolution of this ``weight``, ``[C, ...]``.
+
+    Args:
+        weight: On the device in question.
+        residual_bias: Whether the residual is a convolution's, too.
+        mix: Whether a blend follows.
+        image_only: Whether that is told which frames are still images.
+        spatial_is_second: As of :func:`conv_epilogue`.
+        statistics: Whether they are computed on the way.
+    """
+    channels, dtype = weight.shape[0], weight.dtype
+    if dtype not in DTYPES:
+        return
+    flags = _flags(True, residual_bias, mix, image_only, spatial_is_second)
+    if not statistics:
+        _launch(channels, 16 * channels, 1, flags).compile_ahead(weight.device, *[dtype] * 7)
+    elif channels % STATISTICS_STEP == 0:
+        for frame_rows in (1, 2**20):  # small images, and large ones
+            tiling = writer_tiling((1, channels, frame_rows))
+            launch = _launch_with_statistics(channels, frame_rows, 1, flags, tiling)
+            launch.compile_ahead(weight.device, *[dtype] * 7, torch.float32)

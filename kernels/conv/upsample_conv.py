@@ -19,14 +19,15 @@ eager has; z and y are rounded where eager rounds. A kernel adds them at every c
 may be changed in place between two calls, and nothing would tell. Fidelity: math-exact. Bound by the convolution.
 
 For a few shapes cuDNN has only a kernel for older tensor cores, at less than half the speed (on an H100, 32 images of
-1280 x 16 x 16: 310 TFLOP/s, where 28 of 1280 x 9 x 16 have 690), though not for half as many images. So the first call
-of a shape times the whole batch and two halves, once, and keeps the answer on disk (``tuning_cache``).
+1280 x 16 x 16: 310 TFLOP/s, where 28 of 1280 x 9 x 16 have 690), though not for half as many images. So the whole batch
+at once and one half after the other are two implementations, of which the faster is measured.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,37 +35,57 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidaccel.config import tuning_enabled
-from vidaccel.kernels import tuning_cache
-from vidaccel.kernels.dispatch import DTYPES, choose, tensors_problem
-from vidaccel.kernels.launch import Launch, prepared
+from vidaccel.kernels import settings
+from vidaccel.kernels.channels_last import channels_last, channels_last_strides
+from vidaccel.kernels.check import Part, cuts
+from vidaccel.kernels.conv.arguments import require_floats
+from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.norm.channel_statistics import (
     FOLD,
     ChannelStatistics,
     Tiling,
-    attach,
-    choose_writer_tiling,
+    channel_statistics_ref,
+    chunk_rows_for,
     empty_parts,
     fold,
     locate,
     merge_lanes,
+    moments,
     rows_of_tile,
     store_part,
+    writer_tiling,
 )
+from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason, tensors_reason
 
-__all__ = ["cell_weights_ref", "compile_ahead", "upsample_conv", "upsample_conv_ref"]
+__all__ = [
+    "UPSAMPLE_CONV",
+    "UPSAMPLE_CONV_AND_STATISTICS",
+    "cell_weights_ref",
+    "compile_ahead",
+    "upsample_conv",
+    "upsample_conv_and_statistics",
+    "upsample_conv_and_statistics_ref",
+    "upsample_conv_ref",
+]
 
-OP = "upsample_conv"
 CELLS_BLOCK = 256  # input channels: 16 bytes of 16-bit weights for each thread of a warp
 CELLS_NUM_WARPS = 1
-WHOLE, HALVES = "whole", "halves"
+CHANNEL_STEP = 8  # that output channels are divisible by
 MEASURED_FLOPS = 5e10  # of the convolution; a smaller one takes too little of a model's time
 
 
 def upsample_conv_ref(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The specification. Pass float64 inputs for gold values."""
+    if not (x.numel() and len(weight)):
+        return _empty_output(x, weight, bias)
     upsampled = F.interpolate(x, scale_factor=2.0, mode="nearest")
-    return F.conv2d(upsampled, weight.to(x.dtype), bias.to(x.dtype), padding=1)
+    return channels_last(F.conv2d(upsampled, weight.to(x.dtype), bias.to(x.dtype), padding=1))
+
+
+def upsample_conv_and_statistics_ref(x: Tensor, weight: Tensor, bias: Tensor, chunk_rows: int) -> tuple[Tensor, Tensor]:
+    """The specification; ``chunk_rows`` rows make a chunk of the statistics."""
+    y = upsample_conv_ref(x, weight, bias)
+    return y, channel_statistics_ref(y, chunk_rows)
 
 
 def cell_weights_ref(weight: Tensor) -> Tensor:
@@ -136,6 +157,7 @@ def _interleave_kernel(
     z_ptr, bias_ptr, y_ptr, part_ptr,
     height, width, channels, chunk_rows,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, STAGES: tl.constexpr,
+    HAS_STATISTICS: tl.constexpr,
 ):  # fmt: skip
     pixels = height * width
     image, chunk, first_channel = locate(tl.program_id(0), channels, pixels, chunk_rows, BLOCK_C)
@@ -160,182 +182,225 @@ def _interleave_kernel(
         y = tl.load(z_ptr + z_offs, mask=mask, other=0.0).to(tl.float32) + bias
         y = y.to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + pixel.to(tl.int64) * channels + offs_c, y, mask=mask)
-        y = tl.where(mask, y.to(tl.float32), 0.0)
-        mean, m2 = fold(y, mask, step, rows, mean, m2, BLOCK_R, FOLD)
-    mean, m2 = merge_lanes(rows, mean, m2, BLOCK_R, FOLD)
-    store_part(part_ptr, image, chunk, first_channel, channels, pixels, chunk_rows, mean, m2)
+        if HAS_STATISTICS:
+            y = tl.where(mask, y.to(tl.float32), 0.0)
+            mean, m2 = fold(y, mask, step, rows, mean, m2, BLOCK_R, FOLD)
+    if HAS_STATISTICS:
+        mean, m2 = merge_lanes(rows, mean, m2, BLOCK_R, FOLD)
+        store_part(part_ptr, image, chunk, first_channel, channels, pixels, chunk_rows, mean, m2)
 
 
-def _empty_cells(weight: Tensor) -> Tensor:
+def _cells_launch(weight: Tensor) -> Launch:
     channels, channels_in = weight.shape[:2]
-    return weight.new_empty((4 * channels, 2, 2, channels_in)).permute(0, 3, 1, 2)
-
-
-@prepared
-def _prepare_cells(channels: int, channels_in: int, *strides: int) -> Launch:
     return Launch(
         _cells_kernel, (channels, triton.cdiv(channels_in, CELLS_BLOCK)),
-        channels, channels_in, *strides,
+        channels, channels_in, *weight.stride(),
         BLOCK_I=CELLS_BLOCK,
         num_warps=CELLS_NUM_WARPS,
     )  # fmt: skip
 
 
-def _launch_cells(weight: Tensor) -> Tensor:
-    cells = _empty_cells(weight)
-    _prepare_cells(*weight.shape[:2], *weight.stride())(weight, cells)
-    return cells
-
-
-@torch.library.custom_op("vidaccel::upsample_conv_cells", mutates_args=())
-def _cells(weight: Tensor) -> Tensor:
-    return _launch_cells(weight)
-
-
-@_cells.register_fake
-def _(weight: Tensor) -> Tensor:
-    return _empty_cells(weight)
-
-
-def _empty_output(z: Tensor, channels: int) -> Tensor:
-    samples, _, cell_rows, cell_columns = z.shape
-    return z.new_empty((samples, 2 * (cell_rows - 1), 2 * (cell_columns - 1), channels)).permute(0, 3, 1, 2)
-
-
-@prepared
-def _prepare(samples: int, channels: int, height: int, width: int, tiling: Tiling) -> Launch:
+def _interleave_launch(shape: tuple[int, ...], tiling: Tiling, statistics: bool) -> Launch:
+    """For a result of this shape."""
+    samples, channels, height, width = shape
     return Launch(
         _interleave_kernel, (tiling.programs(samples, height * width, channels),),
         height, width, channels, tiling.chunk_rows,
-        BLOCK_R=tiling.block_r, BLOCK_C=tiling.block_c, FOLD=FOLD, STAGES=tiling.stages,
+        BLOCK_R=tiling.block_r, BLOCK_C=tiling.block_c, FOLD=FOLD, STAGES=tiling.stages, HAS_STATISTICS=statistics,
         num_warps=tiling.num_warps,
     )  # fmt: skip
 
 
-class _Output(NamedTuple):
-    """The memory of a result, and how it is written."""
-
-    y: Tensor
-    parts: Tensor
-    tiling: Tiling
-
-    def put(self, z: Tensor, bias: Tensor, images: slice = slice(None)) -> None:
-        """Bring what the convolution gave for some images to its place."""
-        y, parts = self.y[images], self.parts[images]
-        launch = _prepare(*y.shape, self.tiling)
-        launch(z.contiguous(memory_format=torch.channels_last), bias.to(z.dtype).contiguous(), y, parts)
-
-    def with_statistics(self) -> Tensor:
-        _, _, height, width = self.y.shape
-        return attach(self.y, ChannelStatistics(self.parts, height * width, self.tiling.chunk_rows))
+def _shape(x: Tensor, weight: Tensor) -> tuple[int, ...]:
+    """The result's."""
+    return x.shape[0], weight.shape[0], 2 * x.shape[2], 2 * x.shape[3]
 
 
-@prepared
-def _tiling(samples: int, channels: int, pixels: int) -> Tiling:
-    return choose_writer_tiling(samples, pixels, channels, channels & -channels)
+def _bind(batches: int, x: Tensor, weight: Tensor, bias: Tensor, chunk_rows: int | None) -> Callable[..., Any]:
+    """Runs the images in so many batches; with ``chunk_rows``, also gives statistics."""
+    shape, statistics = _shape(x, weight), chunk_rows is not None
+    strides = channels_last_strides(shape)
+    tiling = writer_tiling(shape)
+    if chunk_rows is not None:
+        tiling = tiling._replace(chunk_rows=chunk_rows)
+    samples, channels, height, width = shape
+    cells_shape = 4 * channels, weight.shape[1], 2, 2
+    cells_strides = channels_last_strides(cells_shape)
+    sum_taps = _cells_launch(weight)
+    step = triton.cdiv(samples, batches)
+    images = [slice(start, min(start + step, samples)) for start in range(0, samples, step)]
+    launches = [_interleave_launch((some.stop - some.start, *shape[1:]), tiling, statistics) for some in images]
+    [launch, *_] = launches
+    ready = bias.dtype == x.dtype and bias.is_contiguous()
+
+    def compute(x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, parts: Tensor | None) -> None:
+        cells = weight.new_empty_strided(cells_shape, cells_strides)
+        sum_taps(weight, cells)
+        bias = bias if ready else bias.to(x.dtype).contiguous()
+        if batches == 1:
+            launch(channels_last(F.conv2d(x, cells, padding=1)), bias, y, parts)
+            return
+        for some, put in zip(images, launches, strict=True):
+            z = channels_last(F.conv2d(x[some], cells, padding=1))
+            put(z, bias, y[some], None if parts is None else parts[some])
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        y = x.new_empty_strided(shape, strides)
+        compute(x, weight, bias, y, None)
+        return y
+
+    def run_with_statistics(x: Tensor, weight: Tensor, bias: Tensor, chunk_rows: int) -> tuple[Tensor, Tensor]:
+        y = x.new_empty_strided(shape, strides)
+        parts = empty_parts(x, samples, height * width, chunk_rows, channels)
+        compute(x, weight, bias, y, parts)
+        return y, parts
+
+    return run_with_statistics if statistics else run
 
 
-def _output(x: Tensor, samples: int, channels: int, height: int, width: int) -> _Output:
-    """For a result of this size, like ``x`` in all else."""
-    y = x.new_empty((samples, height, width, channels)).permute(0, 3, 1, 2)
-    tiling = _tiling(samples, channels, height * width)
-    return _Output(y, empty_parts(x, samples, height * width, tiling.chunk_rows, channels), tiling)
+def _bind_whole(x: Tensor, weight: Tensor, bias: Tensor, chunk_rows: int | None = None) -> Callable[..., Any]:
+    return _bind(1, x, weight, bias, chunk_rows)
 
 
-def compile_ahead(weight: Tensor) -> None:
-    """Begin to compile what puts the pixels into place for a convolution of this ``weight``, ``[C, C_in, 3, 3]``."""
-    channels, dtype = weight.shape[0], weight.dtype
-    if channels % 8 or dtype not in DTYPES:
-        return
-    for side in (2, 2048):  # small images, and large ones
-        launch = _prepare(1, channels, side, side, _tiling(1, channels, side * side))
-        launch.compile_ahead(weight.device, *[dtype] * 3, torch.float32)
+def _bind_halves(x: Tensor, weight: Tensor, bias: Tensor, chunk_rows: int | None = None) -> Callable[..., Any]:
+    return _bind(2, x, weight, bias, chunk_rows)
 
 
-def _launch(z: Tensor, bias: Tensor) -> _Output:
-    samples, _, cell_rows, cell_columns = z.shape
-    output = _output(z, samples, bias.shape[0], 2 * (cell_rows - 1), 2 * (cell_columns - 1))
-    output.put(z, bias)
-    return output
+def _whole(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return _bind_whole(x, weight, bias)(x, weight, bias)
 
 
-@torch.library.custom_op("vidaccel::upsample_conv_interleave", mutates_args=())
-def _interleave(z: Tensor, bias: Tensor) -> Tensor:
-    return _launch(z, bias).y
+def _halves(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return _bind_halves(x, weight, bias)(x, weight, bias)
 
 
-@_interleave.register_fake
-def _(z: Tensor, bias: Tensor) -> Tensor:
-    return _empty_output(z, bias.shape[0])
+def _whole_with_statistics(x: Tensor, weight: Tensor, bias: Tensor, chunk_rows: int) -> tuple[Tensor, Tensor]:
+    return _bind_whole(x, weight, bias, chunk_rows)(x, weight, bias, chunk_rows)
 
 
-def _run(parts: str, x: Tensor, cells: Tensor, bias: Tensor) -> Tensor:
-    """y by way of the whole batch, or of one half after the other."""
-    if parts == WHOLE:
-        return _launch(F.conv2d(x, cells, padding=1), bias).with_statistics()
-    samples, _, height, width = x.shape
-    output = _output(x, samples, bias.shape[0], 2 * height, 2 * width)
-    middle = triton.cdiv(samples, 2)
-    for images in (slice(middle), slice(middle, None)):
-        output.put(F.conv2d(x[images], cells, padding=1), bias, images)
-    return output.with_statistics()
+def _halves_with_statistics(x: Tensor, weight: Tensor, bias: Tensor, chunk_rows: int) -> tuple[Tensor, Tensor]:
+    return _bind_halves(x, weight, bias, chunk_rows)(x, weight, bias, chunk_rows)
 
 
-# Which is faster, by what decides it.
-_chosen: dict[tuple[Any, ...], str] = {}
+def _empty_output(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    shape = _shape(x, weight)
+    return x.new_empty_strided(shape, channels_last_strides(shape))
 
 
-def _parts(x: Tensor, cells: Tensor, bias: Tensor) -> str:
-    """The way to run these: as measured, now or on another day, where that is worth it."""
-    flops = 8 * x.numel() * cells.shape[0]
-    if not x.is_cuda or x.shape[0] < 2 or flops < MEASURED_FLOPS or not tuning_enabled():
-        return WHOLE
-    shape = x.device.index, x.dtype, tuple(x.shape), cells.shape[0], torch.backends.cudnn.benchmark
-    if shape not in _chosen:
-        measured = tuning_cache.settled(
-            OP, _cache_key(x, cells), (WHOLE, HALVES), functools.partial(_measure, x, cells, bias), x
-        )
-        if measured is None:
-            return WHOLE
-        _chosen[shape] = measured.winner or WHOLE
-    return _chosen[shape]
+def _empty_outputs(x: Tensor, weight: Tensor, bias: Tensor, chunk_rows: int) -> tuple[Tensor, Tensor]:
+    samples, channels, height, width = _shape(x, weight)
+    return _empty_output(x, weight, bias), empty_parts(x, samples, height * width, chunk_rows, channels)
 
 
-def _cache_key(x: Tensor, cells: Tensor) -> dict[str, Any]:
+def _reason(x: Tensor, weight: Tensor, bias: Tensor, chunk_rows: int | None = None) -> str | None:
+    if not (x.numel() and len(weight)):
+        return "there is nothing to multiply"
+    if reason := device_reason(x):
+        return reason
+    if weight.dtype != x.dtype:
+        return f"weight must have the dtype of x, {x.dtype}, got {weight.dtype}"
+    if weight.shape[0] % CHANNEL_STEP:
+        return f"the kernel takes output channels divisible by {CHANNEL_STEP}, got {weight.shape[0]}"
+    return tensors_reason(x, weight, bias)
+
+
+def _halves_reason(x: Tensor, *others: Any) -> str | None:
+    return _reason(x, *others) if x.shape[0] > 1 else f"there are no halves of {x.shape[0]} images"
+
+
+def _flops(x: Tensor, weight: Tensor) -> int:
+    return 32 * x.numel() * weight.shape[0]
+
+
+def _costs(x: Tensor, weight: Tensor, bias: Tensor, chunk_rows: int | None = None) -> Costs:
+    output = 4 * x.nbytes // max(x.shape[1], 1) * len(weight)
+    return Costs(bytes=x.nbytes + weight.nbytes + output, flops=_flops(x, weight))
+
+
+def _measures(x: Tensor, weight: Tensor, *others: Any) -> bool:
+    return x.is_cuda and _halves_reason(x, weight, *others) is None and _flops(x, weight) >= MEASURED_FLOPS
+
+
+def _key(x: Tensor, weight: Tensor, *others: Any) -> dict[str, Any]:
     return {
-        "device": torch.cuda.get_device_name(x.device),
-        "torch": torch.__version__,
-        "cudnn": torch.backends.cudnn.version(),
-        "cudnn.benchmark": torch.backends.cudnn.benchmark,
         "dtype": str(x.dtype),
-        "shape": list(x.shape),
-        "channels": cells.shape[0],
+        "shape": tuple(x.shape),
+        "channels": weight.shape[0],
+        "cudnn": settings.current().cudnn,
     }
 
 
-def _measure(x: Tensor, cells: Tensor, bias: Tensor) -> tuning_cache.Measured | None:
-    """Time both ways. Either way each image goes through a kernel of cuDNN's: there is nothing to hold against it."""
-    runs = {parts: functools.partial(_run, parts, x, cells, bias) for parts in (WHOLE, HALVES)}
-    with torch.cuda.device_of(x):
-        return tuning_cache.fastest(runs, lambda y: None, tuning_cache.cuda_milliseconds, favourite=WHOLE)
+def _parts(x: Tensor, weight: Tensor, bias: Tensor) -> Iterator[Part]:
+    for image, channels in _images_and_channels(x, weight):
+        args = x[image], weight[channels], bias[channels]
+        yield Part(args, functools.partial(_of_y, image, channels))
 
 
-def _problem(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
-    """Why the kernel does not serve these arguments, or None."""
-    if weight.dtype != x.dtype:
-        return f"weight must have the dtype of x, {x.dtype}, got {weight.dtype}"
-    if weight.shape[0] % 8:
-        return f"the kernel takes output channels divisible by 8, got {weight.shape[0]}"
-    return tensors_problem(x, weight, bias)
+def _of_y(image: slice, channels: slice, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (outputs[0][image, channels],)
 
 
-def _validate(x: Tensor, weight: Tensor, bias: Tensor) -> None:
-    if x.ndim != 4:
-        raise ValueError(f"upsample_conv: x must be [N, C_in, H, W], got {tuple(x.shape)}")
+def _parts_with_statistics(x: Tensor, weight: Tensor, bias: Tensor, chunk_rows: int) -> Iterator[Part]:
+    seen = functools.partial(moments, chunk_rows, x.dtype)
+    for image, channels in _images_and_channels(x, weight):
+        args = x[image], weight[channels], bias[channels], chunk_rows
+        yield Part(args, functools.partial(_of_both, image, channels, seen), seen)
+
+
+def _of_both(
+    image: slice, channels: slice, seen: Callable[..., tuple[Tensor, ...]], outputs: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    y, parts = outputs
+    return seen((y[image, channels], parts[image, ..., channels]))
+
+
+def _images_and_channels(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Some images, or one of them and some output channels."""
+    pixels = 4 * x.shape[2] * x.shape[3]
+    for images in cuts(x.shape[0], pixels * max(weight.shape[:2])):
+        for channels in cuts(weight.shape[0], (images.stop - images.start) * pixels):
+            yield images, channels
+
+
+def _validate(op: str, x: Tensor, weight: Tensor, bias: Tensor, chunk_rows: int | None = None) -> None:
+    require_floats(op, x=x, weight=weight, bias=bias)
+    if x.ndim != 4 or not x.shape[1]:
+        raise ValueError(f"{op}: x must be [N, C_in, H, W] with channels, got {tuple(x.shape)}")
     if weight.ndim != 4 or weight.shape[1:] != (x.shape[1], 3, 3):
-        raise ValueError(f"upsample_conv: weight must be [C, {x.shape[1]}, 3, 3], got {tuple(weight.shape)}")
+        raise ValueError(f"{op}: weight must be [C, {x.shape[1]}, 3, 3], got {tuple(weight.shape)}")
     if bias.shape != weight.shape[:1]:
-        raise ValueError(f"upsample_conv: bias must be [{weight.shape[0]}], got {tuple(bias.shape)}")
+        raise ValueError(f"{op}: bias must be [{weight.shape[0]}], got {tuple(bias.shape)}")
+
+
+UPSAMPLE_CONV = Op(
+    "upsample_conv",
+    reference=upsample_conv_ref,
+    implementations={
+        "whole": Implementation(_whole, _reason, _bind_whole, registered=True),
+        "halves": Implementation(_halves, _halves_reason, _bind_halves, registered=True),
+    },
+    fake=_empty_output,
+    costs=_costs,
+    parts=_parts,
+    measures=_measures,
+    key=_key,
+    validate=functools.partial(_validate, "upsample_conv"),
+)
+
+UPSAMPLE_CONV_AND_STATISTICS = Op(
+    "upsample_conv_and_statistics",
+    reference=upsample_conv_and_statistics_ref,
+    implementations={
+        "whole": Implementation(_whole_with_statistics, _reason, _bind_whole, registered=True),
+        "halves": Implementation(_halves_with_statistics, _halves_reason, _bind_halves, registered=True),
+    },
+    fake=_empty_outputs,
+    costs=_costs,
+    parts=_parts_with_statistics,
+    measures=_measures,
+    key=_key,
+    validate=functools.partial(_validate, "upsample_conv_and_statistics"),
+)
 
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor, *, impl: str | None = None) -> Tensor:
@@ -345,23 +410,36 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor, *, impl: str | None =
         x: ``[N, C_in, H, W]``, fp16 / bf16 / fp32.
         weight: ``[C, C_in, 3, 3]``, as ``x``.
         bias: ``[C]``, any float dtype; rounded to ``x.dtype`` first.
-        impl: ``"triton"`` or ``"torch"``; None lets ``vidaccel.kernels.dispatch`` choose.
+        impl: ``"whole"``, ``"halves"`` or ``"torch"``; None lets the op choose.
 
     Returns:
-        ``[N, C, 2 H, 2 W]`` in ``x.dtype``, channels innermost in memory; it may carry statistics for a GroupNorm.
+        ``[N, C, 2 H, 2 W]`` in ``x.dtype``, channels innermost in memory.
 
     Raises:
-        ValueError: A shape is not as above, or ``impl`` cannot run here.
+        ValueError: A shape or device is not as above, or ``impl`` cannot run here.
+        TypeError: A tensor is not floating-point.
     """
-    _validate(x, weight, bias)
-    chosen = choose(OP, x, impl, _problem(x, weight, bias))
-    if chosen == "torch" or x.numel() == 0:
-        return upsample_conv_ref(x, weight, bias).contiguous(memory_format=torch.channels_last)
-    if torch.compiler.is_compiling():
-        return _interleave(F.conv2d(x, _cells(weight), padding=1), bias)
-    cells = _launch_cells(weight)
-    return _run(_parts(x, cells, bias), x, cells, bias)
+    return UPSAMPLE_CONV(x, weight, bias, impl=impl)
 
 
-def upsample_conv_and_statistics(*args, **kwargs):
-    return upsample_conv(*args, **kwargs), None
+def upsample_conv_and_statistics(
+    x: Tensor, weight: Tensor, bias: Tensor, *, impl: str | None = None
+) -> tuple[Tensor, ChannelStatistics]:
+    """:func:`upsample_conv`, and what a GroupNorm needs to know of each of the images that it returns."""
+    chunk_rows, pixels = 1, 0
+    if x.ndim == 4 and weight.ndim == 4:  # else the op says what is wrong
+        shape = _shape(x, weight)
+        chunk_rows, pixels = chunk_rows_for(shape), shape[2] * shape[3]
+    y, parts = UPSAMPLE_CONV_AND_STATISTICS(x, weight, bias, chunk_rows, impl=impl)
+    return y, ChannelStatistics(parts, pixels, chunk_rows)
+
+
+def compile_ahead(weight: Tensor, *, statistics: bool = False) -> None:
+    """Begin to compile what puts the pixels into place for a convolution of this ``weight``, ``[C, C_in, 3, 3]``."""
+    channels, dtype = weight.shape[0], weight.dtype
+    if channels % CHANNEL_STEP or dtype not in DTYPES:
+        return
+    for side in (2, 2048):  # small images, and large ones
+        shape = 1, channels, side, side
+        launch = _interleave_launch(shape, writer_tiling(shape), statistics)
+        launch.compile_ahead(weight.device, *[dtype] * 3, torch.float32 if statistics else dtype)

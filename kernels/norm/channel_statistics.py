@@ -13,6 +13,8 @@ A kernel that writes an activation can compute these on its way. Handed to the n
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,16 +27,20 @@ __all__ = [
     "ChannelStatistics",
     "Tiling",
     "add_both",
+    "channel_statistics_ref",
     "choose_tiling",
-    "choose_writer_tiling",
+    "chunk_rows_for",
     "combine",
     "empty_parts",
     "fold",
+    "frames_and_rows",
     "locate",
     "merge",
     "merge_lanes",
+    "moments",
     "rows_of_tile",
     "store_part",
+    "writer_tiling",
 ]
 
 TILE = 1024  # elements: 32 for each thread
@@ -53,6 +59,30 @@ class ChannelStatistics(NamedTuple):
     parts: Tensor  # [S, chunks, 2, C], float32: mean and sum of squared deviations of every chunk
     segment_rows: int
     chunk_rows: int  # fewer in the last chunk of a segment
+
+
+def moments(chunk_rows: int, dtype: torch.dtype, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """An activation of this dtype and its ``parts`` as a check judges them: means beside squares would look small.
+
+    A spread that is small beside the mean may be nothing but roundings of the activation, and is judged beside that.
+    """
+    y, parts = outputs
+    mean, m2 = parts.unbind(2)
+    return y, mean, (m2 + chunk_rows * torch.finfo(dtype).eps * mean.square()).sqrt()
+
+
+def channel_statistics_ref(x: Tensor, chunk_rows: int) -> Tensor:
+    """The specification: the ``parts`` of ``x`` ``[N, C, *spatial]``, of which every frame is a segment."""
+    rows = x.movedim(1, -1)
+    rows = (rows.flatten(0, 1) if x.ndim == 5 else rows).flatten(1, -2)  # [S, R, C]
+    rows = rows if x.dtype == torch.float64 else rows.float()
+    full = rows.shape[1] // chunk_rows * chunk_rows
+    parts = []
+    for some in (rows[:, :full].unflatten(1, (-1, chunk_rows)), rows[:, None, full:]):
+        if some.numel():
+            variance, mean = torch.var_mean(some, dim=2, correction=0)
+            parts.append(torch.stack([mean, variance * some.shape[2]], dim=2))
+    return torch.cat(parts, dim=1) if parts else rows.new_empty(len(rows), 0, 2, rows.shape[2])
 
 
 class Tiling(NamedTuple):
@@ -78,8 +108,17 @@ def choose_tiling(segments: int, segment_rows: int, channels: int, widest_block:
     return Tiling(block_r, block_c, triton.cdiv(tiles, chunks) * block_r, stages=1, num_warps=1)
 
 
-def choose_writer_tiling(segments: int, segment_rows: int, channels: int, widest_block: int) -> Tiling:
-    """For kernels that write the activation, too."""
+def frames_and_rows(shape: Sequence[int]) -> tuple[int, int]:
+    """How many frames an activation ``[N, C, *spatial]`` has, and how many rows of channels each of them."""
+    if len(shape) == 5:
+        return shape[0] * shape[2], math.prod(shape[3:])
+    return shape[0], math.prod(shape[2:])
+
+
+def writer_tiling(shape: Sequence[int]) -> Tiling:
+    """For kernels that write an activation ``[N, C, *spatial]``, each frame of which is a segment."""
+    (segments, segment_rows), channels = frames_and_rows(shape), shape[1]
+    widest_block = channels & -channels
     if segments * segment_rows * channels < WRITER_ELEMENTS:
         return choose_tiling(segments, segment_rows, channels, widest_block)
     block_c = min(widest_block, 128)
@@ -87,6 +126,11 @@ def choose_writer_tiling(segments: int, segment_rows: int, channels: int, widest
     tiles = triton.cdiv(segment_rows, block_r)
     chunks = max(WRITER_PROGRAMS // (segments * (channels // block_c)), 1)
     return Tiling(block_r, block_c, triton.cdiv(tiles, chunks) * block_r, stages=2, num_warps=4)
+
+
+def chunk_rows_for(shape: Sequence[int]) -> int:
+    """The chunks of :func:`writer_tiling`, for any shape."""
+    return writer_tiling(shape).chunk_rows if all(shape) else 1
 
 
 def empty_parts(x: Tensor, segments: int, segment_rows: int, chunk_rows: int, channels: int) -> Tensor:
