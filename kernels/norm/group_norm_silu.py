@@ -301,7 +301,8 @@ class _Call(NamedTuple):
     def and_sum(
         cls, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, row: Tensor, *statistics: Any
     ) -> _Call:
-        return cls(x, weight, bias, groups, eps, False, None, None, *statistics, row)
+        parts, segment_rows, chunk_rows = statistics
+        return cls(x, weight, bias, groups, eps, False, None, None, parts, segment_rows, chunk_rows, row)
 
     @property
     def rows(self) -> int:
@@ -309,7 +310,7 @@ class _Call(NamedTuple):
         return math.prod(self.x.shape[2:])
 
     @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
+    def tensors(self) -> tuple[Any, ...]:
         """Those that kernels read."""
         return self.x, self.shift, self.tail, self.weight, self.bias, self.row, self.parts
 
