@@ -16,7 +16,7 @@ import torch
 
 from vidaccel.config import preferred_implementations, tuning_enabled
 
-__all__ = ["FIDELITIES", "Fidelity", "Settings", "allowed", "current", "frozen", "tf32_convolutions", "tf32_products"]
+__all__ = ["FIDELITIES", "Fidelity", "Settings", "allowed", "current", "frozen", "tf32_convolutions", "tf32_products", "untraced"]
 
 Fidelity = Literal["bit-exact", "math-exact", "lossy"]
 FIDELITIES: tuple[Fidelity, ...] = get_args(Fidelity)  # the strictest first
@@ -57,6 +57,11 @@ def current() -> Settings:
     """The settings of this call: those frozen around it, or as they are now."""
     if torch.compiler.is_compiling():  # PyTorch's own flags are Inductor's business
         return Settings(*_ours())
+    return untraced()
+
+
+def untraced() -> Settings:
+    """:func:`current` for code that Dynamo does not see."""
     return _frozen.get() or _read()
 
 
