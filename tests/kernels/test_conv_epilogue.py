@@ -259,7 +259,7 @@ def test_statistics_in_chunks_of_any_size(
     assert torch.equal(out, CONV_EPILOGUE(x + 30, *given, impl="triton"))
     gold = channel_statistics_ref(out.double(), chunk_rows)
     error, size = ((x.abs().amax((0, 1, 3))) for x in (parts - gold, gold))  # of means, of sums of squares
-    assert (error <= 4 * torch.finfo(torch.float32).eps * size).all()
+    assert (error <= 16 * torch.finfo(torch.float32).eps * size).all()  # deviations from a mean of 30
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
