@@ -23,6 +23,7 @@ SHAPES = [  # N, C_in, F, H, W, C
     pytest.param((1, 32, 1, 2, 3, 80), id="one-frame"),
     pytest.param((2, 16, 2, 1, 1, 16), id="two-frames-one-pixel"),
     pytest.param((1, 64, 3, 5, 27, 144), id="odd-pixels-two-tiles"),
+    pytest.param((1, 80, 2, 3, 5, 128), id="wide-blocks"),
 ]
 EPILOGUES = ["bias", "residual", "mix", "mix-image-only", "mix-image-only-spatial-second"]
 SMALL = (2, 32, 3, 3, 5, 48)
