@@ -60,7 +60,6 @@ from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason
 __all__ = [
     "UPSAMPLE_CONV",
     "UPSAMPLE_CONV_AND_STATISTICS",
-    "cell_weights_ref",
     "compile_ahead",
     "upsample_conv",
     "upsample_conv_and_statistics",
@@ -88,19 +87,6 @@ def upsample_conv_and_statistics_ref(x: Tensor, weight: Tensor, bias: Tensor, ch
     return y, channel_statistics_ref(y, chunk_rows)
 
 
-def cell_weights_ref(weight: Tensor) -> Tensor:
-    """The weights ``[4 C, C_in, 2, 2]``, channels-last, that do the work of ``weight`` ``[C, C_in, 3, 3]``.
-
-    Output channels are ordered by (r, s, c), as in this file's formula.
-    """
-    # sums of neighbouring taps of the padded kernel: [w0, w0 + w1, w1 + w2, w2] along both axes. An upper pixel of a
-    # cell (r = 1) weighs its two rows with w0 and w1 + w2, a lower one (r = 0, of the cell above) with w0 + w1 and w2.
-    sums = F.avg_pool2d(weight.float(), 2, stride=1, padding=1, divisor_override=1)  # [C, C_in, 4, 4]
-    cells = sums.unflatten(3, (2, 2)).unflatten(2, (2, 2)).flip(3, 5)  # [C, C_in, u, r, v, s]
-    cells = cells.permute(3, 5, 0, 2, 4, 1).to(weight.dtype, memory_format=torch.contiguous_format)
-    return cells.flatten(0, 2).permute(0, 3, 1, 2)
-
-
 @triton.jit
 def _load_taps(weight_ptr, stride_weight_w, mask):
     """The three taps of a row of the 3 x 3 kernel, which ``weight_ptr`` points to the first of."""
@@ -112,9 +98,10 @@ def _load_taps(weight_ptr, stride_weight_w, mask):
 
 @triton.jit
 def _store_sums(cells_ptr, above, below, channel, channels, channels_in, mask, SUM_Y: tl.constexpr):
-    """Row ``SUM_Y`` of the 4 x 4 sums in :func:`cell_weights_ref`, of two rows of taps, each to where its cell has it.
+    """Row ``SUM_Y`` of the 4 x 4 sums of neighbouring taps, of two rows of taps, each to where its cell has it.
 
-    Added as PyTorch's pooling adds, a row after the other: the results are the same.
+    The sums are [w0, w0 + w1, w1 + w2, w2] along both axes. An upper pixel of a cell (r = 1) weighs its two rows with
+    w0 and w1 + w2, a lower one (r = 0, of the cell above) with w0 + w1 and w2.
     """
     sums = (
         above[0] + below[0],

@@ -4,12 +4,20 @@ import re
 
 import pytest
 import torch
-from kernel_checks import TARGETS, assert_close_to_gold, assert_no_spills, compile_for, narrow_accesses
+from kernel_checks import (
+    FAULTS,
+    TARGETS,
+    assert_close_to_gold,
+    assert_no_spills,
+    compile_for,
+    narrow_accesses,
+    planted,
+)
 from torch import Tensor
 
 from vidaccel.kernels.conv import alpha_blend as op
-from vidaccel.kernels.conv.alpha_blend import alpha_blend, alpha_blend_ref
-from vidaccel.kernels.dispatch import record_choices
+from vidaccel.kernels.conv.alpha_blend import ALPHA_BLEND, alpha_blend, alpha_blend_ref
+from vidaccel.kernels.op import listening
 
 DTYPES = [torch.float32, torch.float16]
 if torch.cuda.is_available():
@@ -111,9 +119,9 @@ def test_one_frame_may_have_any_stride(device: torch.device) -> None:
     spatial, temporal, mix_factor = tensors
     restrided = temporal.as_strided(temporal.shape, (7, *temporal.stride()[1:2], 1, *temporal.stride()[3:]))
     assert restrided.stride() != spatial.stride()
-    with record_choices() as choices:
+    with listening() as events:
         out = alpha_blend(spatial, restrided, mix_factor, image_only)
-    assert [choice.impl for choice in choices] == ["triton"]
+    assert [event.implementation for event in events] == ["triton"]
     assert torch.equal(out, alpha_blend(spatial, temporal, mix_factor, image_only))
 
 
@@ -131,31 +139,42 @@ def test_one_frame_may_have_any_stride(device: torch.device) -> None:
 def test_unserved_input_runs_in_torch(change: object, reason: str, device: torch.device) -> None:
     *tensors, image_only = draw((2, 6, 3, 5, 7), torch.float32, device)
     tensors = change(*tensors)
-    with record_choices() as choices:
+    with listening() as events:
         out = alpha_blend(*tensors, image_only)
-    assert [choice.impl for choice in choices] == ["torch"] and reason in choices[0].reason
+    assert [event.implementation for event in events] == ["torch"] and reason in events[0].reason
     assert torch.equal(out, alpha_blend_ref(*tensors, image_only))
+    assert out.requires_grad == tensors[2].requires_grad
     with pytest.raises(ValueError, match=f"alpha_blend: impl='triton' cannot run: .*{re.escape(reason)}"):
         alpha_blend(*tensors, image_only, impl="triton")
 
 
+X = torch.ones(2, 4, 3, 2, 2)
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "error", "message"),
     [
-        ({"temporal": torch.ones(2, 4, 3, 2, 1)}, r"branches differ in shape: \(2, 4, 3, 2, 2\), \(2, 4, 3, 2, 1\)"),
-        ({"residual": torch.ones(2, 4, 3, 2, 1)}, r"residual must be \(2, 4, 3, 2, 2\), got \(2, 4, 3, 2, 1\)"),
-        ({"image_only": torch.ones(1, 3)}, r"image_only is \(1, 3\), expected 6 entries"),
+        ({"spatial": X.int()}, TypeError, r"spatial must be floating-point, got torch.int32"),
+        ({"mix_factor": torch.ones(1).long()}, TypeError, r"mix_factor must be floating-point, got torch.int64"),
+        ({"residual": X.to("meta")}, ValueError, r"residual must be on cpu, as spatial is, got meta"),
+        ({"spatial": X[0, 0, 0], "temporal": X[0, 0, 0]}, ValueError, r"spatial must be \[B, .*, got \(2, 2\)"),
+        ({"temporal": X[..., :1]}, ValueError, r"temporal must be \(2, 4, 3, 2, 2\), .* got \(2, 4, 3, 2, 1\)"),
+        ({"residual": X[..., :1]}, ValueError, r"residual must be \(2, 4, 3, 2, 2\), .* got \(2, 4, 3, 2, 1\)"),
+        ({"mix_factor": torch.ones(2)}, ValueError, r"mix_factor must be \[1\], got \(2,\)"),
+        ({"image_only": torch.ones(1, 3)}, ValueError, r"image_only must have \(2, 3\) entries.*, got \(1, 3\)"),
+        ({"image_only": torch.ones(6)}, ValueError, r"image_only must have \(2, 3\) entries.*, got \(6,\)"),
+        ({"image_only": torch.ones(2, 3, device="meta")}, ValueError, r"image_only must be on cpu, .* got meta"),
         (
-            {"spatial": torch.ones(6, 4, 2, 2), "temporal": torch.ones(6, 4, 2, 2), "image_only": torch.ones(2, 3)},
-            r"with image_only the branches are 3-D or 5-D, got \(6, 4, 2, 2\)",
+            {"spatial": X[0], "temporal": X[0], "image_only": torch.ones(2, 2)},
+            ValueError,
+            r"with image_only, spatial must be .*, got \(4, 3, 2, 2\)",
         ),
-        ({"impl": "cuda"}, r"impl must be 'triton' or 'torch', got 'cuda'"),
+        ({"impl": "cuda"}, ValueError, r"impl must be one of triton, torch, got 'cuda'"),
     ],
 )
-def test_rejects(change: dict[str, object], message: str) -> None:
-    x = torch.ones(2, 4, 3, 2, 2)
-    with pytest.raises(ValueError, match=f"alpha_blend: {message}"):
-        alpha_blend(**{"spatial": x, "temporal": x, "mix_factor": torch.ones(1), **change})
+def test_rejects(change: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"alpha_blend: {message}"):
+        alpha_blend(**{"spatial": X, "temporal": X, "mix_factor": torch.ones(1), **change})
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 3, 5, 7), (6, 35, 24)], ids=["5d", "rows"])
@@ -163,8 +182,8 @@ def test_rejects(change: dict[str, object], message: str) -> None:
 def test_registration(shape: tuple[int, ...], stills: bool, device: torch.device) -> None:
     spatial, temporal, mix_factor, image_only = draw(shape, torch.float32, device)
     for residual in (None, torch.randn_like(temporal)):
-        arguments = (spatial, temporal, residual, mix_factor, image_only if stills else None, False)
-        torch.library.opcheck(op._alpha_blend, arguments)
+        arguments = (spatial, temporal, mix_factor, image_only if stills else None, residual, False)
+        torch.library.opcheck(ALPHA_BLEND.registered["triton"], arguments)
 
 
 @pytest.mark.parametrize("stills", [True, False], ids=["image-only", "no-image-only"])
@@ -176,6 +195,32 @@ def test_compiles_fullgraph(stills: bool, device: torch.device) -> None:
 
     out = torch.compile(double, fullgraph=True, backend="aot_eager")(spatial)
     assert torch.equal(out, double(spatial)) and out.stride() == double(spatial).stride()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 6, 3, 5, 7), (3, 6, 5, 7), (6, 35, 24)], ids=["5d", "4d", "rows"])
+def test_the_check(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    spatial, temporal, mix_factor, image_only = draw(shape, dtype, device)
+    stills = None if len(shape) == 4 else image_only
+    residual = torch.randn_like(temporal)
+
+    def problem() -> str:
+        with listening(checks=True) as events:
+            out = alpha_blend(spatial, temporal, mix_factor, stills, residual=residual)
+        assert [event.implementation for event in events] == ["triton"]
+        if events[0].problem:
+            assert torch.equal(out, alpha_blend_ref(spatial, temporal, mix_factor, stills, residual))
+        return events[0].problem
+
+    def frames(out: Tensor) -> Tensor:
+        rows = out if out.ndim == 3 else out.movedim(1, -1)
+        return rows.flatten(0, 1) if out.ndim == 5 else rows
+
+    assert not problem()
+    for fault, spoil in FAULTS.items():
+        with planted(ALPHA_BLEND, "triton", lambda out, spoil=spoil: spoil(frames(out))):
+            assert problem(), fault
 
 
 @pytest.mark.parametrize("target", TARGETS)

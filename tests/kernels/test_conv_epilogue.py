@@ -5,16 +5,29 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import TARGETS, assert_close_to_gold, assert_no_spills, compile_for, narrow_accesses
+from kernel_checks import (
+    FAULTS,
+    TARGETS,
+    assert_close_to_gold,
+    assert_no_spills,
+    compile_for,
+    narrow_accesses,
+    planted,
+)
 from torch import Tensor
 
 from vidaccel.kernels.conv import conv_epilogue as op
 from vidaccel.kernels.conv.alpha_blend import alpha_blend_ref
-from vidaccel.kernels.conv.conv_epilogue import conv_epilogue, conv_epilogue_ref
-from vidaccel.kernels.dispatch import record_choices
-from vidaccel.kernels.launch import Launch
-from vidaccel.kernels.norm.channel_statistics import Tiling, carried, carry, choose_writer_tiling
+from vidaccel.kernels.conv.conv_epilogue import (
+    CONV_EPILOGUE,
+    CONV_EPILOGUE_AND_STATISTICS,
+    conv_epilogue,
+    conv_epilogue_and_statistics,
+    conv_epilogue_ref,
+)
+from vidaccel.kernels.norm.channel_statistics import FOLD, ChannelStatistics, channel_statistics_ref, writer_tiling
 from vidaccel.kernels.norm.group_norm_silu import group_norm_silu, group_norm_silu_ref
+from vidaccel.kernels.op import listening
 
 DTYPES = [torch.float32, torch.float16]
 if torch.cuda.is_available():
@@ -56,9 +69,9 @@ def in_float64(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def positional(bias: Tensor, arguments: dict[str, Any]) -> tuple[Any, ...]:
-    """What follows x in ``_launch`` and in the registered op."""
+    """What follows x in the ops' arguments."""
     names = ("residual", "residual_bias", "mix_factor", "image_only")
-    return (bias, *(arguments.get(name) for name in names), arguments.get("spatial_is_second", False))
+    return (bias, *(arguments.get(name) for name in names), arguments.get("spatial_is_second", False), False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -91,15 +104,19 @@ def test_blend_is_rounded_as_eager_rounds_it(device: torch.device) -> None:
     assert torch.equal(out[0, :, 0], residual[0, :, 0])
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 def test_inplace_takes_the_memory_of_x(epilogue: str, device: torch.device) -> None:
-    x, bias, arguments = draw((2, 24, 3, 5, 7), torch.float16, device, epilogue)
+    x, bias, arguments = draw((2, 64, 3, 5, 7), torch.float16, device, epilogue)
     before = x.clone()
-    expected = conv_epilogue(x, bias, **arguments, impl="triton")
+    expected = conv_epilogue(x, bias, **arguments)
     assert torch.equal(x, before) and expected.data_ptr() != x.data_ptr()
-    out = conv_epilogue(x, bias, **arguments, inplace=True, impl="triton")
+    out = conv_epilogue(x, bias, **arguments, inplace=True)
     assert torch.equal(out, expected)
     assert out.data_ptr() == x.data_ptr() and out.stride() == x.stride()
+    x = before.clone()
+    out, _ = conv_epilogue_and_statistics(x, bias, **arguments, inplace=True)
+    assert torch.equal(out, expected) and out.data_ptr() == x.data_ptr()
 
 
 @pytest.mark.parametrize(
@@ -118,7 +135,8 @@ def test_takes_any_strides(layout: object, inplace: bool, device: torch.device) 
     arguments["residual"] = layout(arguments["residual"])
     arguments["image_only"] = arguments["image_only"].t().contiguous().t()
     strided_bias = bias.repeat_interleave(2)[::2]
-    out = conv_epilogue(layout(x), strided_bias, **arguments, inplace=inplace, impl="triton")
+    with torch.no_grad():
+        out = conv_epilogue(layout(x), strided_bias, **arguments, inplace=inplace)
     assert torch.equal(out, expected) and out.movedim(1, -1).is_contiguous()
 
 
@@ -137,7 +155,7 @@ def test_empty_input(shape: tuple[int, ...], epilogue: str, device: torch.device
     assert out.shape == shape and out.dtype == x.dtype
 
 
-@pytest.mark.parametrize(
+UNSERVED = pytest.mark.parametrize(
     ("dtype", "residual_dtype", "requires_grad", "reason"),
     [
         (torch.float64, torch.float64, False, "x is torch.float64"),
@@ -146,149 +164,185 @@ def test_empty_input(shape: tuple[int, ...], epilogue: str, device: torch.device
     ],
     ids=["float64", "mixed-dtypes", "gradient"],
 )
+
+
+@UNSERVED
 def test_unserved_input_runs_in_torch(
     dtype: torch.dtype, residual_dtype: torch.dtype, requires_grad: bool, reason: str, device: torch.device
 ) -> None:
-    x, bias, arguments = draw((2, 24, 5, 7), dtype, device)
+    x, bias, arguments = draw((2, 32, 5, 7), dtype, device)
     arguments["residual"] = arguments["residual"].to(residual_dtype)
     bias.requires_grad_(requires_grad)
-    with record_choices() as choices:
+    with listening() as events:
         out = conv_epilogue(x.contiguous(), bias, **arguments)
-    assert [choice.impl for choice in choices] == ["torch"] and reason in choices[0].reason
+        same, statistics = conv_epilogue_and_statistics(x, bias, **arguments)
+    assert [event.implementation for event in events] == ["torch"] * 2
+    assert all(reason in event.reason for event in events)
     assert torch.equal(out, conv_epilogue_ref(x, bias, **arguments)) and out.movedim(1, -1).is_contiguous()
-    with pytest.raises(ValueError, match=f"conv_epilogue: impl='triton' cannot run: .*{re.escape(reason)}"):
-        conv_epilogue(x, bias, **arguments, impl="triton")
+    assert torch.equal(same, out) and out.requires_grad == requires_grad
+    assert torch.equal(statistics.parts, channel_statistics_ref(out, statistics.chunk_rows))
+    for run in (conv_epilogue, conv_epilogue_and_statistics):
+        with pytest.raises(ValueError, match=f"{run.__name__}: impl='triton' cannot run: .*{re.escape(reason)}"):
+            run(x, bias, **arguments, impl="triton")
 
 
 X = torch.ones(2, 4, 3, 2, 2)
 MIX = torch.ones(1)
 
 
+@pytest.mark.parametrize("run", [conv_epilogue, conv_epilogue_and_statistics])
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "error", "message"),
     [
-        ({"x": torch.ones(2, 4)}, r"1 to 3 spatial dims, got \(2, 4\)"),
-        ({"bias": torch.ones(5)}, r"bias must be \[4\], got \(5,\)"),
-        ({"residual": X[:, :, :1]}, r"residual must be \(2, 4, 3, 2, 2\), as x is, got \(2, 4, 1, 2, 2\)"),
-        ({"residual_bias": torch.ones(4)}, r"residual_bias must be \[4\] and needs a residual, got \(4,\)"),
-        ({"residual": X, "residual_bias": torch.ones(5)}, r"residual_bias must be \[4\] .*, got \(5,\)"),
-        ({"mix_factor": MIX}, r"mix_factor needs a residual to blend with"),
-        ({"residual": X, "image_only": torch.ones(2, 3)}, r"image_only needs a mix_factor"),
-        ({"residual": X, "mix_factor": torch.ones(2)}, r"mix_factor must be \[1\], got \(2,\)"),
+        ({"x": torch.ones(2, 4)}, ValueError, r"1 to 3 spatial dims, got \(2, 4\)"),
+        ({"x": X.int()}, TypeError, r"x must be floating-point, got torch.int32"),
+        ({"residual": X.bool()}, TypeError, r"residual must be floating-point, got torch.bool"),
+        ({"bias": torch.ones(4, device="meta")}, ValueError, r"bias must be on cpu, as x is, got meta"),
+        ({"bias": torch.ones(5)}, ValueError, r"bias must be \[4\], got \(5,\)"),
+        ({"residual": X[:, :, :1]}, ValueError, r"residual must be \(2, 4, 3, 2, 2\), .*, got \(2, 4, 1, 2, 2\)"),
+        ({"residual_bias": torch.ones(4)}, ValueError, r"residual_bias must be \[4\] and needs a residual, got \(4,\)"),
+        ({"residual": X, "residual_bias": torch.ones(5)}, ValueError, r"residual_bias must be \[4\] .*, got \(5,\)"),
+        ({"mix_factor": MIX}, ValueError, r"mix_factor needs a residual to blend with"),
+        ({"residual": X, "image_only": torch.ones(2, 3)}, ValueError, r"image_only needs a mix_factor"),
+        ({"residual": X, "mix_factor": torch.ones(2)}, ValueError, r"mix_factor must be \[1\], got \(2,\)"),
         (
             {"residual": X, "mix_factor": MIX, "image_only": torch.ones(6)},
+            ValueError,
             r"image_only must be \[B, F\] of x \[B, C, F, H, W\], got \(6,\) \(x is \(2, 4, 3, 2, 2\)\)",
         ),
         (
             {"x": X[:, :, 0], "residual": X[:, :, 0], "mix_factor": MIX, "image_only": torch.ones(2, 2)},
+            ValueError,
             r"image_only must be \[B, F\] of x \[B, C, F, H, W\], got \(2, 2\) \(x is \(2, 4, 2, 2\)\)",
         ),
-        ({"impl": "cuda"}, r"impl must be 'triton' or 'torch', got 'cuda'"),
+        ({"impl": "cuda"}, ValueError, r"impl must be one of triton, torch, got 'cuda'"),
     ],
 )
-def test_rejects(change: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=f"conv_epilogue: .*{message}"):
-        conv_epilogue(**{"x": X, "bias": torch.ones(4), **change})
+def test_rejects(change: dict[str, object], error: type[Exception], message: str, run: Any) -> None:
+    with pytest.raises(error, match=f"{run.__name__}: .*{message}"):
+        run(**{"x": X, "bias": torch.ones(4), **change})
 
 
 @pytest.mark.parametrize("epilogue", ["bias", "residual-with-bias", "mix-image-only"])
 def test_registration(epilogue: str, device: torch.device) -> None:
-    x, bias, arguments = draw((2, 24, 3, 5, 7), torch.float32, device, epilogue)
+    x, bias, arguments = draw((2, 32, 3, 5, 7), torch.float32, device, epilogue)
     for laid_out in (x, x.contiguous()):
-        torch.library.opcheck(op._conv_epilogue, (laid_out, *positional(bias, arguments)))
+        given = (laid_out, *positional(bias, arguments))
+        torch.library.opcheck(CONV_EPILOGUE.registered["triton"], given)
+        torch.library.opcheck(CONV_EPILOGUE_AND_STATISTICS.registered["triton"], (*given, 8))
 
 
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 def test_compiles_fullgraph(epilogue: str, device: torch.device) -> None:
-    x, bias, arguments = draw((2, 24, 3, 5, 7), torch.float32, device, epilogue)
+    x, bias, arguments = draw((2, 32, 3, 5, 7), torch.float32, device, epilogue)
     expected = 2 * conv_epilogue(x, bias, **arguments, impl="triton")
+    _, known = conv_epilogue_and_statistics(x, bias, **arguments, impl="triton")
 
-    def double(x: Tensor) -> Tensor:
-        return 2 * conv_epilogue(x, bias, **arguments, inplace=True, impl="triton")
+    def double(x: Tensor) -> tuple[Tensor, Tensor, ChannelStatistics]:
+        same, statistics = conv_epilogue_and_statistics(x, bias, **arguments, impl="triton")
+        return 2 * conv_epilogue(x, bias, **arguments, inplace=True, impl="triton"), same, statistics
 
-    out = torch.compile(double, fullgraph=True, backend="aot_eager")(x)
-    assert torch.equal(out, expected) and out.stride() == expected.stride()
-
-
-TILINGS = [
-    pytest.param(None, id="chosen"),
-    pytest.param(Tiling(block_r=8, block_c=32, chunk_rows=8, stages=1, num_warps=1), id="a-tile-to-a-chunk"),
-    pytest.param(Tiling(block_r=4, block_c=64, chunk_rows=12, stages=2, num_warps=2), id="several-tiles"),
-]
+    out, same, statistics = torch.compile(double, fullgraph=True, backend="aot_eager")(x)
+    assert torch.equal(out, expected) and torch.equal(2 * same, expected) and out.stride() == expected.stride()
+    assert torch.equal(statistics.parts, known.parts) and statistics[1:] == known[1:]
 
 
-@pytest.mark.parametrize("tiling", TILINGS)
+@pytest.mark.parametrize("chunk_rows", [8, 12, 35, 64], ids="{}-rows".format)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("epilogue", EPILOGUES)
-def test_statistics_change_nothing(
-    epilogue: str, dtype: torch.dtype, tiling: Tiling | None, device: torch.device
+def test_statistics_in_chunks_of_any_size(
+    epilogue: str, dtype: torch.dtype, chunk_rows: int, device: torch.device
 ) -> None:
     x, bias, arguments = draw((2, 64, 3, 5, 7), dtype, device, epilogue)
-    expected = op._launch(x, *positional(bias, arguments))
-    for inplace in (False, True):
-        out = op._launch(x, *positional(bias, arguments), inplace=inplace, statistics=True, tiling=tiling)
-        assert torch.equal(out, expected) and out.stride() == expected.stride()
+    given = positional(bias, arguments)
+    out, parts = CONV_EPILOGUE_AND_STATISTICS(x + 30, *given, chunk_rows, impl="triton")
+    assert torch.equal(out, CONV_EPILOGUE(x + 30, *given, impl="triton"))
+    gold = channel_statistics_ref(out.double(), chunk_rows)
+    error, size = ((x.abs().amax((0, 1, 3))) for x in (parts - gold, gold))  # of means, of sums of squares
+    assert (error <= 16 * torch.finfo(torch.float32).eps * size).all()  # deviations from a mean of 30
 
 
-def by_the_norm(out: Tensor) -> tuple[Tensor, Tensor]:
-    """What a norm makes of ``out``, and what the statistics in float64 would make of it."""
-    weight, bias = torch.randn(2, out.shape[1], device=out.device, dtype=out.dtype)
-    gold = group_norm_silu_ref(out.double(), weight.double(), bias.double(), 8, 1e-5)
-    return group_norm_silu(out, weight, bias, 8, 1e-5, impl="triton"), gold
-
-
-@pytest.mark.parametrize("tiling", TILINGS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(2, 64, 5, 7), (2, 64, 3, 5, 7), (3, 64, 35)], ids=["4d", "5d", "3d"])
-def test_a_norm_goes_by_the_statistics(
-    shape: tuple[int, ...], dtype: torch.dtype, tiling: Tiling | None, device: torch.device
-) -> None:
+def test_a_norm_goes_by_the_statistics(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     x, bias, arguments = draw(shape, dtype, device)
-    out = op._launch(x + 30, *positional(bias, arguments), statistics=True, tiling=tiling)
-    known = carried(out)
-    assert known and known.parts.isfinite().all()
-    normed, gold = by_the_norm(out)
-    assert_close_to_gold(normed, gold, by_the_norm(out.clone())[0])
-    known.parts.zero_()  # a mean of 0 and no spread
-    assert not torch.allclose(by_the_norm(out)[0].double(), gold, atol=0.1), "the norm has read x for itself"
+    out, statistics = conv_epilogue_and_statistics(x + 30, bias, **arguments, impl="triton")
+    assert torch.equal(out, conv_epilogue(x + 30, bias, **arguments, impl="triton"))
+    assert_norm_goes_by(out, statistics)
 
 
-def test_what_is_written_to_carries_no_statistics(device: torch.device) -> None:
-    x, bias, arguments = draw((2, 64, 5, 7), torch.float32, device)
-    out = conv_epilogue(x, bias, **arguments, statistics=True, impl="triton")
-    out[:, :8].mul_(3)
-    assert carried(out) is None
-    normed, gold = by_the_norm(out)
-    assert_close_to_gold(normed, gold, by_the_norm(out.clone())[0])
+def assert_norm_goes_by(out: Tensor, statistics: ChannelStatistics) -> None:
+    weight, bias = torch.randn(2, out.shape[1], device=out.device, dtype=out.dtype)
+    gold = group_norm_silu_ref(out.double(), weight.double(), bias.double(), 8, 1e-5)
+    known = group_norm_silu(out, weight, bias, 8, 1e-5, statistics=statistics, impl="triton")
+    assert_close_to_gold(known, gold, group_norm_silu(out, weight, bias, 8, 1e-5, impl="triton"))
 
 
-def test_views_and_copies_carry_what_is_still_true(device: torch.device) -> None:
-    x, bias, arguments = draw((6, 64, 5, 7), torch.float32, device)
-    out = conv_epilogue(x, bias, **arguments, statistics=True, impl="triton")
-    clip = carry(out.unflatten(0, (2, 3)).transpose(1, 2), out)  # [B, C, F, H, W]
-    assert carried(clip) == carried(out) == carried(carry(out.clone(), out)) is not None
-    normed, gold = by_the_norm(clip)
-    assert_close_to_gold(normed, gold, by_the_norm(clip.clone())[0])
-    out[:, :8].mul_(3)
-    assert carried(clip) is None
-    assert carried(carry(out.clone(), out)) is None, "the copy has been written to as often as the original had"
+@torch.no_grad()
+@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 32, 3, 5, 7), (3, 32, 5, 7), (3, 32, 35)], ids=["5d", "4d", "3d"])
+def test_the_check_passes_right_calls(
+    shape: tuple[int, ...], dtype: torch.dtype, inplace: bool, device: torch.device
+) -> None:
+    for epilogue in EPILOGUES if len(shape) == 5 else EPILOGUES[:4]:
+        x, bias, arguments = draw(shape, dtype, device, epilogue)
+        with listening(checks=True) as events:
+            out = conv_epilogue(x.clone(), bias, **arguments, inplace=inplace)
+            same, _ = conv_epilogue_and_statistics(x, bias, **arguments, inplace=inplace)
+        assert [(event.implementation, event.problem) for event in events] == [("triton", "")] * 2, epilogue
+        assert torch.equal(out, same)
 
 
-def test_no_statistics_where_they_cannot_be_had(device: torch.device) -> None:
-    x, bias, arguments = draw((2, 64, 5, 7), torch.float32, device)
-    assert carried(conv_epilogue(x, bias, **arguments, impl="triton")) is None
-    assert carried(conv_epilogue(x, bias, **arguments, statistics=True, impl="torch")) is None
-    with torch.inference_mode():
-        assert carried(conv_epilogue(x, bias, **arguments, statistics=True, impl="triton")) is None
-    x, bias, arguments = draw((2, 24, 5, 7), torch.float32, device)
-    assert carried(conv_epilogue(x, bias, **arguments, statistics=True, impl="triton")) is None
+def frames_of(out: Tensor) -> Tensor:
+    """``[frames, ..., C]`` of an output of ours, a view."""
+    rows = out.movedim(1, -1)
+    return rows.flatten(0, 1) if out.ndim == 5 else rows
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fault", [*FAULTS, "forgotten-bias", "means", "spreads", "last-chunk"])
+def test_the_check_finds_faults(fault: str, dtype: torch.dtype, device: torch.device) -> None:
+    x, bias, arguments = draw((2, 32, 3, 9, 7), dtype, device)
+    of_y = {**FAULTS, "forgotten-bias": lambda rows: rows[..., 3].sub_(bias[3])}
+    of_parts = {
+        "means": lambda parts: parts[:, :, 0].mul_(1.01),
+        "spreads": lambda parts: parts[:, :, 1].mul_(1.05),
+        "last-chunk": lambda parts: parts[-1, -1].zero_(),
+    }
+
+    def spoil(outputs: tuple[Tensor, Tensor]) -> None:
+        of_y[fault](frames_of(outputs[0])) if fault in of_y else of_parts[fault](outputs[1])
+
+    expected = conv_epilogue_ref(x, bias, **arguments)
+    with planted(CONV_EPILOGUE_AND_STATISTICS, "triton", spoil), listening(checks=True) as events:
+        out, statistics = conv_epilogue_and_statistics(x, bias, **arguments, inplace=True)
+    assert events[0].implementation == "triton" and events[0].problem
+    assert torch.equal(out, expected)
+    assert torch.equal(statistics.parts, channel_statistics_ref(expected, statistics.chunk_rows))
+    if fault in of_y:
+        x, bias, arguments = draw((2, 32, 3, 9, 7), dtype, device)
+        with (
+            planted(CONV_EPILOGUE, "triton", lambda y: of_y[fault](frames_of(y))),
+            listening(checks=True) as events,
+        ):
+            assert torch.equal(conv_epilogue(x, bias, **arguments), expected)
+        assert events[0].problem
+
+
+def test_compile_ahead_passes_over_what_no_kernel_serves() -> None:
+    for weight in (torch.empty(24, 8, 3, 3), torch.empty(32, 8, 3, 3, dtype=torch.float64), torch.empty(32, 8, 3, 3)):
+        for statistics in (False, True):
+            op.compile_ahead(weight, residual_bias=True, mix=True, statistics=statistics)
 
 
 def compile_epilogue(target: str, epilogue: str, kernel: Any, num_warps: int, **constants: Any) -> dict[str, str]:
     arguments = draw((2, 24, 3, 5, 7), torch.float16, torch.device("cpu"), epilogue)[2]
     optional = {name: f"{name}_ptr" for name in ("residual", "residual_bias", "mix_factor", "image_only")}
     present = [pointer for name, pointer in optional.items() if name in arguments]
-    flags = op._Flags(*(name in arguments for name in optional), spatial_is_second=False)
+    flags = {f"HAS_{name.upper()}": name in arguments for name in optional}
+    flags["HAS_MIX"] = flags.pop("HAS_MIX_FACTOR")
     return compile_for(
         target,
         kernel,
@@ -297,7 +351,12 @@ def compile_epilogue(target: str, epilogue: str, kernel: Any, num_warps: int, **
             **{"part_ptr": "*fp32:16", "channels": "i32:16", "frame_size": "i32:16"},
             **{"frame_rows": "i32", "chunk_rows": "i32"},
         },
-        {**dict.fromkeys(set(optional.values()).difference(present)), **flags.constants(), **constants},
+        {
+            **dict.fromkeys(set(optional.values()).difference(present)),
+            **flags,
+            **{"SPATIAL_IS_SECOND": False},
+            **constants,
+        },
         num_warps=num_warps,
     )
 
@@ -317,8 +376,8 @@ def test_accesses_are_16_bytes_wide(target: str, epilogue: str) -> None:
 def test_tiles_with_statistics_are_read_and_written_16_bytes_at_a_time(
     segment_rows: int, epilogue: str, target: str
 ) -> None:
-    tiling = choose_writer_tiling(28, segment_rows, 320, 64)
-    blocks = {"BLOCK_R": tiling.block_r, "BLOCK_C": tiling.block_c, "FOLD": op.FOLD, "STAGES": tiling.stages}
+    tiling = writer_tiling((28, 320, segment_rows))
+    blocks = {"BLOCK_R": tiling.block_r, "BLOCK_C": tiling.block_c, "FOLD": FOLD, "STAGES": tiling.stages}
     asm = compile_epilogue(target, epilogue, op._conv_epilogue_statistics_kernel, tiling.num_warps, **blocks)
     assert_no_spills(asm)
     if "sass" in asm:
@@ -327,24 +386,6 @@ def test_tiles_with_statistics_are_read_and_written_16_bytes_at_a_time(
         assert ("LDGSTS" in asm["sass"]) == (tiling.stages > 1), "the next tile is to be on its way"
         if tiling.num_warps == 1:
             assert "BAR.SYNC" not in re.search(r"\n(LBB\d+):.*BRA \1;", asm["sass"], re.DOTALL)[0]
-
-
-@pytest.mark.parametrize("shape", [(28, 320, 9, 16), (2, 320, 14, 72, 128)], ids=["small", "large"])
-@pytest.mark.parametrize("second", [False, True], ids=["first", "second"])
-def test_what_is_compiled_ahead_is_what_runs(
-    second: bool, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    begun: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(Launch, "compile_ahead", lambda launch, *dtypes: begun.append((launch._identity(), *dtypes)))
-    mix = len(shape) == 5
-    op.compile_ahead(torch.empty(320, 320, 3, 3), mix=mix, image_only=mix, spatial_is_second=second)
-    frames, rows = (shape[0] * shape[2], 72 * 128) if mix else (shape[0], 9 * 16)
-    launch, _ = op._prepare_statistics(320, rows, frames, op._Flags(True, False, mix, mix, second))
-    assert launch._identity() in [identity for identity, *_ in begun]
-    assert {len(dtypes) for _, _, *dtypes in begun} == {8}, "one for each of the kernel's tensors"
-    op.compile_ahead(torch.empty(24, 24, 3, 3))
-    op.compile_ahead(torch.empty(32, 32, 3, 3, dtype=torch.float64))
-    assert len(begun) == 2
 
 
 @pytest.mark.gpu
@@ -360,10 +401,13 @@ def test_real_shapes(shape: tuple[int, ...], epilogue: str, dtype: torch.dtype, 
     out = conv_epilogue(x, bias, **arguments, impl="triton")
     gold = conv_epilogue_ref(x.double(), bias.double(), **in_float64(arguments))
     assert_close_to_gold(out, gold, conv_epilogue_ref(x, bias, **arguments))
-    with_statistics = conv_epilogue(x, bias, **arguments, statistics=True, impl="triton")
-    assert torch.equal(with_statistics, out) and carried(with_statistics)
-    normed, gold = by_the_norm(with_statistics)
-    assert_close_to_gold(normed, gold, by_the_norm(out)[0])
+    same, statistics = conv_epilogue_and_statistics(x, bias, **arguments, impl="triton")
+    assert torch.equal(same, out)
+    assert_norm_goes_by(out, statistics)
+    with torch.no_grad(), listening(checks=True) as events:
+        conv_epilogue(x, bias, **arguments)
+        conv_epilogue_and_statistics(x, bias, **arguments)
+    assert not any(event.problem for event in events)
 
 
 @pytest.mark.gpu
