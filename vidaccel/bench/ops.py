@@ -25,7 +25,7 @@ from vidaccel.bench.timing import time_calls, time_queued, timed
 from vidaccel.bench.variants import cudnn_benchmark
 from vidaccel.fidelity.metrics import relative_error
 from vidaccel.kernels.dispatch import record_choices, triton_device_problem
-from vidaccel.kernels.launch import constants_overridden
+from vidaccel.kernels.settings import constants_overridden
 
 __all__ = ["measure_ops", "one_stage_kernels"]
 
