@@ -303,7 +303,8 @@ class Op:
         if wish is not None:
             return self._plan_of(wish)
         if self._measures is not None and settings.current().tunes and self._measures(*args):
-            settled = choice.settle(self, args, self._default_of(args))
+            with listening():  # what runs for the clock is nobody's call, and is not checked
+                settled = choice.settle(self, args, self._default_of(args))
             if settled is None:  # a graph is being captured, and nothing can be measured
                 return self._plan_of(self._default_of(args), reason, stands=False)
             return self._plan_of(settled.winner, reason or settled.reason)

@@ -10,7 +10,7 @@ from kernel_checks import FAULTS, TARGETS, assert_close_to_gold, assert_no_spill
 from torch import Tensor
 
 from vidaccel.kernels import check
-from vidaccel.kernels.launch import constants_overridden
+from vidaccel.kernels.settings import constants_overridden
 from vidaccel.kernels.norm import group_norm_silu as op
 from vidaccel.kernels.norm.channel_statistics import FOLD, ChannelStatistics, Tiling, choose_tiling
 from vidaccel.kernels.norm.group_norm_silu import (
