@@ -143,7 +143,9 @@ def tensors_reason(x: Tensor, *others: Tensor | None) -> str | None:
 
 def runs_triton(op: str, x: Tensor) -> bool:
     """Whether ``op`` would run as Triton on ``x``'s device: for callers whose detour only the kernel makes worth it."""
-    return device_reason(x) is None and preferred_implementation(op, settings.current().preferred) != REFERENCE
+    wishes = settings.current().preferred
+    served = x.is_cuda or INTERPRETED
+    return served and not (wishes and preferred_implementation(op, wishes) == REFERENCE)
 
 
 def _serves_all(*args: Any) -> None:
@@ -436,6 +438,6 @@ def check_wishes(shortcuts: Sequence[str] = ()) -> None:
 def _signature(args: tuple[Any, ...]) -> Signature:
     """Everything that may decide what runs for ``args``."""
     return (
-        settings.current(),
+        settings.untraced(),
         *[x if type(x) in _PLAIN else (type(x), x.shape, x.stride(), x.dtype, x.device) for x in args],
     )

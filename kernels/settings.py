@@ -16,12 +16,26 @@ import torch
 
 from vidaccel.config import preferred_implementations, tuning_enabled
 
-__all__ = ["FIDELITIES", "Fidelity", "Settings", "allowed", "current", "frozen", "tf32_convolutions", "tf32_products"]
+__all__ = [
+    "FIDELITIES",
+    "Fidelity",
+    "Settings",
+    "allowed",
+    "constants_overridden",
+    "current",
+    "frozen",
+    "overridden_constants",
+    "tf32_convolutions",
+    "tf32_products",
+    "untraced",
+]
 
 Fidelity = Literal["bit-exact", "math-exact", "lossy"]
+Constants = tuple[tuple[str, Any], ...]  # of kernels: names and values
 FIDELITIES: tuple[Fidelity, ...] = get_args(Fidelity)  # the strictest first
 
 _allowed: ContextVar[Fidelity] = ContextVar("allowed", default="math-exact")
+_overridden: ContextVar[Constants] = ContextVar("overridden", default=())
 _frozen: ContextVar[Settings | None] = ContextVar("frozen", default=None)
 
 
@@ -38,6 +52,7 @@ class Settings:
         reduced: Whether products may add in half precision: float16, bfloat16.
         cudnn: Enabled, benchmark, deterministic.
         attention: PyTorch's attention backends that are on: flash, efficient, cuDNN, math.
+        constants: Those of kernels that :func:`constants_overridden` replaces.
     """
 
     allowed: Fidelity
@@ -48,6 +63,7 @@ class Settings:
     reduced: tuple[bool, bool] = (True, True)
     cudnn: tuple[bool, bool, bool] = (True, False, False)
     attention: tuple[bool, bool, bool, bool] = (True, True, True, True)
+    constants: Constants = ()
 
 
 _interned: dict[tuple[Any, ...], Settings] = {}
@@ -57,6 +73,11 @@ def current() -> Settings:
     """The settings of this call: those frozen around it, or as they are now."""
     if torch.compiler.is_compiling():  # PyTorch's own flags are Inductor's business
         return Settings(*_ours())
+    return untraced()
+
+
+def untraced() -> Settings:
+    """:func:`current` for code that Dynamo does not see."""
     return _frozen.get() or _read()
 
 
@@ -85,6 +106,7 @@ def _read() -> Settings:
             cuda.cudnn_sdp_enabled(),
             cuda.math_sdp_enabled(),
         ),
+        _overridden.get(),
     )
     if values not in _interned:
         _interned[values] = Settings(*values)
@@ -111,6 +133,22 @@ def allowed(fidelity: Fidelity) -> Iterator[None]:
     finally:
         _frozen.reset(unfrozen)
         _allowed.reset(token)
+
+
+def overridden_constants() -> Constants:
+    """What :func:`constants_overridden` replaces in this context."""
+    return _overridden.get()
+
+
+@contextmanager
+def constants_overridden(**values: Any) -> Iterator[None]:
+    """Inside the ``with`` block, in this thread, these values replace the same-named constants of all kernels."""
+    token, unfrozen = _overridden.set(tuple((dict(_overridden.get()) | values).items())), _frozen.set(None)
+    try:
+        yield
+    finally:
+        _frozen.reset(unfrozen)
+        _overridden.reset(token)
 
 
 def tf32_products() -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from diffusers.models.unets.unet_i2vgen_xl import I2VGenXLUNet
 
 from vidaccel.blocks.unet.text_context import TextSource
-from vidaccel.pipelines.text_to_video_synthesis import BLOCK_RULES
+from vidaccel.pipelines.unet_3d_blocks import BLOCK_RULES
 from vidaccel.sites.rules import ChannelsLastWeights
 
 __all__ = ["RULES"]

@@ -17,7 +17,7 @@ residual), writes y (and z); with residual and one of the others eager makes 7 s
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -139,7 +139,7 @@ def choose_tiling(block_c: int, itemsize: int, has_residual: bool, has_row: bool
 
 
 def _launch(
-    shape: tuple[int, int, int],
+    shape: Sequence[int],
     itemsize: int,
     positions: int,
     eps: float,

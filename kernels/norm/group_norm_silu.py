@@ -88,7 +88,8 @@ def group_norm_silu_ref(
         rows = math.prod(x.shape[2:])
         per_row = shift.to(x.dtype).repeat_interleave(rows // shift.shape[1], dim=1)
         x = x + per_row.transpose(1, 2).reshape(x.shape)
-    y = F.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype), eps)
+    # channels first: for the other order PyTorch's CPU kernel takes E[x^2] - mean^2, too poor to judge by
+    y = F.group_norm(x.contiguous(), groups, weight.to(x.dtype), bias.to(x.dtype), eps)
     return channels_last(F.silu(y) if silu else y)
 
 
@@ -300,7 +301,8 @@ class _Call(NamedTuple):
     def and_sum(
         cls, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, row: Tensor, *statistics: Any
     ) -> _Call:
-        return cls(x, weight, bias, groups, eps, False, None, None, *statistics, row)
+        parts, segment_rows, chunk_rows = statistics
+        return cls(x, weight, bias, groups, eps, False, None, None, parts, segment_rows, chunk_rows, row)
 
     @property
     def rows(self) -> int:
@@ -308,7 +310,7 @@ class _Call(NamedTuple):
         return math.prod(self.x.shape[2:])
 
     @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
+    def tensors(self) -> tuple[Any, ...]:
         """Those that kernels read."""
         return self.x, self.shift, self.tail, self.weight, self.bias, self.row, self.parts
 

@@ -1,78 +1,105 @@
 """That a direct launch runs the very kernel, with the very arguments, that Triton's own launch would.
 
-Without a GPU, Triton is given a driver and a compiler that do nothing but tell what they are asked for.
+Without a GPU, Triton is given a driver and a compiler that do nothing but record what they are asked for.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-from tiny_models import tiny_svd_pipeline
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaLauncher
 from triton.runtime import JITFunction
 
-from vidaccel import patch_module
 from vidaccel.kernels import launch as launching
 from vidaccel.kernels.attention.temporal_attention import temporal_attention
 from vidaccel.kernels.conv.conv_epilogue import conv_epilogue
 from vidaccel.kernels.ffn.geglu import geglu
-from vidaccel.kernels.launch import Launch, constants_overridden, prepared
+from vidaccel.kernels.launch import Launch, prepared
 from vidaccel.kernels.norm.add_layer_norm import add_layer_norm
 from vidaccel.kernels.norm.group_norm_silu import group_norm_silu
+from vidaccel.kernels.settings import constants_overridden
 
-pytestmark = pytest.mark.skipif(not launching.DIRECT, reason="launches go through this version of Triton as ever")
+pytestmark = pytest.mark.skipif(not launching.DIRECT, reason="this version of Triton launches by itself")
 
 GLOBAL: tl.constexpr = tl.constexpr(3)
 
 
 class Driver:
-    """A GPU that is not there."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
+    """GPUs that are not there."""
 
     def get_current_target(self) -> GPUTarget:
-        return self.target
+        return GPUTarget("cuda", 90, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        return torch.cuda.current_device()
 
     def get_current_stream(self, device: int) -> int:
-        return 77
+        return 77 + device
+
+
+class OnGpu(Tensor):
+    """A tensor that says that it is on a GPU."""
+
+    device_index = 0
+    is_cuda = True  # type: ignore[assignment]
+
+    def get_device(self) -> int:
+        return self.device_index
+
+
+class Run(NamedTuple):
+    """One launch of a compiled kernel."""
+
+    kernel: Compiled
+    grid: tuple[int, ...]
+    stream: int
+    function: tuple[Any, ...]
+    arguments: list[Any]
 
 
 class Compiled:
-    """What Triton's compiler would return; remembers what it was launched with."""
+    """What Triton's compiler would return; its launches are added to ``runs``."""
 
     function, packed_metadata = 11, (4, 1, 0)
 
-    def __init__(self) -> None:
-        self.launches: list[tuple[Any, ...]] = []
+    def __init__(self, runs: list[Run]) -> None:
+        self.runs = runs
 
     def launch_metadata(self, *args: Any) -> None:
         return None
 
     def run(self, *args: Any) -> None:
-        grid, stream, kernel, arguments = args[:3], args[3], args[4:6], args[9:]
-        self.launches.append((grid, stream, kernel, arguments))
+        addresses = [x.data_ptr() if isinstance(x, Tensor) else x for x in args[9:]]
+        self.runs.append(Run(self, args[:3], args[3], args[4:6], addresses))
 
 
-@pytest.fixture(params=[GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)], ids=["cuda", "hip"])
-def driver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(triton.runtime.driver, "_active", Driver(request.param))
-    launching._runtime.cache_clear()
-    yield
-    launching._runtime.cache_clear()
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    current = [0]
+
+    class Device(nullcontext):  # type: ignore[type-arg]
+        def __init__(self, device: int) -> None:
+            self.device = device
+
+        def __enter__(self) -> None:
+            current.append(self.device)
+
+        def __exit__(self, *_: object) -> None:
+            current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", Device)
 
 
 def function(x_ptr, y_ptr, size, width, eps, BLOCK: tl.constexpr, FLAG: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -84,20 +111,22 @@ def function_of_a_global(x_ptr, y_ptr, size, width, eps, BLOCK: tl.constexpr, FL
 
 
 def jit(fn: Callable[..., None] = function) -> Any:
-    """A kernel that is compiled to a :class:`Compiled`."""
-    kernel = JITFunction(fn, do_not_specialize=["width"])
-    assert kernel.device_caches[0]  # asking for them sets the compiler that is replaced here
+    """A kernel that is compiled to a :class:`Compiled`; its ``runs`` are all launches."""
+    kernel: Any = JITFunction(fn, do_not_specialize=["width"])
+    kernel.runs = []
+    for device in (0, 1):
+        assert kernel.device_caches[device]  # asking for them sets the compiler that is replaced here
 
     def compile(src: Any, **kwargs: Any) -> Compiled:
         assert src.fn.cache_key  # the walk through the source that finds globals
-        return Compiled()
+        return Compiled(kernel.runs)
 
     kernel.compile = compile
     return kernel
 
 
 def tensor(dtype: torch.dtype = torch.float16, offset: int = 0) -> Tensor:
-    return torch.zeros(64, dtype=dtype)[offset:]
+    return torch.zeros(64, dtype=dtype)[offset:].as_subclass(OnGpu)
 
 
 ARGUMENTS: dict[str, Any] = {
@@ -138,32 +167,20 @@ CHANGES = [
 ]
 
 
-def prepare(kernel: Any, arguments: dict[str, Any]) -> tuple[Launch, tuple[Tensor | None, ...]]:
-    x, y, size, width, eps, *_ = arguments.values()
+def prepare(kernel: Any, arguments: dict[str, Any]) -> tuple[Launch, Callable[[], None]]:
+    """A launch, and the same by Triton."""
+    x, y, *numbers = list(arguments.values())[:5]
     constants = dict(list(arguments.items())[5:])
-    return Launch(kernel, (5, 6), size, width, eps, **constants), (x, y)
+    launch = Launch(kernel, (5, 6), *numbers, **constants)
+    return launch, lambda: kernel[(5, 6)](x, x if y is None else y, *numbers, **constants)
 
 
-def launched_by_triton(launch: Launch, tensors: tuple[Tensor | None, ...]) -> tuple[Compiled, tuple[Any, ...]]:
-    compiled = launch._through_triton(tensors)
-    return compiled, compiled.launches[-1]
-
-
-def launched_directly(
-    launch: Launch, tensors: tuple[Tensor | None, ...], monkeypatch: pytest.MonkeyPatch
-) -> tuple[Compiled, tuple[Any, ...]]:
-    launch._here(0, tensors)
+def run_directly(launch: Launch, tensors: tuple[Tensor | None, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launch after a first launch, without Triton's help."""
+    launch(*tensors)
     with monkeypatch.context() as patch:
         patch.setattr(JITFunction, "run", lambda *args, **kwargs: pytest.fail("went through Triton again"))
-        launch._here(0, tensors)
-    kernels = [k for k in launch._kernel.device_caches[0][0].values() if k.launches]
-    (ran,) = [k for k in kernels if len(k.launches) > 1]
-    return ran, ran.launches[-1]
-
-
-def forget_launches(kernel: Any) -> None:
-    for compiled in kernel.device_caches[0][0].values():
-        compiled.launches.clear()
+        launch(*tensors)
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -171,16 +188,13 @@ def test_runs_the_kernel_that_triton_would(
     change: dict[str, Any], driver: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernel = jit()
-    ways = [prepare(kernel, arguments) for arguments in (ARGUMENTS, ARGUMENTS | change)]
-    for launch, tensors in (*ways, *ways):
-        expected = launched_by_triton(launch, tensors)
-        forget_launches(kernel)
-        ran, arguments = launched_directly(launch, tensors, monkeypatch)
-        assert ran is expected[0]
-        assert arguments[:3] == expected[1][:3]
-        for ours, theirs in zip(arguments[3], expected[1][3], strict=True):
-            assert ours is theirs or (type(ours) is type(theirs) and ours == theirs)
-        forget_launches(kernel)
+    ways = [(prepare(kernel, arguments), arguments) for arguments in (ARGUMENTS, ARGUMENTS | change)]
+    for (launch, by_triton), arguments in (*ways, *ways):
+        by_triton()
+        run_directly(launch, (arguments["x"], arguments["y"]), monkeypatch)
+        expected, ran = kernel.runs[-3], kernel.runs[-1]
+        assert ran == expected
+        assert [*map(type, ran.arguments)] == [*map(type, expected.arguments)]  # True == 1 == 1.0
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -189,16 +203,28 @@ def test_runs_the_kernel_that_triton_would(
 )
 def test_one_launch_serves_any_tensors(x: Tensor, first: int, driver: None, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = jit()
-    launch, (usual, y) = prepare(kernel, ARGUMENTS)
+    usual, y = tensor(), tensor()
+    launch, _ = prepare(kernel, ARGUMENTS)
     ran = []
     for each in [(usual, x), (x, usual)][first] * 2:
-        expected, _ = launched_by_triton(launch, (each, y))
-        forget_launches(kernel)
-        ran.append(launched_directly(launch, (each, y), monkeypatch)[0])
-        assert ran[-1] is expected
-        forget_launches(kernel)
+        _, by_triton = prepare(kernel, ARGUMENTS | {"x": each, "y": y})
+        by_triton()
+        run_directly(launch, (each, y), monkeypatch)
+        assert kernel.runs[-1] == kernel.runs[-3]
+        ran.append(kernel.runs[-1].kernel)
     aligned_alike = x.dtype == usual.dtype and x.data_ptr() % 16 == 0
     assert (ran[0] is ran[1]) == aligned_alike
+
+
+def test_launches_on_the_device_of_its_tensors(driver: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = jit()
+    launch, _ = prepare(kernel, ARGUMENTS)
+    here, there = tensor(), tensor()
+    there.device_index = 1  # type: ignore[attr-defined]
+    for x in (here, there) * 2:
+        run_directly(launch, (x, x), monkeypatch)
+    assert [run.stream for run in kernel.runs] == [77, 77, 78, 78] * 2
+    assert len({run.kernel for run in kernel.runs}) == 2
 
 
 def hook(*args: Any, **kwargs: Any) -> None:
@@ -238,31 +264,31 @@ def test_goes_through_triton_where_it_must(
 ) -> None:
     kernel = jit()
     disturb(kernel, monkeypatch)
-    launch, tensors = prepare(kernel, ARGUMENTS)
+    through_triton = mock.Mock(wraps=kernel.run)
+    kernel.run = through_triton
+    launch, _ = prepare(kernel, ARGUMENTS)
     for _ in range(3):
-        launch._here(0, tensors)
-    assert not launch._compiled
-    (compiled,) = kernel.device_caches[0][0].values()
-    assert len(compiled.launches) == 3
+        launch(tensor(), tensor())
+    assert through_triton.call_count == len(kernel.runs) == 3
 
 
 def test_an_observer_that_comes_later_sees_the_launch(driver: None, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = jit()
-    launch, tensors = prepare(kernel, ARGUMENTS)
-    launch._here(0, tensors)
-    launch._here(0, tensors)
+    launch, _ = prepare(kernel, ARGUMENTS)
+    launch(tensor(), tensor())
+    launch(tensor(), tensor())
     seen: list[Any] = []
     kernel.add_pre_run_hook(lambda *args, **kwargs: seen.append(args))
-    launch._here(0, tensors)
+    launch(tensor(), tensor())
     assert len(seen) == 1
 
 
 def test_globals_are_compared_at_every_launch(driver: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    launch, tensors = prepare(jit(function_of_a_global), ARGUMENTS)
-    launch._here(0, tensors)
+    launch, _ = prepare(jit(function_of_a_global), ARGUMENTS)
+    launch(tensor(), tensor())
     monkeypatch.setitem(globals(), "GLOBAL", tl.constexpr(5))
     with pytest.raises(RuntimeError, match="has changed since we compiled"):
-        launch._here(0, tensors)
+        launch(tensor(), tensor())
 
 
 def test_numbers_of_another_type_are_prepared_apart() -> None:
@@ -273,36 +299,48 @@ def test_numbers_of_another_type_are_prepared_apart() -> None:
     assert [kind(0), kind(0.0), kind(False), kind(0)] == [int, float, bool, int]
 
 
-def test_overridden_constants_reach_the_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    launches: list[dict[str, Any]] = []
-    monkeypatch.setattr(Launch, "_through_triton", lambda self, tensors: launches.append(self._constants))
-    staged = Launch(JITFunction(function), (1,), BLOCK=64, FLAG=3)
-    unstaged = Launch(JITFunction(function), (1,), BLOCK=64)
-    for launch in (staged, unstaged):
-        launch(torch.zeros(1))
-        with constants_overridden(FLAG=1):
-            launch(torch.zeros(1))
-        launch(torch.zeros(1))
-    assert [constants.get("FLAG") for constants in launches] == [3, 1, 3, None, None, None]
-    assert all(constants["BLOCK"] == 64 for constants in launches)
+def test_overridden_constants_reach_the_launches(driver: None) -> None:
+    kernel = jit()
+
+    @prepared
+    def launch(flag: int) -> Launch:
+        return Launch(kernel, (1,), 1, 1, 1.0, BLOCK=64, FLAG=flag)
+
+    def flag_of_a_launch() -> int:
+        launch(3)(tensor(), tensor())
+        return kernel.runs[-1].arguments[-1]
+
+    assert flag_of_a_launch() == 3
+    with constants_overridden(FLAG=1, OTHER=2), ThreadPoolExecutor(1) as another_thread:
+        assert flag_of_a_launch() == 1
+        assert another_thread.submit(flag_of_a_launch).result() == 3
+        with constants_overridden(FLAG=2):
+            assert flag_of_a_launch() == 2
+    assert flag_of_a_launch() == 3
+    assert all(run.arguments[-2] == 64 for run in kernel.runs)
 
 
 @pytest.mark.parametrize("scratch", [0, 16])
-def test_asks_of_the_launcher_what_triton_asks(scratch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_asks_of_the_launcher_what_triton_asks(scratch: int, driver: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own call allocates scratch memory first, if the kernel wants some."""
     allocator = mock.Mock(get=lambda: lambda *args: "scratch")
     monkeypatch.setattr(triton.runtime._allocation, "_profile_allocator", allocator)
-    launches: list[tuple[Any, ...]] = []
+    launches: list[list[Any]] = []
+
+    def record(*args: Any) -> None:
+        but_hooks = (*args[:10], *args[13:])
+        launches.append([x.data_ptr() if isinstance(x, Tensor) else x for x in but_hooks])
+
     run = CudaLauncher.__new__(CudaLauncher)
     run.num_ctas, run.launch_cooperative_grid, run.launch_pdl = 1, "cooperative", "pdl"
     run.global_scratch_size, run.global_scratch_align = 0, 1
     run.profile_scratch_size, run.profile_scratch_align = scratch, 1
-    run.launch = lambda *args: launches.append(args)
-    compiled = mock.Mock(run=run, function="function", packed_metadata="metadata")
-    ours = launching._compiled(compiled)
-    ours.run(1, 2, 3, "stream", *ours.head, "x", "y")
-    run(1, 2, 3, "stream", "function", "metadata", None, None, None, "x", "y")
+    run.launch = record
+    kernel = jit()
+    monkeypatch.setattr(Compiled, "run", run)
+    run_directly(prepare(kernel, ARGUMENTS)[0], (tensor(), None), monkeypatch)
     assert launches[0] == launches[1]
+    assert ("scratch" in launches[1]) == bool(scratch)
 
 
 def draw(*shape: int, offset: int = 0) -> Tensor:
@@ -322,63 +360,6 @@ def run_everything() -> list[Tensor]:
             outputs += [group_norm_silu(image, weight, weight, 8, 1e-5), conv_epilogue(image, weight, image)]
             outputs += [temporal_attention(x, x, x, 2, 2 if channels > 32 else 1)]
     return outputs
-
-
-def launch_of(kernel: Any) -> Launch:
-    return Launch(kernel, (1,), 32, 33, 1e-5, BLOCK=64, FLAG=True, num_warps=4)
-
-
-def test_the_first_launch_waits_for_what_is_compiled_ahead(driver: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel, go, order = jit(), threading.Event(), []
-    compile = kernel.compile
-
-    def slowly(*args: Any, **kwargs: Any) -> Compiled:
-        assert go.wait(10)
-        order.append(threading.current_thread().name)
-        return compile(*args, **kwargs)
-
-    kernel.compile = slowly
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    device = torch.device("cuda", 0)
-    launch_of(kernel).compile_ahead(device, torch.float16, torch.float16)
-    launch_of(kernel).compile_ahead(device, torch.float16, torch.float16)  # begun already
-    threading.Timer(0.1, go.set).start()
-    launch_of(kernel)(tensor(), tensor())
-    assert len(order) == 1 and order[0].startswith("vidaccel-compile")
-    assert not launching._ahead
-
-
-def test_a_failure_ahead_is_left_to_the_launch(driver: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel = jit()
-    kernel.compile = mock.Mock(side_effect=RuntimeError("no such instruction"))
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    launch_of(kernel).compile_ahead(torch.device("cuda", 0), torch.float16, torch.float16)
-    with pytest.raises(RuntimeError, match="no such instruction"):
-        launch_of(kernel)(tensor(), tensor())
-    assert kernel.compile.call_count == 2
-
-
-def test_nothing_is_compiled_ahead_without_a_gpu(driver: None) -> None:
-    launch_of(jit()).compile_ahead(torch.device("cpu"), torch.float16, torch.float16)
-    assert not launching._ahead
-
-
-@pytest.mark.gpu
-@torch.no_grad()
-def test_what_is_compiled_ahead_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every kernel of a patched UNet's first call that was foretold: none is compiled twice."""
-    unet = tiny_svd_pipeline().unet.to("cuda", torch.float16)
-    compiled: list[tuple[str, str]] = []
-
-    def listen(*, src: Any, metadata: dict[str, Any], times: Any, **_: Any) -> None:
-        compiled.append((src.name, threading.current_thread().name.partition("_")[0]))
-
-    monkeypatch.setattr(triton.knobs.compilation, "listener", listen)
-    with patch_module(unet):
-        inputs = (torch.randn(1, 2, 8, 8, 8), torch.tensor(0.5), torch.randn(1, 1, 32), torch.ones(1, 3))
-        unet(*(x.to("cuda", torch.float16) for x in inputs))
-    norms = [thread for name, thread in compiled if name == "_add_layer_norm_kernel"]
-    assert norms and all(thread == "vidaccel-compile" for thread in norms)
 
 
 @pytest.mark.gpu

@@ -93,7 +93,7 @@ def hook_that_writes(unet: Any) -> None:
     def halve(module: nn.Module, args: Any, out: Tensor) -> None:
         out.data.mul_(0.5)
 
-    first(unet, nn.Conv2d, "conv1").register_forward_hook(halve)
+    first(unet, nn.Conv2d, "conv2").register_forward_hook(halve)
 
 
 def pre_hook_on_the_text(unet: Any) -> None:
@@ -149,7 +149,7 @@ def dropped_cross_attention(unet: Any) -> None:
 
 CHANGES = [
     as_class(QuantisedLinear, "to_q"),
-    as_class(QuantisedLinear, "proj"),
+    as_class(QuantisedLinear, "net.0.proj"),
     gelu_resnets,
     seamless_tiling,
     circular_padding,

@@ -22,8 +22,8 @@ from vidaccel.bench.record import Recorder, Row
 from vidaccel.bench.settings import Settings
 from vidaccel.bench.timing import time_call, time_calls, time_queued
 from vidaccel.kernels.check import Part
-from vidaccel.kernels.launch import constants_overridden
 from vidaccel.kernels.op import REFERENCE, Costs, Op, device_reason, listening, ops
+from vidaccel.kernels.settings import constants_overridden
 
 __all__ = ["arguments_of", "measure_ops", "measured_ops"]
 

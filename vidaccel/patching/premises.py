@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from operator import getitem
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,13 +50,17 @@ class Premises:
         self._modules = modules[1:]
         self._classes = list(map(type, self._modules))
         self._attributes = list(map(vars, self._modules))
-        self._attributes_then = list(map(dict, self._attributes))
+        self._counts = list(map(len, self._attributes))  # one more: somebody replaced a method of an instance
+        told = [(own, name) for own in self._attributes for name in own if name not in _OF_EVERY_MODULE]
+        told += [(own, "training") for own in self._attributes]
+        self._owners, self._names = [own for own, _ in told], [name for _, name in told]
+        self._values_then = list(map(getitem, self._owners, self._names))
         self._tables = [vars(module)[name] for module in modules for name in _TABLES]
         self._tables_then = list(map(dict, self._tables))
         self._containers = list(_containers(modules))
         self._containers_then = list(map(_copy, self._containers))
-        self._values = [vars(processor) for module in modules for processor in _processors(module)]
-        self._values_then = list(map(dict, self._values))
+        self._processors = [vars(processor) for module in modules for processor in _processors(module)]
+        self._processors_then = list(map(dict, self._processors))
         self._weights = [x for x in (*model.parameters(), *model.buffers()) if type(x) in (nn.Parameter, Tensor)]
         self._places = list(map(Tensor.data_ptr, self._weights))
         # One weight of each rank stands for all: a change of dtype or memory order that ends at the very same
@@ -72,7 +77,8 @@ class Premises:
                 self._generation == generation()
                 and self._own == _own_attributes(model)
                 and self._classes == list(map(type, self._modules))
-                and self._attributes == self._attributes_then
+                and self._counts == list(map(len, self._attributes))
+                and self._values_then == list(map(getitem, self._owners, self._names))
                 and self._tables == self._tables_then
                 and self._containers == self._containers_then
                 and self._places == list(map(Tensor.data_ptr, self._weights))
@@ -84,7 +90,7 @@ class Premises:
     def values_hold(self) -> bool:
         """Whether the attributes of processors, which only a graph takes for granted, are as they were."""
         try:
-            return self._values == self._values_then
+            return self._processors == self._processors_then
         except Exception:
             return False
 

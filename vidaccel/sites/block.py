@@ -137,8 +137,8 @@ class FusedBlock(Host, nn.Module):
 
     def runs(self, op: str) -> bool:
         """Whether the fused code of ``op`` is to run in this block."""
-        sites = getattr(self, SITES, None)
-        return sites is not None and sites.runs(op)
+        sites: SiteGroup | None = getattr(self, SITES, None)
+        return sites is not None and op in sites.running()
 
     def compile_ahead(self) -> None:
         """Begin to compile kernels that the first call will need. What is not foretold here is compiled when needed."""
@@ -156,7 +156,7 @@ class FusedBlock(Host, nn.Module):
 @once_per_call
 def _may_be_bypassed(block: FusedBlock) -> bool:
     sites = getattr(block, SITES, None)
-    unfused = sites is None or not sites.any_runs or block.left_alone_reason(block)
+    unfused = sites is None or not sites.running() or block.left_alone_reason(block)
     return not unfused and plain_reason(block, block.original) is None
 
 
@@ -236,7 +236,7 @@ def _plan(host: Host, sites: SiteGroup, kind_of_call: Any, args: tuple[Any, ...]
 
 def _reason(host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """Why this call goes to the original forward, or None."""
-    if not sites.any_runs:
+    if not sites.running():
         return "it is off, or failed"
     return _gradients_reason(host, args) or host.left_alone_reason(host) or host.call_reason(*args, **kwargs)
 

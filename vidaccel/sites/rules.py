@@ -136,7 +136,7 @@ class ChannelsLastWeights(Rule):
         return {"channels_last": "math-exact"}
 
     def matches(self, path: str, module: Any) -> bool:
-        return stock_class(module) is self.owner
+        return isinstance(module, self.owner)
 
     def left_alone_reason(self, module: Any) -> str | None:
         return None if any(True for _ in _plain_convolutions(module)) else "it has no convolution with a plain weight"

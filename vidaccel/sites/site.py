@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from vidaccel.kernels.op import Event
 from vidaccel.kernels.settings import Fidelity
-from vidaccel.sites.memo import plans_changed
+from vidaccel.sites.memo import generation, plans_changed
 
 __all__ = ["Fidelity", "Site", "SiteGroup", "State"]
 
@@ -106,15 +106,19 @@ class SiteGroup:
         self.sites = {site.op: site for site in sites}
         self.checks = checks
         self.seen: dict[Any, Any] = {}
+        self._running: frozenset[str] = frozenset()
+        self._generation = -1
 
     def runs(self, op: str) -> bool:
         """Whether the fused code of ``op`` is to run here."""
-        site = self.sites.get(op)
-        return site is not None and site.runs
+        return op in self.running()
 
-    @property
-    def any_runs(self) -> bool:
-        return any(site.runs for site in self.sites.values())
+    def running(self) -> frozenset[str]:
+        """The ops whose fused code is to run here."""
+        if self._generation != generation():
+            self._running = frozenset(op for op, site in self.sites.items() if site.runs)
+            self._generation = generation()
+        return self._running
 
     @property
     def paths(self) -> str:

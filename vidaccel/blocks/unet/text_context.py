@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vidaccel.sites.memo import Memo, held, preparations
-from vidaccel.sites.plain import stock_class, subtree_reason
+from vidaccel.sites.plain import subtree_reason
 from vidaccel.sites.rules import Rule
 from vidaccel.sites.site import Fidelity, Site
 
@@ -114,10 +114,13 @@ class TextSource(Rule):
         return {"text_rows": "math-exact"}
 
     def matches(self, path: str, module: Any) -> bool:
-        return stock_class(module) is self.owner
+        return isinstance(module, self.owner)
 
     def left_alone_reason(self, module: Any) -> str | None:
-        return None  # it looks at arguments before whatever has replaced the model's forward
+        # what has replaced the forward of this very model does not matter: arguments are looked at before it
+        if type(module).forward is not self.owner.forward:
+            return f"{type(module).__name__} has a forward of its own"
+        return None
 
     def apply(self, module: Any, sites: list[Site], checks: bool) -> _Watch:
         watch = _Watch(module, self.repeats_text)

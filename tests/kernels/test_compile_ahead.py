@@ -1,0 +1,113 @@
+"""That kernels compiled in another process are what the first launch finds, and that nothing depends on the process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vidaccel.kernels.launch import DIRECT
+
+pytestmark = pytest.mark.skipif(not DIRECT, reason="nothing is compiled ahead with this version of Triton")
+
+# A user's script, without ``if __name__ == "__main__"``, on a machine with a Hopper GPU and four CPUs.
+SCRIPT = """
+import contextlib, json, multiprocessing.spawn, os, signal, subprocess, sys, time
+import torch, triton
+from triton.backends.compiler import GPUTarget
+
+class Driver:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+    def get_current_device(self):
+        return 0
+    def get_current_stream(self, device):
+        return 0
+
+triton.runtime.driver.set_active(Driver())
+torch.cuda.current_device = lambda: 0
+torch.cuda.device = lambda device: contextlib.nullcontext()
+
+from vidaccel.kernels import compile_ahead
+from vidaccel.kernels.ffn.geglu import _geglu_kernel as kernel
+
+compile_ahead.available_cpus = lambda: 4
+processes = []
+class Popen(subprocess.Popen):
+    def __init__(self, *args, **keywords):
+        if "compile_worker" in str(args):
+            processes.append(self)
+        super().__init__(*args, **keywords)
+subprocess.Popen = Popen
+hits = []
+triton.knobs.compilation.listener = lambda *, cache_hit=False, **_: hits.append(cache_hit)
+
+def begin(block):
+    dtypes = (torch.float16, torch.float16)
+    compile_ahead.begin(block, kernel, torch.device("cuda", 0), (*dtypes, 320, 64000), dict(BLOCK=block, num_warps=4))
+
+def first_launch(block):
+    compile_ahead.finish(block)
+    kernel.warmup(torch.float16, torch.float16, 320, 64000, BLOCK=block, num_warps=4, grid=(1,))
+
+BLOCKS = (256, 512, 1024)
+"""
+REPORT = 'print(json.dumps({"hits": hits, "processes": [p.pid for p in processes]}))\n'
+UNTIL_COMPILED = """
+from pathlib import Path
+cache, started = Path(os.environ["TRITON_CACHE_DIR"]), time.time()
+while len(list(cache.glob("*/__grp__*"))) < len(BLOCKS) and time.time() < started + 60:
+    time.sleep(0.05)
+"""
+
+
+def run(script: str, cache: Path, *blocks: str) -> dict[str, Any]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", SCRIPT + script + REPORT]
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return report
+
+
+def assert_gone(pids: list[int]) -> None:
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline, "it outlives its parent"
+        time.sleep(0.05)
+
+
+def test_the_first_launch_finds_what_was_compiled(tmp_path: Path) -> None:
+    script = "for block in BLOCKS: begin(block)\n" + UNTIL_COMPILED + "for block in BLOCKS: first_launch(block)\n"
+    report = run(script, tmp_path)
+    assert report["hits"] == [True] * 3
+    (pid,) = report["processes"]
+    assert_gone([pid])
+    # what is in the cache is not compiled again, and no process is started for it
+    again = run("for block in BLOCKS: begin(block); first_launch(block)\n", tmp_path)
+    assert again == {"hits": [True] * 3, "processes": []}
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param("begin(256); first_launch(256)\n", id="not-ready"),
+        pytest.param("begin(256); os.kill(processes[0].pid, signal.SIGKILL); first_launch(256)\n", id="killed"),
+        pytest.param(
+            "multiprocessing.spawn.set_executable('/bin/false')\n"
+            "begin(512); processes[0].wait(); time.sleep(0.5); begin(256); first_launch(256)\n",
+            id="broken",
+        ),
+    ],
+)
+def test_a_launch_compiles_what_the_process_has_not(script: str, tmp_path: Path) -> None:
+    report = run(script, tmp_path)
+    assert report["hits"] == [False]
+    assert len(report["processes"]) == 1
+    assert_gone(report["processes"])
