@@ -86,8 +86,8 @@ def conv_epilogue_ref(
 
 def conv_epilogue_and_statistics_ref(x: Tensor, bias: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     """The specification; the last argument is how many rows make a chunk of the statistics."""
-    *others, chunk_rows = others
-    y = conv_epilogue_ref(x, bias, *others)
+    *addends, chunk_rows = others
+    y = conv_epilogue_ref(x, bias, *addends)
     return y, channel_statistics_ref(y, chunk_rows)
 
 
@@ -180,7 +180,7 @@ def _conv_epilogue_statistics_kernel(
 
 
 def _flags(
-    residual: bool, residual_bias: bool, mix: bool, image_only: bool, spatial_is_second: bool
+    *, residual: bool, residual_bias: bool, mix: bool, image_only: bool, spatial_is_second: bool
 ) -> dict[str, bool]:
     return {
         "HAS_RESIDUAL": residual,
@@ -224,8 +224,13 @@ class _Call(NamedTuple):
     inplace: bool
 
     def flags(self) -> dict[str, bool]:
-        optional = self.residual, self.residual_bias, self.mix_factor, self.image_only
-        return _flags(*(tensor is not None for tensor in optional), self.spatial_is_second)
+        return _flags(
+            residual=self.residual is not None,
+            residual_bias=self.residual_bias is not None,
+            mix=self.mix_factor is not None,
+            image_only=self.image_only is not None,
+            spatial_is_second=self.spatial_is_second,
+        )
 
 
 def _laid_out(
@@ -235,7 +240,7 @@ def _laid_out(
     residual_bias: Tensor | None,
     mix_factor: Tensor | None,
     image_only: Tensor | None,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Any, ...]:
     """The tensors as the kernels read them."""
     return (
         channels_last(x),
@@ -545,7 +550,13 @@ def compile_ahead(
     channels, dtype = weight.shape[0], weight.dtype
     if dtype not in DTYPES:
         return
-    flags = _flags(True, residual_bias, mix, image_only, spatial_is_second)
+    flags = _flags(
+        residual=True,
+        residual_bias=residual_bias,
+        mix=mix,
+        image_only=image_only,
+        spatial_is_second=spatial_is_second,
+    )
     if not statistics:
         _launch(channels, 16 * channels, 1, flags).compile_ahead(weight.device, *[dtype] * 7)
     elif channels % STATISTICS_STEP == 0:

@@ -167,7 +167,7 @@ def _laid_out(
     residual: Tensor | None,
     mix_factor: Tensor | None,
     image_only: Tensor | None,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Any, ...]:
     """The tensors as the kernel reads them; the weight is ``[C, 3, C_in]`` in memory."""
     return (
         channels_last(x),
