@@ -177,7 +177,7 @@ def _the_worker() -> _Worker:
     return _worker
 
 
-def _job(kernel: JITFunction, arguments: tuple[Any, ...], constants: Mapping[str, Any]) -> dict[str, Any] | None:
+def _job(kernel: Any, arguments: tuple[Any, ...], constants: Mapping[str, Any]) -> dict[str, Any] | None:
     """What the process needs to know, or None: the kernel is in the cache, or cannot be made anew from text.
 
     The steps are those of ``JITFunction.run`` up to where it compiles.
@@ -185,7 +185,8 @@ def _job(kernel: JITFunction, arguments: tuple[Any, ...], constants: Mapping[str
     from triton.runtime.jit import MockTensor, serialize_specialization_data
 
     module, name = kernel.fn.__module__, kernel.fn.__qualname__
-    if getattr(sys.modules[module], name, None) is not kernel or module == "__main__":
+    names: Any = vars(sys.modules[module])
+    if names.get(name) is not kernel or module == "__main__":
         return None
     keywords = dict(constants)
     keywords["debug"] = keywords.get("debug", kernel.debug) or triton.knobs.runtime.debug

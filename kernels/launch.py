@@ -17,7 +17,7 @@ profiler or a debugger.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -84,11 +84,8 @@ class Launch:
             tensors: All on one device; the first is not None.
         """
         x: Any = tensors[0]
-        # The kernel does not read a tensor that is not there, so any will do. For None Triton would compile another
-        # launcher, with the C compiler, which takes about as long as a small kernel.
-        given = [x if tensor is None else tensor for tensor in tensors]
         if not x.is_cuda:
-            self._through_triton(given)
+            self._through_triton(tensors)
             return
         device = x.get_device()
         if device != torch.cuda.current_device():
@@ -96,14 +93,22 @@ class Launch:
                 self(*tensors)
             return
         if not self._direct or _observed(self._kernel):
-            self._through_triton(given)
+            self._through_triton(tensors)
             return
-        # Triton's launcher takes addresses too, and asks the driver about each tensor otherwise.
-        addresses = [tensor.data_ptr() for tensor in given]
-        key = (device, *[tensor.dtype for tensor in given], *[address % 16 for address in addresses])
+        # Triton's launcher takes addresses too; it asks the driver about every tensor, but not about those.
+        found: list[Any] = [device]
+        addresses = []
+        for tensor in tensors:
+            if tensor is None:
+                tensor = x
+            address = tensor.data_ptr()
+            addresses.append(address)
+            found.append(tensor.dtype)
+            found.append(address % 16)
+        key = tuple(found)
         compiled = self._compiled.get(key)
         if compiled is None:
-            self._first(key, given)
+            self._first(key, tensors)
         else:
             run, head, stream = compiled
             run(*self._grid_xyz, stream(device), *head, *addresses, *self._tail)
@@ -121,16 +126,19 @@ class Launch:
     def _identity(self) -> tuple[Any, ...]:
         return self._kernel, *sorted(self._constants.items())
 
-    def _first(self, key: tuple[Any, ...], tensors: Sequence[Tensor]) -> None:
+    def _first(self, key: tuple[Any, ...], tensors: tuple[Tensor | None, ...]) -> None:
         kernel = self._through_triton(tensors)
         # Triton compares the globals that a kernel reads at every launch.
         if kernel is not None and not self._kernel.used_global_vals:
             self._compiled[key] = _compiled(kernel)
 
-    def _through_triton(self, tensors: Sequence[Tensor]) -> Any:
+    def _through_triton(self, tensors: tuple[Tensor | None, ...]) -> Any:
+        # The kernel does not read a tensor that is not there, so any will do. For None Triton would compile another
+        # launcher, with the C compiler, which takes about as long as a small kernel.
+        given: list[Any] = [tensors[0] if tensor is None else tensor for tensor in tensors]
         if compile_ahead.under_way:
-            compile_ahead.finish((*self._identity(), *(tensor.dtype for tensor in tensors)))
-        return self._kernel[self._grid](*tensors, *self._numbers, **self._constants)
+            compile_ahead.finish((*self._identity(), *(tensor.dtype for tensor in given)))
+        return self._kernel[self._grid](*given, *self._numbers, **self._constants)
 
 
 def _observed(kernel: JITFunction) -> bool:

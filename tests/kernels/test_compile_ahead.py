@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from vidaccel.kernels import compile_ahead
 from vidaccel.kernels.launch import DIRECT
 
 pytestmark = pytest.mark.skipif(not DIRECT, reason="nothing is compiled ahead with this version of Triton")
@@ -67,10 +68,11 @@ while len(list(cache.glob("*/__grp__*"))) < len(BLOCKS) and time.time() < starte
 """
 
 
-def run(script: str, cache: Path, *blocks: str) -> dict[str, Any]:
+def run(script: str, cache: Path) -> dict[str, Any]:
+    """What the script reports: for each kernel asked for, whether the cache had it; the processes it started."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", SCRIPT + script + REPORT]
+    command = [sys.executable, "-c", script + REPORT]
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return report
@@ -85,29 +87,80 @@ def assert_gone(pids: list[int]) -> None:
 
 def test_the_first_launch_finds_what_was_compiled(tmp_path: Path) -> None:
     script = "for block in BLOCKS: begin(block)\n" + UNTIL_COMPILED + "for block in BLOCKS: first_launch(block)\n"
-    report = run(script, tmp_path)
+    report = run(SCRIPT + script, tmp_path)
     assert report["hits"] == [True] * 3
     (pid,) = report["processes"]
     assert_gone([pid])
     # what is in the cache is not compiled again, and no process is started for it
-    again = run("for block in BLOCKS: begin(block); first_launch(block)\n", tmp_path)
+    again = run(SCRIPT + "for block in BLOCKS: begin(block); first_launch(block)\n", tmp_path)
     assert again == {"hits": [True] * 3, "processes": []}
 
 
+def test_a_launch_waits_for_a_job_that_is_under_way(tmp_path: Path) -> None:
+    first_stage = "while not [*Path(os.environ['TRITON_CACHE_DIR']).glob('*/*.ttir')]: time.sleep(0.002)\n"
+    report = run(SCRIPT + "from pathlib import Path\nbegin(256)\n" + first_stage + "first_launch(256)\n", tmp_path)
+    assert report["hits"] == [True]
+
+
 @pytest.mark.parametrize(
-    "script",
+    ("script", "processes"),
     [
-        pytest.param("begin(256); first_launch(256)\n", id="not-ready"),
-        pytest.param("begin(256); os.kill(processes[0].pid, signal.SIGKILL); first_launch(256)\n", id="killed"),
+        pytest.param("begin(256)", 1, id="not-ready"),
+        pytest.param("begin(256); os.kill(processes[0].pid, signal.SIGKILL)", 1, id="killed"),
         pytest.param(
             "multiprocessing.spawn.set_executable('/bin/false')\n"
-            "begin(512); processes[0].wait(); time.sleep(0.5); begin(256); first_launch(256)\n",
+            "begin(512); processes[0].wait(); time.sleep(0.5); begin(256)",
+            1,
             id="broken",
         ),
+        pytest.param("compile_ahead.available_cpus = lambda: 3; begin(256)", 0, id="few-cpus"),
+        pytest.param("multiprocessing.current_process()._config['daemon'] = True; begin(256)", 0, id="daemon"),
     ],
 )
-def test_a_launch_compiles_what_the_process_has_not(script: str, tmp_path: Path) -> None:
-    report = run(script, tmp_path)
+def test_a_launch_compiles_what_the_process_has_not(script: str, processes: int, tmp_path: Path) -> None:
+    report = run(SCRIPT + script + "\nfirst_launch(256)\n", tmp_path)
     assert report["hits"] == [False]
-    assert len(report["processes"]) == 1
+    assert len(report["processes"]) == processes
     assert_gone(report["processes"])
+
+
+def test_cpus_are_shared_by_the_ranks_of_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    monkeypatch.setattr(Path, "read_text", lambda path: "2000000 100000\n")
+    assert compile_ahead.available_cpus() == 20
+    monkeypatch.setattr(Path, "read_text", lambda path: "max 100000\n")
+    assert compile_ahead.available_cpus() == 64
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert compile_ahead.available_cpus() == 8
+
+
+ON_A_GPU = (
+    """
+import json, os, time
+import torch, triton
+from vidaccel.kernels import compile_ahead
+from vidaccel.kernels.ffn.geglu import _geglu_kernel, geglu_ref
+from vidaccel.kernels.launch import Launch
+
+BLOCKS = (256, 512, 1024)
+compile_ahead.available_cpus = lambda: 4
+hits, processes = [], []
+triton.knobs.compilation.listener = lambda *, cache_hit=False, **_: hits.append(cache_hit)
+x, y = torch.randn(64, 640, device="cuda").half(), torch.empty(64, 320, device="cuda").half()
+launches = [Launch(_geglu_kernel, (y.numel() // b,), 320, y.numel(), BLOCK=b, num_warps=4) for b in BLOCKS]
+for launch in launches:
+    launch.compile_ahead(x.device, x.dtype, y.dtype)
+"""
+    + UNTIL_COMPILED
+    + """
+for launch in launches * 2:
+    y.fill_(torch.nan)
+    launch(x, y)
+    torch.testing.assert_close(y, geglu_ref(x))
+"""
+)
+
+
+@pytest.mark.gpu
+def test_the_first_launch_on_a_gpu_compiles_nothing(tmp_path: Path) -> None:
+    assert run(ON_A_GPU, tmp_path)["hits"] == [True] * 3
