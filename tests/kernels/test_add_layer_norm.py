@@ -19,10 +19,10 @@ from kernel_checks import (
 from torch import Tensor
 
 from vidaccel.kernels import check
-from vidaccel.kernels.settings import constants_overridden
 from vidaccel.kernels.norm import add_layer_norm as op
 from vidaccel.kernels.norm.add_layer_norm import ADD_LAYER_NORM, add_layer_norm, add_layer_norm_ref, choose_tiling
 from vidaccel.kernels.op import listening
+from vidaccel.kernels.settings import constants_overridden
 
 EPS = 1e-5
 DTYPES = [torch.float32, torch.float16]

@@ -10,7 +10,6 @@ from kernel_checks import FAULTS, TARGETS, assert_close_to_gold, assert_no_spill
 from torch import Tensor
 
 from vidaccel.kernels import check
-from vidaccel.kernels.settings import constants_overridden
 from vidaccel.kernels.norm import group_norm_silu as op
 from vidaccel.kernels.norm.channel_statistics import FOLD, ChannelStatistics, Tiling, choose_tiling
 from vidaccel.kernels.norm.group_norm_silu import (
@@ -23,6 +22,7 @@ from vidaccel.kernels.norm.group_norm_silu import (
     group_norm_silu_ref,
 )
 from vidaccel.kernels.op import listening
+from vidaccel.kernels.settings import constants_overridden
 
 EPS = 1e-5
 DTYPES = [torch.float32, torch.float16]
