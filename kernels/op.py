@@ -93,21 +93,23 @@ class Listener(NamedTuple):
     hear: Callable[[Event], None]
     checks: bool = False  # whether every call is held against its reference
     only_references: bool = False  # whether references run in place of what was chosen
+    covers: bool = False  # whether what lies between the ops has been checked already
 
 
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
 @contextmanager
-def listening(*, checks: bool = False, only_references: bool = False) -> Iterator[list[Event]]:
+def listening(*, checks: bool = False, only_references: bool = False, covers: bool = False) -> Iterator[list[Event]]:
     """Collect the events inside the ``with`` block, in this thread; what a nested listener hears is its own.
 
     Args:
         checks: Hold the result of every op against its reference, and return the reference's where they disagree.
         only_references: Choose as ever, but run the reference: for a check of what lies between the ops.
+        covers: Tell blocks below that this check has been made, for them too.
     """
     events: list[Event] = []
-    token = _listener.set(Listener(events.append, checks, only_references))
+    token = _listener.set(Listener(events.append, checks, only_references, covers))
     try:
         yield events
     finally:

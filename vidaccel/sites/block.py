@@ -8,8 +8,8 @@ and stands as long as that does.
 The first call of a signature is checked, and others now and then, for a fault may need other values. Every op in it is
 held against its reference on its very tensors (``kernels/check.py``); no child, hook or random number runs twice. What
 lies between the ops, the block itself, is held against the original block where that is safe: where all below it is
-plain, on the call's own tensors or a corner of them, with references in place of kernels. So a check takes little
-memory.
+plain, on the call's own tensors or a corner of them, with references in place of kernels. That covers all blocks below;
+they are looked at one by one only if it finds something. So a check takes little memory and time.
 
 A module that lost its sites (a copy, or a bound forward that somebody kept when it was restored) does what the original
 does.
@@ -221,7 +221,7 @@ def run_part(host: Host, part: Callable[..., Result], *args: Any, **kwargs: Any)
     if torch.compiler.is_compiling() or (listener := overheard()) is None or listener.only_references:
         return part(*args, **kwargs)
     sites: SiteGroup = getattr(host, SITES)
-    with listening(checks=listener.checks) as events:
+    with listening(checks=listener.checks, covers=listener.covers) as events:
         result = part(*args, **kwargs)
     sites.hear(events)
     return result
@@ -260,12 +260,16 @@ def _heard(
 ) -> Any:
     """A call whose events are noted, and whose ops and what lies between them are checked if it is their turn."""
     unsafe = subtree_reason(host.module_of(args))
+    listener = overheard()
+    judged = checked and not unsafe and not (listener is not None and listener.covers)
     try:
-        if checked and not unsafe and (problem := _problem_between_ops(kind, host, sites, args, kwargs)):
+        problem = _problem_between_ops(kind, host, sites, args, kwargs) if judged else None
+        with listening(checks=checked, covers=checked and not unsafe and not problem) as events:
+            out = host.fused_forward(*args, **kwargs)
+        # Where a block below is at fault, it has failed by now, and this one is right.
+        if problem and (problem := _problem_between_ops(kind, host, sites, args, kwargs)):
             sites.fail(problem)
             return kind.original_forward(host, *args, **kwargs)
-        with listening(checks=checked) as events:
-            out = host.fused_forward(*args, **kwargs)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
