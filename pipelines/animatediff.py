@@ -2,7 +2,7 @@
 
 What the family offers:
 
-* the pipeline repeats the text for every frame, and it stays the same for all steps (``text_keys_values``);
+* the pipeline repeats the text for every frame (``text_rows``);
 * the spatial transformers leave channels-last and copy back (``channels_last``);
 * GEGLU, norms and residuals are a quarter of the time of an eager step.
 

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from vidaccel.sites.memo import once_per_call
 
-__all__ = ["hook_reason", "plain_reason", "readable_reason", "stock_class", "subtree_reason"]
+__all__ = [
+    "fingerprint",
+    "foreign_reason",
+    "hook_reason",
+    "plain_reason",
+    "readable_reason",
+    "stock_class",
+    "subtree_reason",
+]
 
 _LIBRARIES = ("torch.nn.", "diffusers.", "vidaccel.")
 
@@ -33,7 +41,7 @@ def plain_reason(child: nn.Module, expected: type[nn.Module]) -> str | None:
         return f"a {expected.__name__} was replaced by {type(child).__name__}"
     if reason := hook_reason(child):
         return reason
-    if expected.forward is not _forwards().get(expected, expected.forward):
+    if not torch.compiler.is_compiling() and expected.forward is not _FORWARDS.get(expected, expected.forward):
         return f"somebody replaced the forward of every {expected.__name__}"
     return None
 
@@ -55,14 +63,11 @@ def _methods(kind: type) -> frozenset[str]:
     return frozenset(name for name in dir(kind) if callable(getattr(kind, name, None)))
 
 
-@functools.cache
-def _forwards() -> dict[type, Any]:
-    """The forwards of the classes that code of ours stands for, as they were when the first of them was asked for."""
-    kinds = (nn.Linear, nn.Conv2d, nn.Conv3d, nn.GroupNorm, nn.LayerNorm, nn.SiLU, nn.Dropout, nn.Sequential)
-    return {kind: kind.forward for kind in kinds}
-
-
-_forwards()
+# The forwards of the classes that code of ours stands for, as they were when this file was imported.
+_FORWARDS: dict[type, Any] = {
+    kind: kind.forward
+    for kind in (nn.Linear, nn.Conv2d, nn.Conv3d, nn.GroupNorm, nn.LayerNorm, nn.SiLU, nn.Dropout, nn.Sequential)
+}
 
 
 def readable_reason(child: Any, expected: type[nn.Module], x: Tensor, *, with_bias: bool = True) -> str | None:
@@ -87,13 +92,18 @@ def _readable_reason(child: Any, expected: type[nn.Module], device: torch.device
     return None
 
 
+def foreign_reason(module: nn.Module) -> str | None:
+    """Why a call of this very module may run a user's code, or None."""
+    if not f"{stock_class(module).__module__}.".startswith(_LIBRARIES):
+        return f"a {type(module).__name__} is not of PyTorch or diffusers"
+    return hook_reason(module)
+
+
 @once_per_call
 def subtree_reason(module: nn.Module) -> str | None:
     """Why running ``module`` a second time may do more than the first did (a user's code, a random number), or None."""
     for part in module.modules():
-        if not f"{stock_class(part).__module__}.".startswith(_LIBRARIES):
-            return f"a {type(part).__name__} is not of PyTorch or diffusers"
-        if reason := hook_reason(part):
+        if reason := foreign_reason(part):
             return reason
         if part.training and isinstance(part, nn.Dropout):
             return "dropout is on"

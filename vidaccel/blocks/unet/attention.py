@@ -26,6 +26,7 @@ from vidaccel.blocks.unet.attention_processor import (
     attend,
     attend_projected,
     attention_reason,
+    bypassed,
     merged_weights,
     output_layers,
 )
@@ -55,6 +56,8 @@ def _is_one_token(context: Tensor | None) -> bool:
 
 def _one_token_attention(attn: Attention, context: Tensor) -> Tensor:
     """What ``attn(anything, context)`` returns for each row of a one-token ``context`` ``[N, 1, D]``: ``[N, 1, C]``."""
+    if not torch.compiler.is_compiling():
+        bypassed(attn)
     out = attn.to_v(context)
     for layer in output_layers(attn):
         out = layer(out)
@@ -144,6 +147,8 @@ class _TransformerBlock(FusedBlock):
         """Self-attention over the frames of every pixel of ``[B*F, HW, C]``."""
         if not self.runs("temporal_attention"):
             return _attend_by_pixel(attn, hidden_states, num_frames)
+        if not torch.compiler.is_compiling():
+            bypassed(attn)
         weights = merged_weights(attn, hidden_states) if self.runs("qkv_projection") else None
         if weights is None:
             query, key, value = (layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v))

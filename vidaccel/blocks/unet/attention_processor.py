@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vidaccel.kernels.attention.qkv_projection import qkv_projection
 from vidaccel.kernels.attention.spatial_attention import spatial_attention
+from vidaccel.kernels.op import overheard
 from vidaccel.sites.block import SITES, Host, call_site
 from vidaccel.sites.memo import once_per_call
 from vidaccel.sites.plain import plain_reason, readable_reason
@@ -29,6 +30,7 @@ __all__ = [
     "attend",
     "attend_projected",
     "attention_reason",
+    "bypassed",
     "merged_weights",
     "output_layers",
 ]
@@ -156,6 +158,14 @@ def _projections_reason(attn: Attention, device: torch.device) -> str | None:
     return None
 
 
+def bypassed(attn: Attention) -> None:
+    """Let the sites of ``attn``'s processor know that a fused parent does its work."""
+    sites: SiteGroup | None = getattr(attn.processor, SITES, None)
+    if overheard() is not None and sites is not None:
+        for site in sites.sites.values():
+            site.implementations.add("in its block")
+
+
 @once_per_call
 def output_layers(attn: Attention) -> tuple[Any, ...]:
     """What ``attn`` ends with: its projection, and dropout where that does anything."""
@@ -172,6 +182,8 @@ def _stock_attention(attn: Attention, query: Tensor, key: Tensor, value: Tensor)
 
 def attend_projected(attn: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """What ``attn`` makes of its projections' outputs ``[B, S, H*D]``, up to and with its output projection."""
+    if not torch.compiler.is_compiling():
+        bypassed(attn)
     out = _stock_attention(attn, query, key, value)
     for layer in output_layers(attn):
         out = layer(out)

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
 from vidaccel.sites.memo import Memo, held, preparations
-from vidaccel.sites.plain import subtree_reason
+from vidaccel.sites.plain import foreign_reason
 from vidaccel.sites.rules import Rule
 from vidaccel.sites.site import Fidelity, Site
 
@@ -73,8 +74,7 @@ class _Watch:
         if question not in memo:
             model = self._model()
             assert model is not None
-            reasons = [subtree_reason(part) for part in model.children()]
-            memo[question] = any(reasons) or len(model._forward_pre_hooks) > 0
+            memo[question] = len(model._forward_pre_hooks) > 0 or any(map(foreign_reason, _on_the_texts_way(model)))
         changed: bool = memo[question]
         return changed
 
@@ -95,6 +95,15 @@ class _Watch:
             first = first if torch.equal(text, first.repeat_interleave(num_frames, dim=0)) else text[:0]
             self._last = weakref.ref(text), stamp, first
         return first if len(first) else text
+
+
+def _on_the_texts_way(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules below ``model`` that a text goes through before an attention sees it."""
+    modules = dict(model.named_modules())
+    for path, module in modules.items():
+        if isinstance(module, BasicTransformerBlock):
+            names = path.split(".")
+            yield from (modules[".".join(names[:depth])] for depth in range(1, len(names) + 1))
 
 
 @dataclass(frozen=True)
