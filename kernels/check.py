@@ -121,7 +121,7 @@ def near(out: Tensor, expected: Tensor) -> str | None:
     if out.numel() == 0 or not out.is_floating_point():
         return None if torch.equal(out, expected) else "differs from the original block"
     rows, columns, gain, lost = (float(x) for x in _distances(out, expected, expected))
-    allowed = CHAIN * _eps(expected)
+    allowed = CHAIN * max(_eps(expected), _autocast_eps(expected))
     if lost or not max(rows, columns, CHAIN_GAIN * gain) <= allowed:
         return f"the block differs from the original by {max(rows, columns):.1e}, which may be {allowed:.1e}"
     return None
@@ -252,6 +252,12 @@ def _eps(*outputs: Tensor) -> float:
     Of several outputs, the coarsest: float32 statistics of a rounded tensor move with its roundings.
     """
     return max(map(_unit, outputs))
+
+
+def _autocast_eps(x: Tensor) -> float:
+    """What autocast rounds to on the way to a result of any dtype; 0 without it."""
+    kind = x.device.type
+    return torch.finfo(torch.get_autocast_dtype(kind)).eps if torch.is_autocast_enabled(kind) else 0.0
 
 
 def _unit(x: Tensor) -> float:
