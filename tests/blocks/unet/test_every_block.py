@@ -279,6 +279,8 @@ def test_adapters_on_every_layer_are_seen(case: Case) -> None:
     module = make(case)
     plain = call(case, module)
     layers = [path for path, child in module.named_modules() if path and isinstance(child, nn.Linear | nn.Conv2d)]
+    if isinstance(module, AnimateDiffTransformer3D):  # whose stock code calls these two by an argument PEFT lacks
+        layers = [path for path in layers if path not in ("proj_in", "proj_out")]
     if not layers:
         pytest.skip("it has no layer that takes an adapter")
     with all_fused(module, case.fused, *case.below) as sites:
@@ -360,7 +362,9 @@ def test_what_the_fused_code_forgets_is_found(case: Case, monkeypatch: pytest.Mo
             assert {site.state for site in sites.values()} == {"failed"}, name
 
 
-@pytest.mark.parametrize("case", [case for case in CASES.values() if case.options.keys() & {"num_frames", *IMAGES_MIXED}])
+@pytest.mark.parametrize(
+    "case", [case for case in CASES.values() if case.options.keys() & {"num_frames", *IMAGES_MIXED}]
+)
 @torch.no_grad()
 def test_frames_off_by_one_are_found(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     module, right = make(case), case.fused.fused_forward
