@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
@@ -59,7 +60,7 @@ class Case(NamedTuple):
     fused: type[FusedBlock]
     make: Callable[[], nn.Module]
     inputs: tuple[tuple[int, ...], ...]
-    options: dict[str, Any] = {}
+    options: Mapping[str, Any] = MappingProxyType({})
     below: tuple[type[FusedBlock], ...] = ()
 
 
@@ -77,7 +78,9 @@ CASES = {
     "group-norm": Case(FusedGroupNorm, lambda: nn.GroupNorm(4, C), (IMAGE,)),
     "few-channels": Case(FusedFewChannelConv2d, lambda: nn.Conv2d(3, C, 3, padding=1), ((N, 3, HEIGHT, WIDTH),)),
     "upsample": Case(FusedUpsample2D, lambda: Upsample2D(C, use_conv=True), (IMAGE,)),
-    "alpha-blend": Case(FusedAlphaBlender, lambda: AlphaBlender(0.7, "learned_with_images"), (CLIP, CLIP), IMAGES_MIXED),
+    "alpha-blend": Case(
+        FusedAlphaBlender, lambda: AlphaBlender(0.7, "learned_with_images"), (CLIP, CLIP), IMAGES_MIXED
+    ),
     "resnet": Case(
         FusedResnetBlock2D,
         lambda: ResnetBlock2D(in_channels=C, out_channels=64, temb_channels=16, groups=4),
@@ -135,6 +138,9 @@ CASES = {
         (IMAGE,), FRAME_COUNT, LAYERS,
     ),
 }  # fmt: skip
+OVER_FRAMES = {
+    name: case for name, case in CASES.items() if case.options.keys() & {"num_frames", "image_only_indicator"}
+}
 EVERY_BLOCK = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
@@ -160,11 +166,12 @@ def draw(like: nn.Module, shape: tuple[int, ...], seed: int, orders: dict[int, t
 
 def call(case: Case, module: nn.Module, orders: dict[int, torch.memory_format] = ORDERS) -> Tensor:
     tensors = [draw(module, shape, seed, orders) for seed, shape in enumerate(case.inputs)]
-    options = {
-        name: draw(module, value, 9, orders) if type(value) is tuple else value.to(tensors[0]) if isinstance(value, Tensor)
-        else value
-        for name, value in case.options.items()
-    }  # fmt: skip
+    options = dict(case.options)
+    for name, value in options.items():
+        if isinstance(value, tuple):
+            options[name] = draw(module, value, 9, orders)
+        elif isinstance(value, Tensor):
+            options[name] = value.to(tensors[0])
     return tensor_of(module(*tensors, **options))
 
 
