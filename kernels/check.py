@@ -126,7 +126,7 @@ def near(out: Tensor, expected: Tensor, gold: Tensor | None = None) -> str | Non
         return None if torch.equal(out, expected) else "differs from the original block"
     *apart, lost = (float(x) for x in _distances(out, expected if gold is None else gold, expected))
     own = [0.0] * 3 if gold is None else [float(x) for x in _distances(expected, gold, expected)[:3]]
-    eps = _eps(expected)
+    eps = max(_eps(expected), _autocast_eps(expected))
     for error, by_original, units in zip(apart, own, (CHAIN, CHAIN, CHAIN / CHAIN_GAIN), strict=True):
         allowed = units * eps + 2 * by_original
         if lost or not error <= allowed:
@@ -272,6 +272,12 @@ def _eps(*outputs: Tensor) -> float:
     Of several outputs, the coarsest: float32 statistics of a rounded tensor move with its roundings.
     """
     return max(map(_unit, outputs))
+
+
+def _autocast_eps(x: Tensor) -> float:
+    """What autocast rounds to on the way to a result of any dtype; 0 without it."""
+    kind = x.device.type
+    return torch.finfo(torch.get_autocast_dtype(kind)).eps if torch.is_autocast_enabled(kind) else 0.0
 
 
 def _unit(x: Tensor) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from vidaccel.sites.block import FusedBlock
 from vidaccel.sites.rules import Swap
 from vidaccel.sites.site import Site
 
-__all__ = ["frozen", "fused", "relative_error", "tensor_of"]
+__all__ = ["all_fused", "frozen", "fused", "relative_error", "tensor_of"]
 
 
 def frozen(module: nn.Module) -> nn.Module:
@@ -37,6 +37,18 @@ def fused(
         yield {site.op: site for site in sites}
     finally:
         patch.undo(module)
+
+
+@contextmanager
+def all_fused(module: nn.Module, *fused_classes: type[FusedBlock]) -> Iterator[list[Site]]:
+    """``module`` and all below it, fused where one of ``fused_classes`` is for it; yields the sites of all."""
+    sites: list[Site] = []
+    with ExitStack() as stack:
+        for path, part in list(module.named_modules()):
+            for fused_class in fused_classes:
+                if Swap(fused_class).matches(path, part):
+                    sites += stack.enter_context(fused(part, fused_class)).values()
+        yield sites
 
 
 def tensor_of(output: Any) -> Tensor:

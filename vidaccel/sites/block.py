@@ -239,13 +239,13 @@ def _reason(host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: dict[str
     """Why this call goes to the original forward, or None."""
     if not sites.running():
         return "it is off, or failed"
-    return _gradients_reason(host, args) or host.left_alone_reason(host) or host.call_reason(*args, **kwargs)
+    return _gradients_reason(host, args, kwargs) or host.left_alone_reason(host) or host.call_reason(*args, **kwargs)
 
 
-def _gradients_reason(host: Host, args: tuple[Any, ...]) -> str | None:
+def _gradients_reason(host: Host, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     if not torch.is_grad_enabled():
         return None
-    tensors = [x for x in args if isinstance(x, Tensor)]
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     recorded = any(x.requires_grad for x in (*tensors, *host.module_of(args).parameters()))
     return GRADIENTS if recorded else None
 

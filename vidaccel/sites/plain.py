@@ -27,6 +27,8 @@ __all__ = [
 ]
 
 _LIBRARIES = ("torch.nn.", "diffusers.", "vidaccel.")
+_KINDS = (nn.Linear, nn.Conv2d, nn.Conv3d, nn.GroupNorm, nn.LayerNorm, nn.SiLU, nn.Dropout, nn.Sequential)
+_FORWARDS: dict[type, Any] = {kind: kind.forward for kind in _KINDS}  # as they were when this was imported
 
 
 def stock_class(module: nn.Module) -> type:
@@ -61,13 +63,6 @@ def hook_reason(module: nn.Module) -> str | None:
 @functools.cache
 def _methods(kind: type) -> frozenset[str]:
     return frozenset(name for name in dir(kind) if callable(getattr(kind, name, None)))
-
-
-# The forwards of the classes that code of ours stands for, as they were when this file was imported.
-_FORWARDS: dict[type, Any] = {
-    kind: kind.forward
-    for kind in (nn.Linear, nn.Conv2d, nn.Conv3d, nn.GroupNorm, nn.LayerNorm, nn.SiLU, nn.Dropout, nn.Sequential)
-}
 
 
 def readable_reason(child: Any, expected: type[nn.Module], x: Tensor, *, with_bias: bool = True) -> str | None:

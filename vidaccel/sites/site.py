@@ -15,6 +15,13 @@ __all__ = ["Fidelity", "Site", "SiteGroup", "State"]
 
 logger = logging.getLogger(__name__)
 
+# Ops that do more than the one whose site they run at.
+SITE_OF = {
+    "conv_epilogue_and_statistics": "conv_epilogue",
+    "upsample_conv_and_statistics": "upsample_conv",
+    "group_norm_and_sum": "group_norm_silu",
+}
+
 State = Literal["active", "off", "left alone", "failed", "restored"]
 
 
@@ -128,12 +135,13 @@ class SiteGroup:
         """Note what ran; a site whose op disagreed with its reference fails."""
         told = set()
         for event in events:
-            told.add(event.op)
-            site = self.sites.get(event.op)
+            op = SITE_OF.get(event.op, event.op)
+            told.add(op)
+            site = self.sites.get(op)
             if site is not None:
                 site.implementations.add(event.implementation)
             if event.problem:
-                self.fail(event.problem, event.op)
+                self.fail(event.problem, op)
         for op, site in self.sites.items():
             if op not in told and site.runs:  # plain PyTorch: a shortcut, or another memory order
                 site.implementations.add("torch")
@@ -141,7 +149,7 @@ class SiteGroup:
     def count(self, reason: str, op: str = "", calls: int = 1) -> None:
         """Count calls that went another way: of the whole group, or of one ``op`` of it."""
         for site in self.sites.values():
-            if op in ("", site.op):
+            if SITE_OF.get(op, op) in ("", site.op):
                 site.fallbacks[reason] += calls
 
     def fail(self, reason: str, op: str = "") -> None:

@@ -40,7 +40,7 @@ from vidaccel.kernels.norm.add_layer_norm import compile_ahead as compile_norm_a
 from vidaccel.kernels.op import runs_triton
 from vidaccel.sites.block import FusedBlock, call_site, cut_corner, fuses
 from vidaccel.sites.memo import once_per_call
-from vidaccel.sites.plain import plain_reason, readable_reason
+from vidaccel.sites.plain import hook_reason, plain_reason, readable_reason
 
 __all__ = [
     "FusedBasicTransformerBlock",
@@ -65,15 +65,16 @@ def _one_token_attention(attn: Attention, context: Tensor) -> Tensor:
 
 
 @once_per_call
-def _shortcut_reason(attn: Any) -> str | None:
-    """Why ``attn`` does more with its context than weigh its values, or None."""
+def _shortcut_reason(attn: Any, norm: Any = None) -> str | None:
+    """Why ``attn`` does more with its context than weigh its values, or None; or why the ``norm`` before it may."""
     if attn is None:
         return "it has no cross-attention"
     if reason := attention_reason(attn):
         return reason
     if attn.residual_connection or attn.norm_cross or attn.spatial_norm is not None or attn.group_norm is not None:
         return "its cross-attention has a norm or residual of its own"
-    return None
+    left_out = () if norm is None else (norm, attn.to_q, attn.to_k)
+    return next(filter(None, map(hook_reason, left_out)), None)
 
 
 @once_per_call
@@ -255,7 +256,9 @@ class FusedBasicTransformerBlock(_SpatialTransformerBlock):
         self._compile_norm_ahead(self.norm3, residual=True, row_to="sum")
 
     def _context_reason(self, context: Any) -> str | None:
-        return None if _is_one_token(context) else "the context is not one token"
+        if not _is_one_token(context):
+            return "the context is not one token"
+        return _shortcut_reason(self.attn2, self.norm2) if self.runs("one_token_attention") else None
 
     def _attend_context(
         self, attended: Tensor, residual: Tensor, context: Tensor
@@ -327,7 +330,7 @@ class FusedTemporalBasicTransformerBlock(_TransformerBlock, TemporalBasicTransfo
     def call_reason(self, hidden_states: Tensor, num_frames: int, context: Tensor | None) -> str | None:
         if self._chunk_size is not None:
             return "the feed-forward is chunked"
-        if self._takes_shortcut(context) and (reason := _shortcut_reason(self.attn2)):
+        if self._takes_shortcut(context) and (reason := _shortcut_reason(self.attn2, self.norm2)):
             return reason
         norms = (self.norm_in, self.norm1, self.norm2 or self.norm3, self.norm3)
         return attention_reason(self.attn1) or self._norms_reason(hidden_states, *norms)

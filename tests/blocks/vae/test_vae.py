@@ -5,20 +5,28 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import torch
+from block_checks import all_fused, frozen, fused, relative_error
 from copy_checks import Copies, hollow_out
+from diffusers.models.autoencoders.vae import Decoder
+from kernel_checks import planted
 from tiny_models import tiny_autoencoder_kl, tiny_svd_pipeline
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vidaccel import patch_module
-from vidaccel.blocks.unet import resnet
-from vidaccel.blocks.vae import vae as blocks
-from vidaccel.blocks.vae.vae import decode_bytes, frames_that_fit
+from vidaccel.blocks.unet.normalization import FusedGroupNorm
+from vidaccel.blocks.unet.resnet import FusedResnetBlock2D
+from vidaccel.blocks.unet.upsampling import FusedUpsample2D
+from vidaccel.blocks.vae.vae import FusedDecoder, FusedTemporalDecoder, decode_bytes, frames_that_fit
+from vidaccel.kernels.conv.conv_epilogue import CONV_EPILOGUE_AND_STATISTICS
+from vidaccel.kernels.conv.upsample_conv import UPSAMPLE_CONV_AND_STATISTICS
+from vidaccel.kernels.op import REFERENCE, Op
 
 GIB = 2**30
 
@@ -94,19 +102,53 @@ def test_memory_held(make: Callable[[], nn.Module], decode: Any, hollow: None) -
     assert 0.8 * estimate <= patched.most <= estimate
 
 
-def test_bias_of_a_shortcut_joins_the_epilogue(monkeypatch: pytest.MonkeyPatch, hollow: None) -> None:
-    seen: list[dict[str, Any]] = []
-    epilogue = resnet.conv_epilogue
+def image_decoder(device: torch.device) -> nn.Module:
+    """Two groups in each norm, for the interpreter takes one after the other."""
+    torch.manual_seed(0)
+    blocks = {"up_block_types": ("UpDecoderBlock2D", "UpDecoderBlock2D"), "block_out_channels": (32, 16)}
+    return frozen(Decoder(norm_num_groups=2, mid_block_add_attention=False, **blocks)).to(device)
 
-    def spy(*args: Any, **kwargs: Any) -> Tensor:
-        seen.append(kwargs)
-        return epilogue(*args, **kwargs)
 
-    monkeypatch.setattr(resnet, "conv_epilogue", spy)
-    vae = tiny_autoencoder_kl()
-    with patch_module(vae, self_check=False):
-        decode_kl(vae, latents())
-    assert sum("residual_bias" in kwargs for kwargs in seen) == 1, "one block of the tiny decoder changes the width"
+LAYERS = FusedResnetBlock2D, FusedUpsample2D, FusedGroupNorm
+
+
+@torch.no_grad()
+def test_with_the_kernels(device: torch.device) -> None:
+    decoder, z = image_decoder(device), torch.randn(1, 3, 3, 2, device=device)
+    expected = decoder(z)
+    with all_fused(decoder, FusedDecoder, *LAYERS) as sites:
+        assert relative_error(decoder(z), expected) <= 1e-5
+    assert not any(site.reason or site.fallbacks for site in sites)
+    kernels = {site.op for site in sites if "triton" in site.implementations}
+    assert {"group_norm_silu", "conv_epilogue"} <= kernels
+
+
+@pytest.mark.parametrize("op", [CONV_EPILOGUE_AND_STATISTICS, UPSAMPLE_CONV_AND_STATISTICS], ids=lambda op: op.name)
+@torch.no_grad()
+def test_wrong_statistics_are_found(op: Op, device: torch.device) -> None:
+    """Only if they are handed on is there something to find."""
+    decoder, z = image_decoder(device), torch.randn(1, 3, 3, 2, device=device)
+    expected = decoder(z)
+    with ExitStack() as stack:
+        for name in set(op.implementations) - {REFERENCE}:
+            stack.enter_context(planted(op, name, lambda outputs: outputs[1].mul_(1.5)))
+        sites = stack.enter_context(all_fused(decoder, FusedDecoder, *LAYERS))
+        assert relative_error(decoder(z), expected) <= 1e-5
+        assert any(site.state == "failed" and op.name.startswith(site.op) for site in sites)
+
+
+@VAES
+def test_what_the_decoder_forgets_is_found(
+    make: Callable[[], nn.Module], decode: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
+    vae = make()
+    expected, kind = decode(vae, latents()), FusedDecoder if make is tiny_autoencoder_kl else FusedTemporalDecoder
+    right = kind.fused_forward
+    monkeypatch.setattr(kind, "fused_forward", lambda *args: right(*args).flip(0))
+    with fused(vae.decoder, kind) as sites:
+        assert torch.equal(decode(vae, latents()), expected)
+    assert "differs from the original" in sites["decode_memory"].reason
 
 
 class Releases(nn.Identity):
@@ -152,31 +194,33 @@ def test_hooks_on_an_up_block_still_run() -> None:
 
 @pytest.fixture
 def full_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Module, float], None]:
-    """A call makes a decoder's last convolution run out of memory on a GPU that has so many GiB to give."""
+    """A call makes a decoder's last convolution run out of memory on a GPU that has room for so many frames."""
 
-    def fill(vae: nn.Module, gib: float) -> None:
+    def fill(vae: nn.Module, room: float) -> None:
         def raise_error(*args: object) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
         vae.decoder.conv_out.forward = raise_error
-        monkeypatch.setattr(blocks, "_usable_bytes", lambda device: int(gib * GIB))
-        monkeypatch.setattr(blocks, "decode_bytes", lambda decoder, sample: GIB)
+        free = int(room * decode_bytes(vae.decoder, latents()))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
 
     return fill
 
 
 @VAES
 @pytest.mark.parametrize(
-    ("gib", "advice"),
+    ("room", "advice"),
     [(3.5, "decode_chunk_size=3 would fit"), (9, "decode_chunk_size=4 would fit"), (0.5, "not even one frame fits")],
 )
 def test_out_of_memory_names_the_chunk_that_fits(
-    make: Callable[[], nn.Module], decode: Any, gib: float, advice: str, full_gpu: Callable[[nn.Module, float], None]
+    make: Callable[[], nn.Module], decode: Any, room: float, advice: str, full_gpu: Callable[[nn.Module, float], None]
 ) -> None:
     vae = make()
-    full_gpu(vae, gib)
+    full_gpu(vae, room)
     patch_module(vae, only="decode_memory")
-    with pytest.raises(torch.OutOfMemoryError, match=r"5 frames of 8 x 8 pixels .* about 1.00 GiB") as raised:
+    with pytest.raises(torch.OutOfMemoryError, match=r"5 frames of 8 x 8 pixels .* about 0.00 GiB") as raised:
         decode(vae, latents(frames=5))
     assert advice in str(raised.value)
     assert "Tried to allocate" in str(raised.value.__cause__)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from block_checks import frozen, fused, relative_error
+from block_checks import all_fused, frozen, fused, relative_error
 from copy_checks import Copies
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_3d_blocks import (
@@ -19,20 +19,21 @@ from diffusers.models.unets.unet_3d_blocks import (
     UpBlockSpatioTemporal,
 )
 from diffusers.models.unets.unet_motion_model import CrossAttnUpBlockMotion, UpBlockMotion
+from kernel_checks import planted
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from vidaccel.blocks.unet import normalization
 from vidaccel.blocks.unet.resnet import FusedResnetBlock2D, FusedSpatioTemporalResBlock, Joined
 from vidaccel.blocks.unet.unet_3d_blocks import (
     FusedCrossAttnUpBlock3D,
     FusedCrossAttnUpBlockSpatioTemporal,
     FusedUpBlock3D,
     FusedUpBlockSpatioTemporal,
-    _Skip,
 )
 from vidaccel.blocks.unet.unet_motion_model import FusedCrossAttnUpBlockMotion, FusedUpBlockMotion
-from vidaccel.sites.site import FusedBlock, Site
+from vidaccel.kernels.conv.joined_projection import JOINED_PROJECTION
+from vidaccel.sites.block import FusedBlock
+from vidaccel.sites.site import Site
 
 FRAMES, SIDE, CONTEXT = 2, 4, 32
 WIDTH, NARROW = 64, 32  # of the block, and of its last skip connection
@@ -69,7 +70,7 @@ ALL_KINDS = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name_
 
 @pytest.fixture(autouse=True)
 def norm_by_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter takes a second for one; it runs where numbers are compared."""
+    """The interpreter takes a second for one; it runs in test_every_block.py, and where numbers are compared here."""
     monkeypatch.setenv("VIDACCEL_IMPL", "group_norm_silu=torch")
 
 
@@ -85,19 +86,12 @@ def make(kind: type[nn.Module]) -> nn.Module:
     return frozen(kind(**widths, num_layers=2, **KINDS[kind].options))
 
 
-@contextmanager
-def resnets_fused(block: nn.Module) -> Iterator[None]:
-    with ExitStack() as stack:
-        for module in list(block.modules()):
-            for fused_class in (FusedResnetBlock2D, FusedSpatioTemporalResBlock):
-                if type(module) is fused_class.original:
-                    stack.enter_context(fused(module, fused_class))
-        yield
+RESNETS = FusedResnetBlock2D, FusedSpatioTemporalResBlock
 
 
 @contextmanager
 def patched(block: nn.Module) -> Iterator[Site]:
-    with resnets_fused(block), fused(block, KINDS[type(block)].fused) as sites:
+    with all_fused(block, *RESNETS), fused(block, KINDS[type(block)].fused) as sites:
         yield sites["skip_concat"]
 
 
@@ -127,6 +121,8 @@ def call(block: nn.Module, **changes: Any) -> Tensor:
 def test_equals_the_original(
     kind: type[nn.Module], impl: str, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
+    if impl == "triton" and device.type == "cpu" and "SpatioTemporal" in kind.__name__:
+        pytest.skip("its norms have 32 groups, which the interpreter takes one by one; test_every_block.py has one")
     monkeypatch.setenv("VIDACCEL_IMPL", impl)
     block = make(kind).to(device if impl == "triton" else "cpu")
     expected = call(block)
@@ -139,7 +135,7 @@ def test_equals_the_original(
         twin = copy.deepcopy(block)
     assert relative_error(out, expected) <= 1e-5
     assert torch.equal(call(block), expected)
-    assert torch.equal(call(twin), out)
+    assert torch.equal(call(twin), expected)
     pairs = zip(arguments["res_hidden_states_tuple"], before["res_hidden_states_tuple"], strict=True)
     assert all(torch.equal(one, other) and type(one) is Tensor for one, other in pairs)
     assert torch.equal(arguments["hidden_states"], before["hidden_states"])
@@ -154,13 +150,13 @@ def test_in_float64(kind: type[nn.Module]) -> None:
     expected = call(block)
     with patched(block) as site:
         assert relative_error(call(block), expected) <= 1e-13
-    assert dict(site.fallbacks) == {"the kernel takes float16, bfloat16 and float32, x is torch.float64": 1}
+    assert not site.reason
 
 
 @pytest.fixture
 def resnet(device: torch.device) -> nn.Module:
     torch.manual_seed(0)
-    return frozen(ResnetBlock2D(in_channels=96, out_channels=64, temb_channels=16, groups=8)).to(device)
+    return frozen(ResnetBlock2D(in_channels=96, out_channels=64, temb_channels=16, groups=2)).to(device)
 
 
 @pytest.mark.parametrize(
@@ -189,9 +185,9 @@ def test_a_resnet_block_is_as_exact_as_eager(
 ) -> None:
     monkeypatch.setenv("VIDACCEL_IMPL", "")
     resnet = resnet.to(dtype)
-    images = (torch.randn(3, channels, *size, device=device, dtype=dtype) for channels in (64, 32))
+    images = (torch.randn(2, channels, *size, device=device, dtype=dtype) for channels in (64, 32))
     x, skip = (image.contiguous(memory_format=order) for image in images)
-    temb, joined = torch.randn(3, 16, device=device, dtype=dtype), torch.cat([x, skip], dim=1)
+    temb, joined = torch.randn(2, 16, device=device, dtype=dtype), torch.cat([x, skip], dim=1)
     gold = copy.deepcopy(resnet).double()(joined.double(), temb.double())
     eager = resnet(joined, temb)
     with fused(resnet, FusedResnetBlock2D) as sites:
@@ -236,17 +232,6 @@ def test_gradients_go_the_original_way() -> None:
     assert [reason.partition(" (")[0] for reason in site.fallbacks] == ["gradients are being recorded"]
 
 
-@ALL_KINDS
-def test_gradient_checkpointing_goes_the_original_way(kind: type[nn.Module]) -> None:
-    block = make(kind)
-    block.gradient_checkpointing = True
-    block._gradient_checkpointing_func = lambda module, *args: module(*args)
-    expected = block(**inputs(block))
-    with patched(block) as site:
-        assert relative_error(block(**inputs(block)), expected) <= 1e-5
-    assert dict(site.fallbacks) == {"gradient checkpointing is on": 1}
-
-
 def test_autocast_goes_the_original_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VIDACCEL_IMPL", "group_norm_silu=torch,conv_epilogue=torch")  # bfloat16, see above
     block = make(UpBlockMotion)
@@ -269,7 +254,7 @@ def test_a_shortcut_with_lora_gets_them_concatenated(kind: type[nn.Module]) -> N
     assert relative_error(out, call(block)) <= 1e-5
     assert relative_error(out, plain) > 1e-3
     assert dict(site.fallbacks) == {"a Conv2d was replaced by Conv2d": 1}, "of PEFT's"
-    assert site.implementation == "in place", "the other"
+    assert "in place" in site.implementations, "the other"
 
 
 def watch_shortcut(resnet: Any) -> None:
@@ -304,12 +289,13 @@ def never_fuse(resnet: Any) -> None:
     resnet.__class__ = type("ResnetBlock2D", (ResnetBlock2D,), {})
 
 
+CALLED = "its ResNet block is not fused, or has to be called"
 CHANGES = [
     (watch_shortcut, "a Conv2d has forward hooks, which only a call of it runs"),
-    (watch_resnet, "a ResnetBlock2D has forward hooks, which only a call of it runs"),
-    (offload_shortcut, "a hook replaced the forward of a Conv2d (offload or casting)"),
-    (offload_resnet, "a hook replaced the forward of a ResnetBlock2D (offload or casting)"),
-    (replace_norm, "a GroupNorm was replaced by Identity"),
+    (watch_resnet, CALLED),
+    (offload_shortcut, "a hook replaced the forward of a Conv2d (offload, casting or cache)"),
+    (offload_resnet, CALLED),
+    (replace_norm, CALLED),
     (widen_shortcut, "the convolution on its residual is not a 1x1 one"),
     (drop_bias, "a Conv2d has no plain weight and bias"),
     (never_fuse, "its ResNet block is not fused"),
@@ -325,13 +311,13 @@ def test_a_changed_resnet_block_gets_them_concatenated(change: Callable[[nn.Modu
     vars(block.resnets[0]).pop("forward", None)  # that of the fused class
     assert dict(site.fallbacks) == {reason: 1}
     assert relative_error(out, call(block)) <= 1e-5
-    assert site.implementation == "in place", "the other"
+    assert "in place" in site.implementations, "the other"
 
 
 def test_hooks_of_a_spatio_temporal_block_see_a_tensor() -> None:
     block, seen = make(UpBlockSpatioTemporal), []
-    block.resnets[0].register_forward_pre_hook(lambda _, args: seen.append(type(args[0])))
     with patched(block) as site:
+        block.resnets[0].register_forward_pre_hook(lambda _, args: seen.append(type(args[0])))
         call(block)
     assert seen == [Tensor]
     assert dict(site.fallbacks) == {"a SpatioTemporalResBlock has forward hooks, which only a call of it runs": 1}
@@ -348,7 +334,7 @@ def test_nothing_is_gained_without_fused_resnet_blocks() -> None:
 @pytest.mark.parametrize(
     ("ops", "reason"),
     [
-        (["group_norm_silu"], "the convolutions of its ResNet block add their biases"),
+        (["group_norm_silu"], "its ResNet block adds its biases in convolutions"),
         (["conv_epilogue"], "the first norm of its ResNet block is not fused"),
     ],
 )
@@ -364,42 +350,32 @@ def test_a_resnet_block_needs_both_its_ops(ops: list[str], reason: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [UpBlockSpatioTemporal, UpBlockMotion], ids=lambda kind: kind.__name__)
-def test_a_wrong_kernel_is_found_out(kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
-    block, right = make(kind), normalization.group_norm_silu
-
-    def wrong(*args: Any, tail: Tensor | None, **kwargs: Any) -> Tensor:
-        return right(*args, tail=tail, **kwargs) * (1.0 if tail is None else 1.01)
-
-    monkeypatch.setattr(normalization, "group_norm_silu", wrong)
+def test_a_wrong_product_is_found(kind: type[nn.Module]) -> None:
+    block = make(kind)
     expected = call(block)
-    with patched(block) as site:
+    with planted(JOINED_PROJECTION, "in place", lambda out: out.mul_(1.01)), patched(block) as site:
         assert relative_error(call(block), expected) <= 1e-5
         assert not site.fallbacks
         assert relative_error(call(block), expected) <= 1e-5
-    assert dict(site.fallbacks) == {"its ResNet block is back to the original code": 2}
+    assert dict(site.fallbacks) == {CALLED: 2}
 
 
-def test_a_failing_product_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    def out_of_order(*args: Any) -> None:
-        raise RuntimeError("cuBLAS is out of order")
+@ALL_KINDS
+def test_what_the_fused_code_swaps_is_found(kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    block, fused_class = make(kind), KINDS[kind].fused
+    changes = {"res_hidden_states_tuple": tuple(inputs(block)["res_hidden_states_tuple"][1:] * 2)}  # of one width
+    block.resnets[1] = copy.deepcopy(block.resnets[0])
+    other = changes["res_hidden_states_tuple"][0] * 2
+    changes["res_hidden_states_tuple"] = (changes["res_hidden_states_tuple"][0], other)
+    expected, right = call(block, **changes), fused_class.fused_forward
 
-    block = make(UpBlockMotion)
-    expected = call(block)
-    monkeypatch.setattr("vidaccel.blocks.unet.resnet._project", out_of_order)
-    with patched(block):
-        for _ in range(2):
-            assert torch.equal(call(block), expected)
+    def swapping(self: Any, x: Tensor, skips: tuple[Tensor, ...], *args: Any) -> Tensor:
+        return right(self, x, skips[::-1], *args)
 
-
-def test_the_first_call_runs_a_resnet_block_twice_and_no_other_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    block, calls = make(CrossAttnUpBlockMotion), []
-    for index, layer in enumerate([*block.attentions, *block.motion_modules, *block.upsamplers]):
-        layer.register_forward_hook(lambda *_, index=index: calls.append(index))
-    original = ResnetBlock2D.forward
-    monkeypatch.setattr(ResnetBlock2D, "forward", lambda *args: calls.append("resnet") or original(*args))
-    with patched(block):
-        call(block)
-    assert sorted(map(str, calls)) == ["0", "1", "2", "3", "4", "resnet", "resnet"]
+    monkeypatch.setattr(fused_class, "fused_forward", swapping)
+    with fused(block, fused_class) as sites:
+        assert torch.equal(call(block, **changes), expected)
+    assert "differs from the original" in sites["skip_concat"].reason
 
 
 def test_upsampling_to_another_size() -> None:
@@ -416,7 +392,8 @@ def test_a_deprecated_scale_is_ignored_as_before() -> None:
     with patched(block) as site:
         with pytest.warns(FutureWarning, match="`scale` argument is deprecated"):
             out = call(block, scale=0.5)
-        assert relative_error(out, expected) <= 1e-5 and not site.fallbacks
+        assert relative_error(out, expected) <= 1e-5
+    assert dict(site.fallbacks) == {"deprecated arguments were passed": 1}
 
 
 def test_other_skips_do_as_before() -> None:
@@ -429,19 +406,6 @@ def test_other_skips_do_as_before() -> None:
             call(block, res_hidden_states_tuple=(second,))
         with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
             call(block, res_hidden_states_tuple=(first, second[..., 1:]))
-
-
-def test_a_marked_skip_is_a_tensor_to_all_but_its_concatenation() -> None:
-    x = torch.randn(2, 3, 4, 4)
-    skip = x.as_subclass(_Skip)
-    for out in (skip + 1, skip.to(torch.float64), torch.cat([x, skip]), torch.stack([skip])):
-        assert type(out) is Tensor
-    for parts in ([skip, x], [skip, skip], [x, skip, x]):  # not what a Joined stands for
-        out = torch.cat(parts, dim=1)
-        assert type(out) is Tensor and torch.equal(out, torch.cat([x] * len(parts), dim=1))
-    joined: Any = torch.cat([x, skip], dim=1)
-    assert isinstance(joined, Joined) and joined.x is x
-    assert type(joined.skip) is Tensor and joined.skip.data_ptr() == x.data_ptr()
 
 
 @ALL_KINDS
@@ -496,7 +460,7 @@ def test_on_a_gpu(
     with patched(block) as site:
         out, peak = call_and_peak()
     assert not site.fallbacks and site.implementation == "in place"
-    with resnets_fused(block):
+    with all_fused(block, *RESNETS):
         _, peak_concatenated = call_and_peak()
     assert relative_error(out, expected) <= 8 * torch.finfo(dtype).eps
     assert peak <= peak_concatenated
