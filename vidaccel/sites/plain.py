@@ -33,7 +33,7 @@ def plain_reason(child: nn.Module, expected: type[nn.Module]) -> str | None:
         return f"a {expected.__name__} was replaced by {type(child).__name__}"
     if reason := hook_reason(child):
         return reason
-    if expected.forward is not _forwards().get(expected, expected.forward):
+    if expected.forward is not _FORWARDS.get(expected, expected.forward):
         return f"somebody replaced the forward of every {expected.__name__}"
     return None
 
@@ -55,14 +55,11 @@ def _methods(kind: type) -> frozenset[str]:
     return frozenset(name for name in dir(kind) if callable(getattr(kind, name, None)))
 
 
-@functools.cache
-def _forwards() -> dict[type, Any]:
-    """The forwards of the classes that code of ours stands for, as they were when the first of them was asked for."""
-    kinds = (nn.Linear, nn.Conv2d, nn.Conv3d, nn.GroupNorm, nn.LayerNorm, nn.SiLU, nn.Dropout, nn.Sequential)
-    return {kind: kind.forward for kind in kinds}
-
-
-_forwards()
+# The forwards of the classes that code of ours stands for, as they were at first. No cached function: Dynamo traces it.
+_FORWARDS = {
+    kind: kind.forward
+    for kind in (nn.Linear, nn.Conv2d, nn.Conv3d, nn.GroupNorm, nn.LayerNorm, nn.SiLU, nn.Dropout, nn.Sequential)
+}
 
 
 def readable_reason(child: Any, expected: type[nn.Module], x: Tensor, *, with_bias: bool = True) -> str | None:
