@@ -20,7 +20,7 @@ from vidaccel.patching.cuda_capture import CudaCapture
 from vidaccel.patching.cuda_graph import Graphs, GraphSite, is_denoiser
 from vidaccel.patching.families import reason_unserved, rules_for, unwrapped
 from vidaccel.patching.model_call import ModelCall, wrap_call
-from vidaccel.patching.premises import capture_reason
+from vidaccel.patching.premises import CALL_SLOT, capture_reason
 from vidaccel.patching.report import PatchReport, path_pattern
 from vidaccel.sites.block import FusedBlock
 from vidaccel.sites.rules import Patch, Rule, patches_of
@@ -190,17 +190,17 @@ def _wrap(
     if call is not None and call.graphs is not None:
         report.sites.append(call.graphs.site)
     elif cuda_graph:
-        site = GraphSite(name, "cuda_graph", "bit-exact", _graph_reason(model, call) or "")
+        site = GraphSite(name, "cuda_graph", "bit-exact", _graph_reason(model) or "")
         if call is not None and site.state != "left alone":
             site.put_in_place(lambda: None)
             call.graphs = Graphs(site, checks, only_if_faster=cuda_graph == "auto")
-        if cuda_graph is True or site.state != "left alone":
+        if CudaCapture.unavailable_reason() is None:  # without a GPU nobody expects a graph
             report.sites.append(site)
 
 
-def _graph_reason(model: nn.Module, call: ModelCall | None) -> str | None:
+def _graph_reason(model: nn.Module) -> str | None:
     """Why no call of ``model``, as it is now, could be captured, or None."""
-    if call is None:
+    if not isinstance(vars(model).get(CALL_SLOT), ModelCall | None):
         return "it was compiled with module.compile(), which needs the same slot"
     return CudaCapture.unavailable_reason() or capture_reason(model)
 
@@ -249,7 +249,7 @@ def _check_arguments(
         if not denoisers:
             raise UsageError("cuda_graph: there is no denoiser whose calls could be captured")
         for name, model in denoisers.items():
-            if reason := CudaCapture.unavailable_reason() or capture_reason(model):
+            if reason := _graph_reason(model):
                 raise UsageError(f"cuda_graph: {name or type(model).__name__}: {reason}")
 
 
