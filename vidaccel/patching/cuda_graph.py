@@ -106,7 +106,7 @@ class _Entry:
     graph: Captured | None = None
     buffers: list[Tensor] = field(default_factory=list)
     replays: int = 0
-    audit: int = FIRST_AUDIT
+    audit: int = field(default_factory=lambda: FIRST_AUDIT)
 
     def fill(self, tensors: list[Tensor]) -> None:
         for buffer, x in zip(self.buffers, tensors, strict=True):
@@ -254,6 +254,9 @@ class Graphs:
                 self.site.implementations.add("cuda graph")
         except Exception as error:
             self._drop(entry, _one_line(error))
+        except BaseException:  # an interrupt: nobody has checked this graph
+            entry.graph = None
+            raise
         return out
 
     def _refuse(self, call: _Call, entry: _Entry, reason: str, warn: bool = False) -> None:

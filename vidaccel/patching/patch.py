@@ -6,7 +6,7 @@ each rule does to each module it matches; the report holds every site and the wa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
@@ -18,9 +18,9 @@ from vidaccel.kernels.op import check_wishes
 from vidaccel.kernels.settings import FIDELITIES, Fidelity
 from vidaccel.patching.cuda_capture import CudaCapture
 from vidaccel.patching.cuda_graph import Graphs, GraphSite, is_denoiser
-from vidaccel.patching.families import reason_unserved, rules_for, unwrapped
+from vidaccel.patching.families import off_reason, reason_unserved, rules_for, unwrapped
 from vidaccel.patching.model_call import ModelCall, wrap_call
-from vidaccel.patching.premises import capture_reason
+from vidaccel.patching.premises import CALL_SLOT, capture_reason
 from vidaccel.patching.report import PatchReport, path_pattern
 from vidaccel.sites.block import FusedBlock
 from vidaccel.sites.rules import Patch, Rule, patches_of
@@ -69,11 +69,12 @@ def patch_pipeline(
     components = getattr(pipe, "components", None)
     if not isinstance(components, dict):
         raise UsageError(reason_unserved(pipe))
-    models = {name: unwrapped(part) for name, part in components.items() if isinstance(part, nn.Module)}
-    models = {name: model for name, model in models.items() if rules_for(model)}
+    parts = {name: unwrapped(part) for name, part in components.items() if isinstance(part, nn.Module)}
+    models = {name: model for name, model in parts.items() if rules_for(model)}
     if not models:
         raise UsageError(reason_unserved(pipe))
-    return _patch(models, only, skip, allow, strict, self_check, cuda_graph)
+    off = [Site(name, "adapter", "math-exact", reason) for name, part in parts.items() if (reason := off_reason(part))]
+    return _patch(models, off, only, skip, allow, strict, self_check, cuda_graph)
 
 
 def patch_module(
@@ -89,11 +90,12 @@ def patch_module(
     """:func:`patch_pipeline` for those who hold only a denoiser or a VAE; paths are relative to ``model``."""
     if not isinstance(model, nn.Module) or not rules_for(unwrapped(model)):
         raise UsageError(reason_unserved(model))
-    return _patch({"": unwrapped(model)}, only, skip, allow, strict, self_check, cuda_graph)
+    return _patch({"": unwrapped(model)}, [], only, skip, allow, strict, self_check, cuda_graph)
 
 
 def _patch(
     models: Mapping[str, nn.Module],
+    off: list[Site],
     only: Names,
     skip: Names,
     allow: Fidelity,
@@ -104,9 +106,11 @@ def _patch(
     checks = self_check_enabled() if self_check is None else self_check
     denoisers = {name: model for name, model in models.items() if is_denoiser(model)}
     places = [place for name, model in models.items() for place in _plan(name, model, allow)]
-    chosen = _selection(only, skip, [site for place in places for site in place.sites])
+    chosen = _selection(only, skip, [*off, *(site for place in places for site in place.sites)])
     _check_arguments(allow, cuda_graph, denoisers, [site.op for place in places for site in place.sites])
     report = PatchReport()
+    report.sites += filter(chosen, off)
+    earlier = [(place.module, place.patch, list(place.patch.sites)) for place in places if place.patch]
     try:
         for place in places:
             _apply(place, chosen, checks, report)
@@ -117,9 +121,19 @@ def _patch(
             if isinstance(place.module, FusedBlock):
                 place.module.compile_ahead()
     except BaseException:  # nobody would have a report to restore with
+        report.undo_patches()
+        _put_back(earlier)
         report.restore()
         raise
     return report
+
+
+def _put_back(earlier: Iterable[tuple[nn.Module, Patch, list[Site]]]) -> None:
+    """What earlier calls had done, after a later one has failed."""
+    for module, patch, sites in earlier:
+        if patch not in patches_of(module):
+            patch.sites = sites
+            patch.put(module)
 
 
 class _Place:
@@ -169,10 +183,12 @@ def _apply(place: _Place, chosen: Callable[[Site], bool], checks: bool, report: 
     report.sites += wanted
     there = place.patch.sites if place.patch else []
     new = [site for site in wanted if site not in there and site.state != "left alone"]
-    if new:
-        if place.patch:
-            place.patch.undo(place.module)
-        place.patch = place.rule.put(place.module, [*there, *new], checks)
+    if new and place.patch:
+        place.patch.undo(place.module)
+        place.patch.sites = [*there, *new]
+        place.patch.put(place.module)
+    elif new:
+        place.patch = place.rule.put(place.module, new, checks)
     if place.patch and any(site in place.patch.sites for site in wanted):
         report.adopt(place.module, place.patch)
 
@@ -190,17 +206,17 @@ def _wrap(
     if call is not None and call.graphs is not None:
         report.sites.append(call.graphs.site)
     elif cuda_graph:
-        site = GraphSite(name, "cuda_graph", "bit-exact", _graph_reason(model, call) or "")
+        site = GraphSite(name, "cuda_graph", "bit-exact", _graph_reason(model) or "")
         if call is not None and site.state != "left alone":
             site.put_in_place(lambda: None)
             call.graphs = Graphs(site, checks, only_if_faster=cuda_graph == "auto")
-        if cuda_graph is True or site.state != "left alone":
+        if CudaCapture.unavailable_reason() is None:  # without a GPU nobody expects a graph
             report.sites.append(site)
 
 
-def _graph_reason(model: nn.Module, call: ModelCall | None) -> str | None:
+def _graph_reason(model: nn.Module) -> str | None:
     """Why no call of ``model``, as it is now, could be captured, or None."""
-    if call is None:
+    if not isinstance(vars(model).get(CALL_SLOT), ModelCall | None):
         return "it was compiled with module.compile(), which needs the same slot"
     return CudaCapture.unavailable_reason() or capture_reason(model)
 
@@ -249,7 +265,7 @@ def _check_arguments(
         if not denoisers:
             raise UsageError("cuda_graph: there is no denoiser whose calls could be captured")
         for name, model in denoisers.items():
-            if reason := CudaCapture.unavailable_reason() or capture_reason(model):
+            if reason := _graph_reason(model):
                 raise UsageError(f"cuda_graph: {name or type(model).__name__}: {reason}")
 
 

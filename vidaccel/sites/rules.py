@@ -6,6 +6,7 @@ is a :class:`Patch`, kept beside the module, not in it: so a patched model is co
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -27,11 +28,24 @@ _patches: WeakKeyDictionary[nn.Module, list[Patch]] = WeakKeyDictionary()
 
 @dataclass(eq=False)
 class Patch:
-    """One rule applied to one module: the sites it made, and what undoing it needs."""
+    """One rule applied to one module: the sites it made, and what undoing it needs.
+
+    It stays the same object when a later call adds sites, so that whoever holds it can undo them all.
+    """
 
     rule: Rule
     sites: list[Site]
+    checks: bool
     memo: Any = None
+
+    def put(self, module: nn.Module) -> None:
+        """Apply the rule, and let the sites know what to look at."""
+        self.memo = self.rule.apply(module, self.sites, self.checks)
+        this = weakref.ref(module)  # the table of patches must not keep alive what it goes by
+        for site in self.sites:
+            site.put_in_place(partial(_found_in_place, self.rule, this, self.memo))
+        _patches.setdefault(module, []).append(self)
+        plans_changed()
 
     def undo(self, module: nn.Module) -> None:
         """Put back what is still as the rule left it; what somebody has changed since stays."""
@@ -42,6 +56,11 @@ class Patch:
         if self in patches:
             patches.remove(self)
         plans_changed()
+
+
+def _found_in_place(rule: Rule, this: weakref.ref[nn.Module], memo: Any) -> str | None:
+    module = this()
+    return "its module is gone" if module is None else rule.in_place(module, memo)
 
 
 def patches_of(module: nn.Module) -> list[Patch]:
@@ -75,12 +94,9 @@ class Rule:
         raise NotImplementedError
 
     def put(self, module: nn.Module, sites: list[Site], checks: bool) -> Patch:
-        """Apply the rule, and let its sites know what to look at."""
-        patch = Patch(self, sites, self.apply(module, sites, checks))
-        for site in sites:
-            site.put_in_place(partial(self.in_place, module, patch.memo))
-        _patches.setdefault(module, []).append(patch)
-        plans_changed()
+        """A new patch of ``module`` by this rule."""
+        patch = Patch(self, sites, checks)
+        patch.put(module)
         return patch
 
 
@@ -142,11 +158,15 @@ class ChannelsLastWeights(Rule):
         return None if any(True for _ in _plain_convolutions(module)) else "it has no convolution with a plain weight"
 
     def apply(self, module: Any, sites: list[Site], checks: bool) -> list[tuple[nn.Module, tuple[int, ...]]]:
-        strides = []
-        for convolution in _plain_convolutions(module):
-            weight: Tensor = convolution.weight
-            strides.append((convolution, weight.stride()))
-            weight.data = weight.data.contiguous(memory_format=_order_of(convolution))
+        strides: list[tuple[nn.Module, tuple[int, ...]]] = []
+        try:
+            for convolution in _plain_convolutions(module):
+                weight: Tensor = convolution.weight
+                strides.append((convolution, weight.stride()))
+                weight.data = weight.data.contiguous(memory_format=_order_of(convolution))
+        except BaseException:  # out of memory, in the middle
+            self.undo(module, strides)
+            raise
         for site in sites:
             site.implementations.add("torch")
         return strides

@@ -10,8 +10,11 @@ import copy
 import gc
 import logging
 import re
+import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +34,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from vidaccel import patch_module, patch_pipeline
 from vidaccel.blocks.unet import resnet
 from vidaccel.errors import UsageError
-from vidaccel.patching import cuda_graph
+from vidaccel.patching import cuda_graph, patch
 from vidaccel.patching.cuda_capture import Captured, CaptureError, CudaCapture
+from vidaccel.patching.cuda_graph import Graphs, GraphSite
+from vidaccel.patching.model_call import wrap_call
 from vidaccel.patching.report import PatchReport
 
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
@@ -65,7 +70,7 @@ class TapeCapture(CudaCapture):
     pools: set[int]
 
     @staticmethod
-    def why_unavailable() -> None:
+    def unavailable_reason() -> None:
         return None
 
     def capturing(self) -> bool:
@@ -94,6 +99,10 @@ class TapeCapture(CudaCapture):
         run()
         return 1.0
 
+    def queueing_milliseconds(self, run: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+        run()
+        return 1.0, 1.0
+
     def wait(self) -> None:
         pass
 
@@ -109,7 +118,8 @@ def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def tape(monkeypatch: pytest.MonkeyPatch) -> type[TapeCapture]:
     """In place of the GPU."""
-    monkeypatch.setattr(cuda_graph, "CudaCapture", TapeCapture)
+    for module in (cuda_graph, patch):
+        monkeypatch.setattr(module, "CudaCapture", TapeCapture)
     TapeCapture.captures = TapeCapture.replays = 0
     TapeCapture.pools = set()
     return TapeCapture
@@ -155,6 +165,16 @@ def reasons(report: PatchReport) -> dict[str, int]:
     return {reason: calls for (_, op, reason), calls in report.fallbacks.items() if op == "cuda_graph"}
 
 
+def graphed(model: nn.Module) -> GraphSite:
+    """The site of a model that no adapter serves, whose calls are captured."""
+    site = GraphSite("model", "cuda_graph", "bit-exact")
+    site.put_in_place(lambda: None)
+    call = wrap_call(model, "math-exact")
+    assert call is not None
+    call.graphs = Graphs(site, checks=True, only_if_faster=False)
+    return site
+
+
 def graph_site(report: PatchReport) -> Any:
     return next(site for site in report.sites if site.op == "cuda_graph")
 
@@ -172,7 +192,7 @@ def test_replays_have_the_bits_of_the_patched_call(
     report = patch_module(unet, cuda_graph=True)
     assert graph_site(report).implementation == "not captured yet"
     assert_right(unet, range(5))
-    assert (tape.captures, tape.replays) == (1, 4), "three calls, and the check of the graph"
+    assert (tape.captures, tape.replays) == (1, 5), "four calls, and the check of the graph"
     assert not report.fallbacks
     site = graph_site(report)
     assert (site.state, site.fidelity, site.implementation) == ("active", "bit-exact", "cuda graph")
@@ -181,7 +201,7 @@ def test_replays_have_the_bits_of_the_patched_call(
 
 
 def test_same_clip(pipe: StableVideoDiffusionPipeline, tape: type[TapeCapture]) -> None:
-    with patch_pipeline(pipe):
+    with patch_pipeline(pipe, cuda_graph=False):
         expected = clip(pipe)
     with patch_pipeline(pipe, cuda_graph=True) as report:
         assert np.array_equal(clip(pipe), expected)
@@ -275,6 +295,8 @@ CHANGES = (
     _broken_site,
 )
 
+IN_PLACE = (_new_weights, _weights_in_place_of_data)  # a graph reads the memory that they write to
+
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
 def test_what_changes_on_the_model_is_seen(
@@ -287,7 +309,7 @@ def test_what_changes_on_the_model_is_seen(
     with torch.no_grad():
         assert change is _broken_site or not torch.equal(without_graph(unet, 3), before)
     assert_right(unet, range(3, 7))
-    in_place = change is _weights_in_place_of_data
+    in_place = change in IN_PLACE
     assert tape.captures == (1 if in_place else 2)
     assert reasons(report) == ({} if in_place else {cuda_graph.CHANGED: 1})
 
@@ -325,7 +347,7 @@ def test_two_pipelines_share_a_denoiser(pipe: StableVideoDiffusionPipeline, tape
 
 def test_blocks_restored_under_a_graph(unet: UNetSpatioTemporalConditionModel, tape: type[TapeCapture]) -> None:
     expected = called(unet, 2)
-    blocks = patch_module(unet)
+    blocks = patch_module(unet, only="geglu", cuda_graph=False)
     report = patch_module(unet, only="unit_division", cuda_graph=True)
     assert_right(unet, range(3))
     blocks.restore()
@@ -394,7 +416,7 @@ def test_a_failed_capture_costs_nothing_but_the_graph(
     report = patch_module(unet, cuda_graph=True)
     with caplog.at_level(logging.WARNING, "vidaccel"):
         assert_right(unet, range(5))
-    assert reasons(report) == {"AcceleratorError: operation not permitted when stream is capturing": 4}
+    assert reasons(report) == {"AcceleratorError: operation not permitted when stream is capturing": 5}
     assert len(caplog.records) == 1, "tried once"
     assert graph_site(report).implementation == "not captured yet"
 
@@ -408,7 +430,7 @@ def test_a_failed_rehearsal_costs_nothing_but_the_graph(
     monkeypatch.setattr(TapeCapture, "rehearse", out_of_memory)
     report = patch_module(unet, cuda_graph=True)
     assert_right(unet, range(4))
-    assert reasons(report) == {"OutOfMemoryError: CUDA out of memory.": 3}
+    assert reasons(report) == {"OutOfMemoryError: CUDA out of memory.": 4}
 
 
 @pytest.mark.parametrize("self_check", [True, False])
@@ -425,7 +447,7 @@ def test_a_graph_with_other_bits_is_found_out(
     report = patch_module(unet, cuda_graph=True, self_check=self_check)
     if self_check:
         assert_right(unet, range(4))
-        assert reasons(report) == {"a replay differs in some bits from the call that was captured": 3}
+        assert reasons(report) == {"a replay differs in some bits from the call that was captured": 4}
     else:
         called(unet, 0), called(unet, 0)
         assert not torch.equal(called(unet, 0), without_graph(unet, 0)) and not report.fallbacks
@@ -443,8 +465,106 @@ def test_auto_keeps_what_is_faster(
     monkeypatch.setattr(TapeCapture, "milliseconds", lambda *args: next(times))
     report = patch_module(unet, cuda_graph="auto")
     assert_right(unet, range(4))
-    assert reasons(report) == ({} if kept else {"it is no faster: 99.0 ms, separate launches 100.0 ms": 3})
+    assert reasons(report) == ({} if kept else {"it is no faster: 99.0 ms, separate launches 100.0 ms": 4})
     assert graph_site(report).implementation == ("cuda graph" if kept else "not captured yet")
+
+
+def test_auto_leaves_alone_what_does_not_wait_for_its_launches(
+    unet: UNetSpatioTemporalConditionModel, tape: type[TapeCapture], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TapeCapture, "queueing_milliseconds", lambda *args: (5.0, 10.0))
+    report = patch_module(unet)
+    assert_right(unet, range(3))
+    assert reasons(report) == {"the GPU is the slower one: launching takes 5.0 ms of 10.0": 3}
+    assert tape.captures == 0
+
+
+def test_what_keeps_changing_is_captured_when_it_comes_again(
+    unet: UNetSpatioTemporalConditionModel, tape: type[TapeCapture]
+) -> None:
+    patch_module(unet, cuda_graph=True)
+    called(unet, 0)
+    for _ in range(3):
+        _weights_elsewhere(unet)
+        assert_right(unet, range(1))
+    assert tape.captures == 1
+    assert_right(unet, range(1))
+    assert tape.captures == 2
+
+
+def test_a_later_replay_that_differs_is_found(
+    unet: UNetSpatioTemporalConditionModel, tape: type[TapeCapture], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_graph, "FIRST_AUDIT", 4)
+    right = TapeCapture.capture
+
+    def wrong_later(self: TapeCapture, run: Callable[[], Any], device: torch.device, pool: Any) -> Captured:
+        graph = right(self, run, device, pool)
+
+        def replay() -> None:
+            graph.replay()
+            if tape.replays > 4:
+                graph.outputs.sample.mul_(1 + 1e-6)
+
+        return graph._replace(replay=replay)
+
+    monkeypatch.setattr(TapeCapture, "capture", wrong_later)
+    report = patch_module(unet, cuda_graph=True)
+    assert_right(unet, range(8))
+    assert reasons(report) == {"a later replay differs in some bits from the call": 4}
+
+
+def call_from_threads(unet: nn.Module, device: str = "cpu", calls: int = 20) -> None:
+    """Each of two threads calls with arguments of its own, and gets what a single thread gets."""
+    expected = [without_graph(unet, seed, device=device) for seed in range(2)]
+    wrong, together = [], threading.Barrier(2)
+
+    def caller(seed: int) -> None:
+        together.wait()
+        wrong.extend(i for i in range(calls) if not torch.equal(called(unet, seed, device=device), expected[seed]))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(caller, range(2)))
+    assert not wrong
+
+
+def test_two_threads_each_get_their_own_output(unet: UNetSpatioTemporalConditionModel, tape: type[TapeCapture]) -> None:
+    report = patch_module(unet, cuda_graph=True)
+    call_from_threads(unet)
+    assert tape.captures == 1 and not report.fallbacks
+
+
+class Interrupt(TorchDispatchMode):
+    """Ctrl-C at the operation of this number; counts them."""
+
+    def __init__(self, at: int = 0) -> None:
+        super().__init__()
+        self.at, self.count = at, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        if self.count == self.at:
+            raise KeyboardInterrupt
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("share", [0.05, 0.25, 0.5, 0.75, 0.99])
+@pytest.mark.parametrize("calls_before", [0, 1])
+def test_nothing_is_stale_after_an_interrupt(tape: type[TapeCapture], calls_before: int, share: float) -> None:
+    """In the call itself, in what captures and checks it, in a replay."""
+
+    def interrupted(at: int) -> int:
+        unet = tiny_svd_pipeline().unet
+        report = patch_module(unet, cuda_graph=True)
+        assert_right(unet, range(calls_before))
+        with Interrupt(at) as interrupt, suppress(KeyboardInterrupt):
+            called(unet, 3)
+        assert_right(unet, range(4, 7))
+        assert not reasons(report) and graph_site(report).implementation == "cuda graph"
+        return interrupt.count
+
+    operations = interrupted(0)
+    assert interrupted(int(share * operations)) == int(share * operations)
 
 
 def _offloaded(unet: nn.Module) -> None:
@@ -506,7 +626,8 @@ def test_no_gpu_is_a_reason(unet: UNetSpatioTemporalConditionModel, monkeypatch:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match="there is no CUDA device"):
         patch_module(unet, cuda_graph=True)
-    assert graph_site(patch_module(unet, cuda_graph="auto")).reason == "there is no CUDA device"
+    report = patch_module(unet, cuda_graph="auto")
+    assert not any(site.op == "cuda_graph" for site in report.sites), "nobody expects one there"
 
 
 def test_nonsense_is_refused(pipe: StableVideoDiffusionPipeline, tape: type[TapeCapture]) -> None:
@@ -524,7 +645,7 @@ def test_calls_that_are_not_served(unet: UNetSpatioTemporalConditionModel, tape:
             unet(**arguments(0))
         unet.to("meta")(**{name: x.to("meta") for name, x in arguments(0).items()})
     counted = reasons(report)
-    assert len(counted) == 3 and tape.captures == 0
+    assert tape.captures == 0
     for words in ("gradients", "autocast", "on meta"):
         assert any(words in reason for reason in counted), words
 
@@ -538,7 +659,7 @@ class Twice(nn.Module):
 
 def test_models_that_write_to_their_arguments_or_take_and_return_anything(tape: type[TapeCapture]) -> None:
     model = Twice().eval()
-    site = cuda_graph.graph_calls(model, "model", self_check=True, only_if_faster=False)
+    site = graphed(model)
     with torch.no_grad():
         for _ in range(3):
             x = torch.ones(2)
@@ -555,7 +676,7 @@ def test_copies_have_no_graph_and_may_get_one(
     expected = clip(pipe)
     twin = copy.deepcopy(pipe)
     assert "_compiled_call_impl" not in vars(twin.unet)
-    assert np.array_equal(clip(twin), expected) and tape.captures == 1
+    assert np.abs(clip(twin) - expected).max() < 1e-4 and tape.captures == 1, "a copy is a stock model"
     report = patch_pipeline(twin, cuda_graph=True)
     assert np.array_equal(clip(twin), expected) and tape.captures == 2
     assert graph_site(report).implementation == "cuda graph"
@@ -582,7 +703,7 @@ def test_a_model_that_is_no_longer_used_goes_at_once(tape: type[TapeCapture]) ->
 
 def test_torch_compile_sees_through_it(tape: type[TapeCapture]) -> None:
     model = Twice().eval()
-    cuda_graph.graph_calls(model, "model", self_check=True, only_if_faster=False)
+    graphed(model)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
         for _ in range(3):
@@ -619,19 +740,19 @@ def test_gpu_changes_are_seen(gpu_pipe: StableVideoDiffusionPipeline, change: Ca
     assert_right(unet, range(3), device="cuda")
     change(unet)
     assert_right(unet, range(3, 7), device="cuda")
-    in_place = change is _weights_in_place_of_data
+    in_place = change in IN_PLACE
     assert reasons(report) == ({} if in_place else {cuda_graph.CHANGED: 1})
 
 
 @pytest.mark.gpu
 def test_gpu_same_clip_also_of_copies(gpu_pipe: StableVideoDiffusionPipeline, tmp_path: Path) -> None:
     pipe = gpu_pipe
-    with patch_pipeline(pipe):
+    with patch_pipeline(pipe, cuda_graph=False):
         expected = clip(pipe)
     with patch_pipeline(pipe, cuda_graph=True) as report:
         assert np.array_equal(clip(pipe), expected) and np.array_equal(clip(pipe), expected)
         assert graph_site(report).implementation == "cuda graph" and not reasons(report)
-        assert np.array_equal(clip(copy.deepcopy(pipe)), expected)
+        assert np.abs(clip(copy.deepcopy(pipe)) - expected).max() < 1e-2, "a copy is a stock model"
         pipe.save_pretrained(tmp_path)
     loaded = StableVideoDiffusionPipeline.from_pretrained(tmp_path).to("cuda")
     loaded.set_progress_bar_config(disable=True)
@@ -673,6 +794,13 @@ def test_gpu_calls_on_several_streams(gpu_pipe: StableVideoDiffusionPipeline) ->
 
 
 @pytest.mark.gpu
+def test_gpu_two_threads_each_get_their_own_output(gpu_pipe: StableVideoDiffusionPipeline) -> None:
+    report = patch_module(gpu_pipe.unet, cuda_graph=True)
+    call_from_threads(gpu_pipe.unet, "cuda", calls=200)
+    assert graph_site(report).implementation == "cuda graph" and not reasons(report)
+
+
+@pytest.mark.gpu
 def test_gpu_offload_is_refused(gpu_pipe: StableVideoDiffusionPipeline) -> None:
     gpu_pipe.to("cpu").enable_model_cpu_offload()
     with pytest.raises(UsageError, match="offload"):
@@ -693,9 +821,7 @@ def test_gpu_is_left_clean_by_what_cannot_be_captured(monkeypatch: pytest.Monkey
         monkeypatch.setattr(CudaCapture, "rehearse", lambda self, run: run())
     stream, mode = torch.cuda.current_stream(), torch.cuda.get_sync_debug_mode()
     waiting, working = Waiting().eval(), Twice().eval()
-    sites = [
-        cuda_graph.graph_calls(model, "model", self_check=True, only_if_faster=False) for model in (waiting, working)
-    ]
+    sites = [graphed(model) for model in (waiting, working)]
     with torch.no_grad():
         for value in range(1, 6):
             x = torch.full((2,), float(value), device="cuda")
@@ -704,5 +830,5 @@ def test_gpu_is_left_clean_by_what_cannot_be_captured(monkeypatch: pytest.Monkey
             assert working(x)["x"].eq(2 * value).all()
     assert torch.cuda.current_stream() == stream and torch.cuda.get_sync_debug_mode() == mode
     ((reason, calls),) = sites[0].fallbacks.items()
-    assert calls == 4 and ("synchronizing" if rehearsed else "captur") in reason
+    assert calls == 5 and ("synchronizing" if rehearsed else "captur") in reason
     assert not sites[1].fallbacks and sites[1].implementation == "cuda graph"
