@@ -227,6 +227,7 @@ def _triton(
     return _bind(*args)(*args)
 
 
+@functools.wraps(add_layer_norm_ref)
 def _reference(*args: Any) -> list[Tensor]:
     """``[z, y]``, or only ``[y]`` when z is x: a custom op may not return its input."""
     z, y = add_layer_norm_ref(*args)

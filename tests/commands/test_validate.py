@@ -86,7 +86,7 @@ def test_bit_exact_sites_give_a_bit_identical_clip(validate: Validate, capsys: p
 def test_fallbacks_are_told(
     validate: Validate, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(FusedGroupNorm, "why_unserved", lambda self, input: "no time for norms today")
+    monkeypatch.setattr(FusedGroupNorm, "call_reason", lambda self, input: "no time for norms today")
     assert validate() == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("fell back: unet.")]
     assert lines and all(line.endswith("no time for norms today") for line in lines)

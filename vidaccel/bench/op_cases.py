@@ -82,12 +82,12 @@ def _projection(frames: int, pixels: int, channels: int) -> Arguments:
 
 
 def _spatial(frames: int, heads: int, pixels: int, head_dim: int) -> Arguments:
-    return {**dict.fromkeys("qkv", (frames, pixels, heads * head_dim)), "num_heads": heads}
+    return {**dict.fromkeys("qkv", (frames, pixels, heads * head_dim)), "num_heads": heads, "scale": head_dim**-0.5}
 
 
 def _temporal(batch: int, frames: int, pixels: int, heads: int, head_dim: int) -> Arguments:
     x = batch * frames, pixels, heads * head_dim
-    return {**dict.fromkeys("qkv", x), "num_frames": frames, "num_heads": heads}
+    return {**dict.fromkeys("qkv", x), "num_frames": frames, "num_heads": heads, "scale": head_dim**-0.5}
 
 
 # By op and case; the first case of an op tells most.

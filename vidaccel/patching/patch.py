@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from vidaccel.config import check_environment, self_check_enabled
-from vidaccel.errors import UsageError, nearest
+from vidaccel.errors import UsageError, did_you_mean, nearest
 from vidaccel.kernels.op import check_wishes
 from vidaccel.kernels.settings import FIDELITIES, Fidelity
 from vidaccel.patching.cuda_capture import CudaCapture
@@ -249,7 +249,8 @@ def _names(entry: str, site: Site) -> bool:
 def _choices(entry: str, sites: list[Site]) -> str:
     ops = {site.op for site in sites}
     components = {site.path.partition(".")[0] for site in sites}
-    return nearest(entry, ops | components | {path_pattern(site.path) for site in sites})
+    near = did_you_mean(entry, ops | components | {path_pattern(site.path) for site in sites})
+    return near or f"; ops are: {', '.join(sorted(ops))}; components are: {', '.join(sorted(components))}"
 
 
 def _check_arguments(
