@@ -1,0 +1,289 @@
+"""An op itself: which implementation runs, for how long that stands, and what is told of it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vidaccel.kernels import choice
+from vidaccel.kernels.op import Costs, Implementation, Op, listening, note, ops
+from vidaccel.kernels.settings import allowed, constants_overridden
+
+calls: Counter[str] = Counter()
+
+
+def double_ref(x: Tensor, scale: float) -> Tensor:
+    calls["torch"] += 1
+    return 2 * x * scale
+
+
+def _way(name: str) -> Any:
+    def run(x: Tensor, scale: float) -> Tensor:
+        calls[name] += 1
+        return (x + x) * scale
+
+    return run
+
+
+def _narrow(x: Tensor, scale: float) -> str | None:
+    return "x is not contiguous" if not x.is_contiguous() else "scale is odd" if scale % 2 else None
+
+
+def _costs(x: Tensor, scale: float) -> Costs:
+    return Costs(bytes=2 * x.numel() * x.element_size(), flops=x.numel())
+
+
+def _validate(x: Tensor, scale: float) -> None:
+    calls["validate"] += 1
+    if scale < 0:
+        raise ValueError(f"double: scale={scale} is negative")
+
+
+def make(**options: Any) -> Op:
+    ways = {"fast": Implementation(_way("fast"), _narrow), "safe": Implementation(_way("safe"))}
+    defaults = {"implementations": ways, "fake": lambda x, scale: torch.empty_like(x), "costs": _costs}
+    return Op("double", **({"reference": double_ref, "validate": _validate} | defaults | options))
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The ops made here are none of the project's."""
+    ops()
+    monkeypatch.setattr("vidaccel.kernels.op._ops", {})
+    monkeypatch.delenv("VIDACCEL_IMPL", raising=False)
+    calls.clear()
+    with torch.no_grad():
+        yield
+
+
+def ran(op: Op, *args: Any, **options: Any) -> str:
+    """What ran; its result is right."""
+    with listening() as events:
+        out = op(*args, **options)
+    assert torch.equal(out, 2 * args[0] * args[1])
+    (event,) = events
+    return event.implementation
+
+
+X = torch.arange(6.0).view(2, 3)
+
+
+def test_the_first_that_serves_runs() -> None:
+    op = make()
+    assert [ran(op, X, 2), ran(op, X.T, 2), ran(op, X, 3)] == ["fast", "safe", "safe"]
+
+
+def test_the_argument_goes_before_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = make()
+    monkeypatch.setenv("VIDACCEL_IMPL", "safe")
+    assert [ran(op, X, 2), ran(op, X, 2, impl="torch"), ran(op, X, 2, impl="fast")] == ["safe", "torch", "fast"]
+    with pytest.raises(ValueError, match="double: impl='fast' cannot run: scale is odd"):
+        op(X, 3, impl="fast")
+    with pytest.raises(ValueError, match="double: impl must be one of fast, safe, torch, got 'quick'"):
+        op(X, 2, impl="quick")
+
+
+def test_a_wish_that_cannot_run_is_passed_over_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = make()
+    monkeypatch.setenv("VIDACCEL_IMPL", "other=torch,double=fast,safe")
+    with listening() as events:
+        op(X, 2), op(X, 3)
+    assert [(event.implementation, event.reason) for event in events] == [("fast", ""), ("safe", "scale is odd")]
+
+
+def measuring(monkeypatch: pytest.MonkeyPatch, **milliseconds: float) -> list[str]:
+    """Let implementations take that long; returns the names of those that are measured, as they are."""
+    measured: list[str] = []
+
+    def clock(run: Any) -> float:
+        before = calls.copy()
+        run()
+        (name,) = calls - before
+        measured.append(name)
+        return milliseconds[name]
+
+    monkeypatch.setattr(choice, "gpu_milliseconds", clock)
+    return measured
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[None]:
+    monkeypatch.setenv("VIDACCEL_CACHE_DIR", str(tmp_path))
+    choice.drop()
+    yield
+    choice.drop()
+
+
+def test_the_fastest_by_measurement_goes_before_the_first(monkeypatch: pytest.MonkeyPatch, cache: None) -> None:
+    op = make(measures=lambda x, scale: scale != 8, key=lambda x, scale: {"shape": tuple(x.shape)})
+    measured = measuring(monkeypatch, fast=3.0, safe=1.0, torch=2.0)
+    assert ran(op, X, 2) == "safe" and measured
+    assert ran(op, X, 8) == "fast", "where measuring does not pay"
+    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
+    assert ran(op, X, 2) == "torch"
+    monkeypatch.setenv("VIDACCEL_IMPL", "")
+    monkeypatch.setenv("VIDACCEL_TUNE", "0")
+    assert ran(op, X, 2) == "fast"
+
+
+def test_a_plan_stands_until_something_about_the_call_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    op = make(implementations={"fast": Implementation(_way("fast"), lambda *args: asked.append(args))})
+    for _ in range(3):
+        op(X, 2)
+    assert len(asked) == 1 and calls["validate"] == 1
+    for other in ((X.T.contiguous().T, 2), (X[:1], 2), (X.double(), 2), (X, 4)):
+        before = len(asked)
+        for _ in range(2):
+            op(*other)
+        assert len(asked) == before + 1, other
+    for change in (
+        lambda: monkeypatch.setattr(torch.backends.cudnn, "benchmark", not torch.backends.cudnn.benchmark),
+        lambda: monkeypatch.setenv("VIDACCEL_IMPL", "fast"),
+    ):
+        change()
+        before = len(asked)
+        op(X, 2), op(X, 2)
+        assert len(asked) == before + 1
+    with constants_overridden(BLOCK=4):
+        before = len(asked)
+        op(X, 2)
+        assert len(asked) == before + 1
+    op.forget()
+    before = len(asked)
+    op(X, 2)
+    assert len(asked) == before + 1
+
+
+def test_what_is_bound_serves_later_calls_of_its_signature() -> None:
+    bound: list[Any] = []
+
+    def bind(x: Tensor, scale: float) -> Any:
+        bound.append(x.shape)
+        return lambda x, scale: 2 * x * scale
+
+    op = make(implementations={"fast": Implementation(_way("fast"), bind=bind)})
+    for _ in range(3):
+        assert ran(op, X, 2) == "fast" and ran(op, X[:1], 2) == "fast"
+    assert bound == [X.shape, X[:1].shape]
+
+
+def test_wrong_arguments_raise_every_time() -> None:
+    op = make()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"double: scale=-1 is negative"):
+            op(X, -1)
+
+
+def test_events_tell_bytes_and_flops() -> None:
+    op = make()
+    with listening() as events:
+        op(X, 2)
+        note("shortcut", "torch", "it is shorter")
+        op(X.double(), 2)
+    assert [(event.op, event.costs) for event in events] == [
+        ("double", Costs(48, 6)),
+        ("shortcut", Costs(0)),
+        ("double", Costs(96, 6)),
+    ]
+
+
+def test_a_listener_hears_its_own_context() -> None:
+    op = make()
+    with listening() as outer:
+        op(X, 2)
+        with listening() as inner:
+            op(X, 4), op(X, 6)
+        thread = threading.Thread(target=op, args=(X, 8))
+        thread.start()
+        thread.join()
+    op(X, 2)
+    assert (len(outer), len(inner)) == (1, 2)
+
+
+def test_only_references_run_for_one_who_asks() -> None:
+    op = make()
+    with listening(only_references=True) as events:
+        op(X, 2)
+    assert [event.implementation for event in events] == ["fast"], "chosen as ever"
+    assert calls["torch"] == 1 and not calls["fast"]
+
+
+def test_what_raises_is_replaced_for_good_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    def fails(x: Tensor, scale: float) -> Tensor:
+        calls["fails"] += 1
+        raise RuntimeError("out of resource: shared memory\nHardware limit: 1")
+
+    op = make(implementations={"fails": Implementation(fails)})
+    with caplog.at_level(logging.WARNING, "vidaccel"), listening() as events:
+        for _ in range(3):
+            assert torch.equal(op(X, 2), 4 * X)
+    assert calls["fails"] == 1 and len(caplog.records) == 1
+    assert {(event.implementation, event.reason) for event in events} == {
+        ("torch", "fails: RuntimeError: out of resource: shared memory")
+    }
+    with pytest.raises(RuntimeError, match="out of resource"):
+        op(X, 2, impl="fails")
+
+
+def test_no_memory_is_the_callers_to_know() -> None:
+    def fails(x: Tensor, scale: float) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    op = make(implementations={"fails": Implementation(fails)})
+    with pytest.raises(torch.OutOfMemoryError):
+        op(X, 2)
+
+
+def test_a_lossy_implementation_runs_only_where_that_is_allowed() -> None:
+    op = make(implementations={"int8": Implementation(_way("int8"), fidelity="lossy")})
+    assert ran(op, X, 2) == "torch"
+    with pytest.raises(ValueError, match=r"impl='int8' cannot run: it is lossy, and what may run is math-exact"):
+        op(X, 2, impl="int8")
+    with allowed("lossy"):
+        assert ran(op, X, 2) == "int8"
+    assert ran(op, X, 2) == "torch"
+    with allowed("bit-exact"):
+        exact = make(implementations={"near": Implementation(_way("near"))})
+        with pytest.raises(ValueError, match=r"it is math-exact, and what may run is bit-exact"):
+            exact(X, 2, impl="near")
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_an_op_that_overwrites_an_argument_is_checked_on_what_that_was(right: bool) -> None:
+    def add_(x: Tensor, scale: float) -> Tensor:
+        return x.mul_(2 * scale if right else 2.1 * scale)
+
+    op = make(implementations={"in place": Implementation(add_)}, overwrites=0)
+    x = torch.randn(4, 8)
+    expected = 4 * x
+    with listening(checks=True) as events:
+        out = op(x.clone(), 2)
+    assert torch.allclose(out, expected, rtol=1e-6)
+    assert bool(events[0].problem) != right
+    mine = x.clone()
+    assert op(mine, 2) is mine, "without a check no copy is made"
+
+
+@pytest.mark.usefixtures("cache")
+def test_registered_implementations_compile_in_one_graph() -> None:
+    def run(x: Tensor, scale: float) -> Tensor:
+        return (x + x) * scale
+
+    op = Op(
+        "test_op_double",
+        reference=lambda x, scale: 2 * x * scale,
+        implementations={"fast": Implementation(run, registered=True)},
+        fake=lambda x, scale: torch.empty_like(x),
+        costs=_costs,
+    )
+    compiled = torch.compile(lambda x: op(x, 2.0) + 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(X), 4 * X + 1)
+    torch.library.opcheck(op.registered["fast"], (X, 2.0))
