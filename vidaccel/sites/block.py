@@ -330,7 +330,7 @@ def _in_float64(module: nn.Module) -> Iterator[None]:
     try:
         for table, name, x in kept:
             twin = _double(x.detach())
-            table[name] = nn.Parameter(twin, requires_grad=False) if isinstance(x, nn.Parameter) else twin
+            table[name] = nn.Parameter(twin, requires_grad=False) if isinstance(x, nn.Parameter) else twin  # type: ignore[assignment]
         yield
     finally:
         for table, name, x in kept:
