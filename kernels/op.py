@@ -264,11 +264,14 @@ class Op:
         return implementation.reason(*args)
 
     def competitors(self, *args: Any) -> list[str]:
-        """The implementations that would be measured for these arguments, the likely winner first."""
+        """The implementations that would be measured for these arguments, the likely winner first.
+
+        The reference is measured only where it is the default: it is written to be read.
+        """
         serving = [
             name
             for name, way in self.implementations.items()
-            if way.competes and self.unserved(*args, impl=name) is None
+            if way.competes and name != REFERENCE and self.unserved(*args, impl=name) is None
         ]
         beaten = self._beaten(set(serving), *args) if self._beaten else ()
         return [name for name in serving if name not in beaten]
