@@ -3,6 +3,7 @@
 python scripts/make_records.py records                      # all of them, one process per visible GPU at a time
 python scripts/make_records.py records --only svd svd-vae   # some
 python scripts/make_records.py records --minutes 9          # what fits; started again, it makes those that are missing
+python scripts/make_records.py records --skip compile       # without what takes longest
 
 Each record is a run of ``vidaccel bench``, which saves after every measurement: what time runs out on keeps what it
 has. The CPU cores are divided among the GPUs.
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,6 +73,9 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
     parser.add_argument("--gpus", type=int, metavar="N", help="use the first N (default: all)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long")
+    parser.add_argument(
+        "--skip", nargs="+", choices=("compile", "new-process"), default=(), help="leave out these measurements"
+    )
     parser.add_argument("--clip-steps", type=int, default=4, help="steps of the whole clip (default: %(default)s)")
     parser.add_argument("--commit", help="what to record as the commit where there is no checkout")
     parser.add_argument("--tiny", action="store_true", help="a dry run on the CPU")
@@ -116,7 +121,7 @@ def _work(
 
 def _make(record: Record, gpu: int, args: argparse.Namespace, seconds: float) -> int:
     """Run one benchmark, its output beside its record; its exit code, negative if it had to be ended."""
-    options = shlex.split(record.options)
+    options = _options(record, args.skip)
     if record.name.endswith("-clip"):
         options += ["--steps", str(args.clip_steps)]
     if args.tiny:
@@ -135,6 +140,14 @@ def _make(record: Record, gpu: int, args: argparse.Namespace, seconds: float) ->
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             return process.wait()
+
+
+def _options(record: Record, skip: Sequence[str]) -> list[str]:
+    options = [option for option in shlex.split(record.options) if option != "--new-process" or option[2:] not in skip]
+    if "compile" in skip and "--variants" in options:
+        at = options.index("--variants") + 1
+        options[at] = ",".join(name for name in options[at].split(",") if "compile" not in name.split("+"))
+    return options
 
 
 def _visible(gpu: int) -> str:

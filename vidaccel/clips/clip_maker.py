@@ -122,7 +122,9 @@ def _make_all(
 
 
 def _patch(pipe: DiffusionPipeline, args: argparse.Namespace) -> PatchReport:
-    return patch_pipeline(pipe, only=args.only, skip=args.skip, strict=args.strict, cuda_graph=args.cuda_graph or "auto")
+    return patch_pipeline(
+        pipe, only=args.only, skip=args.skip, strict=args.strict, cuda_graph=args.cuda_graph or "auto"
+    )
 
 
 def _run(pipe: DiffusionPipeline, job: Job, args: argparse.Namespace) -> Clip:
