@@ -69,6 +69,10 @@ class _Seen:
             self._due = self.calls * RECHECK_GROWTH + self._spread
         return True
 
+    def postponed(self) -> None:
+        """The check that was due came to no end: the next call is due."""
+        self._due = self.calls
+
 
 class _Plan:
     """What stands for calls of one signature: the reason to go the original way, or none; what fell back inside."""
@@ -266,11 +270,11 @@ def _heard(
             return kind.original_forward(host, *args, **kwargs)
         with listening(checks=checked) as events:
             out = host.fused_forward(*args, **kwargs)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        if unsafe:  # it may be the user's own
-            raise
+    except BaseException as error:
+        if checked:
+            plan.seen.postponed()
+        if unsafe or isinstance(error, torch.OutOfMemoryError) or not isinstance(error, Exception):
+            raise  # it may be the user's own, or an interrupt
         # If the arguments themselves are wrong, the original raises the error that its users know.
         out = kind.original_forward(host, *args, **kwargs)
         plan.reason = first_line(error)

@@ -56,7 +56,7 @@ def _methods(kind: type) -> frozenset[str]:
 
 
 # The forwards of the classes that code of ours stands for, as they were at first. No cached function: Dynamo traces it.
-_FORWARDS = {
+_FORWARDS: dict[type[nn.Module], Any] = {
     kind: kind.forward
     for kind in (nn.Linear, nn.Conv2d, nn.Conv3d, nn.GroupNorm, nn.LayerNorm, nn.SiLU, nn.Dropout, nn.Sequential)
 }
