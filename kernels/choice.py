@@ -202,7 +202,13 @@ def _agree(digest: str, measured: Measured) -> Measured:
 def _full_key(op: Op, args: tuple[Any, ...]) -> dict[str, Any]:
     device = next(x.device for x in args if isinstance(x, Tensor))
     # among others (strides that a kernel declines, a library installed later) another one may be the fastest
-    return {"op": op.name, **_machine(device), "source": _source(op), "competitors": op.competitors(*args), **op.key(*args)}
+    return {
+        "op": op.name,
+        **_machine(device),
+        "source": _source(op),
+        "competitors": op.competitors(*args),
+        **op.key(*args),
+    }
 
 
 @functools.cache
