@@ -76,6 +76,28 @@ def test_a_fault_that_starts_later_is_found(block: GEGLU, monkeypatch: pytest.Mo
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+def test_a_check_that_was_broken_off_is_made_up_for(
+    block: GEGLU, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    calls = []
+
+    def broken_off(x: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) == 1:
+            raise error
+        return 1.01 * geglu_file.geglu_ref(x)
+
+    expected = block(rows())
+    plant(monkeypatch, broken_off)
+    with fused(block, FusedGEGLU, OPS) as sites:
+        with pytest.raises(error):
+            block(rows())
+        assert torch.equal(block(rows()), expected)
+        assert sites["geglu"].state == "failed"
+
+
+@torch.no_grad()
 def test_what_lies_between_the_ops_is_checked(block: GEGLU, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = block(rows())
     right = FusedGEGLU.fused_forward

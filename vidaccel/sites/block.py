@@ -70,6 +70,10 @@ class _Seen:
             self._due = self.calls * RECHECK_GROWTH + self._spread
         return True
 
+    def postponed(self) -> None:
+        """The check that was due came to no end: the next call is due."""
+        self._due = self.calls
+
 
 class _Plan:
     """What stands for calls of one signature: the reason to go the original way, or none; what fell back inside."""
@@ -271,11 +275,11 @@ def _heard(
         if problem and (problem := _problem_between_ops(kind, host, sites, args, kwargs)):
             sites.fail(problem)
             return kind.original_forward(host, *args, **kwargs)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        if unsafe:  # it may be the user's own
-            raise
+    except BaseException as error:
+        if checked:
+            plan.seen.postponed()
+        if unsafe or isinstance(error, torch.OutOfMemoryError) or not isinstance(error, Exception):
+            raise  # it may be the user's own, or an interrupt
         # If the arguments themselves are wrong, the original raises the error that its users know.
         out = kind.original_forward(host, *args, **kwargs)
         plan.reason = first_line(error)
