@@ -105,7 +105,7 @@ def test_memory_held(make: Callable[[], nn.Module], decode: Any, hollow: None) -
 def image_decoder(device: torch.device) -> nn.Module:
     """Two groups in each norm, for the interpreter takes one after the other."""
     torch.manual_seed(0)
-    blocks = {"up_block_types": ("UpDecoderBlock2D", "UpDecoderBlock2D"), "block_out_channels": (32, 16)}
+    blocks = {"up_block_types": ("UpDecoderBlock2D", "UpDecoderBlock2D"), "block_out_channels": (32, 64)}
     return frozen(Decoder(norm_num_groups=2, mid_block_add_attention=False, **blocks)).to(device)
 
 

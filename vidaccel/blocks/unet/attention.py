@@ -66,7 +66,10 @@ def _one_token_attention(attn: Attention, context: Tensor) -> Tensor:
 
 @once_per_call
 def _shortcut_reason(attn: Any, norm: Any = None) -> str | None:
-    """Why ``attn`` does more with its context than weigh its values, or None; or why the ``norm`` before it may."""
+    """Why ``attn`` does more with its context than weigh its values, or None.
+
+    With the ``norm`` before it, also why that or what makes queries and keys has to be called.
+    """
     if attn is None:
         return "it has no cross-attention"
     if reason := attention_reason(attn):
