@@ -329,12 +329,12 @@ def _double(x: Any) -> Any:
 @contextmanager
 def _in_float64(module: nn.Module) -> Iterator[None]:
     """``module`` with its parameters and buffers in float64 inside the ``with`` block."""
-    tables = [table for part in module.modules() for table in (part._parameters, part._buffers)]
+    tables: list[Any] = [table for part in module.modules() for table in (part._parameters, part._buffers)]
     kept = [(table, name, x) for table in tables for name, x in table.items() if x is not None]
     try:
         for table, name, x in kept:
             twin = _double(x.detach())
-            table[name] = nn.Parameter(twin, requires_grad=False) if isinstance(x, nn.Parameter) else twin  # type: ignore[assignment]
+            table[name] = nn.Parameter(twin, requires_grad=False) if isinstance(x, nn.Parameter) else twin
         yield
     finally:
         for table, name, x in kept:
