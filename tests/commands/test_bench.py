@@ -211,7 +211,7 @@ def test_first_calls(plain_pytorch: None) -> None:
     assert denoiser["patch_s"] > 0 and denoiser["first_call_s"] > 0 and denoiser["run_ms"] > 0
     assert len(denoiser["calls_ms"]) == len(denoiser["calls_host_ms"]) == 9 and len(clip["calls_ms"]) == 2
     assert min(denoiser["calls_ms"]) <= denoiser["next_ms"] <= denoiser["next_worst_ms"] == max(denoiser["calls_ms"])
-    assert clip["next_ms"] > denoiser["next_ms"]
+    assert min(clip["calls_ms"]) > min(denoiser["calls_ms"])
 
 
 def test_each_variant_in_a_process_of_its_own(tiny_bench: Bench) -> None:
@@ -251,7 +251,8 @@ def test_ops_dry_run(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     for op in MEASURED_OPS:
         assert {"eager", "compile", "ours"} <= {variant for scope, variant in measured if scope == f"{op}: tiny"}
         assert measured[f"{op}: tiny", "eager"]["implementations"] == []
-        if op != "temporal_conv":  # whose default is the library's convolution
+        # convolutions over time are the library's by default, attention in float32, which a CPU measures, PyTorch's
+        if op not in ("temporal_conv", "spatial_attention"):
             assert measured[f"{op}: tiny", "ours"]["implementations"] != ["torch"]
     for row in (row for row in record["results"] if row["status"] == "ok"):
         assert row["error_to_reference"] < 1e-5
@@ -518,7 +519,7 @@ def test_cudnn_tries_its_algorithms_for_a_convolution_that_has_run(device: torch
     torch.nn.functional.conv2d(x, weight)
 
     def kernels() -> int:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profiler:
             torch.nn.functional.conv2d(x, weight)
             torch.cuda.synchronize()
         return len(profiler.events())
