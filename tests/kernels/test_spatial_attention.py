@@ -244,9 +244,9 @@ def test_costs_count_shared_keys_and_values_once() -> None:
 @pytest.mark.parametrize(
     ("serving", "timed"),
     [
-        (["gluon", "cudnn", "flash", "triton"], ["gluon", "cudnn", "flash", "torch"]),
-        (["cudnn", "flash", "efficient", "triton"], ["cudnn", "flash", "triton", "torch"]),
-        ([], ["torch"]),
+        (["gluon", "cudnn", "flash", "triton"], ["gluon", "cudnn", "flash"]),
+        (["cudnn", "flash", "efficient", "triton"], ["cudnn", "flash", "triton"]),
+        ([], []),
     ],
     ids=["gluon", "libraries", "none"],
 )
