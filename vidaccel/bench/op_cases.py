@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 __all__ = ["CASES", "STOCK", "TINY", "Arguments", "Stock", "Zeros"]
@@ -173,7 +174,7 @@ CASES: dict[str, dict[str, Arguments]] = {
 
 def _frames_inner(x: Tensor, frames: int) -> Tensor:
     """``[B F, HW, C]`` to ``[B, HW, F, C]``, the order of stock temporal blocks; a copy."""
-    return x.unflatten(0, (-1, frames)).transpose(1, 2).contiguous()
+    return rearrange(x, "(b f) p c -> b p f c", f=frames).contiguous()
 
 
 def _keys_frames_inner(q: Tensor, k: Tensor, v: Tensor, frames: int, heads: int, *_: Any) -> tuple[Any, ...]:
@@ -183,9 +184,9 @@ def _keys_frames_inner(q: Tensor, k: Tensor, v: Tensor, frames: int, heads: int,
 def _attend_frames_inner(x: Tensor, k: Tensor, v: Tensor, frames: int, heads: int) -> Tensor:
     """What a stock temporal block spends around its attention: the copy of its input, SDPA, the copy back."""
     q = _frames_inner(x, frames)
-    items = (y.flatten(0, 1).unflatten(-1, (heads, -1)).transpose(1, 2) for y in (q, k, v))
-    out = F.scaled_dot_product_attention(*items).transpose(1, 2)
-    return out.reshape(q.shape).transpose(1, 2).flatten(0, 1)
+    query, key, value = (rearrange(y, "b p f (h d) -> (b p) h f d", h=heads) for y in (q, k, v))
+    out = F.scaled_dot_product_attention(query, key, value)
+    return rearrange(out, "(b p) h f d -> (b f) p (h d)", b=len(q))
 
 
 STOCK = {"temporal_attention": Stock(_attend_frames_inner, _keys_frames_inner)}
