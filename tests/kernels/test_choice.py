@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,8 +205,8 @@ def test_the_favourite_is_beaten_by_a_margin_only() -> None:
     assert measured(barely=0.9).winner == "barely"
 
 
-def rank(number: int, folder: str, store: str, answers: Any) -> None:
-    """One process of a group; each finds another implementation the faster one."""
+def rank(number: int, folder: str, store: str) -> list[str]:
+    """One process of a group; each finds another implementation the faster one. What it ran."""
     os.environ |= {"VIDACCEL_CACHE_DIR": f"{folder}/{number}", "MASTER_ADDR": "localhost"}
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=number, world_size=2)
     choice.gpu_milliseconds = Clock(1.0, 2.0, 3.0) if number == 0 else Clock(2.0, 1.0, 3.0)
@@ -217,19 +218,19 @@ def rank(number: int, folder: str, store: str, answers: Any) -> None:
             op(torch.ones(size))
             if size % 2 != number:
                 torch.distributed.barrier()
-    answers.put((number, [event.implementation for event in events]))
+    torch.distributed.barrier()  # the store is one rank's: it stays until both have asked
     torch.distributed.destroy_process_group()
+    return [event.implementation for event in events]
 
 
 def test_all_ranks_of_a_group_choose_alike(tmp_path: Path) -> None:
-    spawn = multiprocessing.get_context("spawn")
-    answers = spawn.Queue()
-    arguments = (str(tmp_path), str(tmp_path / "store"), answers)
-    processes = [spawn.Process(target=rank, args=(number, *arguments)) for number in range(2)]
-    for process in processes:
-        process.start()
-    found = dict(answers.get(timeout=100) for _ in processes)
-    for process in processes:
-        process.join(20)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    commands = [[sys.executable, __file__, str(number), str(tmp_path), str(tmp_path / "store")] for number in range(2)]
+    processes = [subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, text=True) for c in commands]
+    found = [json.loads(process.communicate(timeout=100)[0]) for process in processes]
     assert found[0] == found[1]
     assert set(found[0]) == {"first", "second"}, "each of them was the first to know of some"
+
+
+if __name__ == "__main__":  # a rank
+    print(json.dumps(rank(int(sys.argv[1]), *sys.argv[2:])))
