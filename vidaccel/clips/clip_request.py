@@ -1,4 +1,4 @@
-"""What one clip is made from, whoever says it: the command line, a line of a job file, or a model's own defaults."""
+"""What one clip is made from, as said by the command line, a line of a job file, or a model's own defaults."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def discard(path: Path) -> None:
 
 
 def write_json(path: Path, record: Any) -> None:
-    """Write aside, then rename: whoever reads ``path`` sees the whole of the old record or the whole of the new."""
+    """Write aside, then rename: a reader of ``path`` sees the old record or the new one, never half of one."""
     with aside(path) as part:
         part.write_text(json_text(record) + "\n")
 

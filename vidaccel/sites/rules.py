@@ -30,7 +30,7 @@ _patches: WeakKeyDictionary[nn.Module, list[Patch]] = WeakKeyDictionary()
 class Patch:
     """One rule applied to one module: the sites it made, and what undoing it needs.
 
-    It stays the same object when a later call adds sites, so that whoever holds it can undo them all.
+    It stays the same object when a later call adds sites, so that its holder can undo them all.
     """
 
     rule: Rule
