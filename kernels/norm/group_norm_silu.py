@@ -90,7 +90,7 @@ def group_norm_silu_ref(
         x = x + per_row.transpose(1, 2).reshape(x.shape)
     # channels first: for the other order PyTorch's CPU kernel takes E[x^2] - mean^2, too poor to judge by
     y = F.group_norm(x.contiguous(), groups, weight.to(x.dtype), bias.to(x.dtype), eps)
-    return channels_last(F.silu(y) if silu else y)
+    return channels_last(F.silu(y, inplace=True) if silu else y)
 
 
 def group_norm_and_sum_ref(

@@ -345,9 +345,11 @@ def _tensors(outputs: Any) -> list[Tensor]:
     return [x for x in tree_leaves(outputs) if isinstance(x, Tensor)]
 
 
-def cut_corner(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def cut_corner(
+    args: tuple[Any, ...], kwargs: dict[str, Any], most_whole: int = MOST_WHOLE
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of the first pixels of images and clips, and the first rows of ``[B, S, C]``, if they are many."""
-    if sum(x.numel() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)) <= MOST_WHOLE:
+    if sum(x.numel() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)) <= most_whole:
         return args, kwargs
     corner: tuple[tuple[Any, ...], dict[str, Any]] = tree_map(_corner_of, (args, kwargs))
     return corner

@@ -26,7 +26,7 @@ from vidaccel.blocks.unet.resnet import FusedResnetBlock2D, FusedSpatioTemporalR
 from vidaccel.blocks.unet.upsampling import FusedUpsample2D
 from vidaccel.kernels.norm.channel_statistics import ChannelStatistics
 from vidaccel.kernels.op import runs_triton
-from vidaccel.sites.block import FusedBlock, call_site, fuses, run_part
+from vidaccel.sites.block import FusedBlock, call_site, cut_corner, fuses, run_part
 from vidaccel.sites.memo import once_per_call
 from vidaccel.sites.plain import plain_reason, stock_class
 
@@ -45,6 +45,9 @@ class _Decoder(FusedBlock):
     conv_act: Any
     conv_out: Any
     advice: str
+
+    def corner(self, args: Any, kwargs: Any) -> Any:
+        return cut_corner(args, kwargs, most_whole=0)  # a whole decode is never small
 
     def explained(self, run: Any, sample: Tensor, *args: Any) -> Tensor:
         """``run(sample, *args)``, its running out of memory explained."""
