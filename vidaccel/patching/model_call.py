@@ -62,6 +62,7 @@ class ModelCall:
                     return self.graphs.call(model, args, kwargs)
             finally:
                 memo.text = None  # also after an interrupt: no later call may take it for its own
+                memo.of_call.clear()
 
     def _settle(self, model: nn.Module, settings: Settings) -> None:
         """Forget what was found out if the model or the settings are not what they were."""

@@ -18,7 +18,17 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Memo", "generation", "held", "holding", "once_per_call", "plans_changed", "preparations", "signature"]
+__all__ = [
+    "Memo",
+    "generation",
+    "held",
+    "holding",
+    "once_in_call",
+    "once_per_call",
+    "plans_changed",
+    "preparations",
+    "signature",
+]
 
 Preparation = Callable[["Memo", tuple[Any, ...], dict[str, Any]], None]
 Arguments = ParamSpec("Arguments")
@@ -28,10 +38,12 @@ _generation = 0
 
 
 class Memo(dict[Hashable, Any]):
-    """Answers by question; and the text of the call that is under way.
+    """Answers by question; and what is known of the very call that is under way.
 
     Attributes:
         text: What ``blocks/unet/text_context.py`` knows of this call, or None.
+        of_call: What blocks have made of this call's tensors (rotary tables in another order, the lengths behind a
+            mask), for the blocks behind them.
         only: Which way every block under this call goes, for a check of what lies between ops: ``"fused"`` or
             ``"original"``; empty: as planned.
     """
@@ -39,6 +51,7 @@ class Memo(dict[Hashable, Any]):
     def __init__(self) -> None:
         super().__init__()
         self.text: Any = None
+        self.of_call: dict[Hashable, Any] = {}
         self.only: Literal["", "fused", "original"] = ""
 
 
@@ -84,6 +97,19 @@ def once_per_call(ask: Callable[Arguments, Answer]) -> Callable[Arguments, Answe
             return found
 
     return cast(Callable[Arguments, Answer], answer)
+
+
+def once_in_call(name: str, tensor: Tensor, make: Callable[[], Answer]) -> Answer:
+    """What ``make`` returns, made once in a call of a model for each ``tensor``, which the call keeps alive."""
+    memo = _memo.get()
+    if torch.compiler.is_compiling() or memo is None:
+        return make()
+    # the tensor is kept with the answer: its id is nobody else's for as long
+    found = memo.of_call.get((name, id(tensor)))
+    if found is None:
+        found = memo.of_call[name, id(tensor)] = tensor, make()
+    answer: Answer = found[1]
+    return answer
 
 
 def generation() -> int:
