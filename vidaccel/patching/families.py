@@ -62,6 +62,10 @@ _FAMILIES = {
     "text_to_video_synthesis": _Family(
         models=("UNet3DConditionModel",), pipelines=("TextToVideoSDPipeline", "VideoToVideoSDPipeline")
     ),
+    "wan": _Family(
+        models=("WanTransformer3DModel",),
+        pipelines=("WanImageToVideoPipeline", "WanPipeline", "WanVideoToVideoPipeline"),
+    ),
 }
 _FAMILY_OF_MODEL = {model: name for name, family in _FAMILIES.items() for model in family.models}
 

@@ -1,0 +1,111 @@
+"""Attention and feed-forward of a video transformer: what the blocks of all families share.
+
+A block calls the projections as modules, whatever they are (LoRA, quantised), and brings queries, keys and values to
+the fastest kernel. Where the user has chosen one of diffusers' attention backends (``set_attention_backend``, the
+``attention_backend`` context, ``DIFFUSERS_ATTN_BACKEND``), that runs: his choice wins.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.activations import GELU
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
+from torch import Tensor, nn
+
+from vidaccel.kernels.attention.spatial_attention import spatial_attention
+from vidaccel.kernels.ffn.linear_gelu import linear_gelu
+from vidaccel.kernels.op import note
+from vidaccel.sites.memo import once_per_call
+from vidaccel.sites.plain import plain_reason, readable_reason
+
+__all__ = ["attend", "attention_reason", "feed_forward", "parameters_reason", "qkv"]
+
+
+@once_per_call
+def attention_reason(attn: Any, kind: type[nn.Module], processor: type) -> str | None:
+    """Why code that does what ``processor`` does with the children of ``attn`` would not do what ``attn`` does."""
+    if reason := plain_reason(attn, kind):
+        return reason
+    if type(attn.processor) is not processor:
+        return f"it has a processor of its own, {type(attn.processor).__name__}"
+    if getattr(attn.processor, "_parallel_config", None) is not None:
+        return "its tokens are spread over several GPUs (context parallel)"
+    return None
+
+
+@once_per_call
+def parameters_reason(module: Any, kind: type[nn.Module], device: torch.device) -> str | None:
+    """Why a kernel may not stand for ``module``, a ``kind`` whose weight and bias may be missing, or None."""
+    if reason := plain_reason(module, kind):
+        return reason
+    for name in ("weight", "bias"):
+        parameter = getattr(module, name, None)
+        if parameter is None:
+            continue
+        if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
+            return f"the {name} of a {kind.__name__} is no plain parameter"
+        if parameter.device != device:
+            return f"a {kind.__name__} is on {parameter.device}, its input on {device}"
+    return None
+
+
+def qkv(attn: Any, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values ``[B, S, H*D]`` of an ``AttentionModuleMixin``, its projections fused or not."""
+    if not attn.fused_projections:
+        context = x if context is None else context
+        return attn.to_q(x), attn.to_k(context), attn.to_v(context)
+    if context is None:
+        query, key, value = attn.to_qkv(x).chunk(3, dim=-1)
+        return query, key, value
+    key, value = attn.to_kv(context).chunk(2, dim=-1)
+    return attn.to_q(x), key, value
+
+
+def attend(processor: Any, q: Tensor, k: Tensor, v: Tensor, num_heads: int, *, fused: bool = True) -> Tensor:
+    """``softmax(q k^T / sqrt(D)) v`` of ``[B, S, H*D]``, by our choice, or by the backend that the user has chosen.
+
+    Args:
+        processor: Of the attention; ``set_attention_backend`` has left its choice there.
+        q: ``[B, S, H*D]``.
+        k: ``[B, Skv, H*D]``.
+        v: As ``k``.
+        num_heads: ``H``.
+        fused: False: by diffusers' dispatcher in any case.
+
+    Returns:
+        ``[B, S, H*D]``.
+    """
+    backend = getattr(processor, "_attention_backend", None)
+    # there is no public way to ask which one a context or the environment has made the default
+    active, _ = _AttentionBackendRegistry.get_active_backend()
+    if fused and backend is None and active == AttentionBackendName.NATIVE:
+        return spatial_attention(q, k, v, num_heads)
+    note("spatial_attention", str(getattr(backend or active, "value", backend or active)))
+    heads = (x.unflatten(2, (num_heads, -1)) for x in (q, k, v))
+    return dispatch_attention_fn(*heads, backend=backend).flatten(2).type_as(q)
+
+
+def feed_forward(ff: Any, x: Tensor, *, fused: bool = True) -> Tensor:
+    """``ff(x)``, where ``fused`` with GELU in the epilogue of its first product."""
+    if not fused or _feed_forward_reason(ff, x.device):
+        return ff(x)
+    first, _, last = ff.net
+    return last(linear_gelu(x, first.proj.weight, first.proj.bias, approximate=first.approximate))
+
+
+@once_per_call
+def _feed_forward_reason(ff: Any, device: torch.device) -> str | None:
+    """Why ``ff`` is more than a linear layer, GELU and another linear layer, or its parts have to be called."""
+    if reason := plain_reason(ff, FeedForward):
+        return reason
+    if len(ff.net) != 3:
+        return "it has more than two layers"
+    first, dropout, _ = ff.net
+    if reason := plain_reason(first, GELU) or plain_reason(dropout, nn.Dropout):
+        return reason
+    if dropout.training and dropout.p:
+        return "dropout is on"
+    return readable_reason(first.proj, nn.Linear, torch.empty(0, device=device))
