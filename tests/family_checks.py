@@ -22,8 +22,8 @@ Call = Callable[[nn.Module], Tensor]
 def check_clip(pipe: Any, arguments: dict[str, Any], *, reorders_sums: bool = True) -> PatchReport:
     """The patched pipeline makes the same clip, and the restored one the same bits; returns the restored report.
 
-    ``reorders_sums`` says whether the patched one adds in another order even on a CPU: then equal bits mean that nothing
-    was patched.
+    ``reorders_sums``: the patched one adds in another order even on a CPU, so that equal bits mean that nothing was
+    patched.
     """
     before = _clip(pipe, arguments)
     traces = {name: _traces(model) for name, model in pipe.components.items() if isinstance(model, nn.Module)}
