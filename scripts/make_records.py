@@ -27,6 +27,8 @@ from typing import NamedTuple
 
 import torch
 
+from vidaccel.bench.variants import COMPILED
+
 BENCH = Path(__file__).with_name("bench.py")
 LEAST_SECONDS = 30  # with less than that nothing is begun
 # What a run needs after its time limit: to finish the measurement that it is at.
@@ -45,21 +47,21 @@ def _model(name: str, scope: str, family: str, compiled: str, options: str) -> R
 
 
 # torch.compile as it comes, and the switches under which it was fastest; those that take long first.
-COMPILED = "compile,compile+cudnn.benchmark"
+WITH_BENCHMARK = "compile,compile+cudnn.benchmark"
 CHANNELS_LAST = "compile,compile+channels_last+cudnn.benchmark"
 RECORDS = (
     _model("i2vgen-xl", "denoiser", "i2vgen-xl", "compile", "--repeats 7 --budget 4 --no-reference"),
-    _model("svd-xt", "denoiser", "svd-xt", COMPILED, "--repeats 8 --budget 3.5 --no-reference"),
+    _model("svd-xt", "denoiser", "svd-xt", WITH_BENCHMARK, "--repeats 8 --budget 3.5 --no-reference"),
     _model("svd", "denoiser", "svd", CHANNELS_LAST, "--repeats 12 --budget 3"),
-    _model("animatediff-sdxl", "denoiser", "animatediff-sdxl", COMPILED, "--repeats 8 --budget 3 --no-reference"),
+    _model("animatediff-sdxl", "denoiser", "animatediff-sdxl", WITH_BENCHMARK, "--repeats 8 --budget 3 --no-reference"),
     _model("animatediff", "denoiser", "animatediff", CHANNELS_LAST, "--repeats 15 --budget 2.5"),
     _model("svd-xt-clip", "end-to-end", "svd-xt", "", "--repeats 3 --warmup 1 --budget 20"),
     Record("ops", "--op all"),
-    _model("modelscope", "denoiser", "modelscope", COMPILED, "--repeats 20 --budget 1.5"),
-    _model("zeroscope", "denoiser", "zeroscope", COMPILED, "--repeats 12 --budget 2.5"),
+    _model("modelscope", "denoiser", "modelscope", WITH_BENCHMARK, "--repeats 20 --budget 1.5"),
+    _model("zeroscope", "denoiser", "zeroscope", WITH_BENCHMARK, "--repeats 12 --budget 2.5"),
     _model("svd-xt-vae", "vae", "svd-xt", CHANNELS_LAST, "--repeats 5 --budget 3"),
     _model("svd-vae", "vae", "svd", CHANNELS_LAST, "--repeats 6 --budget 2.5"),
-    _model("animatediff-vae", "vae", "animatediff", COMPILED, "--repeats 10 --budget 2"),
+    _model("animatediff-vae", "vae", "animatediff", WITH_BENCHMARK, "--repeats 10 --budget 2"),
     _model("modelscope-2-cores", "denoiser", "modelscope", "", "--cpus 2 --repeats 20 --budget 1.5 --no-reference"),
     _model("zeroscope-2-cores", "denoiser", "zeroscope", "", "--cpus 2 --repeats 12 --budget 2.5 --no-reference"),
     _model("animatediff-2-cores", "denoiser", "animatediff", "", "--cpus 2 --repeats 15 --budget 2.5 --no-reference"),
@@ -146,7 +148,7 @@ def _options(record: Record, skip: Sequence[str]) -> list[str]:
     options = [option for option in shlex.split(record.options) if option != "--new-process" or option[2:] not in skip]
     if "compile" in skip and "--variants" in options:
         at = options.index("--variants") + 1
-        options[at] = ",".join(name for name in options[at].split(",") if "compile" not in name.split("+"))
+        options[at] = ",".join(name for name in options[at].split(",") if not COMPILED & set(name.split("+")))
     return options
 
 

@@ -180,9 +180,11 @@ def test_neighbours_share_their_compiled_code_and_must_be_finite(
 
 def test_variants() -> None:
     assert parse_variants("patched,patched+no_graph, eager") == ("eager", "patched", "patched+no_graph")
-    for variant in ("no_graph", "compile+no_graph", "patched+compile+no_graph"):
+    for variant in ("no_graph", "compile+no_graph", "patched+compile+no_graph", "patched+compile_blocks+no_graph"):
         with pytest.raises(UsageError, match="no_graph goes with patched, and not with compile"):
             parse_variants(variant)
+    with pytest.raises(UsageError, match="alternatives"):
+        parse_variants("compile+compile_blocks")
 
 
 def test_time_limit(tiny_bench: Bench) -> None:

@@ -24,7 +24,7 @@ from vidaccel.bench.record import Recorder, Row
 from vidaccel.bench.settings import Settings
 from vidaccel.bench.subject import Subject, load_subject
 from vidaccel.bench.timing import time_call, time_run
-from vidaccel.bench.variants import applied
+from vidaccel.bench.variants import COMPILED, applied
 from vidaccel.bench.workloads import workloads
 from vidaccel.errors import first_line
 
@@ -47,7 +47,7 @@ def measure_new_processes(
     with tempfile.TemporaryDirectory() as folder:
         filled = False
         for variant in settings.variants:
-            if "compile" in variant.split("+"):
+            if COMPILED & set(variant.split("+")):
                 continue
             patched = "patched" in variant.split("+")
             for caches in ("warm",) if filled else ("empty", "warm") if patched else ("empty",):

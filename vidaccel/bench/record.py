@@ -16,6 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from vidaccel.bench.variants import COMPILED
 from vidaccel.clips.outputs import write_json
 from vidaccel.errors import first_line
 
@@ -107,8 +108,8 @@ class Recorder:
 
 def is_compile_baseline(variant: str) -> bool:
     """Whether a variant is stock code under torch.compile: the baseline that counts."""
-    parts = variant.split("+")
-    return "compile" in parts and "patched" not in parts
+    parts = set(variant.split("+"))
+    return bool(COMPILED & parts) and "patched" not in parts
 
 
 def best_compile(rows: Iterable[Row], scope: str) -> Row | None:

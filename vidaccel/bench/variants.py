@@ -2,13 +2,15 @@
 
 A variant is ``eager``, or parts joined by ``+``: stock code and patched code take the same switches, so that the
 baseline is as strong as the user could make it. ``patched`` is ``patch_pipeline(pipe)`` as it comes, with CUDA graphs
-where it finds that they pay; ``patched+no_graph`` is without.
+where it finds that they pay; ``patched+no_graph`` is without. ``compile`` compiles whole models, ``compile_blocks`` the
+denoiser's repeated blocks, as diffusers' ``compile_repeated_blocks(fullgraph=True)`` does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -23,6 +25,7 @@ from vidaccel.patching.report import PatchReport
 
 __all__ = [
     "BASELINES",
+    "COMPILED",
     "DEFAULT",
     "applied",
     "cudnn_benchmark",
@@ -32,7 +35,8 @@ __all__ = [
     "without_benchmark",
 ]
 
-PARTS = ("channels_last", "cudnn.benchmark", "patched", "no_graph", "compile")
+PARTS = ("channels_last", "cudnn.benchmark", "patched", "no_graph", "compile", "compile_blocks")
+COMPILED = frozenset(["compile", "compile_blocks"])
 DEFAULT = ("eager", "patched", "compile", "patched+compile")
 # The switches that a user of torch.compile may also turn; the fastest is the baseline that counts.
 BASELINES = ("compile+cudnn.benchmark", "compile+channels_last", "compile+channels_last+cudnn.benchmark")
@@ -46,15 +50,17 @@ def parse_variants(text: str) -> tuple[str, ...]:
         unknown = parts - set(PARTS)
         if unknown and name != "eager":
             raise UsageError(f"--variants: unknown {', '.join(sorted(unknown))}; parts are eager, {', '.join(PARTS)}")
-        if "no_graph" in parts and ("patched" not in parts or "compile" in parts):
+        if "no_graph" in parts and ("patched" not in parts or COMPILED & parts):
             raise UsageError(f"--variants: {name}: no_graph goes with patched, and not with compile, which has none")
+        if parts >= COMPILED:
+            raise UsageError(f"--variants: {name}: compile and compile_blocks are alternatives")
     return tuple(dict.fromkeys(["eager", *names]))
 
 
 def without_benchmark(variant: str) -> str:
     """The variant that runs the same code, compiled or not, but for the algorithms that cuDNN chooses in it."""
     parts = variant.split("+")
-    if "patched" in parts and not {"no_graph", "compile"} & set(parts):  # a graph may have recorded them
+    if "patched" in parts and not {"no_graph", *COMPILED} & set(parts):  # a graph may have recorded them
         return variant
     return "+".join(part for part in parts if part != "cudnn.benchmark") or "eager"
 
@@ -86,14 +92,24 @@ def applied(variant: str, pipe: DiffusionPipeline, settings: Settings) -> Iterat
             undo.enter_context(cudnn_benchmark(dtype_of(pipe)))
         report = None
         if "patched" in parts:
-            graph: CudaGraph = False if {"no_graph", "compile"} & parts else "auto"
+            graph: CudaGraph = False if {"no_graph", *COMPILED} & parts else "auto"
             report = patch_pipeline(pipe, only=settings.only, skip=settings.skip, cuda_graph=graph)
             undo.enter_context(report)
         if "compile" in parts:
             for module in modules:
                 module.compile(backend=settings.compile_backend)
                 undo.callback(setattr, module, "_compiled_call_impl", None)
+        if "compile_blocks" in parts:
+            denoiser: Any = measured_modules(pipe)["denoiser"]
+            undo.callback(_uncompile_blocks, denoiser)
+            denoiser.compile_repeated_blocks(fullgraph=True, backend=settings.compile_backend)
         yield report
+
+
+def _uncompile_blocks(denoiser: Any) -> None:
+    for block in denoiser.modules():
+        if type(block).__name__ in denoiser._repeated_blocks:
+            block._compiled_call_impl = None
 
 
 def _forget_compiled_code() -> None:

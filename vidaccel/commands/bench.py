@@ -29,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--variants",
         metavar="LIST",
-        help="eager, or any of patched, no_graph (patched without CUDA graphs), compile, cudnn.benchmark and "
-        "channels_last joined by +; eager is always measured, and first (default: eager,patched,compile,"
-        "patched+compile, and for --synthetic on a GPU also the stronger torch.compile baselines)",
+        help="eager, or any of patched, no_graph (patched without CUDA graphs), compile, compile_blocks (a denoiser's "
+        "blocks alone), cudnn.benchmark and channels_last joined by +; eager is always measured, and first (default: "
+        "eager,patched,compile,patched+compile, and for --synthetic on a GPU also stronger torch.compile baselines)",
     )
     parser.add_argument("--only", nargs="+", metavar="SITE", help="patch only these ops, parts or module paths")
     parser.add_argument("--skip", nargs="+", metavar="SITE", help="patch all but these")
