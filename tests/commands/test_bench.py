@@ -353,6 +353,15 @@ def test_synthetic_tiny_pipelines_run(family: str) -> None:
     assert torch.from_numpy(clip.frames).isfinite().all()
 
 
+def test_synthetic_inputs() -> None:
+    kinds = {"noise": [1, 2, 3], "zeros": {"zeros": [1, 2]}, "mask": {"mask": [2, 4], "valid": 1}, "image": "image"}
+    inputs = pipeline_inputs({"call": {"height": 8, "width": 16}, "inputs": kinds}, CPU, torch.bfloat16)
+    assert inputs["noise"].shape == (1, 2, 3) and inputs["noise"].dtype == torch.bfloat16 and inputs["noise"].all()
+    assert inputs["zeros"].shape == (1, 2) and inputs["zeros"].dtype == torch.bfloat16 and not inputs["zeros"].any()
+    assert inputs["mask"].tolist() == [[1, 0, 0, 0], [1, 0, 0, 0]] and inputs["mask"].dtype == torch.int64
+    assert inputs["image"].size == (16, 8)
+
+
 def test_synthetic_svd_has_the_size_of_the_released_model() -> None:
     class_name, config = specification("svd-xt")["components"]["unet"]
     with torch.device("meta"):

@@ -12,8 +12,9 @@ What is built is declared in ``samples/models/configurations/<name>.json``::
     }
 
 Component classes are named as diffusers or transformers export them, with the configuration of the released checkpoint
-(``source``). An input is ``"image"`` (a random picture of the call's size) or the shape of a random tensor. ``tiny``
-overrides single entries for a dry run on a CPU.
+(``source``). An input is ``"image"`` (a random picture of the call's size), the shape of a random tensor,
+``{"zeros": shape}``, or ``{"mask": shape, "valid": 60}``: the mask of a text that is padded behind its 60 tokens.
+``tiny`` overrides single entries for a dry run on a CPU.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import torch
 import transformers
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from vidaccel.errors import UsageError, nearest
 
@@ -141,6 +142,14 @@ def pipeline_inputs(
             pixels = np.random.default_rng(seed + i).integers(0, 256, (call["height"], call["width"], 3), np.uint8)
             inputs[name] = Image.fromarray(pixels)
         else:
-            generator = torch.Generator().manual_seed(seed + i)
-            inputs[name] = torch.randn(kind, generator=generator).to(device, dtype)
+            inputs[name] = _tensor(kind, seed + i, dtype).to(device)
     return inputs
+
+
+def _tensor(kind: list[int] | dict[str, Any], seed: int, dtype: torch.dtype) -> Tensor:
+    if isinstance(kind, list):
+        return torch.randn(kind, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    if "zeros" in kind:
+        return torch.zeros(kind["zeros"], dtype=dtype)
+    shape: list[int] = kind["mask"]
+    return (torch.arange(shape[-1]) < kind["valid"]).long().expand(shape)

@@ -54,6 +54,19 @@ _FAMILIES = {
         ),
     ),
     "autoencoder_kl": _Family(models=("AutoencoderKL",)),
+    "hunyuan_video": _Family(
+        models=("HunyuanVideoTransformer3DModel", "HunyuanVideoFramepackTransformer3DModel"),
+        pipelines=(
+            "HunyuanSkyreelsImageToVideoPipeline",
+            "HunyuanVideoFramepackPipeline",
+            "HunyuanVideoImageToVideoPipeline",
+            "HunyuanVideoPipeline",
+        ),
+    ),
+    "hunyuan_video1_5": _Family(
+        models=("HunyuanVideo15Transformer3DModel",),
+        pipelines=("HunyuanVideo15ImageToVideoPipeline", "HunyuanVideo15Pipeline"),
+    ),
     "i2vgen_xl": _Family(models=("I2VGenXLUNet",), pipelines=("I2VGenXLPipeline",)),
     "stable_video_diffusion": _Family(
         models=("UNetSpatioTemporalConditionModel", "AutoencoderKLTemporalDecoder"),

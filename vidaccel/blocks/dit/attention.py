@@ -64,7 +64,9 @@ def qkv(attn: Any, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Te
     return attn.to_q(x), key, value
 
 
-def attend(processor: Any, q: Tensor, k: Tensor, v: Tensor, num_heads: int, *, fused: bool = True) -> Tensor:
+def attend(
+    processor: Any, q: Tensor, k: Tensor, v: Tensor, num_heads: int, *, mask: Tensor | None = None, fused: bool = True
+) -> Tensor:
     """``softmax(q k^T / sqrt(D)) v`` of ``[B, S, H*D]``, by our choice, or by the backend that the user has chosen.
 
     Args:
@@ -73,6 +75,7 @@ def attend(processor: Any, q: Tensor, k: Tensor, v: Tensor, num_heads: int, *, f
         k: ``[B, Skv, H*D]``.
         v: As ``k``.
         num_heads: ``H``.
+        mask: ``[B, 1, 1, Skv]`` bool, False where nobody attends to a key; kernels of ours take none. None: no mask.
         fused: False: by diffusers' dispatcher in any case.
 
     Returns:
@@ -81,11 +84,11 @@ def attend(processor: Any, q: Tensor, k: Tensor, v: Tensor, num_heads: int, *, f
     backend = getattr(processor, "_attention_backend", None)
     # there is no public way to ask which one a context or the environment has made the default
     active, _ = _AttentionBackendRegistry.get_active_backend()
-    if fused and backend is None and active == AttentionBackendName.NATIVE:
+    if fused and mask is None and backend is None and active == AttentionBackendName.NATIVE:
         return spatial_attention(q, k, v, num_heads)
     note("spatial_attention", str(getattr(backend or active, "value", backend or active)))
-    heads = (x.unflatten(2, (num_heads, -1)) for x in (q, k, v))
-    return dispatch_attention_fn(*heads, backend=backend).flatten(2).type_as(q)
+    query, key, value = (x.unflatten(2, (num_heads, -1)) for x in (q, k, v))
+    return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=backend).flatten(2).type_as(q)
 
 
 def feed_forward(ff: Any, x: Tensor, *, fused: bool = True) -> Tensor:

@@ -1,0 +1,29 @@
+"""HunyuanVideo: text and image to video, SkyReels-V1, FramePack.
+
+What the family offers: attention without a mask, on text without its padding (``padded_text``); norms, modulations,
+gates and rotary embeddings in one pass each (``gated_residual_norm``, ``qk_norm_rope``, ``linear_gelu``); blocks of one
+stream that never join attention and feed-forward (``residual_projection``).
+"""
+
+from __future__ import annotations
+
+from vidaccel.blocks.dit.transformer_hunyuan_video import (
+    FusedHunyuanVideoSingleTransformerBlock,
+    FusedHunyuanVideoTokenReplaceSingleTransformerBlock,
+    FusedHunyuanVideoTokenReplaceTransformerBlock,
+    FusedHunyuanVideoTransformerBlock,
+)
+from vidaccel.sites.rules import Swap
+
+__all__ = ["RULES"]
+
+_BLOCKS = (Swap(FusedHunyuanVideoTransformerBlock), Swap(FusedHunyuanVideoSingleTransformerBlock))
+
+RULES = {
+    "HunyuanVideoTransformer3DModel": (
+        *_BLOCKS,
+        Swap(FusedHunyuanVideoTokenReplaceTransformerBlock),
+        Swap(FusedHunyuanVideoTokenReplaceSingleTransformerBlock),
+    ),
+    "HunyuanVideoFramepackTransformer3DModel": _BLOCKS,
+}
