@@ -367,10 +367,16 @@ def _key(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> dict[
     return {
         "dtype": str(q.dtype),
         "batch_heads": q.shape[0] * num_heads,
-        "seq_q": q.shape[1],
-        "seq_kv": k.shape[1],
+        "seq_q": _about(q.shape[1]),
+        "seq_kv": _about(k.shape[1]),
         "head_dim": q.shape[2] // num_heads,
     }
+
+
+def _about(length: int) -> int:
+    """``length`` to 5 binary digits: every prompt makes another one, which is not worth another measurement."""
+    unit = 1 << max(length.bit_length() - 5, 0)
+    return -(-length // unit) * unit
 
 
 def _default(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> str:

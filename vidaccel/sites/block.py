@@ -114,6 +114,10 @@ class Host:
         """Small arguments for which fused and original forward do the same, cut from these; None if there are none."""
         return cut_corner(args, kwargs)
 
+    def path_in_data(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the values of a call's tensors decide about the way that it takes, hashable; None: nothing."""
+        return None
+
     def module_of(self, args: tuple[Any, ...]) -> nn.Module:
         """The module that a call runs."""
         raise NotImplementedError
@@ -198,7 +202,8 @@ def call_site(kind: type[Host], host: Any, *args: Any, **kwargs: Any) -> Any:
             return call_site(kind, host, *args, **kwargs)
     if memo.only:
         return _one_way(memo.only, kind, host, sites, args, kwargs)
-    question = (host, torch.is_grad_enabled(), *signature(args), *signature(kwargs.values()))
+    in_data = host.path_in_data(args, kwargs)
+    question = (host, torch.is_grad_enabled(), in_data, *signature(args), *signature(kwargs.values()))
     plan = memo.get(question)
     if plan is None or question[1]:
         plan = memo[question] = _plan(host, sites, question[1:], args, kwargs)

@@ -115,6 +115,12 @@ class HunyuanBlock(FusedBlock):
         """A mask for a call where all of ``text`` is valid."""
         return None
 
+    def path_in_data(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x, text, _, mask, *_ = args
+        if not self.runs("padded_text") or self.mask_reason(x, text, mask) or mask is None:
+            return None
+        return valid_length(mask, self.tokens_before_text(x))
+
     def corner(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """No padding, for what stands there is neither alike nor of any use."""
         x, text, temb, mask, freqs_cis, *token_replace = args
