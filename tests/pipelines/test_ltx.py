@@ -42,9 +42,17 @@ from torch import Tensor, nn
 
 from vidaccel import patch_module, patch_pipeline
 from vidaccel.bench.synthetic import specification
-from vidaccel.blocks.dit import attention, modulation_rows, text_attention
+from vidaccel.blocks.dit import (
+    attention,
+    modulation_rows,
+    normalization,
+    text_attention,
+    transformer_ltx,
+    transformer_ltx2,
+)
 from vidaccel.blocks.dit.transformer_ltx import LTX_OPS
 from vidaccel.patching.report import PatchReport
+from vidaccel.sites import block
 
 TEXT = 6  # tokens, of which some are valid
 CAPTION = 12
@@ -342,6 +350,24 @@ def test_other_calls(case: str) -> None:
         assert relative_error(run(model, **options), expected) <= 1e-5
         assert not report.fallbacks, str(report)
     assert relative_error(run(build(name)), expected) > 1e-4  # the option shows
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    ("ltx", {}), ("ltx2.3", {}), ("ltx2", OTHER_CALLS["masked"][1]), ("ltx2, interleaved", {}),
+])  # fmt: skip
+def test_a_corner_of_a_large_call_is_checked(
+    name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in (transformer_ltx, transformer_ltx2, normalization):
+        for setting, value in (("MOST_WHOLE", 0), ("CORNER_ROWS", 7)):
+            monkeypatch.setattr(file, setting, value, raising=False)
+    checked: list[Any] = []
+    near = block.near
+    monkeypatch.setattr(block, "near", lambda out, expected, *gold: checked.append(out.shape) or near(out, expected))
+    model = build(name)
+    with patched(model):
+        run(model, timesteps="of an image and a video", **options)
+    assert (2, 7, 16) in checked and (2, 18, 16) not in checked
 
 
 @pytest.mark.parametrize("name", ["ltx", "ltx2.3"])

@@ -38,9 +38,7 @@ class TimestepModulation(FusedBlock):
     def fused_forward(self, timestep: Tensor, added: Any, batch_size: int | None, dtype: Any) -> tuple[Tensor, Tensor]:
         stock: Any = self.original.forward
         tokens = 1 if batch_size is None else len(timestep) // batch_size
-        # what is known of a timestep must not get into a graph, which will be replayed with others
-        captured = timestep.is_cuda and torch.cuda.is_current_stream_capturing()
-        if batch_size is None or tokens == 1 or captured or torch.compiler.is_compiling():
+        if batch_size is None or tokens == 1 or _is_recorded(timestep):
             return stock(self, timestep, added, batch_size, dtype)
         distinct, rows = distinct_rows(timestep.view(batch_size, tokens, 1, 1))  # [B, R, 1, 1]
         if distinct.shape[1] == tokens:
@@ -51,6 +49,13 @@ class TimestepModulation(FusedBlock):
         parts = (-1, embedding.shape[2])  # [B, R, P, C]
         keep_rows(of_tokens.unflatten(2, parts), modulation.unflatten(2, parts), rows)
         return of_tokens.flatten(0, 1), _of_tokens(embedding, rows, tokens).flatten(0, 1)
+
+
+def _is_recorded(timestep: Tensor) -> bool:
+    """Whether a call is traced, or captured as a CUDA graph, and will be made again with other timesteps."""
+    if torch.compiler.is_compiling():
+        return True
+    return timestep.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _of_tokens(x: Tensor, rows: Tensor | None, tokens: int) -> Tensor:

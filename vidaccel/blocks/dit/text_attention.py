@@ -46,8 +46,8 @@ def valid_lengths(*masks: Tensor | None) -> tuple[Lengths | str, ...]:
 
 
 def _found(masks: list[Tensor]) -> list[tuple[int, ...] | str]:
-    if any(mask.ndim != 3 or mask.shape[1] != 1 for mask in masks):
-        return ["the mask of a text is not [B, 1, T]"] * len(masks)
+    if any(mask.ndim != 3 or mask.shape[1] != 1 or not mask.is_floating_point() for mask in masks):
+        return ["the mask of a text is not [B, 1, T] of numbers to add"] * len(masks)
     counted = torch.cat([_counted(mask[:, 0]) for mask in masks], dim=1).tolist()  # one wait for the GPU in a call
     found: list[tuple[int, ...] | str] = []
     for mask in masks:
