@@ -68,6 +68,27 @@ _FAMILIES = {
         pipelines=("HunyuanVideo15ImageToVideoPipeline", "HunyuanVideo15Pipeline"),
     ),
     "i2vgen_xl": _Family(models=("I2VGenXLUNet",), pipelines=("I2VGenXLPipeline",)),
+    "ltx": _Family(
+        models=("LTXVideoTransformer3DModel",),
+        pipelines=(
+            "LTXConditionPipeline",
+            "LTXI2VLongMultiPromptPipeline",
+            "LTXImageToVideoPipeline",
+            "LTXPipeline",
+        ),
+    ),
+    "ltx2": _Family(
+        models=("LTX2VideoTransformer3DModel",),
+        pipelines=(
+            "LTX2ConditionPipeline",
+            "LTX2DFRPipeline",
+            "LTX2DFRTemporalRefinePipeline",
+            "LTX2HDRPipeline",
+            "LTX2ImageToVideoPipeline",
+            "LTX2InContextPipeline",
+            "LTX2Pipeline",
+        ),
+    ),
     "stable_video_diffusion": _Family(
         models=("UNetSpatioTemporalConditionModel", "AutoencoderKLTemporalDecoder"),
         pipelines=("StableVideoDiffusionPipeline",),

@@ -21,7 +21,7 @@ from vidaccel.kernels.op import note
 from vidaccel.sites.memo import once_per_call
 from vidaccel.sites.plain import plain_reason, readable_reason
 
-__all__ = ["attend", "attention_reason", "feed_forward", "parameters_reason", "qkv"]
+__all__ = ["attend", "attention_reason", "feed_forward", "parameters_reason", "project", "qkv"]
 
 
 @once_per_call
@@ -75,7 +75,8 @@ def attend(
         k: ``[B, Skv, H*D]``.
         v: As ``k``.
         num_heads: ``H``.
-        mask: ``[B, 1, 1, Skv]`` bool, False where nobody attends to a key; kernels of ours take none. None: no mask.
+        mask: Broadcast to ``[B, H, S, Skv]``; bool, False where nobody attends to a key, or a number that is added to
+            the score. Kernels of ours take none. None: no mask.
         fused: False: by diffusers' dispatcher in any case.
 
     Returns:
@@ -89,6 +90,13 @@ def attend(
     note("spatial_attention", str(getattr(backend or active, "value", backend or active)))
     query, key, value = (x.unflatten(2, (num_heads, -1)) for x in (q, k, v))
     return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=backend).flatten(2).type_as(q)
+
+
+def project(attn: Any, out: Tensor) -> Tensor:
+    """``out`` ``[B, S, H*D]`` through the layers behind an attention."""
+    for layer in attn.to_out:
+        out = layer(out)
+    return out
 
 
 def feed_forward(ff: Any, x: Tensor, *, fused: bool = True) -> Tensor:
