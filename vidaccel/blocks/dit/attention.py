@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vidaccel.kernels.attention.spatial_attention import spatial_attention
 from vidaccel.kernels.ffn.linear_gelu import linear_gelu
-from vidaccel.kernels.op import note
+from vidaccel.kernels.op import REFERENCE, note
 from vidaccel.sites.memo import once_per_call
 from vidaccel.sites.plain import plain_reason, readable_reason
 
@@ -64,7 +64,9 @@ def qkv(attn: Any, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Te
     return attn.to_q(x), key, value
 
 
-def attend(processor: Any, q: Tensor, k: Tensor, v: Tensor, num_heads: int, *, fused: bool = True) -> Tensor:
+def attend(
+    processor: Any, q: Tensor, k: Tensor, v: Tensor, num_heads: int, *, mask: Tensor | None = None, fused: bool = True
+) -> Tensor:
     """``softmax(q k^T / sqrt(D)) v`` of ``[B, S, H*D]``, by our choice, or by the backend that the user has chosen.
 
     Args:
@@ -73,6 +75,7 @@ def attend(processor: Any, q: Tensor, k: Tensor, v: Tensor, num_heads: int, *, f
         k: ``[B, Skv, H*D]``.
         v: As ``k``.
         num_heads: ``H``.
+        mask: ``[B, 1, 1 or S, Skv]`` bool, False where a key is not attended to; kernels of ours take none. None: none.
         fused: False: by diffusers' dispatcher in any case.
 
     Returns:
@@ -81,16 +84,19 @@ def attend(processor: Any, q: Tensor, k: Tensor, v: Tensor, num_heads: int, *, f
     backend = getattr(processor, "_attention_backend", None)
     # there is no public way to ask which one a context or the environment has made the default
     active, _ = _AttentionBackendRegistry.get_active_backend()
-    if fused and backend is None and active == AttentionBackendName.NATIVE:
+    if fused and mask is None and backend is None and active == AttentionBackendName.NATIVE:
         return spatial_attention(q, k, v, num_heads)
     note("spatial_attention", str(getattr(backend or active, "value", backend or active)))
-    heads = (x.unflatten(2, (num_heads, -1)) for x in (q, k, v))
-    return dispatch_attention_fn(*heads, backend=backend).flatten(2).type_as(q)
+    query, key, value = (x.unflatten(2, (num_heads, -1)) for x in (q, k, v))
+    return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=backend).flatten(2).type_as(q)
 
 
 def feed_forward(ff: Any, x: Tensor, *, fused: bool = True) -> Tensor:
     """``ff(x)``, where ``fused`` with GELU in the epilogue of its first product."""
-    if not fused or _feed_forward_reason(ff, x.device):
+    if not fused:
+        return ff(x)
+    if reason := _feed_forward_reason(ff, x.device):
+        note("linear_gelu", REFERENCE, reason)
         return ff(x)
     first, _, last = ff.net
     return last(linear_gelu(x, first.proj.weight, first.proj.bias, approximate=first.approximate))
