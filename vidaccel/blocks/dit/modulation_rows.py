@@ -57,19 +57,17 @@ def distinct_rows(values: Tensor) -> tuple[Tensor, Tensor | None]:
     """
     if values.stride(1) == 0 or values.shape[1] == 1:
         return values[:, :1], None
-    memo = held()
-    kept = None if memo is None else memo.of_call.get(_key(values))
-    if kept is None:
-        distinct, rows = _distinct(values)
-        keep_rows(values, distinct, rows)
-        return distinct, rows
-    _, distinct, rows = kept
+    if torch.compiler.is_compiling() or (memo := held()) is None:
+        return _distinct(values)
+    if _key(values) not in memo.of_call:
+        keep_rows(values, *_distinct(values))
+    _, distinct, rows = memo.of_call[_key(values)]
     return distinct, rows
 
 
 def keep_rows(values: Tensor, distinct: Tensor, rows: Tensor | None) -> None:
     """Let :func:`distinct_rows` of ``values``, and of other views of the same numbers, know its answer."""
-    if (memo := held()) is not None and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and (memo := held()) is not None:
         # the values are kept with it: their address is nobody else's for as long
         memo.of_call[_key(values)] = values, distinct, rows
 

@@ -81,13 +81,6 @@ class FusedAnyFlowTransformerBlock(AnyFlowBlock, AnyFlowTransformerBlock):
         cos, sin = once_in_call("cos and sin", angles, lambda: _tables(angles))
         return Rope("pairs", cos, sin)
 
-    def self_attention_reason(self, x: Tensor, rotary_emb: Any) -> str | None:
-        if reason := super().self_attention_reason(x, rotary_emb):
-            return reason
-        if any(norm.weight is None or norm.weight.dtype != x.dtype for norm in (self.attn1.norm_q, self.attn1.norm_k)):
-            return "the weights of its norms have another dtype than queries and keys"
-        return None
-
     def call_self_attention(self, x: Tensor, rotary_emb: Any, mask: Any, *args: Any) -> Tensor:
         return self.attn1(hidden_states=x, rotary_emb=rotary_emb, attention_mask=mask)
 

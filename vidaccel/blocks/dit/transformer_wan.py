@@ -110,9 +110,8 @@ class WanBlock(FusedBlock):
         if torch.is_autocast_enabled(hidden_states.device.type):
             return "autocast is on"
         for norm in (self.norm1, self.norm2, self.norm3):
-            if type(norm) is not nn.Identity and (
-                reason := parameters_reason(norm, FP32LayerNorm, hidden_states.device)
-            ):
+            kind = nn.Identity if type(norm) is nn.Identity else FP32LayerNorm
+            if reason := parameters_reason(norm, kind, hidden_states.device):
                 return reason
         return None
 
