@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from block_checks import relative_error
+from block_checks import fused, relative_error
 from diffusers import (
     PyramidAttentionBroadcastConfig,
     SkyReelsV2DiffusionForcingImageToVideoPipeline,
@@ -126,12 +126,31 @@ def test_patched_model_compiles_in_one_graph(call: Any) -> None:
     check_compiled(transformer(num_layers=1), call)
 
 
-def test_a_mask_goes_to_diffusers() -> None:
+def test_blocks_of_frames_attend_to_earlier_ones_without_a_mask() -> None:
     model = transformer(num_frame_per_block=2)
     report = check_same(model, call_forcing)
     assert not report.fallbacks
-    ran = [site.implementations for site in report.sites if site.op == "spatial_attention"]
-    assert all(implementations == {"native", "torch"} for implementations in ran)
+    assert all(site.implementations == {"torch"} for site in report.sites)
+    check_each_op_off(model, call_forcing)
+    check_attention_backend(model, call_forcing)
+    check_compiled(transformer(num_layers=1, num_frame_per_block=2), call_forcing)
+
+
+@torch.no_grad()
+def test_another_mask_goes_to_diffusers() -> None:
+    torch.manual_seed(0)
+    model = transformer()
+    x, context, temb, tables = (
+        *(torch.randn(2, rows, 24) for rows in (24, 7, 6)),
+        model.rope(torch.empty(2, 16, 4, 4, 6)),
+    )
+    mask = torch.rand(1, 1, 24, 24) > 0.3
+    mask[..., 0] = True
+    block = model.blocks[0]
+    expected = block(x, context, temb, tables, mask)
+    with fused(block, FusedSkyReelsV2TransformerBlock) as sites:
+        assert relative_error(block(x, context, temb, tables, mask), expected) <= 1e-5
+    assert sites["spatial_attention"].implementations == {"native", "torch"}
 
 
 @pytest.mark.parametrize("size", [(1, 2, 2), (5, 6, 10)])

@@ -202,7 +202,7 @@ class WanBlock(FusedBlock):
         rounding: Any = "once" if self.parts.head_norm is nn.RMSNorm else "each"
         norm = HeadNorm("rms_all", attn.norm_q.eps, attn.norm_q.weight, attn.norm_k.weight, rounding=rounding)
         query, key = qk_norm_rope(query, key, attn.heads, norm, self.rope(rotary_emb))
-        return _project(attn, self._attend(attn, query, key, value, mask))
+        return _project(attn, self.attend(attn, query, key, value, mask))
 
     def self_attention_reason(self, x: Tensor, rotary_emb: Any) -> str | None:
         """Why the first attention is called as a module, or None."""
@@ -230,15 +230,15 @@ class WanBlock(FusedBlock):
             image, context = context.split([context.shape[1] - TEXT_TOKENS, TEXT_TOKENS], dim=1)
         query, key, value = qkv(attn, x, context)
         query, key = attn.norm_q(query), attn.norm_k(key)
-        out = self._attend(attn, query, key, value)
+        out = self.attend(attn, query, key, value)
         if image is not None:
-            out = out + self._attend(attn, query, *_image_keys_values(attn, image))
+            out = out + self.attend(attn, query, *_image_keys_values(attn, image))
         return _project(attn, out)
 
     def call_cross_attention(self, x: Tensor, context: Tensor, *args: Any) -> Tensor:
         return self.attn2(x, context, None, None, *args)
 
-    def _attend(self, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any = None) -> Tensor:
+    def attend(self, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any = None) -> Tensor:
         fused = self.runs("spatial_attention")
         return attend(attn.processor, query, key, value, attn.heads, mask=mask, fused=fused)
 
