@@ -218,37 +218,42 @@ def test_hooks(names: tuple[str, ...]) -> None:
     check_hooks(MODELS["i2v"](), call, *names)
 
 
+FIRST_BLOCK = FirstBlockCacheConfig(threshold=10.0)
+PYRAMID = PyramidAttentionBroadcastConfig(
+    spatial_attention_block_skip_range=2,
+    cross_attention_block_skip_range=3,
+    spatial_attention_timestep_skip_range=(-1, 1001),
+    cross_attention_timestep_skip_range=(-1, 1001),
+    current_timestep_callback=lambda: 500,
+)
+
+
 @pytest.mark.parametrize("first", ["cache", "patch"])
 @pytest.mark.parametrize(
-    "config",
-    [
-        FirstBlockCacheConfig(threshold=10.0),
-        PyramidAttentionBroadcastConfig(
-            spatial_attention_block_skip_range=2,
-            cross_attention_block_skip_range=3,
-            spatial_attention_timestep_skip_range=(-1, 1001),
-            cross_attention_timestep_skip_range=(-1, 1001),
-            current_timestep_callback=lambda: 500,
-        ),
-    ],
-    ids=["first-block", "pyramid-attention-broadcast"],
+    ("name", "config"),
+    [("wan2.1-t2v-1.3b", FIRST_BLOCK), ("wan2.1-t2v-1.3b", PYRAMID), ("wan2.1-vace-1.3b", PYRAMID)],
+    ids=["first-block", "pyramid-attention-broadcast", "pyramid-attention-broadcast-vace"],
 )
-def test_step_caches(config: Any, first: str) -> None:
-    pipe, arguments = tiny_synthetic_pipeline("wan2.1-t2v-1.3b")
+def test_step_caches(name: str, config: Any, first: str) -> None:
+    pipe, arguments = tiny_synthetic_pipeline(name)
     arguments["num_inference_steps"] = 4
-    uncached = generate(pipe, arguments, seed=0).frames
+    uncached = clip(pipe, arguments)
     pipe.transformer.enable_cache(config)
-    expected = torch.from_numpy(generate(pipe, arguments, seed=0).frames)
+    expected = clip(pipe, arguments)
     pipe.transformer.disable_cache()
-    assert not torch.equal(expected, torch.from_numpy(uncached))
+    assert not torch.equal(expected, uncached)
     if first == "cache":
         pipe.transformer.enable_cache(config)
     with patch_pipeline(pipe):
         if first == "patch":
             pipe.transformer.enable_cache(config)
-        out = torch.from_numpy(generate(pipe, arguments, seed=0).frames)
+        out = clip(pipe, arguments)
         pipe.transformer.disable_cache()
     assert relative_error(out, expected) <= 1e-5
+
+
+def clip(pipe: Any, arguments: dict[str, Any]) -> Tensor:
+    return torch.from_numpy(generate(pipe, arguments, seed=0).frames)
 
 
 SEVERAL = torch.cat([torch.zeros(2, 6), torch.tensor([[300.0] * 6 + [700.0] * 6, [700.0] * 12])], dim=1)

@@ -69,7 +69,7 @@ class FusedHeliosTransformerBlock(WanBlock, HeliosTransformerBlock):
             return reason
         return "it amplifies the keys of its history" if self.attn1.is_amplify_history else None
 
-    def cross_attention(self, x: Tensor, context: Tensor, clip_tokens: int) -> Tensor:  # type: ignore[override]
+    def cross_attention(self, x: Tensor, context: Tensor, clip_tokens: int) -> Tensor:
         if not self.guidance_cross_attn:
             return super().cross_attention(x, context, clip_tokens)
         history = x.shape[1] - clip_tokens

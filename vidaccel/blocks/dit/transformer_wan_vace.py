@@ -36,10 +36,10 @@ class FusedWanVACETransformerBlock(WanBlock, WanVACETransformerBlock):
             self, hidden_states, encoder_hidden_states, control_hidden_states, temb, rotary_emb,
         )  # fmt: skip
 
-    def call_reason(self, hidden_states: Tensor, context: Tensor, control: Tensor, *args: Any) -> str | None:  # type: ignore[override]
+    def call_reason(self, hidden_states: Tensor, context: Tensor, control: Tensor, *args: Any) -> str | None:
         return super().call_reason(control, context, *args)
 
-    def cut(self, x: Tensor, context: Tensor, control: Tensor, *args: Any) -> tuple[Any, ...]:  # type: ignore[override]
+    def cut(self, x: Tensor, context: Tensor, control: Tensor, *args: Any) -> tuple[Any, ...]:
         control, _, *rest = super().cut(control, context, *args)
         return x[:, :CORNER_ROWS], context, control, *rest
 
