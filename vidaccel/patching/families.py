@@ -53,6 +53,10 @@ _FAMILIES = {
             "PIAPipeline",
         ),
     ),
+    "anyflow": _Family(
+        models=("AnyFlowTransformer3DModel", "AnyFlowFARTransformer3DModel"),
+        pipelines=("AnyFlowFARPipeline", "AnyFlowPipeline"),
+    ),
     "autoencoder_kl": _Family(models=("AutoencoderKL",)),
     "hunyuan_video": _Family(
         models=("HunyuanVideoTransformer3DModel", "HunyuanVideoFramepackTransformer3DModel"),
@@ -89,6 +93,18 @@ _FAMILIES = {
             "LTX2Pipeline",
         ),
     ),
+    "chronoedit": _Family(models=("ChronoEditTransformer3DModel",), pipelines=("ChronoEditPipeline",)),
+    "helios": _Family(models=("HeliosTransformer3DModel",), pipelines=("HeliosPipeline", "HeliosPyramidPipeline")),
+    "skyreels_v2": _Family(
+        models=("SkyReelsV2Transformer3DModel",),
+        pipelines=(
+            "SkyReelsV2DiffusionForcingImageToVideoPipeline",
+            "SkyReelsV2DiffusionForcingPipeline",
+            "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
+            "SkyReelsV2ImageToVideoPipeline",
+            "SkyReelsV2Pipeline",
+        ),
+    ),
     "stable_video_diffusion": _Family(
         models=("UNetSpatioTemporalConditionModel", "AutoencoderKLTemporalDecoder"),
         pipelines=("StableVideoDiffusionPipeline",),
@@ -97,8 +113,15 @@ _FAMILIES = {
         models=("UNet3DConditionModel",), pipelines=("TextToVideoSDPipeline", "VideoToVideoSDPipeline")
     ),
     "wan": _Family(
-        models=("WanTransformer3DModel",),
-        pipelines=("WanImageToVideoPipeline", "WanPipeline", "WanVideoToVideoPipeline"),
+        models=("WanTransformer3DModel", "WanVACETransformer3DModel", "WanAnimateTransformer3DModel"),
+        pipelines=(
+            "LucyEditPipeline",
+            "WanAnimatePipeline",
+            "WanImageToVideoPipeline",
+            "WanPipeline",
+            "WanVACEPipeline",
+            "WanVideoToVideoPipeline",
+        ),
     ),
 }
 _FAMILY_OF_MODEL = {model: name for name, family in _FAMILIES.items() for model in family.models}

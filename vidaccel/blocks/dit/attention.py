@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vidaccel.kernels.attention.spatial_attention import spatial_attention
 from vidaccel.kernels.ffn.linear_gelu import linear_gelu
-from vidaccel.kernels.op import note
+from vidaccel.kernels.op import REFERENCE, note
 from vidaccel.sites.memo import once_per_call
 from vidaccel.sites.plain import plain_reason, readable_reason
 
@@ -101,7 +101,10 @@ def project(attn: Any, out: Tensor) -> Tensor:
 
 def feed_forward(ff: Any, x: Tensor, *, fused: bool = True) -> Tensor:
     """``ff(x)``, where ``fused`` with GELU in the epilogue of its first product."""
-    if not fused or _feed_forward_reason(ff, x.device):
+    if not fused:
+        return ff(x)
+    if reason := _feed_forward_reason(ff, x.device):
+        note("linear_gelu", REFERENCE, reason)
         return ff(x)
     first, _, last = ff.net
     return last(linear_gelu(x, first.proj.weight, first.proj.bias, approximate=first.approximate))

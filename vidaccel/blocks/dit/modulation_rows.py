@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vidaccel.sites.memo import held
 
-__all__ = ["MOST_ROWS", "Stretches", "distinct_rows", "keep_rows", "stretches_of"]
+__all__ = ["MOST_ROWS", "Stretches", "distinct_rows", "keep_rows", "may_wait", "stretches_of"]
 
 MOST_ROWS = 64  # stretches in a call, from which on each token keeps its own
 
@@ -35,10 +35,9 @@ class Stretches(NamedTuple):
 def stretches_of(values: Tensor) -> Stretches | None:
     """The stretches of tokens whose ``values`` ``[B, S, P, C]`` are equal in all samples.
 
-    None if there are more than ``MOST_ROWS``, or nobody may wait for the GPU now: while a CUDA graph is captured, or
-    while Dynamo traces.
+    None if there are more than ``MOST_ROWS``, or nobody may wait for the GPU now.
     """
-    if torch.compiler.is_compiling() or (values.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if not may_wait(values):
         return None
     begins = torch.ones(values.shape[1], dtype=torch.bool, device=values.device)
     begins[1:] = False
@@ -48,6 +47,11 @@ def stretches_of(values: Tensor) -> Stretches | None:
     if len(starts) > MOST_ROWS:
         return None
     return Stretches(starts, begins.cumsum(0, dtype=torch.int32) - 1)
+
+
+def may_wait(x: Tensor) -> bool:
+    """Whether the host may wait for what is in ``x``: not while Dynamo traces, nor while a CUDA graph is captured."""
+    return not torch.compiler.is_compiling() and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def distinct_rows(values: Tensor) -> tuple[Tensor, Tensor | None]:

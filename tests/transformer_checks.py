@@ -1,0 +1,164 @@
+"""What holds for every video transformer: whatever a user puts in or turns on, a patched model does as a stock one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from block_checks import all_fused, frozen, relative_error, tensor_of
+from diffusers.models.attention_dispatch import attention_backend
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from vidaccel import patch_module
+from vidaccel.bench.synthetic import build_component
+from vidaccel.patching.report import PatchReport
+from vidaccel.sites.block import FusedBlock
+
+__all__ = [
+    "check_attention_backend",
+    "check_corner",
+    "check_each_op_off",
+    "check_error_in_bfloat16",
+    "check_foreign_processors",
+    "check_hooks",
+    "check_lora",
+    "check_same",
+    "fallback_reasons",
+    "tiny_transformer",
+]
+
+Call = Callable[[Any], Tensor]
+
+
+def tiny_transformer(class_name: str, config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
+    """The model with the same random weights each time, what it keeps in float32 in float32."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build_component(class_name, config, torch.device("cpu"), dtype)
+        return frozen(model)
+
+
+def check_same(model: Any, call: Call) -> PatchReport:
+    """The patched model gives what it gave before, at its first call, which is checked, and at the next."""
+    expected = call(model)
+    with patch_module(model, strict=True) as report:
+        for _ in range(2):
+            assert relative_error(call(model), expected) <= 1e-5, str(report)
+        assert {site.state for site in report.sites} == {"active"}, str(report)
+    assert torch.equal(call(model), expected)
+    return report
+
+
+def check_each_op_off(model: Any, call: Call) -> None:
+    """Any op of all blocks can be off by itself, and all can."""
+    expected = call(model)
+    with patch_module(model, strict=True) as report:
+        ops = {site.op for site in report.sites}
+        for off in [*({op} for op in ops), ops]:
+            for site in report.sites:
+                site.on = site.op not in off
+            assert relative_error(call(model), expected) <= 1e-5, off
+        assert not any(site.state == "failed" for site in report.sites), str(report)
+
+
+def check_attention_backend(model: Any, call: Call) -> None:
+    """A user's choice of a backend wins, that of a model as well as that of a context."""
+    with patch_module(model) as report, attention_backend("_native_math"):
+        call(model)
+    _only_ran_attention(report, "_native_math")
+    try:
+        model.set_attention_backend("_native_math")
+        _only_ran_attention(check_same(model, call), "_native_math")
+    finally:
+        model.set_attention_backend("native")  # it sets the one of all models too
+
+
+def _only_ran_attention(report: PatchReport, name: str) -> None:
+    ran = [site.implementations for site in report.sites if site.op == "spatial_attention"]
+    assert ran and all(implementations == {name} for implementations in ran), str(report)
+
+
+def check_lora(model: Any, call: Call, *targets: str) -> PatchReport:
+    """LoRA on layers of these names, put in after patching and before."""
+    with patch_module(model, strict=True):
+        plain = call(model)
+        model.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=list(targets)))
+        model.requires_grad_(False)
+        patched = call(model)
+    assert relative_error(patched, plain) > 1e-3
+    assert relative_error(call(model), patched) <= 1e-5
+    return check_same(model, call)
+
+
+def check_foreign_processors(model: Any, call: Call, *names: str) -> None:
+    """A processor of a user's own on the attentions of the first block, one after the other."""
+    block = next(module for module in model.modules() if hasattr(module, names[0]))
+    for name in names:
+        attn = getattr(block, name)
+        kept = attn.processor
+        attn.set_processor(_doubled(type(kept))())
+        report = check_same(model, call)
+        attn.set_processor(kept)
+        assert any("a processor of its own" in reason for reason in fallback_reasons(report)), str(report)
+
+
+def _doubled(kind: type) -> type:
+    class Doubled(kind):  # type: ignore[misc]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return 2 * super().__call__(*args, **kwargs)
+
+    return Doubled
+
+
+def check_hooks(model: Any, call: Call, *names: str) -> None:
+    """Hooks on children of all blocks run as often as in the stock model, and what they return is used."""
+
+    def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        calls.append(module)
+        return out + 0.1
+
+    calls: list[nn.Module] = []
+    handles = [
+        module.register_forward_hook(hook) for path, module in model.named_modules() if path.endswith(tuple(names))
+    ]
+    expected = call(model)
+    stock = list(calls)
+    with patch_module(model):
+        calls.clear()
+        assert relative_error(call(model), expected) <= 1e-5
+        assert set(calls) == set(stock) and len(calls) == len(stock)
+    for handle in handles:
+        handle.remove()
+
+
+def check_corner(block: Any, fused_class: type[FusedBlock], arguments: tuple[Any, ...]) -> None:
+    """The arguments that a long call is checked with are few, and valid for both forwards."""
+    with all_fused(block, fused_class):
+        corner, _ = block.corner(arguments, {})
+        assert sum(x.numel() for x in tree_leaves(corner) if isinstance(x, Tensor)) < 2**18
+        expected = fused_class.original_forward(block, *corner)
+        outputs = zip(tree_leaves(block.fused_forward(*corner)), tree_leaves(expected), strict=True)
+        assert all(relative_error(*pair) <= 1e-5 for pair in outputs)
+
+
+def check_error_in_bfloat16(block: nn.Module, fused_class: type[FusedBlock], arguments: tuple[Any, ...]) -> None:
+    """Of a block in bfloat16, against itself in float64: at most twice what the stock block's is."""
+    gold = tensor_of(copy.deepcopy(block).double()(*tree_map(_double, arguments)))
+    stock = tensor_of(block(*arguments))
+    with all_fused(block, fused_class) as sites:
+        out = tensor_of(block(*arguments))
+    assert not any(site.fallbacks for site in sites)
+    assert (out.double() - gold).norm() <= 2 * (stock.double() - gold).norm()
+    assert (out.double() - gold).abs().max() <= 2 * (stock.double() - gold).abs().max()
+
+
+def _double(x: Any) -> Any:
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def fallback_reasons(report: PatchReport) -> set[str]:
+    return {reason for site in report.sites for reason in site.fallbacks}
