@@ -203,6 +203,19 @@ def test_lora_on_the_feed_forward() -> None:
     assert not any(site.fallbacks for site in report.sites if site.op != "linear_gelu")
 
 
+@pytest.mark.parametrize("tokens", [512, 500])
+def test_no_image_for_a_model_that_takes_one(tokens: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, text = (torch.randn(1, *shape, generator=generator) for shape in ((36, 3, 4, 6), (tokens, 16)))
+
+    @torch.no_grad()
+    def call_without(model: Any) -> Tensor:
+        return model(x, torch.tensor([500.0]), text).sample
+
+    report = check_same(MODELS["i2v"](), call_without)
+    assert fallback_reasons(report) == {"there is no image before the 512 tokens of its text"}
+
+
 def test_fused_projections() -> None:
     model = MODELS["i2v"]()
     model.fuse_qkv_projections()

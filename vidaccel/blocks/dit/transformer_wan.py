@@ -109,6 +109,8 @@ class WanBlock(FusedBlock):
             return f"its timestep embedding has {temb.ndim} dimensions"
         if torch.is_autocast_enabled(hidden_states.device.type):
             return "autocast is on"
+        if self._takes_image() and context.shape[1] <= TEXT_TOKENS:
+            return f"there is no image before the {TEXT_TOKENS} tokens of its text"
         for norm in (self.norm1, self.norm2, self.norm3):
             kind = nn.Identity if type(norm) is nn.Identity else FP32LayerNorm
             if reason := parameters_reason(norm, kind, hidden_states.device):
@@ -221,7 +223,7 @@ class WanBlock(FusedBlock):
             note("spatial_attention", REFERENCE, reason)
             return self.call_cross_attention(x, context, *args)
         image = None
-        if self.parts.takes_image and attn.add_k_proj is not None:
+        if self._takes_image():
             image, context = context.split([context.shape[1] - TEXT_TOKENS, TEXT_TOKENS], dim=1)
         query, key, value = qkv(attn, x, context)
         query, key = attn.norm_q(query), attn.norm_k(key)
@@ -229,6 +231,9 @@ class WanBlock(FusedBlock):
         if image is not None:
             out = out + self.attend(attn, query, *_image_keys_values(attn, image))
         return _project(attn, out)
+
+    def _takes_image(self) -> bool:
+        return self.parts.takes_image and getattr(self.attn2, "add_k_proj", None) is not None
 
     def call_cross_attention(self, x: Tensor, context: Tensor, *args: Any) -> Tensor:
         return self.attn2(x, context, None, None, *args)
