@@ -122,4 +122,4 @@ def _feed_forward_reason(ff: Any, device: torch.device) -> str | None:
         return reason
     if dropout.training and dropout.p:
         return "dropout is on"
-    return readable_reason(first.proj, nn.Linear, torch.empty(0, device=device))
+    return readable_reason(first.proj, nn.Linear, torch.empty(0, device=device), with_bias=False)

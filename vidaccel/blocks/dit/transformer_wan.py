@@ -25,7 +25,7 @@ from diffusers.models.transformers.transformer_wan import (
 )
 from torch import Tensor, nn
 
-from vidaccel.blocks.dit.attention import attend, attention_reason, feed_forward, parameters_reason, qkv
+from vidaccel.blocks.dit.attention import attend, attention_reason, feed_forward, parameters_reason, project, qkv
 from vidaccel.blocks.dit.modulation_rows import distinct_rows, keep_rows, stretches_of
 from vidaccel.blocks.dit.rotary import half_tables
 from vidaccel.blocks.dit.step_caches import known_to_step_caches
@@ -199,7 +199,7 @@ class WanBlock(FusedBlock):
         rounding: Any = "once" if self.parts.head_norm is nn.RMSNorm else "each"
         norm = HeadNorm("rms_all", attn.norm_q.eps, attn.norm_q.weight, attn.norm_k.weight, rounding=rounding)
         query, key = qk_norm_rope(query, key, attn.heads, norm, self.rope(rotary_emb))
-        return _project(attn, self.attend(attn, query, key, value, mask))
+        return project(attn, self.attend(attn, query, key, value, mask))
 
     def self_attention_reason(self, x: Tensor, rotary_emb: Any) -> str | None:
         """Why the first attention is called as a module, or None."""
@@ -230,7 +230,7 @@ class WanBlock(FusedBlock):
         out = self.attend(attn, query, key, value)
         if image is not None:
             out = out + self.attend(attn, query, *_image_keys_values(attn, image))
-        return _project(attn, out)
+        return project(attn, out)
 
     def _takes_image(self) -> bool:
         return self.parts.takes_image and getattr(self.attn2, "add_k_proj", None) is not None
@@ -251,12 +251,6 @@ def first_tokens(temb: Tensor) -> Tensor:
 def norm_of(module: Any) -> Norm:
     """A FP32LayerNorm, or the Identity in its place."""
     return NO_NORM if type(module) is nn.Identity else Norm("layer", module.eps, module.weight, module.bias)
-
-
-def _project(attn: Any, out: Tensor) -> Tensor:
-    for layer in attn.to_out:
-        out = layer(out)
-    return out
 
 
 def _image_keys_values(attn: Any, image: Tensor) -> tuple[Tensor, Tensor]:
