@@ -18,8 +18,9 @@ Families round at different places, and here is rounded where each of them store
 * ``"each"`` (LTX, HunyuanVideo, CogVideoX): gate * branch, z, the norm, 1 + scale, the product and the sum, each to
   the dtype of x.
 
-Statistics are those of the stored z, in float32. Fidelity: math-exact. Bound by memory: reads x and branch, writes z
-and y; eager makes 15 to 30 such passes, half of them in float32.
+A row is read once and stays in registers, so the statistics are plain two-pass ones of the stored z, in float32. The
+modulation that many tokens share stays there too, and is read anew where it changes. Fidelity: math-exact. Bound by
+memory: reads x and branch, writes z and y; eager makes 15 to 30 such passes, half of them in float32.
 """
 
 from __future__ import annotations
