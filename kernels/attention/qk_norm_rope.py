@@ -205,12 +205,6 @@ def _store_two(ptr, offs, a, b, mask, ROPE: tl.constexpr, HEAD_DIM: tl.constexpr
         tl.store(ptr + offs, tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2] * 2)), mask=mask)
 
 
-@triton.jit
-def _centred(a, b, mask, HEAD_DIM: tl.constexpr):
-    mean = tl.sum(a + b, axis=2, keep_dims=True) / HEAD_DIM
-    return tl.where(mask, a - mean, 0.0), tl.where(mask, b - mean, 0.0)
-
-
 @triton.jit(do_not_specialize=["batch", "tokens", "start", "out_tokens", "out_start"])
 def _qk_norm_rope_kernel(
     q_ptr, k_ptr, v_ptr, weight_q_ptr, weight_k_ptr, bias_q_ptr, bias_k_ptr, cos_ptr, sin_ptr,
@@ -292,10 +286,8 @@ def _qk_norm_rope_kernel(
                 if i < NORMED:
                     a, b = a.to(tl.float32), b.to(tl.float32)
                     if NORM == "layer_head":
-                        a, b = _centred(a, b, of_pair, HEAD_DIM)
-                        if dtype == tl.float32:
-                            # far from zero the roundings of the mean show in float32; those of this mean do not
-                            a, b = _centred(a, b, of_pair, HEAD_DIM)
+                        mean = tl.sum(a + b, axis=2, keep_dims=True) / HEAD_DIM
+                        a, b = tl.where(of_pair, a - mean, 0.0), tl.where(of_pair, b - mean, 0.0)
                     if NORM == "rms_all":
                         rstd = rstds[i]
                     else:
