@@ -54,6 +54,15 @@ _FAMILIES = {
         ),
     ),
     "autoencoder_kl": _Family(models=("AutoencoderKL",)),
+    "cogvideox": _Family(
+        models=("CogVideoXTransformer3DModel",),
+        pipelines=(
+            "CogVideoXFunControlPipeline",
+            "CogVideoXImageToVideoPipeline",
+            "CogVideoXPipeline",
+            "CogVideoXVideoToVideoPipeline",
+        ),
+    ),
     "hunyuan_video": _Family(
         models=("HunyuanVideoTransformer3DModel", "HunyuanVideoFramepackTransformer3DModel"),
         pipelines=(

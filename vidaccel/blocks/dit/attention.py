@@ -21,7 +21,7 @@ from vidaccel.kernels.op import note
 from vidaccel.sites.memo import once_per_call
 from vidaccel.sites.plain import plain_reason, readable_reason
 
-__all__ = ["attend", "attention_reason", "feed_forward", "parameters_reason", "qkv"]
+__all__ = ["attend", "attention_reason", "feed_forward", "parameters_reason", "project", "qkv"]
 
 
 @once_per_call
@@ -91,22 +91,30 @@ def attend(
     return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=backend).flatten(2).type_as(q)
 
 
+def project(attn: Any, out: Tensor) -> Tensor:
+    """``out`` ``[B, S, H*D]`` through the layers behind an attention."""
+    for layer in attn.to_out:
+        out = layer(out)
+    return out
+
+
 def feed_forward(ff: Any, x: Tensor, *, fused: bool = True) -> Tensor:
     """``ff(x)``, where ``fused`` with GELU in the epilogue of its first product."""
     if not fused or _feed_forward_reason(ff, x.device):
         return ff(x)
-    first, _, last = ff.net
-    return last(linear_gelu(x, first.proj.weight, first.proj.bias, approximate=first.approximate))
+    first, _, *others = ff.net
+    out = linear_gelu(x, first.proj.weight, first.proj.bias, approximate=first.approximate)
+    for layer in others:
+        out = layer(out)
+    return out
 
 
 @once_per_call
 def _feed_forward_reason(ff: Any, device: torch.device) -> str | None:
-    """Why ``ff`` is more than a linear layer, GELU and another linear layer, or its parts have to be called."""
+    """Why ``ff`` does not begin with a linear layer and GELU, or these have to be called."""
     if reason := plain_reason(ff, FeedForward):
         return reason
-    if len(ff.net) != 3:
-        return "it has more than two layers"
-    first, dropout, _ = ff.net
+    first, dropout, *_ = ff.net
     if reason := plain_reason(first, GELU) or plain_reason(dropout, nn.Dropout):
         return reason
     if dropout.training and dropout.p:
