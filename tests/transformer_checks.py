@@ -23,7 +23,7 @@ from vidaccel.patching.report import PatchReport
 
 __all__ = [
     "ORDERS",
-    "Doubled",
+    "Shifted",
     "add_lora",
     "check_cache",
     "check_changed",
@@ -150,7 +150,7 @@ def add_lora(model: Any, *layers: str) -> None:
     model.requires_grad_(False)
 
 
-class Doubled(nn.Module):
+class Shifted(nn.Module):
     """A processor of somebody's own, with the original inside."""
 
     def __init__(self, processor: Any) -> None:
@@ -159,7 +159,7 @@ class Doubled(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         out = self.processor(*args, **kwargs)
-        return 2 * out if isinstance(out, Tensor) else tuple(2 * part for part in out)
+        return out + 0.5 if isinstance(out, Tensor) else tuple(part + 0.5 for part in out)
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from tiny_models import tiny_synthetic_pipeline
 from torch import Tensor, nn
 from transformer_checks import (
     ORDERS,
-    Doubled,
+    Shifted,
     add_lora,
     check_cache,
     check_changed,
@@ -211,7 +211,7 @@ def with_lora(model: Any) -> None:
 
 def foreign_processor(model: Any) -> None:
     attn = model.transformer_blocks[1].attn1
-    attn.processor = Doubled(attn.processor)
+    attn.processor = Shifted(attn.processor)
 
 
 def hooks(model: Any) -> None:
@@ -259,7 +259,7 @@ def test_a_foreign_attention_is_told_and_the_rest_is_fused() -> None:
     foreign_processor(model)
     with patched(model) as report:
         run(model)
-        assert fallbacks_of(report, "qk_norm_rope") == {"it has a processor of its own, Doubled"}
+        assert fallbacks_of(report, "qk_norm_rope") == {"it has a processor of its own, Shifted"}
         assert not any(site.fallbacks for site in sites_of(report, "gated_residual_norm"))
 
 

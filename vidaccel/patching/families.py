@@ -63,6 +63,7 @@ _FAMILIES = {
             "CogVideoXVideoToVideoPipeline",
         ),
     ),
+    "consisid": _Family(models=("ConsisIDTransformer3DModel",), pipelines=("ConsisIDPipeline",)),
     "hunyuan_video": _Family(
         models=("HunyuanVideoTransformer3DModel", "HunyuanVideoFramepackTransformer3DModel"),
         pipelines=(
@@ -77,6 +78,7 @@ _FAMILIES = {
         pipelines=("HunyuanVideo15ImageToVideoPipeline", "HunyuanVideo15Pipeline"),
     ),
     "i2vgen_xl": _Family(models=("I2VGenXLUNet",), pipelines=("I2VGenXLPipeline",)),
+    "mochi": _Family(models=("MochiTransformer3DModel",), pipelines=("MochiPipeline",)),
     "stable_video_diffusion": _Family(
         models=("UNetSpatioTemporalConditionModel", "AutoencoderKLTemporalDecoder"),
         pipelines=("StableVideoDiffusionPipeline",),
