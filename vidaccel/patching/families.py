@@ -64,6 +64,16 @@ _FAMILIES = {
         ),
     ),
     "consisid": _Family(models=("ConsisIDTransformer3DModel",), pipelines=("ConsisIDPipeline",)),
+    "cosmos": _Family(
+        models=("CosmosControlNetModel", "CosmosTransformer3DModel"),
+        pipelines=(
+            "Cosmos2VideoToWorldPipeline",
+            "Cosmos2_5_PredictBasePipeline",
+            "Cosmos2_5_TransferPipeline",
+            "CosmosTextToWorldPipeline",
+            "CosmosVideoToWorldPipeline",
+        ),
+    ),
     "hunyuan_video": _Family(
         models=("HunyuanVideoTransformer3DModel", "HunyuanVideoFramepackTransformer3DModel"),
         pipelines=(

@@ -218,14 +218,15 @@ class FusedMochiTransformerBlock(FusedBlock, MochiTransformerBlock):
         """``[B, S + T, H*D]``, zero behind the valid tokens of each text."""
         # stock code asks PyTorch for its attention, whatever backend of diffusers somebody has chosen
         impl = None if self.runs("spatial_attention") else REFERENCE
-        heads, longest = self.attn1.heads, qkv[0].shape[1] - tokens
+        query, key, value = qkv
+        heads, longest = self.attn1.heads, query.shape[1] - tokens
         if set(lengths) == {longest}:
-            return spatial_attention(*qkv, heads, impl=impl)
-        out = torch.zeros_like(qkv[0])
+            return spatial_attention(query, key, value, heads, impl=impl)
+        out = torch.zeros_like(query)
         for length, group in groupby(range(len(lengths)), lengths.__getitem__):
             samples = list(group)
             valid = slice(samples[0], samples[-1] + 1), slice(tokens + length)
-            out[valid] = spatial_attention(*(t[valid] for t in qkv), heads, impl=impl)
+            out[valid] = spatial_attention(query[valid], key[valid], value[valid], heads, impl=impl)
         return out
 
 

@@ -1,0 +1,316 @@
+"""Cosmos 1, 2 and 2.5: tiny pipelines of the whole structure, patched against unpatched.
+
+The released models join a padding mask with torchvision, and their pipelines want a guardrail, neither of which is
+installed here: the models go without the mask, and a stand-in for the guardrail lets everything pass.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from block_checks import frozen, relative_error
+from diffusers import (
+    AutoencoderKLCosmos,
+    AutoencoderKLWan,
+    CosmosControlNetModel,
+    CosmosTransformer3DModel,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+    attention_backend,
+)
+from diffusers.models.controlnets import controlnet_cosmos
+from family_checks import check_clip, check_compiled
+from PIL import Image
+from torch import Tensor, nn
+from transformer_checks import (
+    ORDERS,
+    Shifted,
+    add_lora,
+    check_changed,
+    check_half_precision,
+    check_ops_off,
+    check_same_output,
+    fallbacks_of,
+    patched,
+    seeded,
+    sites_of,
+)
+
+from vidaccel import patch_module, patch_pipeline
+from vidaccel.blocks.dit import attention, modulation_rows
+from vidaccel.blocks.dit import transformer_cosmos as blocks
+from vidaccel.blocks.dit.transformer_cosmos import COSMOS_OPS
+
+SIZES = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "in_channels": 4, "out_channels": 4,
+         "mlp_ratio": 2, "text_embed_dim": 12, "adaln_lora_dim": 4, "max_size": (4, 32, 32), "patch_size": (1, 2, 2),
+         "concat_padding_mask": False}  # fmt: skip
+IMAGE = {"img_context_dim_in": 6, "img_context_dim_out": 32, "controlnet_block_every_n": 1}
+MODELS: dict[str, dict[str, Any]] = {
+    "1.0": {"extra_pos_embed_type": "learnable"},
+    "2.0": {"extra_pos_embed_type": None},
+    "2.5": {"extra_pos_embed_type": None, "use_crossattn_projection": True, "crossattn_proj_in_channels": 9,
+            "encoder_hidden_states_channels": 12},
+    "transfer": {"extra_pos_embed_type": None, "text_embed_dim": 32, **IMAGE},
+}  # fmt: skip
+FRAMES, HEIGHT, WIDTH = 3, 4, 6
+GIVEN = torch.tensor([[0.1, 0.5, 0.5]]).view(1, 1, FRAMES, 1, 1)  # timesteps where the first frame is given
+
+
+@pytest.fixture(autouse=True)
+def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
+
+
+def build(name: str = "2.0") -> Any:
+    return copy.deepcopy(built(name))
+
+
+@functools.cache
+def built(name: str) -> Any:
+    return seeded(CosmosTransformer3DModel, **SIZES | MODELS[name])
+
+
+def arguments(model: Any, *, batch: int = 1, given: bool = True) -> dict[str, Any]:
+    """One call of ``model``; ``given``: each frame has a timestep of its own."""
+    generator = torch.Generator().manual_seed(1)
+    config = model.config
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(batch, *shape, generator=generator)
+
+    context: Any = noise(5, 9 if config.use_crossattn_projection else config.text_embed_dim)
+    call = {
+        "hidden_states": noise(4, FRAMES, HEIGHT, WIDTH),
+        "timestep": GIVEN.repeat(batch, 1, 1, 1, 1) if given else torch.full((batch,), 0.5),
+        "fps": 16,
+    }
+    if config.img_context_dim_in:
+        context = context, noise(4, 6)
+        residual = noise(FRAMES * HEIGHT * WIDTH // 4, 32)
+        call["block_controlnet_hidden_states"] = [residual, residual]
+    return call | {"encoder_hidden_states": context}
+
+
+@torch.no_grad()
+def run(model: Any, **options: Any) -> Tensor:
+    return model(**arguments(model, **options), return_dict=False)[0]
+
+
+# whole clips
+
+
+class Guardrail(nn.Module):
+    """Lets everything pass."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def check_text_safety(self, prompt: str) -> bool:
+        return True
+
+    def check_video_safety(self, video: Any) -> Any:
+        return video
+
+
+def cosmos_vae() -> Any:
+    return AutoencoderKLCosmos(
+        latent_channels=4, encoder_block_out_channels=(8, 8, 8, 8), decode_block_out_channels=(8, 8, 8, 8),
+        attention_resolutions=(8,), resolution=64, num_layers=1, spatial_compression_ratio=4,
+        temporal_compression_ratio=4,
+    )  # fmt: skip
+
+
+def wan_vae() -> Any:
+    return AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+
+
+PICTURE = Image.effect_noise((48, 32), 80).convert("RGB")
+PIPELINES: dict[str, tuple[str, str, Callable[[], Any], Any, dict[str, Any], dict[str, Any]]] = {
+    "1.0 text": ("cosmos_text2world", "CosmosTextToWorldPipeline", cosmos_vae, EDMEulerScheduler,
+                 MODELS["1.0"], {}),
+    "1.0 video": ("cosmos_video2world", "CosmosVideoToWorldPipeline", cosmos_vae, EDMEulerScheduler,
+                  MODELS["1.0"] | {"in_channels": 5}, {"video": [PICTURE] * 9}),
+    "2.0 video": ("cosmos2_video2world", "Cosmos2VideoToWorldPipeline", wan_vae, FlowMatchEulerDiscreteScheduler,
+                  MODELS["2.0"] | {"in_channels": 17, "out_channels": 16}, {"image": PICTURE}),
+    "2.5": ("cosmos2_5_predict", "Cosmos2_5_PredictBasePipeline", wan_vae, UniPCMultistepScheduler,
+            MODELS["2.0"] | {"in_channels": 17, "out_channels": 16}, {}),
+}  # fmt: skip
+
+
+def pipeline(name: str) -> tuple[Any, dict[str, Any]]:
+    module, class_name, vae, scheduler, config, given = PIPELINES[name]
+    kind = getattr(importlib.import_module(f"diffusers.pipelines.cosmos.pipeline_{module}"), class_name)
+    torch.manual_seed(0)
+    sigmas = {"use_karras_sigmas": True} if scheduler is FlowMatchEulerDiscreteScheduler else {}
+    sigmas = {"use_flow_sigmas": True, "flow_shift": 5.0} if scheduler is UniPCMultistepScheduler else sigmas
+    pipe = kind(
+        text_encoder=None, tokenizer=None, vae=frozen(vae()), scheduler=scheduler(**sigmas), safety_checker=Guardrail(),
+        transformer=seeded(CosmosTransformer3DModel, **SIZES | config),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    texts = {part: torch.randn(1, 5, 12) for part in ("prompt_embeds", "negative_prompt_embeds")}
+    call = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 2}
+    return pipe, call | texts | given
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_same_clip_and_exact_restore(name: str) -> None:
+    pipe, call = pipeline(name)
+    check_clip(pipe, call, reorders_sums=False)
+    with patch_pipeline(pipe, strict=True) as report:
+        assert {site.op for site in report.sites} >= {*COSMOS_OPS}
+
+
+# blocks
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", MODELS)
+def test_same_output(name: str, batch: int, given: bool) -> None:
+    check_same_output(lambda: build(name), lambda model: run(model, batch=batch, given=given))
+
+
+def test_the_modulation_is_made_once_for_each_timestep(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    rows: list[int] = []
+    block = model.transformer_blocks[1]
+    block.norm2.linear_1.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[1]))
+    expected = run(model)
+    with patched(model) as report:
+        assert relative_error(run(model), expected) <= 1e-5
+        monkeypatch.setattr(modulation_rows, "MOST_ROWS", 1)
+        assert relative_error(run(model), expected) <= 1e-5
+        assert not report.fallbacks
+    assert rows == [18, 2, 18]
+
+
+def test_the_control_net_has_the_same_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_it_is = SimpleNamespace(resize=lambda mask, size, interpolation: mask)
+    torchvision = SimpleNamespace(functional=as_it_is, InterpolationMode=SimpleNamespace(NEAREST="nearest"))
+    monkeypatch.setattr(controlnet_cosmos, "transforms", torchvision, raising=False)
+    sizes = {"in_channels": 8, "latent_channels": 6, "model_channels": 32, "n_controlnet_blocks": 2}
+    shared = {name: SIZES[name] for name in SIZES.keys() & {*CosmosControlNetModel.__init__.__annotations__}}
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(1, 4, FRAMES, HEIGHT, WIDTH, generator=generator)
+    call = {
+        "controls_latents": latents + 1,
+        "latents": latents,
+        "timestep": GIVEN,
+        "encoder_hidden_states": torch.randn(1, 5, 12, generator=generator),
+        "condition_mask": torch.ones(1, 1, FRAMES, HEIGHT, WIDTH),
+        "padding_mask": torch.zeros(1, 1, HEIGHT, WIDTH),
+    }
+
+    @torch.no_grad()
+    def controls(model: Any) -> Tensor:
+        return torch.stack(model(**call, return_dict=False)[0])
+
+    def control_net() -> Any:
+        return seeded(CosmosControlNetModel, **shared | sizes)
+
+    check_same_output(control_net, controls)
+    check_ops_off(control_net, controls, COSMOS_OPS)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_wrong_block_is_found_out(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not whole:
+        monkeypatch.setattr(blocks, "MOST_WHOLE", 0)
+        monkeypatch.setattr(blocks, "CORNER_ROWS", 8)
+    model = build()
+    expected = run(model)
+    with patched(model):
+        run(model)
+    right = blocks.FusedCosmosTransformerBlock.add
+    monkeypatch.setattr(
+        blocks.FusedCosmosTransformerBlock, "add", lambda self, x, *args: right(self, 1.01 * x, *args)
+    )  # fmt: skip
+    with patch_module(model) as report:
+        assert relative_error(run(model), expected) <= 1e-5
+        assert {site.state for site in report.sites} == {"failed"}
+
+
+# what a user may change
+
+
+@pytest.mark.parametrize("name", ["1.0", "2.0"])
+def test_every_op_can_be_off(name: str) -> None:
+    check_ops_off(lambda: build(name), run, COSMOS_OPS)
+
+
+def with_lora(model: Any) -> None:
+    add_lora(model, "to_q", "to_out.0", "norm1.linear_1", "norm3.linear_2", "ff.net.0.proj")
+
+
+def foreign_processors(model: Any) -> None:
+    for attn in (model.transformer_blocks[0].attn1, model.transformer_blocks[1].attn2):
+        attn.processor = Shifted(attn.processor)
+
+
+def hooks(model: Any) -> None:
+    for path, module in model.named_modules():
+        if path.endswith(("1.attn1.to_k", "1.attn2.norm_q", "0.attn1.norm_q", "1.ff.net.0", "0.norm1.norm")):
+            module.register_forward_hook(lambda module, args, out: 1.5 * out)
+
+
+def other_norm(model: Any) -> None:
+    for block in model.transformer_blocks:
+        block.attn1.norm_k = nn.LayerNorm(16)
+        block.attn2.norm_q = nn.LayerNorm(16)
+
+
+@pytest.mark.parametrize("change", [with_lora, foreign_processors, hooks, other_norm])
+@pytest.mark.parametrize("first", ORDERS)
+def test_a_changed_model(change: Callable[[Any], None], first: str) -> None:
+    check_changed(build, run, change, first)
+
+
+@torch.no_grad()
+def test_a_mask_of_the_text() -> None:
+    model = build()
+    call = arguments(model) | {"attention_mask": torch.arange(5)[None] < 3}
+    expected = model(**call).sample
+    with patched(model):
+        assert relative_error(model(**call).sample, expected) <= 1e-5
+    assert relative_error(run(model), expected) > 1e-3
+
+
+def test_the_chosen_attention_backend_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of a context: ``set_attention_backend`` does nothing to this model."""
+    model = build()
+    expected = run(model)
+
+    def never(*args: Any) -> Tensor:
+        raise AssertionError("another attention was chosen")
+
+    monkeypatch.setattr(attention, "spatial_attention", never)
+    with patched(model) as report, attention_backend("_native_math"):
+        assert relative_error(run(model), expected) <= 1e-5
+        assert {site.implementation for site in sites_of(report, "spatial_attention")} == {"_native_math"}
+
+
+# torch.compile, half precision
+
+
+def test_a_patched_model_compiles_in_one_graph() -> None:
+    check_compiled(build("1.0"), run)
+
+
+def test_half_precision_is_as_exact_as_stock() -> None:
+    model = build()
+    check_half_precision(model, arguments(model))
+
+
+def test_a_call_under_autocast_goes_the_original_way() -> None:
+    model = build()
+    with patched(model) as report, torch.autocast("cpu", torch.bfloat16):
+        run(model)
+        assert fallbacks_of(report, "qk_norm_rope") == {"autocast is on"}
