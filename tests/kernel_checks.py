@@ -82,6 +82,7 @@ def compile_for(
     *,
     num_warps: int = 4,
     num_stages: int = 3,
+    enable_fp_fusion: bool = True,
 ) -> dict[str, str]:
     """Compile a ``@triton.jit`` or ``@gluon.jit`` kernel for a GPU that need not be here.
 
@@ -97,7 +98,8 @@ def compile_for(
     Returns:
         The text of every stage: ``"ttir"``, ``"ttgir"``, ``"llir"``, then ``"ptx"`` and ``"sass"``, or ``"amdgcn"``.
     """
-    task = (target, kernel.fn.__module__, kernel.fn.__name__, dict(signature), dict(constexprs), num_warps, num_stages)
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion}
+    task = (target, kernel.fn.__module__, kernel.fn.__name__, dict(signature), dict(constexprs), options)
     return _compiler().submit(_compile, *task).result()
 
 
@@ -135,8 +137,7 @@ def _compile(
     name: str,
     signature: dict[str, str],
     constexprs: dict[str, Any],
-    num_warps: int,
-    num_stages: int,
+    options: dict[str, Any],
 ) -> dict[str, str]:
     kernel = getattr(importlib.import_module(module), name)
     types, attrs = {}, {}
@@ -149,9 +150,7 @@ def _compile(
             attrs[(position,)] = [["tt.divisibility", int(divisor)]]
     constants = {name: value for name, value in constexprs.items() if name in types}
     source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, types, constants, attrs)
-    compiled = triton.compile(
-        source, target=TARGETS[target], options={"num_warps": num_warps, "num_stages": num_stages}
-    )
+    compiled = triton.compile(source, target=TARGETS[target], options=options)
     asm = {stage: text for stage, text in compiled.asm.items() if isinstance(text, str)}
     if TARGETS[target].backend == "cuda":
         asm["sass"] = compiled.asm["sass"]

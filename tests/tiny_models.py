@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from diffusers import (
     UNetMotionModel,
     UNetSpatioTemporalConditionModel,
 )
+from PIL import Image
 from torch import nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -28,9 +30,11 @@ __all__ = [
     "tiny_autoencoder_kl",
     "tiny_controlnet",
     "tiny_motion_unet",
+    "tiny_relative",
     "tiny_sparse_controlnet",
     "tiny_svd_pipeline",
     "tiny_synthetic_pipeline",
+    "tiny_video",
 ]
 
 CONTEXT_DIM = 32
@@ -165,6 +169,25 @@ def tiny_synthetic_pipeline(name: str, seed: int = 0) -> tuple[DiffusionPipeline
                 _leave_the_initial_values(model)
     pipe.set_progress_bar_config(disable=True)
     return pipe, specified["call"] | pipeline_inputs(specified, cpu, torch.float32)
+
+
+def tiny_relative(name: str, pipeline_class: type[DiffusionPipeline], **components: Any) -> tuple[Any, dict[str, Any]]:
+    """A ``pipeline_class`` made of what the synthetic pipeline called ``name`` has, and what to call that with.
+
+    ``components`` come in place of that pipeline's, or beside them.
+    """
+    pipe, arguments = tiny_synthetic_pipeline(name)
+    taken = inspect.signature(pipeline_class.__init__).parameters
+    shared = {part: model for part, model in pipe.components.items() if part in taken}
+    relative = pipeline_class(**{**shared, **components})
+    relative.set_progress_bar_config(disable=True)
+    return relative, arguments
+
+
+def tiny_video(frames: int, height: int, width: int) -> list[Image.Image]:
+    """Pictures of noise, always the same."""
+    pixels = torch.randint(256, (frames, height, width, 3), generator=torch.Generator().manual_seed(0))
+    return [Image.fromarray(picture.byte().numpy()) for picture in pixels]
 
 
 def _unet() -> UNetSpatioTemporalConditionModel:

@@ -1,189 +1,253 @@
-"""What holds for every patched video transformer, whatever a user does with it: the same output as the unpatched one.
-
-``build`` makes a model, the same at every call; ``run`` calls one.
-"""
+"""What holds for every video transformer: whatever a user puts in or turns on, a patched model does as a stock one."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
-import pytest
 import torch
-from block_checks import frozen, relative_error
+from block_checks import all_fused, frozen, relative_error, tensor_of
 from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+from diffusers.models.attention_dispatch import attention_backend
+from peft import LoraConfig
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from vidaccel import patch_module
-from vidaccel.bench.synthetic import specification
+from vidaccel.bench.synthetic import build_component, specification
 from vidaccel.patching.report import PatchReport
+from vidaccel.sites.block import FusedBlock
 
 __all__ = [
+    "CACHES",
     "ORDERS",
     "Shifted",
-    "add_lora",
+    "check_attention_backend",
     "check_cache",
     "check_changed",
+    "check_corner",
+    "check_deaf_to_attention_backends",
+    "check_each_op_off",
+    "check_error_in_bfloat16",
+    "check_foreign_processors",
     "check_full_size",
-    "check_half_precision",
-    "check_ops_off",
-    "check_same_output",
-    "fallbacks_of",
-    "first_block_cache",
-    "patched",
-    "pyramid_attention_broadcast",
-    "seeded",
-    "sites_of",
+    "check_hooks",
+    "check_lora",
+    "check_same",
+    "fallback_reasons",
+    "tiny_transformer",
 ]
 
-Build = Callable[[], Any]
-Run = Callable[[Any], Tensor]
+Call = Callable[[Any], Tensor]
 
 ORDERS = ["patched first", "changed first"]
 
 
-def seeded(model_class: type[Any], **config: Any) -> Any:
-    """A model for inference with random weights, the same at every call, wide enough that attention shows."""
+def tiny_transformer(class_name: str, config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
+    """The model with the same random weights each time, what it keeps in float32 in float32."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model: Any = frozen(model_class(**config))
-    for parameter in model.parameters():
-        parameter.data *= 2 if parameter.ndim > 1 else 1
-    return model
+        model = build_component(class_name, config, torch.device("cpu"), dtype)
+        return frozen(model)
 
 
-@contextmanager
-def patched(model: Any) -> Iterator[PatchReport]:
+def check_same(model: Any, call: Call) -> PatchReport:
+    """The patched model gives what it gave before, at its first call, which is checked, and at the next."""
+    expected = call(model)
     with patch_module(model, strict=True) as report:
-        yield report
-        assert {site.state for site in report.sites} <= {"active", "off"}, str(report)
-
-
-def sites_of(report: PatchReport, op: str) -> list[Any]:
-    return [site for site in report.sites if site.op == op]
-
-
-def fallbacks_of(report: PatchReport, op: str) -> set[str]:
-    return {reason for site in sites_of(report, op) for reason in site.fallbacks}
-
-
-def check_same_output(build: Build, run: Run) -> None:
-    """Twice, without a fallback: checked, and as planned."""
-    model = build()
-    expected = run(model)
-    with patched(model) as report:
         for _ in range(2):
-            assert relative_error(run(model), expected) <= 1e-5
-        assert not report.fallbacks, str(report)
+            assert relative_error(call(model), expected) <= 1e-5, str(report)
+        assert {site.state for site in report.sites} == {"active"}, str(report)
+    assert torch.equal(call(model), expected)
+    return report
 
 
-def check_ops_off(build: Build, run: Run, ops: Iterable[str]) -> None:
-    """Each op alone can be off."""
-    model = build()
-    expected = run(model)
-    with patched(model) as report:
-        for op in ops:
-            for site in sites_of(report, op):
-                site.on = False
-            assert relative_error(run(model), expected) <= 1e-5, op
-            for site in sites_of(report, op):
-                site.on = True
+def check_each_op_off(model: Any, call: Call) -> None:
+    """Any op of all blocks can be off by itself, and all can."""
+    expected = call(model)
+    with patch_module(model, strict=True) as report:
+        ops = {site.op for site in report.sites}
+        for off in [*({op} for op in ops), ops]:
+            for site in report.sites:
+                site.on = site.op not in off
+            assert relative_error(call(model), expected) <= 1e-5, off
+        assert not any(site.state == "failed" for site in report.sites), str(report)
 
 
-def check_changed(build: Build, run: Run, change: Callable[[Any], None], first: str) -> None:
-    """A user's ``change`` of a model shows in the output of the patched one, made before or after it was patched."""
-    model, changed = build(), build()
-    torch.manual_seed(0)
-    change(changed)
-    expected = run(changed)
-    torch.manual_seed(0)
-    if first == "changed first":
-        change(model)
-    with patch_module(model):
-        if first == "patched first":
-            run(model)
-            change(model)
-        for _ in range(2):
-            assert relative_error(run(model), expected) <= 1e-5
-    assert relative_error(run(build()), expected) > 1e-3  # the change shows
+def check_attention_backend(model: Any, call: Call) -> None:
+    """A user's choice of a backend wins, that of a model as well as that of a context."""
+    with patch_module(model) as report, attention_backend("_native_math"):
+        call(model)
+    _only_ran_attention(report, "_native_math")
+    try:
+        model.set_attention_backend("_native_math")
+        _only_ran_attention(check_same(model, call), "_native_math")
+    finally:
+        model.set_attention_backend("native")  # it sets the one of all models too
 
 
-def check_cache(build: Build, run: Run, cache: Callable[[Any], None], first: str) -> None:
-    """diffusers' step caches do the same, enabled before or after patching."""
-
-    def three_calls(model: Any) -> Tensor:
-        with model.cache_context("cond"):
-            return torch.stack([run(model) for _ in range(3)])
-
-    model, stock = build(), build()
-    cache(stock)
-    expected = three_calls(stock)
-    if first == "changed first":
-        cache(model)
-    with patch_module(model):
-        if first == "patched first":
-            cache(model)
-        assert relative_error(three_calls(model), expected) <= 1e-5
-        model.disable_cache()
-        assert relative_error(run(model), run(build())) <= 1e-5
+def _only_ran_attention(report: PatchReport, name: str) -> None:
+    ran = [site.implementations for site in report.sites if site.op == "spatial_attention"]
+    assert ran and all(implementations == {name} for implementations in ran), str(report)
 
 
-def first_block_cache(model: Any) -> None:
-    model.enable_cache(FirstBlockCacheConfig(threshold=0.5))
+def check_deaf_to_attention_backends(model: Any, call: Call) -> None:
+    """Stock code asks PyTorch itself for its attention, whatever backend is chosen; so does the patched model."""
+    expected = call(model)
+    try:
+        model.set_attention_backend("_native_math")
+        with patch_module(model, strict=True) as report, attention_backend("_native_math"):
+            assert relative_error(call(model), expected) <= 1e-5
+    finally:
+        model.set_attention_backend("native")  # it sets the one of all models too
+    _only_ran_attention(report, "torch")
 
 
-def pyramid_attention_broadcast(model: Any) -> None:
-    model.enable_cache(
-        PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500)
-    )
+def check_lora(model: Any, call: Call, *targets: str) -> PatchReport:
+    """LoRA on layers of these names, put in after patching and before."""
+    with patch_module(model, strict=True):
+        plain = call(model)
+        model.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=list(targets)))
+        model.requires_grad_(False)
+        patched = call(model)
+    assert relative_error(patched, plain) > 1e-3
+    assert relative_error(call(model), patched) <= 1e-5
+    return check_same(model, call)
 
 
-def add_lora(model: Any, *layers: str) -> None:
-    """LoRA on all modules below the blocks whose paths end like that."""
-    peft = pytest.importorskip("peft")
-    targets = [path for path, _ in model.named_modules() if path.endswith(layers) and "blocks" in path]
-    assert targets
-    model.add_adapter(peft.LoraConfig(target_modules=targets, init_lora_weights=False))
-    model.requires_grad_(False)
+def check_foreign_processors(model: Any, call: Call, *names: str) -> None:
+    """A processor of a user's own on the attentions of the first block, one after the other."""
+    block = next(module for module in model.modules() if hasattr(module, names[0]))
+    for name in names:
+        attn = getattr(block, name)
+        kept = attn.processor
+        attn.set_processor(_doubled(type(kept))())
+        report = check_same(model, call)
+        attn.set_processor(kept)
+        assert any("a processor of its own" in reason for reason in fallback_reasons(report)), str(report)
+
+
+def _doubled(kind: type) -> type:
+    class Doubled(kind):  # type: ignore[misc]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return 2 * super().__call__(*args, **kwargs)
+
+    return Doubled
 
 
 class Shifted(nn.Module):
-    """A processor of somebody's own, with the original inside."""
+    """A processor of a user's own, with the original inside; it shows also where a norm follows."""
 
     def __init__(self, processor: Any) -> None:
         super().__init__()
         self.processor = processor
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        out = self.processor(*args, **kwargs)
-        return out + 0.5 if isinstance(out, Tensor) else tuple(part + 0.5 for part in out)
+        return tree_map(lambda out: out + 0.5, self.processor(*args, **kwargs))
 
 
-@torch.no_grad()
-def check_half_precision(model: Any, arguments: dict[str, Any]) -> None:
-    """In bfloat16, the error against float64 is no worse than twice that of the unpatched model."""
-    model = model.bfloat16()
-    call = {name: _cast(value, torch.bfloat16) for name, value in arguments.items()}
-    wide = copy.deepcopy(model).double()
-    gold = wide(**{name: _cast(value, torch.float64) for name, value in call.items()}, return_dict=False)[0]
-    stock = model(**call, return_dict=False)[0].double()
-    with patched(model) as report:
-        out = model(**call, return_dict=False)[0].double()
-        assert not report.fallbacks, str(report)
-    assert relative_error(out, gold) <= 2 * relative_error(stock, gold)
+def check_changed(build: Callable[[], Any], call: Call, change: Callable[[Any], None], first: str) -> None:
+    """A user's ``change`` of a model, made after patching or before, shows in what the patched model gives.
+
+    ``build`` makes the same model each time.
+    """
+    model, changed = build(), build()
+    change(changed)
+    expected = call(changed)
+    if first == "changed first":
+        change(model)
+    with patch_module(model):
+        if first == "patched first":
+            call(model)
+            change(model)
+        for _ in range(2):
+            assert relative_error(call(model), expected) <= 1e-5
+    assert relative_error(call(build()), expected) > 1e-3
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    # tuples are rotary tables, which stay as they are
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+CACHES = {
+    "first block": FirstBlockCacheConfig(threshold=0.5),
+    "pyramid attention broadcast": PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
+    ),
+}
+
+
+def check_cache(build: Callable[[], Any], call: Call, name: str, first: str) -> None:
+    """A step cache of diffusers', enabled after patching or before, gives what it gives in the stock model."""
+
+    def calls(model: Any) -> Tensor:
+        with model.cache_context("cond"):
+            return torch.stack([call(model) for _ in range(3)])
+
+    model, stock = build(), build()
+    stock.enable_cache(CACHES[name])
+    expected = calls(stock)
+    if first == "changed first":
+        model.enable_cache(CACHES[name])
+    with patch_module(model):
+        if first == "patched first":
+            model.enable_cache(CACHES[name])
+        assert relative_error(calls(model), expected) <= 1e-5
+        model.disable_cache()
+        assert relative_error(call(model), call(build())) <= 1e-5
 
 
 def check_full_size(name: str, parameters: int) -> None:
-    """Every component of the configuration ``name`` can be made, and its denoiser has so many ``parameters``."""
+    """All components of the configuration ``name`` can be made; its transformer has so many ``parameters``."""
     components = specification(name)["components"]
     with torch.device("meta"):
         made = {part: getattr(diffusers, kind)(**config) for part, (kind, config) in components.items()}
     assert sum(p.numel() for p in made["transformer"].parameters()) == parameters
+
+
+def check_hooks(model: Any, call: Call, *names: str) -> None:
+    """Hooks on children of all blocks run as often as in the stock model, and what they return is used."""
+
+    def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        calls.append(module)
+        return out + 0.1
+
+    calls: list[nn.Module] = []
+    handles = [
+        module.register_forward_hook(hook) for path, module in model.named_modules() if path.endswith(tuple(names))
+    ]
+    expected = call(model)
+    stock = list(calls)
+    with patch_module(model):
+        calls.clear()
+        assert relative_error(call(model), expected) <= 1e-5
+        assert set(calls) == set(stock) and len(calls) == len(stock)
+    for handle in handles:
+        handle.remove()
+
+
+def check_corner(block: Any, fused_class: type[FusedBlock], arguments: tuple[Any, ...]) -> None:
+    """The arguments that a long call is checked with are few, and valid for both forwards."""
+    with all_fused(block, fused_class):
+        corner, _ = block.corner(arguments, {})
+        assert sum(x.numel() for x in tree_leaves(corner) if isinstance(x, Tensor)) < 2**18
+        expected = fused_class.original_forward(block, *corner)
+        outputs = zip(tree_leaves(block.fused_forward(*corner)), tree_leaves(expected), strict=True)
+        assert all(relative_error(*pair) <= 1e-5 for pair in outputs)
+
+
+def check_error_in_bfloat16(block: nn.Module, fused_class: type[FusedBlock], arguments: tuple[Any, ...]) -> None:
+    """Of a block in bfloat16, against itself in float64: at most twice what the stock block's is."""
+    gold = tensor_of(copy.deepcopy(block).double()(*tree_map(_double, arguments)))
+    stock = tensor_of(block(*arguments))
+    with all_fused(block, fused_class) as sites:
+        out = tensor_of(block(*arguments))
+    assert not any(site.fallbacks for site in sites)
+    assert (out.double() - gold).norm() <= 2 * (stock.double() - gold).norm()
+    assert (out.double() - gold).abs().max() <= 2 * (stock.double() - gold).abs().max()
+
+
+def _double(x: Any) -> Any:
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def fallback_reasons(report: PatchReport) -> set[str]:
+    return {reason for site in report.sites for reason in site.fallbacks}

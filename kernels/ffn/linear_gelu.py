@@ -13,6 +13,7 @@ Fidelity: math-exact; eager rounds the sum before GELU, the epilogue does not.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 
 import torch
@@ -52,7 +53,7 @@ def _reason(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) ->
 
 
 def _costs(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Costs:
-    rows = x.numel() // x.shape[-1]
+    rows = math.prod(x.shape[:-1])
     moved = x.numel() + weight.numel() + rows * len(weight)
     return Costs(bytes=moved * x.itemsize, flops=2 * x.numel() * len(weight))
 

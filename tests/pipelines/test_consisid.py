@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from diffusers import ConsisIDTransformer3DModel
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.pipelines.consisid.pipeline_consisid import ConsisIDPipeline  # the top level has it with OpenCV only
 from family_checks import check_clip
-from tiny_models import tiny_synthetic_pipeline
+from tiny_models import tiny_relative
 from torch import Tensor
 from transformer_checks import (
     ORDERS,
     Shifted,
-    add_lora,
     check_changed,
-    check_half_precision,
-    check_ops_off,
-    check_same_output,
-    seeded,
+    check_each_op_off,
+    check_error_in_bfloat16,
+    check_lora,
+    check_same,
+    tiny_transformer,
 )
 
 from vidaccel import patch_pipeline
 from vidaccel.blocks.dit.cogvideox_transformer_3d import COGVIDEOX_OPS
+from vidaccel.blocks.dit.consisid_transformer_3d import FusedConsisIDBlock
 
 SIZES = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 4, "in_channels": 8, "out_channels": 4,
          "time_embed_dim": 8, "text_embed_dim": 12, "max_text_seq_length": 6, "sample_width": 6, "sample_height": 4,
@@ -33,6 +32,7 @@ SIZES = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 4, "i
 FACE = {"is_train_face": True, "cross_attn_dim_head": 8, "cross_attn_num_heads": 2, "LFE_id_dim": 7, "LFE_vit_dim": 8,
         "LFE_depth": 2, "LFE_dim_head": 4, "LFE_num_heads": 2, "LFE_num_id_token": 2, "LFE_num_querie": 3,
         "LFE_output_dim": 21, "LFE_num_scale": 2}  # fmt: skip
+ROTARY = get_3d_rotary_pos_embed(16, ((0, 0), (2, 3)), (2, 3), 3)
 
 
 @pytest.fixture(autouse=True)
@@ -40,8 +40,8 @@ def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VIDACCEL_IMPL", "torch")
 
 
-def build() -> Any:
-    return seeded(ConsisIDTransformer3DModel, **SIZES | FACE)
+def build(dtype: torch.dtype = torch.float32) -> Any:
+    return tiny_transformer("ConsisIDTransformer3DModel", SIZES | FACE, dtype)
 
 
 def face(batch: int) -> dict[str, Any]:
@@ -50,41 +50,30 @@ def face(batch: int) -> dict[str, Any]:
     return {"id_cond": torch.randn(batch, 7, generator=generator), "id_vit_hidden": hidden}
 
 
-def arguments() -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(1)
-    return {
-        "hidden_states": torch.randn(2, 3, 8, 4, 6, generator=generator),
-        "encoder_hidden_states": torch.randn(2, 5, 12, generator=generator),
-        "timestep": torch.full((2,), 500),
-        "image_rotary_emb": get_3d_rotary_pos_embed(16, ((0, 0), (2, 3)), (2, 3), 3),
-        **face(2),
-    }
-
-
 @torch.no_grad()
-def run(model: Any) -> Tensor:
-    return model(**arguments(), return_dict=False)[0]
+def call(model: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    latents, text = (torch.randn(2, *size, generator=generator) for size in ((3, 8, 4, 6), (5, 12)))
+    return model(latents, text, torch.full((2,), 500), image_rotary_emb=ROTARY, **face(2)).sample
 
 
 def test_same_clip_and_exact_restore() -> None:
-    pipe, call = tiny_synthetic_pipeline("cogvideox-5b-i2v")
-    pipe = ConsisIDPipeline(**pipe.components | {"transformer": build()})
-    pipe.set_progress_bar_config(disable=True)
-    check_clip(pipe, call | face(1), reorders_sums=False)
+    pipe, arguments = tiny_relative("cogvideox-5b-i2v", ConsisIDPipeline, transformer=build())
+    check_clip(pipe, arguments | face(1), reorders_sums=False)
     with patch_pipeline(pipe, strict=True) as report:
         assert {site.op for site in report.sites} == {*COGVIDEOX_OPS}
 
 
 def test_same_output() -> None:
-    check_same_output(build, run)
+    assert not check_same(build(), call).fallbacks
 
 
-def test_every_op_can_be_off() -> None:
-    check_ops_off(build, run, COGVIDEOX_OPS)
+def test_each_op_off() -> None:
+    check_each_op_off(build(), call)
 
 
-def with_lora(model: Any) -> None:
-    add_lora(model, "to_q", "norm2.linear")
+def test_lora() -> None:
+    assert not check_lora(build(), call, "attn1.to_q", "norm2.linear").fallbacks
 
 
 def foreign_processor(model: Any) -> None:
@@ -92,11 +81,13 @@ def foreign_processor(model: Any) -> None:
     attn.processor = Shifted(attn.processor)
 
 
-@pytest.mark.parametrize("change", [with_lora, foreign_processor])
 @pytest.mark.parametrize("first", ORDERS)
-def test_a_changed_model(change: Callable[[Any], None], first: str) -> None:
-    check_changed(build, run, change, first)
+def test_a_foreign_processor(first: str) -> None:
+    check_changed(build, call, foreign_processor, first)
 
 
-def test_half_precision_is_as_exact_as_stock() -> None:
-    check_half_precision(build(), arguments())
+@torch.no_grad()
+def test_error_in_bfloat16() -> None:
+    block = build(torch.bfloat16).transformer_blocks[0]
+    x, text, temb = (torch.randn(2, *size, dtype=torch.bfloat16) for size in ((18, 32), (5, 32), (8,)))
+    check_error_in_bfloat16(block, FusedConsisIDBlock, (x, text, temb, ROTARY))

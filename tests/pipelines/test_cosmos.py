@@ -6,8 +6,6 @@ installed here: the models go without the mask, and a stand-in for the guardrail
 
 from __future__ import annotations
 
-import copy
-import functools
 import importlib
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -20,34 +18,33 @@ from diffusers import (
     AutoencoderKLCosmos,
     AutoencoderKLWan,
     CosmosControlNetModel,
-    CosmosTransformer3DModel,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
-    attention_backend,
 )
 from diffusers.models.controlnets import controlnet_cosmos
 from family_checks import check_clip, check_compiled
-from PIL import Image
+from tiny_models import tiny_video
 from torch import Tensor, nn
 from transformer_checks import (
     ORDERS,
     Shifted,
-    add_lora,
+    check_attention_backend,
     check_changed,
-    check_half_precision,
-    check_ops_off,
-    check_same_output,
-    fallbacks_of,
-    patched,
-    seeded,
-    sites_of,
+    check_corner,
+    check_each_op_off,
+    check_error_in_bfloat16,
+    check_hooks,
+    check_lora,
+    check_same,
+    fallback_reasons,
+    tiny_transformer,
 )
 
 from vidaccel import patch_module, patch_pipeline
-from vidaccel.blocks.dit import attention, modulation_rows
+from vidaccel.blocks.dit import modulation_rows
 from vidaccel.blocks.dit import transformer_cosmos as blocks
-from vidaccel.blocks.dit.transformer_cosmos import COSMOS_OPS
+from vidaccel.blocks.dit.transformer_cosmos import COSMOS_OPS, FusedCosmosTransformerBlock
 
 SIZES = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "in_channels": 4, "out_channels": 4,
          "mlp_ratio": 2, "text_embed_dim": 12, "adaln_lora_dim": 4, "max_size": (4, 32, 32), "patch_size": (1, 2, 2),
@@ -69,17 +66,13 @@ def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VIDACCEL_IMPL", "torch")
 
 
-def build(name: str = "2.0") -> Any:
-    return copy.deepcopy(built(name))
+def build(name: str = "2.0", dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    return tiny_transformer("CosmosTransformer3DModel", SIZES | MODELS[name] | options, dtype)
 
 
-@functools.cache
-def built(name: str) -> Any:
-    return seeded(CosmosTransformer3DModel, **SIZES | MODELS[name])
-
-
-def arguments(model: Any, *, batch: int = 1, given: bool = True) -> dict[str, Any]:
-    """One call of ``model``; ``given``: each frame has a timestep of its own."""
+@torch.no_grad()
+def call(model: Any, *, batch: int = 1, given: bool = True, **options: Any) -> Tensor:
+    """``given``: each frame has a timestep of its own."""
     generator = torch.Generator().manual_seed(1)
     config = model.config
 
@@ -87,21 +80,13 @@ def arguments(model: Any, *, batch: int = 1, given: bool = True) -> dict[str, An
         return torch.randn(batch, *shape, generator=generator)
 
     context: Any = noise(5, 9 if config.use_crossattn_projection else config.text_embed_dim)
-    call = {
-        "hidden_states": noise(4, FRAMES, HEIGHT, WIDTH),
-        "timestep": GIVEN.repeat(batch, 1, 1, 1, 1) if given else torch.full((batch,), 0.5),
-        "fps": 16,
-    }
     if config.img_context_dim_in:
         context = context, noise(4, 6)
         residual = noise(FRAMES * HEIGHT * WIDTH // 4, 32)
-        call["block_controlnet_hidden_states"] = [residual, residual]
-    return call | {"encoder_hidden_states": context}
-
-
-@torch.no_grad()
-def run(model: Any, **options: Any) -> Tensor:
-    return model(**arguments(model, **options), return_dict=False)[0]
+        options["block_controlnet_hidden_states"] = [residual, residual]
+    timestep = GIVEN.repeat(batch, 1, 1, 1, 1) if given else torch.full((batch,), 0.5)
+    latents = noise(config.in_channels, FRAMES, HEIGHT, WIDTH)
+    return model(latents, timestep, context, fps=16, **options).sample
 
 
 # whole clips
@@ -131,14 +116,14 @@ def wan_vae() -> Any:
     return AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
 
 
-PICTURE = Image.effect_noise((48, 32), 80).convert("RGB")
+CLIP = tiny_video(9, 32, 48)
 PIPELINES: dict[str, tuple[str, str, Callable[[], Any], Any, dict[str, Any], dict[str, Any]]] = {
     "1.0 text": ("cosmos_text2world", "CosmosTextToWorldPipeline", cosmos_vae, EDMEulerScheduler,
                  MODELS["1.0"], {}),
     "1.0 video": ("cosmos_video2world", "CosmosVideoToWorldPipeline", cosmos_vae, EDMEulerScheduler,
-                  MODELS["1.0"] | {"in_channels": 5}, {"video": [PICTURE] * 9}),
+                  MODELS["1.0"] | {"in_channels": 5}, {"video": CLIP}),
     "2.0 video": ("cosmos2_video2world", "Cosmos2VideoToWorldPipeline", wan_vae, FlowMatchEulerDiscreteScheduler,
-                  MODELS["2.0"] | {"in_channels": 17, "out_channels": 16}, {"image": PICTURE}),
+                  MODELS["2.0"] | {"in_channels": 17, "out_channels": 16}, {"image": CLIP[0]}),
     "2.5": ("cosmos2_5_predict", "Cosmos2_5_PredictBasePipeline", wan_vae, UniPCMultistepScheduler,
             MODELS["2.0"] | {"in_channels": 17, "out_channels": 16}, {}),
 }  # fmt: skip
@@ -152,7 +137,7 @@ def pipeline(name: str) -> tuple[Any, dict[str, Any]]:
     sigmas = {"use_flow_sigmas": True, "flow_shift": 5.0} if scheduler is UniPCMultistepScheduler else sigmas
     pipe = kind(
         text_encoder=None, tokenizer=None, vae=frozen(vae()), scheduler=scheduler(**sigmas), safety_checker=Guardrail(),
-        transformer=seeded(CosmosTransformer3DModel, **SIZES | config),
+        transformer=tiny_transformer("CosmosTransformer3DModel", SIZES | config),
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     texts = {part: torch.randn(1, 5, 12) for part in ("prompt_embeds", "negative_prompt_embeds")}
@@ -175,7 +160,7 @@ def test_same_clip_and_exact_restore(name: str) -> None:
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("name", MODELS)
 def test_same_output(name: str, batch: int, given: bool) -> None:
-    check_same_output(lambda: build(name), lambda model: run(model, batch=batch, given=given))
+    assert not check_same(build(name), lambda model: call(model, batch=batch, given=given)).fallbacks
 
 
 def test_the_modulation_is_made_once_for_each_timestep(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,11 +168,11 @@ def test_the_modulation_is_made_once_for_each_timestep(monkeypatch: pytest.Monke
     rows: list[int] = []
     block = model.transformer_blocks[1]
     block.norm2.linear_1.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[1]))
-    expected = run(model)
-    with patched(model) as report:
-        assert relative_error(run(model), expected) <= 1e-5
+    expected = call(model)
+    with patch_module(model, strict=True) as report:
+        assert relative_error(call(model), expected) <= 1e-5
         monkeypatch.setattr(modulation_rows, "MOST_ROWS", 1)
-        assert relative_error(run(model), expected) <= 1e-5
+        assert relative_error(call(model), expected) <= 1e-5
         assert not report.fallbacks
     assert rows == [18, 2, 18]
 
@@ -198,26 +183,18 @@ def test_the_control_net_has_the_same_blocks(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(controlnet_cosmos, "transforms", torchvision, raising=False)
     sizes = {"in_channels": 8, "latent_channels": 6, "model_channels": 32, "n_controlnet_blocks": 2}
     shared = {name: SIZES[name] for name in SIZES.keys() & {*CosmosControlNetModel.__init__.__annotations__}}
+    model = tiny_transformer("CosmosControlNetModel", shared | sizes)
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(1, 4, FRAMES, HEIGHT, WIDTH, generator=generator)
-    call = {
-        "controls_latents": latents + 1,
-        "latents": latents,
-        "timestep": GIVEN,
-        "encoder_hidden_states": torch.randn(1, 5, 12, generator=generator),
-        "condition_mask": torch.ones(1, 1, FRAMES, HEIGHT, WIDTH),
-        "padding_mask": torch.zeros(1, 1, HEIGHT, WIDTH),
-    }
+    text = torch.randn(1, 5, 12, generator=generator)
+    masks = {"condition_mask": torch.ones_like(latents[:, :1]), "padding_mask": torch.zeros(1, 1, HEIGHT, WIDTH)}
 
     @torch.no_grad()
     def controls(model: Any) -> Tensor:
-        return torch.stack(model(**call, return_dict=False)[0])
+        return torch.stack(model(latents + 1, latents, GIVEN, text, **masks, return_dict=False)[0])
 
-    def control_net() -> Any:
-        return seeded(CosmosControlNetModel, **shared | sizes)
-
-    check_same_output(control_net, controls)
-    check_ops_off(control_net, controls, COSMOS_OPS)
+    assert not check_same(model, controls).fallbacks
+    check_each_op_off(model, controls)
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -226,28 +203,59 @@ def test_a_wrong_block_is_found_out(whole: bool, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(blocks, "MOST_WHOLE", 0)
         monkeypatch.setattr(blocks, "CORNER_ROWS", 8)
     model = build()
-    expected = run(model)
-    with patched(model):
-        run(model)
-    right = blocks.FusedCosmosTransformerBlock.add
-    monkeypatch.setattr(
-        blocks.FusedCosmosTransformerBlock, "add", lambda self, x, *args: right(self, 1.01 * x, *args)
-    )  # fmt: skip
+    expected = call(model)
+    check_same(model, call)
+    right = FusedCosmosTransformerBlock.add
+    monkeypatch.setattr(FusedCosmosTransformerBlock, "add", lambda self, x, *args: right(self, 1.01 * x, *args))
     with patch_module(model) as report:
-        assert relative_error(run(model), expected) <= 1e-5
+        assert relative_error(call(model), expected) <= 1e-5
         assert {site.state for site in report.sites} == {"failed"}
+
+
+def block_arguments(tokens: int, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+    """A block's, with a timestep and a positional embedding for each token."""
+    x, embedded, position, residual = (torch.randn(1, tokens, 32, dtype=dtype) for _ in range(4))
+    text = torch.randn(1, 5, 12, dtype=dtype)
+    temb = torch.randn(1, tokens, 96, dtype=dtype)
+    rotary = tuple(torch.randn(2, tokens, 8).repeat(1, 1, 2))
+    return (
+        x,
+        torch.randn(1, 5, 12, dtype=dtype),
+        embedded,
+        temb,
+        rotary,
+        position,
+        None,
+        torch.randn_like(x),
+        None,
+        None,
+    )
+
+
+@torch.no_grad()
+def test_a_long_call_is_checked_on_a_corner() -> None:
+    check_corner(build().transformer_blocks[0], FusedCosmosTransformerBlock, block_arguments(70_000))
 
 
 # what a user may change
 
 
 @pytest.mark.parametrize("name", ["1.0", "2.0"])
-def test_every_op_can_be_off(name: str) -> None:
-    check_ops_off(lambda: build(name), run, COSMOS_OPS)
+def test_each_op_off(name: str) -> None:
+    check_each_op_off(build(name), call)
 
 
-def with_lora(model: Any) -> None:
-    add_lora(model, "to_q", "to_out.0", "norm1.linear_1", "norm3.linear_2", "ff.net.0.proj")
+def test_attention_backend() -> None:
+    check_attention_backend(build(), call)
+
+
+def test_lora() -> None:
+    report = check_lora(build(), call, "to_q", "to_out.0", "norm1.linear_1", "norm3.linear_2", "ff.net.0.proj")
+    assert not report.fallbacks
+
+
+def test_hooks() -> None:
+    check_hooks(build(), call, "1.attn1.to_k", "1.attn2.norm_q", "0.attn1.norm_q", "1.ff.net.0", "0.norm1.norm")
 
 
 def foreign_processors(model: Any) -> None:
@@ -255,62 +263,39 @@ def foreign_processors(model: Any) -> None:
         attn.processor = Shifted(attn.processor)
 
 
-def hooks(model: Any) -> None:
-    for path, module in model.named_modules():
-        if path.endswith(("1.attn1.to_k", "1.attn2.norm_q", "0.attn1.norm_q", "1.ff.net.0", "0.norm1.norm")):
-            module.register_forward_hook(lambda module, args, out: 1.5 * out)
-
-
-def other_norm(model: Any) -> None:
+def other_norms(model: Any) -> None:
     for block in model.transformer_blocks:
-        block.attn1.norm_k = nn.LayerNorm(16)
-        block.attn2.norm_q = nn.LayerNorm(16)
+        block.attn1.norm_k = nn.Tanh()
+        block.attn2.norm_q = nn.Tanh()
 
 
-@pytest.mark.parametrize("change", [with_lora, foreign_processors, hooks, other_norm])
+@pytest.mark.parametrize("change", [foreign_processors, other_norms])
 @pytest.mark.parametrize("first", ORDERS)
 def test_a_changed_model(change: Callable[[Any], None], first: str) -> None:
-    check_changed(build, run, change, first)
+    check_changed(build, call, change, first)
 
 
-@torch.no_grad()
 def test_a_mask_of_the_text() -> None:
-    model = build()
-    call = arguments(model) | {"attention_mask": torch.arange(5)[None] < 3}
-    expected = model(**call).sample
-    with patched(model):
-        assert relative_error(model(**call).sample, expected) <= 1e-5
-    assert relative_error(run(model), expected) > 1e-3
-
-
-def test_the_chosen_attention_backend_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That of a context: ``set_attention_backend`` does nothing to this model."""
-    model = build()
-    expected = run(model)
-
-    def never(*args: Any) -> Tensor:
-        raise AssertionError("another attention was chosen")
-
-    monkeypatch.setattr(attention, "spatial_attention", never)
-    with patched(model) as report, attention_backend("_native_math"):
-        assert relative_error(run(model), expected) <= 1e-5
-        assert {site.implementation for site in sites_of(report, "spatial_attention")} == {"_native_math"}
+    model, mask = build(), torch.arange(5)[None] < 3
+    report = check_same(model, lambda model: call(model, attention_mask=mask))
+    assert not report.fallbacks and relative_error(call(model, attention_mask=mask), call(model)) > 1e-3
 
 
 # torch.compile, half precision
 
 
 def test_a_patched_model_compiles_in_one_graph() -> None:
-    check_compiled(build("1.0"), run)
+    check_compiled(build("1.0"), call)
 
 
-def test_half_precision_is_as_exact_as_stock() -> None:
-    model = build()
-    check_half_precision(model, arguments(model))
+@torch.no_grad()
+def test_error_in_bfloat16() -> None:
+    block = build(dtype=torch.bfloat16).transformer_blocks[0]
+    check_error_in_bfloat16(block, FusedCosmosTransformerBlock, block_arguments(40, torch.bfloat16))
 
 
 def test_a_call_under_autocast_goes_the_original_way() -> None:
     model = build()
-    with patched(model) as report, torch.autocast("cpu", torch.bfloat16):
-        run(model)
-        assert fallbacks_of(report, "qk_norm_rope") == {"autocast is on"}
+    with patch_module(model) as report, torch.autocast("cpu", torch.bfloat16):
+        call(model)
+        assert fallback_reasons(report) == {"autocast is on"}

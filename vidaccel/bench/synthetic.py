@@ -6,15 +6,17 @@ What is built is declared in ``samples/models/configurations/<name>.json``::
       "source": "stabilityai/stable-video-diffusion-img2vid",
       "pipeline": "StableVideoDiffusionPipeline",
       "components": {"unet": ["UNetSpatioTemporalConditionModel", {...}], "scheduler": [...], ...},
+      "options": {},
       "inputs": {"image": "image", "prompt_embeds": [1, 77, 768]},
       "call": {"height": 576, "width": 1024, "num_frames": 14, "num_inference_steps": 25},
       "tiny": {"components": {"unet": {...}}, "inputs": {...}, "call": {...}}
     }
 
-Component classes are named as diffusers or transformers export them, with the configuration of the released checkpoint
-(``source``). An input is ``"image"`` (a random picture of the call's size), the shape of a random tensor,
-``{"zeros": shape}``, or ``{"mask": shape, "valid": 60}``: the mask of a text that is padded behind its 60 tokens.
-``tiny`` overrides single entries for a dry run on a CPU.
+Component classes are named as diffusers or transformers export them (``"ltx2.LTX2Vocoder"``: a part of a pipeline of
+diffusers), with the configuration of the released checkpoint (``source``); ``options``, which may be missing, are what
+else the pipeline is made with. An input is ``"image"`` (a random picture of the call's size), the shape of a random
+tensor, ``{"zeros": shape}``, or ``{"mask": shape, "valid": 60}``: the mask of a text that is padded behind its 60
+tokens. ``tiny`` overrides single entries for a dry run on a CPU.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import inspect
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +71,7 @@ def specification(name: str, size: str = "full") -> Specification:
     return {
         "pipeline": declared["pipeline"],
         "components": components,
+        "options": declared.get("options", {}),
         "inputs": declared["inputs"] | tiny.get("inputs", {}),
         "call": declared["call"] | tiny.get("call", {}),
     }
@@ -84,13 +88,14 @@ def build_pipeline(
             for name, (class_name, config) in specified["components"].items()
         }
     pipeline_class = getattr(diffusers, specified["pipeline"])
-    absent = dict.fromkeys(set(inspect.signature(pipeline_class.__init__).parameters) - {"self"} - set(components))
-    return pipeline_class(**components, **absent)
+    given = components | specified["options"]
+    absent = dict.fromkeys(set(inspect.signature(pipeline_class.__init__).parameters) - {"self"} - set(given))
+    return pipeline_class(**given, **absent)
 
 
 def build_component(class_name: str, config: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
     """A model, scheduler or processor of diffusers or transformers from its configuration alone."""
-    component_class = getattr(diffusers, class_name, None) or getattr(transformers, class_name)
+    component_class = _component_class(class_name)
     if not issubclass(component_class, nn.Module):
         return component_class(**config)
     # A default dtype rather than a cast afterwards: buffers that the model asks for in fp32 stay fp32.
@@ -102,6 +107,13 @@ def build_component(class_name: str, config: Mapping[str, Any], device: torch.de
     _settle(model, device, dtype)
     _wake_zero_weights(model)
     return model.eval().requires_grad_(False)
+
+
+def _component_class(class_name: str) -> Any:
+    pipeline, _, name = class_name.rpartition(".")
+    if pipeline:
+        return getattr(import_module(f"diffusers.pipelines.{pipeline}"), name)
+    return getattr(diffusers, name, None) or getattr(transformers, name)
 
 
 @contextmanager

@@ -165,13 +165,15 @@ class _PhaseClock:
 
     def timings(self, peak_memory: float) -> Timings:
         marks = self._marks
-        denoise = marks["close"] - marks["open"]
+        start, end = marks["start"], marks["end"]
+        # a pipeline that opens bars of its own is taken for denoising from start to end
+        opened, closed = marks.get("open", start), marks.get("close", end)
         return Timings(
-            encode=marks["open"] - marks["start"],
-            denoise=denoise,
-            decode=marks["end"] - marks["close"],
-            total=marks["end"] - marks["start"],
-            step=(marks["close"] - marks["first step"]) / (self.steps - 1) if self.steps > 1 else denoise,
+            encode=opened - start,
+            denoise=closed - opened,
+            decode=end - closed,
+            total=end - start,
+            step=(closed - marks["first step"]) / (self.steps - 1) if self.steps > 1 else closed - opened,
             steps=self.steps,
             peak_memory_gib=peak_memory,
         )

@@ -53,6 +53,10 @@ _FAMILIES = {
             "PIAPipeline",
         ),
     ),
+    "anyflow": _Family(
+        models=("AnyFlowTransformer3DModel", "AnyFlowFARTransformer3DModel"),
+        pipelines=("AnyFlowFARPipeline", "AnyFlowPipeline"),
+    ),
     "autoencoder_kl": _Family(models=("AutoencoderKL",)),
     "cogvideox": _Family(
         models=("CogVideoXTransformer3DModel",),
@@ -88,7 +92,40 @@ _FAMILIES = {
         pipelines=("HunyuanVideo15ImageToVideoPipeline", "HunyuanVideo15Pipeline"),
     ),
     "i2vgen_xl": _Family(models=("I2VGenXLUNet",), pipelines=("I2VGenXLPipeline",)),
+    "ltx": _Family(
+        models=("LTXVideoTransformer3DModel",),
+        pipelines=(
+            "LTXConditionPipeline",
+            "LTXI2VLongMultiPromptPipeline",
+            "LTXImageToVideoPipeline",
+            "LTXPipeline",
+        ),
+    ),
+    "ltx2": _Family(
+        models=("LTX2VideoTransformer3DModel",),
+        pipelines=(
+            "LTX2ConditionPipeline",
+            "LTX2DFRPipeline",
+            "LTX2DFRTemporalRefinePipeline",
+            "LTX2HDRPipeline",
+            "LTX2ImageToVideoPipeline",
+            "LTX2InContextPipeline",
+            "LTX2Pipeline",
+        ),
+    ),
     "mochi": _Family(models=("MochiTransformer3DModel",), pipelines=("MochiPipeline",)),
+    "chronoedit": _Family(models=("ChronoEditTransformer3DModel",), pipelines=("ChronoEditPipeline",)),
+    "helios": _Family(models=("HeliosTransformer3DModel",), pipelines=("HeliosPipeline", "HeliosPyramidPipeline")),
+    "skyreels_v2": _Family(
+        models=("SkyReelsV2Transformer3DModel",),
+        pipelines=(
+            "SkyReelsV2DiffusionForcingImageToVideoPipeline",
+            "SkyReelsV2DiffusionForcingPipeline",
+            "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
+            "SkyReelsV2ImageToVideoPipeline",
+            "SkyReelsV2Pipeline",
+        ),
+    ),
     "stable_video_diffusion": _Family(
         models=("UNetSpatioTemporalConditionModel", "AutoencoderKLTemporalDecoder"),
         pipelines=("StableVideoDiffusionPipeline",),
@@ -97,8 +134,15 @@ _FAMILIES = {
         models=("UNet3DConditionModel",), pipelines=("TextToVideoSDPipeline", "VideoToVideoSDPipeline")
     ),
     "wan": _Family(
-        models=("WanTransformer3DModel",),
-        pipelines=("WanImageToVideoPipeline", "WanPipeline", "WanVideoToVideoPipeline"),
+        models=("WanTransformer3DModel", "WanVACETransformer3DModel", "WanAnimateTransformer3DModel"),
+        pipelines=(
+            "LucyEditPipeline",
+            "WanAnimatePipeline",
+            "WanImageToVideoPipeline",
+            "WanPipeline",
+            "WanVACEPipeline",
+            "WanVideoToVideoPipeline",
+        ),
     ),
 }
 _FAMILY_OF_MODEL = {model: name for name, family in _FAMILIES.items() for model in family.models}

@@ -101,7 +101,7 @@ def once_per_call(ask: Callable[Arguments, Answer]) -> Callable[Arguments, Answe
 
 def once_in_call(name: str, tensor: Tensor, make: Callable[[], Answer]) -> Answer:
     """What ``make`` returns, made once in a call of a model for each ``tensor``, which the call keeps alive."""
-    if torch.compiler.is_compiling() or (memo := _memo.get()) is None:
+    if torch.compiler.is_compiling() or (memo := _memo.get()) is None:  # Dynamo cannot trace the second
         return make()
     # the tensor is kept with the answer: its id is nobody else's for as long
     found = memo.of_call.get((name, id(tensor)))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vidaccel.kernels.attention.spatial_attention import spatial_attention
 from vidaccel.kernels.ffn.linear_gelu import linear_gelu
-from vidaccel.kernels.op import note
+from vidaccel.kernels.op import REFERENCE, note
 from vidaccel.sites.memo import once_per_call
 from vidaccel.sites.plain import plain_reason, readable_reason
 
@@ -75,7 +75,8 @@ def attend(
         k: ``[B, Skv, H*D]``.
         v: As ``k``.
         num_heads: ``H``.
-        mask: ``[B, 1, 1, Skv]`` bool, False where nobody attends to a key; kernels of ours take none. None: no mask.
+        mask: Broadcast to ``[B, H, S, Skv]``; bool, False where nobody attends to a key, or a number that is added to
+            the score. Kernels of ours take none. None: no mask.
         fused: False: by diffusers' dispatcher in any case.
 
     Returns:
@@ -100,7 +101,10 @@ def project(attn: Any, out: Tensor) -> Tensor:
 
 def feed_forward(ff: Any, x: Tensor, *, fused: bool = True) -> Tensor:
     """``ff(x)``, where ``fused`` with GELU in the epilogue of its first product."""
-    if not fused or _feed_forward_reason(ff, x.device):
+    if not fused:
+        return ff(x)
+    if reason := _feed_forward_reason(ff, x.device):
+        note("linear_gelu", REFERENCE, reason)
         return ff(x)
     first, _, *others = ff.net
     out = linear_gelu(x, first.proj.weight, first.proj.bias, approximate=first.approximate)
@@ -119,4 +123,4 @@ def _feed_forward_reason(ff: Any, device: torch.device) -> str | None:
         return reason
     if dropout.training and dropout.p:
         return "dropout is on"
-    return readable_reason(first.proj, nn.Linear, torch.empty(0, device=device))
+    return readable_reason(first.proj, nn.Linear, torch.empty(0, device=device), with_bias=False)

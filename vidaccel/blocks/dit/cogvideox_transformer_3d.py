@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from vidaccel.blocks.dit.attention import attention_reason, feed_forward, parameters_reason, project
 from vidaccel.blocks.dit.gated_residual import GatedResidualBlock
 from vidaccel.blocks.dit.joint_streams import joined
+from vidaccel.blocks.dit.rotary import half_tables
 from vidaccel.blocks.dit.step_caches import known_to_step_caches
-from vidaccel.blocks.dit.transformer_wan import half_tables
 from vidaccel.kernels.attention.qk_norm_rope import HeadNorm, Rope, qk_norm_rope
 from vidaccel.kernels.attention.spatial_attention import spatial_attention
 from vidaccel.kernels.op import REFERENCE, note

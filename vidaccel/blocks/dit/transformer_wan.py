@@ -6,11 +6,14 @@ of queries and keys with their rotary embedding.
 
 Wan 2.2 TI2V gives every token a timestep of its own, of which there are one or two different ones. The embedding of the
 timestep, and each block's modulation, are made once for each of these.
+
+Other models have copies of this block, made of copies of its parts: they are served by subclasses of
+:class:`WanBlock` that say what differs.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from diffusers.models.normalization import FP32LayerNorm
@@ -22,7 +25,9 @@ from diffusers.models.transformers.transformer_wan import (
 )
 from torch import Tensor, nn
 
-from vidaccel.blocks.dit.attention import attend, attention_reason, feed_forward, parameters_reason, qkv
+from vidaccel.blocks.dit.attention import attend, attention_reason, feed_forward, parameters_reason, project, qkv
+from vidaccel.blocks.dit.modulation_rows import distinct_rows, keep_rows, stretches_of
+from vidaccel.blocks.dit.rotary import half_tables
 from vidaccel.blocks.dit.step_caches import known_to_step_caches
 from vidaccel.kernels.attention.qk_norm_rope import HeadNorm, Rope, qk_norm_rope
 from vidaccel.kernels.norm.gated_residual_norm import (
@@ -32,61 +37,65 @@ from vidaccel.kernels.norm.gated_residual_norm import (
     gated_residual_norm,
     norm_modulate,
 )
-from vidaccel.kernels.op import note
+from vidaccel.kernels.op import REFERENCE, note
 from vidaccel.sites.block import CORNER_ROWS, MOST_WHOLE, FusedBlock, call_site, fuses
-from vidaccel.sites.memo import held, once_in_call
+from vidaccel.sites.site import Fidelity
 
-__all__ = ["FusedWanTimeTextImageEmbedding", "FusedWanTransformerBlock"]
+__all__ = [
+    "WAN_OPS",
+    "FusedWanTimeTextImageEmbedding",
+    "FusedWanTransformerBlock",
+    "Modulation",
+    "Parts",
+    "WanBlock",
+]
 
 TEXT_TOKENS = 512  # of the text encoder; what comes before them is an image
-MOST_ROWS = 8  # different timesteps in a call, from which on each token keeps its own
+WAN_OPS: dict[str, Fidelity] = {
+    "gated_residual_norm": "math-exact",
+    "qk_norm_rope": "math-exact",
+    "spatial_attention": "math-exact",
+    "linear_gelu": "math-exact",
+}
 
 
-class _Rows(NamedTuple):
-    """What the tokens of a call have in common: few different timesteps."""
+class Parts(NamedTuple):
+    """What a copy of Wan's block is made of.
 
-    of_tokens: Tensor  # [B, S, 6 C], as the blocks get it but for its shape
-    distinct: Tensor  # [1, R, 6, C]
-    rows: Tensor  # [S] int32
+    Attributes:
+        attention: The class of both attentions.
+        processor: That of the first one's processor.
+        cross_processor: That of the second one's.
+        head_norm: That of the norms of queries and keys.
+        takes_image: Whether the second attention attends to an image apart from the text, if it has weights for it.
+    """
 
-
-def modulation_of(table: Tensor, temb: Tensor) -> tuple[list[Tensor], Tensor | None]:
-    """The six ``[B, R, C]`` of ``table + temb`` in float32, and the row of each token if they are not one or S."""
-    rows = None
-    if temb.ndim == 3:
-        temb = temb[:, None]  # [B, 1, 6, C]
-    elif temb.stride(1) == 0:
-        temb = temb[:, :1]
-    elif (shared := _shared_rows(temb)) is not None:
-        temb, rows = shared.distinct, shared.rows
-    return list((table + temb.float()).unbind(2)), rows
+    attention: type[nn.Module]
+    processor: type
+    cross_processor: type
+    head_norm: type[nn.Module] = nn.RMSNorm
+    takes_image: bool = True
 
 
-def _shared_rows(temb: Tensor) -> _Rows | None:
-    memo = held()
-    shared: _Rows | None = None if memo is None else memo.of_call.get("timestep rows")
-    if shared is None or shared.of_tokens.shape[:2] != temb.shape[:2]:
-        return None
-    return shared if shared.of_tokens.data_ptr() == temb.data_ptr() else None
+class Modulation(NamedTuple):
+    """Six times ``[B, R, C]`` in float32, and the row of each token ``[S]`` if R is neither 1 nor S."""
 
-
-def half_tables(rotary_emb: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Wan's tables ``[1, S, 1, D]``, which hold every angle twice, as ``[1, S, 1, D/2]``; made once in a call."""
-    cos, sin = rotary_emb
-    return (
-        once_in_call("cos", cos, lambda: cos[..., 0::2].contiguous()),
-        once_in_call("sin", sin, lambda: sin[..., 1::2].contiguous()),
-    )
-
-
-def norm_of(module: Any) -> Norm:
-    """A FP32LayerNorm, or the Identity in its place."""
-    return NO_NORM if type(module) is nn.Identity else Norm("layer", module.eps, module.weight, module.bias)
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+    ff_shift: Tensor
+    ff_scale: Tensor
+    ff_gate: Tensor
+    rows: Tensor | None
 
 
 class WanBlock(FusedBlock):
-    """What is done alike in all blocks made of Wan's parts."""
+    """What is done alike in all blocks made of Wan's parts; a subclass says what is not.
 
+    Its attentions, norms and feed-forward have the names that they have in Wan's block.
+    """
+
+    parts: ClassVar[Parts] = Parts(WanAttention, WanAttnProcessor, WanAttnProcessor)
     norm1: Any
     norm2: Any
     norm3: Any
@@ -95,49 +104,58 @@ class WanBlock(FusedBlock):
     ffn: Any
     scale_shift_table: Any
 
-    def call_reason(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any, *args: Any
-    ) -> str | None:
+    def call_reason(self, hidden_states: Tensor, context: Tensor, temb: Tensor, *args: Any) -> str | None:
         if temb.ndim not in (3, 4):
             return f"its timestep embedding has {temb.ndim} dimensions"
         if torch.is_autocast_enabled(hidden_states.device.type):
             return "autocast is on"
+        if self._takes_image() and context.shape[1] <= TEXT_TOKENS:
+            return f"there is no image before the {TEXT_TOKENS} tokens of its text"
         for norm in (self.norm1, self.norm2, self.norm3):
-            if type(norm) is not nn.Identity and (
-                reason := parameters_reason(norm, FP32LayerNorm, hidden_states.device)
-            ):
+            kind = nn.Identity if type(norm) is nn.Identity else FP32LayerNorm
+            if reason := parameters_reason(norm, kind, hidden_states.device):
                 return reason
         return None
 
     def corner(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden_states, context, temb, rotary_emb = args
-        if hidden_states.numel() <= MOST_WHOLE:
-            return args, kwargs
-        temb = temb[:, :CORNER_ROWS] if temb.ndim == 4 else temb
-        tables = tuple(table[:, :CORNER_ROWS] for table in rotary_emb)
-        return (hidden_states[:, :CORNER_ROWS], context, temb, tables), kwargs
+        return (args if args[0].numel() <= MOST_WHOLE else self.cut(*args)), kwargs
 
-    def fused_forward(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: tuple[Tensor, Tensor]
-    ) -> Tensor:
-        x = hidden_states
-        (shift, scale, gate, ff_shift, ff_scale, ff_gate), rows = modulation_of(self.scale_shift_table, temb)
-        normed = self._modulate(x, scale, shift, rows)
-        attended = self._self_attention(normed, rotary_emb)
-        x, normed = self._add_norm(x, attended, gate, rows, self.norm2)
-        attended = self._cross_attention(normed, encoder_hidden_states)
-        x, normed = self._add_norm(x, attended, None, rows, self.norm3, ff_scale, ff_shift)
-        out = feed_forward(self.ffn, normed, fused=self.runs("linear_gelu"))
-        if self.runs("gated_residual_norm"):
-            return gated_residual(x, out, ff_gate, rows=rows)
-        return (x.float() + out.float() * _of_tokens(ff_gate, rows)).type_as(x)
+    def cut(self, x: Tensor, context: Tensor, temb: Tensor, rotary_emb: Any) -> tuple[Any, ...]:
+        """The arguments of a call for the first ``CORNER_ROWS`` tokens."""
+        return x[:, :CORNER_ROWS], context, first_tokens(temb), tuple(table[:, :CORNER_ROWS] for table in rotary_emb)
 
-    def _modulate(self, x: Tensor, scale: Tensor, shift: Tensor, rows: Tensor | None) -> Tensor:
+    def by_token(self, temb: Tensor) -> Tensor:
+        """The embedding of timesteps as ``[B, S, 6, C]``, or ``[B, 1, 6, C]`` if a sample has one."""
+        return temb if temb.ndim == 4 else temb[:, None]
+
+    def rope_reason(self, rotary_emb: Any) -> str | None:
+        """Why there is no :meth:`rope`, or None."""
+        if rotary_emb is None or any(table.dtype != torch.float32 for table in rotary_emb):
+            return "its rotary table is not float32"
+        return None
+
+    def rope(self, rotary_emb: Any) -> Rope:
+        """Of tables ``[1, S, 1, D]``."""
+        return Rope("pairs", *half_tables(rotary_emb))
+
+    def fused_forward(self, hidden_states: Tensor, context: Tensor, temb: Tensor, rotary_emb: Any) -> Tensor:
+        modulation = self.modulation(temb)
+        normed = self.modulate(hidden_states, modulation)
+        return self.rest(hidden_states, self.self_attention(normed, rotary_emb), context, modulation)
+
+    def modulation(self, temb: Tensor) -> Modulation:
+        distinct, rows = distinct_rows(self.by_token(temb))
+        shift, scale, gate, ff_shift, ff_scale, ff_gate = (self.scale_shift_table + distinct.float()).unbind(2)
+        return Modulation(shift, scale, gate, ff_shift, ff_scale, ff_gate, rows)
+
+    def modulate(self, x: Tensor, modulation: Modulation) -> Tensor:
+        """The modulated norm before the first attention."""
+        shift, scale, *_, rows = modulation
         if self.runs("gated_residual_norm"):
             return norm_modulate(x, norm_of(self.norm1), scale, shift, rows=rows)
         return _stock_norm(self.norm1, x, scale, shift, rows)
 
-    def _add_norm(
+    def add_norm(
         self,
         x: Tensor,
         branch: Tensor,
@@ -148,7 +166,8 @@ class WanBlock(FusedBlock):
         shift: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """``z = x + gate * branch`` and its modulated norm."""
-        if self.runs("gated_residual_norm"):
+        # a plain sum of two dtypes has the wider one; the op's has that of x
+        if self.runs("gated_residual_norm") and (gate is not None or branch.dtype == x.dtype):
             if type(norm) is nn.Identity:
                 z = gated_residual(x, branch, gate, rows=rows)
                 return z, z
@@ -157,53 +176,81 @@ class WanBlock(FusedBlock):
         z = x + branch if gate is None else (x.float() + branch * _of_tokens(gate, rows)).type_as(x)
         return z, _stock_norm(norm, z, scale, shift, rows)
 
-    def _self_attention(self, x: Tensor, rotary_emb: tuple[Tensor, Tensor]) -> Tensor:
-        if reason := self._attention_reason(self.attn1, rotary_emb):
-            note("qk_norm_rope", "torch", reason)
-            return self.attn1(x, None, None, rotary_emb)
-        return self._attend_to_itself(self.attn1, x, rotary_emb)
+    def rest(self, x: Tensor, attended: Tensor, context: Tensor, modulation: Modulation, *args: Any) -> Tensor:
+        """What comes after the first attention; ``args`` are for the second one."""
+        _, _, gate, ff_shift, ff_scale, ff_gate, rows = modulation
+        x, normed = self.add_norm(x, attended, gate, rows, self.norm2)
+        x, normed = self.add_norm(
+            x, self.cross_attention(normed, context, *args), None, rows, self.norm3, ff_scale, ff_shift
+        )
+        out = feed_forward(self.ffn, normed, fused=self.runs("linear_gelu"))
+        if self.runs("gated_residual_norm"):
+            return gated_residual(x, out, ff_gate, rows=rows)
+        return (x.float() + out.float() * _of_tokens(ff_gate, rows)).type_as(x)
 
-    def _attend_to_itself(self, attn: Any, x: Tensor, rotary_emb: tuple[Tensor, Tensor]) -> Tensor:
+    def self_attention(self, x: Tensor, rotary_emb: Any, mask: Any = None, *args: Any) -> Tensor:
+        """The first attention; ``args`` are only for a processor that is not the expected one."""
+        attn = self.attn1
+        if reason := self.self_attention_reason(x, rotary_emb):
+            note("qk_norm_rope", REFERENCE, reason)
+            note("spatial_attention", REFERENCE, reason)
+            return self.call_self_attention(x, rotary_emb, mask, *args)
         query, key, value = qkv(attn, x)
-        norm = HeadNorm("rms_all", attn.norm_q.eps, attn.norm_q.weight, attn.norm_k.weight)
-        query, key = qk_norm_rope(query, key, attn.heads, norm, Rope("pairs", *half_tables(rotary_emb)))
-        return _project(attn, self._attend(attn, query, key, value))
+        rounding: Any = "once" if self.parts.head_norm is nn.RMSNorm else "each"
+        norm = HeadNorm("rms_all", attn.norm_q.eps, attn.norm_q.weight, attn.norm_k.weight, rounding=rounding)
+        query, key = qk_norm_rope(query, key, attn.heads, norm, self.rope(rotary_emb))
+        return project(attn, self.attend(attn, query, key, value, mask))
 
-    def _attend(self, attn: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return attend(attn.processor, query, key, value, attn.heads, fused=self.runs("spatial_attention"))
+    def self_attention_reason(self, x: Tensor, rotary_emb: Any) -> str | None:
+        """Why the first attention is called as a module, or None."""
+        attn = self.attn1
+        if not self.runs("qk_norm_rope"):
+            return "qk_norm_rope is off, or failed"
+        if reason := attention_reason(attn, self.parts.attention, self.parts.processor):
+            return reason
+        for norm in (attn.norm_q, attn.norm_k):
+            if reason := parameters_reason(norm, self.parts.head_norm, x.device):
+                return reason
+        return self.rope_reason(rotary_emb)
 
-    def _cross_attention(self, x: Tensor, context: Tensor) -> Tensor:
+    def call_self_attention(self, x: Tensor, rotary_emb: Any, mask: Any, *args: Any) -> Tensor:
+        return self.attn1(x, None, mask, rotary_emb, *args)
+
+    def cross_attention(self, x: Tensor, context: Tensor, *args: Any) -> Tensor:
+        """The second attention; ``args`` are only for a processor that is not the expected one."""
         attn = self.attn2
-        if attention_reason(attn, WanAttention, WanAttnProcessor):
-            return attn(x, context, None, None)
+        if reason := attention_reason(attn, self.parts.attention, self.parts.cross_processor):
+            note("spatial_attention", REFERENCE, reason)
+            return self.call_cross_attention(x, context, *args)
         image = None
-        if attn.add_k_proj is not None:
+        if self._takes_image():
             image, context = context.split([context.shape[1] - TEXT_TOKENS, TEXT_TOKENS], dim=1)
         query, key, value = qkv(attn, x, context)
         query, key = attn.norm_q(query), attn.norm_k(key)
-        out = self._attend(attn, query, key, value)
+        out = self.attend(attn, query, key, value)
         if image is not None:
-            out = out + self._attend(attn, query, *_image_keys_values(attn, image))
-        return _project(attn, out)
+            out = out + self.attend(attn, query, *_image_keys_values(attn, image))
+        return project(attn, out)
 
-    def _attention_reason(self, attn: Any, rotary_emb: Any) -> str | None:
-        if not self.runs("qk_norm_rope"):
-            return "it is off, or failed"
-        if reason := attention_reason(attn, WanAttention, WanAttnProcessor):
-            return reason
-        if rotary_emb is None or any(table.dtype != torch.float32 for table in rotary_emb):
-            return "its rotary table is not float32"
-        device = rotary_emb[0].device
-        for norm in (attn.norm_q, attn.norm_k):
-            if reason := parameters_reason(norm, nn.RMSNorm, device):
-                return reason
-        return None
+    def _takes_image(self) -> bool:
+        return self.parts.takes_image and getattr(self.attn2, "add_k_proj", None) is not None
+
+    def call_cross_attention(self, x: Tensor, context: Tensor, *args: Any) -> Tensor:
+        return self.attn2(x, context, None, None, *args)
+
+    def attend(self, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any = None) -> Tensor:
+        fused = self.runs("spatial_attention")
+        return attend(attn.processor, query, key, value, attn.heads, mask=mask, fused=fused)
 
 
-def _project(attn: Any, out: Tensor) -> Tensor:
-    for layer in attn.to_out:
-        out = layer(out)
-    return out
+def first_tokens(temb: Tensor) -> Tensor:
+    """``[B, S, 6, C]`` for the first ``CORNER_ROWS`` tokens; ``[B, 6, C]`` is for all of them."""
+    return temb[:, :CORNER_ROWS] if temb.ndim == 4 else temb
+
+
+def norm_of(module: Any) -> Norm:
+    """A FP32LayerNorm, or the Identity in its place."""
+    return NO_NORM if type(module) is nn.Identity else Norm("layer", module.eps, module.weight, module.bias)
 
 
 def _image_keys_values(attn: Any, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,15 +273,7 @@ def _stock_norm(norm: Any, x: Tensor, scale: Tensor | None, shift: Tensor | None
 
 
 @known_to_step_caches
-@fuses(
-    WanTransformerBlock,
-    {
-        "gated_residual_norm": "math-exact",
-        "qk_norm_rope": "math-exact",
-        "spatial_attention": "math-exact",
-        "linear_gelu": "math-exact",
-    },
-)
+@fuses(WanTransformerBlock, WAN_OPS)
 class FusedWanTransformerBlock(WanBlock, WanTransformerBlock):
     """Self-attention, cross-attention to text (and an image) and feed-forward, on ``[B, S, C]``."""
 
@@ -244,7 +283,7 @@ class FusedWanTransformerBlock(WanBlock, WanTransformerBlock):
 
 @fuses(WanTimeTextImageEmbedding, {"modulation_rows": "math-exact"})
 class FusedWanTimeTextImageEmbedding(FusedBlock, WanTimeTextImageEmbedding):
-    """The embedding of a timestep for each token, made once for each different one."""
+    """The embedding of a timestep for each token, made once for each stretch of tokens that share it."""
 
     def forward(
         self,
@@ -259,22 +298,24 @@ class FusedWanTimeTextImageEmbedding(FusedBlock, WanTimeTextImageEmbedding):
         )  # fmt: skip
 
     def corner(self, args: Any, kwargs: Any) -> Any:
-        return args, kwargs
+        timestep, context, image, tokens = args
+        if tokens is None or tokens <= CORNER_ROWS:
+            return args, kwargs
+        return (timestep.reshape(-1, tokens)[:, :CORNER_ROWS].flatten(), context, image, CORNER_ROWS), kwargs
 
     def fused_forward(self, timestep: Tensor, context: Tensor, image: Tensor | None, tokens: int | None) -> Any:
         stock = WanTimeTextImageEmbedding.forward
-        if tokens is None or torch.compiler.is_compiling():
+        if tokens is None:
             return stock(self, timestep, context, image, tokens)
-        distinct, inverse = timestep.unique(return_inverse=True)  # one wait for the GPU in a call
-        if len(distinct) > MOST_ROWS:
+        of_tokens = timestep.reshape(-1, tokens)
+        stretches = stretches_of(of_tokens[..., None, None])
+        if stretches is None:
             return stock(self, timestep, context, image, tokens)
-        inverse = inverse.view(-1, tokens)
-        temb, projected, *texts = stock(self, distinct, context, image, len(distinct))  # [1, R, C], [1, R, 6C]
-        if len(distinct) == 1:
-            return *(x.expand(len(inverse), tokens, -1) for x in (temb, projected)), *texts
-        of_tokens = projected[0, inverse]  # for whoever looks at it
-        memo = held()
-        if memo is not None and len(inverse) == 1:
-            shared = _Rows(of_tokens, projected.unflatten(2, (6, -1)), inverse[0].to(torch.int32))
-            memo.of_call["timestep rows"] = shared
-        return temb[0, inverse], of_tokens, *texts
+        starts, rows = stretches
+        distinct = of_tokens[:, starts]  # [B, R]
+        temb, projected, *texts = stock(self, distinct.flatten(), context, image, len(starts))  # [B, R, C], [B, R, 6C]
+        if len(starts) == 1:
+            return *(x.expand(-1, tokens, -1) for x in (temb, projected)), *texts
+        modulation = projected[:, rows]  # for whoever looks at it: the blocks know the rows
+        keep_rows(modulation.unflatten(2, (6, -1)), projected.unflatten(2, (6, -1)), rows)
+        return temb[:, rows], modulation, *texts

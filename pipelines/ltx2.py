@@ -1,0 +1,24 @@
+"""LTX-2 and LTX-2.3: video with its sound, from text, images, videos and references.
+
+What the family offers: 175 passes over the tokens of a block become 30 (``gated_residual_norm``, ``qk_norm_rope``,
+``linear_gelu``); attention to the text without its mask (``padded_text``); where tokens have timesteps of their own,
+one modulation for each different one (``modulation_rows``). The rotary tables, which the model makes anew at every
+call, stay: what they depend on is known to the GPU only.
+"""
+
+from __future__ import annotations
+
+from vidaccel.blocks.dit.transformer_ltx2 import FusedLTX2AdaLayerNormSingle, FusedLTX2VideoTransformerBlock
+from vidaccel.sites.rules import Swap
+
+__all__ = ["RULES"]
+
+# those that take the timesteps of video tokens
+PER_TOKEN = "time_embed", "av_cross_attn_video_scale_shift", "av_cross_attn_video_a2v_gate"
+
+RULES = {
+    "LTX2VideoTransformer3DModel": (
+        Swap(FusedLTX2VideoTransformerBlock),
+        Swap(FusedLTX2AdaLayerNormSingle, names=PER_TOKEN),
+    ),
+}

@@ -1,0 +1,120 @@
+"""AnyFlow and AnyFlow FAR: tiny pipelines of the whole structure, patched against unpatched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AnyFlowFARPipeline, AnyFlowPipeline, FlowMapEulerDiscreteScheduler
+from family_checks import check_clip, check_compiled
+from tiny_models import tiny_relative
+from torch import Tensor
+from transformer_checks import (
+    check_attention_backend,
+    check_corner,
+    check_each_op_off,
+    check_error_in_bfloat16,
+    check_foreign_processors,
+    check_hooks,
+    check_lora,
+    check_same,
+    tiny_transformer,
+)
+
+from vidaccel.blocks.dit.transformer_anyflow import FusedAnyFlowTransformerBlock
+
+TINY = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "text_dim": 16,
+    "freq_dim": 16,
+    "ffn_dim": 32,
+    "num_layers": 2,
+}
+CHUNKS = {"chunk_partition": [1, 2, 2], "full_chunk_limit": 2}
+
+
+@pytest.fixture(autouse=True)
+def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
+
+
+def transformer(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    return tiny_transformer("AnyFlowTransformer3DModel", TINY | options, dtype)
+
+
+@torch.no_grad()
+def call(model: Any, *, size: tuple[int, int, int] = (3, 4, 6), timestep: Tensor | None = None) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    frames, *sides = size
+    timestep = torch.full((2, frames), 500.0) if timestep is None else timestep
+    x, text = (torch.randn(2, *shape, generator=generator) for shape in ((frames, 16, *sides), (7, 16)))
+    return model(x, timestep, timestep / 2, text).sample
+
+
+def call_forcing(model: Any) -> Tensor:
+    return call(model, timestep=torch.tensor([[0.0, 500.0, 500.0], [0.0, 300.0, 300.0]]))
+
+
+def test_same_clip_and_exact_restore() -> None:
+    pipe, arguments = tiny_relative(
+        "wan2.1-t2v-1.3b", AnyFlowPipeline, transformer=transformer(), scheduler=FlowMapEulerDiscreteScheduler()
+    )
+    report = check_clip(pipe, arguments | {"guidance_scale": 3.0}, reorders_sums=False)
+    assert {site.path for site in report.sites} == {"transformer.blocks.0", "transformer.blocks.1"}
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_chunk_by_chunk(guidance_scale: float) -> None:
+    model = tiny_transformer("AnyFlowFARTransformer3DModel", TINY | CHUNKS)
+    pipe, arguments = tiny_relative(
+        "wan2.1-t2v-1.3b", AnyFlowFARPipeline, transformer=model, scheduler=FlowMapEulerDiscreteScheduler()
+    )
+    if guidance_scale == 1.0:
+        del arguments["negative_prompt_embeds"]
+    size = {"height": 64, "width": 64, "num_frames": 17, "chunk_partition": CHUNKS["chunk_partition"]}
+    report = check_clip(pipe, arguments | size | {"guidance_scale": guidance_scale}, reorders_sums=False)
+    assert {site.op for site in report.sites} == {"gated_residual_norm", "spatial_attention", "linear_gelu"}
+
+
+@pytest.mark.parametrize("call", [call, call_forcing])
+def test_each_op_off(call: Any) -> None:
+    check_each_op_off(transformer(), call)
+
+
+def test_patched_model_compiles_in_one_graph() -> None:
+    check_compiled(transformer(num_layers=1), call_forcing)
+
+
+@pytest.mark.parametrize("size", [(1, 2, 2), (5, 6, 10)])
+def test_sizes(size: tuple[int, int, int]) -> None:
+    assert not check_same(transformer(cross_attn_norm=False), lambda model: call(model, size=size)).fallbacks
+
+
+def test_what_users_put_in() -> None:
+    check_attention_backend(transformer(), call)
+    check_foreign_processors(transformer(), call, "attn1", "attn2")
+    check_hooks(transformer(), call, "attn1", "net.0", "norm3")
+    assert not check_lora(transformer(), call, "to_q", "to_out.0").fallbacks
+
+
+@torch.no_grad()
+def test_error_of_a_block() -> None:
+    torch.manual_seed(0)
+    model = transformer(torch.bfloat16)
+    x, context, temb = (torch.randn(2, *rest, 24).bfloat16() for rest in ((18,), (7,), (18, 6)))
+    layout = {"total_frames": 3, "full_frame_shape": (2, 3)}
+    arguments = x, context, temb, model.rope(layout, x.device), None
+    check_error_in_bfloat16(model.blocks[0], FusedAnyFlowTransformerBlock, arguments)
+
+
+@torch.no_grad()
+def test_corner_of_a_long_call() -> None:
+    torch.manual_seed(0)
+    model, tokens = transformer(), 3 * 128 * 128
+    x, context, temb = (torch.randn(2, *rest, 24) for rest in ((tokens,), (7,), (tokens, 6)))
+    rotary_emb = model.rope({"total_frames": 3, "full_frame_shape": (128, 128)}, x.device)
+    arguments = x, context, temb, rotary_emb, None, None, None
+    check_corner(model.blocks[0], FusedAnyFlowTransformerBlock, arguments)
