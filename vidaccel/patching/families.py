@@ -58,6 +58,26 @@ _FAMILIES = {
         pipelines=("AnyFlowFARPipeline", "AnyFlowPipeline"),
     ),
     "autoencoder_kl": _Family(models=("AutoencoderKL",)),
+    "cogvideox": _Family(
+        models=("CogVideoXTransformer3DModel",),
+        pipelines=(
+            "CogVideoXFunControlPipeline",
+            "CogVideoXImageToVideoPipeline",
+            "CogVideoXPipeline",
+            "CogVideoXVideoToVideoPipeline",
+        ),
+    ),
+    "consisid": _Family(models=("ConsisIDTransformer3DModel",), pipelines=("ConsisIDPipeline",)),
+    "cosmos": _Family(
+        models=("CosmosControlNetModel", "CosmosTransformer3DModel"),
+        pipelines=(
+            "Cosmos2VideoToWorldPipeline",
+            "Cosmos2_5_PredictBasePipeline",
+            "Cosmos2_5_TransferPipeline",
+            "CosmosTextToWorldPipeline",
+            "CosmosVideoToWorldPipeline",
+        ),
+    ),
     "hunyuan_video": _Family(
         models=("HunyuanVideoTransformer3DModel", "HunyuanVideoFramepackTransformer3DModel"),
         pipelines=(
@@ -93,6 +113,7 @@ _FAMILIES = {
             "LTX2Pipeline",
         ),
     ),
+    "mochi": _Family(models=("MochiTransformer3DModel",), pipelines=("MochiPipeline",)),
     "chronoedit": _Family(models=("ChronoEditTransformer3DModel",), pipelines=("ChronoEditPipeline",)),
     "helios": _Family(models=("HeliosTransformer3DModel",), pipelines=("HeliosPipeline", "HeliosPyramidPipeline")),
     "skyreels_v2": _Family(
