@@ -51,6 +51,7 @@ def check_kernels(model: nn.Module, call: Call, ops: set[str]) -> None:
 
 def check_compiled(model: nn.Module, call: Call) -> None:
     """The patched model traces in one graph."""
+    torch._dynamo.reset()  # or the sizes of another model's calls make those of this one dynamic
     with patch_module(model):
         expected = call(model)
         compiled = torch.compile(model, fullgraph=True, backend="eager")  # the ops themselves are compiled elsewhere

@@ -6,24 +6,33 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
 import torch
 from block_checks import all_fused, frozen, relative_error, tensor_of
+from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 from diffusers.models.attention_dispatch import attention_backend
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from vidaccel import patch_module
-from vidaccel.bench.synthetic import build_component
+from vidaccel.bench.synthetic import build_component, specification
 from vidaccel.patching.report import PatchReport
 from vidaccel.sites.block import FusedBlock
 
 __all__ = [
+    "CACHES",
+    "ORDERS",
+    "Shifted",
     "check_attention_backend",
+    "check_cache",
+    "check_changed",
     "check_corner",
+    "check_deaf_to_attention_backends",
     "check_each_op_off",
     "check_error_in_bfloat16",
     "check_foreign_processors",
+    "check_full_size",
     "check_hooks",
     "check_lora",
     "check_same",
@@ -32,6 +41,8 @@ __all__ = [
 ]
 
 Call = Callable[[Any], Tensor]
+
+ORDERS = ["patched first", "changed first"]
 
 
 def tiny_transformer(class_name: str, config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
@@ -82,6 +93,18 @@ def _only_ran_attention(report: PatchReport, name: str) -> None:
     assert ran and all(implementations == {name} for implementations in ran), str(report)
 
 
+def check_deaf_to_attention_backends(model: Any, call: Call) -> None:
+    """Stock code asks PyTorch itself for its attention, whatever backend is chosen; so does the patched model."""
+    expected = call(model)
+    try:
+        model.set_attention_backend("_native_math")
+        with patch_module(model, strict=True) as report, attention_backend("_native_math"):
+            assert relative_error(call(model), expected) <= 1e-5
+    finally:
+        model.set_attention_backend("native")  # it sets the one of all models too
+    _only_ran_attention(report, "torch")
+
+
 def check_lora(model: Any, call: Call, *targets: str) -> PatchReport:
     """LoRA on layers of these names, put in after patching and before."""
     with patch_module(model, strict=True):
@@ -112,6 +135,72 @@ def _doubled(kind: type) -> type:
             return 2 * super().__call__(*args, **kwargs)
 
     return Doubled
+
+
+class Shifted(nn.Module):
+    """A processor of a user's own, with the original inside; it shows also where a norm follows."""
+
+    def __init__(self, processor: Any) -> None:
+        super().__init__()
+        self.processor = processor
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return tree_map(lambda out: out + 0.5, self.processor(*args, **kwargs))
+
+
+def check_changed(build: Callable[[], Any], call: Call, change: Callable[[Any], None], first: str) -> None:
+    """A user's ``change`` of a model, made after patching or before, shows in what the patched model gives.
+
+    ``build`` makes the same model each time.
+    """
+    model, changed = build(), build()
+    change(changed)
+    expected = call(changed)
+    if first == "changed first":
+        change(model)
+    with patch_module(model):
+        if first == "patched first":
+            call(model)
+            change(model)
+        for _ in range(2):
+            assert relative_error(call(model), expected) <= 1e-5
+    assert relative_error(call(build()), expected) > 1e-3
+
+
+CACHES = {
+    "first block": FirstBlockCacheConfig(threshold=0.5),
+    "pyramid attention broadcast": PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
+    ),
+}
+
+
+def check_cache(build: Callable[[], Any], call: Call, name: str, first: str) -> None:
+    """A step cache of diffusers', enabled after patching or before, gives what it gives in the stock model."""
+
+    def calls(model: Any) -> Tensor:
+        with model.cache_context("cond"):
+            return torch.stack([call(model) for _ in range(3)])
+
+    model, stock = build(), build()
+    stock.enable_cache(CACHES[name])
+    expected = calls(stock)
+    if first == "changed first":
+        model.enable_cache(CACHES[name])
+    with patch_module(model):
+        if first == "patched first":
+            model.enable_cache(CACHES[name])
+        assert relative_error(calls(model), expected) <= 1e-5
+        model.disable_cache()
+        assert relative_error(call(model), call(build())) <= 1e-5
+
+
+def check_full_size(name: str, parameters: int) -> None:
+    """All components of the configuration ``name`` can be made; its transformer has so many ``parameters``."""
+    components = specification(name)["components"]
+    with torch.device("meta"):
+        made = {part: getattr(diffusers, kind)(**config) for part, (kind, config) in components.items()}
+    assert sum(p.numel() for p in made["transformer"].parameters()) == parameters
 
 
 def check_hooks(model: Any, call: Call, *names: str) -> None:

@@ -106,18 +106,19 @@ def feed_forward(ff: Any, x: Tensor, *, fused: bool = True) -> Tensor:
     if reason := _feed_forward_reason(ff, x.device):
         note("linear_gelu", REFERENCE, reason)
         return ff(x)
-    first, _, last = ff.net
-    return last(linear_gelu(x, first.proj.weight, first.proj.bias, approximate=first.approximate))
+    first, _, *others = ff.net
+    out = linear_gelu(x, first.proj.weight, first.proj.bias, approximate=first.approximate)
+    for layer in others:
+        out = layer(out)
+    return out
 
 
 @once_per_call
 def _feed_forward_reason(ff: Any, device: torch.device) -> str | None:
-    """Why ``ff`` is more than a linear layer, GELU and another linear layer, or its parts have to be called."""
+    """Why ``ff`` does not begin with a linear layer and GELU, or these have to be called."""
     if reason := plain_reason(ff, FeedForward):
         return reason
-    if len(ff.net) != 3:
-        return "it has more than two layers"
-    first, dropout, _ = ff.net
+    first, dropout, *_ = ff.net
     if reason := plain_reason(first, GELU) or plain_reason(dropout, nn.Dropout):
         return reason
     if dropout.training and dropout.p:

@@ -18,7 +18,7 @@ from torch import Tensor
 from vidaccel.sites.block import SITES, FusedBlock
 from vidaccel.sites.memo import once_in_call
 
-__all__ = ["cut_padding", "padded", "valid_length"]
+__all__ = ["cut_padding", "padded", "valid_length", "valid_lengths"]
 
 
 def cut_padding(block: FusedBlock, text: Tensor, mask: Tensor, before: int = 0) -> Tensor | None:
@@ -50,13 +50,26 @@ def valid_length(mask: Tensor, before: int = 0) -> int | str:
     return once_in_call("valid length", mask, lambda: _valid_length(mask.flatten(1).bool(), before))
 
 
+def valid_lengths(mask: Tensor) -> tuple[int, ...] | str:
+    """How many tokens of each text are valid, or why there is no telling; ``mask`` ``[B, T]`` as :func:`cut_padding`'s.
+
+    Of a text there may be none.
+    """
+    return once_in_call("valid lengths", mask, lambda: _valid_lengths(mask.bool()))
+
+
 def _valid_length(mask: Tensor, before: int) -> int | str:
+    lengths = _valid_lengths(mask)
+    if isinstance(lengths, str):
+        return lengths
+    if len(set(lengths)) > 1:
+        return "the texts of the batch have different lengths"
+    return lengths[0] - before if lengths[0] > before else "no token of the text is valid"
+
+
+def _valid_lengths(mask: Tensor) -> tuple[int, ...] | str:
     if mask.is_cuda and torch.cuda.is_current_stream_capturing():
         return "a CUDA graph is being captured, and the length of the text is not known"
     places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     counts, ends = torch.stack([mask.sum(1), (mask * places).amax(1)]).tolist()  # one wait for the GPU in a call
-    if counts != ends:
-        return "padding stands between valid tokens"
-    if len(set(counts)) > 1:
-        return "the texts of the batch have different lengths"
-    return counts[0] - before if counts[0] > before else "no token of the text is valid"
+    return tuple(counts) if counts == ends else "padding stands between valid tokens"

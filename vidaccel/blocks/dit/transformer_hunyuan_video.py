@@ -30,15 +30,15 @@ from diffusers.models.transformers.transformer_hunyuan_video import (
 from torch import Tensor, nn
 
 from vidaccel.blocks.dit.attention import attend, attention_reason, feed_forward, parameters_reason
+from vidaccel.blocks.dit.gated_residual import GatedResidualBlock
 from vidaccel.blocks.dit.padded_text import cut_padding, padded, valid_length
 from vidaccel.blocks.dit.rotary import half_tables
 from vidaccel.blocks.dit.step_caches import known_to_step_caches
 from vidaccel.kernels.attention.qk_norm_rope import HeadNorm, Rope, SecondStream, qk_norm_rope
 from vidaccel.kernels.ffn.linear_gelu import linear_gelu
 from vidaccel.kernels.ffn.residual_projection import residual_projection
-from vidaccel.kernels.norm.gated_residual_norm import Norm, gated_residual, gated_residual_norm, norm_modulate
 from vidaccel.kernels.op import note
-from vidaccel.sites.block import CORNER_ROWS, MOST_WHOLE, FusedBlock, call_site, fuses
+from vidaccel.sites.block import CORNER_ROWS, MOST_WHOLE, call_site, fuses
 from vidaccel.sites.memo import once_in_call
 from vidaccel.sites.plain import plain_reason, readable_reason
 from vidaccel.sites.site import Fidelity
@@ -65,7 +65,7 @@ Rotary = tuple[Tensor, Tensor]  # cos and sin [S, D] float32, of the tokens of t
 Modulation = tuple[tuple[Tensor, ...], Tensor | None]  # [B, R, C] each, and the row of each token if R is not 1
 
 
-class HunyuanBlock(FusedBlock):
+class HunyuanBlock(GatedResidualBlock):
     """What blocks of two streams and of one do alike: video ``[B, S, C]``, text ``[B, T, C]``, the video first."""
 
     processor: ClassVar[type] = HunyuanVideoAttnProcessor2_0
@@ -152,29 +152,6 @@ class HunyuanBlock(FusedBlock):
         """What an AdaLayerNormZero makes of the timestep for the tokens of ``x``: shift, scale, gate, and so on."""
         return norm.linear(norm.silu(temb))[:, None].split(x.shape[2], dim=2), None
 
-    def modulate(self, norm: Any, x: Tensor, scale: Tensor, shift: Tensor, rows: Tensor | None) -> Tensor:
-        if self.runs("gated_residual_norm"):
-            return norm_modulate(x, _layer_norm(norm), scale, shift, rows=rows, rounding="each")
-        return norm(x) * (1 + _of_tokens(scale, rows)) + _of_tokens(shift, rows)
-
-    def add_norm(
-        self, x: Tensor, branch: Tensor, gate: Tensor, norm: Any, scale: Tensor, shift: Tensor, rows: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """``z = x + gate * branch`` and its modulated norm."""
-        if self.runs("gated_residual_norm"):
-            z, y = gated_residual_norm(
-                x, branch, gate, _layer_norm(norm), scale, shift, rows=rows, rounding="each"
-            )  # fmt: skip
-            return z, y
-        z = self.add(x, branch, gate, rows)
-        return z, self.modulate(norm, z, scale, shift, rows)
-
-    def add(self, x: Tensor, branch: Tensor, gate: Tensor, rows: Tensor | None) -> Tensor:
-        """``x + gate * branch``."""
-        if self.runs("gated_residual_norm"):
-            return gated_residual(x, branch, gate, rows=rows, rounding="each")
-        return x + branch * _of_tokens(gate, rows)
-
     def rope_reason(self, x: Tensor, freqs_cis: Rotary | None, *norms: Any) -> str | None:
         """Why queries and keys are normed and turned by modules, or None."""
         if not self.runs("qk_norm_rope"):
@@ -196,14 +173,6 @@ class HunyuanBlock(FusedBlock):
         query, key, value = qkv
         attn, fused = self.attn, self.runs("spatial_attention")
         return attend(attn.processor, query, key, value, attn.heads, mask=mask, fused=fused)
-
-
-def _layer_norm(norm: Any) -> Norm:
-    return Norm("layer", norm.eps, norm.weight, norm.bias)
-
-
-def _of_tokens(modulation: Tensor, rows: Tensor | None) -> Tensor:
-    return modulation if rows is None else modulation[:, rows]
 
 
 def _rope(freqs_cis: Rotary, still: int = 0) -> Rope:

@@ -1,0 +1,13 @@
+"""ConsisID: a person's image to video, with CogVideoX's blocks.
+
+What the family offers is what CogVideoX does; the attention to the face between its blocks stays as it is.
+"""
+
+from __future__ import annotations
+
+from vidaccel.blocks.dit.consisid_transformer_3d import FusedConsisIDBlock
+from vidaccel.sites.rules import Swap
+
+__all__ = ["RULES"]
+
+RULES = {"ConsisIDTransformer3DModel": (Swap(FusedConsisIDBlock),)}

@@ -1,0 +1,290 @@
+"""Cosmos 1, 2 and 2.5: tiny pipelines of the whole structure, patched against unpatched.
+
+The released models join a padding mask with torchvision, and their pipelines want a guardrail, neither of which is
+installed here: the models go without the mask, and a stand-in for the guardrail lets everything pass.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from block_checks import frozen, relative_error
+from diffusers import (
+    AutoencoderKLCosmos,
+    AutoencoderKLWan,
+    CosmosControlNetModel,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from diffusers.models.controlnets import controlnet_cosmos
+from family_checks import check_clip, check_compiled
+from tiny_models import tiny_video
+from torch import Tensor, nn
+from transformer_checks import (
+    ORDERS,
+    Shifted,
+    check_attention_backend,
+    check_changed,
+    check_corner,
+    check_each_op_off,
+    check_error_in_bfloat16,
+    check_hooks,
+    check_lora,
+    check_same,
+    fallback_reasons,
+    tiny_transformer,
+)
+
+from vidaccel import patch_module, patch_pipeline
+from vidaccel.blocks.dit import modulation_rows
+from vidaccel.blocks.dit import transformer_cosmos as blocks
+from vidaccel.blocks.dit.transformer_cosmos import COSMOS_OPS, FusedCosmosTransformerBlock
+
+SIZES = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "in_channels": 4, "out_channels": 4,
+         "mlp_ratio": 2, "text_embed_dim": 12, "adaln_lora_dim": 4, "max_size": (4, 32, 32), "patch_size": (1, 2, 2),
+         "concat_padding_mask": False}  # fmt: skip
+IMAGE = {"img_context_dim_in": 6, "img_context_dim_out": 32, "controlnet_block_every_n": 1}
+MODELS: dict[str, dict[str, Any]] = {
+    "1.0": {"extra_pos_embed_type": "learnable"},
+    "2.0": {"extra_pos_embed_type": None},
+    "2.5": {"extra_pos_embed_type": None, "use_crossattn_projection": True, "crossattn_proj_in_channels": 9,
+            "encoder_hidden_states_channels": 12},
+    "transfer": {"extra_pos_embed_type": None, "text_embed_dim": 32, **IMAGE},
+}  # fmt: skip
+FRAMES, HEIGHT, WIDTH = 3, 4, 6
+GIVEN = torch.tensor([[0.1, 0.5, 0.5]]).view(1, 1, FRAMES, 1, 1)  # timesteps where the first frame is given
+
+
+@pytest.fixture(autouse=True)
+def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
+
+
+def build(name: str = "2.0", dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    return tiny_transformer("CosmosTransformer3DModel", SIZES | MODELS[name] | options, dtype)
+
+
+@torch.no_grad()
+def call(model: Any, *, batch: int = 1, given: bool = True, **options: Any) -> Tensor:
+    """``given``: each frame has a timestep of its own."""
+    generator = torch.Generator().manual_seed(1)
+    config = model.config
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(batch, *shape, generator=generator)
+
+    context: Any = noise(5, 9 if config.use_crossattn_projection else config.text_embed_dim)
+    if config.img_context_dim_in:
+        context = context, noise(4, 6)
+        residual = noise(FRAMES * HEIGHT * WIDTH // 4, 32)
+        options["block_controlnet_hidden_states"] = [residual, residual]
+    timestep = GIVEN.repeat(batch, 1, 1, 1, 1) if given else torch.full((batch,), 0.5)
+    latents = noise(config.in_channels, FRAMES, HEIGHT, WIDTH)
+    return model(latents, timestep, context, fps=16, **options).sample
+
+
+# whole clips
+
+
+class Guardrail(nn.Module):
+    """Lets everything pass."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def check_text_safety(self, prompt: str) -> bool:
+        return True
+
+    def check_video_safety(self, video: Any) -> Any:
+        return video
+
+
+def cosmos_vae() -> Any:
+    return AutoencoderKLCosmos(
+        latent_channels=4, encoder_block_out_channels=(8, 8, 8, 8), decode_block_out_channels=(8, 8, 8, 8),
+        attention_resolutions=(8,), resolution=64, num_layers=1, spatial_compression_ratio=4,
+        temporal_compression_ratio=4,
+    )  # fmt: skip
+
+
+def wan_vae() -> Any:
+    return AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+
+
+CLIP = tiny_video(9, 32, 48)
+PIPELINES: dict[str, tuple[str, str, Callable[[], Any], Any, dict[str, Any], dict[str, Any]]] = {
+    "1.0 text": ("cosmos_text2world", "CosmosTextToWorldPipeline", cosmos_vae, EDMEulerScheduler,
+                 MODELS["1.0"], {}),
+    "1.0 video": ("cosmos_video2world", "CosmosVideoToWorldPipeline", cosmos_vae, EDMEulerScheduler,
+                  MODELS["1.0"] | {"in_channels": 5}, {"video": CLIP}),
+    "2.0 video": ("cosmos2_video2world", "Cosmos2VideoToWorldPipeline", wan_vae, FlowMatchEulerDiscreteScheduler,
+                  MODELS["2.0"] | {"in_channels": 17, "out_channels": 16}, {"image": CLIP[0]}),
+    "2.5": ("cosmos2_5_predict", "Cosmos2_5_PredictBasePipeline", wan_vae, UniPCMultistepScheduler,
+            MODELS["2.0"] | {"in_channels": 17, "out_channels": 16}, {}),
+}  # fmt: skip
+
+
+def pipeline(name: str) -> tuple[Any, dict[str, Any]]:
+    module, class_name, vae, scheduler, config, given = PIPELINES[name]
+    kind = getattr(importlib.import_module(f"diffusers.pipelines.cosmos.pipeline_{module}"), class_name)
+    torch.manual_seed(0)
+    sigmas = {"use_karras_sigmas": True} if scheduler is FlowMatchEulerDiscreteScheduler else {}
+    sigmas = {"use_flow_sigmas": True, "flow_shift": 5.0} if scheduler is UniPCMultistepScheduler else sigmas
+    pipe = kind(
+        text_encoder=None, tokenizer=None, vae=frozen(vae()), scheduler=scheduler(**sigmas), safety_checker=Guardrail(),
+        transformer=tiny_transformer("CosmosTransformer3DModel", SIZES | config),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    texts = {part: torch.randn(1, 5, 12) for part in ("prompt_embeds", "negative_prompt_embeds")}
+    call = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 2}
+    return pipe, call | texts | given
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_same_clip_and_exact_restore(name: str) -> None:
+    pipe, call = pipeline(name)
+    check_clip(pipe, call, reorders_sums=False)
+    with patch_pipeline(pipe, strict=True) as report:
+        assert {site.op for site in report.sites} >= {*COSMOS_OPS}
+
+
+# blocks
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", MODELS)
+def test_same_output(name: str, batch: int, given: bool) -> None:
+    assert not check_same(build(name), lambda model: call(model, batch=batch, given=given)).fallbacks
+
+
+def test_the_modulation_is_made_once_for_each_timestep(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    rows: list[int] = []
+    block = model.transformer_blocks[1]
+    block.norm2.linear_1.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[1]))
+    expected = call(model)
+    with patch_module(model, strict=True) as report:
+        assert relative_error(call(model), expected) <= 1e-5
+        monkeypatch.setattr(modulation_rows, "MOST_ROWS", 1)
+        assert relative_error(call(model), expected) <= 1e-5
+        assert not report.fallbacks
+    assert rows == [18, 2, 18]
+
+
+def test_the_control_net_has_the_same_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_it_is = SimpleNamespace(resize=lambda mask, size, interpolation: mask)
+    torchvision = SimpleNamespace(functional=as_it_is, InterpolationMode=SimpleNamespace(NEAREST="nearest"))
+    monkeypatch.setattr(controlnet_cosmos, "transforms", torchvision, raising=False)
+    sizes = {"in_channels": 8, "latent_channels": 6, "model_channels": 32, "n_controlnet_blocks": 2}
+    shared = {name: SIZES[name] for name in SIZES.keys() & {*CosmosControlNetModel.__init__.__annotations__}}
+    model = tiny_transformer("CosmosControlNetModel", shared | sizes)
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(1, 4, FRAMES, HEIGHT, WIDTH, generator=generator)
+    text = torch.randn(1, 5, 12, generator=generator)
+    masks = {"condition_mask": torch.ones_like(latents[:, :1]), "padding_mask": torch.zeros(1, 1, HEIGHT, WIDTH)}
+
+    @torch.no_grad()
+    def controls(model: Any) -> Tensor:
+        return torch.stack(model(latents + 1, latents, GIVEN, text, **masks, return_dict=False)[0])
+
+    assert not check_same(model, controls).fallbacks
+    check_each_op_off(model, controls)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_wrong_block_is_found_out(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not whole:
+        monkeypatch.setattr(blocks, "MOST_WHOLE", 0)
+        monkeypatch.setattr(blocks, "CORNER_ROWS", 8)
+    model = build()
+    expected = call(model)
+    check_same(model, call)
+    right = FusedCosmosTransformerBlock.add
+    monkeypatch.setattr(FusedCosmosTransformerBlock, "add", lambda self, x, *args: right(self, 1.01 * x, *args))
+    with patch_module(model) as report:
+        assert relative_error(call(model), expected) <= 1e-5
+        assert {site.state for site in report.sites} == {"failed"}
+
+
+def block_arguments(tokens: int, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+    """A block's, with a timestep and a positional embedding for each token."""
+    x, embedded, position, residual = (torch.randn(1, tokens, 32, dtype=dtype) for _ in range(4))
+    text = torch.randn(1, 5, 12, dtype=dtype)
+    temb = torch.randn(1, tokens, 96, dtype=dtype)
+    rotary = tuple(torch.randn(2, tokens, 8).repeat(1, 1, 2))
+    return x, text, embedded, temb, rotary, position, None, residual, None, None
+
+
+@torch.no_grad()
+def test_a_long_call_is_checked_on_a_corner() -> None:
+    check_corner(build().transformer_blocks[0], FusedCosmosTransformerBlock, block_arguments(70_000))
+
+
+# what a user may change
+
+
+@pytest.mark.parametrize("name", ["1.0", "2.0"])
+def test_each_op_off(name: str) -> None:
+    check_each_op_off(build(name), call)
+
+
+def test_attention_backend() -> None:
+    check_attention_backend(build(), call)
+
+
+def test_lora() -> None:
+    report = check_lora(build(), call, "to_q", "to_out.0", "norm1.linear_1", "norm3.linear_2", "ff.net.0.proj")
+    assert not report.fallbacks
+
+
+def test_hooks() -> None:
+    check_hooks(build(), call, "1.attn1.to_k", "1.attn2.norm_q", "0.attn1.norm_q", "1.ff.net.0", "0.norm1.norm")
+
+
+def foreign_processors(model: Any) -> None:
+    for attn in (model.transformer_blocks[0].attn1, model.transformer_blocks[1].attn2):
+        attn.processor = Shifted(attn.processor)
+
+
+def other_norms(model: Any) -> None:
+    for block in model.transformer_blocks:
+        block.attn1.norm_k = nn.Tanh()
+        block.attn2.norm_q = nn.Tanh()
+
+
+@pytest.mark.parametrize("change", [foreign_processors, other_norms])
+@pytest.mark.parametrize("first", ORDERS)
+def test_a_changed_model(change: Callable[[Any], None], first: str) -> None:
+    check_changed(build, call, change, first)
+
+
+def test_a_mask_of_the_text() -> None:
+    model, mask = build(), torch.arange(5)[None] < 3
+    report = check_same(model, lambda model: call(model, attention_mask=mask))
+    assert not report.fallbacks and relative_error(call(model, attention_mask=mask), call(model)) > 1e-3
+
+
+# torch.compile, half precision
+
+
+def test_a_patched_model_compiles_in_one_graph() -> None:
+    check_compiled(build("1.0"), call)
+
+
+@torch.no_grad()
+def test_error_in_bfloat16() -> None:
+    block = build(dtype=torch.bfloat16).transformer_blocks[0]
+    check_error_in_bfloat16(block, FusedCosmosTransformerBlock, block_arguments(40, torch.bfloat16))
+
+
+def test_a_call_under_autocast_goes_the_original_way() -> None:
+    model = build()
+    with patch_module(model) as report, torch.autocast("cpu", torch.bfloat16):
+        call(model)
+        assert fallback_reasons(report) == {"autocast is on"}

@@ -1,0 +1,245 @@
+"""diffusers' ``transformers/transformer_cosmos.py``: the block of Cosmos 1, 2 and 2.5, and of their ControlNet.
+
+Everything between two products is one pass: a gated residual with the next norm and its modulation, the positional
+embedding that some models add before each block, and the norm of queries and keys with their rotary embedding.
+
+Where the first frames are given, stock code gives every token a timestep of its own, and makes the modulation of three
+norms per block for each of them. There are two different ones, so that two are made (``modulation_rows.py``).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.normalization import RMSNorm
+from diffusers.models.transformers.transformer_cosmos import (
+    CosmosAdaLayerNormZero,
+    CosmosAttnProcessor2_0,
+    CosmosTransformerBlock,
+)
+from torch import Tensor, nn
+
+from vidaccel.blocks.dit.attention import attend, attention_reason, parameters_reason, project
+from vidaccel.blocks.dit.gated_residual import GatedResidualBlock
+from vidaccel.blocks.dit.modulation_rows import stretches_of
+from vidaccel.kernels.attention.qk_norm_rope import HeadNorm, Rope, qk_norm_rope
+from vidaccel.kernels.norm.gated_residual_norm import Norm, norm_modulate
+from vidaccel.kernels.op import REFERENCE, note
+from vidaccel.sites.block import CORNER_ROWS, MOST_WHOLE, call_site, fuses
+from vidaccel.sites.memo import once_in_call
+from vidaccel.sites.plain import plain_reason
+from vidaccel.sites.site import Fidelity
+
+__all__ = ["COSMOS_OPS", "FusedCosmosTransformerBlock"]
+
+COSMOS_OPS: dict[str, Fidelity] = {
+    "modulation_rows": "math-exact",
+    "gated_residual_norm": "math-exact",
+    "qk_norm_rope": "math-exact",
+    "spatial_attention": "math-exact",
+}
+
+Rotary = tuple[Tensor, Tensor]  # cos and sin [S, D] float32, the second half of the channels as the first
+
+
+class _Timesteps(NamedTuple):
+    """What the modulations of a call are made of.
+
+    Attributes:
+        embedded: ``[B, R, C]``.
+        added: ``[B, R, 3 C]``, added to each modulation, or None.
+        rows: ``[S]`` int32, the row of each token; None: R is 1, or each token has its own.
+    """
+
+    embedded: Tensor
+    added: Tensor | None
+    rows: Tensor | None
+
+
+@fuses(CosmosTransformerBlock, COSMOS_OPS)
+class FusedCosmosTransformerBlock(GatedResidualBlock, CosmosTransformerBlock):
+    """Self-attention, cross-attention to text (and an image) and feed-forward, on ``[B, S, C]``."""
+
+    norm1: Any
+    norm2: Any
+    norm3: Any
+    attn1: Any
+    attn2: Any
+    ff: Any
+    before_proj: Any
+    after_proj: Any
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | tuple[Tensor | None, Tensor | None] | None,
+        embedded_timestep: Tensor,
+        temb: Tensor | None = None,
+        image_rotary_emb: Tensor | None = None,
+        extra_pos_emb: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        controlnet_residual: Tensor | None = None,
+        latents: Tensor | None = None,
+        block_idx: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        return call_site(
+            FusedCosmosTransformerBlock,
+            self, hidden_states, encoder_hidden_states, embedded_timestep, temb, image_rotary_emb, extra_pos_emb,
+            attention_mask, controlnet_residual, latents, block_idx,
+        )  # fmt: skip
+
+    def call_reason(
+        self, x: Tensor, context: Any, embedded_timestep: Tensor, temb: Tensor | None, *args: Any
+    ) -> str | None:
+        if torch.is_autocast_enabled(x.device.type):
+            return "autocast is on"
+        if any(t.dtype != x.dtype for t in (embedded_timestep, temb) if t is not None):
+            return "tokens and timestep embedding differ in dtype"
+        for norm in (self.norm1, self.norm2, self.norm3):
+            if reason := plain_reason(norm, CosmosAdaLayerNormZero):
+                return reason
+            if reason := parameters_reason(norm.norm, nn.LayerNorm, x.device):
+                return reason
+        return None
+
+    def path_in_data(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        _, _, embedded_timestep, temb, *_ = args
+        return self._timesteps(embedded_timestep, temb).embedded.shape[1]
+
+    def corner(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x, context, *timesteps, rotary, extra_pos_emb, mask, residual, latents, block_idx = args
+        if x.numel() <= MOST_WHOLE:
+            return args, kwargs
+        x, extra_pos_emb, residual, latents, *timesteps = (
+            t if t is None or t.ndim == 2 else t[:, :CORNER_ROWS]
+            for t in (x, extra_pos_emb, residual, latents, *timesteps)
+        )
+        rotary = None if rotary is None else tuple(table[:CORNER_ROWS] for table in rotary)
+        return (x, context, *timesteps, rotary, extra_pos_emb, mask, residual, latents, block_idx), kwargs
+
+    def fused_forward(
+        self,
+        x: Tensor,
+        context: Any,
+        embedded_timestep: Tensor,
+        temb: Tensor | None,
+        rotary: Rotary | None,
+        extra_pos_emb: Tensor | None,
+        mask: Any,
+        controlnet_residual: Tensor | None,
+        latents: Tensor | None,
+        block_idx: int | None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if self.before_proj is not None:
+            x = self.before_proj(x) + latents
+        timesteps = self._timesteps(embedded_timestep, temb)
+        rows = timesteps.rows
+        shift, scale, gate = _modulation(self.norm1, timesteps)
+        if extra_pos_emb is None:
+            normed = self.modulate(self.norm1.norm, x, scale, shift, rows)
+        else:
+            x, normed = self.add_norm(x, extra_pos_emb, None, self.norm1.norm, scale, shift, rows)
+        attended = self._self_attention(normed, rotary)
+        shift, scale, cross_gate = _modulation(self.norm2, timesteps)
+        x, normed = self.add_norm(x, attended, gate, self.norm2.norm, scale, shift, rows)
+        attended = self._cross_attention(normed, context, mask)
+        shift, scale, gate = _modulation(self.norm3, timesteps)
+        x, normed = self.add_norm(x, attended, cross_gate, self.norm3.norm, scale, shift, rows)
+        x = self.add(x, self.ff(normed), gate, rows)
+        if controlnet_residual is not None:
+            x += controlnet_residual
+        return x if self.after_proj is None else (x, self.after_proj(x))
+
+    def _timesteps(self, embedded: Tensor, added: Tensor | None) -> _Timesteps:
+        if embedded.ndim == 2:
+            return _Timesteps(embedded[:, None], None if added is None else added[:, None], None)
+        if not self.runs("modulation_rows"):
+            return _Timesteps(embedded, added, None)
+        return once_in_call("distinct timesteps", embedded, lambda: _distinct(embedded, added))
+
+    def _self_attention(self, x: Tensor, rotary: Rotary | None) -> Tensor:
+        attn = self.attn1
+        if reason := self._self_attention_reason(x, rotary):
+            for op in ("qk_norm_rope", "spatial_attention"):
+                note(op, REFERENCE, reason)
+            out: Tensor = attn(x, image_rotary_emb=rotary)
+            return out
+        query, key, value = attn.to_q(x), attn.to_k(x), attn.to_v(x)
+        norm = HeadNorm("rms_head", attn.norm_q.eps, attn.norm_q.weight, attn.norm_k.weight, rounding="each")
+        query, key = qk_norm_rope(query, key, attn.heads, norm, _rope(rotary))
+        return project(attn, self._attend(attn, query, key, value))
+
+    def _self_attention_reason(self, x: Tensor, rotary: Rotary | None) -> str | None:
+        """Why self-attention has to be called, or None."""
+        attn = self.attn1
+        if not self.runs("qk_norm_rope"):
+            return "qk_norm_rope is off, or failed"
+        if reason := attention_reason(attn, Attention, CosmosAttnProcessor2_0):
+            return reason
+        if rotary is not None and any(table.dtype != torch.float32 for table in rotary):
+            return "its rotary table is not float32"
+        if reason := _norm_reason(attn.norm_q, x) or _norm_reason(attn.norm_k, x):
+            return reason
+        return "its norms differ in eps" if attn.norm_q.eps != attn.norm_k.eps else None
+
+    def _cross_attention(self, x: Tensor, context: Any, mask: Any) -> Tensor:
+        attn = self.attn2
+        if not isinstance(context, Tensor) or attention_reason(attn, Attention, CosmosAttnProcessor2_0):
+            out: Tensor = attn(x, encoder_hidden_states=context, attention_mask=mask)
+            return out
+        query, key, value = attn.to_q(x), attn.to_k(context), attn.to_v(context)
+        query, key = self._normed(attn, attn.norm_q, query), _stock_norm(attn, attn.norm_k, key)
+        return project(attn, self._attend(attn, query, key, value, mask))
+
+    def _normed(self, attn: Any, norm: Any, x: Tensor) -> Tensor:
+        """Each head of the queries ``[B, S, H*D]``, which are many, normed; rounded once, stock code does so twice."""
+        if not self.runs("gated_residual_norm") or _norm_reason(norm, x):
+            return _stock_norm(attn, norm, x)
+        heads = x.unflatten(2, (attn.heads, -1)).flatten(1, 2)  # [B, S*H, D]
+        return norm_modulate(heads, Norm("rms", norm.eps, norm.weight)).view(x.shape)
+
+    def _attend(self, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        fused = self.runs("spatial_attention")
+        return attend(attn.processor, query, key, value, attn.heads, mask=mask, fused=fused)
+
+
+def _distinct(embedded: Tensor, added: Tensor | None) -> _Timesteps:
+    """Of ``[B, S, C]``, the rows that differ from those before them.
+
+    Both are made of one timestep for each token. The first is compared, whose equal rows have equal bits; the second
+    comes from a product, which may round equal rows differently.
+    """
+    stretches = stretches_of(embedded[:, :, None])
+    if stretches is None:
+        return _Timesteps(embedded, added, None)
+    rows = stretches.rows if len(stretches.starts) > 1 else None
+    return _Timesteps(embedded[:, stretches.starts], None if added is None else added[:, stretches.starts], rows)
+
+
+def _modulation(norm: Any, timesteps: _Timesteps) -> tuple[Tensor, ...]:
+    """Shift, scale and gate, ``[B, R, C]`` each."""
+    values = norm.linear_2(norm.linear_1(norm.activation(timesteps.embedded)))
+    return (values if timesteps.added is None else values + timesteps.added).chunk(3, dim=-1)
+
+
+def _norm_reason(norm: Any, x: Tensor) -> str | None:
+    """Why no kernel may norm heads of ``x`` for a module, or None."""
+    if reason := parameters_reason(norm, RMSNorm, x.device):
+        return reason
+    if norm.weight is None or norm.weight.dtype != x.dtype or norm.bias is not None:
+        return "a norm of queries or keys has a bias, no weight, or one of another dtype"
+    return None
+
+
+def _stock_norm(attn: Any, norm: Any, x: Tensor) -> Tensor:
+    normed: Tensor = norm(x.unflatten(2, (attn.heads, -1)))
+    return normed.flatten(2)
+
+
+def _rope(rotary: Rotary | None) -> Rope | None:
+    if rotary is None:
+        return None
+    cos, sin = (table[None, :, None, : table.shape[1] // 2] for table in rotary)
+    return Rope("halves", cos, sin)
