@@ -374,7 +374,8 @@ def choose_tiling(
     halves it fetches 192 or more: LTX-2 gains 6 %.
 
     On an H200 the widths of Wan, HunyuanVideo 1.5, LTX and CogVideoX get 95 to 100 % of copy bandwidth. Fewer programs
-    that walk over tiles, and fetch the next ones ahead, were measured there too: they lost 4 to 43 %.
+    that walk over tiles, and fetch the next ones ahead, were measured there too: they lost 4 to 43 %
+    (samples/benchmarks/transformer-op-variants-h200.json).
     """
     block_d = _block_d(head_dim)
     fetched = num_heads * block_d * (operands * itemsize + (4 if table_per_head else 0))
