@@ -16,6 +16,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from tiny_models import tiny_synthetic_pipeline
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
@@ -28,6 +29,7 @@ from vidaccel.bench.settings import Settings
 from vidaccel.bench.synthetic import build_pipeline, configurations, pipeline_inputs, specification
 from vidaccel.bench.timing import time_call, time_calls, time_queued
 from vidaccel.bench.variants import applied, cudnn_benchmark, measured_modules, parse_variants
+from vidaccel.bench.workloads import workloads
 from vidaccel.cli import main
 from vidaccel.clips.generation import generate
 from vidaccel.clips.outputs import json_text
@@ -177,6 +179,15 @@ def test_neighbours_share_their_compiled_code_and_must_be_finite(
     assert [row["cold_start_s"] is None for row in measured] == [False, True, False]
     for row in (*measured, compiled):
         assert row["of_best_compile"] == row["median_ms"] / compiled["median_ms"]
+
+
+def test_a_decoder_that_is_called_frame_by_frame_is_timed_as_a_whole() -> None:
+    pipe, arguments = tiny_synthetic_pipeline("wan2.1-t2v-1.3b")
+    (workload,) = workloads(pipe, arguments, ("vae",), 0).values()
+    ((call,),) = ([shapes] for shapes in workload.shapes)
+    assert set(call) == {"z"}
+    first, second = workload.output(), workload.output()  # a cache that went on would give another clip
+    assert torch.equal(first, second) and first.shape[2] == arguments["num_frames"]
 
 
 def test_variants() -> None:
