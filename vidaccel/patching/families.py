@@ -78,6 +78,7 @@ _FAMILIES = {
             "CosmosVideoToWorldPipeline",
         ),
     ),
+    "easyanimate": _Family(models=("EasyAnimateTransformer3DModel",), pipelines=("EasyAnimatePipeline",)),
     "hunyuan_video": _Family(
         models=("HunyuanVideoTransformer3DModel", "HunyuanVideoFramepackTransformer3DModel"),
         pipelines=(
