@@ -80,6 +80,7 @@ _FAMILIES = {
             "CosmosVideoToWorldPipeline",
         ),
     ),
+    "easyanimate": _Family(models=("EasyAnimateTransformer3DModel",), pipelines=("EasyAnimatePipeline",)),
     "hunyuan_video": _Family(
         models=("HunyuanVideoTransformer3DModel", "HunyuanVideoFramepackTransformer3DModel"),
         pipelines=(
@@ -94,6 +95,9 @@ _FAMILIES = {
         pipelines=("HunyuanVideo15ImageToVideoPipeline", "HunyuanVideo15Pipeline"),
     ),
     "i2vgen_xl": _Family(models=("I2VGenXLUNet",), pipelines=("I2VGenXLPipeline",)),
+    "kandinsky5": _Family(
+        models=("Kandinsky5Transformer3DModel",), pipelines=("Kandinsky5I2VPipeline", "Kandinsky5T2VPipeline")
+    ),
     "ltx": _Family(
         models=("LTXVideoTransformer3DModel",),
         pipelines=(
