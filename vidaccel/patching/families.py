@@ -54,6 +54,7 @@ _FAMILIES = {
         ),
     ),
     "autoencoder_kl": _Family(models=("AutoencoderKL",)),
+    "autoencoder_kl_wan": _Family(models=("AutoencoderKLWan",)),
     "hunyuan_video": _Family(
         models=("HunyuanVideoTransformer3DModel", "HunyuanVideoFramepackTransformer3DModel"),
         pipelines=(
