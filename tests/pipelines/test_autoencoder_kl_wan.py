@@ -31,9 +31,21 @@ def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VIDACCEL_IMPL", "torch")
 
 
+def tiny_wan_22() -> AutoencoderKLWan:
+    """Residual up-blocks, and pixels in patches of 2 x 2; widths as in the released model, 32 times as narrow."""
+    return tiny_autoencoder_kl_wan(
+        is_residual=True, patch_size=2, in_channels=12, out_channels=12, scale_factor_spatial=16
+    )
+
+
 @pytest.fixture
 def vae() -> AutoencoderKLWan:
     return tiny_autoencoder_kl_wan()
+
+
+@pytest.fixture(params=[tiny_autoencoder_kl_wan, tiny_wan_22], ids=["wan2.1", "wan2.2"])
+def either_vae(request: pytest.FixtureRequest) -> AutoencoderKLWan:
+    return request.param()
 
 
 def draw(frames: int = 3, height: int = 3, width: int = 2, batch: int = 1) -> Tensor:
@@ -58,7 +70,8 @@ def reasons(report: PatchReport) -> str:
     [(1, 3, 2, 1), (2, 3, 5, 1), (5, 2, 3, 2), (3, 1, 1, 1)],
     ids=["image", "two-frames", "batch", "one-pixel"],
 )
-def test_same_frames_and_exact_restore(shape: tuple[int, int, int, int], vae: AutoencoderKLWan) -> None:
+def test_same_frames_and_exact_restore(shape: tuple[int, int, int, int], either_vae: AutoencoderKLWan) -> None:
+    vae = either_vae
     latents = draw(*shape)
     expected = decode(vae, latents)
     traces = {name: (type(module), frozenset(vars(module))) for name, module in vae.named_modules()}
@@ -100,8 +113,9 @@ def count_convolutions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("step", [1, 2, 3, 4])
 @pytest.mark.parametrize("shape", [(5, 2, 3, 1), (6, 1, 2, 2)], ids=["5-frames", "6-frames-batch"])
 def test_chunks_are_the_whole(
-    step: int, shape: tuple[int, int, int, int], vae: AutoencoderKLWan, monkeypatch: pytest.MonkeyPatch
+    step: int, shape: tuple[int, int, int, int], either_vae: AutoencoderKLWan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    vae = either_vae
     expected = decode(vae, draw(*shape))
     monkeypatch.setattr(blocks, "_frames_that_fit", lambda *_: step)
     with patch_module(vae) as report:
@@ -151,7 +165,8 @@ def test_memory_decides_how_many_frames(vae: AutoencoderKLWan, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("mode", ["slicing", "tiling", "both"])
-def test_slicing_and_tiling_keep_their_meaning(mode: str, vae: AutoencoderKLWan) -> None:
+def test_slicing_and_tiling_keep_their_meaning(mode: str, either_vae: AutoencoderKLWan) -> None:
+    vae = either_vae
     if mode != "tiling":
         vae.enable_slicing()
     if mode != "slicing":
@@ -252,7 +267,8 @@ def test_a_changed_child_runs_as_it_is(
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_halves_are_no_worse_than_stock(kind: torch.dtype, vae: AutoencoderKLWan) -> None:
+def test_halves_are_no_worse_than_stock(kind: torch.dtype, either_vae: AutoencoderKLWan) -> None:
+    vae = either_vae
     latents = draw(frames=4, height=4, width=5).to(kind)
     vae.to(kind)
     gold = decode(copy.deepcopy(vae).double(), latents.double())
@@ -287,8 +303,9 @@ def by_hand(vae: AutoencoderKLWan, clips: list[Tensor], steps: list[int]) -> Ten
 )
 @pytest.mark.parametrize("off_at", [None, "whole_clip"], ids=["on", "switched-off-midway"])
 def test_a_cache_may_outlive_its_clip(
-    frames: list[int], steps: list[int], off_at: str | None, vae: AutoencoderKLWan
+    frames: list[int], steps: list[int], off_at: str | None, either_vae: AutoencoderKLWan
 ) -> None:
+    vae = either_vae
     clips = [draw(count) + index for index, count in enumerate(frames)]
     expected = by_hand(vae, clips, steps)
     with patch_module(vae) as report:
@@ -359,13 +376,22 @@ def test_survives_copy_and_change_of_dtype(vae: AutoencoderKLWan) -> None:
 
 
 def test_gradients_go_through_the_original(vae: AutoencoderKLWan) -> None:
-    latents = draw(frames=2)
-    expected = vae.decode(latents).sample
-    report = patch_module(vae)
-    out = vae.decode(latents).sample
-    assert torch.equal(out, expected)
-    out.sum().backward()
-    assert "gradients" in reasons(report)
+    outcomes = []
+    for patched in (False, True):
+        report = patch_module(vae) if patched else None
+        latents = draw(frames=3).requires_grad_()
+        out = vae.decode(latents).sample
+        out.square().sum().backward()
+        outcomes.append((out, latents.grad))
+    assert all(map(torch.equal, *outcomes))
+    assert report is not None and "gradients" in reasons(report)
+
+
+def test_weights_without_gradients_need_no_context(vae: AutoencoderKLWan) -> None:
+    expected = decode(vae, draw())
+    with patch_module(vae.requires_grad_(False)) as report:
+        assert relative_error(vae.decode(draw()).sample, expected) <= EQUAL
+        assert not report.fallbacks and ran(report)
 
 
 def test_torch_compile_traces_the_original(vae: AutoencoderKLWan) -> None:

@@ -16,6 +16,7 @@ convolutions' last frames carried on. If a call is not the one that was foreseen
 
 from __future__ import annotations
 
+import itertools
 import os
 import traceback
 from collections.abc import Iterator
@@ -25,12 +26,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    DupUp3D,
     WanAttentionBlock,
     WanCausalConv3d,
     WanDecoder3d,
     WanMidBlock,
     WanResample,
     WanResidualBlock,
+    WanResidualUpBlock,
     WanRMS_norm,
     WanUpBlock,
     WanUpsample,
@@ -41,9 +44,9 @@ from vidaccel.blocks.vae.vae import usable_bytes
 from vidaccel.kernels.attention.spatial_attention import spatial_attention, spatial_attention_ref
 from vidaccel.kernels.conv.conv_epilogue import conv_epilogue, conv_epilogue_ref
 from vidaccel.kernels.conv.upsample_conv import upsample_conv, upsample_conv_ref
-from vidaccel.kernels.norm.rms_norm_silu import rms_norm_silu, rms_norm_silu_ref
+from vidaccel.kernels.norm.rms_norm_silu import compile_ahead, rms_norm_silu, rms_norm_silu_ref
 from vidaccel.kernels.op import note, runs_triton
-from vidaccel.sites.block import SITES, FusedBlock, call_site, cut_corner, fuses
+from vidaccel.sites.block import GRADIENTS, SITES, FusedBlock, call_site, cut_corner, fuses
 from vidaccel.sites.memo import held, once_per_call
 from vidaccel.sites.plain import plain_reason
 from vidaccel.sites.site import SiteGroup
@@ -97,14 +100,26 @@ class _Progress:
             return torch.equal(x, self.latents[:, :, self.frames : self.frames + x.shape[2]])
         return x._version == self.version
 
-    def take(self, frames: int, rate: int) -> Tensor:
+    def decoded(self, clip: Tensor) -> None:
+        """``clip`` has been decoded, behind what was before."""
+        latents = clip.detach().clone()
+        self.latents = latents if self.latents is None else torch.cat([self.latents, latents], dim=2)
+
+    def look_ahead(self, clip: Tensor, pixels: Tensor) -> None:
+        """``clip`` was decoded, of which the caller has asked for nothing yet."""
+        self.asked, self.ahead = clip, pixels
+        self.version = None if clip.is_inference() else clip._version
+
+    def take(self, frames: int) -> Tensor:
         """The pixels of the next latent frames."""
-        assert self.ahead is not None and self.latents is not None
-        start, self.frames = self.frames, self.frames + frames
-        pixels = self.ahead[:, :, _frames_of(start, rate) : _frames_of(self.frames, rate)]
-        if self.frames == self.latents.shape[2]:
+        assert self.ahead is not None and self.asked is not None
+        every, start = self.asked.shape[2], self.frames
+        rate = (self.ahead.shape[2] - 1) // (every - 1)
+        self.frames += frames
+        pixels = self.ahead[:, :, _frames_of(start, rate) : _frames_of(self.frames, rate)].contiguous()
+        if self.frames == every:
             self.asked = self.ahead = None
-        return pixels.contiguous()
+        return pixels
 
     def forget_ahead(self) -> None:
         """What was decoded ahead will not be asked for."""
@@ -130,7 +145,7 @@ def _frames_of(latent_frames: int, rate: int) -> int:
     },
 )
 class FusedWanDecoder3d(FusedBlock, WanDecoder3d):
-    """The decoder of Wan 2.1: one call decodes all latents, those behind it hand out what it made."""
+    """The decoder of Wan 2.1 and 2.2: one call decodes all latents, those behind it hand out what it made."""
 
     conv_in: Any
     mid_block: Any
@@ -142,50 +157,57 @@ class FusedWanDecoder3d(FusedBlock, WanDecoder3d):
     def left_alone_reason(cls, module: Any) -> str | None:
         return _structure_reason(module)
 
+    def compile_ahead(self) -> None:
+        for resnet in (*self.mid_block.resnets, *(resnet for block in self.up_blocks for resnet in block.resnets)):
+            gamma, next_gamma = (norm.gamma.detach().flatten() for norm in (resnet.norm1, resnet.norm2))
+            compile_ahead(gamma, bias=False)  # behind an upsampler
+            compile_ahead(gamma, residual=True, keep=True)
+            compile_ahead(next_gamma)
+            if isinstance(resnet.conv_shortcut, WanCausalConv3d):
+                compile_ahead(next_gamma, residual=True, residual_bias=True, keep=True)
+        compile_ahead(self.norm_out.gamma.detach().flatten(), residual=True)
+
     def forward(
         self, x: Tensor, feat_cache: Any = None, feat_idx: Any = [0], first_chunk: bool = False  # noqa: B006
     ) -> Tensor:  # fmt: skip
         if torch.compiler.is_compiling():
             return WanDecoder3d.forward(self, x, feat_cache, feat_idx, first_chunk)
         progress = _progress_in(feat_cache)
-        rate = _temporal_rate(self)
-        if progress is not None and progress.expects(x):
-            return progress.take(x.shape[2], rate)
         if progress is None:
             if reason := self._beginning_reason(x, feat_cache, first_chunk):
-                sites: SiteGroup | None = getattr(self, SITES, None)
-                if sites is not None:
+                if (sites := _sites_of(self)) is not None:
                     sites.count(reason)
                 return WanDecoder3d.forward(self, x, feat_cache, feat_idx, first_chunk)
-            progress = _Progress()
-            clip = _clip_of(x)
+            progress, clip = _Progress(), _clip_of(x)
+        elif progress.expects(x):
+            return progress.take(x.shape[2])
         else:
             progress.forget_ahead()
             clip = x
         pixels = call_site(FusedWanDecoder3d, self, clip, progress)
-        before = progress.latents
-        latents = clip.detach().clone()
-        progress.latents = latents if before is None else torch.cat([before, latents], dim=2)
+        progress.decoded(clip)
         feat_cache[0] = progress
         if clip is x:
             progress.frames += x.shape[2]
             return pixels
-        progress.asked, progress.ahead = clip, pixels
-        progress.version = None if clip.is_inference() else clip._version
-        return progress.take(x.shape[2], rate)
+        progress.look_ahead(clip, pixels)
+        return progress.take(x.shape[2])
 
     def _beginning_reason(self, x: Tensor, feat_cache: Any, first_chunk: bool) -> str | None:
+        """Why a first call is stock's, with all that follow it, or None."""
         if not isinstance(feat_cache, list) or not feat_cache:
             return "no cache of features was passed, without which stock does not lengthen a clip"
         if not first_chunk or any(entry is not None for entry in feat_cache):
             return "it goes on where stock has begun"
         if x.ndim != 5 or x.shape[2] != 1:
             return "the first call of a decode is not for one latent frame"
-        return None
+        if torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in self.parameters())):
+            return GRADIENTS
+        return self.left_alone_reason(self) or self.call_reason(x, None)
 
-    def call_reason(self, clip: Tensor, progress: _Progress) -> str | None:
+    def call_reason(self, clip: Tensor, progress: _Progress | None) -> str | None:
         if not self.runs("whole_clip"):
-            return "whole_clip is off"
+            return "whole_clip is off, or failed"
         if torch.is_autocast_enabled(clip.device.type):
             return "autocast is on"
         weight = self.conv_in.weight
@@ -230,6 +252,10 @@ class FusedWanDecoder3d(FusedBlock, WanDecoder3d):
 def _original_frames(host: Any, clip: Tensor, cache: list[Any]) -> Tensor:
     frames = [WanDecoder3d.forward(host, clip[:, :, at : at + 1], cache, [0], at == 0) for at in range(clip.shape[2])]
     return frames[0] if len(frames) == 1 else torch.cat(frames, dim=2)
+
+
+def _sites_of(decoder: nn.Module) -> SiteGroup | None:
+    return getattr(decoder, SITES, None)
 
 
 def _progress_in(feat_cache: Any) -> _Progress | None:
@@ -318,7 +344,7 @@ class _Decode:
         if (memo := held()) is not None and memo.only:
             return  # it is a check
         note("whole_clip", ran)
-        sites: SiteGroup | None = getattr(self._decoder, SITES, None)
+        sites = _sites_of(self._decoder)
         if sites is not None and (site := sites.sites.get("whole_clip")):
             site.implementations.add(ran)  # also where nobody listens: memory may be another from clip to clip
 
@@ -335,10 +361,7 @@ class _Decode:
             self._attention(chunk, attention)
             self._resnet(chunk, resnet)
         for block in decoder.up_blocks:
-            for resnet in block.resnets:
-                self._resnet(chunk, resnet)
-            for upsampler in block.upsamplers or ():
-                self._upsample(chunk, upsampler)
+            self._up_block(chunk, block)
         buffer = self._norm(chunk, decoder.norm_out, decoder.conv_out, keep=False)
         pixels = _conv(buffer, decoder.conv_out, output_step=OUTPUT_STEP).permute(0, 4, 1, 2, 3)[:, : out.shape[1]]
         torch.add(pixels, decoder.conv_out.bias.view(-1, 1, 1, 1), out=out)
@@ -379,6 +402,16 @@ class _Decode:
                 images = conv_epilogue_ref(images, flow.bias, residual, flow.residual_bias)
             chunk.flow = _Sum(images.permute(0, 2, 3, 4, 1))
         return chunk.flow.x
+
+    def _up_block(self, chunk: _Chunk, block: Any) -> None:
+        shortcut = getattr(block, "avg_shortcut", None)
+        source = None if shortcut is None else self._summed(chunk)
+        for resnet in block.resnets:
+            self._resnet(chunk, resnet)
+        for upsampler in _upsamplers_of(block):
+            self._upsample(chunk, upsampler)
+        if source is not None:
+            _add_enlarged(self._summed(chunk), source, shortcut, first=not chunk.halos)
 
     def _resnet(self, chunk: _Chunk, resnet: Any) -> None:
         buffer = self._norm(chunk, resnet.norm1, resnet.conv1, keep=True)
@@ -461,6 +494,33 @@ def _conv(rows: Tensor, conv: Any, *, output_step: int = 1, zeros: int = 0) -> T
     return out.permute(0, 2, 3, 4, 1).contiguous()
 
 
+def _add_enlarged(rows: Tensor, source: Tensor, shortcut: Any, first: bool) -> None:
+    """Add ``source`` ``[B, F, H, W, C']`` to what an up-block made of it, every number of it to the pixels of its cell.
+
+    Of the first frame of a clip, time has made one frame: the last of its cell.
+    """
+    factor_t, factor_s, channels = shortcut.factor_t, shortcut.factor_s, shortcut.out_channels
+    of_input = torch.arange(channels * shortcut.factor, device=source.device) // shortcut.repeats
+    of_input = of_input.view(channels, factor_t, factor_s, factor_s).permute(1, 2, 3, 0)
+    alike = shortcut.repeats == shortcut.factor  # all pixels of a cell get the same channels, in their order
+    if first:
+        cells = rows[:, :1].unflatten(1, (1, 1)).unflatten(3, (-1, factor_s)).unflatten(5, (-1, factor_s))
+        _add_to_cells(cells, source[:, :1], None if alike else of_input[-1:])
+    rows, source = rows[:, first:], source[:, first:]
+    if source.shape[1]:
+        cells = rows.unflatten(1, (-1, factor_t)).unflatten(3, (-1, factor_s)).unflatten(5, (-1, factor_s))
+        _add_to_cells(cells, source, None if alike else of_input)
+
+
+def _add_to_cells(cells: Tensor, source: Tensor, of_input: Tensor | None) -> None:
+    """``cells`` are ``[B, F, t, H, s, W, s, C]``; ``of_input`` ``[t, s, s, C]`` says which channels each gets."""
+    if of_input is None:
+        cells += source[:, :, None, :, None, :, None]
+        return
+    for t, y, x in itertools.product(*map(range, of_input.shape[:3])):
+        cells[:, :, t, :, y, :, x] += source[..., of_input[t, y, x]]
+
+
 def _images(rows: Tensor) -> Tensor:
     """Rows ``[B, F, H, W, C]`` seen as images ``[B * F, C, H, W]``."""
     return rows.flatten(0, 1).permute(0, 3, 1, 2)
@@ -474,7 +534,12 @@ def _temporal_rate(decoder: Any) -> int:
 
 def _upsamplers(decoder: Any) -> Iterator[Any]:
     for block in decoder.up_blocks:
-        yield from block.upsamplers or ()
+        yield from _upsamplers_of(block)
+
+
+def _upsamplers_of(block: Any) -> list[Any]:
+    found = [block.upsampler] if isinstance(block, WanResidualUpBlock) else block.upsamplers or ()
+    return [upsampler for upsampler in found if upsampler is not None]
 
 
 def decode_bytes(decoder: Any, latents: Tensor) -> int:
@@ -487,15 +552,18 @@ def _channels_held(decoder: Any) -> Iterator[int]:
     """For every layer: how many channels' worth of tensors it holds at its worst, in units of a latent pixel."""
     pixels = 1
     for block in decoder.up_blocks:
+        kept = 0 if getattr(block, "avg_shortcut", None) is None else pixels * block.in_dim
         for resnet in block.resnets:
             # the residual, or its source too; a convolution's input and output; the norm behind it is in place
-            yield pixels * (3 * resnet.out_dim + (resnet.in_dim if resnet.in_dim != resnet.out_dim else 0))
-        for upsampler in block.upsamplers or ():
+            changes = resnet.in_dim != resnet.out_dim
+            yield kept + pixels * (3 * resnet.out_dim + (resnet.in_dim if changes else 0))
+        for upsampler in _upsamplers_of(block):
             channels, out_channels = upsampler.dim, upsampler.resample[1].out_channels
             if upsampler.mode == "upsample3d":
-                yield pixels * 5 * channels  # the frames, those of the convolution over time, and these in their order
+                # the frames, those of the convolution over time, and these in their order
+                yield kept + pixels * 5 * channels
                 pixels *= 2
-            yield pixels * (channels + 8 * out_channels)  # before and after the pixels are in place
+            yield kept + pixels * (channels + 8 * out_channels)  # before and after the pixels are in place
             pixels *= 4
 
 
@@ -554,10 +622,13 @@ def _reasons(decoder: Any) -> Iterator[str | None]:
     for resnet in mid.resnets:
         yield from _resnet_reasons(resnet)
     for block in decoder.up_blocks:
-        yield plain_reason(block, WanUpBlock)
+        residual = isinstance(block, WanResidualUpBlock)
+        yield plain_reason(block, WanResidualUpBlock if residual else WanUpBlock)
+        if residual and block.avg_shortcut is not None:
+            yield plain_reason(block.avg_shortcut, DupUp3D)
         for resnet in block.resnets:
             yield from _resnet_reasons(resnet)
-        for resample in block.upsamplers or ():
+        for resample in _upsamplers_of(block):
             yield plain_reason(resample, WanResample)
             yield plain_reason(resample.resample, nn.Sequential)
             yield from _resample_reasons(resample)
