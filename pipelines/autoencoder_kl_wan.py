@@ -7,9 +7,14 @@ see whole clips.
 
 from __future__ import annotations
 
-from vidaccel.blocks.vae.autoencoder_kl_wan import FusedWanDecoder3d
+from vidaccel.blocks.vae.autoencoder_kl_wan import FusedWanDecoder3d, FusedWanPostQuantConv
 from vidaccel.sites.rules import Swap
 
 __all__ = ["RULES"]
 
-RULES = {"AutoencoderKLWan": (Swap(FusedWanDecoder3d),)}
+RULES = {
+    "AutoencoderKLWan": (
+        Swap(FusedWanDecoder3d),
+        Swap(FusedWanPostQuantConv, names=("post_quant_conv",)),
+    ),
+}

@@ -86,4 +86,4 @@ def test_what_the_decoder_does_wrong_is_found(fault: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(FusedWanDecoder3d, "fused_forward", wrong)
     with patch_module(vae) as report:
         assert relative_error(decode(vae, draw()), expected) <= 1e-6
-        assert {site.state for site in report.sites} == {"failed"}
+        assert {site.state for site in report.sites if site.path == "decoder"} == {"failed"}

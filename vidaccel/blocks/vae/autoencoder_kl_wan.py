@@ -10,8 +10,11 @@ the residual that the convolution before has left out.
 The caller is left as it is: it asks for frame after frame. What it passes first is a view of frame 0 of latents whose
 storage holds the clip and nothing else, so that is decoded, and the frames are handed out call by call. What has been
 done is kept in the caller's own cache, in place of stock's tensors (:class:`_Progress`): it lives as long as that, and
-there is one for each decode. Latents that come one frame at a time, as those of tiles do, are decoded so, and the
-convolutions' last frames carried on. If a call is not the one that was foreseen, what was decoded ahead is forgotten.
+there is one for each decode. Latents that come one frame at a time are decoded so, and the convolutions' last frames
+carried on. If a call is not the one that was foreseen, what was decoded ahead is forgotten.
+
+Of a tile, the caller cuts out one frame, and has the 1 x 1 x 1 convolution before the decoder make a new tensor of it.
+:class:`FusedWanPostQuantConv` makes all frames of the tile then, and returns a view of one.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ import os
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +43,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
     WanUpsample,
 )
 from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
 
 from vidaccel.blocks.vae.vae import usable_bytes
 from vidaccel.kernels.attention.spatial_attention import spatial_attention, spatial_attention_ref
@@ -51,7 +56,7 @@ from vidaccel.sites.memo import held, once_per_call
 from vidaccel.sites.plain import plain_reason
 from vidaccel.sites.site import SiteGroup
 
-__all__ = ["FusedWanDecoder3d", "decode_bytes"]
+__all__ = ["FusedWanDecoder3d", "FusedWanPostQuantConv", "decode_bytes"]
 
 BEFORE = 2  # frames that a causal convolution looks back at
 OUTPUT_STEP = 8  # channels that the convolution to pixels is padded to, for cuDNN's kernels for tensor cores
@@ -247,6 +252,84 @@ class FusedWanDecoder3d(FusedBlock, WanDecoder3d):
         pixels, progress.halos = _Decode(self).run(clip, halos or {}, keep=clip.shape[2] == 1 or bool(halos))
         progress.cache = None
         return pixels
+
+
+class _Tile(NamedTuple):
+    """What the convolution before the decoder has made of all frames of a tile that were still to come.
+
+    Attributes:
+        clip: What the tile was cut from.
+        version: Of the clip.
+        start: Where the first of the frames lies in it, in memory.
+        frames: ``[B, C, F, H, W]``, what was made; alive as long as somebody has a view of it.
+    """
+
+    clip: TensorWeakRef
+    version: int
+    start: int
+    frames: TensorWeakRef
+
+    def made_of(self, x: Tensor) -> Tensor | None:
+        """What was made of ``x``, a frame of a tile, or None."""
+        frames: Any = self.frames()
+        clip: Any = self.clip()
+        if frames is None or clip is None or x._base is not clip or clip._version != self.version:
+            return None
+        if x.ndim != 5 or x.shape[2] != 1 or x.stride() != clip.stride():
+            return None
+        at, rest = divmod(int(x.storage_offset()) - self.start, x.stride(2))
+        if rest or not 0 <= at < frames.shape[2] or frames.shape[3:] != x.shape[3:] or len(frames) != len(x):
+            return None
+        return frames[:, :, at : at + 1]
+
+
+_tiles: WeakKeyDictionary[nn.Module, _Tile] = WeakKeyDictionary()
+
+
+@fuses(WanCausalConv3d, {"whole_tiles": "math-exact"})
+class FusedWanPostQuantConv(FusedBlock, WanCausalConv3d):
+    """The 1 x 1 x 1 convolution before the decoder: of a tile that is given to it frame by frame, all at once."""
+
+    @classmethod
+    def left_alone_reason(cls, module: Any) -> str | None:
+        return _conv_reason(module, 1)
+
+    def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+        if torch.compiler.is_compiling() or cache_x is not None or not self._may_look_ahead(x):
+            return WanCausalConv3d.forward(self, x, cache_x)
+        tile = _tiles.get(self)
+        made = None if tile is None else tile.made_of(x)
+        if made is not None:
+            return made
+        frames = _frames_to_come(x)
+        if frames is None:
+            return WanCausalConv3d.forward(self, x)
+        whole = WanCausalConv3d.forward(self, frames)
+        clip: Any = x._base
+        _tiles[self] = _Tile(TensorWeakRef(clip), clip._version, int(x.storage_offset()), TensorWeakRef(whole))
+        return whole[:, :, :1]
+
+    def _may_look_ahead(self, x: Tensor) -> bool:
+        sites = _sites_of(self)
+        if sites is None or not sites.runs("whole_tiles") or plain_reason(self, WanCausalConv3d):
+            return False
+        sites.sites["whole_tiles"].implementations.add("torch")
+        recorded = torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in self.parameters()))
+        return not recorded and self.left_alone_reason(self) is None
+
+
+def _frames_to_come(x: Tensor) -> Tensor | None:
+    """``x``, a frame cut out of a clip, and all frames behind it; None if there are none, or it is no such thing."""
+    clip = x._base
+    if x.ndim != 5 or x.shape[2] != 1 or clip is None or clip.ndim != 5 or not clip.is_contiguous():
+        return None
+    if x.stride() != clip.stride() or not x.numel():
+        return None
+    at = int(x.storage_offset() - clip.storage_offset()) // clip.stride(2) % clip.shape[2]
+    if clip.shape[2] - at < 2:
+        return None
+    samples, channels, _, height, width = x.shape
+    return x.as_strided((samples, channels, clip.shape[2] - at, height, width), x.stride(), x.storage_offset())
 
 
 def _original_frames(host: Any, clip: Tensor, cache: list[Any]) -> Tensor:
