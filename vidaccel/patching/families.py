@@ -60,6 +60,8 @@ _FAMILIES = {
         pipelines=("AnyFlowFARPipeline", "AnyFlowPipeline"),
     ),
     "autoencoder_kl": _Family(models=("AutoencoderKL",)),
+    "autoencoder_kl_wan": _Family(models=("AutoencoderKLWan",)),
+    "chronoedit": _Family(models=("ChronoEditTransformer3DModel",), pipelines=("ChronoEditPipeline",)),
     "cogvideox": _Family(
         models=("CogVideoXTransformer3DModel",),
         pipelines=(
@@ -80,6 +82,11 @@ _FAMILIES = {
             "CosmosVideoToWorldPipeline",
         ),
     ),
+    "easyanimate": _Family(
+        models=("EasyAnimateTransformer3DModel",),
+        pipelines=("EasyAnimateControlPipeline", "EasyAnimateInpaintPipeline", "EasyAnimatePipeline"),
+    ),
+    "helios": _Family(models=("HeliosTransformer3DModel",), pipelines=("HeliosPipeline", "HeliosPyramidPipeline")),
     "hunyuan_video": _Family(
         models=("HunyuanVideoTransformer3DModel", "HunyuanVideoFramepackTransformer3DModel"),
         pipelines=(
@@ -94,6 +101,9 @@ _FAMILIES = {
         pipelines=("HunyuanVideo15ImageToVideoPipeline", "HunyuanVideo15Pipeline"),
     ),
     "i2vgen_xl": _Family(models=("I2VGenXLUNet",), pipelines=("I2VGenXLPipeline",)),
+    "kandinsky5": _Family(
+        models=("Kandinsky5Transformer3DModel",), pipelines=("Kandinsky5I2VPipeline", "Kandinsky5T2VPipeline")
+    ),
     "ltx": _Family(
         models=("LTXVideoTransformer3DModel",),
         pipelines=(
@@ -116,8 +126,6 @@ _FAMILIES = {
         ),
     ),
     "mochi": _Family(models=("MochiTransformer3DModel",), pipelines=("MochiPipeline",)),
-    "chronoedit": _Family(models=("ChronoEditTransformer3DModel",), pipelines=("ChronoEditPipeline",)),
-    "helios": _Family(models=("HeliosTransformer3DModel",), pipelines=("HeliosPipeline", "HeliosPyramidPipeline")),
     "skyreels_v2": _Family(
         models=("SkyReelsV2Transformer3DModel",),
         pipelines=(
@@ -153,11 +161,6 @@ _NO_DENOISER = "it runs no denoiser, only an upsampler or a decoder of latents, 
 UNSERVED = {
     "AllegroPipeline": _NO_BLOCKS,
     "Cosmos3OmniPipeline": "its transformer is a language model with experts, another design than Cosmos 1 and 2",
-    "EasyAnimateControlPipeline": _NO_BLOCKS,
-    "EasyAnimateInpaintPipeline": _NO_BLOCKS,
-    "EasyAnimatePipeline": _NO_BLOCKS,
-    "Kandinsky5I2VPipeline": _NO_BLOCKS,
-    "Kandinsky5T2VPipeline": _NO_BLOCKS,
     "Kandinsky6SRPipeline": _NO_BLOCKS,
     "Kandinsky6TI2VAPipeline": _NO_BLOCKS,
     "LTX2LatentUpsamplePipeline": _NO_DENOISER,

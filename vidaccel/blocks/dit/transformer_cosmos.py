@@ -22,10 +22,9 @@ from diffusers.models.transformers.transformer_cosmos import (
 from torch import Tensor, nn
 
 from vidaccel.blocks.dit.attention import attend, attention_reason, parameters_reason, project
-from vidaccel.blocks.dit.gated_residual import GatedResidualBlock
+from vidaccel.blocks.dit.gated_residual import GatedResidualBlock, norm_heads
 from vidaccel.blocks.dit.modulation_rows import stretches_of
 from vidaccel.kernels.attention.qk_norm_rope import HeadNorm, Rope, qk_norm_rope
-from vidaccel.kernels.norm.gated_residual_norm import Norm, norm_modulate
 from vidaccel.kernels.op import REFERENCE, note
 from vidaccel.sites.block import CORNER_ROWS, MOST_WHOLE, call_site, fuses
 from vidaccel.sites.memo import once_in_call
@@ -194,11 +193,10 @@ class FusedCosmosTransformerBlock(GatedResidualBlock, CosmosTransformerBlock):
         return project(attn, self._attend(attn, query, key, value, mask))
 
     def _normed(self, attn: Any, norm: Any, x: Tensor) -> Tensor:
-        """Each head of the queries ``[B, S, H*D]``, which are many, normed; rounded once, stock code does so twice."""
+        """Each head of the queries ``[B, S, H*D]`` normed; rounded once, stock code does so twice."""
         if not self.runs("gated_residual_norm") or _norm_reason(norm, x):
             return _stock_norm(attn, norm, x)
-        heads = x.unflatten(2, (attn.heads, -1)).flatten(1, 2)  # [B, S*H, D]
-        return norm_modulate(heads, Norm("rms", norm.eps, norm.weight)).view(x.shape)
+        return norm_heads(norm, x, attn.heads)
 
     def _attend(self, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         fused = self.runs("spatial_attention")
