@@ -20,6 +20,7 @@ Of a tile, the caller cuts out one frame, and has the 1 x 1 x 1 convolution befo
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import traceback
 from collections.abc import Callable, Iterator
@@ -653,9 +654,10 @@ def _channels_held(decoder: Any) -> Iterator[int]:
 
 
 def _frames_that_fit(decoder: Any, latents: Tensor) -> int:
-    """How many latent frames are decoded at once: all, if they fit into what is free."""
-    free, needed = _free_bytes(latents.device), decode_bytes(decoder, latents)
-    return int(min(max(free // max(needed, 1), 1), latents.shape[2]))
+    """How many latent frames are decoded at once: all, if they fit into what is free, else as equal parts as may be."""
+    free, needed, frames = _free_bytes(latents.device), decode_bytes(decoder, latents), latents.shape[2]
+    chunks = math.ceil(frames / max(free // max(needed, 1), 1))
+    return math.ceil(frames / chunks)
 
 
 def _free_bytes(device: torch.device) -> int:
