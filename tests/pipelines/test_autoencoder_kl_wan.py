@@ -203,6 +203,15 @@ def test_tiles_of_any_clip(case: str, vae: AutoencoderKLWan) -> None:
         assert not report.fallbacks, str(report)
 
 
+def test_nothing_is_decoded_but_what_was_asked_for(vae: AutoencoderKLWan) -> None:
+    """One frame of a longer clip, say to look at it."""
+    latents = draw(4)
+    expected = decode(vae, latents[:, :, :1])
+    with patch_module(vae) as report:
+        assert relative_error(decode(vae, latents[:, :, :1]), expected) <= EQUAL
+        assert ran(report) == {"1 of 1 frames"}
+
+
 def test_the_other_ways_to_call(vae: AutoencoderKLWan) -> None:
     latents = draw()
     expected = decode(vae, latents)

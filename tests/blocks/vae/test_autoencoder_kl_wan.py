@@ -14,7 +14,10 @@ from tiny_models import tiny_autoencoder_kl_wan
 from torch import Tensor
 
 from vidaccel import patch_module
+from vidaccel.blocks.vae import autoencoder_kl_wan
 from vidaccel.blocks.vae.autoencoder_kl_wan import FusedWanDecoder3d, decode_bytes
+
+WAN_22 = {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16}
 
 
 def wide_vae() -> AutoencoderKLWan:
@@ -87,3 +90,42 @@ def test_what_the_decoder_does_wrong_is_found(fault: str, monkeypatch: pytest.Mo
     with patch_module(vae) as report:
         assert relative_error(decode(vae, draw()), expected) <= 1e-6
         assert {site.state for site in report.sites if site.path == "decoder"} == {"failed"}
+
+
+@pytest.mark.parametrize("options", [{}, WAN_22], ids=["wan2.1", "wan2.2"])
+def test_with_the_kernels(options: dict[str, Any], device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one go, and in chunks."""
+    vae, z = tiny_autoencoder_kl_wan(base_dim=16, **options).to(device), draw(frames=2, side=1).to(device)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        expected = decode(vae, z)
+        with patch_module(vae, self_check=False) as report:
+            assert relative_error(decode(vae, z), expected) <= 1e-5
+            monkeypatch.setattr(autoencoder_kl_wan, "_frames_that_fit", lambda *_: 1)
+            assert relative_error(decode(vae, z), expected) <= 1e-5
+    assert not report.fallbacks, str(report)
+    ways = {site.op: site.implementations for site in report.sites}
+    assert "triton" in ways["rms_norm_silu"] & ways["conv_epilogue"] and ways["upsample_conv"] & {"whole", "halves"}
+    assert ways["whole_clip"] == {"2 of 2 frames", "1 of 2 frames"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("step", [9, 4], ids=["whole", "chunks"])
+def test_as_wide_as_released(
+    step: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error of every frame to float32 without TF32, seams between chunks among them, beside stock's."""
+    with torch.device(device):
+        vae = AutoencoderKLWan().eval()
+        z = torch.randn(1, 16, 9, 30, 52)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        gold = decode(vae, z)
+    vae, z = vae.to(dtype), z.to(dtype)
+    stock = decode(vae, z)
+    monkeypatch.setattr(autoencoder_kl_wan, "_frames_that_fit", lambda *_: step)
+    with patch_module(vae) as report:
+        out = decode(vae, z)
+    assert not report.fallbacks, str(report)
+    for frame in range(gold.shape[2]):
+        error, own = ((x[:, :, frame].float() - gold[:, :, frame]).norm() for x in (out, stock))
+        assert error <= 2 * own

@@ -20,9 +20,10 @@ Of a tile, the caller cuts out one frame, and has the 1 x 1 x 1 convolution befo
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -264,15 +265,14 @@ class _Tile(NamedTuple):
         frames: ``[B, C, F, H, W]``, what was made; alive as long as somebody has a view of it.
     """
 
-    clip: TensorWeakRef
+    clip: Callable[[], Tensor | None]
     version: int
     start: int
-    frames: TensorWeakRef
+    frames: Callable[[], Tensor | None]
 
     def made_of(self, x: Tensor) -> Tensor | None:
         """What was made of ``x``, a frame of a tile, or None."""
-        frames: Any = self.frames()
-        clip: Any = self.clip()
+        frames, clip = self.frames(), self.clip()
         if frames is None or clip is None or x._base is not clip or clip._version != self.version:
             return None
         if x.ndim != 5 or x.shape[2] != 1 or x.stride() != clip.stride():
@@ -319,11 +319,14 @@ class FusedWanPostQuantConv(FusedBlock, WanCausalConv3d):
 
 
 def _frames_to_come(x: Tensor) -> Tensor | None:
-    """``x``, a frame cut out of a clip, and all frames behind it; None if there are none, or it is no such thing."""
+    """``x``, a tile of a frame, and those behind it; None if there are none, or it is no such thing.
+
+    A whole frame may be all that somebody wants to see of a clip.
+    """
     clip = x._base
     if x.ndim != 5 or x.shape[2] != 1 or clip is None or clip.ndim != 5 or not clip.is_contiguous():
         return None
-    if x.stride() != clip.stride() or not x.numel():
+    if x.stride() != clip.stride() or x.shape[3:] == clip.shape[3:] or not x.numel():
         return None
     at = int(x.storage_offset() - clip.storage_offset()) // clip.stride(2) % clip.shape[2]
     if clip.shape[2] - at < 2:
@@ -651,9 +654,10 @@ def _channels_held(decoder: Any) -> Iterator[int]:
 
 
 def _frames_that_fit(decoder: Any, latents: Tensor) -> int:
-    """How many latent frames are decoded at once: all, if they fit into what is free."""
-    free, needed = _free_bytes(latents.device), decode_bytes(decoder, latents)
-    return int(min(max(free // max(needed, 1), 1), latents.shape[2]))
+    """How many latent frames are decoded at once: all, if they fit into what is free, else as equal parts as may be."""
+    free, needed, frames = _free_bytes(latents.device), decode_bytes(decoder, latents), latents.shape[2]
+    chunks = math.ceil(frames / max(free // max(needed, 1), 1))
+    return math.ceil(frames / chunks)
 
 
 def _free_bytes(device: torch.device) -> int:
