@@ -67,6 +67,10 @@ RECORDS = (
     _model("svd-xt-vae", "vae", "svd-xt", CHANNELS_LAST, "--repeats 5 --budget 3"),
     _model("svd-vae", "vae", "svd", CHANNELS_LAST, "--repeats 6 --budget 2.5"),
     _model("animatediff-vae", "vae", "animatediff", WITH_BENCHMARK, "--repeats 10 --budget 2"),
+    Record(
+        "wan2.1-vae",
+        "--synthetic wan2.1-t2v-1.3b --scope vae --variants eager,patched --warmup 1 --repeats 3 --budget 8",
+    ),
     _transformer("hunyuanvideo1.5-480p", "--repeats 3 --budget 20 --no-reference", "compile_blocks"),
     _transformer("wan2.1-t2v-14b", "--repeats 5 --budget 15 --no-reference", "compile_blocks"),
     _transformer("wan2.1-t2v-1.3b", "--repeats 7 --budget 5"),

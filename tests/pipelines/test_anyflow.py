@@ -62,7 +62,10 @@ def test_same_clip_and_exact_restore() -> None:
         "wan2.1-t2v-1.3b", AnyFlowPipeline, transformer=transformer(), scheduler=FlowMapEulerDiscreteScheduler()
     )
     report = check_clip(pipe, arguments | {"guidance_scale": 3.0}, reorders_sums=False)
-    assert {site.path for site in report.sites} == {"transformer.blocks.0", "transformer.blocks.1"}
+    assert {site.path for site in report.sites if site.path.startswith("transformer.")} == {
+        "transformer.blocks.0",
+        "transformer.blocks.1",
+    }
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
