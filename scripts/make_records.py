@@ -48,7 +48,7 @@ def _model(name: str, scope: str, family: str, compiled: str, options: str) -> R
 
 def _transformer(name: str, options: str, compiled: str = "compile_blocks,compile") -> Record:
     variants = ",".join(filter(None, ("eager,patched", compiled)))
-    return Record(name, f"--synthetic {name} --scope denoiser --variants {variants} --warmup 1 {options}")
+    return Record(name, f"--synthetic {name} --scope denoiser --variants {variants} --dtype bfloat16 --warmup 1 {options}")
 
 
 # torch.compile as it comes, and the switches under which it was fastest; those that take long first.
@@ -75,10 +75,10 @@ RECORDS = (
     _transformer("wan2.1-t2v-14b", "--repeats 5 --budget 15 --no-reference", "compile_blocks"),
     _transformer("wan2.1-t2v-1.3b", "--repeats 7 --budget 5"),
     _transformer("wan2.2-ti2v-5b", "--repeats 7 --budget 7 --no-reference"),
-    _transformer("cogvideox-5b", "--repeats 5 --budget 9 --no-reference"),
+    _transformer("cogvideox-5b", "--repeats 5 --budget 9 --no-reference", "compile"),
     _transformer("ltx-2", "--repeats 7 --budget 6 --no-reference"),
     _transformer("ltx-video-2b", "--repeats 9 --budget 3"),
-    _transformer("mochi-1", "--repeats 7 --budget 5 --no-reference"),
+    _transformer("mochi-1", "--repeats 7 --budget 5 --no-reference", "compile"),
     _model("modelscope-2-cores", "denoiser", "modelscope", "", "--cpus 2 --repeats 20 --budget 1.5 --no-reference"),
     _model("zeroscope-2-cores", "denoiser", "zeroscope", "", "--cpus 2 --repeats 12 --budget 2.5 --no-reference"),
     _model("animatediff-2-cores", "denoiser", "animatediff", "", "--cpus 2 --repeats 15 --budget 2.5 --no-reference"),

@@ -79,7 +79,11 @@ def test_chunk_by_chunk(guidance_scale: float) -> None:
         del arguments["negative_prompt_embeds"]
     size = {"height": 64, "width": 64, "num_frames": 17, "chunk_partition": CHUNKS["chunk_partition"]}
     report = check_clip(pipe, arguments | size | {"guidance_scale": guidance_scale}, reorders_sums=False)
-    assert {site.op for site in report.sites} == {"gated_residual_norm", "spatial_attention", "linear_gelu"}
+    assert {site.op for site in report.sites if site.path.startswith("transformer.")} == {
+        "gated_residual_norm",
+        "spatial_attention",
+        "linear_gelu",
+    }
 
 
 @pytest.mark.parametrize("call", [call, call_forcing])

@@ -140,7 +140,7 @@ def test_image_to_video_without_an_image_encoder() -> None:
     experts = {name: transformer("wan2.2-t2v-a14b", in_channels=36) for name in ("transformer", "transformer_2")}
     pipe, arguments = tiny_relative("wan2.2-t2v-a14b", WanImageToVideoPipeline, boundary_ratio=0.875, **experts)
     report = check_clip(pipe, arguments | {"image": tiny_video(1, 32, 48)[0]}, reorders_sums=False)
-    assert {site.path.split(".")[0] for site in report.sites} == {"transformer", "transformer_2"}
+    assert {site.path.split(".")[0] for site in report.sites} == {"transformer", "transformer_2", "vae"}
 
 
 def test_video_to_video() -> None:
@@ -160,7 +160,7 @@ def test_animate() -> None:
     del arguments["num_frames"]
     clips = {"pose_video": tiny_video(9, 32, 48), "face_video": tiny_video(9, 16, 16), "segment_frame_length": 9}
     report = check_clip(pipe, arguments | clips, reorders_sums=False)
-    assert {site.op for site in report.sites} == OPS
+    assert {site.op for site in report.sites if site.path.startswith("transformer.")} == OPS
 
 
 def test_each_op_off(model: Any) -> None:
