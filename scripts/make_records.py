@@ -48,7 +48,8 @@ def _model(name: str, scope: str, family: str, compiled: str, options: str) -> R
 
 def _transformer(name: str, options: str, compiled: str = "compile_blocks,compile") -> Record:
     variants = ",".join(filter(None, ("eager,patched", compiled)))
-    return Record(name, f"--synthetic {name} --scope denoiser --variants {variants} --dtype bfloat16 --warmup 1 {options}")
+    scope = "--scope denoiser --dtype bfloat16 --warmup 1"
+    return Record(name, f"--synthetic {name} {scope} --variants {variants} {options}")
 
 
 # torch.compile as it comes, and the switches under which it was fastest; those that take long first.
