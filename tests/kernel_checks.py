@@ -1,4 +1,4 @@
-"""What every kernel test asserts: the error budget, and what the compiler made of a kernel without a GPU at hand.
+"""What kernel tests share: the error budget, faults, fewer combinations, and what a compiler makes of a kernel.
 
 It stands beside ``tests/kernels/`` because names below ``kernels`` belong to the Hugging Face package of that name.
 """
@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import multiprocessing
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import triton
 from torch import Tensor
@@ -40,6 +42,29 @@ def assert_close_to_gold(out: Tensor, gold: Tensor, baseline: Tensor) -> None:
     err = (out.double() - gold).abs().max()
     allowed = 2 * (baseline.double() - gold).abs().max() + torch.finfo(out.dtype).eps * gold.abs().max()
     assert err <= allowed, f"max err {err:.3e} > allowed {allowed:.3e}"
+
+
+def pairwise(choices: Mapping[str, Sequence[Any]]) -> pytest.MarkDecorator:
+    """Parametrise over a few of all combinations, in which any two choices of different arguments meet at least once.
+
+    Choices are plain values, or a ``pytest.param`` with an id where their text is not readable or where one choice sets
+    several arguments (``"shape, groups"``).
+    """
+
+    def pairs(row: tuple[int, ...]) -> set[Any]:
+        return set(itertools.combinations(enumerate(row), 2))
+
+    rows = list(itertools.product(*(range(len(values)) for values in choices.values())))
+    missing = set[Any]().union(*map(pairs, rows))
+    cases = []
+    while missing:
+        row = max(rows, key=lambda row: len(pairs(row) & missing))
+        missing -= pairs(row)
+        chosen = [values[i] for values, i in zip(choices.values(), row, strict=True)]
+        names = [getattr(choice, "id", None) or str(choice).removeprefix("torch.") for choice in chosen]
+        values = [value for choice in chosen for value in getattr(choice, "values", (choice,))]
+        cases.append(pytest.param(*values, id="-".join(names)))
+    return pytest.mark.parametrize(",".join(choices), cases)
 
 
 def _gain(rows: Tensor) -> None:

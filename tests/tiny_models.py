@@ -35,6 +35,7 @@ __all__ = [
     "tiny_relative",
     "tiny_sparse_controlnet",
     "tiny_svd_pipeline",
+    "tiny_svd_unet",
     "tiny_synthetic_pipeline",
     "tiny_video",
 ]
@@ -45,11 +46,11 @@ CONTEXT_DIM = 32
 def tiny_svd_pipeline(seed: int = 0) -> StableVideoDiffusionPipeline:
     """Stable Video Diffusion, fp32 on the CPU: 64 channels, head dims 32 and 64, 3 frames, VAE factor 2.
 
-    Made for 32 x 32 or 64 x 64 pixels; the same ``seed`` gives the same weights.
+    Made for clips of 16 x 16 pixels or more; the same ``seed`` gives the same weights.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        models = {"unet": _unet(), "vae": _vae(), "image_encoder": _image_encoder()}
+        models = {"unet": _svd_unet(), "vae": _vae(), "image_encoder": _image_encoder()}
         for model in models.values():
             _leave_the_initial_values(model)
     pipe = StableVideoDiffusionPipeline(
@@ -71,6 +72,15 @@ def tiny_svd_pipeline(seed: int = 0) -> StableVideoDiffusionPipeline:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def tiny_svd_unet(seed: int = 0, **options: Any) -> UNetSpatioTemporalConditionModel:
+    """The UNet of :func:`tiny_svd_pipeline`, or one with other ``options``."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        unet = _svd_unet(**options)
+        _leave_the_initial_values(unet)
+    return unet
 
 
 def tiny_animatediff_pipeline(
@@ -209,19 +219,20 @@ def tiny_video(frames: int, height: int, width: int) -> list[Image.Image]:
     return [Image.fromarray(picture.byte().numpy()) for picture in pixels]
 
 
-def _unet() -> UNetSpatioTemporalConditionModel:
-    return UNetSpatioTemporalConditionModel(
-        sample_size=16,
-        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
-        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
-        block_out_channels=(64, 64),
-        num_attention_heads=(2, 1),  # head dim 32 in the outer level, 64 in the middle
-        layers_per_block=1,
-        cross_attention_dim=CONTEXT_DIM,
-        addition_time_embed_dim=32,
-        projection_class_embeddings_input_dim=3 * 32,
-        num_frames=3,
-    ).eval()
+def _svd_unet(**options: Any) -> UNetSpatioTemporalConditionModel:
+    config = {
+        "sample_size": 16,
+        "down_block_types": ("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        "up_block_types": ("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        "block_out_channels": (64, 64),
+        "num_attention_heads": (2, 1),  # head dim 32 in the outer level, 64 in the middle
+        "layers_per_block": 1,
+        "cross_attention_dim": CONTEXT_DIM,
+        "addition_time_embed_dim": 32,
+        "projection_class_embeddings_input_dim": 3 * 32,
+        "num_frames": 3,
+    }
+    return UNetSpatioTemporalConditionModel(**config | options).eval()
 
 
 def _vae() -> AutoencoderKLTemporalDecoder:

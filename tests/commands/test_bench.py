@@ -580,16 +580,19 @@ def test_cudnn_tries_its_algorithms_for_a_convolution_that_has_run(device: torch
     assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32) == before
 
 
-def test_records_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_records_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain_pytorch: None) -> None:
+    name, skipped = "svd-xt-vae", ("--skip", "compile", "new-process")
+
     def make() -> object:
-        options = [str(tmp_path), "--tiny", "--only", "ops", "--minutes", "5", "--commit", "abc"]
+        options = [str(tmp_path), "--tiny", "--only", name, *skipped, "--minutes", "5", "--commit", "abc"]
         monkeypatch.setattr(sys, "argv", ["make_records.py", *options])
         with pytest.raises(SystemExit) as exited:
             runpy.run_path(str(ROOT / "scripts" / "make_records.py"), run_name="__main__")
         return exited.value.code
 
-    assert make() == 0, (tmp_path / "ops.log").read_text()
-    path = tmp_path / "ops.json"
-    assert json.loads(path.read_text())["environment"]["commit"] == "abc"
+    assert make() == 0, (tmp_path / f"{name}.log").read_text()
+    path = tmp_path / f"{name}.json"
+    record = json.loads(path.read_text())
+    assert record["environment"]["commit"] == "abc" and list(rows(record)) == [("vae", "eager"), ("vae", "patched")]
     made = path.stat().st_mtime_ns
     assert make() == 0 and path.stat().st_mtime_ns == made

@@ -85,42 +85,60 @@ def assert_gone(pids: list[int]) -> None:
         time.sleep(0.05)
 
 
+UNDER_WAY = """
+begin(2048)
+while not [found for found in cache.glob("*/*.ttir") if found.stat().st_mtime > started]:
+    time.sleep(0.002)
+first_launch(2048)
+"""
+CACHED = """
+processes[0].kill(), processes[0].wait()
+time.sleep(0.5)
+for block in BLOCKS:
+    begin(block)
+"""
+
+
 def test_the_first_launch_finds_what_was_compiled(tmp_path: Path) -> None:
     script = "for block in BLOCKS: begin(block)\n" + UNTIL_COMPILED + "for block in BLOCKS: first_launch(block)\n"
+    script += "started = time.time()\n" + UNDER_WAY  # a launch waits for a job that has begun
+    script += CACHED  # what is in the cache is not compiled again, and no process is started for it
     report = run(SCRIPT + script, tmp_path)
-    assert report["hits"] == [True] * 3
+    assert report["hits"] == [True] * 4
     (pid,) = report["processes"]
     assert_gone([pid])
-    # what is in the cache is not compiled again, and no process is started for it
-    again = run(SCRIPT + "for block in BLOCKS: begin(block); first_launch(block)\n", tmp_path)
-    assert again == {"hits": [True] * 3, "processes": []}
 
 
-def test_a_launch_waits_for_a_job_that_is_under_way(tmp_path: Path) -> None:
-    first_stage = "while not [*Path(os.environ['TRITON_CACHE_DIR']).glob('*/*.ttir')]: time.sleep(0.002)\n"
-    report = run(SCRIPT + "from pathlib import Path\nbegin(256)\n" + first_stage + "first_launch(256)\n", tmp_path)
-    assert report["hits"] == [True]
+NOT_COMPILED_YET = """
+def launched(block):
+    first_launch(block)
+    counts.append(len(processes))
+
+counts = []
+compile_ahead.available_cpus = lambda: 3  # too few
+begin(256), launched(256)
+compile_ahead.available_cpus = lambda: 4
+process = multiprocessing.current_process()
+process._config["daemon"] = True  # which may have no children
+begin(512), launched(512)
+process._config["daemon"] = False
+begin(1024), launched(1024)  # the process is not ready
+begin(2048), os.killpg(processes[0].pid, signal.SIGKILL), launched(2048)
+assert counts == [0, 0, 1, 1], counts
+"""
+BROKEN = """
+multiprocessing.spawn.set_executable('/bin/false')
+begin(512), processes[0].wait(), time.sleep(0.5), begin(256), first_launch(256)
+"""
 
 
 @pytest.mark.parametrize(
-    ("script", "processes"),
-    [
-        pytest.param("begin(256)", 1, id="not-ready"),
-        pytest.param("begin(256); os.kill(processes[0].pid, signal.SIGKILL)", 1, id="killed"),
-        pytest.param(
-            "multiprocessing.spawn.set_executable('/bin/false')\n"
-            "begin(512); processes[0].wait(); time.sleep(0.5); begin(256)",
-            1,
-            id="broken",
-        ),
-        pytest.param("compile_ahead.available_cpus = lambda: 3; begin(256)", 0, id="few-cpus"),
-        pytest.param("multiprocessing.current_process()._config['daemon'] = True; begin(256)", 0, id="daemon"),
-    ],
+    ("script", "launches"), [(NOT_COMPILED_YET, 4), (BROKEN, 1)], ids=["not-compiled-yet", "broken"]
 )
-def test_a_launch_compiles_what_the_process_has_not(script: str, processes: int, tmp_path: Path) -> None:
-    report = run(SCRIPT + script + "\nfirst_launch(256)\n", tmp_path)
-    assert report["hits"] == [False]
-    assert len(report["processes"]) == processes
+def test_a_launch_compiles_what_the_process_has_not(script: str, launches: int, tmp_path: Path) -> None:
+    report = run(SCRIPT + script, tmp_path)
+    assert report["hits"] == [False] * launches
+    assert len(report["processes"]) == 1
     assert_gone(report["processes"])
 
 

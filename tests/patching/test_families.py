@@ -141,7 +141,6 @@ def test_other_models_are_named(unet: Any) -> None:
 
 
 WITHOUT_A_CLASS = """
-import sys
 from diffusers.models.{module} import {name}
 del sys.modules["diffusers.models.{module}"].{name}
 from vidaccel.patching.families import off_reason, reason_unserved, rules_for
@@ -149,7 +148,6 @@ from vidaccel.patching.families import off_reason, reason_unserved, rules_for
 class {name}({name}): pass
 gone = {name}.__new__({name})
 def served(name):
-    import diffusers
     kind = getattr(diffusers, name)
     return bool(rules_for(kind.__new__(kind)))
 others = [served(name) for name in {others}]
@@ -158,29 +156,39 @@ assert not rules_for(gone)
 for reason in (off_reason(gone), reason_unserved(gone)):
     assert reason.startswith("{name}") and "ImportError: cannot import name {name!r}" in reason, reason
 """
+ONE_MODEL = """
+from vidaccel.patching.families import rules_for, served_pipelines
+served_pipelines()
+assert not any(name.startswith("vidaccel.pipelines.") for name in sys.modules)
+rules_for(diffusers.AutoencoderKL.__new__(diffusers.AutoencoderKL))
+names = [name for name in sys.modules if name.startswith("vidaccel.pipelines.")]
+assert names == ["vidaccel.pipelines.autoencoder_kl"], names
+"""
+# diffusers takes seconds to import: once, and then every script gets a process of its own
+IN_PROCESSES_OF_THEIR_OWN = """
+import os, sys, traceback
+import diffusers
+from diffusers import AutoencoderKL, I2VGenXLUNet, UNet3DConditionModel, UNetMotionModel
+for script in {scripts}:
+    if not os.fork():
+        try:
+            exec(script, {{"__name__": "script", "sys": sys, "diffusers": diffusers}})
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    assert os.wait()[1] == 0, script
+"""
 
 
-@pytest.mark.parametrize(
-    ("module", "name", "others"),
-    [
+def test_every_family_is_imported_by_itself_and_breaks_by_itself() -> None:
+    """When one of its models is met, and when another diffusers has removed a class."""
+    without = [
         ("unets.unet_motion_model", "UNetMotionModel", ["UNetSpatioTemporalConditionModel", "AutoencoderKL"]),
         ("unets.unet_i2vgen_xl", "I2VGenXLUNet", ["UNet3DConditionModel", "UNetMotionModel"]),
         ("unets.unet_3d_condition", "UNet3DConditionModel", ["I2VGenXLUNet", "UNetMotionModel"]),
-    ],
-)
-def test_a_class_that_diffusers_removes_breaks_its_own_family_only(module: str, name: str, others: list[str]) -> None:
-    code = WITHOUT_A_CLASS.format(module=module, name=name, others=others)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-def test_only_the_adapter_of_the_model_is_imported() -> None:
-    code = (
-        "import sys, diffusers; from vidaccel.patching.families import rules_for, served_pipelines\n"
-        "served_pipelines(); assert not any(name.startswith('vidaccel.pipelines.') for name in sys.modules)\n"
-        "rules_for(diffusers.AutoencoderKL.__new__(diffusers.AutoencoderKL))\n"
-        "names = [name for name in sys.modules if name.startswith('vidaccel.pipelines.')]\n"
-        "assert names == ['vidaccel.pipelines.autoencoder_kl'], names"
-    )
+    ]
+    scripts = [WITHOUT_A_CLASS.format(module=module, name=name, others=others) for module, name, others in without]
+    code = IN_PROCESSES_OF_THEIR_OWN.format(scripts=[ONE_MODEL, *scripts])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

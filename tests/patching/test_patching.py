@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,20 @@ from diffusers import DDPMPipeline, DDPMScheduler, StableVideoDiffusionPipeline,
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.models.resnet import SpatioTemporalResBlock
 from PIL import Image
-from tiny_models import tiny_autoencoder_kl, tiny_svd_pipeline
+from tiny_models import tiny_autoencoder_kl, tiny_svd_pipeline, tiny_svd_unet
 
 import vidaccel.pipelines
 from vidaccel import patch_module, patch_pipeline
 from vidaccel.blocks.unet.attention_processor import Processor
 from vidaccel.errors import UsageError
+from vidaccel.kernels import choice
+from vidaccel.kernels.attention.spatial_attention import SPATIAL_ATTENTION
 from vidaccel.kernels.norm.group_norm_silu import GROUP_NORM_SILU
 from vidaccel.kernels.op import Implementation
 from vidaccel.patching import families
 from vidaccel.sites.rules import ChannelsLastWeights, Rule, Swap
 
-IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
+IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8))
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +53,7 @@ def pipe() -> StableVideoDiffusionPipeline:
 
 def clip(pipe: StableVideoDiffusionPipeline) -> np.ndarray:
     generator = torch.Generator().manual_seed(0)
-    out = pipe(IMAGE, height=32, width=32, num_frames=3, num_inference_steps=2, generator=generator, output_type="np")
+    out = pipe(IMAGE, height=16, width=16, num_frames=3, num_inference_steps=2, generator=generator, output_type="np")
     return out.frames[0]
 
 
@@ -404,19 +406,33 @@ def test_pytorchs_newer_precision_settings(pipe: StableVideoDiffusionPipeline) -
         conv.fp32_precision = was
 
 
-def test_tuning_can_be_turned_off(
-    pipe: StableVideoDiffusionPipeline, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[object]]:
+    """What is run for the clock, which here too measures spatial attention."""
     monkeypatch.delenv("VIDACCEL_IMPL")
-    monkeypatch.setenv("VIDACCEL_TUNE", "off")
     monkeypatch.setenv("VIDACCEL_CACHE_DIR", str(tmp_path))
-    sample, text = torch.randn(1, 2, 8, 4, 4), torch.randn(1, 1, 32)
-    with torch.no_grad():
-        expected = pipe.unet(sample, torch.tensor(1.0), text, torch.ones(1, 3)).sample
-        with patch_pipeline(pipe, only="unet.mid_block"):
-            out = pipe.unet(sample, torch.tensor(1.0), text, torch.ones(1, 3)).sample
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
-    assert not list(tmp_path.rglob("*.json")), "nothing was measured"
+    monkeypatch.setattr(SPATIAL_ATTENTION, "_measures", lambda *args: True)
+    outputs: list[object] = []
+    monkeypatch.setattr(choice, "gpu_milliseconds", lambda run: outputs.append(run()) or 1.0)
+    SPATIAL_ATTENTION.forget()
+    yield outputs
+    choice.drop()
+    SPATIAL_ATTENTION.forget()
+
+
+@pytest.mark.parametrize("tune", ["on", "off"])
+def test_tuning_can_be_turned_off(
+    pipe: StableVideoDiffusionPipeline,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    measured: list[object],
+    tune: str,
+) -> None:
+    monkeypatch.setenv("VIDACCEL_TUNE", tune)
+    before = clip(pipe)
+    with patch_pipeline(pipe, only="spatial_attention"):
+        assert relative_error(clip(pipe), before) <= 1e-5
+    assert bool(measured) == bool(list(tmp_path.rglob("*.json"))) == (tune == "on")
 
 
 def test_a_pipeline_that_is_no_longer_used_goes() -> None:
@@ -588,12 +604,15 @@ def test_patched_pipeline_copies_saves_and_loads(pipe: StableVideoDiffusionPipel
     assert np.abs(clip(loaded) - clip(twin)).max() < 1e-4
 
 
-def test_patched_denoiser_compiles_in_one_graph(pipe: StableVideoDiffusionPipeline) -> None:
-    inputs = (torch.randn(2, 3, 8, 16, 16), torch.tensor(1.0), torch.randn(2, 1, 32), torch.ones(2, 3))
-    patch_pipeline(pipe)
+def test_patched_denoiser_compiles_in_one_graph() -> None:
+    """Of one level, whose attention is in the middle: the kinds of blocks are compiled one by one elsewhere."""
+    one_level = {"down_block_types": ("DownBlockSpatioTemporal",), "up_block_types": ("UpBlockSpatioTemporal",)}
+    unet = tiny_svd_unet(block_out_channels=(64,), num_attention_heads=2, **one_level)
+    inputs = (torch.randn(2, 3, 8, 4, 4), torch.tensor(1.0), torch.randn(2, 1, 32), torch.ones(2, 3))
+    patch_module(unet)
     with torch.no_grad():
-        expected = pipe.unet(*inputs).sample
-        compiled = torch.compile(pipe.unet, fullgraph=True, backend="aot_eager")
+        expected = unet(*inputs).sample
+        compiled = torch.compile(unet, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(*inputs).sample, expected, rtol=1e-4, atol=1e-5)
 
 

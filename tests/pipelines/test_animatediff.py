@@ -22,7 +22,7 @@ from vidaccel.patching.families import served_pipelines
 
 FRAMES = 3
 # noise: of one color, PyTorch's own channels-last GroupNorm on a CPU is wrong in the third digit (E[x^2] - mean^2)
-NOISE = np.random.default_rng(0).integers(0, 256, (FRAMES, 32, 32, 3), np.uint8)
+NOISE = np.random.default_rng(0).integers(0, 256, (FRAMES, 16, 16, 3), np.uint8)
 IMAGES = [Image.fromarray(frame) for frame in NOISE]
 
 
@@ -37,7 +37,7 @@ def _text(seed: int = 0, tokens: int = 77) -> Tensor:
 
 
 def _clip(pipe: Any, seed: int = 0, **arguments: Any) -> np.ndarray:
-    common = {"height": 32, "width": 32, "num_inference_steps": 2, "output_type": "np"}
+    common = {"height": 16, "width": 16, "num_inference_steps": 2, "output_type": "np"}
     if "num_frames" in parameters_of_call(type(pipe)):
         common["num_frames"] = FRAMES
     text = {"prompt_embeds": _text(seed), "negative_prompt_embeds": _text(99)}
@@ -277,14 +277,14 @@ def test_ip_adapter_after_patching_falls_back(unet: UNetMotionModel) -> None:
 
 
 def test_patched_denoiser_compiles_in_one_graph() -> None:
-    one_level = {"down_block_types": ("CrossAttnDownBlockMotion",), "up_block_types": ("CrossAttnUpBlockMotion",)}
-    unet = tiny_motion_unet(block_out_channels=(64,), use_motion_mid_block=False, **one_level).requires_grad_(False)
+    """Of one level: the kinds of blocks are compiled one by one elsewhere."""
+    one_level = {"down_block_types": ("DownBlockMotion",), "up_block_types": ("UpBlockMotion",)}
+    unet = tiny_motion_unet(block_out_channels=(64,), **one_level).requires_grad_(False)
     text = _repeated(0)
     patch_module(unet)
     expected = _call(unet, text)
     compiled = torch.compile(unet, fullgraph=True, backend="eager")
     torch.testing.assert_close(_call(compiled, text), expected, rtol=1e-4, atol=1e-5)
-    torch._dynamo.reset()
 
 
 def test_the_pipeline_gives_each_prompt_its_clip() -> None:

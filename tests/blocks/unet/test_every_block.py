@@ -204,6 +204,9 @@ def test_each_op_alone(case: Case) -> None:
 def test_with_the_kernels(case: Case, device: torch.device) -> None:
     """In float32: the interpreter is wrong about bfloat16."""
     module = make(case).to(device)
+    for norm in module.modules():
+        if isinstance(norm, nn.GroupNorm):
+            norm.num_groups = 4  # the interpreter takes one after the other
     expected = call(case, module)
     with all_fused(module, case.fused, *case.below) as sites:
         assert relative_error(call(case, module), expected) <= 1e-5
@@ -395,5 +398,4 @@ def test_compiles_in_one_graph(case: Case) -> None:
     with all_fused(module, case.fused, *case.below):
         module.compile(fullgraph=True, backend="eager")
         out = call(case, module)
-    torch._dynamo.reset()
     assert relative_error(out, expected) <= 1e-5

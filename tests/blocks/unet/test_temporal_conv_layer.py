@@ -9,6 +9,7 @@ import pytest
 import torch
 from block_checks import frozen, fused, relative_error
 from diffusers.models.resnet import TemporalConvLayer
+from kernel_checks import pairwise
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,9 +22,10 @@ SHAPES = [
     pytest.param(1, 1, (2, 3), id="one-frame"),
     pytest.param(2, 4, (1, 1), id="one-pixel"),
 ]
-ORDERS = pytest.mark.parametrize(
-    "order", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels-last"]
-)
+ORDERS = [
+    pytest.param(torch.contiguous_format, id="contiguous"),
+    pytest.param(torch.channels_last, id="channels-last"),
+]
 
 
 @pytest.fixture
@@ -46,9 +48,7 @@ def call(layer: nn.Module, x: Tensor, num_frames: int) -> Tensor:
     return layer(x, num_frames=num_frames)
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize(("clips", "num_frames", "size"), SHAPES)
-@ORDERS
+@pairwise({"order": ORDERS, "clips, num_frames, size": SHAPES, "impl": ["torch", "triton"]})
 def test_equals_the_original(
     layer: nn.Module,
     clips: int,

@@ -50,7 +50,7 @@ class Kind(NamedTuple):
 _TEXT = torch.randn(FRAMES, 3, CONTEXT, generator=torch.Generator().manual_seed(1))
 _SVD = {"image_only_indicator": torch.zeros(1, FRAMES)}
 _FRAMES = {"num_frames": FRAMES}
-_GROUPS = {"resnet_groups": 4}  # interpreted kernels take one after the other
+_GROUPS = {"resnet_groups": 2}  # interpreted kernels take one after the other
 _MOTION = _GROUPS | {"temporal_num_attention_heads": 2}
 _ATTENTION = {"num_attention_heads": 2, "cross_attention_dim": CONTEXT}
 KINDS = {
@@ -414,7 +414,6 @@ def test_compiles_in_one_graph(kind: type[nn.Module], device: torch.device) -> N
     expected = call(block)
     with patched(block), torch.no_grad():
         out = torch.compile(block, fullgraph=True, backend="aot_eager")(**inputs(block))
-    torch._dynamo.reset()
     assert relative_error(out, expected) <= 1e-5
 
 
@@ -425,7 +424,6 @@ def test_a_resnet_block_compiled_alone_takes_them_apart(resnet: nn.Module, devic
     expected = resnet(torch.cat([x, skip], dim=1), temb)
     with fused(resnet, FusedResnetBlock2D):
         out = torch.compile(resnet, fullgraph=True, backend="aot_eager")(Joined(x, skip), temb)
-    torch._dynamo.reset()
     assert relative_error(out, expected) <= 1e-5
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import FAULTS, TARGETS, assert_close_to_gold, assert_no_spills, compile_for, planted
+from kernel_checks import FAULTS, TARGETS, assert_close_to_gold, assert_no_spills, compile_for, pairwise, planted
 from torch import Tensor
 
 from vidaccel.kernels.conv import temporal_conv as op
@@ -66,9 +66,7 @@ def assert_matches_reference(out: Tensor, arguments: dict[str, Any]) -> None:
     assert out.movedim(1, -1).is_contiguous()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pairwise({"epilogue": EPILOGUES, "shape": SHAPES, "dtype": DTYPES})
 def test_matches_reference(shape: tuple[int, ...], epilogue: str, dtype: torch.dtype, device: torch.device) -> None:
     arguments = draw(shape, dtype, device, epilogue)
     assert_matches_reference(temporal_conv(**arguments, impl="triton"), arguments)

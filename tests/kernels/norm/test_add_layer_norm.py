@@ -14,6 +14,7 @@ from kernel_checks import (
     assert_no_spills,
     compile_for,
     narrow_accesses,
+    pairwise,
     planted,
 )
 from torch import Tensor
@@ -99,10 +100,14 @@ def assert_matches_reference(
     assert_close_to_gold(y, gold, eager_y)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("names", ADDENDS)
-@pytest.mark.parametrize("centre", [0.0, 30.0], ids=["centred", "off-centre"])
+@pairwise(
+    {
+        "centre": [pytest.param(0.0, id="centred"), pytest.param(30.0, id="off-centre")],
+        "names": ADDENDS,
+        "shape": SHAPES,
+        "dtype": DTYPES,
+    }
+)
 def test_matches_reference(
     shape: tuple[int, int, int], names: tuple[str, ...], centre: float, dtype: torch.dtype, device: torch.device
 ) -> None:
