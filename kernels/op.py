@@ -43,6 +43,7 @@ __all__ = [
     "device_reason",
     "listening",
     "note",
+    "one_or",
     "ops",
     "overheard",
     "runs_triton",
@@ -141,6 +142,11 @@ def tensors_reason(x: Tensor, *others: Tensor | None) -> str | None:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
         return "the kernel has no backward pass (call it under torch.no_grad)"
     return None
+
+
+def one_or(whole: int, size: int) -> bool:
+    """Whether ``size`` broadcasts to ``whole``; Dynamo, which knows no ``in`` of symbolic sizes, can trace it."""
+    return size == 1 or size == whole
 
 
 def runs_triton(op: str, x: Tensor) -> bool:

@@ -50,6 +50,17 @@ def nothing_compiled() -> Iterator[None]:
         dynamo.reset()
 
 
+@pytest.fixture(autouse=True)
+def same_attention_backend() -> Iterator[None]:
+    """A model's ``set_attention_backend`` sets that of the process, too."""
+    module = sys.modules.get("diffusers.models.attention_dispatch")
+    before = module._AttentionBackendRegistry.get_active_backend()[0] if module else None
+    yield
+    if module := sys.modules.get("diffusers.models.attention_dispatch"):
+        registry = module._AttentionBackendRegistry
+        registry.set_active_backend(before or module.AttentionBackendName.NATIVE)
+
+
 @pytest.fixture
 def device() -> torch.device:
     """Where kernels run in this session: the GPU if there is one, else the CPU under the interpreter."""

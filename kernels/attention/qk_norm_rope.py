@@ -34,7 +34,7 @@ from torch import Tensor
 
 from vidaccel.kernels.check import Part, cuts
 from vidaccel.kernels.launch import Launch
-from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason, tensors_reason
+from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason, one_or, tensors_reason
 
 __all__ = [
     "QK_NORM_ROPE",
@@ -668,8 +668,8 @@ def _validate_tables(call: _Call, batch: int, tokens: int, head_dim: int) -> Non
         raise ValueError(f"qk_norm_rope: start must be a token of q, 0 to {tokens}, got {call.start}")
     for name in ("cos", "sin"):
         table = getattr(call, name)
-        fits = table is not None and table.ndim == 4 and table.shape[0] in (1, batch)
-        if not fits or table.shape[1] != tokens - call.start or table.shape[2] not in (1, call.num_heads):
+        fits = table is not None and table.ndim == 4 and one_or(batch, table.shape[0])
+        if not fits or table.shape[1] != tokens - call.start or not one_or(call.num_heads, table.shape[2]):
             got = None if table is None else tuple(table.shape)
             raise ValueError(f"qk_norm_rope: {name} must be [B, {tokens - call.start}, H, D/2], got {got}")
         if table.shape[3] * 2 != head_dim:

@@ -39,7 +39,7 @@ from torch import Tensor
 from vidaccel.kernels import settings
 from vidaccel.kernels.check import Part, cuts, piece_of
 from vidaccel.kernels.launch import Launch
-from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason, tensors_reason
+from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason, one_or, tensors_reason
 
 __all__ = [
     "GATED_RESIDUAL_NORM",
@@ -648,8 +648,8 @@ def _validate(*args: Any) -> None:
         modulation = getattr(call, name)
         if modulation is None:
             continue
-        fits = modulation.ndim == 3 and modulation.shape[0] in (1, samples) and modulation.shape[2] == channels
-        if not fits or (call.rows is None and modulation.shape[1] not in (1, tokens)):
+        fits = modulation.ndim == 3 and one_or(samples, modulation.shape[0]) and modulation.shape[2] == channels
+        if not fits or (call.rows is None and not one_or(tokens, modulation.shape[1])):
             raise ValueError(
                 f"gated_residual_norm: {name} must be [B, R, C] with R=1 or S, or other R with rows, "
                 f"got {tuple(modulation.shape)} for x {tuple(x.shape)}"

@@ -183,6 +183,16 @@ def test_animate_compiles_in_one_graph() -> None:
     check_compiled(tiny_transformer("WanAnimateTransformer3DModel", ANIMATE | {"num_layers": 1}), call)
 
 
+def test_compiled_for_more_than_one_size() -> None:
+    model = transformer("wan2.1-t2v-1.3b", num_layers=1)
+    sizes: list[dict[str, Any]] = [{}, {"size": (3, 6, 6)}, {"size": (5, 6, 8)}, {"size": (5, 6, 8), "batch": 2}]
+    expected = [call(model, **size) for size in sizes]
+    with patch_module(model):
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        for size, out in zip(sizes, expected, strict=True):
+            assert relative_error(call(compiled, **size), out) <= 1e-5
+
+
 def test_timesteps_of_tokens_compile_in_one_graph() -> None:
     check_compiled(transformer("wan2.2-ti2v-5b", num_layers=1), lambda model: call(model, timestep=first_frame()))
 
