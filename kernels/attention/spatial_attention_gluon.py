@@ -15,10 +15,11 @@ softmax of the next block runs while the values are still being multiplied. Scor
 probabilities are rounded to the input dtype before they meet v. Fidelity: math-exact.
 
 What the loop leaves out: sums of rows stay apart in the four threads that share a row until the tile ends, and the
-accumulator is multiplied only in warps of which a row has found a larger score. On an H200 both together are worth 5 %.
-Tried there, and slower or no faster: consumers that take turns to issue (by mbarriers or named barriers), releases by
-named barriers, probabilities rounded in pairs, queries read from registers. Without the softmax the products alone run
-at 787 TFLOP/s (head_dim 128), with k and v loaded once at 689, as it is at about 650: what is left is the softmax.
+accumulator is multiplied only in warps of which a row has found a larger score. On an H200 both were worth 5 %,
+measured beside releases by named barriers and probabilities rounded in pairs, which alone gained nothing. Slower there:
+consumers that take turns to issue (by mbarriers or named barriers), queries read from registers. Without the softmax
+the products alone run at 787 TFLOP/s (head_dim 128), with k and v loaded once at 689, as it is at about 650: what is
+left is the softmax. The record: samples/benchmarks/attention-variants-h200.json.
 
 Who waits for whom (every barrier completes a phase per use; a wait names the parity of the phase it waits for, and a
 wait for the odd parity of a fresh barrier passes at once):

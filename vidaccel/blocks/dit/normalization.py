@@ -45,7 +45,7 @@ class TimestepModulation(FusedBlock):
             return stock(self, timestep, added, batch_size, dtype)
         modulation, embedding = stock(self, distinct.flatten(), added, batch_size, dtype)  # [B*R, P*C], [B*R, C]
         modulation, embedding = (x.unflatten(0, distinct.shape[:2]) for x in (modulation, embedding))
-        of_tokens = _of_tokens(modulation, rows, tokens)  # for whoever looks at it: the blocks know the rows
+        of_tokens = _of_tokens(modulation, rows, tokens)  # a row per token, for a block that is not fused
         parts = (-1, embedding.shape[2])  # [B, R, P, C]
         keep_rows(of_tokens.unflatten(2, parts), modulation.unflatten(2, parts), rows)
         return of_tokens.flatten(0, 1), _of_tokens(embedding, rows, tokens).flatten(0, 1)

@@ -316,6 +316,6 @@ class FusedWanTimeTextImageEmbedding(FusedBlock, WanTimeTextImageEmbedding):
         temb, projected, *texts = stock(self, distinct.flatten(), context, image, len(starts))  # [B, R, C], [B, R, 6C]
         if len(starts) == 1:
             return *(x.expand(-1, tokens, -1) for x in (temb, projected)), *texts
-        modulation = projected[:, rows]  # for whoever looks at it: the blocks know the rows
+        modulation = projected[:, rows]  # a row per token, for a block that is not fused
         keep_rows(modulation.unflatten(2, (6, -1)), projected.unflatten(2, (6, -1)), rows)
         return temb[:, rows], modulation, *texts

@@ -321,7 +321,7 @@ class FusedWanPostQuantConv(FusedBlock, WanCausalConv3d):
 def _frames_to_come(x: Tensor) -> Tensor | None:
     """``x``, a tile of a frame, and those behind it; None if there are none, or it is no such thing.
 
-    A whole frame may be all that somebody wants to see of a clip.
+    Only tiles: of a call for a whole frame nobody knows whether the others will be asked for.
     """
     clip = x._base
     if x.ndim != 5 or x.shape[2] != 1 or clip is None or clip.ndim != 5 or not clip.is_contiguous():
