@@ -40,6 +40,7 @@ class _Family(NamedTuple):
 
 
 _FAMILIES = {
+    "allegro": _Family(models=("AllegroTransformer3DModel",), pipelines=("AllegroPipeline",)),
     "animatediff": _Family(
         models=("UNetMotionModel", "ControlNetModel", "MultiControlNetModel", "SparseControlNetModel"),
         pipelines=(
@@ -96,6 +97,7 @@ _FAMILIES = {
     "kandinsky5": _Family(
         models=("Kandinsky5Transformer3DModel",), pipelines=("Kandinsky5I2VPipeline", "Kandinsky5T2VPipeline")
     ),
+    "latte": _Family(models=("LatteTransformer3DModel",), pipelines=("LattePipeline",)),
     "ltx": _Family(
         models=("LTXVideoTransformer3DModel",),
         pipelines=(
@@ -118,6 +120,9 @@ _FAMILIES = {
         ),
     ),
     "mochi": _Family(models=("MochiTransformer3DModel",), pipelines=("MochiPipeline",)),
+    "sana_video": _Family(
+        models=("SanaVideoTransformer3DModel",), pipelines=("SanaImageToVideoPipeline", "SanaVideoPipeline")
+    ),
     "chronoedit": _Family(models=("ChronoEditTransformer3DModel",), pipelines=("ChronoEditPipeline",)),
     "helios": _Family(models=("HeliosTransformer3DModel",), pipelines=("HeliosPipeline", "HeliosPyramidPipeline")),
     "skyreels_v2": _Family(
