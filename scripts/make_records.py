@@ -46,6 +46,11 @@ def _model(name: str, scope: str, family: str, compiled: str, options: str) -> R
     return Record(name, f"--synthetic {family} --scope {scope} --variants {variants} --new-process {options}")
 
 
+def _transformer(name: str, options: str, compiled: str = "compile_blocks,compile") -> Record:
+    variants = ",".join(filter(None, ("eager,patched", compiled)))
+    return Record(name, f"--synthetic {name} --scope denoiser --variants {variants} --dtype bfloat16 --warmup 1 {options}")
+
+
 # torch.compile as it comes, and the switches under which it was fastest; those that take long first.
 WITH_BENCHMARK = "compile,compile+cudnn.benchmark"
 CHANNELS_LAST = "compile,compile+channels_last+cudnn.benchmark"
@@ -62,6 +67,18 @@ RECORDS = (
     _model("svd-xt-vae", "vae", "svd-xt", CHANNELS_LAST, "--repeats 5 --budget 3"),
     _model("svd-vae", "vae", "svd", CHANNELS_LAST, "--repeats 6 --budget 2.5"),
     _model("animatediff-vae", "vae", "animatediff", WITH_BENCHMARK, "--repeats 10 --budget 2"),
+    Record(
+        "wan2.1-vae",
+        "--synthetic wan2.1-t2v-1.3b --scope vae --variants eager,patched --warmup 1 --repeats 3 --budget 8",
+    ),
+    _transformer("hunyuanvideo1.5-480p", "--repeats 3 --budget 20 --no-reference", "compile_blocks"),
+    _transformer("wan2.1-t2v-14b", "--repeats 5 --budget 15 --no-reference", "compile_blocks"),
+    _transformer("wan2.1-t2v-1.3b", "--repeats 7 --budget 5"),
+    _transformer("wan2.2-ti2v-5b", "--repeats 7 --budget 7 --no-reference"),
+    _transformer("cogvideox-5b", "--repeats 5 --budget 9 --no-reference", "compile"),
+    _transformer("ltx-2", "--repeats 7 --budget 6 --no-reference"),
+    _transformer("ltx-video-2b", "--repeats 9 --budget 3"),
+    _transformer("mochi-1", "--repeats 7 --budget 5 --no-reference", "compile"),
     _model("modelscope-2-cores", "denoiser", "modelscope", "", "--cpus 2 --repeats 20 --budget 1.5 --no-reference"),
     _model("zeroscope-2-cores", "denoiser", "zeroscope", "", "--cpus 2 --repeats 12 --budget 2.5 --no-reference"),
     _model("animatediff-2-cores", "denoiser", "animatediff", "", "--cpus 2 --repeats 15 --budget 2.5 --no-reference"),

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vidaccel.kernels.launch import Launch
 
-__all__ = ["Copies", "hollow_out"]
+__all__ = ["Copies", "Held", "hollow_out"]
 
 _COPIES = ("clone", "copy_", "_to_copy", "cat", "constant_pad_nd", "upsample_nearest2d")
 
@@ -34,6 +35,24 @@ class Copies(TorchDispatchMode):
             self.found += [] if ordered else [f"{name} {tuple(args[0].shape)} of another memory order"]
         if name in _COPIES and out.numel() >= self.smallest:
             self.found.append(f"{name} {tuple(out.shape)} at {_our_line()}")
+        return out
+
+
+class Held(TorchDispatchMode):
+    """The most bytes that the images made inside hold at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[StorageWeakRef, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.ndim >= 4:
+            storage = out.untyped_storage()
+            self.storages[StorageWeakRef(storage)] = storage.nbytes()
+            self.storages = {ref: size for ref, size in self.storages.items() if not ref.expired()}
+            self.most = max(self.most, sum(self.storages.values()))
         return out
 
 

@@ -10,6 +10,7 @@ from diffusers import (
     AnimateDiffPipeline,
     AutoencoderKL,
     AutoencoderKLTemporalDecoder,
+    AutoencoderKLWan,
     ControlNetModel,
     DDIMScheduler,
     DiffusionPipeline,
@@ -28,6 +29,7 @@ from vidaccel.bench.synthetic import build_pipeline, pipeline_inputs, specificat
 __all__ = [
     "tiny_animatediff_pipeline",
     "tiny_autoencoder_kl",
+    "tiny_autoencoder_kl_wan",
     "tiny_controlnet",
     "tiny_motion_unet",
     "tiny_relative",
@@ -142,6 +144,23 @@ def _seeded(model_class: type[nn.Module], seed: int, config: dict[str, Any]) -> 
         model = model_class(**config).eval()
         _leave_the_initial_values(model)
     return model
+
+
+def tiny_autoencoder_kl_wan(seed: int = 0, **options: Any) -> AutoencoderKLWan:
+    """Wan's video VAE, on the CPU: 4 latent channels, 8 to 32 channels, factors 8 and 4."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = {
+            "base_dim": 8,
+            "z_dim": 4,
+            "num_res_blocks": 1,
+            "latents_mean": [0.0] * 4,
+            "latents_std": [1.0] * 4,
+        }
+        vae = AutoencoderKLWan(**config | options).eval()
+        for parameter in vae.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return vae
 
 
 def tiny_autoencoder_kl(seed: int = 0) -> AutoencoderKL:

@@ -134,19 +134,46 @@ class _Call(NamedTuple):
     second_first: bool
 
 
-def qk_norm_rope_ref(*args: Any) -> list[Tensor]:
+def qk_norm_rope_ref(
+    q: Tensor,
+    k: Tensor | None,
+    num_heads: int,
+    norm: str = "none",
+    eps: float = 0.0,
+    rounding: str = "once",
+    weight_q: Tensor | None = None,
+    weight_k: Tensor | None = None,
+    bias_q: Tensor | None = None,
+    bias_k: Tensor | None = None,
+    rope: str = "none",
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    start: int = 0,
+    v: Tensor | None = None,
+    second_q: Tensor | None = None,
+    second_k: Tensor | None = None,
+    second_v: Tensor | None = None,
+    second_weight_q: Tensor | None = None,
+    second_weight_k: Tensor | None = None,
+    second_bias_q: Tensor | None = None,
+    second_bias_k: Tensor | None = None,
+    second_first: bool = False,
+) -> list[Tensor]:
     """The specification: ``[q]``, ``[q, k]``, or joint ``[q, k, v]``. Pass float64 inputs for gold values."""
-    call = _Call(*args)
-    q = _rope(call, _norm(call, call.q, call.weight_q, call.bias_q))
-    if call.k is None:
+    call = _Call(
+        q, k, num_heads, norm, eps, rounding, weight_q, weight_k, bias_q, bias_k, rope, cos, sin, start, v,
+        second_q, second_k, second_v, second_weight_q, second_weight_k, second_bias_q, second_bias_k, second_first,
+    )  # fmt: skip
+    q = _rope(call, _norm(call, q, weight_q, bias_q))
+    if k is None:
         return [q.contiguous()]
-    k = _rope(call, _norm(call, call.k, call.weight_k, call.bias_k))
-    if call.second_q is None:
+    k = _rope(call, _norm(call, k, weight_k, bias_k))
+    if second_q is None:
         return [q.contiguous(), k.contiguous()]
-    second_q = _norm(call, call.second_q, call.second_weight_q, call.second_bias_q)
-    second_k = _norm(call, call.second_k, call.second_weight_k, call.second_bias_k)
-    pairs: list[Any] = [(q, second_q), (k, second_k), (call.v, call.second_v)]
-    return [torch.cat(pair[::-1] if call.second_first else pair, dim=1) for pair in pairs]
+    second_q = _norm(call, second_q, second_weight_q, second_bias_q)
+    second_k = _norm(call, second_k, second_weight_k, second_bias_k)
+    pairs: list[Any] = [(q, second_q), (k, second_k), (v, second_v)]
+    return [torch.cat(pair[::-1] if second_first else pair, dim=1) for pair in pairs]
 
 
 def _norm(call: _Call, x: Any, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -217,7 +244,6 @@ def _qk_norm_rope_kernel(
     NORM: tl.constexpr, ROUNDS_EACH: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     ROPE: tl.constexpr, TABLE_PER_HEAD: tl.constexpr, HAS_START: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
-    WALKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     dtype = out_q_ptr.dtype.element_ty
     CHUNKS: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
@@ -233,113 +259,107 @@ def _qk_norm_rope_kernel(
     # as big as a tile of rows, so that each thread reads the weights of its own numbers
     offs_w = tl.zeros([BLOCK_M, BLOCK_H, 1], tl.int32) + offs_d
 
-    first = tl.program_id(0)
-    # of one round the compiler makes no loop, which saves 20 registers
-    last = tl.cdiv(tokens, BLOCK_M) * batch if WALKS else first + 1
-    for tile in tl.range(first, last, tl.num_programs(0) if WALKS else 1, num_stages=STAGES):
-        # neighbouring programs have the same token of each sample: the samples may share its tables
-        n = (tile % batch).to(tl.int64)
-        offs_m = (tile // batch * BLOCK_M + tl.arange(0, BLOCK_M))[:, None, None]
-        of_sample = offs_m < tokens if BLOCK_M > 1 else tl.full([1, 1, 1], True, tl.int1)
-        turns = of_sample & (offs_m >= start) if HAS_START else of_sample
-        row = offs_m.to(tl.int64)
-        x_rows = (
-            n * stride_q_b + row * stride_q_s, n * stride_k_b + row * stride_k_s, n * stride_v_b + row * stride_v_s
-        )  # fmt: skip
-        table_row = n * stride_t_b + (row - start if HAS_START else row) * stride_t_s
-        out_row = (n * out_tokens + out_start + row) * (HEADS * HEAD_DIM)
+    tile = tl.program_id(0)
+    # neighbouring programs have the same token of each sample: the samples may share its tables
+    n = (tile % batch).to(tl.int64)
+    offs_m = (tile // batch * BLOCK_M + tl.arange(0, BLOCK_M))[:, None, None]
+    of_sample = offs_m < tokens if BLOCK_M > 1 else tl.full([1, 1, 1], True, tl.int1)
+    turns = of_sample & (offs_m >= start) if HAS_START else of_sample
+    row = offs_m.to(tl.int64)
+    x_rows = (
+        n * stride_q_b + row * stride_q_s, n * stride_k_b + row * stride_k_s, n * stride_v_b + row * stride_v_s
+    )  # fmt: skip
+    table_row = n * stride_t_b + (row - start if HAS_START else row) * stride_t_s
+    out_row = (n * out_tokens + out_start + row) * (HEADS * HEAD_DIM)
 
-        # all rows are asked for before one is waited for
-        xs = ()  # type: Any
-        for i in tl.static_range(OPERANDS):
+    # all rows are asked for before one is waited for
+    xs = ()  # type: Any
+    for i in tl.static_range(OPERANDS):
+        for c in tl.static_range(CHUNKS):
+            h = offs_h + c * BLOCK_H
+            mask = of_sample & (h < HEADS) & (offs_d < WIDTH)
+            xs += (_load_two(x_ptrs[i], x_rows[i] + h * HEAD_DIM + offs_d, mask, ROPE, HEAD_DIM),)
+    tables = ()  # type: Any
+    if ROPE != "none":
+        for c in tl.static_range(CHUNKS if TABLE_PER_HEAD else 1):
+            h = offs_h + c * BLOCK_H
+            mask = turns & (h < HEADS) & of_pair
+            offs = table_row + h.to(tl.int64) * stride_t_h + offs_t * stride_t_d
+            cos = tl.load(cos_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+            sin = tl.load(sin_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+            tables += ((cos, sin),)
+
+    rstds = ()  # type: Any
+    if NORM == "rms_all":
+        for i in tl.static_range(2 if OPERANDS > 1 else 1):
+            squares = tl.zeros_like(xs[0][0]).to(tl.float32)
             for c in tl.static_range(CHUNKS):
-                h = offs_h + c * BLOCK_H
-                mask = of_sample & (h < HEADS) & (offs_d < WIDTH)
-                xs += (_load_two(x_ptrs[i], x_rows[i] + h * HEAD_DIM + offs_d, mask, ROPE, HEAD_DIM),)
-        tables = ()  # type: Any
-        if ROPE != "none":
-            for c in tl.static_range(CHUNKS if TABLE_PER_HEAD else 1):
-                h = offs_h + c * BLOCK_H
-                mask = turns & (h < HEADS) & of_pair
-                offs = table_row + h.to(tl.int64) * stride_t_h + offs_t * stride_t_d
-                cos = tl.load(cos_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-                sin = tl.load(sin_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-                tables += ((cos, sin),)
-
-        rstds = ()  # type: Any
-        if NORM == "rms_all":
-            for i in tl.static_range(2 if OPERANDS > 1 else 1):
-                squares = tl.zeros_like(xs[0][0]).to(tl.float32)
-                for c in tl.static_range(CHUNKS):
-                    a, b = xs[i * CHUNKS + c]
-                    a, b = a.to(tl.float32), b.to(tl.float32)
-                    squares += a * a + b * b
-                mean_square = tl.sum(tl.sum(squares, axis=2), axis=1) / (HEADS * HEAD_DIM)
-                rstds += (tl.rsqrt(mean_square + eps)[:, None, None],)
-
-        for i in tl.static_range(OPERANDS):
-            ys = ()  # type: Any
-            for c in tl.static_range(CHUNKS):
-                h = offs_h + c * BLOCK_H
-                mask = of_sample & (h < HEADS) & (offs_d < WIDTH)
                 a, b = xs[i * CHUNKS + c]
-                if i < NORMED:
-                    a, b = a.to(tl.float32), b.to(tl.float32)
-                    if NORM == "layer_head":
-                        mean = tl.sum(a + b, axis=2, keep_dims=True) / HEAD_DIM
-                        a, b = tl.where(of_pair, a - mean, 0.0), tl.where(of_pair, b - mean, 0.0)
-                    if NORM == "rms_all":
-                        rstd = rstds[i]
-                    else:
-                        rstd = tl.rsqrt(tl.sum(a * a + b * b, axis=2, keep_dims=True) / HEAD_DIM + eps)
-                    a, b = a * rstd, b * rstd
+                a, b = a.to(tl.float32), b.to(tl.float32)
+                squares += a * a + b * b
+            mean_square = tl.sum(tl.sum(squares, axis=2), axis=1) / (HEADS * HEAD_DIM)
+            rstds += (tl.rsqrt(mean_square + eps)[:, None, None],)
+
+    for i in tl.static_range(OPERANDS):
+        ys = ()  # type: Any
+        for c in tl.static_range(CHUNKS):
+            h = offs_h + c * BLOCK_H
+            mask = of_sample & (h < HEADS) & (offs_d < WIDTH)
+            a, b = xs[i * CHUNKS + c]
+            if i < NORMED:
+                a, b = a.to(tl.float32), b.to(tl.float32)
+                if NORM == "layer_head":
+                    mean = tl.sum(a + b, axis=2, keep_dims=True) / HEAD_DIM
+                    a, b = tl.where(of_pair, a - mean, 0.0), tl.where(of_pair, b - mean, 0.0)
+                if NORM == "rms_all":
+                    rstd = rstds[i]
+                else:
+                    rstd = tl.rsqrt(tl.sum(a * a + b * b, axis=2, keep_dims=True) / HEAD_DIM + eps)
+                a, b = a * rstd, b * rstd
+                if ROUNDS_EACH:
+                    a, b = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
+                if HAS_WEIGHT and (NORM == "rms_all" or c == 0):
+                    offs = offs_w + h * HEAD_DIM if NORM == "rms_all" else offs_w
+                    weight_a, weight_b = _load_two(weight_ptrs[i], offs, mask, ROPE, HEAD_DIM)
                     if ROUNDS_EACH:
-                        a, b = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
-                    if HAS_WEIGHT and (NORM == "rms_all" or c == 0):
-                        offs = offs_w + h * HEAD_DIM if NORM == "rms_all" else offs_w
-                        weight_a, weight_b = _load_two(weight_ptrs[i], offs, mask, ROPE, HEAD_DIM)
-                        if ROUNDS_EACH:
-                            weight_a, weight_b = weight_a.to(dtype), weight_b.to(dtype)
-                    if HAS_BIAS and c == 0:
-                        bias_a, bias_b = _load_two(bias_ptrs[i], offs_w, mask, ROPE, HEAD_DIM)
-                    if HAS_WEIGHT:
-                        a, b = a * weight_a.to(tl.float32), b * weight_b.to(tl.float32)
-                    if HAS_BIAS:
-                        a, b = a + bias_a.to(tl.float32), b + bias_b.to(tl.float32)
-                    a, b = a.to(dtype), b.to(dtype)
-                if i < TURNED:
-                    cos, sin = tables[c if TABLE_PER_HEAD else 0]
-                    wide_a, wide_b = a.to(tl.float32), b.to(tl.float32)
-                    turned_a, turned_b = wide_a * cos - wide_b * sin, wide_a * sin + wide_b * cos
-                    if HAS_START:
-                        turned_a, turned_b = tl.where(turns, turned_a, wide_a), tl.where(turns, turned_b, wide_b)
-                    a, b = turned_a.to(dtype), turned_b.to(dtype)
-                ys += ((a, b),)
-            # stores come after all weights: no load overtakes a store
-            for c in tl.static_range(CHUNKS):
-                h = offs_h + c * BLOCK_H
-                mask = of_sample & (h < HEADS) & (offs_d < WIDTH)
-                a, b = ys[c]
-                _store_two(out_ptrs[i], out_row + h * HEAD_DIM + offs_d, a, b, mask, ROPE, HEAD_DIM)
+                        weight_a, weight_b = weight_a.to(dtype), weight_b.to(dtype)
+                if HAS_BIAS and c == 0:
+                    bias_a, bias_b = _load_two(bias_ptrs[i], offs_w, mask, ROPE, HEAD_DIM)
+                if HAS_WEIGHT:
+                    a, b = a * weight_a.to(tl.float32), b * weight_b.to(tl.float32)
+                if HAS_BIAS:
+                    a, b = a + bias_a.to(tl.float32), b + bias_b.to(tl.float32)
+                a, b = a.to(dtype), b.to(dtype)
+            if i < TURNED:
+                cos, sin = tables[c if TABLE_PER_HEAD else 0]
+                wide_a, wide_b = a.to(tl.float32), b.to(tl.float32)
+                turned_a, turned_b = wide_a * cos - wide_b * sin, wide_a * sin + wide_b * cos
+                if HAS_START:
+                    turned_a, turned_b = tl.where(turns, turned_a, wide_a), tl.where(turns, turned_b, wide_b)
+                a, b = turned_a.to(dtype), turned_b.to(dtype)
+            ys += ((a, b),)
+        # stores come after all weights: no load overtakes a store
+        for c in tl.static_range(CHUNKS):
+            h = offs_h + c * BLOCK_H
+            mask = of_sample & (h < HEADS) & (offs_d < WIDTH)
+            a, b = ys[c]
+            _store_two(out_ptrs[i], out_row + h * HEAD_DIM + offs_d, a, b, mask, ROPE, HEAD_DIM)
 
 
 class Tiling(NamedTuple):
     """A program of ``num_warps`` warps holds a tile of ``block_m`` tokens, and works on ``block_h`` heads at a time.
 
-    These should be so many that each thread has 16 bytes of them. Where there are more tiles than ``programs``, a
-    program walks over several, and fetches ``stages - 1`` of them ahead.
+    These should be so many that each thread has 16 bytes of them.
     """
 
     block_m: int
     block_h: int
     num_warps: int
-    stages: int = 1
-    programs: int = 2**31 - 1
 
 
 TENSORS = 12  # that the kernel takes
 MAX_CHANNELS = 8192
-THREAD_BYTES = 96  # at least, that a thread fetches before it waits
+THREAD_BYTES = 96  # at least, that a thread fetches before it waits; of halves twice as many
 WARP_SIZE = 64 if torch.version.hip else 32
 
 
@@ -350,12 +370,17 @@ def choose_tiling(
 
     A program has one token, and there are many programs: while some of them wait for memory, others calculate. A thread
     fetches 96 bytes or more before it waits. With fewer, most of its instructions are spent on addresses and sums; with
-    twice as many, its numbers take more than 128 registers in float32, and too few programs share a multiprocessor.
-    These are the compiler's figures; nothing of it is measured yet.
+    twice as many, its numbers take more than 128 registers in float32, and too few programs share a multiprocessor. Of
+    halves it fetches 192 or more: LTX-2 gains 6 %.
+
+    On an H200 the widths of Wan, HunyuanVideo 1.5, LTX and CogVideoX get 95 to 100 % of copy bandwidth. Fewer programs
+    that walk over tiles, and fetch the next ones ahead, were measured there too: they lost 4 to 43 %
+    (samples/benchmarks/transformer-op-variants-h200.json).
     """
     block_d = _block_d(head_dim)
     fetched = num_heads * block_d * (operands * itemsize + (4 if table_per_head else 0))
-    threads = min(max(_power_of_2_up_to(fetched // THREAD_BYTES), WARP_SIZE), 512)
+    thread_bytes = 2 * THREAD_BYTES if halves else THREAD_BYTES
+    threads = min(max(_power_of_2_up_to(fetched // thread_bytes), WARP_SIZE), 512)
     tile_d = block_d // 2 if halves else block_d  # halves are read one by one
     tile = threads * 16 // itemsize
     block_h = min(max(tile // tile_d, 1), triton.next_power_of_2(num_heads))
@@ -431,9 +456,8 @@ def _launch(call: _Call, stream: _Stream, out_tokens: int, out_start: int) -> La
     rope, start = ("none", 0) if cos is None else (call.rope, call.start)
     operands, table_per_head = 1 + (k is not None) + (v is not None), cos is not None and cos.shape[2] > 1
     tiling = choose_tiling(call.num_heads, head_dim, q.itemsize, operands, rope == "halves", table_per_head)
-    tiles = triton.cdiv(tokens, tiling.block_m) * batch
     return Launch(
-        _qk_norm_rope_kernel, (min(tiles, tiling.programs),),
+        _qk_norm_rope_kernel, (triton.cdiv(tokens, tiling.block_m) * batch,),
         batch, tokens, start, out_tokens, out_start,
         *_row_strides(q), *_row_strides(k), *_row_strides(v), *_table_strides(cos),
         float(call.eps),
@@ -442,7 +466,6 @@ def _launch(call: _Call, stream: _Stream, out_tokens: int, out_start: int) -> La
         HAS_WEIGHT=weight_q is not None, HAS_BIAS=bias_q is not None and call.norm == "layer_head",
         ROPE=rope, TABLE_PER_HEAD=table_per_head, HAS_START=start > 0,
         BLOCK_M=tiling.block_m, BLOCK_H=tiling.block_h, BLOCK_D=_block_d(head_dim),
-        WALKS=tiles > tiling.programs, STAGES=tiling.stages,
         num_warps=tiling.num_warps,
     )  # fmt: skip
 

@@ -11,9 +11,14 @@ zeros and not written. Heads of up to 64 channels take the time of 64, larger on
 and of 64 + 16 for 80 multiply less; on an H100 they were no faster.)
 
 What overlaps: the scores of the next block and the values of this one are given to the tensor cores together, and the
-softmax of the next block runs while the values are still being multiplied; with ``PING_PONG`` the consumers take turns
-to issue, so that one's softmax meets the other's products. Scores, softmax and sums are float32; probabilities are
-rounded to the input dtype before they meet v. Fidelity: math-exact.
+softmax of the next block runs while the values are still being multiplied. Scores, softmax and sums are float32;
+probabilities are rounded to the input dtype before they meet v. Fidelity: math-exact.
+
+What the loop leaves out: sums of rows stay apart in the four threads that share a row until the tile ends, and the
+accumulator is multiplied only in warps of which a row has found a larger score. On an H200 both together are worth 5 %.
+Tried there, and slower or no faster: consumers that take turns to issue (by mbarriers or named barriers), releases by
+named barriers, probabilities rounded in pairs, queries read from registers. Without the softmax the products alone run
+at 787 TFLOP/s (head_dim 128), with k and v loaded once at 689, as it is at about 650: what is left is the softmax.
 
 Who waits for whom (every barrier completes a phase per use; a wait names the parity of the phase it waits for, and a
 wait for the odd parity of a fresh barrier passes at once):
@@ -23,9 +28,6 @@ wait for the odd parity of a fresh barrier passes at once):
 * ``q_free[c]``: consumer c arrives once a tile, after its last product that reads q. One arrival a phase.
 * ``k_free[s]``, ``v_free[s]``: each consumer arrives when its products that read the block have finished; the producer
   waits before it overwrites the block. ``CONSUMERS`` arrivals a phase, so none can run a whole ring ahead of another.
-* ``turns[c]``: consumer c waits before it issues a pair of products and hands the turn to the next one after it. All
-  consumers do so equally often, whether or not their rows exist, so the ring of turns never stalls; consumer 0 has the
-  first turn. A hint to the scheduler: no data depends on it.
 
 The n-th block of a program lies in stage ``n % STAGES`` and belongs to phase ``n // STAGES`` of that stage's barriers:
 consumers wait for parity ``n // STAGES & 1`` of "ready", the producer for the opposite one of "free". TMA and wgmma
@@ -80,16 +82,57 @@ def _finished(x):
     """``x``, a tensor of no negative numbers, by way of code that nothing can be moved across before ``x`` is known.
 
     ptxas puts the wait for a product as early as it can, here before the softmax that is to overlap with it. The
-    branch, never taken, depends on the softmax and holds it back.
+    branch, never taken, depends on the softmax of both rows of a thread and holds it back.
     """
     return gl.inline_asm_elementwise(
-        "{.reg .pred p; setp.lt.f32 p, $2, 0f00000000; @p nanosleep.u32 1; mov.b32 $0, $2; mov.b32 $1, $3;}",
+        "{.reg .pred p; setp.lt.f32 p, $2, 0f00000000; setp.lt.or.f32 p, $3, 0f00000000, p;"
+        " @p nanosleep.u32 1; mov.b32 $0, $2; mov.b32 $1, $3;}",
         "=f,=f,f,f",
         [x],
         dtype=gl.float32,
         is_pure=False,
         pack=2,
     )
+
+
+@gluon.constexpr_function
+def _rescale_asm(count):
+    """PTX for ``acc *= alpha`` over ``count`` registers of a thread, branched around where a warp's alphas are all 1.
+
+    Registers of an accumulator belong to the thread's two rows by turns, two at a time, and so do those of alpha.
+    """
+    low, high = f"${2 * count}", f"${2 * count + 2}"
+    lines = [
+        "{.reg .pred p;",
+        f"setp.neu.f32 p, {low}, 0f3F800000;",
+        f"setp.neu.or.f32 p, {high}, 0f3F800000, p;",
+        "vote.sync.any.pred p, p, 0xffffffff;",
+        "@!p bra KEEP;",
+        *(f"mul.f32 ${i}, ${i}, {(low, high)[i >> 1 & 1]};" for i in range(count)),
+        "KEEP:}",
+    ]
+    return "\n".join(lines)
+
+
+@gluon.constexpr_function
+def _rescale_constraints(count):
+    # the results are the accumulator's own registers: other ones would double it
+    return ",".join(["=f"] * count + [str(i) for i in range(count)] + ["f"] * count)
+
+
+@gluon.jit
+def _rescaled(acc, alpha, COUNT: gl.constexpr):
+    """``acc * alpha``, of which a thread holds ``COUNT`` numbers; the same bits, for a multiplication by 1 has none."""
+    alpha, acc = gl.broadcast(alpha, acc)
+    return gl.inline_asm_elementwise(
+        _rescale_asm(COUNT), _rescale_constraints(COUNT), [acc, alpha], dtype=gl.float32, is_pure=True, pack=COUNT
+    )
+
+
+@gluon.jit
+def _parted_sums(p):
+    """Sums of rows over what each thread holds, ``[rows, 4]``: those of the four threads of a row apart."""
+    return gl.sum(gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 4, 2]), 3), 1)
 
 
 @gluon.jit
@@ -131,8 +174,8 @@ def _producer(load, CONSUMERS: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _consumer(work, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PING_PONG: gl.constexpr):
-    out_desc, out_smem, tiles, ready, free, turns, sizes, seq_kv, scale_log2 = work
+def _consumer(work, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr):
+    out_desc, out_smem, tiles, ready, free, sizes, seq_kv, scale_log2 = work
     q_smem, k_smem, v_smem = tiles
     q_ready, k_ready, v_ready = ready
     q_free, k_free, v_free = free
@@ -162,7 +205,7 @@ def _consumer(work, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.
         s = gl.where((offs_n < seq_kv)[None, :], s, float("-inf"))
         m_i = gl.max(s, 1) * scale_log2
         p = gl.exp2(s * scale_log2 - m_i[:, None])
-        l_i = gl.sum(p, 1)
+        l_i = _parted_sums(p)
         p = gl.convert_layout(p.to(dtype), PROBABILITIES)
         acc = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, OUTPUT)
 
@@ -170,27 +213,24 @@ def _consumer(work, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.
             n = tiles_done * blocks + block - 1
             k_stage, v_stage = (n + 1) % STAGES, n % STAGES
             mbarrier.wait(k_ready.index(k_stage), (n + 1) // STAGES & 1)
-            if PING_PONG:
-                # one turn a block but the first of each tile
-                mbarrier.wait(turns.index(CONSUMER), (n - tiles_done & 1) ^ (1 if CONSUMER == 0 else 0))
             k = _matrix(k_smem.index(k_stage))
             s = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
             mbarrier.wait(v_ready.index(v_stage), n // STAGES & 1)
             v = _matrix(v_smem.index(v_stage))
             acc = warpgroup_mma(p, v, acc, is_async=True)
-            if PING_PONG:
-                mbarrier.arrive(turns.index((CONSUMER + 1) % CONSUMERS))
             s = warpgroup_mma_wait(1, deps=(s,))
             mbarrier.arrive(k_free.index(k_stage))
             m_new = gl.maximum(m_i, gl.max(s, 1) * scale_log2)
             alpha = gl.exp2(m_i - m_new)
             m_i = m_new
             p_next = gl.exp2(s * scale_log2 - m_new[:, None])
-            l_i = _finished(l_i * alpha + gl.sum(p_next, 1))
+            alpha_i = gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))[:, None]
+            l_i = _finished(l_i * alpha_i + _parted_sums(p_next))
             # p is among the dependencies because the product reads it from registers until now
             acc, p = warpgroup_mma_wait(0, deps=(acc, p))
             mbarrier.arrive(v_free.index(v_stage))
-            acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUTPUT))[:, None]
+            alpha = gl.convert_layout(alpha, gl.SliceLayout(1, OUTPUT))[:, None]
+            acc = _rescaled(acc, alpha, ROWS * HEAD_DIM // 128)
             p = gl.convert_layout(p_next.to(dtype), PROBABILITIES)
         mbarrier.arrive(q_free.index(CONSUMER))
 
@@ -201,7 +241,7 @@ def _consumer(work, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.
         acc = warpgroup_mma(p, v, acc, is_async=True)
         acc, p = warpgroup_mma_wait(0, deps=(acc, p))
         mbarrier.arrive(v_free.index(stage))
-        acc = acc * gl.convert_layout(1.0 / l_i, gl.SliceLayout(1, OUTPUT))[:, None]
+        acc = acc * gl.convert_layout(1.0 / gl.sum(l_i, 1), gl.SliceLayout(1, OUTPUT))[:, None]
         tma.store_wait(0)  # of the tile before
         _matrix(out).store(acc.to(dtype))
         fence_async_shared()
@@ -230,7 +270,7 @@ def spatial_attention_gluon_kernel(
     q_desc, k_desc, v_desc, out_desc,
     num_tiles, tiles_per_head, num_heads, seq_kv, kv_batch_step,
     scale_log2,
-    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PING_PONG: gl.constexpr, REGISTERS: gl.constexpr,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """All tiles of ``CONSUMERS`` times the rows of ``q_desc``'s block; launch at most as many programs as fit at once.
 
@@ -241,16 +281,15 @@ def spatial_attention_gluon_kernel(
     out_smem = _tiles(out_desc, CONSUMERS)
     ready = (_barriers(CONSUMERS, 1), _barriers(STAGES, 1), _barriers(STAGES, 1))
     free = (_barriers(CONSUMERS, 1), _barriers(STAGES, CONSUMERS), _barriers(STAGES, CONSUMERS))
-    turns = _barriers(CONSUMERS, 1)
     fence_async_shared()
     sizes = (num_tiles, tiles_per_head, num_heads, gl.cdiv(seq_kv, k_desc.block_shape[1]))
-    work = (out_desc, out_smem, tiles, ready, free, turns, sizes, seq_kv, scale_log2)
+    work = (out_desc, out_smem, tiles, ready, free, sizes, seq_kv, scale_log2)
     load = ((q_desc, k_desc, v_desc), tiles, ready, free, sizes, kv_batch_step)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consumer, (work, 0, CONSUMERS, STAGES, PING_PONG)),
-                (_consumer, (work, 1, CONSUMERS, STAGES, PING_PONG)),
+                (_consumer, (work, 0, CONSUMERS, STAGES)),
+                (_consumer, (work, 1, CONSUMERS, STAGES)),
                 (_producer, (load, CONSUMERS, STAGES)),
             ],
             [4, 1],
@@ -260,9 +299,9 @@ def spatial_attention_gluon_kernel(
         gl.static_assert(CONSUMERS == 3)
         gl.warp_specialize(
             [
-                (_consumer, (work, 0, CONSUMERS, STAGES, PING_PONG)),
-                (_consumer, (work, 1, CONSUMERS, STAGES, PING_PONG)),
-                (_consumer, (work, 2, CONSUMERS, STAGES, PING_PONG)),
+                (_consumer, (work, 0, CONSUMERS, STAGES)),
+                (_consumer, (work, 1, CONSUMERS, STAGES)),
+                (_consumer, (work, 2, CONSUMERS, STAGES)),
                 (_producer, (load, CONSUMERS, STAGES)),
             ],
             [4, 4, 1],
@@ -279,7 +318,6 @@ class Config(NamedTuple):
     consumers: int
     columns: int
     stages: int
-    ping_pong: bool
 
     @property
     def registers(self) -> int:
@@ -293,13 +331,10 @@ def choose_config(head_dim: int) -> Config:
 
 
 def gluon_configs(head_dim: int) -> list[Config]:
-    """Every configuration worth trying; the first is the one that runs.
-
-    At head_dim 64 an H100 is 5 % faster with turns (471 TFLOP/s over 9216 keys, cuDNN 458), at 128 without.
-    """
+    """Every configuration worth trying; the first is the one that runs."""
     narrow = _padded(head_dim) == 64
     shapes = [(3, 128, 4), (2, 128, 4), (2, 128, 2), (3, 64, 6)] if narrow else [(2, 128, 2), (3, 64, 3), (2, 64, 4)]
-    return [Config(*shape, ping_pong) for shape in shapes for ping_pong in (narrow, not narrow)]
+    return [Config(*shape) for shape in shapes]
 
 
 def _padded(head_dim: int) -> int:
@@ -330,7 +365,7 @@ def bind(
         num_tiles=num_tiles, tiles_per_head=tiles_per_head, num_heads=num_heads, seq_kv=seq_kv,
         kv_batch_step=0 if shared_kv else 1,
         scale_log2=scale * math.log2(math.e),
-        CONSUMERS=config.consumers, STAGES=config.stages, PING_PONG=config.ping_pong, REGISTERS=config.registers,
+        CONSUMERS=config.consumers, STAGES=config.stages, REGISTERS=config.registers,
         num_warps=4,
     )  # fmt: skip
 

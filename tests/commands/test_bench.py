@@ -16,17 +16,20 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from tiny_models import tiny_synthetic_pipeline
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from vidaccel.bench.first_calls import first_calls
-from vidaccel.bench.op_cases import CASES, TINY
+from vidaccel.bench.op_cases import CASES, TINY, Stretches
+from vidaccel.bench.op_stock import STOCK
 from vidaccel.bench.ops import arguments_of
 from vidaccel.bench.record import add_ratios, table
 from vidaccel.bench.settings import Settings
 from vidaccel.bench.synthetic import build_pipeline, configurations, pipeline_inputs, specification
 from vidaccel.bench.timing import time_call, time_calls, time_queued
 from vidaccel.bench.variants import applied, cudnn_benchmark, measured_modules, parse_variants
+from vidaccel.bench.workloads import workloads
 from vidaccel.cli import main
 from vidaccel.clips.generation import generate
 from vidaccel.clips.outputs import json_text
@@ -178,6 +181,15 @@ def test_neighbours_share_their_compiled_code_and_must_be_finite(
         assert row["of_best_compile"] == row["median_ms"] / compiled["median_ms"]
 
 
+def test_a_decoder_that_is_called_frame_by_frame_is_timed_as_a_whole() -> None:
+    pipe, arguments = tiny_synthetic_pipeline("wan2.1-t2v-1.3b")
+    (workload,) = workloads(pipe, arguments, ("vae",), 0).values()
+    ((call,),) = ([shapes] for shapes in workload.shapes)
+    assert set(call) == {"z"}
+    first, second = workload.output(), workload.output()  # a cache that went on would give another clip
+    assert torch.equal(first, second) and first.shape[2] == arguments["num_frames"]
+
+
 def test_variants() -> None:
     assert parse_variants("patched,patched+no_graph, eager") == ("eager", "patched", "patched+no_graph")
     for variant in ("no_graph", "compile+no_graph", "patched+compile+no_graph", "patched+compile_blocks+no_graph"):
@@ -253,8 +265,9 @@ def test_ops_dry_run(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     for op in MEASURED_OPS:
         assert {"eager", "compile", "ours"} <= {variant for scope, variant in measured if scope == f"{op}: tiny"}
         assert measured[f"{op}: tiny", "eager"]["implementations"] == []
-        # convolutions over time are the library's by default, attention in float32, which a CPU measures, PyTorch's
-        if op not in ("temporal_conv", "spatial_attention"):
+        # convolutions over time are the library's by default, attention in float32, which a CPU measures, PyTorch's;
+        # the epilogue of linear_gelu is cuBLASLt's
+        if op not in ("temporal_conv", "spatial_attention", "linear_gelu"):
             assert measured[f"{op}: tiny", "ours"]["implementations"] != ["torch"]
     for row in (row for row in record["results"] if row["status"] == "ok"):
         assert row["error_to_reference"] < 1e-5
@@ -294,6 +307,28 @@ def test_full_size_cases_fit_their_op(name: str) -> None:
             for x, y in zip(tree_leaves(expected), tree_leaves(fake), strict=True):
                 assert x.shape == y.shape and x.dtype == y.dtype
             assert op.costs(*args).bytes > max(x.nbytes for x in args if isinstance(x, torch.Tensor))
+
+
+def few_tokens(value: Any) -> Any:
+    """Of an argument of a case: 7 for the tokens of a model, 2 of them text."""
+    if isinstance(value, Stretches):
+        return Stretches(few_tokens(value.lengths))
+    if isinstance(value, tuple):
+        return type(value)(map(few_tokens, value))
+    return {226: 2, 17550: 5}.get(value, 7 if isinstance(value, int) and value > 4096 else value)
+
+
+@pytest.mark.parametrize(
+    ("name", "case"), [(name, case) for name in ("gated_residual_norm", "qk_norm_rope") for case in CASES[name]]
+)
+@torch.no_grad()
+def test_stock_code_computes_what_the_op_does(name: str, case: str) -> None:
+    arguments = {argument: few_tokens(value) for argument, value in CASES[name][case].items()}
+    args = arguments_of(ops()[name], arguments, CPU, torch.float32, seed=0)
+    stock = STOCK[name]
+    outputs = tree_leaves(stock.collect(stock.run(*stock.prepare(*args))))
+    for ours, expected in zip(outputs, tree_leaves(ops()[name].reference(*args)), strict=True):
+        torch.testing.assert_close(ours.reshape(expected.shape), expected)
 
 
 def test_time_limit_of_ops(bench: Bench) -> None:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
 from diffusers import DDPMScheduler, LattePipeline, UNet2DModel
-from tiny_models import tiny_svd_pipeline
+from tiny_models import tiny_autoencoder_kl, tiny_svd_pipeline
 from torch import nn
 
 import vidaccel.pipelines
 from vidaccel import patch_module, patch_pipeline
 from vidaccel.errors import UsageError
 from vidaccel.patching.families import (
+    UNSERVED,
     off_reason,
     reason_unserved,
     rules_for,
@@ -93,11 +97,37 @@ def latte() -> Any:
 
 def test_other_pipelines_are_named_with_the_served_ones_and_the_nearest() -> None:
     reason = reason_unserved(latte())
-    assert reason.startswith(
-        "LattePipeline has no part that vidaccel can patch (it has no model); supported pipelines: "
-    )
-    assert all(name in reason for name in served_pipelines())
+    assert reason.startswith("LattePipeline has no part that vidaccel can patch (it has no model): its transformer's ")
+    assert "supported families" in reason and "stable_video_diffusion" in reason
     assert "; did you mean AnimateDiffPipeline" in unserved_pipeline("AnimateDifPipeline", ["UNet"])
+
+
+def video_pipelines() -> Iterator[str]:
+    """Names of the pipelines that diffusers exports whose files speak of frames."""
+    exported = set(dir(diffusers))
+    for path in (Path(diffusers.__file__).parent / "pipelines").rglob("pipeline_*.py"):
+        text = path.read_text()
+        if re.search(r"frames=|\bframes:", text):
+            names = re.findall(r"^class (\w+Pipeline)\(", text, re.MULTILINE)
+            yield from (name for name in names if name in exported and not re.search("T2I|I2I", name))
+
+
+def test_every_video_pipeline_is_served_or_explained() -> None:
+    video = set(video_pipelines())
+    assert len(video) > 60 and not set(served_pipelines()) & set(UNSERVED)
+    assert video <= {*served_pipelines(), *UNSERVED}, video - {*served_pipelines(), *UNSERVED}
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    assert not [name for name in UNSERVED if name.removesuffix("Pipeline") not in readme]
+
+
+def test_a_denoiser_that_nobody_serves_is_in_the_report() -> None:
+    pipe = LattePipeline(None, None, tiny_autoencoder_kl(), nn.Linear(1, 1), DDPMScheduler())
+    with patch_pipeline(pipe) as report:
+        (site,) = [site for site in report.sites if site.path == "transformer"]
+        assert site.state == "left alone" and site.reason == UNSERVED["LattePipeline"]
+        assert any(site.path.startswith("vae.") and site.state == "active" for site in report.sites)
+    with pytest.raises(UsageError, match="strict"):
+        patch_pipeline(pipe, strict=True)
 
 
 def test_other_models_are_named(unet: Any) -> None:

@@ -62,7 +62,10 @@ def test_same_clip_and_exact_restore() -> None:
         "wan2.1-t2v-1.3b", AnyFlowPipeline, transformer=transformer(), scheduler=FlowMapEulerDiscreteScheduler()
     )
     report = check_clip(pipe, arguments | {"guidance_scale": 3.0}, reorders_sums=False)
-    assert {site.path for site in report.sites} == {"transformer.blocks.0", "transformer.blocks.1"}
+    assert {site.path for site in report.sites if site.path.startswith("transformer.")} == {
+        "transformer.blocks.0",
+        "transformer.blocks.1",
+    }
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -76,7 +79,11 @@ def test_chunk_by_chunk(guidance_scale: float) -> None:
         del arguments["negative_prompt_embeds"]
     size = {"height": 64, "width": 64, "num_frames": 17, "chunk_partition": CHUNKS["chunk_partition"]}
     report = check_clip(pipe, arguments | size | {"guidance_scale": guidance_scale}, reorders_sums=False)
-    assert {site.op for site in report.sites} == {"gated_residual_norm", "spatial_attention", "linear_gelu"}
+    assert {site.op for site in report.sites if site.path.startswith("transformer.")} == {
+        "gated_residual_norm",
+        "spatial_attention",
+        "linear_gelu",
+    }
 
 
 @pytest.mark.parametrize("call", [call, call_forcing])

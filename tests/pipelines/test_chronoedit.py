@@ -60,7 +60,10 @@ def call(model: Any, *, size: tuple[int, int, int] = (3, 4, 6)) -> Tensor:
 def test_same_clip_and_exact_restore(arguments: dict[str, Any]) -> None:
     pipe, defaults = tiny_relative("wan2.1-i2v-14b", ChronoEditPipeline, transformer=transformer())
     report = check_clip(pipe, defaults | arguments, reorders_sums=False)
-    assert {site.path for site in report.sites} == {"transformer.blocks.0", "transformer.blocks.1"}
+    assert {site.path for site in report.sites if site.path.startswith("transformer.")} == {
+        "transformer.blocks.0",
+        "transformer.blocks.1",
+    }
 
 
 def test_each_op_off() -> None:

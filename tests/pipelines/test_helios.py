@@ -71,7 +71,10 @@ def test_same_clip_and_exact_restore(options: dict[str, Any]) -> None:
         "wan2.1-t2v-1.3b", HeliosPipeline, transformer=transformer(**options), scheduler=scheduler
     )
     report = check_clip(pipe, arguments | SECTIONS, reorders_sums=False)
-    assert {site.path for site in report.sites} == {"transformer.blocks.0", "transformer.blocks.1"}
+    assert {site.path for site in report.sites if site.path.startswith("transformer.")} == {
+        "transformer.blocks.0",
+        "transformer.blocks.1",
+    }
 
 
 @pytest.mark.filterwarnings("ignore:__array_wrap__")

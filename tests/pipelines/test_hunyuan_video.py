@@ -25,7 +25,7 @@ from diffusers import (
     PyramidAttentionBroadcastConfig,
     attention_backend,
 )
-from family_checks import check_clip, check_compiled
+from family_checks import check_clip, check_compiled, check_kernels
 from PIL import Image
 from tiny_models import tiny_synthetic_pipeline
 from torch import Tensor, nn
@@ -103,7 +103,8 @@ def arguments(model: Any, valid: tuple[int, ...] = (3,), size: tuple[int, ...] =
 
 @torch.no_grad()
 def run(model: Any, **options: Any) -> Tensor:
-    return model(**arguments(model, **options), return_dict=False)[0]
+    call = {name: x.to(model.device) for name, x in arguments(model, **options).items()}
+    return model(**call, return_dict=False)[0]
 
 
 @contextmanager
@@ -458,6 +459,21 @@ def test_the_chosen_attention_backend_runs(name: str, way: str, monkeypatch: pyt
 
 
 # torch.compile, half precision
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "size"),
+    [
+        pytest.param("1.5", {"num_layers": 1}, (3, 2, 2), id="1.5"),
+        pytest.param("1.0", {"num_layers": 0, "num_single_layers": 1}, (3, 4, 4), id="1.0, one stream"),
+    ],
+)
+def test_with_the_kernels(
+    name: str, options: dict[str, int], size: tuple[int, ...], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIDACCEL_IMPL", "linear_gelu=torch,spatial_attention=torch,residual_projection=torch")
+    call = functools.partial(run, size=size)
+    check_kernels(build(name, **options).to(device), call, {"gated_residual_norm", "qk_norm_rope"})
 
 
 @pytest.mark.parametrize("name", ["1.0", "token_replace"])

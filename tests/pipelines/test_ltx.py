@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,7 +36,7 @@ from diffusers.pipelines.ltx2 import LTX2LatentUpsamplerModel
 from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 from diffusers.pipelines.ltx2.pipeline_ltx2_hdr_lora import LTX2HDRReferenceCondition
 from diffusers.pipelines.ltx2.pipeline_ltx2_ic_lora import LTX2ReferenceCondition
-from family_checks import check_clip, check_compiled
+from family_checks import check_clip, check_compiled, check_kernels
 from PIL import Image
 from tiny_models import tiny_synthetic_pipeline
 from torch import Tensor, nn
@@ -155,7 +156,8 @@ def arguments(
 @torch.no_grad()
 def run(model: Any, **options: Any) -> Tensor:
     """The video, and the audio if there is one, in one tensor ``[B, N]``."""
-    return torch.cat([x.flatten(1) for x in model(**arguments(model, **options), return_dict=False)], dim=1)
+    call = {name: x.to(model.device) if isinstance(x, Tensor) else x for name, x in arguments(model, **options).items()}
+    return torch.cat([x.flatten(1) for x in model(**call, return_dict=False)], dim=1)
 
 
 @contextmanager
@@ -602,6 +604,13 @@ def test_a_call_under_autocast_goes_the_original_way() -> None:
 
 
 # torch.compile, half precision
+
+
+def test_with_the_kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIDACCEL_IMPL", "linear_gelu=torch,spatial_attention=torch")
+    model = build("ltx", num_layers=1).to(device)
+    call = functools.partial(run, valid=(3,), size=(3, 2, 2))
+    check_kernels(model, call, {"gated_residual_norm", "qk_norm_rope"})
 
 
 @pytest.mark.parametrize(("name", "timesteps"), [("ltx", "of an image and a video"), ("ltx2.3", "of samples")])

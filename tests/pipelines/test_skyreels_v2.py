@@ -113,7 +113,10 @@ def test_same_clip_and_exact_restore(
     synthetic = {"t2v": "wan2.1-t2v-1.3b", "i2v": "wan2.1-i2v-14b"}[name]
     pipe, defaults = tiny_relative(synthetic, pipeline_class, transformer=transformer(**options))
     report = check_clip(pipe, defaults | arguments, reorders_sums=False)
-    assert {site.path for site in report.sites} == {"transformer.blocks.0", "transformer.blocks.1"}
+    assert {site.path for site in report.sites if site.path.startswith("transformer.")} == {
+        "transformer.blocks.0",
+        "transformer.blocks.1",
+    }
 
 
 @pytest.mark.parametrize("call", [call, call_forcing])

@@ -6,14 +6,11 @@ A tuple is the shape of a random tensor, from 4-D on in channels-last memory. A 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
-import torch.nn.functional as F
-from einops import rearrange
-from torch import Tensor
-
-__all__ = ["CASES", "STOCK", "TINY", "Arguments", "Stock", "Zeros"]
+__all__ = ["CASES", "TINY", "Arguments", "Float32", "Stretches", "Zeros"]
 
 TINY = "tiny"  # the case of a dry run
 
@@ -24,16 +21,15 @@ class Zeros(tuple[int, ...]):
     """The shape of a tensor of zeros."""
 
 
-class Stock(NamedTuple):
-    """What stock diffusers runs where that is not the op's reference.
+class Float32(tuple[int, ...]):
+    """The shape of a random tensor in float32 whatever the others are in, in contiguous memory."""
 
-    Attributes:
-        run: Takes what ``prepare`` returns.
-        prepare: Takes the op's arguments by position; puts them as stock code finds them, before the clock runs.
-    """
 
-    run: Callable[..., Any]
-    prepare: Callable[..., tuple[Any, ...]]
+@dataclass(frozen=True)
+class Stretches:
+    """The row of a modulation for each token: i for the next ``lengths[i]`` of them."""
+
+    lengths: tuple[int, ...]
 
 
 def _norm(*shape: int, groups: int = 32) -> Arguments:
@@ -91,6 +87,60 @@ def _temporal(batch: int, frames: int, pixels: int, heads: int, head_dim: int) -
     return {**dict.fromkeys("qkv", x), "num_frames": frames, "num_heads": heads, "scale": head_dim**-0.5}
 
 
+def _gated(x: tuple[int, int, int], kind: str, rounding: str, *others: str, rows: Stretches | None = None) -> Arguments:
+    """With ``others`` beside x: branch, gate, scale, shift, weight, bias; the modulation has one row, or ``rows``."""
+    batch, _, channels = x
+    row = 1 if rows is None else len(rows.lengths), channels
+    modulation = Float32((1, *row)) if rounding == "once" else (batch, *row)
+    weight = Float32((channels,)) if rounding == "once" else (channels,)
+    shapes = {"branch": x, "weight": weight, "bias": weight}
+    eps = 1e-5 if rows else 1e-6
+    return {"x": x, "kind": kind, "eps": eps, "rounding": rounding, "rows": rows} | {
+        name: shapes.get(name, modulation) for name in others
+    }
+
+
+MODULATION = ("scale", "shift")
+NORM = ("weight", "bias")
+
+
+def _query_key(
+    batch: int,
+    tokens: int,
+    heads: int,
+    head_dim: int,
+    norm: str,
+    *,
+    start: int = 0,
+    text: int = 0,
+    per_head: bool = False,
+) -> Arguments:
+    """Queries and keys that turn from token ``start`` on; joint ones with as many tokens of ``text``."""
+    x, other = (batch, tokens, heads * head_dim), (batch, text, heads * head_dim)
+    width = (heads * head_dim,) if norm == "rms_all" else (head_dim,)
+    table = Float32((1, tokens - start, heads if per_head else 1, head_dim // 2))
+    case = {"q": x, "k": x, "num_heads": heads, "norm": norm, "eps": 1e-6, "rope": "pairs", "start": start}
+    case |= {"weight_q": width, "weight_k": width, "cos": table, "sin": table}
+    if norm == "layer_head":
+        case |= {"bias_q": width, "bias_k": width}
+    if norm == "rms_head":
+        case |= {"rounding": "each"}
+    if text:
+        case |= {"v": x, **dict.fromkeys(("second_q", "second_k", "second_v"), other)}
+        case |= {"second_weight_q": width, "second_weight_k": width}
+    return case
+
+
+def _first_product(batch: int, tokens: int, channels: int, width: int) -> Arguments:
+    """Of a feed-forward."""
+    return {"x": (batch, tokens, channels), "weight": (width, channels), "bias": (width,), "approximate": "tanh"}
+
+
+# The video tokens of the models, at their default sizes.
+WAN_1_3B, WAN_TI2V = (1, 32760, 1536), (1, 27280, 3072)
+HUNYUAN, LTX, COGVIDEOX = (1, 49290, 2048), (2, 7392, 2048), (2, 17776, 3072)
+TEXT_AND_VIDEO = Stretches((226, 17550))
+
 # By op and case; the first case of an op tells most.
 CASES: dict[str, dict[str, Arguments]] = {
     "add_layer_norm": {
@@ -116,6 +166,26 @@ CASES: dict[str, dict[str, Arguments]] = {
         "animatediff level 0, residual": _epilogue(32, 320, 64, 64),
         TINY: _epilogue(1, 32, 2, 4, 4),
     },
+    "gated_residual_norm": {
+        "wan 1.3b, gate and norm": _gated(WAN_1_3B, "layer", "once", "branch", "gate", *NORM),
+        "wan 1.3b, residual, norm and modulation": _gated(WAN_1_3B, "layer", "once", "branch", *MODULATION),
+        "wan 1.3b, norm and modulation": _gated(WAN_1_3B, "layer", "once", *MODULATION),
+        "wan 1.3b, gate": _gated(WAN_1_3B, "none", "once", "branch", "gate"),
+        "wan ti2v, gate and norm": _gated(WAN_TI2V, "layer", "once", "branch", "gate", *NORM),
+        "wan ti2v, residual, norm and modulation": _gated(WAN_TI2V, "layer", "once", "branch", *MODULATION),
+        "wan ti2v, norm and modulation": _gated(WAN_TI2V, "layer", "once", *MODULATION),
+        "hunyuanvideo 1.5, gate, norm and modulation": _gated(HUNYUAN, "layer", "each", "branch", "gate", *MODULATION),
+        "hunyuanvideo 1.5, norm and modulation": _gated(HUNYUAN, "layer", "each", *MODULATION),
+        "ltx, residual, norm and modulation": _gated(LTX, "rms", "each", "branch", *MODULATION),
+        "ltx, norm and modulation": _gated(LTX, "rms", "each", *MODULATION),
+        "cogvideox-5b, gate, norm and modulation": _gated(
+            COGVIDEOX, "layer", "each", "branch", "gate", *MODULATION, *NORM, rows=TEXT_AND_VIDEO
+        ),
+        "cogvideox-5b, norm and modulation": _gated(
+            COGVIDEOX, "layer", "each", *MODULATION, *NORM, rows=TEXT_AND_VIDEO
+        ),
+        TINY: _gated((2, 5, 32), "layer", "each", "branch", "gate", *MODULATION, rows=Stretches((2, 3))),
+    },
     "geglu": {
         "svd level 0": {"x": (28, 9216, 2560)},
         "svd level 1": {"x": (28, 2304, 5120)},
@@ -138,6 +208,22 @@ CASES: dict[str, dict[str, Arguments]] = {
         "animatediff level 0": _projection(32, 4096, 320),
         "modelscope level 0": _projection(32, 1024, 320),
         TINY: _projection(2, 3, 16),
+    },
+    "linear_gelu": {
+        "wan 1.3b": _first_product(*WAN_1_3B, 8960),
+        "wan ti2v": _first_product(*WAN_TI2V, 14336),
+        "hunyuanvideo 1.5": _first_product(*HUNYUAN, 8192),
+        "ltx": _first_product(*LTX, 8192),
+        "cogvideox-5b": _first_product(*COGVIDEOX, 12288),
+        TINY: _first_product(2, 3, 16, 64),
+    },
+    "qk_norm_rope": {
+        "wan 1.3b": _query_key(1, 32760, 12, 128, "rms_all"),
+        "wan ti2v": _query_key(1, 27280, 24, 128, "rms_all"),
+        "hunyuanvideo 1.5, and text": _query_key(1, 49290, 16, 128, "rms_head", text=64),
+        "ltx": _query_key(2, 7392, 32, 64, "rms_all", per_head=True),
+        "cogvideox-5b": _query_key(2, 17776, 48, 64, "layer_head", start=226),
+        TINY: _query_key(1, 5, 2, 16, "rms_head", text=3),
     },
     "spatial_attention": {
         "svd level 0": _spatial(28, 5, 9216, 64),
@@ -170,23 +256,3 @@ CASES: dict[str, dict[str, Arguments]] = {
         TINY: _upsample(1, 32, 4, 4),
     },
 }
-
-
-def _frames_inner(x: Tensor, frames: int) -> Tensor:
-    """``[B F, HW, C]`` to ``[B, HW, F, C]``, the order of stock temporal blocks; a copy."""
-    return rearrange(x, "(b f) p c -> b p f c", f=frames).contiguous()
-
-
-def _keys_frames_inner(q: Tensor, k: Tensor, v: Tensor, frames: int, heads: int, *_: Any) -> tuple[Any, ...]:
-    return q, _frames_inner(k, frames), _frames_inner(v, frames), frames, heads
-
-
-def _attend_frames_inner(x: Tensor, k: Tensor, v: Tensor, frames: int, heads: int) -> Tensor:
-    """What a stock temporal block spends around its attention: the copy of its input, SDPA, the copy back."""
-    q = _frames_inner(x, frames)
-    query, key, value = (rearrange(y, "b p f (h d) -> (b p) h f d", h=heads) for y in (q, k, v))
-    out = F.scaled_dot_product_attention(query, key, value)
-    return rearrange(out, "(b p) h f d -> (b f) p (h d)", b=len(q))
-
-
-STOCK = {"temporal_attention": Stock(_attend_frames_inner, _keys_frames_inner)}

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vidaccel.bench.op_cases import CASES, STOCK, TINY, Arguments, Stock, Zeros
+from vidaccel.bench.op_cases import CASES, TINY, Arguments, Float32, Stretches, Zeros
+from vidaccel.bench.op_stock import STOCK, Stock, as_it_is
 from vidaccel.bench.record import Recorder, Row
 from vidaccel.bench.settings import Settings
 from vidaccel.bench.timing import time_call, time_calls, time_queued
@@ -27,7 +28,8 @@ from vidaccel.kernels.settings import constants_overridden
 
 __all__ = ["arguments_of", "measure_ops", "measured_ops"]
 
-PREFETCHING = ("add_layer_norm", "group_norm_silu", "temporal_attention")  # their kernels take their depth as STAGES
+# their kernels take their depth as STAGES
+PREFETCHING = ("add_layer_norm", "gated_residual_norm", "group_norm_silu", "temporal_attention")
 CACHES = 4  # how many times over the inputs of all timed calls fill the L2 cache
 MOST_CALLS = 24
 SECONDS = 0.1  # for the timed calls of a variant
@@ -35,10 +37,14 @@ MOST_ROUNDINGS = 16  # relative error, in units of the dtype's, beyond which a r
 
 
 class _Variant(NamedTuple):
-    """One way to compute an op: ``run`` takes what ``prepare`` makes of the op's arguments."""
+    """One way to compute an op: ``run`` takes what ``prepare`` makes of the op's arguments.
+
+    What it returns is the op's outputs, or ``collect`` makes them of it.
+    """
 
     run: Callable[..., Any]
     prepare: Callable[..., tuple[Any, ...]]
+    collect: Callable[[Any], Any] = as_it_is
     compiled: bool = False
     one_stage: bool = False
     impl: str | None = None
@@ -90,6 +96,11 @@ def arguments_of(op: Op, case: Arguments, device: torch.device, dtype: torch.dty
     def made(value: Any) -> Any:
         if isinstance(value, Zeros):
             return torch.zeros(value, device=device, dtype=dtype)
+        if isinstance(value, Float32):
+            return torch.randn(value, generator=generator, device=device)
+        if isinstance(value, Stretches):
+            rows = enumerate(value.lengths)
+            return torch.cat([torch.full((n,), i, device=device, dtype=torch.int32) for i, n in rows])
         if not isinstance(value, tuple):
             return value
         x = torch.randn(value, generator=generator, device=device, dtype=dtype)
@@ -131,9 +142,10 @@ def _measure_case(
 def _variants(op: Op, args: tuple[Any, ...], compiles: bool) -> Iterator[tuple[str, _Variant]]:
     """By name: stock code in each memory order, compiled or not, each implementation where there are several, ours."""
     stock = STOCK.get(op.name, Stock(op.reference, _as_they_are))
-    images = any(isinstance(x, Tensor) and x.ndim > 3 for x in args)
+    images = any(isinstance(x, Tensor) and x.ndim > 3 and not x.is_contiguous() for x in args)
     for name in ("eager", "compile") if compiles else ("eager",):
-        yield name, _Variant(stock.run, partial(_stock_order, stock.prepare), compiled=name == "compile")
+        in_order = partial(_stock_order, stock.prepare)
+        yield name, _Variant(stock.run, in_order, stock.collect, compiled=name == "compile")
         if images:
             yield f"{name}+channels_last", _Variant(stock.run, stock.prepare, compiled=name == "compile")
     ways = [name for name in op.implementations if name != REFERENCE]
@@ -200,7 +212,7 @@ def _measure(
             stack.enter_context(constants_overridden(STAGES=1))
         first_call = time_call(call, device)
         with listening() as events:
-            error = _error(gold, op, args, call())
+            error = _error(gold, op, args, variant.collect(call()))
         if not error <= MOST_ROUNDINGS * torch.finfo(dtype).eps:
             raise ArithmeticError(f"relative error {error:.1e} against float64")
         if device.type == "cuda":

@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from vidaccel.sites.rules import Rule
 
 __all__ = [
+    "UNSERVED",
     "off_reason",
     "reason_unserved",
     "rules_for",
     "served_models",
     "served_pipelines",
+    "unserved_denoiser",
     "unserved_pipeline",
     "unwrapped",
 ]
@@ -59,6 +61,8 @@ _FAMILIES = {
         pipelines=("AnyFlowFARPipeline", "AnyFlowPipeline"),
     ),
     "autoencoder_kl": _Family(models=("AutoencoderKL",)),
+    "autoencoder_kl_wan": _Family(models=("AutoencoderKLWan",)),
+    "chronoedit": _Family(models=("ChronoEditTransformer3DModel",), pipelines=("ChronoEditPipeline",)),
     "cogvideox": _Family(
         models=("CogVideoXTransformer3DModel",),
         pipelines=(
@@ -79,7 +83,11 @@ _FAMILIES = {
             "CosmosVideoToWorldPipeline",
         ),
     ),
-    "easyanimate": _Family(models=("EasyAnimateTransformer3DModel",), pipelines=("EasyAnimatePipeline",)),
+    "easyanimate": _Family(
+        models=("EasyAnimateTransformer3DModel",),
+        pipelines=("EasyAnimateControlPipeline", "EasyAnimateInpaintPipeline", "EasyAnimatePipeline"),
+    ),
+    "helios": _Family(models=("HeliosTransformer3DModel",), pipelines=("HeliosPipeline", "HeliosPyramidPipeline")),
     "hunyuan_video": _Family(
         models=("HunyuanVideoTransformer3DModel", "HunyuanVideoFramepackTransformer3DModel"),
         pipelines=(
@@ -123,8 +131,6 @@ _FAMILIES = {
     "sana_video": _Family(
         models=("SanaVideoTransformer3DModel",), pipelines=("SanaImageToVideoPipeline", "SanaVideoPipeline")
     ),
-    "chronoedit": _Family(models=("ChronoEditTransformer3DModel",), pipelines=("ChronoEditPipeline",)),
-    "helios": _Family(models=("HeliosTransformer3DModel",), pipelines=("HeliosPipeline", "HeliosPyramidPipeline")),
     "skyreels_v2": _Family(
         models=("SkyReelsV2Transformer3DModel",),
         pipelines=(
@@ -153,6 +159,26 @@ _FAMILIES = {
             "WanVideoToVideoPipeline",
         ),
     ),
+}
+_NO_BLOCKS = "its transformer's blocks have no fused ones yet"
+_NO_DENOISER = "it runs no denoiser, only an upsampler or a decoder of latents, which has no fused blocks yet"
+# Every other pipeline of diffusers that makes a video, and why it has no adapter.
+UNSERVED = {
+    "AllegroPipeline": _NO_BLOCKS,
+    "Cosmos3OmniPipeline": "its transformer is a language model with experts, another design than Cosmos 1 and 2",
+    "Kandinsky6SRPipeline": _NO_BLOCKS,
+    "Kandinsky6TI2VAPipeline": _NO_BLOCKS,
+    "LTX2LatentUpsamplePipeline": _NO_DENOISER,
+    "LTX2VideoDiffusionDecodePipeline": _NO_DENOISER,
+    "LTXLatentUpsamplePipeline": _NO_DENOISER,
+    "LattePipeline": _NO_BLOCKS,
+    "MotifVideoImage2VideoPipeline": _NO_BLOCKS,
+    "MotifVideoPipeline": _NO_BLOCKS,
+    "SanaImageToVideoPipeline": "its attention is linear, of which there is no kernel yet",
+    "SanaVideoPipeline": "its attention is linear, of which there is no kernel yet",
+    "SanaWMPipeline": "its attention is linear, of which there is no kernel yet",
+    "TextToVideoZeroPipeline": "it runs an image UNet with a processor of its own",
+    "TextToVideoZeroSDXLPipeline": "it runs an image UNet with a processor of its own",
 }
 _FAMILY_OF_MODEL = {model: name for name, family in _FAMILIES.items() for model in family.models}
 
@@ -209,11 +235,18 @@ def reason_unserved(pipe_or_model: Any) -> str:
 def unserved_pipeline(name: str, models: Iterable[str]) -> str:
     """The same for a pipeline of which only class names are known: its own, and those of its models."""
     text = f"{name} has no part that vidaccel can patch (it has {', '.join(sorted(models)) or 'no model'})"
+    if reason := UNSERVED.get(name):
+        return f"{text}: {reason}; {_supported()}"
     return f"{text}; {_supported()}{did_you_mean(name, served_pipelines())}"
 
 
+def unserved_denoiser(pipeline: str, model: nn.Module) -> str:
+    """Why the denoiser of a pipeline, of which only other parts have an adapter, runs as it is."""
+    return UNSERVED.get(pipeline, f"{type(model).__name__} has no adapter")
+
+
 def _supported() -> str:
-    return f"supported pipelines: {', '.join(served_pipelines())}"
+    return f"supported families, whose pipelines `vidaccel env` lists: {', '.join(_FAMILIES)}"
 
 
 def _with_reasons(text: str, reasons: Iterable[str]) -> str:

@@ -18,7 +18,7 @@ from vidaccel.kernels.op import check_wishes
 from vidaccel.kernels.settings import FIDELITIES, Fidelity
 from vidaccel.patching.cuda_capture import CudaCapture
 from vidaccel.patching.cuda_graph import Graphs, GraphSite, is_denoiser
-from vidaccel.patching.families import off_reason, reason_unserved, rules_for, unwrapped
+from vidaccel.patching.families import off_reason, reason_unserved, rules_for, unserved_denoiser, unwrapped
 from vidaccel.patching.model_call import ModelCall, wrap_call
 from vidaccel.patching.premises import CALL_SLOT, capture_reason
 from vidaccel.patching.report import PatchReport, path_pattern
@@ -30,6 +30,7 @@ __all__ = ["CudaGraph", "patch_module", "patch_pipeline"]
 
 CudaGraph = Literal["auto"] | bool
 Names = str | Sequence[str] | None
+DENOISERS = ("unet", "transformer", "transformer_2")  # the components that a pipeline's steps run
 
 
 def patch_pipeline(
@@ -73,7 +74,11 @@ def patch_pipeline(
     models = {name: model for name, model in parts.items() if rules_for(model)}
     if not models:
         raise UsageError(reason_unserved(pipe))
-    off = [Site(name, "adapter", "math-exact", reason) for name, part in parts.items() if (reason := off_reason(part))]
+    reasons = {name: off_reason(part) for name, part in parts.items()}
+    for name in DENOISERS:
+        if name in parts and name not in models and not reasons[name]:
+            reasons[name] = unserved_denoiser(type(pipe).__name__, parts[name])
+    off = [Site(name, "adapter", "math-exact", reason) for name, reason in reasons.items() if reason]
     return _patch(models, off, only, skip, allow, strict, self_check, cuda_graph)
 
 

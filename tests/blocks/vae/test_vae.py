@@ -11,13 +11,11 @@ from typing import Any
 import pytest
 import torch
 from block_checks import all_fused, frozen, fused, relative_error
-from copy_checks import Copies, hollow_out
+from copy_checks import Copies, Held, hollow_out
 from diffusers.models.autoencoders.vae import Decoder
 from kernel_checks import planted
 from tiny_models import tiny_autoencoder_kl, tiny_svd_pipeline
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vidaccel import patch_module
 from vidaccel.blocks.unet.normalization import FusedGroupNorm
@@ -52,24 +50,6 @@ VAES = pytest.mark.parametrize(
 
 def latents(frames: int = 2) -> Tensor:
     return torch.randn(frames, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-
-
-class Held(TorchDispatchMode):
-    """The most bytes that the images made inside hold at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.storages: dict[StorageWeakRef, int] = {}
-        self.most = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor) and out.ndim >= 4:
-            storage = out.untyped_storage()
-            self.storages[StorageWeakRef(storage)] = storage.nbytes()
-            self.storages = {ref: size for ref, size in self.storages.items() if not ref.expired()}
-            self.most = max(self.most, sum(self.storages.values()))
-        return out
 
 
 @pytest.fixture

@@ -305,8 +305,8 @@ TILINGS = [
     pytest.param(Tiling(1, 4, 2), id="one-token"),
     pytest.param(Tiling(4, 1, 1), id="tokens-of-one-head"),
     pytest.param(Tiling(16, 2, 4), id="more-tokens-than-there-are"),
-    pytest.param(Tiling(2, 2, 2, programs=2), id="walk"),
-    pytest.param(Tiling(1, 8, 2, stages=3, programs=3), id="walk-with-tiles-ahead"),
+    pytest.param(Tiling(2, 2, 2), id="tokens-of-two-heads"),
+    pytest.param(Tiling(1, 8, 2), id="more-heads-than-there-are"),
 ]
 
 
@@ -627,11 +627,11 @@ FOR_ALL_TARGETS = ["wan-14b", "hunyuan-1.5"]
 FOR_NVIDIA = ["ltx", "ltx-2", "cogvideox-5b"]
 
 
-def compiled(case: Case, target: str, tiling: Tiling | None = None) -> dict[str, str]:
+def compiled(case: Case, target: str) -> dict[str, str]:
     operands = 1 + case.keys + bool(case.second)
     per_head = case.tables in ("per-head", "permuted")
     with mock.patch.object(op, "WARP_SIZE", TARGETS[target].warp_size):
-        tiling = tiling or choose_tiling(case.heads, case.head_dim, 2, operands, case.rope == "halves", per_head)
+        tiling = choose_tiling(case.heads, case.head_dim, 2, operands, case.rope == "halves", per_head)
     tables = () if case.rope == "none" else ("cos_ptr", "sin_ptr")
     names = op._qk_norm_rope_kernel.arg_names
     numbers = [name for name in names if name.startswith("stride_")]
@@ -652,7 +652,6 @@ def compiled(case: Case, target: str, tiling: Tiling | None = None) -> dict[str,
             **{"ROPE": case.rope, "TABLE_PER_HEAD": per_head, "HAS_START": case.start > 0},
             **{"BLOCK_M": tiling.block_m, "BLOCK_H": tiling.block_h},
             **{"BLOCK_D": triton.next_power_of_2(case.head_dim)},
-            **{"WALKS": tiling.programs < 2**31 - 1, "STAGES": tiling.stages},
         },
         num_warps=tiling.num_warps,
     )
@@ -674,13 +673,6 @@ def test_accesses_are_16_bytes_wide_and_pairs_stay_in_their_threads(model: str, 
         # a sum over all heads goes from warp to warp; nothing else does
         sums = 2 if MODELS[model].norm == "rms_all" else 0
         assert len(re.findall(r"\bSTS\b", asm["sass"])) <= 2 * sums
-
-
-def test_tiles_ahead_are_fetched_asynchronously() -> None:
-    tiling = choose_tiling(12, 128, 2, 2, False, False)._replace(programs=1056, stages=2)
-    asm = compiled(MODELS["wan-1.3b"], "sm_90", tiling)
-    assert_no_spills(asm)
-    assert "LDGSTS" in asm["sass"]
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ __all__ = ["half_tables"]
 
 
 def half_tables(rotary_emb: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Tables ``[..., D]`` of cosines and sines, which hold every angle twice, as ``[..., D/2]``; made once in a call."""
+    """Tables of cosines and sines ``[..., D]``, every angle twice, as ``[..., D/2]``; made once in a call."""
     cos, sin = rotary_emb
     return (
         once_in_call("cos", cos, lambda: cos[..., 0::2].contiguous()),

@@ -30,7 +30,7 @@ from vidaccel.sites.block import FusedBlock, call_site, cut_corner, fuses, run_p
 from vidaccel.sites.memo import once_per_call
 from vidaccel.sites.plain import plain_reason, stock_class
 
-__all__ = ["FusedDecoder", "FusedTemporalDecoder", "decode_bytes", "frames_that_fit"]
+__all__ = ["FusedDecoder", "FusedTemporalDecoder", "decode_bytes", "frames_that_fit", "usable_bytes"]
 
 _MARGIN = 1.1  # the allocator's rounding, the convolutions' workspaces, all that is small
 
@@ -80,7 +80,7 @@ class _Decoder(FusedBlock):
     def _explain(self, sample: Tensor, held: int) -> str:
         """What the stock error leaves out: how much a frame takes, how much there was, and what would fit."""
         frames, _, height, width = sample.shape
-        needed, free = decode_bytes(self, sample), _usable_bytes(sample.device) - held
+        needed, free = decode_bytes(self, sample), usable_bytes(sample.device) - held
         scale = 2 ** sum(block.upsamplers is not None for block in self.up_blocks)
         fit = frames_that_fit(frames, needed, free)
         return (
@@ -187,7 +187,7 @@ def _channels_in_resnet(resnet: ResnetBlock2D | SpatioTemporalResBlock) -> int:
     return max(first_convolution, width_in + (3 if changes else 2) * width_out)
 
 
-def _usable_bytes(device: torch.device) -> int:
+def usable_bytes(device: torch.device) -> int:
     """What this process may allocate on ``device``, counting what it has allocated."""
     driver_free, total = torch.cuda.mem_get_info(device)
     limit = int(torch.cuda.get_per_process_memory_fraction(device) * total)

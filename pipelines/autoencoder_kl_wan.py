@@ -1,0 +1,20 @@
+"""``AutoencoderKLWan``, the video VAE of Wan 2.1 and of all that decode with it (SkyReels, VACE, ChronoEdit, Helios).
+
+No pipeline of its own: whatever pipeline holds one has it patched by these rules, beside its denoiser. What the family
+offers: 14,338 launches, most of them for pads, cats and clones of single frames, become some hundred; the convolutions
+see whole clips.
+"""
+
+from __future__ import annotations
+
+from vidaccel.blocks.vae.autoencoder_kl_wan import FusedWanDecoder3d, FusedWanPostQuantConv
+from vidaccel.sites.rules import Swap
+
+__all__ = ["RULES"]
+
+RULES = {
+    "AutoencoderKLWan": (
+        Swap(FusedWanDecoder3d),
+        Swap(FusedWanPostQuantConv, names=("post_quant_conv",)),
+    ),
+}

@@ -1,0 +1,131 @@
+"""Wan's decoder: the memory that it holds, what is copied in it, and what a check of it finds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from block_checks import relative_error
+from copy_checks import Copies, Held, hollow_out
+from diffusers import AutoencoderKLWan
+from tiny_models import tiny_autoencoder_kl_wan
+from torch import Tensor
+
+from vidaccel import patch_module
+from vidaccel.blocks.vae import autoencoder_kl_wan
+from vidaccel.blocks.vae.autoencoder_kl_wan import FusedWanDecoder3d, decode_bytes
+
+WAN_22 = {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16}
+
+
+def wide_vae() -> AutoencoderKLWan:
+    """Two ResNet blocks to a level, as wide as a kernel of the upsampler needs it."""
+    return tiny_autoencoder_kl_wan(base_dim=16, num_res_blocks=2)
+
+
+def draw(frames: int = 3, side: int = 4) -> Tensor:
+    return torch.randn(1, 4, frames, side, side, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    return vae.decode(latents).sample
+
+
+@pytest.fixture
+def hollow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel and no causal convolution runs: they leave memory in the order that a GPU's have."""
+    hollow_out(monkeypatch)
+
+    def conv3d(
+        x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: tuple[int, ...] = (0, 0, 0), *_: Any
+    ) -> Tensor:
+        found = zip(x.shape[2:], padding, weight.shape[2:], strict=True)
+        sides = [size + 2 * edge - taps + 1 for size, edge, taps in found]
+        return torch.empty(len(x), *sides, len(weight)).permute(0, 4, 1, 2, 3)
+
+    monkeypatch.setattr(F, "conv3d", conv3d)
+
+
+def test_memory_held(hollow: None) -> None:
+    """Counted without the workspaces of convolutions, and the pixels."""
+    vae, z = wide_vae(), draw(frames=6, side=16)
+    with patch_module(vae, self_check=False):
+        pixels = decode(vae, z)
+        with Held() as held:
+            decode(vae, z)
+    estimate = z.shape[2] * decode_bytes(vae.decoder, z)
+    assert 0.75 * estimate <= held.most - pixels.nbytes <= estimate
+    top = 16 * pixels[:, 0].numel() * 4
+    assert held.most - pixels.nbytes <= 3.2 * top  # a residual, an input and an output of a convolution
+
+
+def test_no_large_tensor_is_copied(hollow: None) -> None:
+    vae, z = wide_vae(), draw(frames=5, side=8)
+    with patch_module(vae, self_check=False):
+        pixels = decode(vae, z)
+        with Copies(smallest=2 * pixels.numel()) as copies:
+            decode(vae, z)
+    assert not [found for found in copies.found if "of another memory order" not in found]
+
+
+@pytest.mark.parametrize("fault", ["swapped-frames", "gain", "zeroed-frame"])
+def test_what_the_decoder_does_wrong_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
+    vae = tiny_autoencoder_kl_wan()
+    expected, right = decode(vae, draw()), FusedWanDecoder3d.fused_forward
+
+    def wrong(*args: Any) -> Tensor:
+        pixels = right(*args)
+        if fault == "swapped-frames":
+            return pixels.flip(2)
+        if fault == "gain":
+            return pixels * 1.01
+        pixels[:, :, -1] = 0
+        return pixels
+
+    monkeypatch.setattr(FusedWanDecoder3d, "fused_forward", wrong)
+    with patch_module(vae) as report:
+        assert relative_error(decode(vae, draw()), expected) <= 1e-6
+        assert {site.state for site in report.sites if site.path == "decoder"} == {"failed"}
+
+
+@pytest.mark.parametrize("options", [{}, WAN_22], ids=["wan2.1", "wan2.2"])
+def test_with_the_kernels(options: dict[str, Any], device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one go, and in chunks."""
+    vae, z = tiny_autoencoder_kl_wan(base_dim=16, **options).to(device), draw(frames=2, side=1).to(device)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        expected = decode(vae, z)
+        with patch_module(vae, self_check=False) as report:
+            assert relative_error(decode(vae, z), expected) <= 1e-5
+            monkeypatch.setattr(autoencoder_kl_wan, "_frames_that_fit", lambda *_: 1)
+            assert relative_error(decode(vae, z), expected) <= 1e-5
+    assert not report.fallbacks, str(report)
+    ways = {site.op: site.implementations for site in report.sites}
+    assert "triton" in ways["rms_norm_silu"] & ways["conv_epilogue"] and ways["upsample_conv"] & {"whole", "halves"}
+    assert ways["whole_clip"] == {"2 of 2 frames", "1 of 2 frames"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("step", [9, 4], ids=["whole", "chunks"])
+def test_as_wide_as_released(
+    step: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error of every frame to float32 without TF32, seams between chunks among them, beside stock's."""
+    with torch.device(device):
+        vae = AutoencoderKLWan().eval()
+        z = torch.randn(1, 16, 9, 30, 52)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        gold = decode(vae, z)
+    vae, z = vae.to(dtype), z.to(dtype)
+    stock = decode(vae, z)
+    monkeypatch.setattr(autoencoder_kl_wan, "_frames_that_fit", lambda *_: step)
+    with patch_module(vae) as report:
+        out = decode(vae, z)
+    assert not report.fallbacks, str(report)
+    for frame in range(gold.shape[2]):
+        error, own = ((x[:, :, frame].float() - gold[:, :, frame]).norm() for x in (out, stock))
+        assert error <= 2 * own

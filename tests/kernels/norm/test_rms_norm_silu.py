@@ -1,0 +1,357 @@
+from __future__ import annotations
+
+import itertools
+import re
+from typing import Any
+
+import pytest
+import torch
+import triton
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
+from kernel_checks import (
+    FAULTS,
+    TARGETS,
+    assert_close_to_gold,
+    assert_no_spills,
+    compile_for,
+    narrow_accesses,
+    planted,
+)
+from torch import Tensor
+
+from vidaccel.kernels import check
+from vidaccel.kernels.norm import rms_norm_silu as op
+from vidaccel.kernels.norm.rms_norm_silu import RMS_NORM_SILU, choose_tiling, rms_norm_silu, rms_norm_silu_ref
+from vidaccel.kernels.op import listening
+from vidaccel.kernels.settings import constants_overridden
+
+DTYPES = [torch.float32, torch.float16]
+if torch.cuda.is_available():
+    DTYPES.append(torch.bfloat16)  # the interpreter's bfloat16 is wrong
+
+SHAPES = [
+    pytest.param((1, 1, 1, 1, 96), id="one-pixel"),
+    pytest.param((2, 3, 2, 1, 1), id="one-channel"),
+    pytest.param((2, 3, 5, 7, 42), id="odd-width"),
+    pytest.param((1, 5, 3, 4, 96), id="wan-top"),
+    pytest.param((2, 2, 1, 3, 384), id="wan-bottom"),
+    pytest.param((1, 1, 2, 2, 1024), id="wan2.2-bottom"),
+]
+REAL_SHAPES = [
+    pytest.param((1, 21, 60, 104, 384), id="wan-480p-bottom"),
+    pytest.param((1, 81, 480, 832, 96), id="wan-480p-top"),
+]
+ADDENDS = [
+    pytest.param((), id="norm-only"),
+    pytest.param(("bias",), id="bias"),
+    pytest.param(("residual",), id="residual"),
+    pytest.param(("bias", "residual"), id="bias-residual"),
+    pytest.param(("bias", "residual", "residual_bias"), id="bias-residual-bias"),
+    pytest.param(("bias", "halo"), id="bias-halo"),
+    pytest.param(("bias", "residual", "halo"), id="bias-residual-halo"),
+]
+
+
+def draw(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    names: tuple[str, ...] = ("bias", "residual"),
+    *,
+    before: int = 2,
+    centre: float = 0.0,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """x, gamma, and the tensors called ``names``."""
+    torch.manual_seed(0)
+    samples, _, height, width, channels = shape
+    x = (torch.randn(shape, device=device) + centre).to(dtype)
+    gamma = torch.randn(channels, device=device).to(dtype)
+    halo = samples, before, height, width, channels
+    shapes = {"bias": (channels,), "residual": shape, "residual_bias": (channels,), "halo": halo}
+    return x, gamma, {name: torch.randn(shapes[name], device=device).to(dtype) for name in names}
+
+
+def assert_matches_reference(out: tuple[Tensor, Tensor], x: Tensor, gamma: Tensor, **arguments: Any) -> None:
+    eager_z, eager_y = rms_norm_silu_ref(x, gamma, **arguments)
+    z, y = out
+    if arguments.get("keep", True):
+        assert torch.equal(z, eager_z)
+    # the norm is judged on the sum that both saw: its rounding would swamp the errors of the norm itself
+    rest = {name: arguments[name] for name in ("before", "silu") if name in arguments}
+    halo = arguments.get("halo")
+    _, gold = rms_norm_silu_ref(
+        eager_z.double(), gamma.double(), halo=None if halo is None else halo.double(), **rest
+    )  # fmt: skip
+    assert_close_to_gold(y, gold, eager_y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("names", ADDENDS)
+def test_matches_reference(
+    shape: tuple[int, ...], names: tuple[str, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    x, gamma, given = draw(shape, dtype, device, names)
+    for silu, keep in itertools.product([True, False], [True, False]):
+        arguments = {**given, "before": 2, "silu": silu, "keep": keep}
+        assert_matches_reference(rms_norm_silu(x, gamma, **arguments, impl="triton"), x, gamma, **arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("before", [0, 1, 2, 5])
+def test_frames_before(before: int, dtype: torch.dtype, device: torch.device) -> None:
+    x, gamma, given = draw((2, 3, 2, 5, 42), dtype, device, ("halo",), before=before, centre=30.0)
+    for halo in (None, given["halo"]):
+        _, y = rms_norm_silu(x, gamma, halo=halo, before=before, impl="triton")
+        assert_matches_reference((x, y), x, gamma, halo=halo, before=before)
+        expected = torch.zeros_like(given["halo"]) if halo is None else halo
+        assert torch.equal(y[:, :before], expected)
+        assert torch.equal(y[:, before:], rms_norm_silu(x, gamma, impl="triton")[1])
+
+
+def test_reference_is_what_diffusers_does(device: torch.device) -> None:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        x, gamma, given = draw((2, 3, 4, 5, 42), dtype, device)
+        norm = WanRMS_norm(42, images=False).to(device, dtype)
+        norm.gamma.data.copy_(gamma.view(-1, 1, 1, 1))
+        total = (x + given["bias"]) + given["residual"]
+        expected = torch.nn.functional.silu(norm(total.permute(0, 4, 1, 2, 3))).permute(0, 2, 3, 4, 1)
+        z, y = rms_norm_silu_ref(x, gamma, **given, before=2)
+        assert torch.equal(z, total) and not y[:, :2].any()
+        torch.testing.assert_close(y[:, 2:], expected, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_pixel_of_zeros_stays_one(dtype: torch.dtype, device: torch.device) -> None:
+    x, gamma, _ = draw((1, 2, 2, 2, 96), dtype, device)
+    x[0, 1, 0, 1] = 0
+    _, y = rms_norm_silu(x, gamma, impl="triton")
+    assert not y[0, 1, 0, 1].any() and y.isfinite().all()
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_returns_its_input_when_nothing_is_added_or_the_sum_is_unwanted(impl: str, device: torch.device) -> None:
+    x, gamma, given = draw((1, 2, 2, 3, 64), torch.float16, device)
+    before = x.clone()
+    assert rms_norm_silu(x, gamma, impl=impl)[0] is x
+    assert rms_norm_silu(x, gamma, **given, keep=False, inplace=True, impl=impl)[0] is x
+    assert torch.equal(x, before)
+
+
+@torch.no_grad()
+def test_the_sum_may_take_the_memory_of_x(device: torch.device) -> None:
+    x, gamma, given = draw((2, 2, 2, 3, 64), torch.float16, device)
+    expected = rms_norm_silu(x.clone(), gamma, **given, before=2)
+    z, y = rms_norm_silu(x, gamma, **given, before=2, inplace=True)
+    assert z.data_ptr() == x.data_ptr()
+    assert torch.equal(z, expected[0]) and torch.equal(y, expected[1])
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+@pytest.mark.parametrize("block_m", [1, 4, 16])
+def test_result_does_not_depend_on_the_cut(block_m: int, stages: int, device: torch.device) -> None:
+    x, gamma, given = draw((3, 2, 3, 5, 42), torch.float32, device, ("bias", "residual", "halo"), centre=30.0)
+    with constants_overridden(BLOCK_M=block_m, STAGES=stages):
+        out = rms_norm_silu(x, gamma, **given, before=2, impl="triton")
+    assert_matches_reference(out, x, gamma, **given, before=2)
+
+
+def test_programs_take_several_tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "RESIDENT_BYTES", 4 * op.TILE_BYTES)
+    x, gamma, given = draw((2, 5, 7, 5, 48), torch.float32, device, ("bias", "residual", "halo"))
+    assert_matches_reference(rms_norm_silu(x, gamma, **given, before=2, impl="triton"), x, gamma, **given, before=2)
+
+
+def test_takes_any_strides_and_parameters_of_another_dtype(device: torch.device) -> None:
+    x, gamma, given = draw((2, 2, 3, 4, 42), torch.float16, device, ("bias", "residual", "halo"))
+    expected = rms_norm_silu(x, gamma, **given, before=2, impl="triton")
+    laid_out = {
+        name: t.float() if t.ndim == 1 else t.transpose(1, 4).contiguous().transpose(1, 4) for name, t in given.items()
+    }
+    x = x.repeat_interleave(2, -1)[..., ::2]
+    out = rms_norm_silu(x, gamma.float(), **laid_out, before=2, inplace=True, impl="triton")
+    for strided, contiguous in zip(out, expected, strict=True):
+        assert torch.equal(strided, contiguous) and strided.is_contiguous()
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 2, 2, 64), (2, 3, 0, 2, 64)], ids=["no-samples", "no-rows"])
+def test_empty_input(shape: tuple[int, ...], device: torch.device) -> None:
+    x, gamma, given = draw(shape, torch.float16, device)
+    z, y = rms_norm_silu(x, gamma, **given, before=2)
+    assert z.shape == shape and y.shape == (shape[0], 2 + shape[1], *shape[2:])
+
+
+@pytest.mark.parametrize(
+    ("channels", "dtype", "residual_dtype", "requires_grad", "reason"),
+    [
+        (64, torch.float64, torch.float64, False, "x is torch.float64"),
+        (64, torch.float16, torch.float32, False, "have the dtype of x, torch.float16, got torch.float32"),
+        (2049, torch.float32, torch.float32, False, "up to C=2048, got C=2049"),
+        (64, torch.float32, torch.float32, True, "no backward pass"),
+    ],
+    ids=["float64", "mixed-dtypes", "wide", "gradient"],
+)
+def test_unserved_input_runs_in_torch(
+    channels: int,
+    dtype: torch.dtype,
+    residual_dtype: torch.dtype,
+    requires_grad: bool,
+    reason: str,
+    device: torch.device,
+) -> None:
+    x, gamma, given = draw((1, 2, 1, 3, channels), dtype, device, ("residual",))
+    given["residual"] = given["residual"].to(residual_dtype)
+    gamma.requires_grad_(requires_grad)
+    with listening() as events:
+        out = rms_norm_silu(x, gamma, **given)
+    assert [event.implementation for event in events] == ["torch"] and reason in events[0].reason
+    for ours, eager in zip(out, rms_norm_silu_ref(x, gamma, **given), strict=True):
+        assert torch.equal(ours, eager)
+    with pytest.raises(ValueError, match=f"rms_norm_silu: impl='triton' cannot run: .*{re.escape(reason)}"):
+        rms_norm_silu(x, gamma, **given, impl="triton")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.ones(2, 3, 32)}, r"x must be \[B, F, H, W, C\] with channels, got \(2, 3, 32\)"),
+        ({"gamma": torch.ones(31)}, r"gamma must be \[32\], got \(31,\)"),
+        ({"gamma": torch.ones(32, 1, 1, 1)}, r"gamma must be \[32\], got \(32, 1, 1, 1\)"),
+        ({"bias": torch.ones(1)}, r"bias must be \[32\], got \(1,\)"),
+        ({"residual": torch.ones(1, 2, 1, 3, 32)}, r"residual must be \(1, 2, 2, 3, 32\), as x is, got"),
+        ({"residual_bias": torch.ones(32)}, r"residual_bias needs a residual"),
+        ({"before": -1}, r"before must not be negative, got -1"),
+        ({"halo": torch.ones(1, 2, 2, 3, 32)}, r"halo must be \(1, 0, 2, 3, 32\), got \(1, 2, 2, 3, 32\)"),
+        ({"before": 2, "halo": torch.ones(1, 1, 2, 3, 32)}, r"halo must be \(1, 2, 2, 3, 32\), got"),
+        ({"impl": "cuda"}, r"impl must be one of triton, torch, got 'cuda'"),
+    ],
+)
+def test_rejects(change: dict[str, object], message: str) -> None:
+    arguments = {"x": torch.ones(1, 2, 2, 3, 32), "gamma": torch.ones(32)}
+    with pytest.raises(ValueError, match=f"rms_norm_silu: {message}"):
+        rms_norm_silu(**{**arguments, **change})
+
+
+def test_rejects_integers() -> None:
+    with pytest.raises(TypeError, match=r"rms_norm_silu: gamma must be floating-point, got torch\.int64"):
+        rms_norm_silu(torch.ones(1, 2, 2, 3, 32), torch.ones(32, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("names", ADDENDS)
+def test_registration(names: tuple[str, ...], device: torch.device) -> None:
+    x, gamma, given = draw((1, 2, 2, 3, 42), torch.float32, device, names)
+    tensors = map(given.get, ("bias", "residual", "residual_bias", "halo"))
+    arguments = (x, gamma, *tensors, 2, True, True, False)
+    torch.library.opcheck(RMS_NORM_SILU.registered["triton"], arguments)
+
+
+def test_compiles_fullgraph(device: torch.device) -> None:
+    x, gamma, given = draw((1, 2, 2, 3, 42), torch.float32, device, ("bias", "residual", "halo"))
+
+    def combine(x: Tensor) -> Tensor:
+        z, y = rms_norm_silu(x, gamma, **given, before=2, inplace=True, impl="triton")
+        return z.sum() + 2 * y
+
+    assert torch.equal(torch.compile(combine, fullgraph=True, backend="aot_eager")(x), combine(x.clone()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("most", [2**23, 700, 100], ids=["whole", "in-frames", "in-rows"])
+@pytest.mark.parametrize("names", ADDENDS)
+@torch.no_grad()
+def test_a_right_result_is_found_right(
+    names: tuple[str, ...], most: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "MOST_ELEMENTS", most)
+    x, gamma, given = draw((2, 3, 2, 3, 64), dtype, device, names, centre=3.0)
+    kept = x.clone()
+    with listening(checks=True) as events:
+        z, _ = rms_norm_silu(x, gamma, **given, before=2, inplace=True)
+    assert [(event.implementation, event.problem) for event in events] == [("triton", "")]
+    frame = x.nbytes // 3
+    sums = "bias" in names or "residual" in names
+    passes = 2 + ("residual" in names) + sums
+    assert events[0].costs.bytes == x.nbytes * passes + 2 * frame * (1 + ("halo" in names))
+    assert torch.equal(z, rms_norm_silu_ref(kept, gamma, **given)[0])
+
+
+@pytest.mark.parametrize("most", [2**23, 700], ids=["whole", "in-parts"])
+@pytest.mark.parametrize("output", [0, 1], ids=["sum", "norm"])
+@pytest.mark.parametrize("fault", [*FAULTS, "frames-before"])
+def test_a_fault_is_found(
+    fault: str, output: int, most: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "MOST_ELEMENTS", most)
+    x, gamma, given = draw((2, 3, 2, 3, 64), torch.float16, device, ("bias", "residual", "halo"))
+
+    def spoil(outputs: list[Tensor]) -> None:
+        if fault == "frames-before":
+            outputs[1][1, 0, -1, -1] = 0
+        else:
+            FAULTS[fault](outputs[output])
+
+    with planted(RMS_NORM_SILU, "triton", spoil), listening(checks=True) as events:
+        outputs = rms_norm_silu(x, gamma, **given, before=2)
+    assert events[0].problem
+    assert all(map(torch.equal, outputs, rms_norm_silu_ref(x, gamma, **given, before=2)))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("channels", [96, 384])
+@pytest.mark.parametrize(
+    ("names", "dtype"),
+    [
+        pytest.param(("bias",), "bf16", id="bias"),
+        pytest.param(("bias", "residual", "residual_bias", "halo"), "bf16", id="everything"),
+        pytest.param(("bias", "residual", "residual_bias", "halo"), "fp32", id="everything-fp32"),
+    ],
+)
+def test_accesses_are_16_bytes_wide_and_prefetched(
+    target: str, channels: int, names: tuple[str, ...], dtype: str
+) -> None:
+    pointers = ["x_ptr", "gamma_ptr", "y_ptr", *(f"{name}_ptr" for name in names)]
+    pointers += ["z_ptr"] * ("residual" in names)
+    every = {"bias_ptr", "residual_ptr", "residual_bias_ptr", "halo_ptr", "z_ptr"}
+    block_c = triton.next_power_of_2(channels)
+    tiling = choose_tiling(block_c, 2 if dtype == "bf16" else 4, "residual" in names)
+    asm = compile_for(
+        target,
+        op._rms_norm_silu_kernel,
+        {
+            **dict.fromkeys(pointers, f"*{dtype}:16"),
+            **dict.fromkeys(["samples", "sample_rows", "halo_rows", "halo_programs"], "i32"),
+            **{"channels": "i32:16", "scale": "fp32", "eps": "fp32"},
+        },
+        {
+            **dict.fromkeys(every.difference(pointers)),
+            **{f"HAS_{name.upper()}": name in names for name in ("bias", "residual", "residual_bias", "halo")},
+            **{"KEEP": "residual" in names, "SILU": True},
+            **{"BLOCK_M": tiling.block_m, "BLOCK_C": block_c, "STAGES": tiling.stages},
+        },
+        num_warps=tiling.num_warps,
+        enable_fp_fusion=False,
+    )
+    assert_no_spills(asm)
+    # the vectors, read once by a program, may be too short to give every thread 16 bytes
+    narrow = narrow_accesses(asm)
+    vectors = 1 + ("bias" in names) + ("residual_bias" in names)
+    assert len(narrow) <= vectors and all("LDG" in access or "load" in access for access in narrow)
+    if "sass" in asm:
+        assert "LDGSTS" in asm["sass"], "the next pixels are to be on their way while these are worked on"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", REAL_SHAPES)
+@pytest.mark.parametrize("names", [("bias",), ("bias", "residual"), ("bias", "residual", "residual_bias", "halo")])
+@torch.no_grad()
+def test_real_shapes(shape: tuple[int, ...], names: tuple[str, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Frame by frame, for the reference needs more memory than the kernel."""
+    x, gamma, given = draw(shape, dtype, device, names, centre=3.0)
+    assert shape[-1] == 384 or x.numel() > 2**31
+    z, y = rms_norm_silu(x, gamma, **given, before=2, impl="triton")
+    assert torch.equal(y[:, :2], given.get("halo", torch.zeros_like(y[:, :2])))
+    for frame in (0, 1, shape[1] // 2, shape[1] - 1):
+        some = slice(frame, frame + 1)
+        part = {name: t[:, some] if name == "residual" else t for name, t in given.items() if name != "halo"}
+        assert_matches_reference((z[:, some], y[:, 2:][:, some]), x[:, some], gamma, **part)

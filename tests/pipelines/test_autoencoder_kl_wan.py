@@ -1,0 +1,471 @@
+"""``AutoencoderKLWan``: the decoder works on whole clips; its caller asks for frame after frame, and sees nothing."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from block_checks import relative_error
+from diffusers import AutoencoderKLWan
+from kernel_checks import planted
+from tiny_models import tiny_autoencoder_kl_wan
+from torch import Tensor, nn
+
+from vidaccel import patch_module
+from vidaccel.blocks.vae import autoencoder_kl_wan as blocks
+from vidaccel.kernels.norm.rms_norm_silu import RMS_NORM_SILU
+from vidaccel.patching.report import PatchReport
+
+EQUAL = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The PyTorch implementations: interpreted kernels are slow."""
+    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
+
+
+def tiny_wan_22() -> AutoencoderKLWan:
+    """Residual up-blocks, and pixels in patches of 2 x 2; widths as in the released model, 32 times as narrow."""
+    return tiny_autoencoder_kl_wan(
+        is_residual=True, patch_size=2, in_channels=12, out_channels=12, scale_factor_spatial=16
+    )
+
+
+@pytest.fixture
+def vae() -> AutoencoderKLWan:
+    return tiny_autoencoder_kl_wan()
+
+
+@pytest.fixture(params=[tiny_autoencoder_kl_wan, tiny_wan_22], ids=["wan2.1", "wan2.2"])
+def either_vae(request: pytest.FixtureRequest) -> AutoencoderKLWan:
+    return request.param()
+
+
+def draw(frames: int = 3, height: int = 3, width: int = 2, batch: int = 1) -> Tensor:
+    return torch.randn(batch, 4, frames, height, width, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    return vae.decode(latents).sample
+
+
+def ran(report: PatchReport) -> set[str]:
+    return {way for site in report.sites if site.op == "whole_clip" for way in site.implementations}
+
+
+def reasons(report: PatchReport) -> str:
+    return "; ".join(sorted({reason for _, _, reason in report.fallbacks}))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 3, 2, 1), (2, 3, 5, 1), (5, 2, 3, 2), (3, 1, 1, 1)],
+    ids=["image", "two-frames", "batch", "one-pixel"],
+)
+def test_same_frames_and_exact_restore(shape: tuple[int, int, int, int], either_vae: AutoencoderKLWan) -> None:
+    vae = either_vae
+    latents = draw(*shape)
+    expected = decode(vae, latents)
+    traces = {name: (type(module), frozenset(vars(module))) for name, module in vae.named_modules()}
+    with patch_module(vae) as report:
+        for _ in range(2):  # the first is checked
+            out = decode(vae, latents)
+            assert relative_error(out, expected) <= EQUAL and out.stride() == expected.stride()
+        assert not report.fallbacks and {site.state for site in report.sites} == {"active"}, str(report)
+        assert ran(report) == {f"{shape[0]} of {shape[0]} frames"}
+        assert all(site.implementations for site in report.sites)
+        assert not torch.equal(out, expected), "nothing was patched: equal bits from reordered sums"
+    assert torch.equal(decode(vae, latents), expected)
+    assert traces == {name: (type(module), frozenset(vars(module))) for name, module in vae.named_modules()}
+
+
+def test_the_decoder_runs_once(vae: AutoencoderKLWan, monkeypatch: pytest.MonkeyPatch) -> None:
+    patch_module(vae, self_check=False)
+    calls = count_convolutions(monkeypatch)
+    decode(vae, draw(frames=5))
+    whole = len(calls)
+    calls.clear()
+    decode(vae, draw(frames=9))
+    # one for each causal convolution of the decoder, and the 1 x 1 x 1 one before it
+    assert len(calls) == whole == 1 + vae._cached_conv_counts["decoder"]
+
+
+def count_convolutions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    frames: list[int] = []
+
+    def conv3d(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        frames.append(x.shape[2])
+        return right(x, *args, **kwargs)
+
+    right = F.conv3d
+    monkeypatch.setattr(F, "conv3d", conv3d)
+    return frames
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4])
+@pytest.mark.parametrize("shape", [(5, 2, 3, 1), (6, 1, 2, 2)], ids=["5-frames", "6-frames-batch"])
+def test_chunks_are_the_whole(
+    step: int, shape: tuple[int, int, int, int], either_vae: AutoencoderKLWan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae = either_vae
+    expected = decode(vae, draw(*shape))
+    monkeypatch.setattr(blocks, "_frames_that_fit", lambda *_: step)
+    with patch_module(vae) as report:
+        assert relative_error(decode(vae, draw(*shape)), expected) <= EQUAL
+        assert f"{step} of {shape[0]} frames" in ran(report) and not report.fallbacks
+
+
+def out_of_memory_beyond(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    def conv3d(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if x.shape[2] > most:
+            raise torch.OutOfMemoryError(f"{x.shape[2]} frames")
+        return right(x, *args, **kwargs)
+
+    right = F.conv3d
+    monkeypatch.setattr(F, "conv3d", conv3d)
+
+
+@pytest.mark.parametrize(("most", "step"), [(18, 4), (12, 2)], ids=["halved", "halved-twice"])
+def test_out_of_memory_halves_the_chunk_and_goes_on(
+    most: int, step: int, vae: AutoencoderKLWan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = decode(vae, draw(frames=7))
+    with patch_module(vae, self_check=False) as report:
+        out_of_memory_beyond(monkeypatch, most)
+        assert relative_error(decode(vae, draw(frames=7)), expected) <= EQUAL
+        assert ran(report) == {f"{step} of 7 frames"}
+
+
+def test_what_memory_cannot_hold_at_all_is_explained(vae: AutoencoderKLWan, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = patch_module(vae, self_check=False)
+    with monkeypatch.context() as context:
+        out_of_memory_beyond(context, 4)
+        with pytest.raises(torch.OutOfMemoryError, match=r"one latent frame of 2 clips of 16 x 24 pixels.*enable_sl"):
+            decode(vae, draw(frames=4, batch=2))
+    out = decode(vae, draw(frames=4))
+    report.restore()
+    assert relative_error(out, decode(vae, draw(frames=4))) <= EQUAL
+
+
+def test_memory_decides_how_many_frames(vae: AutoencoderKLWan, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, needed = decode(vae, draw(frames=5)), blocks.decode_bytes(vae.decoder, draw(frames=5))
+    with patch_module(vae) as report:
+        for free, step in ((needed // 2, 1), (needed * 2, 2), (needed * 100, 5)):
+            monkeypatch.setattr(blocks, "_free_bytes", lambda _, free=free: free)
+            assert relative_error(decode(vae, draw(frames=5)), expected) <= EQUAL
+            assert f"{step} of 5 frames" in ran(report)
+
+
+@pytest.mark.parametrize("mode", ["slicing", "tiling", "both"])
+def test_slicing_and_tiling_keep_their_meaning(mode: str, either_vae: AutoencoderKLWan) -> None:
+    vae = either_vae
+    if mode != "tiling":
+        vae.enable_slicing()
+    if mode != "slicing":
+        vae.enable_tiling(32, 32, 16, 24)
+    latents = draw(3, 6, 5, 2)
+    expected = decode(vae, latents)
+    seen = []
+    with patch_module(vae) as report:
+        vae.decoder.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape)))
+        assert relative_error(decode(vae, latents), expected) <= EQUAL
+        assert not report.fallbacks and ran(report) == {"3 of 3 frames"}, str(report)
+    assert {shape[0] for shape in seen} == ({2} if mode == "tiling" else {1})
+
+
+@pytest.mark.parametrize("case", ["slice-of-a-longer-clip", "inference-mode", "site-off", "one-frame", "channels-last"])
+def test_tiles_of_any_clip(case: str, vae: AutoencoderKLWan) -> None:
+    vae.enable_tiling(32, 32, 16, 24)
+    longer = draw(4, 6, 5)
+    latents = longer[:, :, 1:3] if case == "slice-of-a-longer-clip" else longer
+    if case == "one-frame":
+        latents = longer[:, :, :1].clone()
+    if case == "channels-last":
+        latents = latents.contiguous(memory_format=torch.channels_last_3d)
+    expected = decode(vae, latents)
+    with patch_module(vae) as report, torch.inference_mode(case == "inference-mode"):
+        for site in report.sites:
+            site.on = not (case == "site-off" and site.op == "whole_tiles")
+        if case == "inference-mode":
+            latents = latents.clone()
+        assert (
+            relative_error(vae.decode(latents).sample if case == "inference-mode" else decode(vae, latents), expected)
+            <= EQUAL
+        )
+        assert not report.fallbacks, str(report)
+
+
+def test_nothing_is_decoded_but_what_was_asked_for(vae: AutoencoderKLWan) -> None:
+    """One frame of a longer clip, say to look at it."""
+    latents = draw(4)
+    expected = decode(vae, latents[:, :, :1])
+    with patch_module(vae) as report:
+        assert relative_error(decode(vae, latents[:, :, :1]), expected) <= EQUAL
+        assert ran(report) == {"1 of 1 frames"}
+
+
+def test_the_other_ways_to_call(vae: AutoencoderKLWan) -> None:
+    latents = draw()
+    expected = decode(vae, latents)
+    patch_module(vae)
+    with torch.no_grad():
+        (out,) = vae.decode(latents, return_dict=False)
+    assert relative_error(out, expected) <= EQUAL
+    with torch.inference_mode():
+        assert relative_error(vae.decode(latents).sample, expected) <= EQUAL
+    clip = torch.rand(1, 3, 5, 16, 16)
+    with torch.no_grad():
+        out = vae(clip).sample
+    assert out.shape == clip.shape
+
+
+@pytest.mark.parametrize("op", ["whole_clip", "rms_norm_silu", "conv_epilogue", "upsample_conv", "spatial_attention"])
+def test_every_site_can_be_off(op: str, vae: AutoencoderKLWan) -> None:
+    expected = decode(vae, draw())
+    with patch_module(vae) as report:
+        (site,) = (site for site in report.sites if site.op == op)
+        site.on = False
+        out = decode(vae, draw())
+        assert relative_error(out, expected) <= EQUAL
+        assert torch.equal(out, expected) == (op == "whole_clip")
+        site.on = True
+        assert not torch.equal(decode(vae, draw()), expected)
+    with patch_module(vae, skip=op):
+        assert relative_error(decode(vae, draw()), expected) <= EQUAL
+
+
+class Lora(nn.Module):
+    """Stands where a convolution stood, and does more."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, *args: Any) -> Tensor:
+        return 1.5 * self.base(*args)
+
+
+def hook_a_child(vae: AutoencoderKLWan) -> None:
+    vae.decoder.up_blocks[1].resnets[0].register_forward_hook(lambda *_: _[2] * 1.5)
+
+
+def swap_a_child(vae: AutoencoderKLWan) -> None:
+    resnet = vae.decoder.mid_block.resnets[1]
+    resnet.conv2 = Lora(resnet.conv2)
+
+
+def train(vae: AutoencoderKLWan) -> None:
+    vae.decoder.up_blocks[0].resnets[0].dropout.p = 0.5
+    vae.train()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (hook_a_child, "forward hooks"),
+        (swap_a_child, "replaced by Lora"),
+        (train, "dropout is on"),
+    ],
+    ids=["hook", "lora", "dropout"],
+)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_changed_child_runs_as_it_is(
+    when: str, change: Callable[[AutoencoderKLWan], None], reason: str, vae: AutoencoderKLWan
+) -> None:
+    if when == "before":
+        change(vae)
+    report = patch_module(vae)
+    if when == "after":
+        decode(vae, draw())
+        change(vae)
+    torch.manual_seed(0)
+    out = decode(vae, draw())
+    if when == "after":
+        assert reason in reasons(report)
+    else:
+        left = [site for site in report.sites if site.path == "decoder"]
+        assert left and all(site.state == "left alone" and reason in site.reason for site in left)
+    report.restore()
+    torch.manual_seed(0)
+    assert torch.equal(out, decode(vae, draw()))
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_halves_are_no_worse_than_stock(kind: torch.dtype, either_vae: AutoencoderKLWan) -> None:
+    vae = either_vae
+    latents = draw(frames=4, height=4, width=5).to(kind)
+    vae.to(kind)
+    gold = decode(copy.deepcopy(vae).double(), latents.double())
+    stock = decode(vae, latents)
+    with patch_module(vae) as report:
+        out = decode(vae, latents)
+        assert not report.fallbacks, str(report)
+    for frame in range(gold.shape[2]):
+        error, own = ((x[:, :, frame].double() - gold[:, :, frame]).norm() for x in (out, stock))
+        assert error <= 2 * own
+
+
+def by_hand(vae: AutoencoderKLWan, clips: list[Tensor], steps: list[int]) -> Tensor:
+    """Latents decoded with one cache, from tensors of their own, so many frames at a call."""
+    cache: list[Any] = [None] * vae._cached_conv_counts["decoder"]
+    parts, first = [], True
+    with torch.no_grad():
+        for clip in clips:
+            at = 0
+            for step in steps:
+                if at < clip.shape[2]:
+                    part = clip[:, :, at : at + step]
+                    parts.append(vae.decoder(part, feat_cache=cache, feat_idx=[0], first_chunk=first))
+                    first, at = False, at + step
+    return torch.cat(parts, dim=2)
+
+
+@pytest.mark.parametrize(
+    ("frames", "steps"),
+    [([4], [1, 2, 1]), ([3, 2], [1, 1, 1]), ([1, 1, 1, 2], [1, 1]), ([3, 4], [1, 1, 3])],
+    ids=["several-at-once", "goes-on-with-another-tensor", "frame-by-frame", "mixed"],
+)
+@pytest.mark.parametrize("off_at", [None, "whole_clip"], ids=["on", "switched-off-midway"])
+def test_a_cache_may_outlive_its_clip(
+    frames: list[int], steps: list[int], off_at: str | None, either_vae: AutoencoderKLWan
+) -> None:
+    vae = either_vae
+    clips = [draw(count) + index for index, count in enumerate(frames)]
+    expected = by_hand(vae, clips, steps)
+    with patch_module(vae) as report:
+        if off_at:
+            (site,) = (site for site in report.sites if site.op == off_at)
+            calls = [0]
+
+            def switch(*_: Any) -> None:
+                calls[0] += 1
+                site.on = calls[0] % 3 != 2  # on, off, on
+
+            vae.decoder.register_forward_pre_hook(switch)
+        assert relative_error(by_hand(vae, clips, steps), expected) <= EQUAL
+
+
+def test_latents_written_in_between_are_seen(vae: AutoencoderKLWan) -> None:
+    """A buffer of latents that is filled while its first frames are decoded."""
+    latents = draw(frames=4)
+
+    @torch.no_grad()
+    def fill_and_decode() -> Tensor:
+        buffer, cache, parts = torch.zeros_like(latents), [None] * vae._cached_conv_counts["decoder"], []
+        for at in range(4):
+            buffer[:, :, at] = latents[:, :, at]
+            part = buffer[:, :, at : at + 1]
+            parts.append(vae.decoder(part, feat_cache=cache, feat_idx=[0], first_chunk=at == 0))
+        return torch.cat(parts, dim=2)
+
+    expected = fill_and_decode()
+    patch_module(vae)
+    assert relative_error(fill_and_decode(), expected) <= EQUAL
+    with torch.inference_mode():
+        assert relative_error(fill_and_decode(), expected) <= EQUAL
+
+
+def test_calls_that_stock_takes_another_way(vae: AutoencoderKLWan) -> None:
+    latents = draw(frames=2)
+    with torch.no_grad():
+        uncached = vae.decoder(latents)
+    report = patch_module(vae)
+    with torch.no_grad():
+        assert torch.equal(vae.decoder(latents), uncached)
+    assert "no cache of features" in reasons(report)
+
+
+def test_nothing_outlives_a_decode(vae: AutoencoderKLWan, monkeypatch: pytest.MonkeyPatch) -> None:
+    patch_module(vae)
+    made: list[Any] = []
+
+    class Seen(blocks._Progress):
+        def take(self, *args: Any) -> Tensor:
+            made.append(weakref.ref(self))
+            return super().take(*args)
+
+    monkeypatch.setattr(blocks, "_Progress", Seen)
+    decode(vae, draw())
+    gc.collect()
+    assert made and all(ref() is None for ref in made)
+
+
+def test_survives_copy_and_change_of_dtype(vae: AutoencoderKLWan) -> None:
+    expected = decode(vae, draw())
+    patch_module(vae)
+    decode(vae, draw())
+    assert torch.equal(decode(copy.deepcopy(vae), draw()), expected)
+    vae.to(torch.float64).to(torch.float32)
+    assert relative_error(decode(vae, draw()), expected) <= EQUAL
+
+
+def test_gradients_go_through_the_original(vae: AutoencoderKLWan) -> None:
+    outcomes = []
+    for patched in (False, True):
+        report = patch_module(vae) if patched else None
+        latents = draw(frames=3).requires_grad_()
+        out = vae.decode(latents).sample
+        out.square().sum().backward()
+        outcomes.append((out, latents.grad))
+    assert all(map(torch.equal, *outcomes))
+    assert report is not None and "gradients" in reasons(report)
+
+
+def test_weights_without_gradients_need_no_context(vae: AutoencoderKLWan) -> None:
+    expected = decode(vae, draw())
+    with patch_module(vae.requires_grad_(False)) as report:
+        assert relative_error(vae.decode(draw()).sample, expected) <= EQUAL
+        assert not report.fallbacks and ran(report) == {"3 of 3 frames"}
+
+
+def test_torch_compile_traces_the_original(vae: AutoencoderKLWan) -> None:
+    latents = draw(frames=1)
+    with torch.no_grad():
+        expected = vae.decoder(latents)
+        patch_module(vae)
+        compiled = torch.compile(vae.decoder, backend="eager", fullgraph=True)
+        assert relative_error(compiled(latents), expected) <= EQUAL
+
+
+@pytest.mark.parametrize(
+    "latents",
+    [
+        torch.zeros(4, 3, 4, 4),
+        torch.zeros(1, 3, 2, 4, 4),
+        torch.zeros(1, 4, 2, 4, 4).half(),
+        torch.zeros(1, 4, 0, 4, 4),
+    ],
+    ids=["rank-4", "channels", "dtype", "no-frames"],
+)
+@torch.no_grad()
+def test_bad_latents_raise_what_the_stock_vae_raises(latents: Tensor, vae: AutoencoderKLWan) -> None:
+    outcomes = []
+    for patched in (False, True):
+        if patched:
+            patch_module(vae)
+        with pytest.raises(Exception) as error:
+            vae.decode(latents)
+        outcomes.append((error.type, str(error.value)))
+    assert outcomes[0] == outcomes[1]
+
+
+def test_kernels_run_and_a_fault_in_one_is_found(vae: AutoencoderKLWan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VIDACCEL_IMPL")
+    latents = draw(frames=2, height=2)
+    expected = decode(vae, latents)
+    with patch_module(vae) as report:
+        assert relative_error(decode(vae, latents), expected) <= EQUAL
+        assert not report.fallbacks, str(report)
+        kernels = {site.op for site in report.sites if site.implementations & {"triton", "whole"}}
+        assert kernels == {"rms_norm_silu", "conv_epilogue", "upsample_conv"}
+    with planted(RMS_NORM_SILU, "triton", lambda out: out[-1].mul_(1.01)), patch_module(vae) as report:
+        assert relative_error(decode(vae, latents), expected) <= EQUAL
+        assert {site.op for site in report.sites if site.state == "failed"} == {"rms_norm_silu"}

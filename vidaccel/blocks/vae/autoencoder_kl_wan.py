@@ -1,0 +1,782 @@
+"""diffusers' ``autoencoders/autoencoder_kl_wan.py``: the decoder, a whole clip at a time instead of a latent frame.
+
+Stock calls the decoder once for each latent frame. Its causal convolutions keep the two frames before in a cache that
+the caller passes along, so 33 convolutions are made of clones, cats and pads of small pieces. The decoder is causal, so
+all frames at once give the same numbers; where memory does not hold them, as many as it does, the last two frames of
+each convolution's input carried on to the next. Clips are rows ``[B, F, H, W, C]`` from the first convolution to the
+last. ``rms_norm_silu`` writes a convolution's input behind the frames that it looks back at, and adds the bias and
+the residual that the convolution before has left out.
+
+The caller is left as it is: it asks for frame after frame. What it passes first is a view of frame 0 of latents whose
+storage holds the clip and nothing else, so that is decoded, and the frames are handed out call by call. What has been
+done is kept in the caller's own cache, in place of stock's tensors (:class:`_Progress`): it lives as long as that, and
+there is one for each decode. Latents that come one frame at a time are decoded so, and the convolutions' last frames
+carried on. If a call is not the one that was foreseen, what was decoded ahead is forgotten.
+
+Of a tile, the caller cuts out one frame, and has the 1 x 1 x 1 convolution before the decoder make a new tensor of it.
+:class:`FusedWanPostQuantConv` makes all frames of the tile then, and returns a view of one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    DupUp3D,
+    WanAttentionBlock,
+    WanCausalConv3d,
+    WanDecoder3d,
+    WanMidBlock,
+    WanResample,
+    WanResidualBlock,
+    WanResidualUpBlock,
+    WanRMS_norm,
+    WanUpBlock,
+    WanUpsample,
+)
+from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
+
+from vidaccel.blocks.vae.vae import usable_bytes
+from vidaccel.kernels.attention.spatial_attention import spatial_attention, spatial_attention_ref
+from vidaccel.kernels.conv.conv_epilogue import conv_epilogue, conv_epilogue_ref
+from vidaccel.kernels.conv.upsample_conv import upsample_conv, upsample_conv_ref
+from vidaccel.kernels.norm.rms_norm_silu import compile_ahead, rms_norm_silu, rms_norm_silu_ref
+from vidaccel.kernels.op import note, runs_triton
+from vidaccel.sites.block import GRADIENTS, SITES, FusedBlock, call_site, cut_corner, fuses
+from vidaccel.sites.memo import held, once_per_call
+from vidaccel.sites.plain import plain_reason
+from vidaccel.sites.site import SiteGroup
+
+__all__ = ["FusedWanDecoder3d", "FusedWanPostQuantConv", "decode_bytes"]
+
+BEFORE = 2  # frames that a causal convolution looks back at
+OUTPUT_STEP = 8  # channels that the convolution to pixels is padded to, for cuDNN's kernels for tensor cores
+CORNER_FRAMES = 3
+_MARGIN = 1.1  # the allocator's rounding, the convolutions' workspaces, all that is small
+
+Halos = dict[nn.Module, Tensor]  # the last frames of the input of each convolution, [B, 2, H, W, C]
+
+
+@dataclass(eq=False)
+class _Progress:
+    """What has been decoded of a clip; stands first in the caller's cache of features.
+
+    Attributes:
+        latents: ``[B, C, F, H, W]``, all that have been decoded: a copy of our own.
+        halos: What the convolutions need to go on behind the last of them; None: not kept, or stock has gone on.
+        cache: The same as stock keeps it; None where stock has decoded nothing.
+        asked: The latents that the caller is to ask for, frame by frame; None where nothing was decoded ahead.
+        ahead: ``[B, C, F, H, W]``, their pixels.
+        frames: How many latent frames have been handed out.
+        version: Of ``asked``; None in inference mode, where tensors have none.
+    """
+
+    latents: Tensor | None = None
+    halos: Halos | None = None
+    cache: list[Any] | None = None
+    asked: Tensor | None = None
+    ahead: Tensor | None = None
+    frames: int = 0
+    version: int | None = None
+
+    def expects(self, x: Tensor) -> bool:
+        """Whether ``x`` is the next of the latents that were decoded ahead, unchanged since."""
+        if self.asked is None or self.latents is None or x.ndim != 5:
+            return False
+        following = self.asked[:, :, self.frames : self.frames + x.shape[2]]
+        if (
+            x.shape != following.shape
+            or x.stride() != following.stride()
+            or x.data_ptr() != following.data_ptr()
+            or x.dtype != following.dtype
+            or x.device != following.device
+        ):
+            return False
+        if self.version is None:
+            return torch.equal(x, self.latents[:, :, self.frames : self.frames + x.shape[2]])
+        return x._version == self.version
+
+    def decoded(self, clip: Tensor) -> None:
+        """``clip`` has been decoded, behind what was before."""
+        latents = clip.detach().clone()
+        self.latents = latents if self.latents is None else torch.cat([self.latents, latents], dim=2)
+
+    def look_ahead(self, clip: Tensor, pixels: Tensor) -> None:
+        """``clip`` was decoded, of which the caller has asked for nothing yet."""
+        self.asked, self.ahead = clip, pixels
+        self.version = None if clip.is_inference() else clip._version
+
+    def take(self, frames: int) -> Tensor:
+        """The pixels of the next latent frames."""
+        assert self.ahead is not None and self.asked is not None
+        every, start = self.asked.shape[2], self.frames
+        rate = (self.ahead.shape[2] - 1) // (every - 1)
+        self.frames += frames
+        pixels = self.ahead[:, :, _frames_of(start, rate) : _frames_of(self.frames, rate)].contiguous()
+        if self.frames == every:
+            self.asked = self.ahead = None
+        return pixels
+
+    def forget_ahead(self) -> None:
+        """What was decoded ahead will not be asked for."""
+        if self.asked is not None:
+            assert self.latents is not None
+            self.latents = self.latents[:, :, : self.frames]
+            self.halos = self.cache = self.asked = self.ahead = None
+
+
+def _frames_of(latent_frames: int, rate: int) -> int:
+    """How many frames the first ``latent_frames`` become."""
+    return 0 if latent_frames == 0 else 1 + rate * (latent_frames - 1)
+
+
+@fuses(
+    WanDecoder3d,
+    {
+        "whole_clip": "math-exact",
+        "rms_norm_silu": "math-exact",
+        "conv_epilogue": "math-exact",
+        "upsample_conv": "math-exact",
+        "spatial_attention": "math-exact",
+    },
+)
+class FusedWanDecoder3d(FusedBlock, WanDecoder3d):
+    """The decoder of Wan 2.1 and 2.2: one call decodes all latents, those behind it hand out what it made."""
+
+    conv_in: Any
+    mid_block: Any
+    up_blocks: Any
+    norm_out: Any
+    conv_out: Any
+
+    @classmethod
+    def left_alone_reason(cls, module: Any) -> str | None:
+        return _structure_reason(module)
+
+    def compile_ahead(self) -> None:
+        for resnet in (*self.mid_block.resnets, *(resnet for block in self.up_blocks for resnet in block.resnets)):
+            gamma, next_gamma = (norm.gamma.detach().flatten() for norm in (resnet.norm1, resnet.norm2))
+            compile_ahead(gamma, bias=False)  # behind an upsampler
+            compile_ahead(gamma, residual=True, keep=True)
+            compile_ahead(next_gamma)
+            if isinstance(resnet.conv_shortcut, WanCausalConv3d):
+                compile_ahead(next_gamma, residual=True, residual_bias=True, keep=True)
+        compile_ahead(self.norm_out.gamma.detach().flatten(), residual=True)
+
+    def forward(
+        self, x: Tensor, feat_cache: Any = None, feat_idx: Any = [0], first_chunk: bool = False  # noqa: B006
+    ) -> Tensor:  # fmt: skip
+        if torch.compiler.is_compiling():
+            return WanDecoder3d.forward(self, x, feat_cache, feat_idx, first_chunk)
+        progress = _progress_in(feat_cache)
+        if progress is None:
+            if reason := self._beginning_reason(x, feat_cache, first_chunk):
+                if (sites := _sites_of(self)) is not None:
+                    sites.count(reason)
+                return WanDecoder3d.forward(self, x, feat_cache, feat_idx, first_chunk)
+            progress, clip = _Progress(), _clip_of(x)
+        elif progress.expects(x):
+            return progress.take(x.shape[2])
+        else:
+            progress.forget_ahead()
+            clip = x
+        pixels = call_site(FusedWanDecoder3d, self, clip, progress)
+        progress.decoded(clip)
+        feat_cache[0] = progress
+        if clip is x:
+            progress.frames += x.shape[2]
+            return pixels
+        progress.look_ahead(clip, pixels)
+        return progress.take(x.shape[2])
+
+    def _beginning_reason(self, x: Tensor, feat_cache: Any, first_chunk: bool) -> str | None:
+        """Why a first call is stock's, with all that follow it, or None."""
+        if not isinstance(feat_cache, list) or not feat_cache:
+            return "no cache of features was passed, without which stock does not lengthen a clip"
+        if not first_chunk or any(entry is not None for entry in feat_cache):
+            return "it goes on where stock has begun"
+        if x.ndim != 5 or x.shape[2] != 1:
+            return "the first call of a decode is not for one latent frame"
+        if torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in self.parameters())):
+            return GRADIENTS
+        return self.left_alone_reason(self) or self.call_reason(x, None)
+
+    def call_reason(self, clip: Tensor, progress: _Progress | None) -> str | None:
+        if not self.runs("whole_clip"):
+            return "whole_clip is off, or failed"
+        if torch.is_autocast_enabled(clip.device.type):
+            return "autocast is on"
+        weight = self.conv_in.weight
+        if clip.ndim != 5 or clip.shape[1] != weight.shape[1] or not clip.numel():
+            return f"the latents are not [B, {weight.shape[1]}, F, H, W]"
+        if clip.dtype != weight.dtype or clip.device != weight.device:
+            return f"the latents are {clip.dtype} on {clip.device}, the weights {weight.dtype} on {weight.device}"
+        return None
+
+    def corner(self, args: Any, kwargs: Any) -> Any:
+        clip, progress = args
+        if progress.latents is not None:
+            return None
+        return cut_corner((clip[:, :, :CORNER_FRAMES], _Progress()), {}, most_whole=0)
+
+    @classmethod
+    def original_forward(cls, host: Any, clip: Tensor, progress: _Progress) -> Tensor:
+        """Frame by frame, as stock's caller does, unless that has begun to ask for more at once."""
+        cache = [None] * sum(isinstance(part, WanCausalConv3d) for part in host.modules())
+        if progress.latents is None:
+            pixels = _original_frames(host, clip, cache)
+        else:
+            if progress.cache is None:
+                _original_frames(host, progress.latents, cache)
+                progress.cache = cache
+            pixels = WanDecoder3d.forward(host, clip, progress.cache, [0], False)
+        if progress.latents is None:
+            progress.cache = cache
+        progress.halos = None
+        return pixels
+
+    def fused_forward(self, clip: Tensor, progress: _Progress) -> Tensor:
+        halos = progress.halos
+        if progress.latents is not None and halos is None:
+            _, halos = _Decode(self).run(progress.latents, {}, keep=True)
+        # frames that come one at a time may be followed by others, which a whole clip is not
+        pixels, progress.halos = _Decode(self).run(clip, halos or {}, keep=clip.shape[2] == 1 or bool(halos))
+        progress.cache = None
+        return pixels
+
+
+class _Tile(NamedTuple):
+    """What the convolution before the decoder has made of all frames of a tile that were still to come.
+
+    Attributes:
+        clip: What the tile was cut from.
+        version: Of the clip.
+        start: Where the first of the frames lies in it, in memory.
+        frames: ``[B, C, F, H, W]``, what was made; alive as long as somebody has a view of it.
+    """
+
+    clip: Callable[[], Tensor | None]
+    version: int
+    start: int
+    frames: Callable[[], Tensor | None]
+
+    def made_of(self, x: Tensor) -> Tensor | None:
+        """What was made of ``x``, a frame of a tile, or None."""
+        frames, clip = self.frames(), self.clip()
+        if frames is None or clip is None or x._base is not clip or clip._version != self.version:
+            return None
+        if x.ndim != 5 or x.shape[2] != 1 or x.stride() != clip.stride():
+            return None
+        at, rest = divmod(int(x.storage_offset()) - self.start, x.stride(2))
+        if rest or not 0 <= at < frames.shape[2] or frames.shape[3:] != x.shape[3:] or len(frames) != len(x):
+            return None
+        return frames[:, :, at : at + 1]
+
+
+_tiles: WeakKeyDictionary[nn.Module, _Tile] = WeakKeyDictionary()
+
+
+@fuses(WanCausalConv3d, {"whole_tiles": "math-exact"})
+class FusedWanPostQuantConv(FusedBlock, WanCausalConv3d):
+    """The 1 x 1 x 1 convolution before the decoder: of a tile that is given to it frame by frame, all at once."""
+
+    @classmethod
+    def left_alone_reason(cls, module: Any) -> str | None:
+        return _conv_reason(module, 1)
+
+    def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+        if torch.compiler.is_compiling() or cache_x is not None or not self._may_look_ahead(x):
+            return WanCausalConv3d.forward(self, x, cache_x)
+        tile = _tiles.get(self)
+        made = None if tile is None else tile.made_of(x)
+        if made is not None:
+            return made
+        frames = _frames_to_come(x)
+        if frames is None:
+            return WanCausalConv3d.forward(self, x)
+        whole = WanCausalConv3d.forward(self, frames)
+        clip: Any = x._base
+        _tiles[self] = _Tile(TensorWeakRef(clip), clip._version, int(x.storage_offset()), TensorWeakRef(whole))
+        return whole[:, :, :1]
+
+    def _may_look_ahead(self, x: Tensor) -> bool:
+        sites = _sites_of(self)
+        if sites is None or not sites.runs("whole_tiles") or plain_reason(self, WanCausalConv3d):
+            return False
+        sites.sites["whole_tiles"].implementations.add("torch")
+        recorded = torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in self.parameters()))
+        return not recorded and self.left_alone_reason(self) is None
+
+
+def _frames_to_come(x: Tensor) -> Tensor | None:
+    """``x``, a tile of a frame, and those behind it; None if there are none, or it is no such thing.
+
+    A whole frame may be all that somebody wants to see of a clip.
+    """
+    clip = x._base
+    if x.ndim != 5 or x.shape[2] != 1 or clip is None or clip.ndim != 5 or not clip.is_contiguous():
+        return None
+    if x.stride() != clip.stride() or x.shape[3:] == clip.shape[3:] or not x.numel():
+        return None
+    at = int(x.storage_offset() - clip.storage_offset()) // clip.stride(2) % clip.shape[2]
+    if clip.shape[2] - at < 2:
+        return None
+    samples, channels, _, height, width = x.shape
+    return x.as_strided((samples, channels, clip.shape[2] - at, height, width), x.stride(), x.storage_offset())
+
+
+def _original_frames(host: Any, clip: Tensor, cache: list[Any]) -> Tensor:
+    frames = [WanDecoder3d.forward(host, clip[:, :, at : at + 1], cache, [0], at == 0) for at in range(clip.shape[2])]
+    return frames[0] if len(frames) == 1 else torch.cat(frames, dim=2)
+
+
+def _sites_of(decoder: nn.Module) -> SiteGroup | None:
+    return getattr(decoder, SITES, None)
+
+
+def _progress_in(feat_cache: Any) -> _Progress | None:
+    if isinstance(feat_cache, list) and feat_cache and isinstance(feat_cache[0], _Progress):
+        return feat_cache[0]
+    return None
+
+
+def _clip_of(x: Tensor) -> Tensor:
+    """The clip that ``x`` is frame 0 of, if the storage of ``x`` is that of one; else ``x`` itself."""
+    samples, channels, _, height, width = x.shape
+    elements = x.untyped_storage().nbytes() // x.element_size()
+    frames, rest = divmod(elements, max(samples * channels * height * width, 1))
+    if rest or frames < 2 or x.storage_offset():
+        return x
+    clip = x.as_strided((samples, channels, frames, height, width), x.stride())
+    dense = clip.is_contiguous() or clip.is_contiguous(memory_format=torch.channels_last_3d)
+    return clip if dense else x
+
+
+@dataclass(eq=False)
+class _Sum:
+    """A clip of rows whose last additions are still to be done: ``x + bias + (residual + residual_bias)``."""
+
+    x: Tensor
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    residual_bias: Tensor | None = None
+
+
+@dataclass(eq=False)
+class _Chunk:
+    """The latent frames that go through the decoder together.
+
+    Attributes:
+        flow: Where they are. Held here alone, so that no caller's variable keeps a tensor longer than it is needed.
+        halos: Of the chunk before.
+        next: Of this one, if they are kept.
+    """
+
+    flow: _Sum
+    halos: Halos
+    keep: bool
+    next: Halos = field(default_factory=dict)
+
+    def keep_of(self, conv: nn.Module, frames: Tensor) -> None:
+        """The last frames of ``[B, F, H, W, C]``, which include those before the chunk."""
+        if self.keep:
+            self.next[conv] = frames[:, -BEFORE:].clone()
+
+
+class _Decode:
+    """One decode of latents by the modules of a decoder."""
+
+    def __init__(self, decoder: FusedWanDecoder3d) -> None:
+        self._decoder = decoder
+        self._rate = _temporal_rate(decoder)
+
+    def run(self, latents: Tensor, halos: Halos, keep: bool) -> tuple[Tensor, Halos | None]:
+        """The pixels, and what the next frames need if that is to be kept."""
+        decoder = self._decoder
+        samples, _, frames, height, width = latents.shape
+        scale = 2 ** sum(True for _ in _upsamplers(decoder))
+        began = _frames_of(1, self._rate) if not halos else 0
+        total = began + self._rate * (frames - bool(began))
+        channels = decoder.conv_out.weight.shape[0]
+        pixels = latents.new_empty(samples, channels, total, height * scale, width * scale)
+        step, at, done = _frames_that_fit(decoder, latents), 0, 0
+        while at < frames:
+            some = latents[:, :, at : at + step]
+            count = self._rate * (some.shape[2] - 1) + (self._rate if halos else 1)
+            try:
+                following = self._chunk(some, halos, pixels[:, :, done : done + count], keep or at + step < frames)
+            except torch.OutOfMemoryError as error:
+                traceback.clear_frames(error.__traceback__)  # they hold every tensor of the attempt
+                if some.shape[2] == 1:
+                    raise torch.OutOfMemoryError(_explain(decoder, latents)) from error
+                step = (some.shape[2] + 1) // 2
+                continue
+            halos, at, done = following, at + some.shape[2], done + count
+        self._tell(min(step, frames), frames)
+        return pixels, halos if keep else None
+
+    def _tell(self, step: int, frames: int) -> None:
+        ran = f"{step} of {frames} frames"
+        if (memo := held()) is not None and memo.only:
+            return  # it is a check
+        note("whole_clip", ran)
+        sites = _sites_of(self._decoder)
+        if sites is not None and (site := sites.sites.get("whole_clip")):
+            site.implementations.add(ran)  # also where nobody listens: memory may be another from clip to clip
+
+    def _chunk(self, latents: Tensor, halos: Halos, out: Tensor, keep: bool) -> Halos:
+        decoder = self._decoder
+        chunk = _Chunk(_Sum(latents), halos, keep)
+        buffer = _behind(halos.get(decoder.conv_in), latents)
+        chunk.keep_of(decoder.conv_in, buffer)
+        chunk.flow = _Sum(_conv(buffer, decoder.conv_in), decoder.conv_in.bias)
+        del buffer
+        mid = decoder.mid_block
+        self._resnet(chunk, mid.resnets[0])
+        for attention, resnet in zip(mid.attentions, mid.resnets[1:], strict=True):
+            self._attention(chunk, attention)
+            self._resnet(chunk, resnet)
+        for block in decoder.up_blocks:
+            self._up_block(chunk, block)
+        buffer = self._norm(chunk, decoder.norm_out, decoder.conv_out, keep=False)
+        pixels = _conv(buffer, decoder.conv_out, output_step=OUTPUT_STEP).permute(0, 4, 1, 2, 3)[:, : out.shape[1]]
+        torch.add(pixels, decoder.conv_out.bias.view(-1, 1, 1, 1), out=out)
+        return chunk.next
+
+    def _norm(
+        self, chunk: _Chunk, norm: Any, conv: nn.Module | None, *, keep: bool, silu: bool = True
+    ) -> Tensor:  # fmt: skip
+        """What ``conv`` gets: its input and the frames before; with ``keep``, the sum is what flows on."""
+        run = rms_norm_silu if self._decoder.runs("rms_norm_silu") else rms_norm_silu_ref
+        flow = chunk.flow
+        z, y = run(
+            flow.x,
+            norm.gamma.flatten(),
+            bias=flow.bias,
+            residual=flow.residual,
+            residual_bias=flow.residual_bias,
+            halo=None if conv is None else chunk.halos.get(conv),
+            before=0 if conv is None else BEFORE,
+            silu=silu,
+            keep=keep,
+            inplace=True,
+        )
+        flow.x, flow.bias, flow.residual, flow.residual_bias = z, None, None, None
+        if conv is not None:
+            chunk.keep_of(conv, y)
+        return y
+
+    def _summed(self, chunk: _Chunk) -> Tensor:
+        """What flows, all of it added."""
+        flow = chunk.flow
+        if flow.bias is not None:
+            images = flow.x.permute(0, 4, 1, 2, 3)
+            residual = None if flow.residual is None else flow.residual.permute(0, 4, 1, 2, 3)
+            if self._decoder.runs("conv_epilogue"):
+                images = conv_epilogue(images, flow.bias, residual, residual_bias=flow.residual_bias, inplace=True)
+            else:
+                images = conv_epilogue_ref(images, flow.bias, residual, flow.residual_bias)
+            chunk.flow = _Sum(images.permute(0, 2, 3, 4, 1))
+        return chunk.flow.x
+
+    def _up_block(self, chunk: _Chunk, block: Any) -> None:
+        shortcut = getattr(block, "avg_shortcut", None)
+        source = None if shortcut is None else self._summed(chunk)
+        for resnet in block.resnets:
+            self._resnet(chunk, resnet)
+        for upsampler in _upsamplers_of(block):
+            self._upsample(chunk, upsampler)
+        if source is not None:
+            _add_enlarged(self._summed(chunk), source, shortcut, first=not chunk.halos)
+
+    def _resnet(self, chunk: _Chunk, resnet: Any) -> None:
+        buffer = self._norm(chunk, resnet.norm1, resnet.conv1, keep=True)
+        residual, residual_bias, shortcut = chunk.flow.x, None, resnet.conv_shortcut
+        if isinstance(shortcut, WanCausalConv3d):
+            residual, residual_bias = _conv(residual, shortcut), shortcut.bias
+        chunk.flow = _Sum(_conv(buffer, resnet.conv1), resnet.conv1.bias)
+        del buffer
+        buffer = self._norm(chunk, resnet.norm2, resnet.conv2, keep=False)
+        del chunk.flow
+        chunk.flow = _Sum(_conv(buffer, resnet.conv2), resnet.conv2.bias, residual, residual_bias)
+
+    def _attention(self, chunk: _Chunk, block: Any) -> None:
+        normed = self._norm(chunk, block.norm, None, keep=True, silu=False)
+        residual = chunk.flow.x
+        samples, frames, height, width, channels = normed.shape
+        qkv = F.conv2d(_images(normed), block.to_qkv.weight, block.to_qkv.bias)
+        rows = qkv.permute(0, 2, 3, 1).reshape(samples * frames, height * width, 3 * channels)
+        run = spatial_attention if self._decoder.runs("spatial_attention") else spatial_attention_ref
+        q, k, v = rows.chunk(3, dim=-1)
+        attended = run(q, k, v, 1)
+        images = attended.view(samples * frames, height, width, channels).permute(0, 3, 1, 2)
+        out = F.conv2d(images, block.proj.weight, None).permute(0, 2, 3, 1).contiguous()
+        chunk.flow = _Sum(out.view(residual.shape), block.proj.bias, residual)
+
+    def _upsample(self, chunk: _Chunk, resample: Any) -> None:
+        if resample.mode == "upsample3d":
+            self._double(chunk, resample.time_conv)
+        samples = len(self._summed(chunk))
+        images, conv = _images(chunk.flow.x), resample.resample[1]
+        del chunk.flow
+        if self._decoder.runs("upsample_conv") and runs_triton("upsample_conv", images):
+            images = upsample_conv(images, conv.weight, conv.bias)
+        else:
+            images = upsample_conv_ref(images, conv.weight, conv.bias)
+        chunk.flow = _Sum(images.permute(0, 2, 3, 1).unflatten(0, (samples, -1)))
+
+    def _double(self, chunk: _Chunk, conv: Any) -> None:
+        """Every frame becomes two, but for the first of a clip, which the convolution over time never sees."""
+        x = self._summed(chunk)
+        halo, first = chunk.halos.get(conv), not chunk.halos
+        frames = x[:, first:]
+        if chunk.keep:
+            before = x.new_zeros(len(x), BEFORE, *x.shape[2:]) if halo is None else halo
+            chunk.keep_of(conv, torch.cat([before, frames[:, -BEFORE:]], dim=1))
+        samples, count, height, width, channels = frames.shape
+        if count == 0:
+            return
+        doubled = x.new_empty(samples, first + 2 * count, height, width, channels)
+        doubled[:, :first] = x[:, :first]
+        # without frames before, zeros are: those behind, which the padding brings too, are left out
+        made = _conv(frames, conv, zeros=BEFORE) if halo is None else _conv(torch.cat([halo, frames], dim=1), conv)
+        pairs = made[:, :count].unflatten(-1, (2, channels)).permute(0, 1, 4, 2, 3, 5)  # [B, F, 2, H, W, C]
+        torch.add(pairs, conv.bias.view(2, 1, 1, channels), out=doubled[:, first:].unflatten(1, (count, 2)))
+        chunk.flow = _Sum(doubled)
+
+
+def _behind(halo: Tensor | None, latents: Tensor) -> Tensor:
+    """Latents ``[B, C, F, H, W]`` as rows, behind the frames before them."""
+    samples, channels, frames, height, width = latents.shape
+    buffer = latents.new_zeros(samples, BEFORE + frames, height, width, channels)
+    buffer[:, BEFORE:] = latents.permute(0, 2, 3, 4, 1)
+    if halo is not None:
+        buffer[:, :BEFORE] = halo
+    return buffer
+
+
+def _conv(rows: Tensor, conv: Any, *, output_step: int = 1, zeros: int = 0) -> Tensor:
+    """The convolution of ``[B, F, H, W, C]``, which begin with the frames before; without its bias.
+
+    Its channels are filled up to a multiple of ``output_step``. So many frames of ``zeros`` are put at either end.
+    """
+    weight = conv.weight
+    if missing := -len(weight) % output_step:
+        weight = F.pad(weight, (0,) * 9 + (missing,))
+    height, width = weight.shape[3:]
+    laid_out = weight.contiguous(memory_format=torch.channels_last_3d)
+    padding = zeros, height // 2, width // 2
+    out = F.conv3d(rows.permute(0, 4, 1, 2, 3), laid_out, None, padding=padding)
+    return out.permute(0, 2, 3, 4, 1).contiguous()
+
+
+def _add_enlarged(rows: Tensor, source: Tensor, shortcut: Any, first: bool) -> None:
+    """Add ``source`` ``[B, F, H, W, C']`` to what an up-block made of it, every number of it to the pixels of its cell.
+
+    Of the first frame of a clip, time has made one frame: the last of its cell.
+    """
+    factor_t, factor_s, channels = shortcut.factor_t, shortcut.factor_s, shortcut.out_channels
+    of_input = torch.arange(channels * shortcut.factor, device=source.device) // shortcut.repeats
+    of_input = of_input.view(channels, factor_t, factor_s, factor_s).permute(1, 2, 3, 0)
+    alike = shortcut.repeats == shortcut.factor  # all pixels of a cell get the same channels, in their order
+    if first:
+        cells = rows[:, :1].unflatten(1, (1, 1)).unflatten(3, (-1, factor_s)).unflatten(5, (-1, factor_s))
+        _add_to_cells(cells, source[:, :1], None if alike else of_input[-1:])
+    rows, source = rows[:, first:], source[:, first:]
+    if source.shape[1]:
+        cells = rows.unflatten(1, (-1, factor_t)).unflatten(3, (-1, factor_s)).unflatten(5, (-1, factor_s))
+        _add_to_cells(cells, source, None if alike else of_input)
+
+
+def _add_to_cells(cells: Tensor, source: Tensor, of_input: Tensor | None) -> None:
+    """``cells`` are ``[B, F, t, H, s, W, s, C]``; ``of_input`` ``[t, s, s, C]`` says which channels each gets."""
+    if of_input is None:
+        cells += source[:, :, None, :, None, :, None]
+        return
+    for t, y, x in itertools.product(*map(range, of_input.shape[:3])):
+        cells[:, :, t, :, y, :, x] += source[..., of_input[t, y, x]]
+
+
+def _images(rows: Tensor) -> Tensor:
+    """Rows ``[B, F, H, W, C]`` seen as images ``[B * F, C, H, W]``."""
+    return rows.flatten(0, 1).permute(0, 3, 1, 2)
+
+
+@once_per_call
+def _temporal_rate(decoder: Any) -> int:
+    """Frames that a latent frame becomes, but for the first of a clip."""
+    return int(2 ** sum(upsampler.mode == "upsample3d" for upsampler in _upsamplers(decoder)))
+
+
+def _upsamplers(decoder: Any) -> Iterator[Any]:
+    for block in decoder.up_blocks:
+        yield from _upsamplers_of(block)
+
+
+def _upsamplers_of(block: Any) -> list[Any]:
+    found = [block.upsampler] if isinstance(block, WanResidualUpBlock) else block.upsamplers or ()
+    return [upsampler for upsampler in found if upsampler is not None]
+
+
+def decode_bytes(decoder: Any, latents: Tensor) -> int:
+    """Most memory that the layers hold at once, for each latent frame of a clip."""
+    pixels = latents.shape[0] * latents.shape[3] * latents.shape[4]
+    return int(max(_channels_held(decoder)) * pixels * latents.element_size() * _MARGIN)
+
+
+def _channels_held(decoder: Any) -> Iterator[int]:
+    """For every layer: how many channels' worth of tensors it holds at its worst, in units of a latent pixel."""
+    pixels = 1
+    for block in decoder.up_blocks:
+        kept = 0 if getattr(block, "avg_shortcut", None) is None else pixels * block.in_dim
+        for resnet in block.resnets:
+            # the residual, or its source too; a convolution's input and output; the norm behind it is in place
+            changes = resnet.in_dim != resnet.out_dim
+            yield kept + pixels * (3 * resnet.out_dim + (resnet.in_dim if changes else 0))
+        for upsampler in _upsamplers_of(block):
+            channels, out_channels = upsampler.dim, upsampler.resample[1].out_channels
+            if upsampler.mode == "upsample3d":
+                # the frames, those of the convolution over time, and these in their order
+                yield kept + pixels * 5 * channels
+                pixels *= 2
+            yield kept + pixels * (channels + 8 * out_channels)  # before and after the pixels are in place
+            pixels *= 4
+
+
+def _frames_that_fit(decoder: Any, latents: Tensor) -> int:
+    """How many latent frames are decoded at once: all, if they fit into what is free, else as equal parts as may be."""
+    free, needed, frames = _free_bytes(latents.device), decode_bytes(decoder, latents), latents.shape[2]
+    chunks = math.ceil(frames / max(free // max(needed, 1), 1))
+    return math.ceil(frames / chunks)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return usable_bytes(device) - torch.cuda.memory_allocated(device)
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _explain(decoder: Any, latents: Tensor) -> str:
+    """What the stock error leaves out."""
+    needed, free = decode_bytes(decoder, latents), _free_bytes(latents.device)
+    samples, _, _, height, width = latents.shape
+    scale = 2 ** sum(True for _ in _upsamplers(decoder))
+    slicing = "vae.enable_slicing() decodes one clip at a time, " if samples > 1 else ""
+    return (
+        f"out of memory while decoding one latent frame of {samples} clips of {width * scale} x {height * scale} "
+        f"pixels: it takes about {needed / 2**30:.2f} GiB, and {max(free, 0) / 2**30:.2f} GiB are free; "
+        f"{slicing}vae.enable_tiling() decodes smaller pictures"
+    )
+
+
+@once_per_call
+def _structure_reason(decoder: Any) -> str | None:
+    """Why the decoder is not made of what is done here in one go, or None."""
+    try:
+        reason = next(filter(None, _reasons(decoder)), None)
+    except AttributeError as error:
+        return f"it is not built as expected: {error}"
+    if reason:
+        return reason
+    weights = list(decoder.parameters())
+    if any(type(weight) is not nn.Parameter or not weight.is_floating_point() for weight in weights):
+        return "a weight is no plain parameter"
+    if len({(weight.dtype, weight.device) for weight in weights}) > 1:
+        return "its weights differ in dtype or device"
+    return None
+
+
+def _reasons(decoder: Any) -> Iterator[str | None]:
+    yield plain_reason(decoder.nonlinearity, nn.SiLU)
+    yield _conv_reason(decoder.conv_in, 3)
+    mid = decoder.mid_block
+    yield plain_reason(mid, WanMidBlock)
+    for attention in mid.attentions:
+        yield plain_reason(attention, WanAttentionBlock)
+        yield _norm_reason(attention.norm)
+        for conv in (attention.to_qkv, attention.proj):
+            yield _conv2d_reason(conv, 1)
+    for resnet in mid.resnets:
+        yield from _resnet_reasons(resnet)
+    for block in decoder.up_blocks:
+        residual = isinstance(block, WanResidualUpBlock)
+        yield plain_reason(block, WanResidualUpBlock if residual else WanUpBlock)
+        if residual and block.avg_shortcut is not None:
+            yield plain_reason(block.avg_shortcut, DupUp3D)
+        for resnet in block.resnets:
+            yield from _resnet_reasons(resnet)
+        for resample in _upsamplers_of(block):
+            yield plain_reason(resample, WanResample)
+            yield plain_reason(resample.resample, nn.Sequential)
+            yield from _resample_reasons(resample)
+    yield _norm_reason(decoder.norm_out)
+    yield _conv_reason(decoder.conv_out, 3)
+
+
+def _resnet_reasons(resnet: Any) -> Iterator[str | None]:
+    yield plain_reason(resnet, WanResidualBlock)
+    yield plain_reason(resnet.nonlinearity, nn.SiLU)
+    yield plain_reason(resnet.dropout, nn.Dropout)
+    if resnet.dropout.training and resnet.dropout.p:
+        yield "dropout is on"
+    for norm, conv in ((resnet.norm1, resnet.conv1), (resnet.norm2, resnet.conv2)):
+        yield _norm_reason(norm)
+        yield _conv_reason(conv, 3)
+    if resnet.in_dim == resnet.out_dim:
+        yield plain_reason(resnet.conv_shortcut, nn.Identity)
+    else:
+        yield _conv_reason(resnet.conv_shortcut, 1)
+
+
+def _resample_reasons(resample: Any) -> Iterator[str | None]:
+    if resample.mode not in ("upsample2d", "upsample3d"):
+        yield f"it has a resampler of mode {resample.mode}"
+        return
+    upsample, conv = resample.resample
+    yield plain_reason(upsample, WanUpsample)
+    if (upsample.size, upsample.scale_factor, upsample.mode) != (None, (2.0, 2.0), "nearest-exact"):
+        yield "it does not upsample by 2 to the nearest pixel"
+    yield _conv2d_reason(conv, 3)
+    if resample.mode == "upsample3d":
+        yield _conv_reason(resample.time_conv, 3, 1)
+
+
+def _conv_reason(conv: Any, frames: int, side: int | None = None) -> str | None:
+    """Of a causal convolution that sees so many frames, and as many pixels along each side if not told otherwise."""
+    if reason := plain_reason(conv, WanCausalConv3d):
+        return reason
+    side = frames if side is None else side
+    geometry = (frames, side, side), (1, 1, 1), (0, 0, 0), (1, 1, 1), 1, "zeros"
+    edges = (side // 2,) * 4 + (frames - 1, 0)
+    c = conv
+    found = c.kernel_size, c.stride, c.padding, c.dilation, c.groups, c.padding_mode
+    if found != geometry or tuple(c._padding) != edges or c.bias is None:
+        return "a convolution is not a plain causal one"
+    return None
+
+
+def _conv2d_reason(conv: Any, side: int) -> str | None:
+    if reason := plain_reason(conv, nn.Conv2d):
+        return reason
+    edge = (side // 2,) * 2
+    geometry = (side, side), (1, 1), edge, (1, 1), 1, "zeros"
+    found = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
+    return "a convolution of images is not a plain one" if found != geometry or conv.bias is None else None
+
+
+def _norm_reason(norm: Any) -> str | None:
+    if reason := plain_reason(norm, WanRMS_norm):
+        return reason
+    if not norm.channel_first or isinstance(norm.bias, Tensor) or norm.bias != 0.0:
+        return "a norm has a bias, or its channels come last"
+    return "a norm scales by another factor" if norm.scale != norm.gamma.numel() ** 0.5 else None
