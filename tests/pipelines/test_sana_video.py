@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from block_checks import frozen, relative_error
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, SanaImageToVideoPipeline, SanaVideoPipeline
+from block_checks import relative_error
+from diffusers import FlowMatchEulerDiscreteScheduler, SanaImageToVideoPipeline, SanaVideoPipeline
 from family_checks import check_clip, check_compiled
-from tiny_models import tiny_video
+from tiny_models import tiny_autoencoder_kl_wan, tiny_video
 from torch import Tensor
 from transformer_checks import (
     ORDERS,
@@ -62,8 +62,8 @@ def call(model: Any, *, size: tuple[int, int, int] = (3, 4, 6), given: bool = Tr
 )
 def test_same_clip_and_exact_restore(pipeline_class: type[Any], given: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    vae = AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
-    pipe = pipeline_class(None, None, frozen(vae), build(), FlowMatchEulerDiscreteScheduler())
+    vae = tiny_autoencoder_kl_wan(z_dim=16, latents_mean=[0.0] * 16, latents_std=[1.0] * 16)
+    pipe = pipeline_class(None, None, vae, build(), FlowMatchEulerDiscreteScheduler())
     pipe.set_progress_bar_config(disable=True)
     arguments: dict[str, Any] = {
         "height": 32,
@@ -77,7 +77,8 @@ def test_same_clip_and_exact_restore(pipeline_class: type[Any], given: dict[str,
         arguments[f"{which}prompt_attention_mask"] = (torch.arange(5) < 3)[None].long()
     check_clip(pipe, arguments | {"use_resolution_binning": False} | given, reorders_sums=False)
     with patch_pipeline(pipe, strict=True) as report:
-        assert {site.op for site in report.sites} == {"gated_residual_norm", "modulation_rows"}
+        ops = {site.op for site in report.sites if site.path.startswith("transformer.")}
+        assert ops == {"gated_residual_norm", "modulation_rows"}
 
 
 @pytest.mark.parametrize("given", [True, False])
