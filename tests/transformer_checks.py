@@ -145,7 +145,7 @@ class Shifted(nn.Module):
         self.processor = processor
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return tree_map(lambda out: out + 0.5, self.processor(*args, **kwargs))
+        return tree_map(lambda out: out + torch.linspace(-0.5, 0.5, out.shape[-1]), self.processor(*args, **kwargs))
 
 
 def check_changed(build: Callable[[], Any], call: Call, change: Callable[[Any], None], first: str) -> None:

@@ -16,7 +16,6 @@ import torch
 from block_checks import frozen, relative_error
 from diffusers import (
     AutoencoderKLCosmos,
-    AutoencoderKLWan,
     CosmosControlNetModel,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -24,7 +23,7 @@ from diffusers import (
 )
 from diffusers.models.controlnets import controlnet_cosmos
 from family_checks import check_clip, check_compiled
-from tiny_models import tiny_video
+from tiny_models import tiny_autoencoder_kl_wan, tiny_video
 from torch import Tensor, nn
 from transformer_checks import (
     ORDERS,
@@ -113,7 +112,7 @@ def cosmos_vae() -> Any:
 
 
 def wan_vae() -> Any:
-    return AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    return tiny_autoencoder_kl_wan(z_dim=16, latents_mean=[0.0] * 16, latents_std=[1.0] * 16)
 
 
 CLIP = tiny_video(9, 32, 48)
@@ -148,7 +147,7 @@ def pipeline(name: str) -> tuple[Any, dict[str, Any]]:
 @pytest.mark.parametrize("name", PIPELINES)
 def test_same_clip_and_exact_restore(name: str) -> None:
     pipe, call = pipeline(name)
-    check_clip(pipe, call, reorders_sums=False)
+    check_clip(pipe, call, reorders_sums=False, rounds=True)  # for the guardrail
     with patch_pipeline(pipe, strict=True) as report:
         assert {site.op for site in report.sites} >= {*COSMOS_OPS}
 

@@ -39,8 +39,6 @@ SIZES = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 3, "p
 TEXT = 7  # tokens, of which some are valid
 VALID = [(3, 5), (3, 3), (7, 7), (0, 5), (0, 0), (2, 5, 5)]
 
-pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")  # stock code asks for float32
-
 
 @pytest.fixture(autouse=True)
 def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:

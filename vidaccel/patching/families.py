@@ -42,6 +42,7 @@ class _Family(NamedTuple):
 
 
 _FAMILIES = {
+    "allegro": _Family(models=("AllegroTransformer3DModel",), pipelines=("AllegroPipeline",)),
     "animatediff": _Family(
         models=("UNetMotionModel", "ControlNetModel", "MultiControlNetModel", "SparseControlNetModel"),
         pipelines=(
@@ -104,6 +105,7 @@ _FAMILIES = {
     "kandinsky5": _Family(
         models=("Kandinsky5Transformer3DModel",), pipelines=("Kandinsky5I2VPipeline", "Kandinsky5T2VPipeline")
     ),
+    "latte": _Family(models=("LatteTransformer3DModel",), pipelines=("LattePipeline",)),
     "ltx": _Family(
         models=("LTXVideoTransformer3DModel",),
         pipelines=(
@@ -126,6 +128,9 @@ _FAMILIES = {
         ),
     ),
     "mochi": _Family(models=("MochiTransformer3DModel",), pipelines=("MochiPipeline",)),
+    "sana_video": _Family(
+        models=("SanaVideoTransformer3DModel",), pipelines=("SanaImageToVideoPipeline", "SanaVideoPipeline")
+    ),
     "skyreels_v2": _Family(
         models=("SkyReelsV2Transformer3DModel",),
         pipelines=(
@@ -159,18 +164,14 @@ _NO_BLOCKS = "its transformer's blocks have no fused ones yet"
 _NO_DENOISER = "it runs no denoiser, only an upsampler or a decoder of latents, which has no fused blocks yet"
 # Every other pipeline of diffusers that makes a video, and why it has no adapter.
 UNSERVED = {
-    "AllegroPipeline": _NO_BLOCKS,
     "Cosmos3OmniPipeline": "its transformer is a language model with experts, another design than Cosmos 1 and 2",
     "Kandinsky6SRPipeline": _NO_BLOCKS,
     "Kandinsky6TI2VAPipeline": _NO_BLOCKS,
     "LTX2LatentUpsamplePipeline": _NO_DENOISER,
     "LTX2VideoDiffusionDecodePipeline": _NO_DENOISER,
     "LTXLatentUpsamplePipeline": _NO_DENOISER,
-    "LattePipeline": _NO_BLOCKS,
     "MotifVideoImage2VideoPipeline": _NO_BLOCKS,
     "MotifVideoPipeline": _NO_BLOCKS,
-    "SanaImageToVideoPipeline": "its attention is linear, of which there is no kernel yet",
-    "SanaVideoPipeline": "its attention is linear, of which there is no kernel yet",
     "SanaWMPipeline": "its attention is linear, of which there is no kernel yet",
     "TextToVideoZeroPipeline": "it runs an image UNet with a processor of its own",
     "TextToVideoZeroSDXLPipeline": "it runs an image UNet with a processor of its own",

@@ -1,0 +1,161 @@
+"""Allegro: a tiny pipeline of the whole structure, patched against unpatched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from block_checks import frozen
+from diffusers import AllegroPipeline, AutoencoderKLAllegro, EulerAncestralDiscreteScheduler
+from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro
+from family_checks import check_clip, check_compiled
+from torch import Tensor
+from transformer_checks import (
+    ORDERS,
+    Shifted,
+    check_cache,
+    check_changed,
+    check_corner,
+    check_deaf_to_attention_backends,
+    check_each_op_off,
+    check_error_in_bfloat16,
+    check_hooks,
+    check_same,
+    fallback_reasons,
+    tiny_transformer,
+)
+
+from vidaccel import patch_module, patch_pipeline
+from vidaccel.blocks.dit.transformer_allegro import ALLEGRO_OPS, FusedAllegroTransformerBlock
+
+SIZES = {"num_attention_heads": 2, "attention_head_dim": 24, "num_layers": 2, "cross_attention_dim": 48,
+         "caption_channels": 12, "sample_width": 6, "sample_height": 4, "sample_frames": 3}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
+
+
+def build(dtype: torch.dtype = torch.float32) -> Any:
+    return tiny_transformer("AllegroTransformer3DModel", SIZES, dtype)
+
+
+def rotary(frames: int, height: int, width: int) -> Any:
+    *tables, t, h, w = get_3d_rotary_pos_embed_allegro(24, ((0, 0), (height, width)), (height, width), frames)
+    return tables, torch.cartesian_prod(t.long(), h.long(), w.long()).T.reshape(3, 1, -1).unbind(0)
+
+
+@torch.no_grad()
+def call(model: Any, *, size: tuple[int, int, int] = (3, 4, 6), attention_mask: Tensor | None = None) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    latents, text = (torch.randn(2, *shape, generator=generator) for shape in ((4, *size), (5, 12)))
+    mask = torch.arange(5)[None] < torch.tensor([[3], [5]])
+    places = rotary(size[0], size[1] // 2, size[2] // 2)
+    timestep = torch.full((2,), 500)
+    return model(latents, text, timestep, attention_mask, mask, image_rotary_emb=places).sample
+
+
+def test_same_clip_and_exact_restore() -> None:
+    torch.manual_seed(0)
+    levels = {"block_out_channels": (8, 8, 8, 8), "temporal_downsample_blocks": (True, True, False, False),
+              "temporal_upsample_blocks": (False, True, True, False)}  # fmt: skip
+    vae = AutoencoderKLAllegro(layers_per_block=1, norm_num_groups=2, latent_channels=4, **levels)
+    pipe = AllegroPipeline(None, None, frozen(vae), build(), EulerAncestralDiscreteScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    arguments: dict[str, Any] = {
+        "height": 32,
+        "width": 48,
+        "num_frames": 8,
+        "num_inference_steps": 2,
+        "negative_prompt": None,
+    }
+    for which in ("", "negative_"):
+        arguments[f"{which}prompt_embeds"] = torch.randn(1, 5, 12)
+        arguments[f"{which}prompt_attention_mask"] = (torch.arange(5) < 3)[None].long()
+    pipe.vae.enable_tiling()  # stock code decodes no other way
+    check_clip(pipe, arguments, reorders_sums=False)
+    with patch_pipeline(pipe, strict=True) as report:
+        assert {site.op for site in report.sites} == {*ALLEGRO_OPS}
+
+
+@pytest.mark.parametrize("size", [(3, 4, 6), (1, 4, 2)])
+def test_same_output(size: tuple[int, int, int]) -> None:
+    assert not check_same(build(), lambda model: call(model, size=size)).fallbacks
+
+
+def test_a_masked_video() -> None:
+    mask = torch.ones(2, 3, 4, 6)
+    mask[:, 2] = 0
+    report = check_same(build(), lambda model: call(model, attention_mask=mask))
+    assert fallback_reasons(report) == {"its attention is masked"}
+
+
+@torch.no_grad()
+def test_a_long_call_is_checked_on_a_corner() -> None:
+    block = build().transformer_blocks[0]
+    x, temb = torch.randn(1, 48_000, 48), torch.randn(1, 288)
+    arguments = x, torch.randn(1, 5, 48), temb, None, None, rotary(30, 40, 40)
+    check_corner(block, FusedAllegroTransformerBlock, arguments)
+
+
+def test_each_op_off() -> None:
+    check_each_op_off(build(), call)
+
+
+def test_deaf_to_attention_backends() -> None:
+    check_deaf_to_attention_backends(build(), call)
+
+
+def test_hooks() -> None:
+    check_hooks(build(), call, "attn1.to_k", "0.attn2", "1.ff.net.0")
+
+
+def foreign_processors(model: Any) -> None:
+    first, second = model.transformer_blocks
+    for attn in (first.attn1, second.attn2):
+        attn.processor = Shifted(attn.processor)
+
+
+def scaled(model: Any) -> None:
+    model.transformer_blocks[0].attn1.rescale_output_factor = 2.0
+    model.transformer_blocks[1].attn1.residual_connection = True
+
+
+def with_lora(model: Any) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(init_lora_weights=False, target_modules=["to_q", "to_v", "net.0.proj"])
+    peft.inject_adapter_in_model(config, model)
+    model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("change", [foreign_processors, scaled, with_lora])
+@pytest.mark.parametrize("first", ORDERS)
+def test_a_changed_model(change: Callable[[Any], None], first: str) -> None:
+    check_changed(build, call, change, first)
+
+
+@pytest.mark.parametrize("first", ORDERS)
+def test_a_step_cache(first: str) -> None:
+    check_cache(build, call, "pyramid attention broadcast", first)
+
+
+def test_a_patched_model_compiles_in_one_graph() -> None:
+    check_compiled(build(), call)
+
+
+@torch.no_grad()
+def test_error_in_bfloat16() -> None:
+    block = build(torch.bfloat16).transformer_blocks[0]
+    x, text, temb = (torch.randn(2, *size, dtype=torch.bfloat16) for size in ((18, 48), (5, 48), (288,)))
+    check_error_in_bfloat16(block, FusedAllegroTransformerBlock, (x, text, temb, None, None, rotary(3, 2, 3)))
+
+
+def test_a_call_under_autocast_goes_the_original_way() -> None:
+    model = build()
+    with patch_module(model) as report, torch.autocast("cpu", torch.bfloat16):
+        call(model)
+        assert fallback_reasons(report) == {"autocast is on"}

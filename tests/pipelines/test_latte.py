@@ -1,0 +1,135 @@
+"""Latte: a tiny pipeline of the whole structure, patched against unpatched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, LattePipeline
+from family_checks import check_clip, check_compiled
+from tiny_models import tiny_autoencoder_kl
+from torch import Tensor
+from transformer_checks import (
+    ORDERS,
+    Shifted,
+    check_cache,
+    check_changed,
+    check_corner,
+    check_deaf_to_attention_backends,
+    check_each_op_off,
+    check_error_in_bfloat16,
+    check_hooks,
+    check_same,
+    fallback_reasons,
+    tiny_transformer,
+)
+
+from vidaccel import patch_module, patch_pipeline
+from vidaccel.blocks.dit.latte_transformer_3d import LATTE_OPS, FusedLatteTransformerBlock
+
+SIZES = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "in_channels": 4, "out_channels": 8,
+         "cross_attention_dim": 24, "attention_bias": True, "sample_size": 8, "patch_size": 2, "caption_channels": 12,
+         "activation_fn": "gelu-approximate", "num_embeds_ada_norm": 10, "norm_type": "ada_norm_single",
+         "norm_elementwise_affine": False, "norm_eps": 1e-6, "video_length": 3}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
+
+
+def build(dtype: torch.dtype = torch.float32) -> Any:
+    return tiny_transformer("LatteTransformer3DModel", SIZES, dtype)
+
+
+@torch.no_grad()
+def call(model: Any, *, size: tuple[int, int] = (8, 8)) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    latents, text = (torch.randn(2, *shape, generator=generator) for shape in ((4, 3, *size), (5, 12)))
+    return model(latents, torch.full((2,), 500), text).sample
+
+
+def test_same_clip_and_exact_restore() -> None:
+    torch.manual_seed(0)
+    pipe = LattePipeline(None, None, tiny_autoencoder_kl(), build(), DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    texts = {name: torch.randn(1, 5, 12) for name in ("prompt_embeds", "negative_prompt_embeds")}
+    sizes = {"height": 16, "width": 16, "video_length": 3, "num_inference_steps": 2, "negative_prompt": None}
+    check_clip(pipe, sizes | texts)
+    with patch_pipeline(pipe, strict=True) as report:
+        assert {site.op for site in report.sites if site.path.startswith("transformer.")} == {*LATTE_OPS}
+
+
+@pytest.mark.parametrize("size", [(8, 8), (2, 6)])
+def test_same_output(size: tuple[int, int]) -> None:
+    assert not check_same(build(), lambda model: call(model, size=size)).fallbacks
+
+
+@torch.no_grad()
+def test_a_long_call_is_checked_on_a_corner() -> None:
+    block = build().transformer_blocks[0]
+    arguments = torch.randn(100, 1000, 24), None, torch.randn(100, 5, 24), None, torch.randn(100, 144), None, None, None
+    check_corner(block, FusedLatteTransformerBlock, arguments)
+
+
+def test_each_op_off() -> None:
+    check_each_op_off(build(), call)
+
+
+def test_deaf_to_attention_backends() -> None:
+    check_deaf_to_attention_backends(build(), call)
+
+
+def test_hooks() -> None:
+    check_hooks(build(), call, "attn1.to_k", "0.attn2", "1.ff.net.0")
+
+
+def foreign_processors(model: Any) -> None:
+    for attn in (model.transformer_blocks[0].attn1, model.transformer_blocks[1].attn2):
+        attn.processor = Shifted(attn.processor)
+
+
+def with_lora(model: Any) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(init_lora_weights=False, target_modules=["to_q", "to_v", "net.0.proj"])
+    peft.inject_adapter_in_model(config, model)
+    model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("change", [foreign_processors, with_lora])
+@pytest.mark.parametrize("first", ORDERS)
+def test_a_changed_model(change: Callable[[Any], None], first: str) -> None:
+    check_changed(build, call, change, first)
+
+
+@pytest.mark.parametrize("first", ORDERS)
+def test_a_step_cache(first: str) -> None:
+    check_cache(build, call, "pyramid attention broadcast", first)
+
+
+def test_a_feed_forward_in_chunks() -> None:
+    model = build()
+    for block in model.transformer_blocks:
+        block.set_chunk_feed_forward(4, 1)
+    assert fallback_reasons(check_same(model, call)) == {"its feed-forward works in chunks"}
+
+
+def test_a_patched_model_compiles_in_one_graph() -> None:
+    check_compiled(build(), call)
+
+
+@torch.no_grad()
+def test_error_in_bfloat16() -> None:
+    block = build(torch.bfloat16).transformer_blocks[0]
+    x, text, temb = (torch.randn(2, *size, dtype=torch.bfloat16) for size in ((18, 24), (5, 24), (144,)))
+    check_error_in_bfloat16(block, FusedLatteTransformerBlock, (x, None, text, None, temb))
+
+
+def test_a_call_under_autocast_goes_the_original_way() -> None:
+    model = build()
+    with patch_module(model) as report, torch.autocast("cpu", torch.bfloat16):
+        call(model)
+        assert fallback_reasons(report) == {"autocast is on"}
