@@ -14,7 +14,7 @@ from tiny_models import tiny_autoencoder_kl_wan
 from torch import Tensor
 
 from vidaccel import patch_module
-from vidaccel.blocks.vae import autoencoder_kl_wan
+from vidaccel.blocks.vae import causal_clip
 from vidaccel.blocks.vae.autoencoder_kl_wan import FusedWanDecoder3d, decode_bytes
 
 WAN_22 = {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16}
@@ -100,7 +100,7 @@ def test_with_the_kernels(options: dict[str, Any], device: torch.device, monkeyp
         expected = decode(vae, z)
         with patch_module(vae, self_check=False) as report:
             assert relative_error(decode(vae, z), expected) <= 1e-5
-            monkeypatch.setattr(autoencoder_kl_wan, "_frames_that_fit", lambda *_: 1)
+            monkeypatch.setattr(causal_clip, "free_bytes", lambda _: 0)
             assert relative_error(decode(vae, z), expected) <= 1e-5
     assert not report.fallbacks, str(report)
     ways = {site.op: site.implementations for site in report.sites}
@@ -110,9 +110,9 @@ def test_with_the_kernels(options: dict[str, Any], device: torch.device, monkeyp
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("step", [9, 4], ids=["whole", "chunks"])
+@pytest.mark.parametrize("fit", [9, 3], ids=["whole", "chunks"])
 def test_as_wide_as_released(
-    step: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    fit: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error of every frame to float32 without TF32, seams between chunks among them, beside stock's."""
     with torch.device(device):
@@ -122,7 +122,8 @@ def test_as_wide_as_released(
         gold = decode(vae, z)
     vae, z = vae.to(dtype), z.to(dtype)
     stock = decode(vae, z)
-    monkeypatch.setattr(autoencoder_kl_wan, "_frames_that_fit", lambda *_: step)
+    needed = fit * decode_bytes(vae.decoder, z)
+    monkeypatch.setattr(causal_clip, "free_bytes", lambda _: needed)
     with patch_module(vae) as report:
         out = decode(vae, z)
     assert not report.fallbacks, str(report)

@@ -20,11 +20,9 @@ Of a tile, the caller cuts out one frame, and has the 1 x 1 x 1 convolution befo
 from __future__ import annotations
 
 import itertools
-import math
-import os
-import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -46,14 +44,24 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
-from vidaccel.blocks.vae.vae import usable_bytes
+from vidaccel.blocks.vae.causal_clip import (
+    Chunk,
+    Halos,
+    Sum,
+    clip_of,
+    conv_rows,
+    decode_in_chunks,
+    images_of,
+    out_of_memory,
+    tell_chunk,
+)
 from vidaccel.kernels.attention.spatial_attention import spatial_attention, spatial_attention_ref
 from vidaccel.kernels.conv.conv_epilogue import conv_epilogue, conv_epilogue_ref
 from vidaccel.kernels.conv.upsample_conv import upsample_conv, upsample_conv_ref
 from vidaccel.kernels.norm.rms_norm_silu import compile_ahead, rms_norm_silu, rms_norm_silu_ref
-from vidaccel.kernels.op import note, runs_triton
+from vidaccel.kernels.op import runs_triton
 from vidaccel.sites.block import GRADIENTS, SITES, FusedBlock, call_site, cut_corner, fuses
-from vidaccel.sites.memo import held, once_per_call
+from vidaccel.sites.memo import once_per_call
 from vidaccel.sites.plain import plain_reason
 from vidaccel.sites.site import SiteGroup
 
@@ -63,8 +71,6 @@ BEFORE = 2  # frames that a causal convolution looks back at
 OUTPUT_STEP = 8  # channels that the convolution to pixels is padded to, for cuDNN's kernels for tensor cores
 CORNER_FRAMES = 3
 _MARGIN = 1.1  # the allocator's rounding, the convolutions' workspaces, all that is small
-
-Halos = dict[nn.Module, Tensor]  # the last frames of the input of each convolution, [B, 2, H, W, C]
 
 
 @dataclass(eq=False)
@@ -184,7 +190,7 @@ class FusedWanDecoder3d(FusedBlock, WanDecoder3d):
                 if (sites := _sites_of(self)) is not None:
                     sites.count(reason)
                 return WanDecoder3d.forward(self, x, feat_cache, feat_idx, first_chunk)
-            progress, clip = _Progress(), _clip_of(x)
+            progress, clip = _Progress(), _clip_behind(x)
         elif progress.expects(x):
             return progress.take(x.shape[2])
         else:
@@ -350,7 +356,7 @@ def _progress_in(feat_cache: Any) -> _Progress | None:
     return None
 
 
-def _clip_of(x: Tensor) -> Tensor:
+def _clip_behind(x: Tensor) -> Tensor:
     """The clip that ``x`` is frame 0 of, if the storage of ``x`` is that of one; else ``x`` itself."""
     samples, channels, _, height, width = x.shape
     elements = x.untyped_storage().nbytes() // x.element_size()
@@ -362,37 +368,6 @@ def _clip_of(x: Tensor) -> Tensor:
     return clip if dense else x
 
 
-@dataclass(eq=False)
-class _Sum:
-    """A clip of rows whose last additions are still to be done: ``x + bias + (residual + residual_bias)``."""
-
-    x: Tensor
-    bias: Tensor | None = None
-    residual: Tensor | None = None
-    residual_bias: Tensor | None = None
-
-
-@dataclass(eq=False)
-class _Chunk:
-    """The latent frames that go through the decoder together.
-
-    Attributes:
-        flow: Where they are. Held here alone, so that no caller's variable keeps a tensor longer than it is needed.
-        halos: Of the chunk before.
-        next: Of this one, if they are kept.
-    """
-
-    flow: _Sum
-    halos: Halos
-    keep: bool
-    next: Halos = field(default_factory=dict)
-
-    def keep_of(self, conv: nn.Module, frames: Tensor) -> None:
-        """The last frames of ``[B, F, H, W, C]``, which include those before the chunk."""
-        if self.keep:
-            self.next[conv] = frames[:, -BEFORE:].clone()
-
-
 class _Decode:
     """One decode of latents by the modules of a decoder."""
 
@@ -402,44 +377,33 @@ class _Decode:
 
     def run(self, latents: Tensor, halos: Halos, keep: bool) -> tuple[Tensor, Halos | None]:
         """The pixels, and what the next frames need if that is to be kept."""
-        decoder = self._decoder
+        decoder, rate, begins = self._decoder, self._rate, not halos
         samples, _, frames, height, width = latents.shape
         scale = 2 ** sum(True for _ in _upsamplers(decoder))
-        began = _frames_of(1, self._rate) if not halos else 0
-        total = began + self._rate * (frames - bool(began))
-        channels = decoder.conv_out.weight.shape[0]
-        pixels = latents.new_empty(samples, channels, total, height * scale, width * scale)
-        step, at, done = _frames_that_fit(decoder, latents), 0, 0
-        while at < frames:
-            some = latents[:, :, at : at + step]
-            count = self._rate * (some.shape[2] - 1) + (self._rate if halos else 1)
-            try:
-                following = self._chunk(some, halos, pixels[:, :, done : done + count], keep or at + step < frames)
-            except torch.OutOfMemoryError as error:
-                traceback.clear_frames(error.__traceback__)  # they hold every tensor of the attempt
-                if some.shape[2] == 1:
-                    raise torch.OutOfMemoryError(_explain(decoder, latents)) from error
-                step = (some.shape[2] + 1) // 2
-                continue
-            halos, at, done = following, at + some.shape[2], done + count
-        self._tell(min(step, frames), frames)
-        return pixels, halos if keep else None
+        height, width = height * scale, width * scale
 
-    def _tell(self, step: int, frames: int) -> None:
-        ran = f"{step} of {frames} frames"
-        if (memo := held()) is not None and memo.only:
-            return  # it is a check
-        note("whole_clip", ran)
-        sites = _sites_of(self._decoder)
-        if sites is not None and (site := sites.sites.get("whole_clip")):
-            site.implementations.add(ran)  # also where nobody listens: memory may be another from clip to clip
+        def pixel_frames(latent_frames: int) -> int:
+            return _frames_of(latent_frames, rate) if begins else rate * latent_frames
+
+        pixels = latents.new_empty(samples, len(decoder.conv_out.weight), pixel_frames(frames), height, width)
+
+        def decode(start: int, end: int) -> None:
+            nonlocal halos
+            out = pixels[:, :, pixel_frames(start) : pixel_frames(end)]
+            halos = self._chunk(latents[:, :, start:end], halos, out, keep or end < frames)
+
+        each = decode_bytes(decoder, latents)
+        explain = partial(out_of_memory, samples, height, width)
+        step = decode_in_chunks(frames, latents.device, lambda count: count * each, decode, explain)
+        tell_chunk(decoder, "whole_clip", step, frames)
+        return pixels, halos if keep else None
 
     def _chunk(self, latents: Tensor, halos: Halos, out: Tensor, keep: bool) -> Halos:
         decoder = self._decoder
-        chunk = _Chunk(_Sum(latents), halos, keep)
+        chunk = Chunk(Sum(latents), halos, keep)
         buffer = _behind(halos.get(decoder.conv_in), latents)
         chunk.keep_of(decoder.conv_in, buffer)
-        chunk.flow = _Sum(_conv(buffer, decoder.conv_in), decoder.conv_in.bias)
+        chunk.flow = Sum(conv_rows(buffer, decoder.conv_in), decoder.conv_in.bias)
         del buffer
         mid = decoder.mid_block
         self._resnet(chunk, mid.resnets[0])
@@ -449,12 +413,12 @@ class _Decode:
         for block in decoder.up_blocks:
             self._up_block(chunk, block)
         buffer = self._norm(chunk, decoder.norm_out, decoder.conv_out, keep=False)
-        pixels = _conv(buffer, decoder.conv_out, output_step=OUTPUT_STEP).permute(0, 4, 1, 2, 3)[:, : out.shape[1]]
+        pixels = clip_of(conv_rows(buffer, decoder.conv_out, output_step=OUTPUT_STEP))[:, : out.shape[1]]
         torch.add(pixels, decoder.conv_out.bias.view(-1, 1, 1, 1), out=out)
-        return chunk.next
+        return chunk.following
 
     def _norm(
-        self, chunk: _Chunk, norm: Any, conv: nn.Module | None, *, keep: bool, silu: bool = True
+        self, chunk: Chunk, norm: Any, conv: nn.Module | None, *, keep: bool, silu: bool = True
     ) -> Tensor:  # fmt: skip
         """What ``conv`` gets: its input and the frames before; with ``keep``, the sum is what flows on."""
         run = rms_norm_silu if self._decoder.runs("rms_norm_silu") else rms_norm_silu_ref
@@ -476,20 +440,20 @@ class _Decode:
             chunk.keep_of(conv, y)
         return y
 
-    def _summed(self, chunk: _Chunk) -> Tensor:
+    def _summed(self, chunk: Chunk) -> Tensor:
         """What flows, all of it added."""
         flow = chunk.flow
         if flow.bias is not None:
-            images = flow.x.permute(0, 4, 1, 2, 3)
-            residual = None if flow.residual is None else flow.residual.permute(0, 4, 1, 2, 3)
+            images = clip_of(flow.x)
+            residual = None if flow.residual is None else clip_of(flow.residual)
             if self._decoder.runs("conv_epilogue"):
                 images = conv_epilogue(images, flow.bias, residual, residual_bias=flow.residual_bias, inplace=True)
             else:
                 images = conv_epilogue_ref(images, flow.bias, residual, flow.residual_bias)
-            chunk.flow = _Sum(images.permute(0, 2, 3, 4, 1))
+            chunk.flow = Sum(images.permute(0, 2, 3, 4, 1))
         return chunk.flow.x
 
-    def _up_block(self, chunk: _Chunk, block: Any) -> None:
+    def _up_block(self, chunk: Chunk, block: Any) -> None:
         shortcut = getattr(block, "avg_shortcut", None)
         source = None if shortcut is None else self._summed(chunk)
         for resnet in block.resnets:
@@ -499,43 +463,43 @@ class _Decode:
         if source is not None:
             _add_enlarged(self._summed(chunk), source, shortcut, first=not chunk.halos)
 
-    def _resnet(self, chunk: _Chunk, resnet: Any) -> None:
+    def _resnet(self, chunk: Chunk, resnet: Any) -> None:
         buffer = self._norm(chunk, resnet.norm1, resnet.conv1, keep=True)
         residual, residual_bias, shortcut = chunk.flow.x, None, resnet.conv_shortcut
         if isinstance(shortcut, WanCausalConv3d):
-            residual, residual_bias = _conv(residual, shortcut), shortcut.bias
-        chunk.flow = _Sum(_conv(buffer, resnet.conv1), resnet.conv1.bias)
+            residual, residual_bias = conv_rows(residual, shortcut), shortcut.bias
+        chunk.flow = Sum(conv_rows(buffer, resnet.conv1), resnet.conv1.bias)
         del buffer
         buffer = self._norm(chunk, resnet.norm2, resnet.conv2, keep=False)
         del chunk.flow
-        chunk.flow = _Sum(_conv(buffer, resnet.conv2), resnet.conv2.bias, residual, residual_bias)
+        chunk.flow = Sum(conv_rows(buffer, resnet.conv2), resnet.conv2.bias, residual, residual_bias)
 
-    def _attention(self, chunk: _Chunk, block: Any) -> None:
+    def _attention(self, chunk: Chunk, block: Any) -> None:
         normed = self._norm(chunk, block.norm, None, keep=True, silu=False)
         residual = chunk.flow.x
         samples, frames, height, width, channels = normed.shape
-        qkv = F.conv2d(_images(normed), block.to_qkv.weight, block.to_qkv.bias)
+        qkv = F.conv2d(images_of(normed), block.to_qkv.weight, block.to_qkv.bias)
         rows = qkv.permute(0, 2, 3, 1).reshape(samples * frames, height * width, 3 * channels)
         run = spatial_attention if self._decoder.runs("spatial_attention") else spatial_attention_ref
         q, k, v = rows.chunk(3, dim=-1)
         attended = run(q, k, v, 1)
         images = attended.view(samples * frames, height, width, channels).permute(0, 3, 1, 2)
         out = F.conv2d(images, block.proj.weight, None).permute(0, 2, 3, 1).contiguous()
-        chunk.flow = _Sum(out.view(residual.shape), block.proj.bias, residual)
+        chunk.flow = Sum(out.view(residual.shape), block.proj.bias, residual)
 
-    def _upsample(self, chunk: _Chunk, resample: Any) -> None:
+    def _upsample(self, chunk: Chunk, resample: Any) -> None:
         if resample.mode == "upsample3d":
             self._double(chunk, resample.time_conv)
         samples = len(self._summed(chunk))
-        images, conv = _images(chunk.flow.x), resample.resample[1]
+        images, conv = images_of(chunk.flow.x), resample.resample[1]
         del chunk.flow
         if self._decoder.runs("upsample_conv") and runs_triton("upsample_conv", images):
             images = upsample_conv(images, conv.weight, conv.bias)
         else:
             images = upsample_conv_ref(images, conv.weight, conv.bias)
-        chunk.flow = _Sum(images.permute(0, 2, 3, 1).unflatten(0, (samples, -1)))
+        chunk.flow = Sum(images.permute(0, 2, 3, 1).unflatten(0, (samples, -1)))
 
-    def _double(self, chunk: _Chunk, conv: Any) -> None:
+    def _double(self, chunk: Chunk, conv: Any) -> None:
         """Every frame becomes two, but for the first of a clip, which the convolution over time never sees."""
         x = self._summed(chunk)
         halo, first = chunk.halos.get(conv), not chunk.halos
@@ -548,11 +512,13 @@ class _Decode:
             return
         doubled = x.new_empty(samples, first + 2 * count, height, width, channels)
         doubled[:, :first] = x[:, :first]
-        # without frames before, zeros are: those behind, which the padding brings too, are left out
-        made = _conv(frames, conv, zeros=BEFORE) if halo is None else _conv(torch.cat([halo, frames], dim=1), conv)
+        if halo is None:  # zeros are before; those behind, which the padding brings too, are left out
+            made = conv_rows(frames, conv, padding=(BEFORE, 0, 0))
+        else:
+            made = conv_rows(torch.cat([halo, frames], dim=1), conv)
         pairs = made[:, :count].unflatten(-1, (2, channels)).permute(0, 1, 4, 2, 3, 5)  # [B, F, 2, H, W, C]
         torch.add(pairs, conv.bias.view(2, 1, 1, channels), out=doubled[:, first:].unflatten(1, (count, 2)))
-        chunk.flow = _Sum(doubled)
+        chunk.flow = Sum(doubled)
 
 
 def _behind(halo: Tensor | None, latents: Tensor) -> Tensor:
@@ -563,21 +529,6 @@ def _behind(halo: Tensor | None, latents: Tensor) -> Tensor:
     if halo is not None:
         buffer[:, :BEFORE] = halo
     return buffer
-
-
-def _conv(rows: Tensor, conv: Any, *, output_step: int = 1, zeros: int = 0) -> Tensor:
-    """The convolution of ``[B, F, H, W, C]``, which begin with the frames before; without its bias.
-
-    Its channels are filled up to a multiple of ``output_step``. So many frames of ``zeros`` are put at either end.
-    """
-    weight = conv.weight
-    if missing := -len(weight) % output_step:
-        weight = F.pad(weight, (0,) * 9 + (missing,))
-    height, width = weight.shape[3:]
-    laid_out = weight.contiguous(memory_format=torch.channels_last_3d)
-    padding = zeros, height // 2, width // 2
-    out = F.conv3d(rows.permute(0, 4, 1, 2, 3), laid_out, None, padding=padding)
-    return out.permute(0, 2, 3, 4, 1).contiguous()
 
 
 def _add_enlarged(rows: Tensor, source: Tensor, shortcut: Any, first: bool) -> None:
@@ -605,11 +556,6 @@ def _add_to_cells(cells: Tensor, source: Tensor, of_input: Tensor | None) -> Non
         return
     for t, y, x in itertools.product(*map(range, of_input.shape[:3])):
         cells[:, :, t, :, y, :, x] += source[..., of_input[t, y, x]]
-
-
-def _images(rows: Tensor) -> Tensor:
-    """Rows ``[B, F, H, W, C]`` seen as images ``[B * F, C, H, W]``."""
-    return rows.flatten(0, 1).permute(0, 3, 1, 2)
 
 
 @once_per_call
@@ -651,32 +597,6 @@ def _channels_held(decoder: Any) -> Iterator[int]:
                 pixels *= 2
             yield kept + pixels * (channels + 8 * out_channels)  # before and after the pixels are in place
             pixels *= 4
-
-
-def _frames_that_fit(decoder: Any, latents: Tensor) -> int:
-    """How many latent frames are decoded at once: all, if they fit into what is free, else as equal parts as may be."""
-    free, needed, frames = _free_bytes(latents.device), decode_bytes(decoder, latents), latents.shape[2]
-    chunks = math.ceil(frames / max(free // max(needed, 1), 1))
-    return math.ceil(frames / chunks)
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return usable_bytes(device) - torch.cuda.memory_allocated(device)
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _explain(decoder: Any, latents: Tensor) -> str:
-    """What the stock error leaves out."""
-    needed, free = decode_bytes(decoder, latents), _free_bytes(latents.device)
-    samples, _, _, height, width = latents.shape
-    scale = 2 ** sum(True for _ in _upsamplers(decoder))
-    slicing = "vae.enable_slicing() decodes one clip at a time, " if samples > 1 else ""
-    return (
-        f"out of memory while decoding one latent frame of {samples} clips of {width * scale} x {height * scale} "
-        f"pixels: it takes about {needed / 2**30:.2f} GiB, and {max(free, 0) / 2**30:.2f} GiB are free; "
-        f"{slicing}vae.enable_tiling() decodes smaller pictures"
-    )
 
 
 @once_per_call
