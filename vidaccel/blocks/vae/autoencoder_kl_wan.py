@@ -57,6 +57,7 @@ from vidaccel.blocks.vae.causal_clip import (
 )
 from vidaccel.kernels.attention.spatial_attention import spatial_attention, spatial_attention_ref
 from vidaccel.kernels.conv.conv_epilogue import conv_epilogue, conv_epilogue_ref
+from vidaccel.kernels.conv.padded_clip import NO_PADDING, Padding
 from vidaccel.kernels.conv.upsample_conv import upsample_conv, upsample_conv_ref
 from vidaccel.kernels.norm.rms_norm_silu import compile_ahead, rms_norm_silu, rms_norm_silu_ref
 from vidaccel.kernels.op import runs_triton
@@ -68,6 +69,7 @@ from vidaccel.sites.site import SiteGroup
 __all__ = ["FusedWanDecoder3d", "FusedWanPostQuantConv", "decode_bytes"]
 
 BEFORE = 2  # frames that a causal convolution looks back at
+CAUSAL = Padding(before=BEFORE)
 OUTPUT_STEP = 8  # channels that the convolution to pixels is padded to, for cuDNN's kernels for tensor cores
 CORNER_FRAMES = 3
 _MARGIN = 1.1  # the allocator's rounding, the convolutions' workspaces, all that is small
@@ -430,7 +432,7 @@ class _Decode:
             residual=flow.residual,
             residual_bias=flow.residual_bias,
             halo=None if conv is None else chunk.halos.get(conv),
-            before=0 if conv is None else BEFORE,
+            padding=NO_PADDING if conv is None else CAUSAL,
             silu=silu,
             keep=keep,
             inplace=True,
