@@ -9,8 +9,8 @@ import torch
 from diffusers import (
     AnimateDiffPipeline,
     AutoencoderKL,
-    AutoencoderKLTemporalDecoder,
     AutoencoderKLHunyuanVideo15,
+    AutoencoderKLTemporalDecoder,
     AutoencoderKLWan,
     ControlNetModel,
     DDIMScheduler,

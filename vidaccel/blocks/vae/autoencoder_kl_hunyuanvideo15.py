@@ -108,7 +108,7 @@ class FusedHunyuanVideo15Decoder3D(FusedBlock, HunyuanVideo15Decoder3D):
         return None if found == expected else f"the latents are {found}, the weights {expected}"
 
     def corner(self, args: Any, kwargs: Any) -> Any:
-        return cut_corner((args[0][:, :, :CORNER_FRAMES],), {}, most_whole=0)
+        return cut_corner((args[0][:1, :, :CORNER_FRAMES],), {}, most_whole=0)
 
     def fused_forward(self, hidden_states: Tensor) -> Tensor:
         return _Decode(self).run(hidden_states)
