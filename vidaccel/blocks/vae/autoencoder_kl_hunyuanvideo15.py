@@ -143,9 +143,9 @@ class _Decode:
             chunk = Chunk(Sum(middle[:, start:end]), halos, end < frames)
             halos = self._up(chunk, pixels[:, :, pixel_frames(start) : pixel_frames(end)])
 
-        each = decode_bytes(decoder, latents)
+        needs = partial(decode_bytes, decoder, latents)
         explain = partial(out_of_memory, samples, height, width)
-        step = decode_in_chunks(frames, latents.device, lambda count: count * each, decode, explain)
+        step = decode_in_chunks(frames, latents.device, needs, decode, explain)
         tell_chunk(decoder, "whole_clip", step, frames)
         return pixels
 
@@ -238,10 +238,25 @@ def _upsamplers(decoder: Any) -> Iterator[Any]:
         yield from block.upsamplers or ()
 
 
-def decode_bytes(decoder: Any, latents: Tensor) -> int:
-    """Most memory that the layers behind the middle hold at once, for each latent frame of a clip."""
+def decode_bytes(decoder: Any, latents: Tensor, frames: int) -> int:
+    """Most memory that the layers behind the middle hold at once, for so many latent frames of a clip."""
     pixels = latents.shape[0] * latents.shape[3] * latents.shape[4]
-    return int(max(_channels_held(decoder)) * pixels * latents.element_size() * _MARGIN)
+    channels = frames * max(_channels_held(decoder))
+    if frames < latents.shape[2]:
+        channels += 2 * _halo_channels(decoder)  # those of the chunk before, and those for the next
+    return int(channels * pixels * latents.element_size() * _MARGIN)
+
+
+def _halo_channels(decoder: Any) -> int:
+    """How many channels' worth the frames are that a chunk leaves to the next, in units of a latent pixel."""
+    total, pixels = 0, 1
+    for block in decoder.up_blocks:
+        convs = [conv for resnet in block.resnets for conv in (resnet.conv1, resnet.conv2)]
+        upsamplers = block.upsamplers or ()
+        convs += [upsampler.conv for upsampler in upsamplers]
+        total += pixels * sum(conv.conv.in_channels for conv in convs)
+        pixels *= 4 ** len(upsamplers)
+    return CAUSAL.before * (total + pixels * decoder.conv_out.conv.in_channels)
 
 
 def _channels_held(decoder: Any) -> Iterator[int]:
