@@ -14,10 +14,10 @@ What is built is declared in ``samples/models/configurations/<name>.json``::
     }
 
 Component classes are named as diffusers or transformers export them (``"ltx2.LTX2Vocoder"``: a part of a pipeline of
-diffusers), with the configuration of the released checkpoint (``source``); ``options``, which may be missing, are what
-else the pipeline is made with; ``tiling``, which may be missing too, says that the VAE decodes in tiles. An input is ``"image"`` (a random picture of the call's size), the shape of a random
-tensor, ``{"zeros": shape}``, or ``{"mask": shape, "valid": 60}``: the mask of a text that is padded behind its 60
-tokens. ``tiny`` overrides single entries for a dry run on a CPU.
+diffusers), with the configuration of the released checkpoint (``source``). What may be missing: ``options``, what else
+the pipeline is made with, and ``tiling``, whether the VAE works in tiles. An input is ``"image"`` (a random picture of
+the call's size), the shape of a random tensor, ``{"zeros": shape}``, or ``{"mask": shape, "valid": 60}``: the mask of a
+text that is padded behind its 60 tokens. ``tiny`` overrides single entries for a dry run on a CPU.
 """
 
 from __future__ import annotations
