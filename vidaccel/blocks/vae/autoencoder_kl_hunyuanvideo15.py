@@ -35,7 +35,6 @@ from vidaccel.blocks.vae.causal_clip import (
     Chunk,
     Halos,
     Sum,
-    clip_of,
     conv_rows,
     decode_in_chunks,
     out_of_memory,
@@ -44,6 +43,7 @@ from vidaccel.blocks.vae.causal_clip import (
 from vidaccel.kernels.attention.spatial_attention import spatial_attention, spatial_attention_ref
 from vidaccel.kernels.conv.depth_to_space import depth_to_space, depth_to_space_ref
 from vidaccel.kernels.conv.padded_clip import NO_PADDING, Padding, pad_clip
+from vidaccel.kernels.conv.pixel_conv import pixel_conv, pixel_conv_ref
 from vidaccel.kernels.norm.rms_norm_silu import compile_ahead, rms_norm_silu, rms_norm_silu_ref
 from vidaccel.sites.block import FusedBlock, call_site, cut_corner, fuses
 from vidaccel.sites.memo import once_per_call
@@ -53,7 +53,6 @@ __all__ = ["FusedHunyuanVideo15Decoder3D", "decode_bytes"]
 
 CAUSAL = Padding(before=2, border=1, frame_mode="replicate", pixel_mode="replicate")
 UNPADDED = 0, 0, 0  # what a convolution adds to input that is padded already
-OUTPUT_STEP = 8  # channels that the convolution to pixels is padded to, for cuDNN's kernels for tensor cores
 CORNER_FRAMES = 3
 _MARGIN = 1.1  # the allocator's rounding, the borders, the convolutions' workspaces, all that is small
 
@@ -64,6 +63,7 @@ _MARGIN = 1.1  # the allocator's rounding, the borders, the convolutions' worksp
         "whole_clip": "math-exact",
         "rms_norm_silu": "math-exact",
         "depth_to_space": "bit-exact",
+        "pixel_conv": "math-exact",
         "spatial_attention": "math-exact",
     },
 )
@@ -174,8 +174,9 @@ class _Decode:
                 self._upsample(chunk, upsampler)
         buffer = self._input_of(chunk, decoder.conv_out, decoder.norm_out)
         del chunk.flow
-        made = clip_of(conv_rows(buffer, decoder.conv_out.conv, output_step=OUTPUT_STEP, padding=UNPADDED))
-        torch.add(made[:, : out.shape[1]], decoder.conv_out.conv.bias.view(-1, 1, 1, 1), out=out)
+        run = pixel_conv if decoder.runs("pixel_conv") else pixel_conv_ref
+        conv = decoder.conv_out.conv
+        out.copy_(run(buffer, conv.weight, conv.bias)[..., 1:-1, 1:-1])  # it pads the border once more
         return chunk.following
 
     def _written(self, chunk: Chunk, padding: Padding, gamma: Tensor | None = None, **options: Any) -> Tensor:
