@@ -1,0 +1,457 @@
+"""diffusers' ``autoencoders/autoencoder_kl_ltx.py``: the decoder, as rows, with little between its convolutions.
+
+Stock repeats the first and the last frame of every convolution's input with ``cat``, normalises it in six passes or
+more, and permutes it after every upsampler. Here a clip is rows ``[B, F, H, W, C]`` from the first convolution to the
+last. ``rms_norm_silu`` writes a convolution's input with the frames and pixels around it, and adds the bias and the
+residual that the convolution before has left out. The weights of an upsampler's convolution are reordered, so that the
+channels of one pixel lie together: one pass puts the pixels in their place.
+
+LTX-2's decoder is made of the same parts (``autoencoder_kl_ltx2.py``): :class:`Rows` serves both.
+"""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.autoencoders.autoencoder_kl_ltx import (
+    LTXVideoCausalConv3d,
+    LTXVideoDecoder3d,
+    LTXVideoMidBlock3d,
+    LTXVideoResnetBlock3d,
+    LTXVideoUpBlock3d,
+    LTXVideoUpsampler3d,
+)
+from diffusers.models.normalization import RMSNorm
+from torch import Tensor, nn
+
+from vidaccel.blocks.vae.causal_clip import Sum, clip_of, conv_rows, free_bytes
+from vidaccel.kernels.conv.conv_epilogue import conv_epilogue, conv_epilogue_ref
+from vidaccel.kernels.conv.padded_clip import Padding, pad_clip
+from vidaccel.kernels.norm.rms_norm_silu import rms_norm_silu, rms_norm_silu_ref
+from vidaccel.kernels.op import DTYPES, note
+from vidaccel.kernels.settings import Fidelity
+from vidaccel.sites.block import FusedBlock, call_site, cut_corner, fuses
+from vidaccel.sites.memo import once_per_call
+from vidaccel.sites.plain import plain_reason
+
+__all__ = ["OPS", "Family", "FusedLTXVideoDecoder3d", "RowsDecoder", "decode_bytes"]
+
+OPS: dict[str, Fidelity] = {
+    "channels_last": "math-exact",
+    "rms_norm_silu": "math-exact",
+    "conv_epilogue": "math-exact",
+}
+CORNER_FRAMES = 3
+PIXEL_MODES = ("zeros", "replicate", "reflect")  # that rms_norm_silu writes
+_MARGIN = 1.1  # the allocator's rounding, the convolutions' workspaces, all that is small
+
+
+class Family(NamedTuple):
+    """The classes that a decoder is made of."""
+
+    conv: type[nn.Module]
+    shortcut: type[nn.Module]
+    norm: type[nn.Module]
+    resnet: type[nn.Module]
+    mid_block: type[nn.Module]
+    up_block: type[nn.Module]
+    upsampler: type[nn.Module]
+
+
+class RowsDecoder(FusedBlock):
+    """What the decoders of LTX-Video and LTX-2 share."""
+
+    conv_in: Any
+    mid_block: Any
+    up_blocks: Any
+    norm_out: Any
+    conv_out: Any
+    timestep_scale_multiplier: Any
+    family: Family
+
+    @classmethod
+    def left_alone_reason(cls, module: Any) -> str | None:
+        return _structure_reason(module, cls.family)
+
+    def call_reason(self, latents: Tensor, temb: Tensor | None, causal: bool | None = None) -> str | None:
+        if not self.runs("channels_last"):
+            return "channels_last is off, or failed"
+        if torch.is_autocast_enabled(latents.device.type):
+            return "autocast is on"
+        weight = self.conv_in.conv.weight
+        if latents.ndim != 5 or latents.shape[1] != weight.shape[1] or not latents.numel():
+            return f"the latents are not [B, {weight.shape[1]}, F, H, W]"
+        if latents.dtype not in DTYPES:  # there stock's RMSNorm still sums in float32
+            return f"the latents are {latents.dtype}, not float16, bfloat16 or float32"
+        if latents.dtype != weight.dtype or latents.device != weight.device:
+            return f"the latents are {latents.dtype} on {latents.device}, the weights {weight.dtype} on {weight.device}"
+        if self.conv_in.conv.padding_mode == "reflect" and min(latents.shape[3:]) < 2:
+            return "pictures of one row or column cannot be padded by reflection"
+        if self.timestep_scale_multiplier is not None and (temb is None or temb.numel() != len(latents)):
+            return "there is not one timestep for each clip"
+        return None
+
+    def corner(self, args: Any, kwargs: Any) -> Any:
+        if any(_injects_noise(part) for part in self.modules()):
+            return None  # it would take random numbers that are the clip's
+        latents, *others = args
+        return cut_corner((latents[:, :, :CORNER_FRAMES], *others), kwargs, most_whole=0)
+
+    def fused_forward(self, latents: Tensor, temb: Tensor | None, causal: bool | None = None) -> Tensor:
+        """Decode; ``causal`` None: each convolution says itself whether it is."""
+        note("channels_last", "torch")
+        try:
+            return _Rows(self, causal).decode(latents, temb)
+        except torch.OutOfMemoryError as error:
+            traceback.clear_frames(error.__traceback__)  # they hold every tensor of the attempt
+            raise torch.OutOfMemoryError(_out_of_memory(self, latents)) from error
+
+
+@fuses(LTXVideoDecoder3d, OPS)
+class FusedLTXVideoDecoder3d(RowsDecoder, LTXVideoDecoder3d):
+    """The decoder of LTX-Video, 0.9.0 to 0.9.8."""
+
+    family = Family(
+        conv=LTXVideoCausalConv3d,
+        shortcut=LTXVideoCausalConv3d,
+        norm=RMSNorm,
+        resnet=LTXVideoResnetBlock3d,
+        mid_block=LTXVideoMidBlock3d,
+        up_block=LTXVideoUpBlock3d,
+        upsampler=LTXVideoUpsampler3d,
+    )
+
+    def forward(self, hidden_states: Tensor, temb: Tensor | None = None) -> Tensor:
+        if torch.compiler.is_compiling():
+            return LTXVideoDecoder3d.forward(self, hidden_states, temb)
+        return call_site(FusedLTXVideoDecoder3d, self, hidden_states, temb)
+
+
+class _Reordered(NamedTuple):
+    """A convolution with its output channels in another order."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+class _Rows:
+    """One decode by the modules of a decoder.
+
+    Where the clip is, ``flow`` alone knows: no variable of a caller keeps a tensor longer than it is needed.
+    """
+
+    flow: Sum
+
+    def __init__(self, decoder: RowsDecoder, causal: bool | None) -> None:
+        self._decoder = decoder
+        self._causal = causal
+
+    def decode(self, latents: Tensor, temb: Tensor | None) -> Tensor:
+        """The pixels ``[B, C, F, H, W]``."""
+        decoder: Any = self._decoder
+        buffer = _padded(latents.permute(0, 2, 3, 4, 1), self._padding(decoder.conv_in))
+        self.flow = Sum(self._convolved(buffer, decoder.conv_in), decoder.conv_in.conv.bias)
+        del buffer
+        if decoder.timestep_scale_multiplier is not None:
+            temb = temb * decoder.timestep_scale_multiplier
+        for block in (decoder.mid_block, *decoder.up_blocks):
+            self._block(block, temb)
+        modulation = self._modulations(decoder.scale_shift_table, self._embedded(decoder, temb))
+        buffer = self._norm(decoder.norm_out, decoder.conv_out, *modulation, keep=False)
+        del self.flow
+        return self._pixels(buffer)
+
+    def _block(self, block: Any, temb: Tensor | None) -> None:
+        if (conv_in := getattr(block, "conv_in", None)) is not None:
+            self._resnet(conv_in, None)
+        temb = self._embedded(block, temb)
+        for upsampler in getattr(block, "upsamplers", None) or ():
+            self._upsample(upsampler)
+        for resnet in block.resnets:
+            self._resnet(resnet, temb)
+
+    def _embedded(self, owner: Any, temb: Tensor | None) -> Tensor | None:
+        """``temb`` as the resnets of ``owner`` take it; None if they take none."""
+        if owner.time_embedder is None:
+            return None
+        rows = self.flow.x
+        assert temb is not None
+        return owner.time_embedder(
+            timestep=temb.flatten(),
+            resolution=None,
+            aspect_ratio=None,
+            batch_size=len(rows),
+            hidden_dtype=rows.dtype,
+        ).view(len(rows), -1)
+
+    def _modulations(self, table: Tensor | None, temb: Tensor | None) -> tuple[Tensor, ...]:
+        """Shift and scale ``[B, C]``, once or twice; none without a table."""
+        if table is None or temb is None:
+            return ()
+        return (temb.unflatten(1, table.shape) + table).unbind(1)
+
+    def _resnet(self, resnet: Any, temb: Tensor | None) -> None:
+        modulation = self._modulations(resnet.scale_shift_table, temb)
+        buffer = self._norm(resnet.norm1, resnet.conv1, *modulation[:2], keep=True)
+        residual, residual_bias = self.flow.x, None
+        self.flow = Sum(self._convolved(buffer, resnet.conv1), resnet.conv1.conv.bias)
+        del buffer
+        self._add_noise(resnet.per_channel_scale1)
+        buffer = self._norm(resnet.norm2, resnet.conv2, *modulation[2:], keep=False)
+        del self.flow
+        self.flow = Sum(self._convolved(buffer, resnet.conv2), resnet.conv2.conv.bias)
+        del buffer
+        self._add_noise(resnet.per_channel_scale2)
+        if (norm := resnet.norm3) is not None:
+            residual = F.layer_norm(residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        if resnet.conv_shortcut is not None:
+            shortcut = getattr(resnet.conv_shortcut, "conv", resnet.conv_shortcut)
+            residual, residual_bias = conv_rows(residual, shortcut), shortcut.bias
+        self.flow.residual, self.flow.residual_bias = residual, residual_bias
+
+    def _add_noise(self, gain: Tensor | None) -> None:
+        """The random numbers that stock takes: one for each pixel of a frame, the same for all frames."""
+        if gain is not None:
+            rows = self.flow.x
+            noise = torch.randn(rows.shape[2:4], device=rows.device, dtype=rows.dtype)
+            rows += noise[..., None] * gain.flatten()
+
+    def _norm(
+        self, norm: Any, conv: Any, shift: Tensor | None = None, scale: Tensor | None = None, *, keep: bool
+    ) -> Tensor:  # fmt: skip
+        """What ``conv`` reads, its padding included; with ``keep``, the sum is what flows on."""
+        run = rms_norm_silu if self._decoder.runs("rms_norm_silu") else rms_norm_silu_ref
+        flow = self.flow
+        flow.x, y = run(
+            flow.x,
+            bias=flow.bias,
+            residual=flow.residual,
+            residual_bias=flow.residual_bias,
+            scale=scale,
+            shift=shift,
+            padding=self._padding(conv),
+            kind="mean",
+            eps=norm.eps,
+            keep=keep,
+            inplace=True,
+        )
+        flow.bias = flow.residual = flow.residual_bias = None
+        return y
+
+    def _summed(self) -> Tensor:
+        """What flows, all of it added."""
+        flow = self.flow
+        if flow.bias is not None:
+            clip, residual = clip_of(flow.x), None if flow.residual is None else clip_of(flow.residual)
+            if self._decoder.runs("conv_epilogue"):
+                clip = conv_epilogue(clip, flow.bias, residual, residual_bias=flow.residual_bias, inplace=True)
+            else:
+                clip = conv_epilogue_ref(clip, flow.bias, residual, flow.residual_bias)
+            self.flow = Sum(clip.permute(0, 2, 3, 4, 1))
+        return self.flow.x
+
+    def _upsample(self, upsampler: Any) -> None:
+        source = self._summed()
+        del self.flow
+        buffer = _padded(source, self._padding(upsampler.conv))
+        cell = math.prod(upsampler.stride)
+        # channels (C, cell) become (cell, C)
+        conv = _reordered(upsampler.conv.conv, (-1, cell), (1, 0))
+        made = self._convolved(buffer, upsampler.conv, conv)
+        del buffer
+        self.flow = Sum(_placed(made, conv.bias, source if upsampler.residual else None, tuple(upsampler.stride)))
+
+    def _pixels(self, buffer: Tensor) -> Tensor:
+        """The last convolution, and its channels ``(C, frame, column, row)`` of a patch in their place."""
+        decoder: Any = self._decoder
+        patch, frames = decoder.patch_size, decoder.patch_size_t
+        conv = _reordered(decoder.conv_out.conv, (-1, patch, patch), (0, 2, 1))  # rows before columns
+        rows = self._convolved(buffer, decoder.conv_out, conv)
+        samples, count, height, width, channels = rows.shape
+        cell = channels // (frames * patch * patch), frames, patch, patch
+        pixels = rows.new_empty(samples, cell[0], count * frames, height * patch, width * patch)
+        target = pixels.unflatten(4, (width, patch)).unflatten(3, (height, patch)).unflatten(2, (count, frames))
+        bias = conv.bias.view(cell[0], 1, frames, 1, patch, 1, patch)
+        torch.add(rows.unflatten(-1, cell).permute(0, 4, 1, 5, 2, 6, 3, 7), bias, out=target)
+        return pixels
+
+    def _padding(self, conv: Any) -> Padding:
+        """What ``conv`` reads around its input, but for zeros around its pictures, which cuDNN adds for nothing."""
+        causal = conv.is_causal if self._causal is None else self._causal
+        before, after = (2, 0) if causal else (1, 1)
+        mode = conv.conv.padding_mode
+        return Padding(before, after, int(mode != "zeros"), "replicate", mode)
+
+    def _convolved(self, buffer: Tensor, conv: Any, reordered: _Reordered | None = None) -> Tensor:
+        padding = None if conv.conv.padding_mode == "zeros" else (0, 0, 0)
+        return conv_rows(buffer, reordered or conv.conv, padding=padding)
+
+
+def _reordered(conv: Any, shape: tuple[int, ...], order: tuple[int, ...]) -> _Reordered:
+    """``conv`` with its output channels, seen as ``shape``, permuted to ``order``; its weight is channels-last."""
+    rows = conv.weight.permute(0, 2, 3, 4, 1).unflatten(0, shape)
+    weight = rows.permute(*order, *range(len(shape), rows.ndim)).flatten(0, len(shape) - 1)
+    bias = conv.bias.unflatten(0, shape).permute(order).flatten()
+    return _Reordered(weight.permute(0, 4, 1, 2, 3), bias)
+
+
+def _placed(made: Tensor, bias: Tensor, source: Tensor | None, stride: tuple[int, int, int]) -> Tensor:
+    """``[B, F, H, W, (cell, C)]`` as frames of larger pictures, ``source`` added, the first frames of time dropped.
+
+    ``source`` ``[B, F, H, W, (C', cell)]`` is placed likewise, its channels repeated.
+    """
+    t, y, x = stride
+    samples, frames, height, width, channels = made.shape
+    channels //= t * y * x
+    cells = made.unflatten(-1, (t, y, x, channels)).permute(0, 1, 4, 2, 5, 3, 6, 7)  # [B, F, t, H, y, W, x, C]
+    out = made.new_empty(samples, 1 + (frames - 1) * t, height * y, width * x, channels)
+    bias = bias.view(t, 1, y, 1, x, channels)
+    for some, times in ((slice(0, 1), slice(t - 1, t)), (slice(1, frames), slice(0, t))):
+        count = some.stop - some.start
+        if not count:
+            continue
+        target = out[:, some.start :][:, : count * (times.stop - times.start)]
+        target = target.unflatten(1, (count, -1)).unflatten(4, (width, x)).unflatten(3, (height, y))
+        torch.add(cells[:, some, times], bias[times], out=target)
+        if source is not None:
+            addend = source.unflatten(-1, (-1, t, y, x)).permute(0, 1, 5, 2, 6, 3, 7, 4)[:, some, times]
+            groups = target.unflatten(-1, (-1, addend.shape[-1]))
+            groups += addend.unsqueeze(-2)
+    return out
+
+
+def _padded(rows: Tensor, padding: Padding) -> Tensor:
+    """``rows`` with ``padding`` around them; one pass over them, whatever the border."""
+    border = padding.border
+    if not border or padding.pixel_mode != "reflect":
+        return pad_clip(rows, None, padding)
+    before, after = padding.before, padding.after
+    padded = rows.new_empty(padding.shape(rows.shape))
+    clip = padded[:, before : before + rows.shape[1]]
+    padding.inner(padded).copy_(rows)
+    for dim, end in ((2, clip.shape[2] - 1), (3, clip.shape[3] - 1)):
+        clip.select(dim, 0).copy_(clip.select(dim, 2 * border))
+        clip.select(dim, end).copy_(clip.select(dim, end - 2 * border))
+    padded[:, :before] = clip[:, :1]
+    if after:
+        padded[:, -after:] = clip[:, -1:]
+    return padded
+
+
+def decode_bytes(decoder: Any, latents: Tensor) -> int:
+    """Most memory that the layers hold at once while these latents are decoded."""
+    pixels = latents[:, 0].numel()
+    return int(max(_channels_held(decoder)) * pixels * latents.element_size() * _MARGIN)
+
+
+def _channels_held(decoder: Any) -> Iterator[int]:
+    """For every layer: how many channels' worth of tensors it holds at its worst, in units of a latent pixel."""
+    pixels = 1
+    for block in (decoder.mid_block, *decoder.up_blocks):
+        for upsampler in getattr(block, "upsamplers", None) or ():
+            conv = upsampler.conv.conv
+            yield pixels * (2 * conv.in_channels + 2 * conv.out_channels)  # source, with padding; before and after
+            pixels *= math.prod(upsampler.stride)
+        for resnet in block.resnets:
+            yield pixels * 4 * resnet.conv2.out_channels  # a convolution's output, a residual, their sum, its norm
+
+
+def _out_of_memory(decoder: Any, latents: Tensor) -> str:
+    """What the stock error leaves out."""
+    samples, _, frames, height, width = latents.shape
+    needed, free = decode_bytes(decoder, latents), max(free_bytes(latents.device), 0)
+    slicing = "vae.enable_slicing() decodes one clip at a time, " if samples > 1 else ""
+    return (
+        f"out of memory while decoding {frames} latent frames of {samples} clips of {width} x {height} latent pixels: "
+        f"it takes about {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free; "
+        f"{slicing}vae.use_framewise_decoding = True decodes some frames at a time, vae.enable_tiling() smaller "
+        "pictures; the arguments of the latter set how large both are"
+    )
+
+
+@once_per_call
+def _structure_reason(decoder: Any, family: Family) -> str | None:
+    """Why the decoder is not made of what is done here, or None."""
+    try:
+        reason = next(filter(None, _reasons(decoder, family)), None)
+    except AttributeError as error:
+        return f"it is not built as expected: {error}"
+    if reason:
+        return reason
+    weights = list(decoder.parameters())
+    if any(type(weight) is not nn.Parameter or not weight.is_floating_point() for weight in weights):
+        return "a weight is no plain parameter"
+    if len({(weight.dtype, weight.device) for weight in weights}) > 1:
+        return "its weights differ in dtype or device"
+    return None
+
+
+def _reasons(decoder: Any, family: Family) -> Iterator[str | None]:
+    yield _conv_reason(decoder.conv_in, family)
+    yield plain_reason(decoder.mid_block, family.mid_block)
+    for block in decoder.up_blocks:
+        yield plain_reason(block, family.up_block)
+        if block.conv_in is not None:
+            yield from _resnet_reasons(block.conv_in, family)
+            if block.conv_in.scale_shift_table is not None:
+                yield "a resnet that changes the width takes a timestep, which stock gives it in no form that fits"
+        for upsampler in block.upsamplers or ():
+            yield plain_reason(upsampler, family.upsampler)
+            yield _conv_reason(upsampler.conv, family)
+    for block in (decoder.mid_block, *decoder.up_blocks):
+        for resnet in block.resnets:
+            yield from _resnet_reasons(resnet, family)
+    yield _norm_reason(decoder.norm_out, family)
+    yield plain_reason(decoder.conv_act, nn.SiLU)
+    yield _conv_reason(decoder.conv_out, family)
+
+
+def _resnet_reasons(resnet: Any, family: Family) -> Iterator[str | None]:
+    yield plain_reason(resnet, family.resnet)
+    yield plain_reason(resnet.nonlinearity, nn.SiLU)
+    yield plain_reason(resnet.dropout, nn.Dropout)
+    if resnet.dropout.training and resnet.dropout.p:
+        yield "dropout is on"
+    for norm, conv in ((resnet.norm1, resnet.conv1), (resnet.norm2, resnet.conv2)):
+        yield _norm_reason(norm, family)
+        yield _conv_reason(conv, family)
+    if resnet.norm3 is not None:
+        yield plain_reason(resnet.norm3, nn.LayerNorm)
+    if (shortcut := resnet.conv_shortcut) is not None:
+        yield plain_reason(shortcut, family.shortcut)
+        yield _geometry_reason(getattr(shortcut, "conv", shortcut), 1, "zeros")
+
+
+def _conv_reason(conv: Any, family: Family) -> str | None:
+    if reason := plain_reason(conv, family.conv):
+        return reason
+    if conv.kernel_size != (3, 3, 3):
+        return f"a convolution sees {conv.kernel_size} pixels, not 3 x 3 x 3"
+    return _geometry_reason(conv.conv, 3, *PIXEL_MODES)
+
+
+def _geometry_reason(conv: Any, taps: int, *modes: str) -> str | None:
+    if reason := plain_reason(conv, nn.Conv3d):
+        return reason
+    geometry = (taps,) * 3, (1, 1, 1), (0, taps // 2, taps // 2), (1, 1, 1), 1
+    found = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
+    if found != geometry or conv.padding_mode not in modes or conv.bias is None:
+        return "a convolution has another stride, dilation or padding, groups, or no bias"
+    return None
+
+
+def _norm_reason(norm: Any, family: Family) -> str | None:
+    if reason := plain_reason(norm, family.norm):
+        return reason
+    if getattr(norm, "weight", None) is not None or getattr(norm, "bias", None) is not None:
+        return "a norm has a weight"
+    return None if getattr(norm, "channel_dim", 1) == 1 else "a norm is not over the channels"
+
+
+def _injects_noise(part: Any) -> bool:
+    return getattr(part, "per_channel_scale1", None) is not None
