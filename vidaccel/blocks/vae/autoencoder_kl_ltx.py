@@ -359,6 +359,8 @@ def _channels_held(decoder: Any) -> Iterator[int]:
             pixels *= math.prod(upsampler.stride)
         for resnet in block.resnets:
             yield pixels * 4 * resnet.conv2.out_channels  # a convolution's output, a residual, their sum, its norm
+    conv = decoder.conv_out.conv
+    yield pixels * (conv.in_channels + 2 * conv.out_channels)  # and the same as pixels
 
 
 def _out_of_memory(decoder: Any, latents: Tensor) -> str:
