@@ -17,6 +17,9 @@ of squares, its reciprocal, and the exponential. Fidelity: math-exact. Bound by 
 where eager makes 15 passes and more. ``"normalize"`` is the norm of diffusers' ``WanRMS_norm`` and
 ``HunyuanVideo15RMS_norm``, ``"mean"`` that of its ``RMSNorm``, and of LTX-2's ``PerChannelRMSNorm``, which rounds the
 mean square too.
+
+With ``out_dtype``, a convolution of a float32 clip may work on 16-bit numbers: y, and x if it is such a convolution's
+output, have that dtype, while sums and norm are float32 all the way.
 """
 
 from __future__ import annotations
@@ -60,8 +63,11 @@ def rms_norm_silu_ref(
     silu: bool = True,
     keep: bool = True,
     inplace: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The specification; nothing happens in place. Pass float64 inputs for gold values."""
+    """The specification; nothing happens in place. Pass float64 inputs for gold values, which stay float64."""
+    if out_dtype is not None:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
     z = x if bias is None else x + bias.to(x.dtype)
     if residual is not None:
         z = z + (residual if residual_bias is None else residual + residual_bias.to(x.dtype))
@@ -77,6 +83,8 @@ def rms_norm_silu_ref(
         y = y * (1 + scale) + shift
     if silu:
         y = F.silu(y)
+    if out_dtype is not None and x.dtype != torch.float64:
+        y = y.to(out_dtype)
     return z, pad_clip(y, halo, padding)
 
 
@@ -88,10 +96,10 @@ def _rms_norm_silu_kernel(
     HAS_GAMMA: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_RESIDUAL_BIAS: tl.constexpr,
     HAS_SHIFT: tl.constexpr, HAS_HALO: tl.constexpr,
     BORDER: tl.constexpr, FRAME_MODE: tl.constexpr, PIXEL_MODE: tl.constexpr,
-    KIND: tl.constexpr, KEEP: tl.constexpr, SILU: tl.constexpr,
+    KIND: tl.constexpr, KEEP: tl.constexpr, SILU: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    dtype = y_ptr.dtype.element_ty
+    dtype: tl.constexpr = tl.float32 if WIDE else y_ptr.dtype.element_ty  # that sums and products are rounded to
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < channels
     area = height * width
@@ -139,12 +147,12 @@ def _rms_norm_silu_kernel(
             y = (y + shift).to(dtype).to(tl.float32)
         if SILU:
             y = y / (1.0 + tl.exp(-y))
-        around = tl.zeros([BLOCK_M, BLOCK_C], dtype=dtype)
+        around = tl.zeros([BLOCK_M, BLOCK_C], dtype=y_ptr.dtype.element_ty)
         if HAS_HALO:
             halo_offs = (sample.to(tl.int64) * (before * area) + pixel)[:, None] * channels + offs_c[None, :]
             of_halo = (mask_m & there & front)[:, None] & mask_c[None, :]
             around = tl.load(halo_ptr + halo_offs, mask=of_halo, other=0.0)
-        y = tl.where(of_clip[:, None], y.to(dtype), around)
+        y = tl.where(of_clip[:, None], y.to(y_ptr.dtype.element_ty), around)
         to = target.to(tl.int64)[:, None] * channels + offs_c[None, :]
         tl.store(y_ptr + to, y, mask=mask_m[:, None] & mask_c[None, :])
 
@@ -216,6 +224,7 @@ class _Call(NamedTuple):
     silu: bool
     keep: bool
     inplace: bool
+    out_dtype: torch.dtype | None
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -225,6 +234,31 @@ class _Call(NamedTuple):
     @property
     def padding(self) -> Padding:
         return Padding(self.before, self.after, self.border, self.frame_mode, self.pixel_mode)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all but y, the halo, and x if that is narrower."""
+        return self.x.dtype if self.out_dtype is None else torch.promote_types(self.x.dtype, torch.float32)
+
+    @property
+    def y_dtype(self) -> torch.dtype:
+        return self.x.dtype if self.out_dtype is None else self.out_dtype
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """What the kernel reads, in the order of its pointers."""
+        return (self.x.dtype, *[self.dtype] * 6, self.y_dtype)
+
+    @property
+    def itemsize(self) -> int:
+        """Of the widest clip that is read."""
+        return self.x.itemsize if self.residual is None else max(self.x.itemsize, self.residual.itemsize)
+
+    def overwrites(self) -> int | None:
+        """Position of the argument whose memory z may take: x, or the residual where x is narrower than z."""
+        if self.x.dtype == self.dtype:
+            return 0
+        return None if self.residual is None else 3
 
     def flags(self) -> dict[str, bool | str]:
         return {
@@ -237,6 +271,7 @@ class _Call(NamedTuple):
             "KIND": self.kind,
             "KEEP": self.stores_sum(),
             "SILU": self.silu,
+            "WIDE": self.out_dtype is not None,
         }
 
     def stores_sum(self) -> bool:
@@ -254,35 +289,49 @@ def compile_ahead(
     padding: Padding = NO_PADDING,
     silu: bool = True,
     keep: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> None:
-    """Begin to compile what :func:`rms_norm_silu` will run with such a ``gamma`` and clips of its dtype."""
+    """Begin to compile what :func:`rms_norm_silu` will run with such a ``gamma`` and clips of its dtype.
+
+    With ``out_dtype``, ``x`` has that.
+    """
     if gamma.numel() <= MAX_CHANNELS and gamma.dtype in DTYPES:
+        itemsize = gamma.itemsize if out_dtype is None or residual else out_dtype.itemsize
         launch = _launch(
-            (1, 1, 1, 1, gamma.numel()), gamma.itemsize, padding, EPS,
+            (1, 1, 1, 1, gamma.numel()), itemsize, padding, EPS,
             HAS_GAMMA=True, HAS_BIAS=bias, HAS_RESIDUAL=residual, HAS_RESIDUAL_BIAS=residual_bias, HAS_SHIFT=False,
-            HAS_HALO=halo, KIND="normalize", KEEP=keep, SILU=silu,
+            HAS_HALO=halo, KIND="normalize", KEEP=keep, SILU=silu, WIDE=out_dtype is not None,
         )  # fmt: skip
-        launch.compile_ahead(gamma.device, *[gamma.dtype] * TENSORS)
+        narrow = out_dtype or gamma.dtype  # also where there is no tensor, for x stands in there
+        there = False, True, bias, residual, residual_bias, False, False, False, keep, False
+        launch.compile_ahead(gamma.device, *(gamma.dtype if wide else narrow for wide in there))
 
 
 def _bind(*args: Any) -> Callable[..., list[Tensor]]:
+    """What is returned keeps no tensor of this call alive: it outlives it."""
     call = _Call(*args)
-    shape, stores, reads_twice = call.x.shape, call.stores_sum(), call.padding.reads_twice()
-    launch = _launch(shape, call.x.itemsize, call.padding, call.eps, **call.flags())
-    padded = call.padding.shape(shape)
-    ready = all(t is None or (t.is_contiguous() and t.dtype == call.x.dtype) for t in call.tensors)
+    shape, padded, stores = call.x.shape, call.padding.shape(call.x.shape), call.stores_sum()
+    launch = _launch(shape, call.itemsize, call.padding, call.eps, **call.flags())
+    dtypes, dtype, y_dtype = call.dtypes, call.dtype, call.y_dtype
+    given = zip(call.tensors, dtypes, strict=True)
+    ready = all(t is None or (t.is_contiguous() and t.dtype == kind) for t, kind in given)
+    overwritten = call.overwrites() if call.inplace and not call.padding.reads_twice() else None
+    del call, given
 
     def run(*args: Any) -> list[Tensor]:
         tensors = args[:8]
         if not ready:
-            tensors = tuple(None if t is None else t.to(call.x.dtype).contiguous() for t in tensors)
+            laid_out = zip(tensors, dtypes, strict=True)
+            tensors = tuple(None if t is None else t.to(kind).contiguous() for t, kind in laid_out)
         x = tensors[0]
-        y = x.new_empty(padded)
+        y = x.new_empty(padded, dtype=y_dtype)
         if not stores:
             launch(*tensors, None, y)
             return [y]
-        overwrites = call.inplace and x is args[0] and not reads_twice
-        z = x if overwrites else x.new_empty(shape)
+        if overwritten is not None and tensors[overwritten] is args[overwritten]:
+            z = tensors[overwritten]
+        else:
+            z = x.new_empty(shape, dtype=dtype)
         launch(*tensors, z, y)
         return [z, y]
 
@@ -308,11 +357,12 @@ def _triton(
     silu: bool,
     keep: bool,
     inplace: bool,
+    out_dtype: torch.dtype | None,
 ) -> list[Tensor]:
     """Never in place, for ``torch.compile`` is told so."""
     args = (
         x, gamma, bias, residual, residual_bias, scale, shift, halo, before, after, border, frame_mode, pixel_mode,
-        kind, eps, silu, keep, False,
+        kind, eps, silu, keep, False, out_dtype,
     )  # fmt: skip
     return _bind(*args)(*args)
 
@@ -323,14 +373,15 @@ def _reference(*args: Any) -> list[Tensor]:
     z, y = rms_norm_silu_ref(
         call.x, call.gamma, bias=call.bias, residual=call.residual, residual_bias=call.residual_bias, scale=call.scale,
         shift=call.shift, halo=call.halo, padding=call.padding, kind=call.kind, eps=call.eps, silu=call.silu,
+        out_dtype=call.out_dtype,
     )  # fmt: skip
     return [z, y] if call.stores_sum() else [y]
 
 
 def _fake(*args: Any) -> list[Tensor]:
     call = _Call(*args)
-    y = call.x.new_empty(call.padding.shape(call.x.shape))
-    return [call.x.new_empty(call.x.shape), y] if call.stores_sum() else [y]
+    y = call.x.new_empty(call.padding.shape(call.x.shape), dtype=call.y_dtype)
+    return [call.x.new_empty(call.x.shape, dtype=call.dtype), y] if call.stores_sum() else [y]
 
 
 def _reason(*args: Any) -> str | None:
@@ -339,17 +390,18 @@ def _reason(*args: Any) -> str | None:
         return f"the kernel keeps a pixel in registers, up to C={MAX_CHANNELS}, got C={call.x.shape[-1]}"
     if call.x.numel() == 0:
         return "there is nothing to normalise"
-    if mixed := [t.dtype for t in (call.residual, call.halo) if t is not None and t.dtype != call.x.dtype]:
-        return f"residual and halo must have the dtype of x, {call.x.dtype}, got {mixed[0]}"
+    for name, t, dtype in (("residual", call.residual, call.dtype), ("halo", call.halo, call.y_dtype)):
+        if t is not None and t.dtype != dtype:
+            return f"the {name} must be {dtype}, got {t.dtype}"
     return device_reason(call.x) or tensors_reason(call.x, *call.tensors[1:])
 
 
 def _costs(*args: Any) -> Costs:
     call = _Call(*args)
     x = call.x
-    passes = 1 + (call.residual is not None) + call.stores_sum()
-    written = math.prod(call.padding.shape(x.shape)) * x.itemsize
-    return Costs(bytes=x.nbytes * passes + written + (0 if call.halo is None else call.halo.nbytes))
+    read = sum(t.nbytes for t in (x, call.residual, call.halo) if t is not None)
+    sums = x.numel() * call.dtype.itemsize * call.stores_sum()
+    return Costs(bytes=read + sums + math.prod(call.padding.shape(x.shape)) * call.y_dtype.itemsize)
 
 
 def _parts(*args: Any) -> Iterator[Part]:
@@ -403,6 +455,8 @@ def _validate(*args: Any) -> None:
         raise ValueError(f"{name}: residual must be {tuple(x.shape)}, as x is, got {tuple(call.residual.shape)}")
     if call.residual_bias is not None and call.residual is None:
         raise ValueError(f"{name}: residual_bias needs a residual")
+    if call.out_dtype is not None and call.out_dtype not in DTYPES:
+        raise ValueError(f"{name}: out_dtype must be one of {', '.join(map(str, DTYPES))}, got {call.out_dtype}")
     if (call.scale is None) != (call.shift is None):
         raise ValueError(f"{name}: scale and shift come together, got one of them")
     if call.kind not in KINDS:
@@ -417,7 +471,7 @@ RMS_NORM_SILU = Op(
     fake=_fake,
     costs=_costs,
     parts=_parts,
-    overwrites=0,
+    overwrites=lambda *args: _Call(*args).overwrites(),
     validate=_validate,
 )
 
@@ -438,6 +492,7 @@ def rms_norm_silu(
     silu: bool = True,
     keep: bool = True,
     inplace: bool = False,
+    out_dtype: torch.dtype | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``z = x + bias + residual``; ``pad_clip(silu(F.normalize(z, dim=-1) * C**0.5 * gamma), halo, padding)``.
@@ -457,18 +512,21 @@ def rms_norm_silu(
         eps: The least norm; of ``"mean"``, what is added to the mean square.
         silu: Whether SiLU follows the norm.
         keep: Whether the sum is needed.
-        inplace: Whether the sum may be written over x.
+        inplace: Whether the sum may be written over x; over the residual, if x is narrower than the sum.
+        out_dtype: That of ``y``, of which ``halo`` is too; ``x`` may be, and all else is float32. None: all have the
+            dtype of ``x``.
         impl: ``"triton"`` or ``"torch"``; None lets the op choose.
 
     Returns:
-        The sum ``[B, F, H, W, C]``, and the padded clip ``padding.shape(x.shape)``, both contiguous in ``x.dtype``. The
-        first is ``x`` itself where nothing is added, or where ``keep`` is False.
+        The sum ``[B, F, H, W, C]``, and the padded clip ``padding.shape(x.shape)``, both contiguous and of the dtypes
+        above. The first is ``x`` itself where nothing is added, or where ``keep`` is False.
 
     Raises:
         ValueError: A shape or a device is not as above; ``impl`` cannot run here.
         TypeError: A tensor is not floating-point.
     """
     outputs = RMS_NORM_SILU(
-        x, gamma, bias, residual, residual_bias, scale, shift, halo, *padding, kind, eps, silu, keep, inplace, impl=impl
+        x, gamma, bias, residual, residual_bias, scale, shift, halo, *padding, kind, eps, silu, keep, inplace,
+        out_dtype, impl=impl,
     )  # fmt: skip
     return (outputs[0] if len(outputs) == 2 else x), outputs[-1]

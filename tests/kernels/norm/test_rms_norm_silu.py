@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import weakref
 from typing import Any
 
 import pytest
@@ -192,6 +193,49 @@ def test_the_sum_may_take_the_memory_of_x(device: torch.device) -> None:
     assert torch.equal(z, expected[0]) and torch.equal(y, expected[1])
 
 
+@pytest.mark.parametrize("narrow", [True, False], ids=["half-x", "float-x"])
+@pytest.mark.parametrize("names", ADDENDS)
+@torch.no_grad()
+def test_half_precision_operands_of_a_float32_clip(
+    names: tuple[str, ...], narrow: bool, device: torch.device
+) -> None:  # fmt: skip
+    x, gamma, given = draw((2, 3, 5, 7, 42), torch.float32, device, names)
+    x = x.half() if narrow else x
+    given |= {"halo": given["halo"].half()} if "halo" in given else {}
+    arguments: dict[str, Any] = {**given, "padding": CAUSAL, "out_dtype": torch.float16}
+    expected = rms_norm_silu_ref(x.float(), gamma, **arguments)
+    with listening(checks=True) as events:
+        z, y = rms_norm_silu(x.clone(), gamma, **{**arguments, "inplace": True})
+    assert [(event.implementation, event.problem) for event in events] == [("triton", "")]
+    assert y.dtype == torch.float16 and (z.dtype == torch.float32 or not {"bias", "residual"} & set(names))
+    assert torch.equal(z.float(), expected[0])
+    wide = rms_norm_silu_ref(x.float(), gamma, **{**given, "halo": None}, padding=CAUSAL)[1]
+    wide[:, :2] = given.get("halo", 0)
+    assert (y - wide).abs().max() <= 2**-10 * wide.abs().max()
+    assert (y == expected[1]).float().mean() > 0.99  # rounded once
+
+
+@torch.no_grad()
+def test_the_sum_may_take_the_memory_of_the_wider_addend(device: torch.device) -> None:
+    x, gamma, given = draw((2, 2, 2, 3, 64), torch.float32, device)
+    expected = rms_norm_silu(x, gamma, **given, out_dtype=torch.float16)[0]
+    z, _ = rms_norm_silu(x.clone(), gamma, **given, inplace=True, out_dtype=torch.float16)
+    assert torch.equal(z, expected)
+    narrow = x.half()
+    expected = rms_norm_silu(narrow, gamma, **given, out_dtype=torch.float16)[0]
+    z, _ = rms_norm_silu(narrow, gamma, **given, inplace=True, out_dtype=torch.float16)
+    assert z.data_ptr() == given["residual"].data_ptr() and torch.equal(z, expected)
+
+
+@torch.no_grad()
+def test_no_tensor_outlives_its_call(device: torch.device) -> None:
+    x, gamma, given = draw((2, 2, 3, 5, 96), torch.float16, device)
+    outputs = rms_norm_silu(x, gamma, **given, padding=CAUSAL, inplace=True)
+    alive = [weakref.ref(t) for t in (x, given["residual"], *outputs)]
+    del x, given, outputs
+    assert not any(ref() is not None for ref in alive)
+
+
 @pytest.mark.parametrize("stages", [1, 2, 3])
 @pytest.mark.parametrize("block_m", [1, 4, 16])
 def test_result_does_not_depend_on_the_cut(block_m: int, stages: int, device: torch.device) -> None:
@@ -232,7 +276,7 @@ def test_empty_input(shape: tuple[int, ...], device: torch.device) -> None:
     ("channels", "dtype", "residual_dtype", "requires_grad", "reason"),
     [
         (64, torch.float64, torch.float64, False, "x is torch.float64"),
-        (64, torch.float16, torch.float32, False, "have the dtype of x, torch.float16, got torch.float32"),
+        (64, torch.float16, torch.float32, False, "the residual must be torch.float16, got torch.float32"),
         (2049, torch.float32, torch.float32, False, "up to C=2048, got C=2049"),
         (64, torch.float32, torch.float32, True, "no backward pass"),
     ],
@@ -276,6 +320,7 @@ def test_unserved_input_runs_in_torch(
         ({"scale": torch.ones(32), "shift": torch.ones(32)}, r"scale must be \[1, 32\], got \(32,\)"),
         ({"halo": torch.ones(1, 2, 2, 3, 32)}, r"halo must be \(1, 0, 2, 3, 32\), got \(1, 2, 2, 3, 32\)"),
         ({"padding": CAUSAL, "halo": torch.ones(1, 1, 2, 3, 32)}, r"halo must be \(1, 2, 2, 3, 32\), got"),
+        ({"out_dtype": torch.float64}, r"out_dtype must be one of .*, got torch.float64"),
         ({"impl": "cuda"}, r"impl must be one of triton, torch, got 'cuda'"),
     ],
 )
@@ -294,7 +339,7 @@ def test_rejects_integers() -> None:
 def test_registration(names: tuple[str, ...], device: torch.device) -> None:
     x, gamma, given = draw((1, 2, 2, 3, 42), torch.float32, device, names)
     tensors = map(given.get, ("bias", "residual", "residual_bias", "scale", "shift", "halo"))
-    arguments = (x, gamma, *tensors, *CAUSAL, "normalize", 1e-12, True, True, False)
+    arguments = (x, gamma, *tensors, *CAUSAL, "normalize", 1e-12, True, True, False, None)
     torch.library.opcheck(RMS_NORM_SILU.registered["triton"], arguments)
 
 
@@ -385,6 +430,7 @@ def test_a_fault_is_found(
 @pytest.mark.parametrize(
     ("names", "dtype", "padding", "kind"),
     [
+        pytest.param(("gamma", *SUM, "halo"), "mixed", CAUSAL, "normalize", id="everything-mixed"),
         pytest.param(("gamma", "bias"), "bf16", CAUSAL, "normalize", id="bias"),
         pytest.param(("gamma", *SUM, "halo"), "bf16", CAUSAL, "normalize", id="everything"),
         pytest.param(("gamma", *SUM, "halo"), "fp32", CAUSAL, "normalize", id="everything-fp32"),
@@ -398,6 +444,8 @@ def test_accesses_are_16_bytes_wide_and_prefetched(
     pointers = ["x_ptr", "y_ptr", *(f"{name}_ptr" for name in names), *["z_ptr"] * ("residual" in names)]
     every = {f"{name}_ptr" for name in ("gamma", *SUM, "scale", "shift", "halo", "z")}
     block_c = triton.next_power_of_2(channels)
+    mixed, dtype = dtype == "mixed", "fp32" if dtype == "mixed" else dtype
+    half = dict.fromkeys(["x_ptr", "y_ptr", "halo_ptr"], "*fp16:16") if mixed else {}
     tiling = choose_tiling(block_c, 2 if dtype == "bf16" else 4, "residual" in names)
     flags = ("gamma", *SUM, "shift", "halo")
     asm = compile_for(
@@ -405,6 +453,7 @@ def test_accesses_are_16_bytes_wide_and_prefetched(
         op._rms_norm_silu_kernel,
         {
             **dict.fromkeys(pointers, f"*{dtype}:16"),
+            **half,
             **dict.fromkeys(["samples", "rows", "before", "frames", "height", "width"], "i32"),
             **{"channels": "i32:16", "gain": "fp32", "eps": "fp32"},
         },
@@ -412,7 +461,7 @@ def test_accesses_are_16_bytes_wide_and_prefetched(
             **dict.fromkeys(every.difference(pointers)),
             **{f"HAS_{name.upper()}": name in names for name in flags},
             **{"BORDER": padding.border, "FRAME_MODE": padding.frame_mode, "PIXEL_MODE": padding.pixel_mode},
-            **{"KIND": kind, "KEEP": "residual" in names, "SILU": True},
+            **{"KIND": kind, "KEEP": "residual" in names, "SILU": True, "WIDE": mixed},
             **{"BLOCK_M": tiling.block_m, "BLOCK_C": block_c, "STAGES": tiling.stages},
         },
         num_warps=tiling.num_warps,

@@ -20,6 +20,7 @@ Of a tile, the caller cuts out one frame, and has the 1 x 1 x 1 convolution befo
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -55,12 +56,13 @@ from vidaccel.blocks.vae.causal_clip import (
     out_of_memory,
     tell_chunk,
 )
+from vidaccel.blocks.vae.half_operands import float16_convolutions, takes_tf32
 from vidaccel.kernels.attention.spatial_attention import spatial_attention, spatial_attention_ref
 from vidaccel.kernels.conv.conv_epilogue import conv_epilogue, conv_epilogue_ref
 from vidaccel.kernels.conv.padded_clip import NO_PADDING, Padding
 from vidaccel.kernels.conv.upsample_conv import upsample_conv, upsample_conv_ref
 from vidaccel.kernels.norm.rms_norm_silu import compile_ahead, rms_norm_silu, rms_norm_silu_ref
-from vidaccel.kernels.op import runs_triton
+from vidaccel.kernels.op import note, runs_triton
 from vidaccel.sites.block import GRADIENTS, SITES, FusedBlock, call_site, cut_corner, fuses
 from vidaccel.sites.memo import once_per_call
 from vidaccel.sites.plain import plain_reason
@@ -152,6 +154,7 @@ def _frames_of(latent_frames: int, rate: int) -> int:
     WanDecoder3d,
     {
         "whole_clip": "math-exact",
+        "half_operands": "math-exact",
         "rms_norm_silu": "math-exact",
         "conv_epilogue": "math-exact",
         "upsample_conv": "math-exact",
@@ -174,12 +177,15 @@ class FusedWanDecoder3d(FusedBlock, WanDecoder3d):
     def compile_ahead(self) -> None:
         for resnet in (*self.mid_block.resnets, *(resnet for block in self.up_blocks for resnet in block.resnets)):
             gamma, next_gamma = (norm.gamma.detach().flatten() for norm in (resnet.norm1, resnet.norm2))
-            compile_ahead(gamma, bias=False)  # behind an upsampler
-            compile_ahead(gamma, residual=True, keep=True)
-            compile_ahead(next_gamma)
+            half = _half_dtype(self, gamma)
+            if half is None:
+                compile_ahead(gamma, bias=False)  # behind an upsampler
+            compile_ahead(gamma, residual=True, keep=True, out_dtype=half)
+            compile_ahead(next_gamma, out_dtype=half)
             if isinstance(resnet.conv_shortcut, WanCausalConv3d):
-                compile_ahead(next_gamma, residual=True, residual_bias=True, keep=True)
-        compile_ahead(self.norm_out.gamma.detach().flatten(), residual=True)
+                compile_ahead(next_gamma, residual=True, residual_bias=True, keep=True, out_dtype=half)
+        gamma = self.norm_out.gamma.detach().flatten()
+        compile_ahead(gamma, residual=True, out_dtype=_half_dtype(self, gamma))
 
     def forward(
         self, x: Tensor, feat_cache: Any = None, feat_idx: Any = [0], first_chunk: bool = False  # noqa: B006
@@ -256,9 +262,9 @@ class FusedWanDecoder3d(FusedBlock, WanDecoder3d):
     def fused_forward(self, clip: Tensor, progress: _Progress) -> Tensor:
         halos = progress.halos
         if progress.latents is not None and halos is None:
-            _, halos = _Decode(self).run(progress.latents, {}, keep=True)
+            _, halos = _Decode(self, clip).run(progress.latents, {}, keep=True)
         # frames that come one at a time may be followed by others, which a whole clip is not
-        pixels, progress.halos = _Decode(self).run(clip, halos or {}, keep=clip.shape[2] == 1 or bool(halos))
+        pixels, progress.halos = _Decode(self, clip).run(clip, halos or {}, keep=clip.shape[2] == 1 or bool(halos))
         progress.cache = None
         return pixels
 
@@ -370,12 +376,44 @@ def _clip_behind(x: Tensor) -> Tensor:
     return clip if dense else x
 
 
+def _half_dtype(decoder: FusedWanDecoder3d, x: Tensor) -> torch.dtype | None:
+    """What the convolutions of the ResNet blocks, and the last one, are to read; None: the dtype of ``x``."""
+    return torch.float16 if takes_tf32(x) and decoder.runs("half_operands") else None
+
+
+def _normed_convolutions(decoder: Any) -> Iterator[tuple[Any, Any]]:
+    """The norms and the causal convolutions that read them."""
+    for block in (decoder.mid_block, *decoder.up_blocks):
+        yield from _normed_in(block)
+    yield decoder.norm_out, decoder.conv_out
+
+
+def _normed_in(block: Any) -> Iterator[tuple[Any, Any]]:
+    for resnet in block.resnets:
+        yield resnet.norm1, resnet.conv1
+        yield resnet.norm2, resnet.conv2
+
+
 class _Decode:
     """One decode of latents by the modules of a decoder."""
 
-    def __init__(self, decoder: FusedWanDecoder3d) -> None:
+    def __init__(self, decoder: FusedWanDecoder3d, latents: Tensor) -> None:
         self._decoder = decoder
         self._rate = _temporal_rate(decoder)
+        self._half: dict[nn.Module, torch.dtype] | None = None  # what convolutions read; None: the latents' dtype
+        half = _half_dtype(decoder, latents)
+        if half is not None:
+            normed = [(norm.gamma, conv) for norm, conv in _normed_convolutions(decoder)]
+            fit = float16_convolutions(decoder, normed)
+            self._half = {conv: half if at in fit else latents.dtype for at, (_, conv) in enumerate(normed)}
+        self._tell_operands(latents)
+
+    def _tell_operands(self, latents: Tensor) -> None:
+        kinds = Counter([latents.dtype] if self._half is None else self._half.values())
+        too_large = 0 if self._half is None else kinds[latents.dtype]
+        reason = f"{too_large} convolutions whose numbers float16 may not hold read float32" if too_large else ""
+        for dtype in kinds:
+            note("half_operands", str(dtype).removeprefix("torch."), reason)
 
     def run(self, latents: Tensor, halos: Halos, keep: bool) -> tuple[Tensor, Halos | None]:
         """The pixels, and what the next frames need if that is to be kept."""
@@ -394,9 +432,9 @@ class _Decode:
             out = pixels[:, :, pixel_frames(start) : pixel_frames(end)]
             halos = self._chunk(latents[:, :, start:end], halos, out, keep or end < frames)
 
-        each = decode_bytes(decoder, latents)
+        needs = partial(decode_bytes, decoder, latents)
         explain = partial(out_of_memory, samples, height, width)
-        step = decode_in_chunks(frames, latents.device, lambda count: count * each, decode, explain)
+        step = decode_in_chunks(frames, latents.device, needs, decode, explain)
         tell_chunk(decoder, "whole_clip", step, frames)
         return pixels, halos if keep else None
 
@@ -435,7 +473,8 @@ class _Decode:
             padding=NO_PADDING if conv is None else CAUSAL,
             silu=silu,
             keep=keep,
-            inplace=True,
+            inplace=flow.residual is None or flow.residual is not chunk.kept,
+            out_dtype=self._half and self._half.get(conv, torch.float32),
         )
         flow.x, flow.bias, flow.residual, flow.residual_bias = z, None, None, None
         if conv is not None:
@@ -445,7 +484,11 @@ class _Decode:
     def _summed(self, chunk: Chunk) -> Tensor:
         """What flows, all of it added."""
         flow = chunk.flow
-        if flow.bias is not None:
+        if flow.bias is not None and flow.residual is not None and flow.x.dtype != flow.residual.dtype:
+            bias = flow.bias if flow.residual_bias is None else flow.bias + flow.residual_bias
+            add = torch.add if flow.residual is chunk.kept else Tensor.add_
+            chunk.flow = Sum(add(flow.residual, flow.x).add_(bias))
+        elif flow.bias is not None:
             images = clip_of(flow.x)
             residual = None if flow.residual is None else clip_of(flow.residual)
             if self._decoder.runs("conv_epilogue"):
@@ -457,13 +500,14 @@ class _Decode:
 
     def _up_block(self, chunk: Chunk, block: Any) -> None:
         shortcut = getattr(block, "avg_shortcut", None)
-        source = None if shortcut is None else self._summed(chunk)
+        source = chunk.kept = None if shortcut is None else self._summed(chunk)
         for resnet in block.resnets:
             self._resnet(chunk, resnet)
         for upsampler in _upsamplers_of(block):
             self._upsample(chunk, upsampler)
         if source is not None:
             _add_enlarged(self._summed(chunk), source, shortcut, first=not chunk.halos)
+            chunk.kept = None
 
     def _resnet(self, chunk: Chunk, resnet: Any) -> None:
         buffer = self._norm(chunk, resnet.norm1, resnet.conv1, keep=True)
@@ -576,29 +620,74 @@ def _upsamplers_of(block: Any) -> list[Any]:
     return [upsampler for upsampler in found if upsampler is not None]
 
 
-def decode_bytes(decoder: Any, latents: Tensor) -> int:
-    """Most memory that the layers hold at once, for each latent frame of a clip."""
+def decode_bytes(decoder: Any, latents: Tensor, frames: int | None = None) -> int:
+    """Most memory that the layers hold when so many ``frames`` of the latents are decoded at once; None: all of them.
+
+    The pixels of the whole clip are not counted.
+    """
+    whole = frames is None or frames >= latents.shape[2]
+    size, half = latents.element_size(), _half_dtype(decoder, latents)
+    held = _Held(frames or latents.shape[2], whole, size, size if half is None else half.itemsize)
     pixels = latents.shape[0] * latents.shape[3] * latents.shape[4]
-    return int(max(_channels_held(decoder)) * pixels * latents.element_size() * _MARGIN)
+    return int((max(held.in_layers(decoder)) + held.in_halos(decoder)) * pixels * _MARGIN)
 
 
-def _channels_held(decoder: Any) -> Iterator[int]:
-    """For every layer: how many channels' worth of tensors it holds at its worst, in units of a latent pixel."""
-    pixels = 1
-    for block in decoder.up_blocks:
-        kept = 0 if getattr(block, "avg_shortcut", None) is None else pixels * block.in_dim
-        for resnet in block.resnets:
-            # the residual, or its source too; a convolution's input and output; the norm behind it is in place
-            changes = resnet.in_dim != resnet.out_dim
-            yield kept + pixels * (3 * resnet.out_dim + (resnet.in_dim if changes else 0))
-        for upsampler in _upsamplers_of(block):
-            channels, out_channels = upsampler.dim, upsampler.resample[1].out_channels
-            if upsampler.mode == "upsample3d":
-                # the frames, those of the convolution over time, and these in their order
-                yield kept + pixels * 5 * channels
-                pixels *= 2
-            yield kept + pixels * (channels + 8 * out_channels)  # before and after the pixels are in place
-            pixels *= 4
+@dataclass(frozen=True)
+class _Held:
+    """How many bytes a decode holds, for each latent pixel.
+
+    Attributes:
+        frames: Latent frames that are decoded at once.
+        whole: Whether these are all; else halos come from the chunk before, and are kept for the next.
+        size: Bytes of a number.
+        half: Of one that a convolution of a ResNet block reads or writes.
+    """
+
+    frames: int
+    whole: bool
+    size: int
+    half: int
+
+    def in_layers(self, decoder: Any) -> Iterator[int]:
+        """For every layer, at its worst."""
+        pixels, rate = 1, 1
+        for block in decoder.up_blocks:
+            frames, kept = self._frames(rate), 0
+            if getattr(block, "avg_shortcut", None) is not None:
+                kept = pixels * frames * block.in_dim * self.size
+            for resnet in block.resnets:
+                yield kept + pixels * self._in_resnet(frames, resnet.in_dim, resnet.out_dim)
+            for upsampler in _upsamplers_of(block):
+                channels, out_channels = upsampler.dim, upsampler.resample[1].out_channels
+                if upsampler.mode == "upsample3d":
+                    # the frames, behind those before; those of the convolution over time, and these in their order
+                    yield kept + pixels * frames * channels * self.size * (5 if self.whole else 6)
+                    rate *= 2
+                    frames = self._frames(rate)
+                # before and after the pixels are in place
+                yield kept + pixels * frames * (channels + 8 * out_channels) * self.size
+                pixels *= 4
+
+    def in_halos(self, decoder: Any) -> int:
+        """All of them, those of the chunk before and the next ones."""
+        if self.whole:
+            return 0
+        pixels, numbers = 1, sum(BEFORE * conv.weight.shape[1] for _, conv in _normed_in(decoder.mid_block))
+        for block in decoder.up_blocks:
+            numbers += pixels * sum(BEFORE * conv.weight.shape[1] for _, conv in _normed_in(block))
+            pixels *= 4 ** len(_upsamplers_of(block))
+        return 2 * self.half * (numbers + pixels * BEFORE * decoder.conv_out.weight.shape[1])
+
+    def _frames(self, rate: int) -> int:
+        return _frames_of(self.frames, rate) if self.whole else rate * self.frames
+
+    def _in_resnet(self, frames: int, width_in: int, width_out: int) -> int:
+        """The residual, and what a convolution reads and writes; the norm behind it writes over what it reads."""
+        clip, padded = frames * (self.size + self.half), (frames + BEFORE) * self.half
+        if width_in == width_out:
+            return width_out * (clip + padded)
+        first = width_in * (frames * self.size + padded) + width_out * clip  # beside the convolution of the residual
+        return max(first, width_out * (clip + padded))
 
 
 @once_per_call

@@ -60,12 +60,14 @@ class Chunk:
         halos: Of the chunk before; empty: this one is the first of its clip.
         keep: Whether a chunk follows.
         following: The halos that this one leaves, if a chunk follows.
+        kept: A clip of rows that is needed again behind several layers, so that none of them may write over it.
     """
 
     flow: Sum
     halos: Halos
     keep: bool
     following: Halos = field(default_factory=dict)
+    kept: Tensor | None = None
 
     def keep_of(self, conv: nn.Module, frames: Tensor, before: int = 2) -> None:
         """Keep the last ``before`` of the frames ``[B, F, H, W, C]`` that ``conv`` reads, its halo included."""
@@ -88,6 +90,8 @@ def conv_rows(
 ) -> Tensor:  # fmt: skip
     """The convolution of rows ``[B, F, H, W, C]`` by the weight of ``conv``, ``[C', C, T, Y, X]``, without its bias.
 
+    In the dtype of the rows.
+
     Args:
         rows: They begin with the frames that the convolution looks back at.
         conv: Has a ``weight``; its stride and dilation are 1.
@@ -101,7 +105,7 @@ def conv_rows(
     if missing := -len(weight) % output_step:
         weight = F.pad(weight, (0,) * 9 + (missing,))
     height, width = weight.shape[3:]
-    laid_out = weight.contiguous(memory_format=torch.channels_last_3d)
+    laid_out = weight.to(rows.dtype).contiguous(memory_format=torch.channels_last_3d)
     out = F.conv3d(clip_of(rows), laid_out, None, padding=padding or (0, height // 2, width // 2))
     return out.permute(0, 2, 3, 4, 1).contiguous()
 
