@@ -4,7 +4,7 @@ Stock repeats the first and the last frame of every convolution's input with ``c
 more, and permutes it after every upsampler. Here a clip is rows ``[B, F, H, W, C]`` from the first convolution to the
 last. ``rms_norm_silu`` writes a convolution's input with the frames and pixels around it, and adds the bias and the
 residual that the convolution before has left out. The weights of an upsampler's convolution are reordered, so that the
-channels of one pixel lie together: one pass puts the pixels in their place.
+channels of one pixel lie together, and ``pixel_shuffle`` puts the pixels in their place.
 
 LTX-2's decoder is made of the same parts (``autoencoder_kl_ltx2.py``): :class:`Rows` serves both.
 """
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from vidaccel.blocks.vae.causal_clip import Sum, clip_of, conv_rows, free_bytes
 from vidaccel.kernels.conv.conv_epilogue import conv_epilogue, conv_epilogue_ref
 from vidaccel.kernels.conv.padded_clip import Padding, pad_clip
+from vidaccel.kernels.conv.pixel_shuffle import pixel_shuffle, pixel_shuffle_ref
 from vidaccel.kernels.norm.rms_norm_silu import rms_norm_silu, rms_norm_silu_ref
 from vidaccel.kernels.op import DTYPES, note
 from vidaccel.kernels.settings import Fidelity
@@ -45,6 +46,7 @@ OPS: dict[str, Fidelity] = {
     "channels_last": "math-exact",
     "rms_norm_silu": "math-exact",
     "conv_epilogue": "math-exact",
+    "pixel_shuffle": "math-exact",
 }
 CORNER_FRAMES = 3
 PIXEL_MODES = ("zeros", "replicate", "reflect")  # that rms_norm_silu writes
@@ -263,8 +265,10 @@ class _Rows:
         # channels (C, cell) become (cell, C)
         conv = _reordered(upsampler.conv.conv, (-1, cell), (1, 0))
         made = self._convolved(buffer, upsampler.conv, conv)
-        del buffer
-        self.flow = Sum(_placed(made, conv.bias, source if upsampler.residual else None, tuple(upsampler.stride)))
+        del buffer  # [B, F, H, W, (cell, C)]
+        run = pixel_shuffle if self._decoder.runs("pixel_shuffle") else pixel_shuffle_ref
+        stride = tuple(upsampler.stride)
+        self.flow = Sum(run(made, conv.bias, source if upsampler.residual else None, cell=stride, drop=stride[0] - 1))
 
     def _pixels(self, buffer: Tensor) -> Tensor:
         """The last convolution, and its channels ``(C, frame, column, row)`` of a patch in their place."""
@@ -298,31 +302,6 @@ def _reordered(conv: Any, shape: tuple[int, ...], order: tuple[int, ...]) -> _Re
     weight = rows.permute(*order, *range(len(shape), rows.ndim)).flatten(0, len(shape) - 1)
     bias = conv.bias.unflatten(0, shape).permute(order).flatten()
     return _Reordered(weight.permute(0, 4, 1, 2, 3), bias)
-
-
-def _placed(made: Tensor, bias: Tensor, source: Tensor | None, stride: tuple[int, int, int]) -> Tensor:
-    """``[B, F, H, W, (cell, C)]`` as frames of larger pictures, ``source`` added, the first frames of time dropped.
-
-    ``source`` ``[B, F, H, W, (C', cell)]`` is placed likewise, its channels repeated.
-    """
-    t, y, x = stride
-    samples, frames, height, width, channels = made.shape
-    channels //= t * y * x
-    cells = made.unflatten(-1, (t, y, x, channels)).permute(0, 1, 4, 2, 5, 3, 6, 7)  # [B, F, t, H, y, W, x, C]
-    out = made.new_empty(samples, 1 + (frames - 1) * t, height * y, width * x, channels)
-    bias = bias.view(t, 1, y, 1, x, channels)
-    for some, times in ((slice(0, 1), slice(t - 1, t)), (slice(1, frames), slice(0, t))):
-        count = some.stop - some.start
-        if not count:
-            continue
-        target = out[:, some.start :][:, : count * (times.stop - times.start)]
-        target = target.unflatten(1, (count, -1)).unflatten(4, (width, x)).unflatten(3, (height, y))
-        torch.add(cells[:, some, times], bias[times], out=target)
-        if source is not None:
-            addend = source.unflatten(-1, (-1, t, y, x)).permute(0, 1, 5, 2, 6, 3, 7, 4)[:, some, times]
-            groups = target.unflatten(-1, (-1, addend.shape[-1]))
-            groups += addend.unsqueeze(-2)
-    return out
 
 
 def _padded(rows: Tensor, padding: Padding) -> Tensor:
