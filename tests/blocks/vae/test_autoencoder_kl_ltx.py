@@ -312,6 +312,20 @@ def test_what_the_norm_does_wrong_is_found(vae: Vae, monkeypatch: pytest.MonkeyP
         assert {site.op for site in report.sites if site.state == "failed"} == {"rms_norm_silu"}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("kind", ["ltx", "ltx 0.9.5", "ltx2"])
+def test_halves_are_no_worse_than_stock(kind: str, dtype: torch.dtype) -> None:
+    vae, latents = tiny(kind).to(dtype), draw(3, 4, 5).to(dtype)
+    gold = decode(copy.deepcopy(vae).double(), latents.double())
+    stock = decode(vae, latents)
+    with patch_module(vae) as report:
+        out = decode(vae, latents)
+        assert not report.fallbacks and {site.state for site in report.sites} == {"active"}, str(report)
+    for frame in range(gold.shape[2]):
+        error, own = ((x[:, :, frame].double() - gold[:, :, frame]).norm() for x in (out, stock))
+        assert error <= 2 * own
+
+
 @pytest.mark.parametrize("kind", ["ltx", "ltx 0.9.5", "ltx2"])
 def test_memory_held(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted without the workspaces of convolutions; as on a GPU, whose convolutions leave rows."""
