@@ -3,6 +3,7 @@
     z = (x + bias) + (residual + residual_bias)
     n = z / max(||z||_2 over C, eps) * sqrt(C) * gamma      kind "normalize"
         z / sqrt(mean(z^2 over C) + eps) * gamma            kind "mean"
+        z                                                   kind "none", for a convolution without a norm before it
     y = pad(silu(n * (1 + scale) + shift))
 
 A causal convolution looks two frames back: at zeros, at the first frame once more, or at the last frames of the chunk
@@ -43,7 +44,7 @@ from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason
 
 __all__ = ["RMS_NORM_SILU", "choose_tiling", "compile_ahead", "rms_norm_silu", "rms_norm_silu_ref"]
 
-KINDS = ("normalize", "mean")
+KINDS = ("normalize", "mean", "none")
 EPS = 1e-12  # the least norm, that of F.normalize
 
 
@@ -74,6 +75,8 @@ def rms_norm_silu_ref(
     wide = z.float() if z.dtype.itemsize == 2 else z
     if kind == "normalize":
         y = F.normalize(wide, dim=-1, eps=eps).to(x.dtype) * x.shape[-1] ** 0.5
+    elif kind == "none":
+        y = z
     else:
         y = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
     if gamma is not None:
@@ -131,12 +134,13 @@ def _rms_norm_silu_kernel(
             z = (z + residual).to(dtype).to(tl.float32)
         if KEEP:
             tl.store(z_ptr + offs, z, mask=mask & inner[:, None])
-        squares = tl.sum(z * z, axis=1)
+        y = z
         if KIND == "normalize":
-            y = (z * (1.0 / tl.maximum(tl.sqrt(squares), eps))[:, None]).to(dtype).to(tl.float32)
+            norm = tl.sqrt(tl.sum(z * z, axis=1))
+            y = (z * (1.0 / tl.maximum(norm, eps))[:, None]).to(dtype).to(tl.float32)
             y = (y * gain).to(dtype).to(tl.float32)
-        else:
-            y = (z * tl.rsqrt(squares / channels + eps)[:, None]).to(dtype).to(tl.float32)
+        elif KIND == "mean":
+            y = (z * tl.rsqrt(tl.sum(z * z, axis=1) / channels + eps)[:, None]).to(dtype).to(tl.float32)
         if HAS_GAMMA:
             y = (y * gamma[None, :]).to(dtype).to(tl.float32)
         if HAS_SHIFT:
@@ -508,7 +512,7 @@ def rms_norm_silu(
         halo: ``[B, padding.before, H, W, C]``, the frames that come before, as ``y`` has them; None: as ``padding``
             says.
         padding: What lies around the clip.
-        kind: ``"normalize"``, or ``"mean"``: ``z / sqrt(mean(z**2) + eps)``.
+        kind: ``"normalize"``; ``"mean"``: ``z / sqrt(mean(z**2) + eps)``; ``"none"``: z itself.
         eps: The least norm; of ``"mean"``, what is added to the mean square.
         silu: Whether SiLU follows the norm.
         keep: Whether the sum is needed.

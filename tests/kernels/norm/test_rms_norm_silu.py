@@ -129,7 +129,7 @@ def test_frames_before(before: int, dtype: torch.dtype, device: torch.device) ->
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("padding", PADDINGS, ids=str)
 @pytest.mark.parametrize("names", [(), ("bias", "residual", "scale", "shift", "halo")], ids=["alone", "everything"])
-@pytest.mark.parametrize("kind", ["normalize", "mean"])
+@pytest.mark.parametrize("kind", ["normalize", "mean", "none"])
 def test_padding(
     kind: str, names: tuple[str, ...], padding: Padding, dtype: torch.dtype, device: torch.device
 ) -> None:  # fmt: skip
@@ -315,7 +315,7 @@ def test_unserved_input_runs_in_torch(
         ({"padding": Padding(border=2, pixel_mode="reflect")}, r"a border of 2 by reflect needs pictures of 3 x 3"),
         ({"padding": Padding(frame_mode="wrap")}, r"frame_mode must be one of zeros, replicate, got 'wrap'"),
         ({"padding": Padding(pixel_mode="wrap")}, r"pixel_mode must be one of zeros, replicate, reflect, got 'wrap'"),
-        ({"kind": "max"}, r"kind must be one of normalize, mean, got 'max'"),
+        ({"kind": "max"}, r"kind must be one of normalize, mean, none, got 'max'"),
         ({"scale": torch.ones(1, 32)}, r"scale and shift come together"),
         ({"scale": torch.ones(32), "shift": torch.ones(32)}, r"scale must be \[1, 32\], got \(32,\)"),
         ({"halo": torch.ones(1, 2, 2, 3, 32)}, r"halo must be \(1, 0, 2, 3, 32\), got \(1, 2, 2, 3, 32\)"),
