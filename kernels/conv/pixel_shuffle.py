@@ -47,10 +47,16 @@ def pixel_shuffle_ref(
     return y.flatten(5, 6).flatten(3, 4).flatten(1, 2)[:, drop:].contiguous()
 
 
-@triton.jit(do_not_specialize=["rows", "drop", "frames", "out_frames", "height", "width"])
+@triton.jit(
+    do_not_specialize=[
+        "rows", "drop", "frames", "out_frames", "height", "width",
+        "stride_source_sample", "stride_source_frame", "stride_source_row", "stride_source_pixel",
+    ],
+)  # fmt: skip
 def _pixel_shuffle_kernel(
     x_ptr, bias_ptr, source_ptr, y_ptr,
     rows, drop, frames, out_frames, height, width, channels, source_channels,
+    stride_source_sample, stride_source_frame, stride_source_row, stride_source_pixel,
     HAS_SOURCE: tl.constexpr, T: tl.constexpr, U: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -67,14 +73,16 @@ def _pixel_shuffle_kernel(
     frame = plane - sample * out_frames + drop
     # and which pixel of which cell of x that is
     of_cell = (frame % T * U + row % U) * V + column % V
-    pixel = ((sample * frames + frame // T).to(tl.int64) * height + row // U) * width + column // V
+    frame, row, column = frame // T, row // U, column // V
+    pixel = ((sample * frames + frame).to(tl.int64) * height + row) * width + column
     offs = (pixel * (T * U * V) + of_cell)[:, None] * channels + offs_c[None, :]
     y = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + of_cell[:, None] * channels + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
     y = (y + bias).to(dtype)
     if HAS_SOURCE:
-        offs = pixel[:, None] * (source_channels * (T * U * V)) + of_cell[:, None]
-        offs += (offs_c % source_channels * (T * U * V))[None, :]
+        pixel = sample.to(tl.int64) * stride_source_sample + frame.to(tl.int64) * stride_source_frame
+        pixel += row.to(tl.int64) * stride_source_row + column * stride_source_pixel
+        offs = (pixel + of_cell)[:, None] + (offs_c % source_channels * (T * U * V))[None, :]
         y = (y.to(tl.float32) + tl.load(source_ptr + offs, mask=mask, other=0.0).to(tl.float32)).to(dtype)
     tl.store(y_ptr + offs_m.to(tl.int64)[:, None] * channels + offs_c[None, :], y, mask=mask)
 
@@ -108,10 +116,13 @@ def _launch(call: _Call) -> Launch:
     block_c = triton.next_power_of_2(channels)
     block_m = max(TILE_BYTES // (block_c * call.x.itemsize), 1)
     rows = math.prod(pixels)
-    source_channels = 1 if call.source is None else call.source.shape[-1] // math.prod(call.cell)
+    source_channels, strides = 1, (0, 0, 0, 0)
+    if call.source is not None:
+        source_channels, strides = call.source.shape[-1] // math.prod(call.cell), call.source.stride()[:4]
     return Launch(
         _pixel_shuffle_kernel, (triton.cdiv(rows, block_m),),
         rows, call.drop, frames, pixels[1], height, width, channels, source_channels,
+        *strides,
         HAS_SOURCE=call.source is not None, T=call.t, U=call.u, V=call.v, BLOCK_M=block_m, BLOCK_C=block_c,
         num_warps=NUM_WARPS,
     )  # fmt: skip
@@ -125,7 +136,7 @@ def _bind(*args: Any) -> Callable[..., Tensor]:
 
     def run(x: Tensor, bias: Tensor, source: Tensor | None, *others: int) -> Tensor:
         y = x.new_empty(shape)
-        launch(x.contiguous(), bias.to(x.dtype).contiguous(), None if source is None else source.contiguous(), y)
+        launch(x.contiguous(), bias.to(x.dtype).contiguous(), source, y)
         return y
 
     return run
@@ -157,6 +168,8 @@ def _reason(*args: Any) -> str | None:
         return "the kernel counts up to 2**31 pixels"
     if call.source is not None and call.source.dtype != call.x.dtype:
         return f"source must have the dtype of x, {call.x.dtype}, got {call.source.dtype}"
+    if call.source is not None and call.source.stride(-1) != 1:
+        return "the kernel takes a source with a last stride of 1"
     return device_reason(call.x) or tensors_reason(call.x, call.bias, call.source)
 
 
@@ -234,7 +247,8 @@ def pixel_shuffle(
         x: ``[B, F, H, W, t * u * v * C]``, fp16 / bf16 / fp32, the channels of a pixel of the cell together; read
             through a contiguous copy if it is not contiguous.
         bias: ``[t * u * v * C]``, any float dtype; rounded to ``x.dtype`` first.
-        source: ``[B, F, H, W, C' * t * u * v]``, the pixels of a cell together, C' a divisor of C; None adds nothing.
+        source: ``[B, F, H, W, C' * t * u * v]``, the pixels of a cell together, C' a divisor of C; any
+            strides but the last. None adds nothing.
         cell: ``(t, u, v)``: the frames, rows and columns that a pixel of x becomes.
         drop: The first frames to leave out, fewer than t.
         impl: ``"triton"`` or ``"torch"``; None lets the op choose.

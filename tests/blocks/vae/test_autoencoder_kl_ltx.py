@@ -23,7 +23,7 @@ from vidaccel.patching.report import PatchReport
 from vidaccel.sites.block import SITES
 
 EQUAL = 1e-5
-OPS = {"channels_last", "rms_norm_silu", "conv_epilogue", "pixel_shuffle"}
+OPS = {"channels_last", "rms_norm_silu", "pixel_shuffle"}
 CHANNELS = 8  # of the latents
 
 Vae = AutoencoderKLLTXVideo | AutoencoderKLLTX2Video
@@ -304,7 +304,7 @@ def test_what_the_decoder_does_wrong_is_found(vae: Vae, monkeypatch: pytest.Monk
 
 
 def test_what_the_norm_does_wrong_is_found(vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "rms_norm_silu=triton,conv_epilogue=torch")
+    monkeypatch.setenv("VIDACCEL_IMPL", "rms_norm_silu=triton,pixel_shuffle=torch")
     latents = draw(1, 2, 2)
     expected = decode(vae, latents)
     with planted(RMS_NORM_SILU, "triton", lambda outputs: outputs[-1].mul_(1.01)), patch_module(vae) as report:
@@ -312,10 +312,9 @@ def test_what_the_norm_does_wrong_is_found(vae: Vae, monkeypatch: pytest.MonkeyP
         assert {site.op for site in report.sites if site.state == "failed"} == {"rms_norm_silu"}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("kind", ["ltx", "ltx 0.9.5", "ltx2"])
-def test_halves_are_no_worse_than_stock(kind: str, dtype: torch.dtype) -> None:
-    vae, latents = tiny(kind).to(dtype), draw(3, 4, 5).to(dtype)
+def test_halves_are_no_worse_than_stock(kind: str) -> None:
+    vae, latents = tiny(kind).to(torch.bfloat16), draw(2, 2, 3).to(torch.bfloat16)
     gold = decode(copy.deepcopy(vae).double(), latents.double())
     stock = decode(vae, latents)
     with patch_module(vae) as report:

@@ -6,7 +6,7 @@ last. ``rms_norm_silu`` writes a convolution's input with the frames and pixels 
 residual that the convolution before has left out. The weights of an upsampler's convolution are reordered, so that the
 channels of one pixel lie together, and ``pixel_shuffle`` puts the pixels in their place.
 
-LTX-2's decoder is made of the same parts (``autoencoder_kl_ltx2.py``): :class:`Rows` serves both.
+LTX-2's decoder is made of the same parts (``autoencoder_kl_ltx2.py``): :class:`RowsDecoder` serves both.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from diffusers.models.autoencoders.autoencoder_kl_ltx import (
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
-from vidaccel.blocks.vae.causal_clip import Sum, clip_of, conv_rows, free_bytes
-from vidaccel.kernels.conv.conv_epilogue import conv_epilogue, conv_epilogue_ref
+from vidaccel.blocks.vae.causal_clip import Sum, conv_rows, free_bytes
 from vidaccel.kernels.conv.padded_clip import Padding, pad_clip
 from vidaccel.kernels.conv.pixel_shuffle import pixel_shuffle, pixel_shuffle_ref
 from vidaccel.kernels.norm.rms_norm_silu import rms_norm_silu, rms_norm_silu_ref
@@ -45,7 +44,6 @@ __all__ = ["OPS", "Family", "FusedLTXVideoDecoder3d", "RowsDecoder", "decode_byt
 OPS: dict[str, Fidelity] = {
     "channels_last": "math-exact",
     "rms_norm_silu": "math-exact",
-    "conv_epilogue": "math-exact",
     "pixel_shuffle": "math-exact",
 }
 CORNER_FRAMES = 3
@@ -156,7 +154,7 @@ class _Rows:
     def decode(self, latents: Tensor, temb: Tensor | None) -> Tensor:
         """The pixels ``[B, C, F, H, W]``."""
         decoder: Any = self._decoder
-        buffer = _padded(latents.permute(0, 2, 3, 4, 1), self._padding(decoder.conv_in))
+        buffer = pad_clip(latents.permute(0, 2, 3, 4, 1), None, self._padding(decoder.conv_in))
         self.flow = Sum(self._convolved(buffer, decoder.conv_in), decoder.conv_in.conv.bias)
         del buffer
         if decoder.timestep_scale_multiplier is not None:
@@ -226,49 +224,33 @@ class _Rows:
     def _norm(
         self, norm: Any, conv: Any, shift: Tensor | None = None, scale: Tensor | None = None, *, keep: bool
     ) -> Tensor:  # fmt: skip
-        """What ``conv`` reads, its padding included; with ``keep``, the sum is what flows on."""
+        """What ``conv`` reads: what flows, normed, with all that lies around it."""
+        return self._written(self._padding(conv), kind="mean", eps=norm.eps, scale=scale, shift=shift, keep=keep)
+
+    def _written(self, padding: Padding, *, keep: bool = False, **options: Any) -> Tensor:
+        """What flows, all of it added, normed and padded; with ``keep``, the sum is what flows on."""
         run = rms_norm_silu if self._decoder.runs("rms_norm_silu") else rms_norm_silu_ref
         flow = self.flow
         flow.x, y = run(
-            flow.x,
-            bias=flow.bias,
-            residual=flow.residual,
-            residual_bias=flow.residual_bias,
-            scale=scale,
-            shift=shift,
-            padding=self._padding(conv),
-            kind="mean",
-            eps=norm.eps,
-            keep=keep,
-            inplace=True,
-        )
+            flow.x, bias=flow.bias, residual=flow.residual, residual_bias=flow.residual_bias, padding=padding,
+            keep=keep, inplace=True, **options,
+        )  # fmt: skip
         flow.bias = flow.residual = flow.residual_bias = None
         return y
 
-    def _summed(self) -> Tensor:
-        """What flows, all of it added."""
-        flow = self.flow
-        if flow.bias is not None:
-            clip, residual = clip_of(flow.x), None if flow.residual is None else clip_of(flow.residual)
-            if self._decoder.runs("conv_epilogue"):
-                clip = conv_epilogue(clip, flow.bias, residual, residual_bias=flow.residual_bias, inplace=True)
-            else:
-                clip = conv_epilogue_ref(clip, flow.bias, residual, flow.residual_bias)
-            self.flow = Sum(clip.permute(0, 2, 3, 4, 1))
-        return self.flow.x
-
     def _upsample(self, upsampler: Any) -> None:
-        source = self._summed()
+        padding = self._padding(upsampler.conv)
+        buffer = self._written(padding, kind="none", silu=False)
         del self.flow
-        buffer = _padded(source, self._padding(upsampler.conv))
         cell = math.prod(upsampler.stride)
         # channels (C, cell) become (cell, C)
         conv = _reordered(upsampler.conv.conv, (-1, cell), (1, 0))
-        made = self._convolved(buffer, upsampler.conv, conv)
-        del buffer  # [B, F, H, W, (cell, C)]
+        made = self._convolved(buffer, upsampler.conv, conv)  # [B, F, H, W, (cell, C)]
+        source = padding.inner(buffer) if upsampler.residual else None
+        del buffer
         run = pixel_shuffle if self._decoder.runs("pixel_shuffle") else pixel_shuffle_ref
         stride = tuple(upsampler.stride)
-        self.flow = Sum(run(made, conv.bias, source if upsampler.residual else None, cell=stride, drop=stride[0] - 1))
+        self.flow = Sum(run(made, conv.bias, source, cell=stride, drop=stride[0] - 1))
 
     def _pixels(self, buffer: Tensor) -> Tensor:
         """The last convolution, and its channels ``(C, frame, column, row)`` of a patch in their place."""
@@ -304,24 +286,6 @@ def _reordered(conv: Any, shape: tuple[int, ...], order: tuple[int, ...]) -> _Re
     return _Reordered(weight.permute(0, 4, 1, 2, 3), bias)
 
 
-def _padded(rows: Tensor, padding: Padding) -> Tensor:
-    """``rows`` with ``padding`` around them; one pass over them, whatever the border."""
-    border = padding.border
-    if not border or padding.pixel_mode != "reflect":
-        return pad_clip(rows, None, padding)
-    before, after = padding.before, padding.after
-    padded = rows.new_empty(padding.shape(rows.shape))
-    clip = padded[:, before : before + rows.shape[1]]
-    padding.inner(padded).copy_(rows)
-    for dim, end in ((2, clip.shape[2] - 1), (3, clip.shape[3] - 1)):
-        clip.select(dim, 0).copy_(clip.select(dim, 2 * border))
-        clip.select(dim, end).copy_(clip.select(dim, end - 2 * border))
-    padded[:, :before] = clip[:, :1]
-    if after:
-        padded[:, -after:] = clip[:, -1:]
-    return padded
-
-
 def decode_bytes(decoder: Any, latents: Tensor) -> int:
     """Most memory that the layers hold at once while these latents are decoded."""
     pixels = latents[:, 0].numel()
@@ -334,7 +298,7 @@ def _channels_held(decoder: Any) -> Iterator[int]:
     for block in (decoder.mid_block, *decoder.up_blocks):
         for upsampler in getattr(block, "upsamplers", None) or ():
             conv = upsampler.conv.conv
-            yield pixels * (2 * conv.in_channels + 2 * conv.out_channels)  # source, with padding; before and after
+            yield pixels * (conv.in_channels + 2 * conv.out_channels)  # its input, what it makes, and that in place
             pixels *= math.prod(upsampler.stride)
         for resnet in block.resnets:
             yield pixels * 4 * resnet.conv2.out_channels  # a convolution's output, a residual, their sum, its norm
