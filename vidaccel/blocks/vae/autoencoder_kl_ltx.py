@@ -1,4 +1,4 @@
-"""diffusers' ``autoencoders/autoencoder_kl_ltx.py``: the decoder, as rows, with little between its convolutions.
+"""diffusers' ``autoencoders/autoencoder_kl_ltx.py``: decoder and encoder as rows, little between their convolutions.
 
 Stock repeats the first and the last frame of every convolution's input with ``cat``, normalises it in six passes or
 more, and permutes it after every upsampler. Here a clip is rows ``[B, F, H, W, C]`` from the first convolution to the
@@ -6,21 +6,26 @@ last. ``rms_norm_silu`` writes a convolution's input with the frames and pixels 
 residual that the convolution before has left out. The weights of an upsampler's convolution are reordered, so that the
 channels of one pixel lie together, and ``pixel_shuffle`` puts the pixels in their place.
 
-LTX-2's decoder is made of the same parts (``autoencoder_kl_ltx2.py``): :class:`RowsDecoder` serves both.
+LTX-2's are made of the same parts (``autoencoder_kl_ltx2.py``): :class:`RowsDecoder` and :class:`RowsEncoder` serve
+both.
 """
 
 from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl_ltx import (
+    LTXVideo095DownBlock3D,
     LTXVideoCausalConv3d,
     LTXVideoDecoder3d,
+    LTXVideoDownBlock3D,
+    LTXVideoDownsampler3d,
+    LTXVideoEncoder3d,
     LTXVideoMidBlock3d,
     LTXVideoResnetBlock3d,
     LTXVideoUpBlock3d,
@@ -29,7 +34,7 @@ from diffusers.models.autoencoders.autoencoder_kl_ltx import (
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
-from vidaccel.blocks.vae.causal_clip import Sum, conv_rows, free_bytes
+from vidaccel.blocks.vae.causal_clip import Sum, clip_of, conv_rows, free_bytes
 from vidaccel.kernels.conv.padded_clip import Padding, pad_clip
 from vidaccel.kernels.conv.pixel_shuffle import pixel_shuffle, pixel_shuffle_ref
 from vidaccel.kernels.norm.rms_norm_silu import rms_norm_silu, rms_norm_silu_ref
@@ -37,22 +42,28 @@ from vidaccel.kernels.op import DTYPES, note
 from vidaccel.kernels.settings import Fidelity
 from vidaccel.sites.block import FusedBlock, call_site, cut_corner, fuses
 from vidaccel.sites.memo import once_per_call
-from vidaccel.sites.plain import plain_reason
+from vidaccel.sites.plain import plain_reason, stock_class
 
-__all__ = ["OPS", "Family", "FusedLTXVideoDecoder3d", "RowsDecoder", "decode_bytes"]
+__all__ = [
+    "DECODER_OPS",
+    "ENCODER_OPS",
+    "Family",
+    "FusedLTXVideoDecoder3d",
+    "FusedLTXVideoEncoder3d",
+    "RowsDecoder",
+    "RowsEncoder",
+    "decode_bytes",
+]
 
-OPS: dict[str, Fidelity] = {
-    "channels_last": "math-exact",
-    "rms_norm_silu": "math-exact",
-    "pixel_shuffle": "math-exact",
-}
+ENCODER_OPS: dict[str, Fidelity] = {"channels_last": "math-exact", "rms_norm_silu": "math-exact"}
+DECODER_OPS = ENCODER_OPS | {"pixel_shuffle": "math-exact"}
 CORNER_FRAMES = 3
 PIXEL_MODES = ("zeros", "replicate", "reflect")  # that rms_norm_silu writes
 _MARGIN = 1.1  # the allocator's rounding, the convolutions' workspaces, all that is small
 
 
 class Family(NamedTuple):
-    """The classes that a decoder is made of."""
+    """The classes that decoder and encoder are made of."""
 
     conv: type[nn.Module]
     shortcut: type[nn.Module]
@@ -61,35 +72,59 @@ class Family(NamedTuple):
     mid_block: type[nn.Module]
     up_block: type[nn.Module]
     upsampler: type[nn.Module]
+    down_blocks: tuple[type[nn.Module], ...]
+    downsampler: type[nn.Module]
 
 
-class RowsDecoder(FusedBlock):
-    """What the decoders of LTX-Video and LTX-2 share."""
+class _RowsCoder(FusedBlock):
+    """What decoder and encoder share."""
 
     conv_in: Any
     mid_block: Any
-    up_blocks: Any
     norm_out: Any
     conv_out: Any
-    timestep_scale_multiplier: Any
+    patch_size: int
+    patch_size_t: int
     family: Family
 
     @classmethod
     def left_alone_reason(cls, module: Any) -> str | None:
         return _structure_reason(module, cls.family)
 
-    def call_reason(self, latents: Tensor, temb: Tensor | None, causal: bool | None = None) -> str | None:
+    def input_reason(self, x: Tensor) -> str | None:
         if not self.runs("channels_last"):
             return "channels_last is off, or failed"
-        if torch.is_autocast_enabled(latents.device.type):
+        if torch.is_autocast_enabled(x.device.type):
             return "autocast is on"
         weight = self.conv_in.conv.weight
-        if latents.ndim != 5 or latents.shape[1] != weight.shape[1] or not latents.numel():
-            return f"the latents are not [B, {weight.shape[1]}, F, H, W]"
-        if latents.dtype not in DTYPES:  # there stock's RMSNorm still sums in float32
-            return f"the latents are {latents.dtype}, not float16, bfloat16 or float32"
-        if latents.dtype != weight.dtype or latents.device != weight.device:
-            return f"the latents are {latents.dtype} on {latents.device}, the weights {weight.dtype} on {weight.device}"
+        if x.dtype not in DTYPES:  # there stock's RMSNorm still sums in float32
+            return f"the input is {x.dtype}, not float16, bfloat16 or float32"
+        if x.dtype != weight.dtype or x.device != weight.device:
+            return f"the input is {x.dtype} on {x.device}, the weights {weight.dtype} on {weight.device}"
+        return None if x.numel() else "the input is empty"
+
+    def explained(self, run: Callable[..., Tensor], what: str, needed: int, x: Tensor, *args: Any) -> Tensor:
+        """``run(x, *args)``, its running out of memory explained."""
+        note("channels_last", "torch")
+        try:
+            return run(x, *args)
+        except torch.OutOfMemoryError as error:
+            traceback.clear_frames(error.__traceback__)  # they hold every tensor of the attempt
+            raise torch.OutOfMemoryError(_out_of_memory(what, needed, x)) from error
+
+
+class RowsDecoder(_RowsCoder):
+    """What the decoders of LTX-Video and LTX-2 share."""
+
+    up_blocks: Any
+    timestep_scale_multiplier: Any
+
+    def call_reason(self, latents: Tensor, temb: Tensor | None, causal: bool | None = None) -> str | None:
+        if reason := self.input_reason(latents):
+            return reason
+        channels = self.conv_in.conv.in_channels
+        if latents.ndim != 5 or latents.shape[1] != channels:
+            return f"the latents are not [B, {channels}, F, H, W]"
         if self.conv_in.conv.padding_mode == "reflect" and min(latents.shape[3:]) < 2:
             return "pictures of one row or column cannot be padded by reflection"
         if self.timestep_scale_multiplier is not None and (temb is None or temb.numel() != len(latents)):
@@ -104,32 +139,74 @@ class RowsDecoder(FusedBlock):
 
     def fused_forward(self, latents: Tensor, temb: Tensor | None, causal: bool | None = None) -> Tensor:
         """Decode; ``causal`` None: each convolution says itself whether it is."""
-        note("channels_last", "torch")
-        try:
-            return _Rows(self, causal).decode(latents, temb)
-        except torch.OutOfMemoryError as error:
-            traceback.clear_frames(error.__traceback__)  # they hold every tensor of the attempt
-            raise torch.OutOfMemoryError(_out_of_memory(self, latents)) from error
+        run = _Rows(self, causal).decode
+        return self.explained(run, "decoding {} latent frames", decode_bytes(self, latents), latents, temb)
 
 
-@fuses(LTXVideoDecoder3d, OPS)
+class RowsEncoder(_RowsCoder):
+    """What the encoders of LTX-Video and LTX-2 share."""
+
+    down_blocks: Any
+
+    def call_reason(self, pixels: Tensor, causal: bool | None = None) -> str | None:
+        if reason := self.input_reason(pixels):
+            return reason
+        sizes, channels = self._patch(), self.conv_in.conv.in_channels
+        if pixels.ndim != 5 or pixels.shape[1] * math.prod(sizes) != channels:
+            return f"the clip is not [B, {channels // math.prod(sizes)}, F, H, W]"
+        if any(size % patch for size, patch in zip(pixels.shape[2:], sizes, strict=True)):
+            return f"the clip does not divide into patches of {sizes}"
+        return None
+
+    def corner(self, args: Any, kwargs: Any) -> Any:
+        pixels, *others = args
+        frames, height, width = (math.prod(along) for along in zip(self._patch(), *_strides(self), strict=True))
+        return (pixels[:, :, : 1 + frames, : 2 * height, : 2 * width].contiguous(), *others), kwargs
+
+    def fused_forward(self, pixels: Tensor, causal: bool | None = None) -> Tensor:
+        """Encode; ``causal`` None: each convolution says itself whether it is."""
+        run = _Rows(self, causal).encode
+        return self.explained(run, "encoding {} frames", _encode_bytes(self, pixels), pixels)
+
+    def _patch(self) -> tuple[int, int, int]:
+        return self.patch_size_t, self.patch_size, self.patch_size
+
+
+LTX = Family(
+    conv=LTXVideoCausalConv3d,
+    shortcut=LTXVideoCausalConv3d,
+    norm=RMSNorm,
+    resnet=LTXVideoResnetBlock3d,
+    mid_block=LTXVideoMidBlock3d,
+    up_block=LTXVideoUpBlock3d,
+    upsampler=LTXVideoUpsampler3d,
+    down_blocks=(LTXVideoDownBlock3D, LTXVideo095DownBlock3D),
+    downsampler=LTXVideoDownsampler3d,
+)
+
+
+@fuses(LTXVideoDecoder3d, DECODER_OPS)
 class FusedLTXVideoDecoder3d(RowsDecoder, LTXVideoDecoder3d):
     """The decoder of LTX-Video, 0.9.0 to 0.9.8."""
 
-    family = Family(
-        conv=LTXVideoCausalConv3d,
-        shortcut=LTXVideoCausalConv3d,
-        norm=RMSNorm,
-        resnet=LTXVideoResnetBlock3d,
-        mid_block=LTXVideoMidBlock3d,
-        up_block=LTXVideoUpBlock3d,
-        upsampler=LTXVideoUpsampler3d,
-    )
+    family = LTX
 
     def forward(self, hidden_states: Tensor, temb: Tensor | None = None) -> Tensor:
         if torch.compiler.is_compiling():
             return LTXVideoDecoder3d.forward(self, hidden_states, temb)
         return call_site(FusedLTXVideoDecoder3d, self, hidden_states, temb)
+
+
+@fuses(LTXVideoEncoder3d, ENCODER_OPS)
+class FusedLTXVideoEncoder3d(RowsEncoder, LTXVideoEncoder3d):
+    """The encoder of LTX-Video, 0.9.0 to 0.9.8."""
+
+    family = LTX
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return LTXVideoEncoder3d.forward(self, hidden_states)
+        return call_site(FusedLTXVideoEncoder3d, self, hidden_states)
 
 
 class _Reordered(NamedTuple):
@@ -140,23 +217,42 @@ class _Reordered(NamedTuple):
 
 
 class _Rows:
-    """One decode by the modules of a decoder.
+    """One call of a decoder or an encoder.
 
     Where the clip is, ``flow`` alone knows: no variable of a caller keeps a tensor longer than it is needed.
     """
 
     flow: Sum
 
-    def __init__(self, decoder: RowsDecoder, causal: bool | None) -> None:
-        self._decoder = decoder
+    def __init__(self, coder: Any, causal: bool | None) -> None:
+        self._coder = coder
         self._causal = causal
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """The mean of the latents and, repeated, the logarithm of their variance: ``[B, 2 * C, F, H, W]``."""
+        encoder, patch = self._coder, self._coder.patch_size
+        cells = pixels.unflatten(4, (-1, patch)).unflatten(3, (-1, patch)).unflatten(2, (-1, encoder.patch_size_t))
+        self._begin(cells.permute(0, 2, 4, 6, 1, 3, 7, 5).flatten(4))  # channels (C, frame, column, row)
+        del cells
+        for block in encoder.down_blocks:
+            for resnet in block.resnets:
+                self._resnet(resnet, None)
+            for downsampler in block.downsamplers or ():
+                self._downsample(downsampler)
+            if (conv_out := getattr(block, "conv_out", None)) is not None:
+                self._resnet(conv_out, None)
+        for resnet in encoder.mid_block.resnets:
+            self._resnet(resnet, None)
+        buffer = self._norm(encoder.norm_out, encoder.conv_out, keep=False)
+        del self.flow
+        made = clip_of(self._convolved(buffer, encoder.conv_out) + encoder.conv_out.conv.bias)
+        channels = made.shape[1] - 1
+        return torch.cat([made, made[:, -1:].expand(-1, channels - 1, -1, -1, -1)], dim=1).contiguous()
 
     def decode(self, latents: Tensor, temb: Tensor | None) -> Tensor:
         """The pixels ``[B, C, F, H, W]``."""
-        decoder: Any = self._decoder
-        buffer = pad_clip(latents.permute(0, 2, 3, 4, 1), None, self._padding(decoder.conv_in))
-        self.flow = Sum(self._convolved(buffer, decoder.conv_in), decoder.conv_in.conv.bias)
-        del buffer
+        decoder = self._coder
+        self._begin(latents.permute(0, 2, 3, 4, 1))
         if decoder.timestep_scale_multiplier is not None:
             temb = temb * decoder.timestep_scale_multiplier
         for block in (decoder.mid_block, *decoder.up_blocks):
@@ -165,6 +261,10 @@ class _Rows:
         buffer = self._norm(decoder.norm_out, decoder.conv_out, *modulation, keep=False)
         del self.flow
         return self._pixels(buffer)
+
+    def _begin(self, rows: Tensor) -> None:
+        conv = self._coder.conv_in
+        self.flow = Sum(self._convolved(pad_clip(rows, None, self._padding(conv)), conv), conv.conv.bias)
 
     def _block(self, block: Any, temb: Tensor | None) -> None:
         if (conv_in := getattr(block, "conv_in", None)) is not None:
@@ -229,7 +329,7 @@ class _Rows:
 
     def _written(self, padding: Padding, *, keep: bool = False, **options: Any) -> Tensor:
         """What flows, all of it added, normed and padded; with ``keep``, the sum is what flows on."""
-        run = rms_norm_silu if self._decoder.runs("rms_norm_silu") else rms_norm_silu_ref
+        run = rms_norm_silu if self._coder.runs("rms_norm_silu") else rms_norm_silu_ref
         flow = self.flow
         flow.x, y = run(
             flow.x, bias=flow.bias, residual=flow.residual, residual_bias=flow.residual_bias, padding=padding,
@@ -248,13 +348,30 @@ class _Rows:
         made = self._convolved(buffer, upsampler.conv, conv)  # [B, F, H, W, (cell, C)]
         source = padding.inner(buffer) if upsampler.residual else None
         del buffer
-        run = pixel_shuffle if self._decoder.runs("pixel_shuffle") else pixel_shuffle_ref
+        run = pixel_shuffle if self._coder.runs("pixel_shuffle") else pixel_shuffle_ref
         stride = tuple(upsampler.stride)
         self.flow = Sum(run(made, conv.bias, source, cell=stride, drop=stride[0] - 1))
 
+    def _downsample(self, downsampler: Any) -> None:
+        if isinstance(downsampler, self._coder.family.conv):
+            buffer = self._written(self._padding(downsampler), kind="none", silu=False)
+            del self.flow
+            conv = downsampler.conv
+            self.flow = Sum(self._convolved(buffer, downsampler), conv.bias)
+            return
+        conv, stride = downsampler.conv.conv, downsampler.stride
+        padding = self._padding(downsampler.conv)
+        again = stride[0] - 1  # frames that stock puts before the clip, for time to divide
+        buffer = self._written(padding._replace(before=padding.before + again), kind="none", silu=False)
+        del self.flow
+        source = _in_cells(padding.inner(buffer), stride).unflatten(-1, (-1, downsampler.group_size)).mean(-1)
+        made = self._convolved(buffer, downsampler.conv)
+        del buffer
+        self.flow = Sum(_in_cells(made, stride), conv.bias.repeat_interleave(math.prod(stride)), source)
+
     def _pixels(self, buffer: Tensor) -> Tensor:
         """The last convolution, and its channels ``(C, frame, column, row)`` of a patch in their place."""
-        decoder: Any = self._decoder
+        decoder = self._coder
         patch, frames = decoder.patch_size, decoder.patch_size_t
         conv = _reordered(decoder.conv_out.conv, (-1, patch, patch), (0, 2, 1))  # rows before columns
         rows = self._convolved(buffer, decoder.conv_out, conv)
@@ -274,8 +391,13 @@ class _Rows:
         return Padding(before, after, int(mode != "zeros"), "replicate", mode)
 
     def _convolved(self, buffer: Tensor, conv: Any, reordered: _Reordered | None = None) -> Tensor:
+        """The convolution of what :meth:`_padding` has been put around, without its bias."""
         padding = None if conv.conv.padding_mode == "zeros" else (0, 0, 0)
-        return conv_rows(buffer, reordered or conv.conv, padding=padding)
+        if conv.conv.stride == (1, 1, 1):
+            return conv_rows(buffer, reordered or conv.conv, padding=padding)
+        weight = conv.conv.weight.contiguous(memory_format=torch.channels_last_3d)
+        out = F.conv3d(clip_of(buffer), weight, None, conv.conv.stride, padding or (0, 1, 1))
+        return out.permute(0, 2, 3, 4, 1).contiguous()
 
 
 def _reordered(conv: Any, shape: tuple[int, ...], order: tuple[int, ...]) -> _Reordered:
@@ -284,6 +406,13 @@ def _reordered(conv: Any, shape: tuple[int, ...], order: tuple[int, ...]) -> _Re
     weight = rows.permute(*order, *range(len(shape), rows.ndim)).flatten(0, len(shape) - 1)
     bias = conv.bias.unflatten(0, shape).permute(order).flatten()
     return _Reordered(weight.permute(0, 4, 1, 2, 3), bias)
+
+
+def _in_cells(rows: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """``[B, F, H, W, C]`` as ``[B, F / t, H / y, W / x, (C, t, y, x)]``."""
+    t, y, x = stride
+    cells = rows.unflatten(3, (-1, x)).unflatten(2, (-1, y)).unflatten(1, (-1, t))
+    return cells.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(4)
 
 
 def decode_bytes(decoder: Any, latents: Tensor) -> int:
@@ -306,29 +435,58 @@ def _channels_held(decoder: Any) -> Iterator[int]:
     yield pixels * (conv.in_channels + 2 * conv.out_channels)  # and the same as pixels
 
 
-def _out_of_memory(decoder: Any, latents: Tensor) -> str:
-    """What the stock error leaves out."""
-    samples, _, frames, height, width = latents.shape
-    needed, free = decode_bytes(decoder, latents), max(free_bytes(latents.device), 0)
-    slicing = "vae.enable_slicing() decodes one clip at a time, " if samples > 1 else ""
+def _encode_bytes(encoder: Any, pixels: Tensor) -> int:
+    """Most memory that the layers hold at once while this clip is encoded."""
+    patches = pixels[:, 0].numel() / (encoder.patch_size**2 * encoder.patch_size_t)
+    return int(max(_channels_held_encoding(encoder)) * patches * pixels.element_size() * _MARGIN)
+
+
+def _channels_held_encoding(encoder: Any) -> Iterator[float]:
+    """As :func:`_channels_held`, in units of a patch."""
+    patches = 1.0
+    for block in encoder.down_blocks:
+        for resnet in block.resnets:
+            yield patches * 4 * resnet.conv2.out_channels
+        for downsampler in block.downsamplers or ():
+            yield patches * 5 * downsampler.conv.in_channels  # its input, that padded, what it makes, both in cells
+            patches /= math.prod(_stride_of(downsampler))
+
+
+def _strides(encoder: Any) -> Iterator[tuple[int, int, int]]:
+    for block in encoder.down_blocks:
+        for downsampler in block.downsamplers or ():
+            yield _stride_of(downsampler)
+
+
+def _stride_of(downsampler: Any) -> tuple[int, int, int]:
+    """Of a downsampler, or of a convolution in its place."""
+    stride: tuple[int, int, int] = getattr(downsampler, "stride", None) or downsampler.conv.stride
+    return stride
+
+
+def _out_of_memory(what: str, needed: int, x: Tensor) -> str:
+    """What the stock error leaves out; ``what`` names the frames of ``x``."""
+    samples, _, frames, height, width = x.shape
+    free = max(free_bytes(x.device), 0)
+    slicing = "vae.enable_slicing() takes one clip at a time, " if samples > 1 else ""
     return (
-        f"out of memory while decoding {frames} latent frames of {samples} clips of {width} x {height} latent pixels: "
+        f"out of memory while {what.format(frames)} of {samples} clips of {width} x {height}: "
         f"it takes about {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free; "
-        f"{slicing}vae.use_framewise_decoding = True decodes some frames at a time, vae.enable_tiling() smaller "
-        "pictures; the arguments of the latter set how large both are"
+        f"{slicing}vae.use_framewise_decoding = True takes some frames at a time (here and in an encode), "
+        "vae.enable_tiling() smaller pictures; the arguments of the latter set how large both are"
     )
 
 
 @once_per_call
-def _structure_reason(decoder: Any, family: Family) -> str | None:
-    """Why the decoder is not made of what is done here, or None."""
+def _structure_reason(coder: Any, family: Family) -> str | None:
+    """Why a decoder or an encoder is not made of what is done here, or None."""
     try:
-        reason = next(filter(None, _reasons(decoder, family)), None)
+        reason = next(filter(None, _reasons(coder, family)), None)
     except AttributeError as error:
         return f"it is not built as expected: {error}"
     if reason:
         return reason
-    weights = list(decoder.parameters())
+    weights = list(coder.parameters())
     if any(type(weight) is not nn.Parameter or not weight.is_floating_point() for weight in weights):
         return "a weight is no plain parameter"
     if len({(weight.dtype, weight.device) for weight in weights}) > 1:
@@ -336,24 +494,44 @@ def _structure_reason(decoder: Any, family: Family) -> str | None:
     return None
 
 
-def _reasons(decoder: Any, family: Family) -> Iterator[str | None]:
-    yield _conv_reason(decoder.conv_in, family)
-    yield plain_reason(decoder.mid_block, family.mid_block)
-    for block in decoder.up_blocks:
-        yield plain_reason(block, family.up_block)
-        if block.conv_in is not None:
-            yield from _resnet_reasons(block.conv_in, family)
-            if block.conv_in.scale_shift_table is not None:
-                yield "a resnet that changes the width takes a timestep, which stock gives it in no form that fits"
-        for upsampler in block.upsamplers or ():
-            yield plain_reason(upsampler, family.upsampler)
-            yield _conv_reason(upsampler.conv, family)
-    for block in (decoder.mid_block, *decoder.up_blocks):
-        for resnet in block.resnets:
-            yield from _resnet_reasons(resnet, family)
-    yield _norm_reason(decoder.norm_out, family)
-    yield plain_reason(decoder.conv_act, nn.SiLU)
-    yield _conv_reason(decoder.conv_out, family)
+def _reasons(coder: Any, family: Family) -> Iterator[str | None]:
+    yield _conv_reason(coder.conv_in, family)
+    yield plain_reason(coder.mid_block, family.mid_block)
+    for resnet in coder.mid_block.resnets:
+        yield from _resnet_reasons(resnet, family)
+    for block in getattr(coder, "up_blocks", ()):
+        yield from _up_block_reasons(block, family)
+    for block in getattr(coder, "down_blocks", ()):
+        yield from _down_block_reasons(block, family)
+    yield _norm_reason(coder.norm_out, family)
+    yield plain_reason(coder.conv_act, nn.SiLU)
+    yield _conv_reason(coder.conv_out, family)
+
+
+def _up_block_reasons(block: Any, family: Family) -> Iterator[str | None]:
+    yield plain_reason(block, family.up_block)
+    for resnet in (*filter(None, [block.conv_in]), *block.resnets):
+        yield from _resnet_reasons(resnet, family)
+    if block.conv_in is not None and block.conv_in.scale_shift_table is not None:
+        yield "a resnet that changes the width takes a timestep, which stock gives it in no form that fits"
+    for upsampler in block.upsamplers or ():
+        yield plain_reason(upsampler, family.upsampler)
+        yield _conv_reason(upsampler.conv, family)
+
+
+def _down_block_reasons(block: Any, family: Family) -> Iterator[str | None]:
+    kind = stock_class(block)
+    yield plain_reason(block, kind if kind in family.down_blocks else family.down_blocks[0])
+    for resnet in (*block.resnets, *filter(None, [getattr(block, "conv_out", None)])):
+        yield from _resnet_reasons(resnet, family)
+    for downsampler in block.downsamplers or ():
+        if stock_class(downsampler) is family.conv:
+            yield _conv_reason(downsampler, family, (2, 2, 2))
+            continue
+        yield plain_reason(downsampler, family.downsampler)
+        yield _conv_reason(downsampler.conv, family)
+        if downsampler.stride[0] > 2:
+            yield f"a downsampler makes one frame of {downsampler.stride[0]}"
 
 
 def _resnet_reasons(resnet: Any, family: Family) -> Iterator[str | None]:
@@ -372,18 +550,20 @@ def _resnet_reasons(resnet: Any, family: Family) -> Iterator[str | None]:
         yield _geometry_reason(getattr(shortcut, "conv", shortcut), 1, "zeros")
 
 
-def _conv_reason(conv: Any, family: Family) -> str | None:
+def _conv_reason(conv: Any, family: Family, stride: tuple[int, int, int] = (1, 1, 1)) -> str | None:
     if reason := plain_reason(conv, family.conv):
         return reason
     if conv.kernel_size != (3, 3, 3):
         return f"a convolution sees {conv.kernel_size} pixels, not 3 x 3 x 3"
-    return _geometry_reason(conv.conv, 3, *PIXEL_MODES)
+    return _geometry_reason(conv.conv, 3, *PIXEL_MODES, stride=stride)
 
 
-def _geometry_reason(conv: Any, taps: int, *modes: str) -> str | None:
+def _geometry_reason(
+    conv: Any, taps: int, *modes: str, stride: tuple[int, int, int] = (1, 1, 1)
+) -> str | None:  # fmt: skip
     if reason := plain_reason(conv, nn.Conv3d):
         return reason
-    geometry = (taps,) * 3, (1, 1, 1), (0, taps // 2, taps // 2), (1, 1, 1), 1
+    geometry = (taps,) * 3, stride, (0, taps // 2, taps // 2), (1, 1, 1), 1
     found = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
     if found != geometry or conv.padding_mode not in modes or conv.bias is None:
         return "a convolution has another stride, dilation or padding, groups, or no bias"
