@@ -108,7 +108,7 @@ _FAMILIES = {
     ),
     "latte": _Family(models=("LatteTransformer3DModel",), pipelines=("LattePipeline",)),
     "ltx": _Family(
-        models=("LTXVideoTransformer3DModel",),
+        models=("AutoencoderKLLTXVideo", "LTXVideoTransformer3DModel"),
         pipelines=(
             "LTXConditionPipeline",
             "LTXI2VLongMultiPromptPipeline",
@@ -117,7 +117,7 @@ _FAMILIES = {
         ),
     ),
     "ltx2": _Family(
-        models=("LTX2VideoTransformer3DModel",),
+        models=("AutoencoderKLLTX2Video", "LTX2VideoTransformer3DModel"),
         pipelines=(
             "LTX2ConditionPipeline",
             "LTX2DFRPipeline",

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from block_checks import relative_error
-from copy_checks import Copies, Held, hollow_out
+from copy_checks import Copies, Held, hollow_conv3d, hollow_out
 from diffusers import AutoencoderKLWan
 from tiny_models import tiny_autoencoder_kl_wan
 from torch import Tensor
@@ -38,15 +38,7 @@ def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
 def hollow(monkeypatch: pytest.MonkeyPatch) -> None:
     """No kernel and no causal convolution runs: they leave memory in the order that a GPU's have."""
     hollow_out(monkeypatch)
-
-    def conv3d(
-        x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: tuple[int, ...] = (0, 0, 0), *_: Any
-    ) -> Tensor:
-        found = zip(x.shape[2:], padding, weight.shape[2:], strict=True)
-        sides = [size + 2 * edge - taps + 1 for size, edge, taps in found]
-        return torch.empty(len(x), *sides, len(weight)).permute(0, 4, 1, 2, 3)
-
-    monkeypatch.setattr(F, "conv3d", conv3d)
+    monkeypatch.setattr(F, "conv3d", hollow_conv3d)
 
 
 @pytest.mark.parametrize("fit", [9, 4, 2], ids=["whole", "halves", "pieces"])
