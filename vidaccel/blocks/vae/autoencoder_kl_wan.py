@@ -416,6 +416,12 @@ class _Decode:
         for dtype in kinds:
             note("half_operands", str(dtype).removeprefix("torch."), reason)
 
+    def _operands_of(self, conv: nn.Module | None) -> torch.dtype | None:
+        """What ``conv`` is to read; None: the dtype of the latents, as all others."""
+        if self._half is None:
+            return None
+        return torch.float32 if conv is None else self._half[conv]
+
     def run(self, latents: Tensor, halos: Halos, keep: bool) -> tuple[Tensor, Halos | None]:
         """The pixels, and what the next frames need if that is to be kept."""
         decoder, rate, begins = self._decoder, self._rate, not halos
@@ -476,7 +482,7 @@ class _Decode:
             silu=silu,
             keep=keep,
             inplace=flow.residual is None or flow.residual is not chunk.kept,
-            out_dtype=self._half and self._half.get(conv, torch.float32),
+            out_dtype=self._operands_of(conv),
         )
         flow.x, flow.bias, flow.residual, flow.residual_bias = z, None, None, None
         if conv is not None:
