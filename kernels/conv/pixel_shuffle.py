@@ -116,7 +116,7 @@ def _launch(call: _Call) -> Launch:
     block_c = triton.next_power_of_2(channels)
     block_m = max(TILE_BYTES // (block_c * call.x.itemsize), 1)
     rows = math.prod(pixels)
-    source_channels, strides = 1, (0, 0, 0, 0)
+    source_channels, strides = 1, call.x.stride()[:4]
     if call.source is not None:
         source_channels, strides = call.source.shape[-1] // math.prod(call.cell), call.source.stride()[:4]
     return Launch(
