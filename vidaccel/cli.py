@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
 
 from vidaccel import __version__
-from vidaccel.errors import UsageError, error_line
+from vidaccel.errors import OutputError, UsageError, error_line
 
 __all__ = ["main"]
 
@@ -33,15 +35,36 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: the process's own) and return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal, or a file name, may be of any encoding
     try:
         args = _parser(argv).parse_args(argv)
-        return import_module(COMMANDS[args.command][0]).run(args)
+        code: int = import_module(COMMANDS[args.command][0]).run(args)
+        sys.stdout.flush()
+        return code
     except UsageError as error:
         print(error_line(error), file=sys.stderr)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         print("vidaccel: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except OSError as error:
+        if error.filename is not None or not _cannot_print():
+            raise
+        if not isinstance(error, BrokenPipeError):  # whoever reads our output may end before we do
+            print(error_line(OutputError(f"cannot print: {error.strerror}")), file=sys.stderr)
+        return OutputError.exit_code
+
+
+def _cannot_print() -> bool:
+    """Whether standard output takes no more; what it still holds is then given up, or Python tries again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _parser(argv: list[str]) -> argparse.ArgumentParser:

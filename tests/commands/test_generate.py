@@ -78,7 +78,7 @@ def the_only_line(capsys: pytest.CaptureFixture[str]) -> str:
 def test_writes_the_clip_and_its_record(
     name: str, generate: Generate, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert generate("--no-patch", "--out", out / name, "--seed", 7, "--quiet") == 0
+    assert generate("--no-patch", "--out", out / name, "--seed", 7) == 0
     assert files_in(out) == [name, f"{name}.json"]
     frames = sorted((out / name).iterdir()) if name == "clip" else list(iio.imiter(out / name))
     assert len(frames) == 2
@@ -94,10 +94,17 @@ def test_writes_the_clip_and_its_record(
     assert timings["encode"] + timings["denoise"] + timings["decode"] == pytest.approx(timings["total"])
     assert min(timings[phase] for phase in ("encode", "denoise", "decode", "step", "peak_memory_gib")) > 0
 
-    printed = capsys.readouterr()
-    assert printed.err == "", "--quiet shows no progress"
-    for figure in ("load", "patch", "per step", "decode", "total", "peak memory"):
-        assert figure in printed.out
+    printed = capsys.readouterr().out
+    for figure in ("load", "patch", "seed 7", "per step", "decode", "total", "peak memory"):
+        assert figure in printed
+
+
+def test_quiet_prints_the_clip_alone(generate: Generate, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("clip.gif", "clip-again.gif"):
+        assert generate("--out", out / name, "--quiet") == 0
+        assert capsys.readouterr() == (f"{out / name}\n", "")
+    assert generate("--out", out / name, "--quiet") == 0
+    assert capsys.readouterr() == ("", ""), "nothing was made"
 
 
 def test_patches_by_default_and_reports(generate: Generate, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,7 +224,7 @@ def test_a_failed_write_keeps_the_old_clip(
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     capsys.readouterr()
     monkeypatch.setattr(clip_maker, "write_clip", disk_is_full)
-    assert generate("--no-patch", "--out", out / "clip.gif", "--overwrite", "--quiet") == 2
+    assert generate("--no-patch", "--out", out / "clip.gif", "--overwrite", "--quiet") == 1
     assert "No space left on device" in the_only_line(capsys)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
