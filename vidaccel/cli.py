@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import os
 import sys
@@ -22,6 +23,7 @@ COMMANDS = {
     "bench": ("vidaccel.commands.bench", "measure speed and memory against eager and torch.compile"),
     "env": ("vidaccel.commands.env", "print devices and versions, for bug reports and records"),
 }
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EPIPE)
 INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended
 
 
@@ -50,21 +52,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("vidaccel: interrupted", file=sys.stderr)
         return INTERRUPTED
     except OSError as error:
-        if error.filename is not None or not _cannot_print():
+        if error.errno not in _NO_ROOM:
             raise
-        if not isinstance(error, BrokenPipeError):  # whoever reads our output may end before we do
-            print(error_line(OutputError(f"cannot print: {error.strerror}")), file=sys.stderr)
+        _give_up_output()
+        if error.errno != errno.EPIPE:  # whoever reads our output may end before we do
+            problem = f"cannot write {error.filename or 'any more'}: {error.strerror}"
+            print(error_line(OutputError(problem)), file=sys.stderr)
         return OutputError.exit_code
 
 
-def _cannot_print() -> bool:
-    """Whether standard output takes no more; what it still holds is then given up, or Python tries again at its end."""
+def _give_up_output() -> None:
+    """If standard output takes no more, drop what it still holds: Python would try again at its end, and complain."""
     try:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
 
 
 def _parser(argv: list[str]) -> argparse.ArgumentParser:

@@ -29,7 +29,7 @@ def unwritable_reason(suffix: str, fps: float) -> str | None:
     if suffix not in ("", *SUFFIXES):
         return f"cannot write {suffix}; use {', '.join(SUFFIXES)}, or no suffix for a folder of PNG frames"
     if fps > _FASTEST.get(suffix, fps):
-        return f"{suffix[1:]} shows {_FASTEST[suffix]} frames a second at most, got {fps}; use .mp4 or a lower --fps"
+        return f"{suffix[1:]} shows {_FASTEST[suffix]} frames a second at most, got {fps:g}; use .mp4 or a lower --fps"
     if suffix == ".webp" and not features.check("webp"):
         return "the installed Pillow cannot write WebP; use .mp4 or .gif"
     return _ffmpeg_reason() if suffix == ".mp4" else None
@@ -39,7 +39,7 @@ def encode(frames: np.ndarray, path: Path, fps: float) -> None:
     """Write ``frames`` in the format of ``path``'s suffix, without one as a folder of PNG files, and read them again.
 
     Raises:
-        OSError: they cannot be written, or are not what is read back.
+        OSError: they cannot be written, or something else is read back.
     """
     suffix = path.suffix.lower()
     if suffix == ".mp4":
@@ -98,7 +98,10 @@ def _write_mp4(frames: np.ndarray, path: Path, fps: float) -> None:
 
 def _check_mp4(frames: np.ndarray, path: Path) -> None:
     """Decode every frame: the muxer ``framecrc`` prints a line for each."""
-    lines = _run_ffmpeg("-i", _url(path), "-f", "framecrc", "pipe:1").splitlines()
+    try:
+        lines = _run_ffmpeg("-i", _url(path), "-f", "framecrc", "pipe:1").splitlines()
+    except OSError as error:
+        raise OSError(f"what was written cannot be read: {error}") from error
     count = sum(not line.startswith("#") for line in lines)
     height, width = (side + side % 2 for side in frames.shape[1:3])
     if count != len(frames) or f"#dimensions 0: {width}x{height}" not in lines:

@@ -117,7 +117,9 @@ def _entries(path: Path) -> list[tuple[str, Any]]:
     if text.lstrip()[:1] in ("[", "{"):
         try:
             values = json.loads(text)
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError) as error:
+            if _PART_OF_JSON.match(text.lstrip()):
+                raise UsageError(f"the job file {path} begins like a JSON array, but is none: {error}") from error
             values = None  # it has lines, then
         if isinstance(values, list):
             return [(f"{path} entry {number}", value) for number, value in enumerate(values, 1)]
