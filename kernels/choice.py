@@ -3,9 +3,11 @@
 One small JSON file per question, named by the hash of its key: concurrent processes never overwrite one another's
 answers, and a file is put in place whole. A file that cannot be read counts as absent, and so does one that answers
 another question or names an implementation that does not compete; a folder that cannot be written is no error. Both are
-said, once for each folder. What is read is data: a name to look up, and figures to print. A key holds all that an answer may depend on: the GPU, its driver, the
-versions of PyTorch, Triton, cuDNN and this project, the source of the op, and what the op itself says
-(:func:`remembered` and :func:`drop` are for those who want to see, or to ask again).
+said, once for each folder. What is read is data: a name to look up, and figures to print.
+
+A key holds all that an answer may depend on: the GPU, its driver, the versions of PyTorch, Triton, cuDNN and this
+project, the source of the op, and what the op itself says (:func:`remembered` and :func:`drop` are for those who want
+to see, or to ask again).
 
 In a process group the first rank that has an answer publishes it, and the others take it over: ranks that chose
 differently would round differently.
@@ -291,7 +293,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 @functools.lru_cache(maxsize=100)
 def _warn_once(folder: str, problem: str) -> None:
-    logger.warning("%s %s: what runs fastest is measured again in each process", folder, problem)
+    logger.warning("%s %s: what runs fastest is measured anew", folder, problem)
 
 
 def _measured(record: Mapping[str, Any]) -> Measured:
