@@ -102,7 +102,7 @@ def test_an_encoder_that_ends_badly_is_found_out(tmp_path: Path, monkeypatch: py
     script.chmod(0o755)
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(script))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(OSError, match="exit code|cannot be read|reads back"):
+    with pytest.raises(OSError, match=r"exit code|cannot be read|reads back"):
         write_clip(a_clip(), Path("clip.mp4"), fps=8)
 
 

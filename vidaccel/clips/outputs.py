@@ -71,6 +71,8 @@ def _name_reason(out: Path, compare: bool) -> str | None:
     """Why ``out`` cannot be the name of a clip, or None."""
     if out.name in ("", ".."):
         return "is a folder, and names no clip"
+    if "\0" in str(out):
+        return "has a null byte in it"
     if out.name.lower() in SUFFIXES:
         return "has no name before its suffix"
     there = next(folder for folder in out.absolute().parents if folder.is_dir())
