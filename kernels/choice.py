@@ -74,6 +74,7 @@ class Settled(NamedTuple):
 
 _settled: dict[str, Settled] = {}
 _winners: dict[tuple[Any, ...], str] = {}  # by the op's own key, which Dynamo can follow
+_warned_of: set[str] = set()
 # One at a time: what runs beside a measurement spoils it, and two threads need not measure the same.
 _measuring = threading.RLock()
 
@@ -283,7 +284,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         _measured(record), dict(record["key"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         _warn_once(str(path.parent.parent), f"holds choices that cannot be read ({first_line(error)})")
@@ -291,8 +292,10 @@ def _read(path: Path) -> dict[str, Any] | None:
     return record
 
 
-@functools.lru_cache(maxsize=100)
 def _warn_once(folder: str, problem: str) -> None:
+    if folder in _warned_of:
+        return
+    _warned_of.add(folder)
     logger.warning("%s %s: what runs fastest is measured anew", folder, problem)
 
 
