@@ -11,6 +11,7 @@ import itertools
 import subprocess
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, features
@@ -20,7 +21,7 @@ __all__ = ["SUFFIXES", "encode", "frames_in", "unwritable_reason"]
 SUFFIXES = (".mp4", ".gif", ".webp")
 _FASTEST = {".gif": 50, ".webp": 90}  # frames a second; browsers show what is faster at 10
 _TICK = {".gif": 10, ".webp": 1}  # milliseconds: what a delay is a multiple of
-_OPTIONS = {".gif": {}, ".webp": {"quality": 90}}
+_OPTIONS: dict[str, dict[str, Any]] = {".gif": {}, ".webp": {"quality": 90}}
 
 
 def unwritable_reason(suffix: str, fps: float) -> str | None:
@@ -116,7 +117,7 @@ def _url(path: Path) -> str:
 
 def _run_ffmpeg(*arguments: str, frames: np.ndarray | None = None) -> str:
     """What it prints; what it says of an error goes into ours."""
-    pixels = b"" if frames is None else memoryview(np.ascontiguousarray(frames)).cast("B")
+    pixels = b"" if frames is None else np.ascontiguousarray(frames).data.cast("B")
     done = subprocess.run([_ffmpeg(), "-v", "error", *arguments], input=pixels, capture_output=True, check=False)
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().split("\n")

@@ -40,8 +40,9 @@ def read_image(path: str | Path) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is far too large is an error
             with Image.open(path) as image:
-                if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a photograph and its preview
-                    _warn_once(f"{path} has {image.n_frames} frames: the first is used")
+                frames = getattr(image, "n_frames", 1)
+                if frames > 1 and image.format != "MPO":  # a photograph and its preview
+                    _warn_once(f"{path} has {frames} frames: the first is used")
                 grey16 = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
                 return _as_rgb(ImageOps.exif_transpose(image), grey16, str(path))
     except UnidentifiedImageError:
