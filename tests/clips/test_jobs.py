@@ -11,7 +11,7 @@ import pytest
 
 from vidaccel.clips.clip_request import RANDOM_SEED, ClipRequest
 from vidaccel.clips.jobs import Job, LineErrors, jobs_from_file, numbered_jobs
-from vidaccel.errors import UsageError
+from vidaccel.errors import OutputError, UsageError
 
 Read = Callable[..., list[Job]]
 BOTH = ("image", "prompt")  # what the pipeline takes
@@ -145,5 +145,8 @@ def test_one_job_that_fails_in_any_way_ends_no_other(capsys: pytest.CaptureFixtu
     with errors.survived("jobs line 1"):
         raise RuntimeError("the GPU is on fire\nand more")
     assert errors.count == 1 and the_complaints(capsys) == ["jobs line 1: RuntimeError: the GPU is on fire"]
+    with errors.survived(""):
+        raise OutputError("the disk is full")
+    assert errors.count == 2 and the_complaints(capsys) == ["the disk is full"]
     with pytest.raises(RuntimeError), errors.survived(""):
         raise RuntimeError("of a single clip")

@@ -39,6 +39,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("x" * 300 + "/clip.mp4", 8, "File name too long"),
         ("/no-such-folder/clip.mp4", 8, "is not made at the root"),
         ("clip.gif", 51, "gif shows 50 frames a second at most, got 51"),
+        ("clip.mp4", 1e9, "mp4 shows 1000 frames a second at most"),
         ("clip.webp", 120, "webp shows 90 frames a second at most"),
     ],
 )  # fmt: skip
@@ -65,6 +66,14 @@ def test_a_folder_that_is_in_use(here: Path) -> None:
         with pytest.raises(UsageError, match=f"{name} is a folder"):
             check_output(here / "clip.gif", 8, compare=True)
         (here / name).rmdir()
+
+
+def test_a_file_of_the_name_of_a_record_is_not_replaced(here: Path) -> None:
+    (here / "jobs.json").write_text('{"prompt": "a cat", "out": "jobs"}')
+    with pytest.raises(UsageError, match=r"jobs\.json is not the record of a clip"):
+        check_output(Path("jobs"), 8)
+    (here / "jobs.json").write_text('{"arguments": {}}')  # of a run that was killed before its clip
+    check_output(Path("jobs"), 8)
 
 
 def test_ffmpeg_is_missed_before_it_is_needed(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

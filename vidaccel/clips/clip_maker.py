@@ -44,7 +44,7 @@ __all__ = ["make_clips"]
 
 
 def make_clips(args: argparse.Namespace) -> int:
-    """Run the command; the exit code is 1 if a line of the job file failed."""
+    """Run the command; the exit code is 1 if a clip failed."""
     if args.no_patch and (args.compare or args.only or args.skip or args.strict or args.cuda_graph):
         raise UsageError("--no-patch leaves nothing to do for --compare, --only, --skip, --strict or --cuda-graph")
     device = device_of(args.device)

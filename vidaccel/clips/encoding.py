@@ -19,7 +19,7 @@ from PIL import Image, features
 __all__ = ["SUFFIXES", "encode", "frames_in", "unwritable_reason"]
 
 SUFFIXES = (".mp4", ".gif", ".webp")
-_FASTEST = {".gif": 50, ".webp": 90}  # frames a second; browsers show what is faster at 10
+_FASTEST = {".mp4": 1000, ".gif": 50, ".webp": 90}  # frames a second; of images browsers show what is faster at 10
 _TICK = {".gif": 10, ".webp": 1}  # milliseconds: what a delay is a multiple of
 _OPTIONS: dict[str, dict[str, Any]] = {".gif": {}, ".webp": {"quality": 90}}
 
@@ -30,7 +30,8 @@ def unwritable_reason(suffix: str, fps: float) -> str | None:
     if suffix not in ("", *SUFFIXES):
         return f"cannot write {suffix}; use {', '.join(SUFFIXES)}, or no suffix for a folder of PNG frames"
     if fps > _FASTEST.get(suffix, fps):
-        return f"{suffix[1:]} shows {_FASTEST[suffix]} frames a second at most, got {fps:g}; use .mp4 or a lower --fps"
+        most = f"{suffix[1:]} shows {_FASTEST[suffix]} frames a second at most, got {fps:g}"
+        return f"{most}; lower --fps, or write another format"
     if suffix == ".webp" and not features.check("webp"):
         return "the installed Pillow cannot write WebP; use .mp4 or .gif"
     return _ffmpeg_reason() if suffix == ".mp4" else None

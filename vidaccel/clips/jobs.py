@@ -24,7 +24,7 @@ from typing import Any
 from tqdm import tqdm
 
 from vidaccel.clips.clip_request import RANDOM_SEED, ClipRequest
-from vidaccel.errors import UsageError, error_line, first_line
+from vidaccel.errors import OutputError, UsageError, error_line, first_line
 
 __all__ = ["Job", "LineErrors", "jobs_from_file", "numbered_jobs"]
 
@@ -48,23 +48,24 @@ class Job:
 
 
 class LineErrors:
-    """Keeps what goes wrong with one job of a job file from ending the others: it is said and counted."""
+    """Keeps what goes wrong with one clip from ending the others: it is said and counted."""
 
     def __init__(self) -> None:
         self.count = 0
 
     @contextmanager
     def survived(self, origin: str) -> Iterator[None]:
-        """Let the block end with an error, unless it is about the command line (no ``origin``)."""
+        """Let the block end with an error, unless all clips have it in common: there is no ``origin``, and the clip
+        could be made."""
         try:
             yield
         except Exception as error:
-            if not origin or isinstance(error, BrokenPipeError):
+            if isinstance(error, BrokenPipeError) or not (origin or isinstance(error, OutputError)):
                 raise
             logger.debug("%s", origin, exc_info=error)
             self.count += 1
             reason = error if isinstance(error, UsageError) else first_line(error)
-            tqdm.write(error_line(UsageError(f"{origin}: {reason}")), file=sys.stderr)
+            tqdm.write(error_line(UsageError(f"{origin}: {reason}" if origin else reason)), file=sys.stderr)
 
 
 def numbered_jobs(request: ClipRequest, out: Path, count: int) -> list[Job]:

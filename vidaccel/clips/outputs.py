@@ -63,6 +63,8 @@ def check_output(out: Path, fps: float, compare: bool = False) -> None:
                 raise UsageError(f"{path} is a folder")
         if not out.suffix and out.exists():
             _check_folder_of_frames(out)
+        if not out.exists() and record_path(out).exists() and _record_of(out) is None:
+            raise UsageError(f"{record_path(out)} is not the record of a clip, and would be replaced by one")
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise UsageError(f"cannot write {out}: {in_words(error)}") from error
 
@@ -177,11 +179,10 @@ def is_done(out: Path, arguments: Mapping[str, Any]) -> bool:
     """
     if not out.exists() or (out.is_dir() and not frames_in(out)):
         return False
-    try:
-        record = json.loads(record_path(out).read_text(encoding="utf-8"))
-        recorded, written = dict(record["arguments"]), record.get("output")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UsageError(f"{out} exists without a record of how it was made; --overwrite replaces it") from None
+    record = _record_of(out)
+    if record is None:
+        raise UsageError(f"{out} exists without a record of how it was made; --overwrite replaces it")
+    recorded, written, compared = record["arguments"], record.get("output"), bool(record.get("comparison"))
     changed = [
         name
         for name in {**recorded, **arguments}
@@ -190,9 +191,19 @@ def is_done(out: Path, arguments: Mapping[str, Any]) -> bool:
     if changed:
         details = ", ".join(f"{name} {recorded.get(name)!r}, now {arguments.get(name)!r}" for name in changed)
         raise UsageError(f"{out} was made with other arguments ({details}); --overwrite replaces it")
-    if written is not None and written != fingerprint(out):  # older records have none
+    whole = not compared or comparison_path(out).exists()
+    if not whole or (written is not None and written != fingerprint(out)):  # older records have no such entry
         raise UsageError(f"{out} is not what its record tells of, but changed or cut short; --overwrite replaces it")
     return True
+
+
+def _record_of(out: Path) -> dict[str, Any] | None:
+    """The record beside ``out``, or None if there is none, or something else."""
+    try:
+        record = json.loads(record_path(out).read_text(encoding="utf-8"))
+        return record if isinstance(record["arguments"], dict) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _same_argument(name: str, recorded: Any, now: Any, record: Path) -> bool:

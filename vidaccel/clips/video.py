@@ -36,7 +36,9 @@ def read_image(path: str | Path) -> Image.Image:
     """
     try:
         if Path(path).exists() and not Path(path).is_file():
-            raise UsageError(f"cannot read the image {path}: {'Is a directory' if Path(path).is_dir() else 'no file'}")
+            raise UsageError(
+                f"cannot read the image {path}: {'Is a directory' if Path(path).is_dir() else 'not a file'}"
+            )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is far too large is an error
             with Image.open(path) as image:
