@@ -79,6 +79,11 @@ RECORDS = (
     ),
     _decoder("ltx-video-vae", "ltx-video-2b", "--repeats 9 --budget 3"),
     _decoder("ltx-2-vae", "ltx-2", "--repeats 9 --budget 3"),
+    Record(
+        "hunyuanvideo1.5-vae",
+        "--synthetic hunyuanvideo1.5-480p --scope vae --dtype bfloat16 --variants eager,patched --warmup 1 --repeats 3 "
+        "--budget 25 --no-reference",
+    ),
     _transformer("hunyuanvideo1.5-480p", "--repeats 3 --budget 20 --no-reference", "compile_blocks"),
     _transformer("wan2.1-t2v-14b", "--repeats 5 --budget 15 --no-reference", "compile_blocks"),
     _transformer("wan2.1-t2v-1.3b", "--repeats 7 --budget 5"),

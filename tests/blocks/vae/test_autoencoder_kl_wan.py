@@ -90,6 +90,16 @@ def test_what_the_decoder_does_wrong_is_found(fault: str, monkeypatch: pytest.Mo
         assert {site.state for site in report.sites if site.path == "decoder"} == {"failed"}
 
 
+@pytest.mark.parametrize("seed", [9, 12, 43])
+def test_few_channels_are_no_fault(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The norm of two channels may be of next to nothing, of which both decoders make roundings."""
+    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
+    vae = tiny_autoencoder_kl_wan(seed, base_dim=2)
+    with patch_module(vae) as report:
+        decode(vae, draw())
+        assert {site.state for site in report.sites} == {"active"}, str(report)
+
+
 @pytest.mark.parametrize("options", [{}, WAN_22], ids=["wan2.1", "wan2.2"])
 def test_with_the_kernels(options: dict[str, Any], device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one go, and in chunks."""

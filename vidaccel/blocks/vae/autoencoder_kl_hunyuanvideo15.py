@@ -35,7 +35,6 @@ from vidaccel.blocks.vae.causal_clip import (
     Chunk,
     Halos,
     Sum,
-    clip_of,
     conv_rows,
     decode_in_chunks,
     out_of_memory,
@@ -44,6 +43,7 @@ from vidaccel.blocks.vae.causal_clip import (
 from vidaccel.kernels.attention.spatial_attention import spatial_attention, spatial_attention_ref
 from vidaccel.kernels.conv.depth_to_space import depth_to_space, depth_to_space_ref
 from vidaccel.kernels.conv.padded_clip import NO_PADDING, Padding, pad_clip
+from vidaccel.kernels.conv.pixel_conv import pixel_conv, pixel_conv_ref
 from vidaccel.kernels.norm.rms_norm_silu import compile_ahead, rms_norm_silu, rms_norm_silu_ref
 from vidaccel.sites.block import FusedBlock, call_site, cut_corner, fuses
 from vidaccel.sites.memo import once_per_call
@@ -53,7 +53,6 @@ __all__ = ["FusedHunyuanVideo15Decoder3D", "decode_bytes"]
 
 CAUSAL = Padding(before=2, border=1, frame_mode="replicate", pixel_mode="replicate")
 UNPADDED = 0, 0, 0  # what a convolution adds to input that is padded already
-OUTPUT_STEP = 8  # channels that the convolution to pixels is padded to, for cuDNN's kernels for tensor cores
 CORNER_FRAMES = 3
 _MARGIN = 1.1  # the allocator's rounding, the borders, the convolutions' workspaces, all that is small
 
@@ -64,6 +63,7 @@ _MARGIN = 1.1  # the allocator's rounding, the borders, the convolutions' worksp
         "whole_clip": "math-exact",
         "rms_norm_silu": "math-exact",
         "depth_to_space": "bit-exact",
+        "pixel_conv": "math-exact",
         "spatial_attention": "math-exact",
     },
 )
@@ -143,9 +143,9 @@ class _Decode:
             chunk = Chunk(Sum(middle[:, start:end]), halos, end < frames)
             halos = self._up(chunk, pixels[:, :, pixel_frames(start) : pixel_frames(end)])
 
-        each = decode_bytes(decoder, latents)
+        needs = partial(decode_bytes, decoder, latents)
         explain = partial(out_of_memory, samples, height, width)
-        step = decode_in_chunks(frames, latents.device, lambda count: count * each, decode, explain)
+        step = decode_in_chunks(frames, latents.device, needs, decode, explain)
         tell_chunk(decoder, "whole_clip", step, frames)
         return pixels
 
@@ -174,8 +174,9 @@ class _Decode:
                 self._upsample(chunk, upsampler)
         buffer = self._input_of(chunk, decoder.conv_out, decoder.norm_out)
         del chunk.flow
-        made = clip_of(conv_rows(buffer, decoder.conv_out.conv, output_step=OUTPUT_STEP, padding=UNPADDED))
-        torch.add(made[:, : out.shape[1]], decoder.conv_out.conv.bias.view(-1, 1, 1, 1), out=out)
+        run = pixel_conv if decoder.runs("pixel_conv") else pixel_conv_ref
+        conv = decoder.conv_out.conv
+        out.copy_(run(buffer, conv.weight, conv.bias)[..., 1:-1, 1:-1])  # it pads the border once more
         return chunk.following
 
     def _written(self, chunk: Chunk, padding: Padding, gamma: Tensor | None = None, **options: Any) -> Tensor:
@@ -238,10 +239,25 @@ def _upsamplers(decoder: Any) -> Iterator[Any]:
         yield from block.upsamplers or ()
 
 
-def decode_bytes(decoder: Any, latents: Tensor) -> int:
-    """Most memory that the layers behind the middle hold at once, for each latent frame of a clip."""
+def decode_bytes(decoder: Any, latents: Tensor, frames: int) -> int:
+    """Most memory that the layers behind the middle hold at once, for so many latent frames of a clip."""
     pixels = latents.shape[0] * latents.shape[3] * latents.shape[4]
-    return int(max(_channels_held(decoder)) * pixels * latents.element_size() * _MARGIN)
+    channels = frames * max(_channels_held(decoder))
+    if frames < latents.shape[2]:
+        channels += 2 * _halo_channels(decoder)  # those of the chunk before, and those for the next
+    return int(channels * pixels * latents.element_size() * _MARGIN)
+
+
+def _halo_channels(decoder: Any) -> int:
+    """How many channels' worth the frames are that a chunk leaves to the next, in units of a latent pixel."""
+    total, pixels = 0, 1
+    for block in decoder.up_blocks:
+        convs = [conv for resnet in block.resnets for conv in (resnet.conv1, resnet.conv2)]
+        upsamplers = block.upsamplers or ()
+        convs += [upsampler.conv for upsampler in upsamplers]
+        total += pixels * sum(conv.conv.in_channels for conv in convs)
+        pixels *= 4 ** len(upsamplers)
+    return CAUSAL.before * (total + pixels * decoder.conv_out.conv.in_channels)
 
 
 def _channels_held(decoder: Any) -> Iterator[int]:

@@ -60,6 +60,7 @@ from vidaccel.blocks.vae.half_operands import float16_convolutions, takes_tf32
 from vidaccel.kernels.attention.spatial_attention import spatial_attention, spatial_attention_ref
 from vidaccel.kernels.conv.conv_epilogue import conv_epilogue, conv_epilogue_ref
 from vidaccel.kernels.conv.padded_clip import NO_PADDING, Padding
+from vidaccel.kernels.conv.pixel_conv import pixel_conv, pixel_conv_ref
 from vidaccel.kernels.conv.upsample_conv import upsample_conv, upsample_conv_ref
 from vidaccel.kernels.norm.rms_norm_silu import compile_ahead, rms_norm_silu, rms_norm_silu_ref
 from vidaccel.kernels.op import note, runs_triton
@@ -72,7 +73,6 @@ __all__ = ["FusedWanDecoder3d", "FusedWanPostQuantConv", "decode_bytes"]
 
 BEFORE = 2  # frames that a causal convolution looks back at
 CAUSAL = Padding(before=BEFORE)
-OUTPUT_STEP = 8  # channels that the convolution to pixels is padded to, for cuDNN's kernels for tensor cores
 CORNER_FRAMES = 3
 _MARGIN = 1.1  # the allocator's rounding, the convolutions' workspaces, all that is small
 
@@ -158,6 +158,7 @@ def _frames_of(latent_frames: int, rate: int) -> int:
         "rms_norm_silu": "math-exact",
         "conv_epilogue": "math-exact",
         "upsample_conv": "math-exact",
+        "pixel_conv": "math-exact",
         "spatial_attention": "math-exact",
     },
 )
@@ -453,8 +454,9 @@ class _Decode:
         for block in decoder.up_blocks:
             self._up_block(chunk, block)
         buffer = self._norm(chunk, decoder.norm_out, decoder.conv_out, keep=False)
-        pixels = clip_of(conv_rows(buffer, decoder.conv_out, output_step=OUTPUT_STEP))[:, : out.shape[1]]
-        torch.add(pixels, decoder.conv_out.bias.view(-1, 1, 1, 1), out=out)
+        del chunk.flow
+        run = pixel_conv if decoder.runs("pixel_conv") else pixel_conv_ref
+        out.copy_(run(buffer, decoder.conv_out.weight, decoder.conv_out.bias))
         return chunk.following
 
     def _norm(
