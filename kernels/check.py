@@ -25,7 +25,7 @@ from vidaccel.kernels import settings
 if TYPE_CHECKING:
     from vidaccel.kernels.op import Op
 
-__all__ = ["MOST_ELEMENTS", "Part", "cuts", "disagreement", "near", "piece_of", "pieces", "row_parts"]
+__all__ = ["MOST_ELEMENTS", "Part", "cuts", "disagreement", "near", "perturbing", "piece_of", "pieces", "row_parts"]
 
 MOST_ELEMENTS = 2**25  # of a part: half a GiB, with everything that is made of it
 SCREEN_ROWS = 2.0  # units in the last place, relative L2: less needs no second look
@@ -115,20 +115,23 @@ def disagreement(op: Op, args: tuple[Any, ...], out: Any, fidelity: str) -> str 
     return None
 
 
-def near(out: Tensor, expected: Tensor, gold: Tensor | None = None) -> str | None:
+def near(out: Tensor, expected: Tensor, gold: Tensor | None = None, moved: Tensor | None = None) -> str | None:
     """Why ``out`` is not what a chain of ops with the roundings of ``expected`` gives, or None.
 
-    With ``gold``, the chain in float64, the error of ``out`` may also be twice that of ``expected``.
+    With ``gold``, the chain in float64, the error of ``out`` may also be twice that of ``expected``; with ``moved``,
+    that chain of slightly other numbers, twice what it has moved by.
     """
     if problem := _shapes_differ((out,), (expected,)):
         return problem
     if out.numel() == 0 or not out.is_floating_point():
         return None if torch.equal(out, expected) else "differs from the original block"
-    *apart, lost = (float(x) for x in _distances(out, expected if gold is None else gold, expected))
-    own = [0.0] * 3 if gold is None else [float(x) for x in _distances(expected, gold, expected)[:3]]
+    right = expected if gold is None else gold
+    *apart, lost = (float(x) for x in _distances(out, right, expected))
+    others = [x for x in (None if gold is None else expected, moved) if x is not None]
+    slack = [[2 * float(x) for x in _distances(other, right, expected)[:3]] for other in others]
     eps = max(_eps(expected), _autocast_eps(expected))
-    for error, by_original, units in zip(apart, own, (CHAIN, CHAIN, CHAIN / CHAIN_GAIN), strict=True):
-        allowed = units * eps + 2 * by_original
+    for error, units, *more in zip(apart, (CHAIN, CHAIN, CHAIN / CHAIN_GAIN), *slack, strict=True):
+        allowed = units * eps + sum(more)
         if lost or not error <= allowed:
             return f"the block differs from the original by {error:.1e}, which may be {allowed:.1e}"
     return None
@@ -186,8 +189,7 @@ def _referred(op: Op, part: Part, args: Iterable[Any]) -> tuple[Tensor, ...]:
 def _second_look(op: Op, part: Part, mine: tuple[Tensor, ...], fidelity: str) -> str | None:
     expected = _referred(op, part, part.args)
     gold = _referred(op, part, map(_double, part.args))
-    generator = torch.Generator(expected[0].device).manual_seed(0)
-    moved = _referred(op, part, (_perturbed(x, generator) for x in part.args))
+    moved = _referred(op, part, map(perturbing(), part.args))
     eps = _eps(*expected)
     problems = (_judge(*tensors, eps, fidelity) for tensors in zip(mine, expected, gold, moved, strict=True))
     return next(filter(None, problems), None)
@@ -197,12 +199,19 @@ def _double(x: Any) -> Any:
     return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
-def _perturbed(x: Any, generator: torch.Generator) -> Any:
-    """In float64, every number of it off by up to ``PERTURBATION`` of itself."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        return x
-    noise = torch.rand(x.shape, dtype=torch.float64, device=x.device, generator=generator)
-    return x.double() * (1 + PERTURBATION * (2 * noise - 1))
+def perturbing() -> Callable[[Any], Any]:
+    """What turns tensors into float64 ones, every number of them off by up to ``PERTURBATION`` of itself."""
+    generators: dict[torch.device, torch.Generator] = {}
+
+    def perturbed(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        if x.device not in generators:
+            generators[x.device] = torch.Generator(x.device).manual_seed(0)
+        noise = torch.rand(x.shape, dtype=torch.float64, device=x.device, generator=generators[x.device])
+        return x.double() * (1 + PERTURBATION * (2 * noise - 1))
+
+    return perturbed
 
 
 def _judge(out: Tensor, expected: Tensor, gold: Tensor, moved: Tensor, eps: float, fidelity: str) -> str | None:

@@ -189,6 +189,10 @@ def test_a_decoder_that_is_called_frame_by_frame_is_timed_as_a_whole() -> None:
     assert set(call) == {"z"}
     first, second = workload.output(), workload.output()  # a cache that went on would give another clip
     assert torch.equal(first, second) and first.shape[2] == arguments["num_frames"]
+    torch._dynamo.utils.counters.clear()
+    with applied("compile+channels_last", pipe, EAGERLY):
+        torch.testing.assert_close(workload.output(), first, rtol=0, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] and not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_variants() -> None:
