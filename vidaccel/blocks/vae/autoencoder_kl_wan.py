@@ -427,7 +427,7 @@ class _Decode:
 
     def _tell(self, step: int, frames: int) -> None:
         ran = f"{step} of {frames} frames"
-        if (memo := held()) is not None and memo.only:
+        if (memo := held()) is not None and memo.way:
             return  # it is a check
         note("whole_clip", ran)
         sites = _sites_of(self._decoder)
