@@ -35,6 +35,7 @@ __all__ = [
     "disagreement",
     "distance",
     "near",
+    "perturbing",
     "piece_of",
     "pieces",
     "row_parts",
@@ -158,36 +159,38 @@ def disagreement(op: Op, args: tuple[Any, ...], out: Any, fidelity: str) -> Prob
     return None
 
 
-def near(out: Tensor, expected: Tensor, gold: Tensor | None = None) -> str | None:
-    """Why ``out`` is not what a chain of ops with the roundings of ``expected`` gives, or None.
-
-    With ``gold``, the chain in float64, the error of ``out`` may also be twice that of ``expected``.
-    """
+def near(out: Tensor, expected: Tensor, gold: Tensor | None = None, moved: Tensor | None = None) -> str | None:
+    """Why ``out`` is not what a chain of ops with the roundings of ``expected`` gives (:func:`distance`), or None."""
     if problem := _shapes_differ((out,), (expected,)):
         return problem
-    found = distance(out, expected, gold)
+    found = distance(out, expected, gold, moved)
     if found.ratio <= 1:
         return None
     return f"the block differs from the original by {found.error:.1e}, which may be {found.budget:.1e}"
 
 
-def distance(out: Tensor, expected: Tensor, gold: Tensor | None = None, chain: float = CHAIN) -> Distance:
+def distance(
+    out: Tensor, expected: Tensor, gold: Tensor | None = None, moved: Tensor | None = None, chain: float = CHAIN
+) -> Distance:
     """How far ``out`` is from ``expected``, of the same shape and dtype, and how far a chain of ops may be.
 
-    With ``gold``, the chain in a higher precision, the distance is to that, and may be twice that of ``expected``.
-    ``chain`` is how many units in the last place the roundings of the chain may add up to, in a row or a channel.
+    The chain may add up roundings of ``chain`` units in the last place, in a row or a channel. With ``gold``, the chain
+    in a higher precision, the distance is to that, and may also be twice that of ``expected``; with ``moved``, that
+    chain of slightly other numbers, twice what it has moved by.
     """
     if out.numel() == 0 or not out.is_floating_point():
         return Distance("a value", 0.0 if torch.equal(out, expected) else math.inf, 1.0)
-    *apart, lost = (float(x) for x in _distances(out, expected if gold is None else gold, expected))
-    own = [0.0] * 3 if gold is None else [float(x) for x in _distances(expected, gold, expected)[:3]]
-    eps = max(_eps(expected), _autocast_eps(expected))
+    right = expected if gold is None else gold
+    *apart, lost = (float(x) for x in _distances(out, right, expected))
     if lost:
         return Distance("a value that is not finite", math.inf, 1.0)
+    others = [x for x in (None if gold is None else expected, moved) if x is not None]
+    slack = [[2 * float(x) for x in _distances(other, right, expected)[:3]] for other in others]
+    eps = max(_eps(expected), _autocast_eps(expected))
     units = (chain, chain, chain / CHAIN_GAIN)
     found = (
-        Distance(what, error, unit * eps + 2 * by_original)
-        for what, error, by_original, unit in zip(_MEASURES, apart, own, units, strict=True)
+        Distance(what, error, unit * eps + sum(more))
+        for what, error, unit, *more in zip(_MEASURES, apart, units, *slack, strict=True)
     )
     return max(found, key=lambda one: one.ratio)
 
@@ -244,8 +247,7 @@ def _referred(op: Op, part: Part, args: Iterable[Any]) -> tuple[Tensor, ...]:
 def _second_look(op: Op, part: Part, mine: tuple[Tensor, ...], fidelity: str) -> Problem | None:
     expected = _referred(op, part, part.args)
     gold = _referred(op, part, map(_double, part.args))
-    generator = torch.Generator(expected[0].device).manual_seed(0)
-    moved = _referred(op, part, (_perturbed(x, generator) for x in part.args))
+    moved = _referred(op, part, map(perturbing(), part.args))
     eps = _eps(*expected)
     problems = (_judge(*tensors, eps, fidelity) for tensors in zip(mine, expected, gold, moved, strict=True))
     return next(filter(None, problems), None)
@@ -255,12 +257,19 @@ def _double(x: Any) -> Any:
     return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
-def _perturbed(x: Any, generator: torch.Generator) -> Any:
-    """In float64, every number of it off by up to ``PERTURBATION`` of itself."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        return x
-    noise = torch.rand(x.shape, dtype=torch.float64, device=x.device, generator=generator)
-    return x.double() * (1 + PERTURBATION * (2 * noise - 1))
+def perturbing() -> Callable[[Any], Any]:
+    """What turns tensors into float64 ones, every number of them off by up to ``PERTURBATION`` of itself."""
+    generators: dict[torch.device, torch.Generator] = {}
+
+    def perturbed(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        if x.device not in generators:
+            generators[x.device] = torch.Generator(x.device).manual_seed(0)
+        noise = torch.rand(x.shape, dtype=torch.float64, device=x.device, generator=generators[x.device])
+        return x.double() * (1 + PERTURBATION * (2 * noise - 1))
+
+    return perturbed
 
 
 def _judge(out: Tensor, expected: Tensor, gold: Tensor, moved: Tensor, eps: float, fidelity: str) -> Problem | None:

@@ -216,7 +216,8 @@ class Op:
         key: Takes the arguments; what the fastest implementation depends on: strings, numbers, tuples of them. Needed
             with ``measures``.
         default: Takes the arguments; the implementation to run where nothing is measured. None: the first that serves.
-        overwrites: Position of the argument whose memory the result may take, if there is one.
+        overwrites: Position of the argument whose memory the result may take, if there is one; or what takes the
+            arguments and returns it.
         beaten: Takes the names of those that compete and serve, then the arguments; those that another of them always
             beats, which are not measured. None: nobody knows.
         validate: Takes the arguments; raises if they do not fit one another. Asked once for a signature. None: they do.
@@ -236,7 +237,7 @@ class Op:
         measures: Callable[..., bool] | None = None,
         key: Callable[..., Mapping[str, Any]] | None = None,
         default: Callable[..., str] | None = None,
-        overwrites: int | None = None,
+        overwrites: int | Callable[..., int | None] | None = None,
         beaten: Callable[..., Set[str]] | None = None,
         validate: Callable[..., None] | None = None,
         small: Callable[..., tuple[Any, ...]] | None = None,
@@ -397,10 +398,8 @@ class Op:
 
     def _with_copy(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The arguments such that the reference will find all of them as they are after the op has run."""
-        if self._overwrites is None:
-            return args
-        before, overwritten, after = args[: self._overwrites], args[self._overwrites], args[self._overwrites + 1 :]
-        return (*before, overwritten.clone(), *after)
+        at = self._overwrites(*args) if callable(self._overwrites) else self._overwrites
+        return args if at is None else (*args[:at], args[at].clone(), *args[at + 1 :])
 
     def _problem(self, plan: _Plan, args: tuple[Any, ...], out: Outputs) -> Problem | None:
         try:

@@ -26,17 +26,19 @@ from tqdm import tqdm
 
 from vidaccel.errors import first_line
 from vidaccel.fidelity.take import Call, run_again, tensors_of
-from vidaccel.kernels.check import CHAIN, LOSSY, Distance, Problem, distance
+from vidaccel.kernels.check import CHAIN, LOSSY, Distance, Problem, distance, perturbing
 from vidaccel.kernels.op import listening
 from vidaccel.patching.report import PatchReport
-from vidaccel.sites.block import Host, going, in_dtype, original_way, unserved_reason
+from vidaccel.sites.block import Host, going, original_of, original_way, unserved_reason
 from vidaccel.sites.memo import watching
 from vidaccel.sites.plain import subtree_reason
 from vidaccel.sites.site import Site, SiteGroup
 
 __all__ = ["Blame", "Inspection", "inspect", "switched"]
 
-_CHAIN = 8  # units in the last place of 16 bits: no block's own roundings, its children's apart, were seen above 2
+CHAIN_OF_HALVES = (
+    8  # units in the last place of 16 bits: no block's own roundings, its children's apart, were seen above 2
+)
 _SURE = 0.5  # of a budget without roundings of the original: less needs no higher precision
 
 
@@ -168,19 +170,22 @@ class _Inspector:
         return _laid_out(expected, found)
 
     def _judge(self, call: _HostCall, found: Any, expected: Any) -> None:
-        apart, gold, sites = call.distance(found, expected), None, call.sites
+        apart, golds, sites = call.distance(found, expected), (), call.sites
         if apart.ratio > _SURE:
             try:
-                gold = call.gold(expected)
+                golds = call.gold(expected)
             except Exception as error:
                 self.left_out[sites.paths] = f"no higher precision to compare with: {first_line(error)}"
                 return
-            apart = call.distance(found, expected, gold)
+            apart = call.distance(found, expected, golds)
         if sites not in self._worst or apart.ratio > self._worst[sites].ratio:
             self._worst[sites] = apart
         if apart.ratio > 1:
-            for site in call.at_fault(expected, gold):
+            for site in call.at_fault(expected, golds):
                 site.fail(Problem(f"{apart}, beside the original block", apart))
+
+
+_Golds = Sequence[Sequence[Tensor]]  # outputs in a higher precision, and those of slightly other numbers
 
 
 @dataclass(frozen=True)
@@ -203,43 +208,41 @@ class _HostCall:
         with going(original_way), listening():
             return self.host.fused_forward(*args, **kwargs)
 
-    def gold(self, expected: Any) -> list[Tensor]:
-        """What the original gives in a higher precision."""
+    def gold(self, expected: Any) -> _Golds:
+        """What the original gives in a higher precision; and, in float64, of slightly other numbers."""
         halves = any(x.dtype.itemsize == 2 for x in tensors_of(expected))
-        dtype, module = torch.float32 if halves else torch.float64, self.host.module_of(self.args)
-        args, kwargs = _copies((self.args, self.kwargs))
-        with going(original_way), _without_tf32(), in_dtype(dtype, module, args, kwargs) as (args, kwargs):
-            return tensors_of(self.kind.original_forward(self.host, *args, **kwargs))
+        changes = (_in(torch.float32),) if halves else (_in(torch.float64), perturbing())
+        with _without_tf32():
+            return [self._original_of(change) for change in changes]
 
-    def distance(self, found: Any, expected: Any, gold: list[Tensor] | None = None) -> Distance:
+    def _original_of(self, change: Callable[[Any], Any]) -> list[Tensor]:
+        args, kwargs = _copies((self.args, self.kwargs))
+        return tensors_of(original_of(self.kind, self.host, change, args, kwargs))
+
+    def distance(self, found: Any, expected: Any, golds: _Golds = ()) -> Distance:
         """Of the output that is worst beside its budget."""
         mine, theirs = tensors_of(found), tensors_of(expected)
         if [(x.shape, x.dtype) for x in mine] != [(x.shape, x.dtype) for x in theirs]:
             return Distance("the shape or the dtype of an output", math.inf, 1.0)
-        golds: Sequence[Tensor | None] = gold or [None] * len(mine)
-        apart = max(
-            (
-                distance(x, y, z, _CHAIN if y.dtype.itemsize == 2 else CHAIN)
-                for x, y, z in zip(mine, theirs, golds, strict=True)
-            ),
-            key=lambda one: one.ratio,
-            default=Distance("no output", 0.0, 1.0),
-        )
+        apart = Distance("no output", 0.0, 1.0)
+        for x, y, *others in zip(mine, theirs, *golds, strict=True):
+            chain = CHAIN_OF_HALVES if y.dtype.itemsize == 2 else CHAIN
+            apart = max(apart, distance(x, y, *others, chain=chain), key=lambda one: one.ratio)
         lossy = any(site.runs and site.fidelity == "lossy" for site in self.sites.sites.values())
         return apart._replace(budget=LOSSY * apart.budget) if lossy else apart
 
-    def at_fault(self, expected: Any, gold: list[Tensor] | None) -> list[Site]:
+    def at_fault(self, expected: Any, golds: _Golds) -> list[Site]:
         """The site without which the block is right; all of them, if there is none such."""
         running = [site for site in self.sites.sites.values() if site.runs]
         for site in running if len(running) > 1 else ():
             with _without(site):
-                if not unserved_reason(self.host, self.sites, self.args, self.kwargs) and self._right(expected, gold):
+                if not unserved_reason(self.host, self.sites, self.args, self.kwargs) and self._right(expected, golds):
                     return [site]
         return running
 
-    def _right(self, expected: Any, gold: list[Tensor] | None) -> bool:
+    def _right(self, expected: Any, golds: _Golds) -> bool:
         try:
-            return self.distance(self.fused(), expected, gold).ratio <= 1
+            return self.distance(self.fused(), expected, golds).ratio <= 1
         except torch.OutOfMemoryError:
             raise
         except Exception:  # a block need not run without one of its sites when called in the middle
@@ -271,6 +274,10 @@ def _without_tf32() -> Iterator[None]:
 
 
 _PLAIN = (Tensor, int, float, bool, str, torch.dtype, torch.device)
+
+
+def _in(dtype: torch.dtype) -> Callable[[Any], Any]:
+    return lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def _repeat_reason(host: Host, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

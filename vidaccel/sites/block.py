@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from vidaccel.errors import first_line
 from vidaccel.kernels import settings
-from vidaccel.kernels.check import near
+from vidaccel.kernels.check import near, perturbing
 from vidaccel.kernels.op import listening, overheard
 from vidaccel.sites.memo import Memo, Way, held, holding, once_per_call, signature
 from vidaccel.sites.plain import fingerprint, plain_reason, subtree_reason
@@ -44,7 +44,7 @@ __all__ = [
     "fused_way",
     "fuses",
     "going",
-    "in_dtype",
+    "original_of",
     "original_way",
     "run_part",
     "unserved_reason",
@@ -340,31 +340,37 @@ def _problem_between_ops(
             found = _tensors(host.fused_forward(*args, **kwargs))
         if not any(map(near, found, expected)):
             return None
-        # it may be the original that is wrong: a norm of a near constant is all roundings
-        with going(original_way), in_dtype(torch.float64, host.module_of(args), args, kwargs) as (args, kwargs):
-            gold = _tensors(kind.original_forward(host, *args, **kwargs))
-        return next(filter(None, map(near, found, expected, gold)), None)
+        # It may be the original that is wrong, or both: a norm of a near constant, or of next to nothing, is roundings.
+        gold, moved = (original_of(kind, host, change, args, kwargs) for change in (_double, perturbing()))
+        return next(filter(None, map(near, found, expected, gold, moved)), None)
     except torch.OutOfMemoryError:  # for the check alone: the call itself may have what it needs
         logger.warning("%s: not checked against the original block: out of memory", sites.paths)
         return None
 
 
+def original_of(
+    kind: type[Host], host: Any, change: Callable[[Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[Tensor]:
+    """What the original block makes of changed arguments with changed parameters and buffers."""
+    args, kwargs = tree_map(change, (args, kwargs))
+    with going(original_way), _changed(host.module_of(args), change):
+        return _tensors(kind.original_forward(host, *args, **kwargs))
+
+
+def _double(x: Any) -> Any:
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
 @contextmanager
-def in_dtype(
-    dtype: torch.dtype, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Arguments in ``dtype``, and inside the ``with`` block ``module`` with its parameters and buffers in it, too."""
-
-    def cast(x: Any) -> Any:
-        return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
-
+def _changed(module: nn.Module, change: Callable[[Any], Any]) -> Iterator[None]:
+    """``module`` with its parameters and buffers changed inside the ``with`` block."""
     tables: list[Any] = [table for part in module.modules() for table in (part._parameters, part._buffers)]
     kept = [(table, name, x) for table in tables for name, x in table.items() if x is not None]
     try:
         for table, name, x in kept:
-            twin = cast(x.detach())
+            twin = change(x.detach())
             table[name] = nn.Parameter(twin, requires_grad=False) if isinstance(x, nn.Parameter) else twin
-        yield tree_map(cast, (args, kwargs))
+        yield
     finally:
         for table, name, x in kept:
             table[name] = x
