@@ -48,6 +48,7 @@ __all__ = [
     "ops",
     "overheard",
     "runs_triton",
+    "scaled",
     "tensors_reason",
 ]
 
@@ -191,6 +192,13 @@ class Implementation(NamedTuple):
     registered: bool = False
     competes: bool = True
     pays: Callable[..., bool] = _always
+
+
+def scaled(*positions: int) -> Callable[..., tuple[Any, ...]]:
+    """For ``Op(small=...)``: multiplies the arguments at ``positions``, as far as they are there, by the factor."""
+    return lambda factor, *args: tuple(
+        x * factor if at in positions and x is not None else x for at, x in enumerate(args)
+    )  # fmt: skip
 
 
 class _Plan(NamedTuple):

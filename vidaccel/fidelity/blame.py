@@ -39,7 +39,6 @@ __all__ = ["Blame", "Inspection", "inspect", "switched"]
 CHAIN_OF_HALVES = (
     8  # units in the last place of 16 bits: no block's own roundings, its children's apart, were seen above 2
 )
-_SURE = 0.5  # of a budget without roundings of the original: less needs no higher precision
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def inspect(pipe: Any, report: PatchReport, calls: Sequence[Call], *, progress: 
     before = {site for site in report.sites if site.state == "failed"}
     for call in tqdm(calls, desc="sites", leave=False, disable=not progress):
         with watching(inspector.look):
-            run_again(pipe, call)
+            run_again(pipe, call, eagerly=True)
     faults = [_fault(site) for site in report.sites if site.state == "failed" and site not in before]
     sites = sorted([*inspector.within_budget(), *faults], key=lambda one: -one.ratio)
     return Inspection(tuple(sites), inspector.left_out)
@@ -171,7 +170,7 @@ class _Inspector:
 
     def _judge(self, call: _HostCall, found: Any, expected: Any) -> None:
         apart, golds, sites = call.distance(found, expected), (), call.sites
-        if apart.ratio > _SURE:
+        if apart.ratio > 1:  # by roundings alone: a higher precision may excuse it
             try:
                 golds = call.gold(expected)
             except Exception as error:

@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -30,7 +30,7 @@ from vidaccel.fidelity.guard_rails import Guard, guards_of_clip, guards_of_patch
 from vidaccel.fidelity.metrics import Likeness, Scores, likeness, psnr, relative_error
 from vidaccel.fidelity.noise_floor import Control, EqualMaths, LeftOut, controls_for
 from vidaccel.fidelity.take import Call, Take, as_frames, film, run_again, run_device, tensors_of
-from vidaccel.fidelity.teacher_forcing import MOST_STEPS, Recording, Steps, recording, replay, timestep_of
+from vidaccel.fidelity.teacher_forcing import MOST_STEPS, Steps, recording, replay, timestep_of
 from vidaccel.fidelity.verdict import Evidence, Gates, Verdict, judge, step_roundings, steps_allowed
 from vidaccel.kernels import settings
 from vidaccel.patching.families import unwrapped
@@ -38,7 +38,7 @@ from vidaccel.patching.patch import DENOISERS, patch_pipeline
 from vidaccel.patching.report import PatchReport
 from vidaccel.sites.rules import patches_of
 
-__all__ = ["Comparison", "Latents", "compare"]
+__all__ = ["Baseline", "Comparison", "Latents", "compare", "unpatched"]
 
 QUICK_STEPS, QUICK_FRAMES, QUICK_CONTROLS = 3, 9, 2  # 9 frames are 4 k + 1 and 8 k + 1, as causal VAEs have it
 NOT_EQUAL = 0.1  # the error of a control's first call: no roundings, but another meaning
@@ -138,6 +138,7 @@ def compare(
     blame: Literal["on failure"] | bool = "on failure",
     controls: Sequence[str] | None = None,
     compile_control: bool = False,
+    baseline: Baseline | None = None,
     progress: bool = True,
     **call: Any,
 ) -> Comparison:
@@ -156,6 +157,7 @@ def compare(
             at none; the verdict is of the clip and the steps alone.
         controls: Names of the changes of equal maths to use; None: all that apply.
         compile_control: Let ``torch.compile`` be one of them.
+        baseline: What :func:`unpatched` made of the same pipeline; its call, seed and floor serve, and none are given.
         progress: Show bars.
         **call: The pipeline's own arguments (``prompt``, ``image``, ``num_frames``, ...).
 
@@ -169,14 +171,38 @@ def compare(
     if blame not in (True, False, "on failure"):
         raise UsageError(f"blame must be True, False or 'on failure', got {blame!r}")
     _check_patchable(pipe, patch or {})
-    study = _Study(pipe, _checked_call(pipe, call, quick), seed, quick, progress)
-    tried = controls_for(study.denoisers, study.vae, study.device, wanted=controls, compile=compile_control)
-    study.make_reference()
-    study.make_floor(tried)
+    if baseline is None:
+        baseline = unpatched(
+            pipe, seed=seed, quick=quick, controls=controls, compile_control=compile_control, progress=progress, **call
+        )
+    elif call:
+        raise UsageError(f"the baseline has a call of its own: leave out {', '.join(call)}")
+    study = _Study(pipe, baseline, progress)
     with patch_pipeline(pipe, **dict(patch or {})) as report:
         study.make_patched(report)
         verdict = study.look_at_sites(report, gates, blame)
-    return study.comparison(verdict, {"margin_db": margin_db, "patch": _described(dict(patch or {})), "blame": blame})
+    return study.comparison(verdict, {"patch": _described(dict(patch or {})), "margin_db": margin_db, "blame": blame})
+
+
+def unpatched(
+    pipe: Any,
+    *,
+    seed: int = 0,
+    quick: bool = False,
+    controls: Sequence[str] | None = None,
+    compile_control: bool = False,
+    progress: bool = True,
+    **call: Any,
+) -> Baseline:
+    """What :func:`compare` makes of the unpatched pipeline, for those who compare several patches with it.
+
+    The arguments are those of :func:`compare`.
+    """
+    _check_patchable(pipe, {})
+    making = _Baseline(pipe, _checked_call(pipe, call, quick), seed, quick, progress)
+    tried = controls_for(making.denoisers, making.vae, making.device, wanted=controls, compile=compile_control)
+    making.make_reference()
+    return making.make_floor(tried)
 
 
 def _check_patchable(pipe: Any, patch: Mapping[str, Any]) -> None:
@@ -211,87 +237,163 @@ def _checked_call(pipe: Any, call: dict[str, Any], quick: bool) -> dict[str, Any
     return call
 
 
-class _Study:
-    """What has been made and found so far."""
+@dataclass(frozen=True)
+class Baseline:
+    """What a pipeline gives unpatched: its clip, the calls that made it, and what equal maths makes of both."""
 
-    def __init__(self, pipe: Any, call: dict[str, Any], seed: int, quick: bool, progress: bool) -> None:
-        self._pipe, self._call, self._seed, self._quick, self._progress = pipe, call, seed, quick, progress
+    take: Take
+    call: Mapping[str, Any]
+    seed: int
+    quick: bool
+    steps: Sequence[Call]
+    decodes: Sequence[Call]
+    no_steps: str
+    floor: Sequence[Control]
+    left_out: Sequence[LeftOut]
+    step_controls: Mapping[str, tuple[float, ...]]
+    decode_controls: Mapping[str, tuple[float, ...]]
+    guards: Sequence[Guard]
+    seconds: Mapping[str, float]
+
+    def likeness(self, frames: np.ndarray) -> Likeness:
+        """Every metric of ``frames`` beside the reference.
+
+        Raises:
+            UsageError: they are too small for SSIM.
+        """
+        try:
+            return likeness(self.take.frames, frames)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+
+    def latents_error(self, take: Take) -> float | None:
+        """Relative L2 error of the latents of ``take``; None where there are none to compare."""
+        mine, expected = take.latents, self.take.latents
+        if mine is None or expected is None or mine.shape != expected.shape:
+            return None
+        return relative_error(mine, expected)
+
+
+class _Maker:
+    """Makes clips and single calls of a pipeline, and knows what each part took."""
+
+    def __init__(self, pipe: Any, call: Mapping[str, Any], seed: int, quick: bool, progress: bool) -> None:
+        self._pipe, self._call, self._seed, self._quick, self._progress = pipe, dict(call), seed, quick, progress
         models = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
         self.denoisers = {name: models[name] for name in DENOISERS if name in models}
         self.vae = models.get("vae")
         self.device = run_device(pipe)
         self._seconds: dict[str, float] = {}
-        self._floor: list[Control] = []
-        self._left_out: list[LeftOut] = []
-        self._guards: list[Guard] = []
-        self._step_controls: dict[str, tuple[float, ...]] = {}
-        self._decode_controls: dict[str, tuple[float, ...]] = {}
-        self._blame: tuple[Blame, ...] | None = None
-        self._faults: list[Blame] = []
+
+    def _film(self, what: str, with_outputs: bool = False) -> Take:
+        return film(self._pipe, self._call, self._seed, what, progress=self._progress, with_outputs=with_outputs)
+
+    def _replay(self, calls: Sequence[Call], what: str) -> tuple[float, ...]:
+        return tuple(replay(self._pipe, calls, what, progress=self._progress))
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[part] = time.perf_counter() - start
+
+
+class _Baseline(_Maker):
+    """A :class:`Baseline` in the making."""
 
     def make_reference(self) -> None:
         """The unpatched clip, with its calls recorded; and once more."""
         with self._timed("reference"):
-            most = QUICK_STEPS if self._quick else MOST_STEPS
-            with recording(self.denoisers, most) as recorded:
-                self._reference = self._film("unpatched", with_outputs=True)
-            self._recorded: Recording = recorded
-            frames = self._reference.frames
-            self._likeness(frames)  # too small a clip is told before the other clips are made
-            self._guards += guards_of_clip("the unpatched clip", frames)
-            self._steps, decodes = recorded.calls, self._reference.decodes
-            self._decodes = decodes[:1] if self._quick else _ends(decodes)
-            self._check_again()
+            with recording(self.denoisers, QUICK_STEPS if self._quick else MOST_STEPS) as recorded:
+                take = self._film("unpatched", with_outputs=True)
+            decodes = take.decodes[:1] if self._quick else _ends(take.decodes)
+            guards = list(guards_of_clip("the unpatched clip", take.frames))
+            parts = take, self._call, self._seed, self._quick, recorded.calls, decodes, recorded.reason
+            self._made = Baseline(*parts, [], [], {}, {}, guards, self._seconds)
+            self._made.likeness(take.frames)  # too small a clip is told before the other clips are made
+            guards += self._wavers()
 
-    def _check_again(self) -> None:
-        """Whether the unpatched pipeline gives the same bits twice."""
-        errors = self._replay(self._steps[:1], "unpatched again")
+    def _wavers(self) -> Iterator[Guard]:
+        """Whether the unpatched pipeline gives other bits the second time."""
+        first = self._made.steps[:1]
+        errors = self._replay(first, "unpatched again")
         start = time.perf_counter()
-        errors += self._replay(self._steps[:1], "unpatched again")
+        errors += self._replay(first, "unpatched again")
         self._step_seconds = time.perf_counter() - start
         if any(errors):
             detail = f"the unpatched denoiser, called again on the same inputs, is off by {max(errors):.1e}"
-            self._guards.append(Guard("nondeterministic baseline", detail, False))
-        if self._quick and self._steps:
-            return
-        again = self._likeness(self._film("unpatched again").frames)
-        if not again.bit_identical:
-            detail = f"two unpatched clips of one seed differ: the worst frame has {again.psnr_db.minimum:.1f} dB"
-            self._guards.append(Guard("nondeterministic baseline", detail, False))
+            yield Guard("nondeterministic baseline", detail, False)
+        if not self._quick or not first:
+            again = self._made.likeness(self._film("unpatched again").frames)
+            if not again.bit_identical:
+                detail = f"two unpatched clips of one seed differ: the worst frame has {again.psnr_db.minimum:.1f} dB"
+                yield Guard("nondeterministic baseline", detail, False)
 
-    def make_floor(self, controls: Sequence[EqualMaths]) -> None:
+    def make_floor(self, controls: Sequence[EqualMaths]) -> Baseline:
         """Steps and clips of equal maths."""
+        found: list[Control] = []
+        left_out: list[LeftOut] = []
+        self._step_controls: dict[str, tuple[float, ...]] = {}
+        self._decode_controls: dict[str, tuple[float, ...]] = {}
         with self._timed("floor"):
             for control in tqdm(controls, desc="equal maths", leave=False, disable=not self._progress):
+                if self._quick and len(found) >= QUICK_CONTROLS:
+                    left_out.append(LeftOut(control.name, "not tried, to be quick"))
+                    continue
                 try:
                     with control.applied():
-                        reason = self._try(control.name)
+                        made = self._try(control.name)
                 except Exception as error:  # whatever a backend says that does not serve these shapes
-                    reason = first_line(error)
-                if reason:
-                    self._left_out.append(LeftOut(control.name, reason))
+                    made = first_line(error)
+                if isinstance(made, str):
+                    left_out.append(LeftOut(control.name, made))
+                else:
+                    found.append(made)
+        return replace(
+            self._made,
+            floor=found,
+            left_out=left_out,
+            step_controls=self._step_controls,
+            decode_controls=self._decode_controls,
+        )
 
-    def _try(self, name: str) -> str | None:
-        """Add the control that is applied now; or why not."""
-        if self._quick and len(self._floor) >= QUICK_CONTROLS:
-            return "not tried, to be quick"
-        if self._steps:
+    def _try(self, name: str) -> Control | str:
+        """The clip of the control that is applied now; or why there is none."""
+        steps, decodes = self._made.steps, self._made.decodes
+        if steps:
             start = time.perf_counter()
-            first = self._replay(self._steps[:1], name)
+            first = self._replay(steps[:1], name)
             slower = (time.perf_counter() - start) / max(self._step_seconds, 1e-3)
             if not first[0] <= NOT_EQUAL:
                 return f"its first call is off by {first[0]:.1e}: that is no equal maths for this model"
             if slower > TOO_SLOW and name != "torch.compile":
                 return f"its first call takes {slower:.0f} times as long"
-            errors = (*first, *self._replay(self._steps[1:], name))
+            errors = (*first, *self._replay(steps[1:], name))
             if not any(errors):
                 return "it gives the same bits here"
-            self._step_controls[name] = errors
-        if self._decodes:
-            self._decode_controls[name] = self._replay(self._decodes, name)
+        of_decodes = self._replay(decodes, name)
         take = self._film(name)
-        self._floor.append(Control(name, self._likeness(take.frames), self._latents_error(take)))
-        return None
+        if steps:
+            self._step_controls[name] = errors
+        if decodes:
+            self._decode_controls[name] = of_decodes
+        return Control(name, self._made.likeness(take.frames), self._made.latents_error(take))
+
+
+class _Study(_Maker):
+    """What has been found of a patch so far."""
+
+    def __init__(self, pipe: Any, baseline: Baseline, progress: bool) -> None:
+        super().__init__(pipe, baseline.call, baseline.seed, baseline.quick, progress)
+        self._baseline = baseline
+        self._steps, self._decodes = baseline.steps, baseline.decodes
+        self._seconds |= baseline.seconds
+        self._guards = list(baseline.guards)
+        self._left_out = list(baseline.left_out)
+        self._blame: tuple[Blame, ...] | None = None
+        self._faults: list[Blame] = []
 
     def make_patched(self, report: PatchReport) -> None:
         """The patched clip, and its single calls."""
@@ -299,19 +401,19 @@ class _Study:
             take = self._film("patched")
             self._summary = report.summary()
             self._guards += guards_of_patch(report)
-        expected = self._reference
+        expected = self._baseline.take
         if take.frames.shape != expected.frames.shape:
             raise UsageError(f"the patched clip is {take.frames.shape}, and the unpatched one {expected.frames.shape}")
         self._guards += guards_of_clip("the patched clip", take.frames, expected.frames)
         self._patched_frames = _bytes(take.frames)
-        self._clip = self._likeness(take.frames)
+        self._clip = self._baseline.likeness(take.frames)
         self._latents = self._compared_latents(take)
         with self._timed("steps"):
             times = tuple(map(timestep_of, self._steps))
             errors = self._replay(self._steps, "patched")
-            self.steps = Steps(times, errors, self._step_controls, self._recorded.reason)
+            self.steps = Steps(times, errors, self._baseline.step_controls, self._baseline.no_steps)
             errors = self._replay(self._decodes, "patched")
-            self.decodes = Steps(tuple(map(float, range(len(errors)))), errors, self._decode_controls)
+            self.decodes = Steps(tuple(map(float, range(len(errors)))), errors, self._baseline.decode_controls)
             self._vae_psnr = self._compared_decodes()
 
     def look_at_sites(self, report: PatchReport, gates: Gates, blame: str | bool) -> Verdict:
@@ -363,13 +465,13 @@ class _Study:
         call = {name: _described(value) for name, value in self._call.items()}
         dtype = str(self._dtype()).removeprefix("torch.")
         return Comparison(
-            reference=_bytes(self._reference.frames),
+            reference=_bytes(self._baseline.take.frames),
             patched=self._patched_frames,
             verdict=verdict,
             clip=self._clip,
             latents=self._latents,
             vae_psnr_db=self._vae_psnr,
-            floor=tuple(self._floor),
+            floor=tuple(self._baseline.floor),
             floor_left_out=tuple(self._left_out),
             steps=self.steps,
             decodes=self.decodes,
@@ -384,7 +486,7 @@ class _Study:
 
     def _evidence(self) -> Evidence:
         return Evidence(
-            self._clip, self._floor, self.steps, self.decodes, self._faults, self._guards, self._roundings()
+            self._clip, self._baseline.floor, self.steps, self.decodes, self._faults, self._guards, self._roundings()
         )  # fmt: skip
 
     def _roundings(self) -> float:
@@ -396,26 +498,8 @@ class _Study:
         models = [*self.denoisers.values(), *([self.vae] if self.vae is not None else [])]
         return next((unwrapped(model).dtype for model in models), torch.float32)  # type: ignore[return-value]
 
-    def _film(self, what: str, with_outputs: bool = False) -> Take:
-        return film(self._pipe, self._call, self._seed, what, progress=self._progress, with_outputs=with_outputs)
-
-    def _replay(self, calls: Sequence[Call], what: str) -> tuple[float, ...]:
-        return tuple(replay(self._pipe, calls, what, progress=self._progress))
-
-    def _likeness(self, frames: np.ndarray) -> Likeness:
-        try:
-            return likeness(self._reference.frames, frames)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-
-    def _latents_error(self, take: Take) -> float | None:
-        mine, expected = take.latents, self._reference.latents
-        if mine is None or expected is None or mine.shape != expected.shape:
-            return None
-        return relative_error(mine, expected)
-
     def _compared_latents(self, take: Take) -> Latents | None:
-        error, mine, expected = self._latents_error(take), take.latents, self._reference.latents
+        error, mine, expected = self._baseline.latents_error(take), take.latents, self._baseline.take.latents
         if error is None or mine is None or expected is None:
             return None
         squares, span = (
@@ -432,14 +516,6 @@ class _Study:
             if expected.ndim in (4, 5) and found.shape == expected.shape:
                 values.append(psnr(as_frames(expected), as_frames(found)))
         return Scores(np.concatenate(values)) if values else None
-
-    @contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._seconds[part] = time.perf_counter() - start
 
 
 def _ratio(site: Blame) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from vidaccel.clips.generation import generate
+from vidaccel.patching.families import unwrapped
 
 __all__ = ["Call", "Take", "as_frames", "film", "on_host", "run_again", "run_device", "tensors_of"]
 
@@ -107,9 +108,10 @@ def on_host(tree: Any) -> Any:
 
 
 @torch.no_grad()
-def run_again(pipe: Any, call: Call) -> Any:
-    """Make ``call`` again with the component of ``pipe`` as it is now."""
+def run_again(pipe: Any, call: Call, *, eagerly: bool = False) -> Any:
+    """Make ``call`` again with the component of ``pipe`` as it is now; ``eagerly`` also where that is compiled."""
     part, device = getattr(pipe, call.of), run_device(pipe)
+    part = unwrapped(part) if eagerly else part
     args, kwargs = tree_map(lambda x: x.to(device, copy=True) if isinstance(x, Tensor) else x, (call.args, call.kwargs))
     return part.decode(*args, **kwargs) if call.of == "vae" else part(*args, **kwargs)
 
