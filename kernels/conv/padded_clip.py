@@ -3,7 +3,7 @@
 A convolution over ``[B, F, H, W, C]`` that is to keep the size needs them around its input. Eager makes them by
 ``F.pad`` or ``torch.cat``, each a pass over the clip. The ops that write a convolution's input write them with it:
 their grid walks the pixels of the padded clip, and each pixel is computed from the one that it is a copy of
-(:func:`padded_source`).
+(:func:`padded_lines`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["NO_PADDING", "Padding", "pad_clip", "padded_source", "require_padding"]
+__all__ = ["NO_PADDING", "Padding", "pad_clip", "padded_lines", "padded_tiles", "require_padding"]
 
 FRAME_MODES = ("zeros", "replicate")
 PIXEL_MODES = ("zeros", "replicate", "reflect")
@@ -109,52 +109,63 @@ def require_padding(op: str, shape: Sequence[int], padding: Padding, halo: Tenso
 
 
 @triton.jit
-def padded_source(
-    target, rows, before, frames, height, width,
+def padded_lines(
+    tile, before, frames, padded_frames, height, width,
     BORDER: tl.constexpr, FRAME_MODE: tl.constexpr, PIXEL_MODE: tl.constexpr, HAS_HALO: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Where the pixels ``target`` of padded clips, ``rows`` pixels each, are copied from.
+    """Where the pixels of a tile of padded clips are copied from.
+
+    A tile lies in one line: a row of pixels, or a whole frame where the clip has no border. So all but the place within
+    the line is one number for the tile, and costs next to nothing.
 
     Returns:
-        The sample; the pixel within its clip, or within its halo where ``front`` holds and there is a halo; ``front``,
-        whether the target is in front of the clip; ``there``, whether it is copied at all, not zero; ``inner``, whether
-        it is a pixel of the clip itself, of which there is one for each.
+        The sample; the pixel within all clips, or all halos where ``front`` holds; ``front``, whether the tile is in
+        the halo; ``there``, whether a pixel is copied at all, not zero; ``inner``, whether it is a pixel of the clip
+        itself, of which there is one for each; the pixel within all padded clips; ``within``, whether it is in the
+        line.
     """
-    sample = target // rows
-    rest = target - sample * rows
-    area = height * width
-    if BORDER == 0 and FRAME_MODE == "zeros":  # one division instead of two
-        pixel = rest - before * area
-        front = pixel < 0
-        inner = (pixel >= 0) & (pixel < frames * area)
-        there = inner | front if HAS_HALO else inner
-        pixel = tl.where(front, rest, pixel)
+    line_width = height * width if BORDER == 0 else width + 2 * BORDER
+    line_tiles = tl.cdiv(line_width, BLOCK_M)
+    line = tile // line_tiles
+    x = (tile - line * line_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    plane = line
+    y = 0
+    if BORDER > 0:
+        padded_height = height + 2 * BORDER
+        plane = line // padded_height
+        y = line - plane * padded_height - BORDER
+    target = line.to(tl.int64) * line_width + x
+    within = x < line_width
+    sample = plane // padded_frames
+    frame = plane - sample * padded_frames - before
+    in_clip = (frame >= 0) & (frame < frames)
+    front = HAS_HALO & (frame < 0)
+    there = within & (in_clip | front | (FRAME_MODE == "replicate"))
+    inner = within & in_clip
+    if BORDER > 0:
+        x -= BORDER
+        in_picture = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        inner = inner & in_picture
+        if PIXEL_MODE == "replicate":
+            y = tl.minimum(tl.maximum(y, 0), height - 1)
+            x = tl.minimum(tl.maximum(x, 0), width - 1)
+        elif PIXEL_MODE == "reflect":
+            y = height - 1 - tl.abs(height - 1 - tl.abs(y))
+            x = width - 1 - tl.abs(width - 1 - tl.abs(x))
+        else:
+            there = there & in_picture
+        line_width = width
+    of_clip = sample.to(tl.int64) * frames + tl.minimum(tl.maximum(frame, 0), frames - 1)
+    of_halo = sample.to(tl.int64) * before + frame + before
+    pixel = tl.where(front, of_halo, of_clip) * (height * width) + y * line_width + x
+    return sample, pixel, front, there, inner, target, within
+
+
+@triton.jit
+def padded_tiles(samples, padded_frames, height, width, BORDER: tl.constexpr, BLOCK_M: tl.constexpr):
+    """How many tiles :func:`padded_lines` is to be asked for."""
+    if BORDER == 0:
+        return samples * padded_frames * tl.cdiv(height * width, BLOCK_M)
     else:
-        padded_width = width + 2 * BORDER
-        plane = (height + 2 * BORDER) * padded_width
-        frame = rest // plane
-        pixel = rest - frame * plane
-        front = frame < before
-        inner = (frame >= before) & (frame < before + frames)
-        there = inner | front if HAS_HALO else inner
-        if FRAME_MODE == "replicate":
-            there = tl.full(target.shape, 1, tl.int1)
-        clip_frame = tl.minimum(tl.maximum(frame - before, 0), frames - 1)
-        frame = tl.where(front, frame, clip_frame) if HAS_HALO else clip_frame
-        if BORDER > 0:
-            y = pixel // padded_width
-            x = pixel - y * padded_width - BORDER
-            y = y - BORDER
-            within = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-            inner = inner & within
-            if PIXEL_MODE == "replicate":
-                y = tl.minimum(tl.maximum(y, 0), height - 1)
-                x = tl.minimum(tl.maximum(x, 0), width - 1)
-            elif PIXEL_MODE == "reflect":
-                y = height - 1 - tl.abs(height - 1 - tl.abs(y))
-                x = width - 1 - tl.abs(width - 1 - tl.abs(x))
-            else:
-                there = there & within
-            pixel = y * width + x
-        pixel = frame * area + pixel
-    return sample, pixel, front, there, inner
+        return samples * padded_frames * (height + 2 * BORDER) * tl.cdiv(width + 2 * BORDER, BLOCK_M)

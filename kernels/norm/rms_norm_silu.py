@@ -12,12 +12,12 @@ before (``halo``). Others want a frame at either end, or pixels around each. Eag
 (``padded_clip``). The same pass adds what the convolution before has left out: its bias and the residual. The sum is
 stored if it is asked for, in place of x if x may be overwritten and no pixel of it is read twice.
 
-Channels-last clips ``[B, F, H, W, C]``. The norm is summed in float32, and whatever eager stores is rounded as there
-(both sums, the quotient, the products, the shift), which costs nothing: y has eager's bits but for the order of the sum
-of squares, its reciprocal, and the exponential. Fidelity: math-exact. Bound by memory: one or two reads and writes,
-where eager makes 15 passes and more. ``"normalize"`` is the norm of diffusers' ``WanRMS_norm`` and
-``HunyuanVideo15RMS_norm``, ``"mean"`` that of its ``RMSNorm``, and of LTX-2's ``PerChannelRMSNorm``, which rounds the
-mean square too.
+Channels-last clips ``[B, F, H, W, C]``. All is float32 between loads and stores, but for the two sums, which are
+rounded as in eager: z has its bits. Eager also stores the quotient, the products and the shift; to round there as well
+takes as many instructions as the rest, and memory would wait for them. Fidelity: math-exact. Bound by memory: one or
+two reads and writes, where eager makes 15 passes and more. ``"normalize"`` is the norm of diffusers' ``WanRMS_norm``
+and ``HunyuanVideo15RMS_norm``, ``"mean"`` that of its ``RMSNorm``, and of LTX-2's ``PerChannelRMSNorm``, which rounds
+the mean square too.
 
 With ``out_dtype``, a convolution of a float32 clip may work on 16-bit numbers: y, and x if it is such a convolution's
 output, have that dtype, while sums and norm are float32 all the way.
@@ -38,8 +38,9 @@ from torch import Tensor
 
 from vidaccel.kernels.check import Part, pieces
 from vidaccel.kernels.conv.arguments import require_floats
-from vidaccel.kernels.conv.padded_clip import NO_PADDING, Padding, pad_clip, padded_source, require_padding
+from vidaccel.kernels.conv.padded_clip import NO_PADDING, Padding, pad_clip, padded_lines, padded_tiles, require_padding
 from vidaccel.kernels.launch import Launch
+from vidaccel.kernels.norm.group_norm_silu import apply_silu
 from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason, scaled, tensors_reason
 
 __all__ = ["RMS_NORM_SILU", "choose_tiling", "compile_ahead", "rms_norm_silu", "rms_norm_silu_ref"]
@@ -91,10 +92,10 @@ def rms_norm_silu_ref(
     return z, pad_clip(y, halo, padding)
 
 
-@triton.jit(do_not_specialize=["samples", "rows", "before", "frames", "height", "width"])
+@triton.jit(do_not_specialize=["samples", "before", "frames", "padded_frames", "height", "width"])
 def _rms_norm_silu_kernel(
     x_ptr, gamma_ptr, bias_ptr, residual_ptr, residual_bias_ptr, scale_ptr, shift_ptr, halo_ptr, z_ptr, y_ptr,
-    samples, rows, before, frames, height, width, channels,
+    samples, before, frames, padded_frames, height, width, channels,
     gain, eps,
     HAS_GAMMA: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_RESIDUAL_BIAS: tl.constexpr,
     HAS_SHIFT: tl.constexpr, HAS_HALO: tl.constexpr,
@@ -102,63 +103,59 @@ def _rms_norm_silu_kernel(
     KIND: tl.constexpr, KEEP: tl.constexpr, SILU: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    dtype: tl.constexpr = tl.float32 if WIDE else y_ptr.dtype.element_ty  # that sums and products are rounded to
+    y_dtype: tl.constexpr = y_ptr.dtype.element_ty
+    z_dtype: tl.constexpr = tl.float32 if WIDE else y_dtype
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < channels
-    area = height * width
     if HAS_GAMMA:
         gamma = tl.load(gamma_ptr + offs_c, mask=mask_c).to(tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
     if HAS_RESIDUAL_BIAS:
         residual_bias = tl.load(residual_bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-    tiles = tl.cdiv(samples * rows, BLOCK_M)
+    tiles = padded_tiles(samples, padded_frames, height, width, BORDER, BLOCK_M)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
-        target = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        sample, pixel, front, there, inner = padded_source(
-            target, rows, before, frames, height, width, BORDER, FRAME_MODE, PIXEL_MODE, HAS_HALO
-        )
-        mask_m = target < samples * rows
-        of_clip = mask_m & there
+        sample, pixel, front, there, inner, target, within = padded_lines(
+            tile, before, frames, padded_frames, height, width,
+            BORDER, FRAME_MODE, PIXEL_MODE, HAS_HALO, BLOCK_M,
+        )  # fmt: skip
+        of_clip = there
         if HAS_HALO:
-            of_clip = of_clip & ~front
+            of_clip = there & ~front
         mask = of_clip[:, None] & mask_c[None, :]
-        offs = (sample.to(tl.int64) * (frames * area) + pixel)[:, None] * channels + offs_c[None, :]
+        offs = pixel[:, None] * channels + offs_c[None, :]
         z = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_C]
         if HAS_BIAS:
-            z = (z + bias[None, :]).to(dtype).to(tl.float32)
+            z = (z + bias[None, :]).to(z_dtype).to(tl.float32)
         if HAS_RESIDUAL:
             residual = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
             if HAS_RESIDUAL_BIAS:
-                residual = (residual + residual_bias[None, :]).to(dtype).to(tl.float32)
-            z = (z + residual).to(dtype).to(tl.float32)
+                residual = (residual + residual_bias[None, :]).to(z_dtype).to(tl.float32)
+            z = (z + residual).to(z_dtype).to(tl.float32)
         if KEEP:
-            tl.store(z_ptr + offs, z, mask=mask & inner[:, None])
-        y = z
+            tl.store(z_ptr + offs, z, mask=inner[:, None] & mask_c[None, :])
         if KIND == "normalize":
-            norm = tl.sqrt(tl.sum(z * z, axis=1))
-            y = (z * (1.0 / tl.maximum(norm, eps))[:, None]).to(dtype).to(tl.float32)
-            y = (y * gain).to(dtype).to(tl.float32)
+            factor = gain / tl.maximum(tl.sqrt(tl.sum(z * z, axis=1)), eps)
+            y = z * tl.where(there, factor, 0.0)[:, None]
         elif KIND == "mean":
-            y = (z * tl.rsqrt(tl.sum(z * z, axis=1) / channels + eps)[:, None]).to(dtype).to(tl.float32)
+            factor = tl.rsqrt(tl.sum(z * z, axis=1) / channels + eps)
+            y = z * tl.where(there, factor, 0.0)[:, None]
+        else:
+            y = tl.where(there[:, None], z, 0.0)
         if HAS_GAMMA:
-            y = (y * gamma[None, :]).to(dtype).to(tl.float32)
+            y = y * gamma[None, :]
         if HAS_SHIFT:
-            of_sample = sample.to(tl.int64)[:, None] * channels + offs_c[None, :]
-            scale = tl.load(scale_ptr + of_sample, mask=mask, other=0.0).to(tl.float32)
-            shift = tl.load(shift_ptr + of_sample, mask=mask, other=0.0).to(tl.float32)
-            y = (y * (1.0 + scale).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
-            y = (y + shift).to(dtype).to(tl.float32)
+            of_sample = sample.to(tl.int64) * channels + offs_c
+            scale = tl.load(scale_ptr + of_sample, mask=mask_c, other=0.0).to(tl.float32)
+            shift = tl.load(shift_ptr + of_sample, mask=mask_c, other=0.0).to(tl.float32)
+            y = tl.where(there[:, None], y * (1.0 + scale)[None, :] + shift[None, :], 0.0)
         if SILU:
-            y = y / (1.0 + tl.exp(-y))
-        around = tl.zeros([BLOCK_M, BLOCK_C], dtype=y_ptr.dtype.element_ty)
+            y = apply_silu(y, y_dtype)
+        y = y.to(y_dtype)
         if HAS_HALO:
-            halo_offs = (sample.to(tl.int64) * (before * area) + pixel)[:, None] * channels + offs_c[None, :]
-            of_halo = (mask_m & there & front)[:, None] & mask_c[None, :]
-            around = tl.load(halo_ptr + halo_offs, mask=of_halo, other=0.0)
-        y = tl.where(of_clip[:, None], y.to(y_ptr.dtype.element_ty), around)
-        to = target.to(tl.int64)[:, None] * channels + offs_c[None, :]
-        tl.store(y_ptr + to, y, mask=mask_m[:, None] & mask_c[None, :])
+            of_halo = (there & front)[:, None] & mask_c[None, :]
+            y = tl.where(front, tl.load(halo_ptr + offs, mask=of_halo, other=0.0), y)
+        tl.store(y_ptr + target[:, None] * channels + offs_c[None, :], y, mask=within[:, None] & mask_c[None, :])
 
 
 class Tiling(NamedTuple):
@@ -183,27 +180,26 @@ def choose_tiling(block_c: int, itemsize: int, has_residual: bool) -> Tiling:
     """For pixels of ``block_c`` numbers, a power of two, of ``itemsize`` bytes."""
     pixel_bytes = block_c * itemsize
     # As in add_layer_norm, where it is measured: one warp sums a pixel without waiting for another, and so small a tile
-    # leaves room for many; a tile of two inputs needs to be only one ahead, for the two overlap.
+    # leaves room for many. A tile of one input leaves room for half as many again: 73 % of copy bandwidth at 96
+    # channels, where 66 % were reached with one more tile ahead.
     block_m = max(TILE_BYTES // pixel_bytes, 4 // itemsize)
-    stages = 2 if has_residual else 3
-    return Tiling(
-        block_m, RESIDENT_BYTES // (block_m * pixel_bytes), num_warps=1 if block_c <= 512 else 2, stages=stages
-    )
+    resident = RESIDENT_BYTES if has_residual else RESIDENT_BYTES * 3 // 2
+    return Tiling(block_m, resident // (block_m * pixel_bytes), num_warps=1 if block_c <= 512 else 2, stages=2)
 
 
 def _launch(shape: Sequence[int], itemsize: int, padding: Padding, eps: float, **flags: bool | str) -> Launch:
     samples, frames, height, width, channels = shape
-    rows = math.prod(padding.shape(shape)[1:4])
     block_c = triton.next_power_of_2(channels)
     block_m, programs, num_warps, stages = choose_tiling(block_c, itemsize, bool(flags["HAS_RESIDUAL"]))
+    pixels = math.prod(padding.shape(shape)[:4])
     return Launch(
-        _rms_norm_silu_kernel, (min(triton.cdiv(samples * rows, block_m), programs),),
-        samples, rows, padding.before, frames, height, width, channels,
+        _rms_norm_silu_kernel, (min(triton.cdiv(pixels, block_m), programs),),
+        samples, padding.before, frames, padding.before + frames + padding.after, height, width, channels,
         channels**0.5, eps,
         **flags,
         BORDER=padding.border, FRAME_MODE=padding.frame_mode, PIXEL_MODE=padding.pixel_mode,
         BLOCK_M=block_m, BLOCK_C=block_c, STAGES=stages,
-        num_warps=num_warps, enable_fp_fusion=False,  # eager rounds a product before it adds to it
+        num_warps=num_warps,
     )  # fmt: skip
 
 

@@ -6,7 +6,8 @@ import argparse
 import logging
 import tempfile
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -45,14 +46,31 @@ __all__ = ["make_clips"]
 
 def make_clips(args: argparse.Namespace) -> int:
     """Run the command; the exit code is 1 if a clip failed."""
+    with _warnings_off() if args.quiet else nullcontext():
+        return _make_clips(args)
+
+
+@contextmanager
+def _warnings_off() -> Iterator[None]:
+    """Log errors alone; of diffusers nothing, whose errors are raised as well."""
+    levels = {"vidaccel": logging.ERROR, "diffusers": logging.CRITICAL}
+    before = {name: logging.getLogger(name).level for name in levels}
+    try:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def _make_clips(args: argparse.Namespace) -> int:
     if args.no_patch and (args.compare or args.only or args.skip or args.strict or args.cuda_graph):
         raise UsageError("--no-patch leaves nothing to do for --compare, --only, --skip, --strict or --cuda-graph")
     device = device_of(args.device)
     dtype = dtype_of(args.dtype, device)
     if args.cuda_graph and device.type != "cuda":
         raise UsageError(f"--cuda-graph needs a GPU, and the device is {device}")
-    if args.quiet:
-        logging.getLogger("vidaccel").setLevel(logging.ERROR)
     model = find_model(args.model, args.allow_pickle)
     if not args.no_patch:
         model.check_patchable()

@@ -191,8 +191,6 @@ def load_pipeline(
     for library in (diffusers, transformers):
         switch = library.utils.logging
         switch.enable_progress_bar() if show_progress else switch.disable_progress_bar()
-    if not show_progress:
-        diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)  # what is an error is raised as well
     try:
         return _from_pretrained(model.source, dtype, None if model.allow_pickle else True).to(device)
     except torch.OutOfMemoryError:

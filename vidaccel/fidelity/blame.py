@@ -34,7 +34,7 @@ from vidaccel.sites.memo import watching
 from vidaccel.sites.plain import subtree_reason
 from vidaccel.sites.site import Site, SiteGroup
 
-__all__ = ["Blame", "Inspection", "inspect", "switched"]
+__all__ = ["Blame", "Inspection", "failed_already", "inspect", "switched"]
 
 CHAIN_OF_HALVES = (
     8  # units in the last place of 16 bits: no block's own roundings, its children's apart, were seen above 2
@@ -90,11 +90,11 @@ def inspect(pipe: Any, report: PatchReport, calls: Sequence[Call], *, progress: 
     Sites that are found at fault fail, and are back to the original code.
     """
     inspector = _Inspector()
-    before = {site for site in report.sites if site.state == "failed"}
+    before = set(_failed(report))
     for call in tqdm(calls, desc="sites", leave=False, disable=not progress):
         with watching(inspector.look):
             run_again(pipe, call, eagerly=True)
-    faults = [_fault(site) for site in report.sites if site.state == "failed" and site not in before]
+    faults = [_fault(site) for site in _failed(report) if site not in before]
     sites = sorted([*inspector.within_budget(), *faults], key=lambda one: -one.ratio)
     return Inspection(tuple(sites), inspector.left_out)
 
@@ -123,6 +123,15 @@ def switched(report: PatchReport, right: Callable[[], float], *, progress: bool)
 
 
 _ALONE = "its model is right without it, though its block alone is not wrong"
+
+
+def failed_already(report: PatchReport) -> list[Blame]:
+    """The sites that failed before anybody looked: at first sight."""
+    return [_fault(site) for site in _failed(report)]
+
+
+def _failed(report: PatchReport) -> list[Site]:
+    return [site for site in report.sites if site.state == "failed"]
 
 
 def _fault(site: Site) -> Blame:

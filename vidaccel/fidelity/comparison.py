@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from vidaccel.environment import environment
 from vidaccel.errors import UsageError, first_line
-from vidaccel.fidelity.blame import Blame, inspect, switched
+from vidaccel.fidelity.blame import Blame, failed_already, inspect, switched
 from vidaccel.fidelity.guard_rails import Guard, guards_of_clip, guards_of_patch
 from vidaccel.fidelity.metrics import Likeness, Scores, likeness, psnr, relative_error
 from vidaccel.fidelity.noise_floor import Control, EqualMaths, LeftOut, controls_for
@@ -420,6 +420,7 @@ class _Study(_Maker):
         """The verdict, for which sites are held against the original code as far as ``blame`` asks for it."""
         with self._timed("sites"):
             if blame is not False:
+                self._blame = tuple(failed_already(report))
                 calls = self._steps[:1] if self._quick else _ends(self._steps)
                 self._inspect(report, [*calls, *self._decodes[:1]])
             verdict = judge(self._evidence(), gates)

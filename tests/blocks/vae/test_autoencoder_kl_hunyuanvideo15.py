@@ -106,7 +106,7 @@ def test_as_wide_as_released(
     monkeypatch.setattr(causal_clip, "free_bytes", lambda _: needed)
     with patch_module(vae) as report:
         out = decode(vae, z)
-    assert not report.fallbacks and {site.state for site in report.sites} == {"active"}, str(report)
+        assert not report.fallbacks and {site.state for site in report.sites} == {"active"}, str(report)
     for frame in range(gold.shape[2]):
         error, own = ((x[:, :, frame].float() - gold[:, :, frame]).norm() for x in (out, stock))
         assert error <= 2 * own
