@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vidaccel.fidelity.metrics import psnr, relative_error, ssim
-from vidaccel.fidelity.verdict import judge
+from vidaccel.fidelity.validation import judge
 
 ROWS, COLUMNS = np.mgrid[:24, :33]
 
