@@ -1,10 +1,13 @@
 """The fastest of several implementations: measured once, held against the reference, remembered on disk.
 
 One small JSON file per question, named by the hash of its key: concurrent processes never overwrite one another's
-answers, and a file is put in place whole. A file that cannot be read, or answers another question, counts as absent; a
-folder that cannot be written is no error. A key holds all that an answer may depend on: the GPU, its driver, the
-versions of PyTorch, Triton, cuDNN and this project, the source of the op, and what the op itself says
-(:func:`remembered` and :func:`drop` are for those who want to see, or to ask again).
+answers, and a file is put in place whole. A file that cannot be read counts as absent, and so does one that answers
+another question or names an implementation that does not compete; a folder that cannot be written is no error. Both are
+said, once for each folder. What is read is data: a name to look up, and figures to print.
+
+A key holds all that an answer may depend on: the GPU, its driver, the versions of PyTorch, Triton, cuDNN and this
+project, the source of the op, and what the op itself says (:func:`remembered` and :func:`drop` are for those who want
+to see, or to ask again).
 
 In a process group the first rank that has an answer publishes it, and the others take it over: ranks that chose
 differently would round differently.
@@ -20,7 +23,8 @@ import logging
 import statistics
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -70,6 +74,7 @@ class Settled(NamedTuple):
 
 _settled: dict[str, Settled] = {}
 _winners: dict[tuple[Any, ...], str] = {}  # by the op's own key, which Dynamo can follow
+_warned_of: set[str] = set()
 # One at a time: what runs beside a measurement spoils it, and two threads need not measure the same.
 _measuring = threading.RLock()
 
@@ -94,11 +99,12 @@ def settle(op: Op, args: tuple[Any, ...], favourite: str) -> Settled | None:
     digest = _digest(key)
     with _measuring:
         if digest not in _settled:
-            measured = _load(op, key)
+            names = _candidates(op, args, favourite)
+            measured = _load(op, key, names)
             if measured is None:
                 if any(isinstance(x, Tensor) and x.is_cuda for x in args) and torch.cuda.is_current_stream_capturing():
                     return None
-                measured = _measure(op, args, favourite)
+                measured = _measure(op, args, names, favourite)
                 _save(op, key, measured)
             measured = _agree(digest, measured)
             reason = "; ".join(f"{name}: {problem}" for name, problem in measured.problems.items())
@@ -109,7 +115,7 @@ def settle(op: Op, args: tuple[Any, ...], favourite: str) -> Settled | None:
 
 def remembered() -> Iterator[tuple[str, Mapping[str, Any], Measured]]:
     """Every answer on disk: the op's name, the key, the outcome."""
-    for path in sorted(_folder().glob("*/*.json")):
+    for path in _files("*"):
         record = _read(path)
         if record is not None:
             yield path.parent.name, record["key"], _measured(record)
@@ -119,7 +125,7 @@ def drop(op: str | None = None) -> int:
     """Forget the answers on disk and in this process, of one op or of all; how many there were on disk."""
     _settled.clear()
     _winners.clear()
-    paths = list(_folder().glob(f"{op or '*'}/*.json"))
+    paths = _files(op or "*")
     for path in paths:
         path.unlink(missing_ok=True)
     return len(paths)
@@ -173,9 +179,13 @@ def gpu_milliseconds(run: Callable[[], object]) -> float:
     return start.elapsed_time(end)
 
 
-def _measure(op: Op, args: tuple[Any, ...], favourite: str) -> Measured:
-    """Time the implementations that compete, serve these arguments and agree with the reference."""
-    names = dict.fromkeys([*op.competitors(*args), favourite])
+def _candidates(op: Op, args: tuple[Any, ...], favourite: str) -> list[str]:
+    """The implementations that compete and serve these arguments."""
+    return list(dict.fromkeys([*op.competitors(*args), favourite]))
+
+
+def _measure(op: Op, args: tuple[Any, ...], names: Collection[str], favourite: str) -> Measured:
+    """Time the implementations called ``names``, as far as they agree with the reference."""
     competing = {name: functools.partial(op.implementations[name].run, *args) for name in names}
     device = next(x for x in args if isinstance(x, Tensor))
 
@@ -243,29 +253,50 @@ def _digest(key: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _folder() -> Path:
-    return Path(cache_directory()).expanduser()
+def _folder() -> Path | None:
+    """Where answers are kept; None for a user without a home."""
+    try:
+        return Path(cache_directory()).expanduser()
+    except RuntimeError:
+        return None
 
 
-def _path(op: Op, key: Mapping[str, Any]) -> Path:
-    return _folder() / op.name / f"{_digest(key)}.json"
+def _files(op: str) -> list[Path]:
+    folder = _folder()
+    return sorted(folder.glob(f"{op}/*.json")) if folder else []
 
 
-def _load(op: Op, key: Mapping[str, Any]) -> Measured | None:
-    record = _read(_path(op, key))
+def _path(op: Op, key: Mapping[str, Any]) -> Path | None:
+    folder = _folder()
+    return folder / op.name / f"{_digest(key)}.json" if folder else None
+
+
+def _load(op: Op, key: Mapping[str, Any], names: Collection[str]) -> Measured | None:
+    path = _path(op, key)
+    record = _read(path) if path else None
     if record is None or record["key"] != json.loads(json.dumps(key)):
         return None
     measured = _measured(record)
-    return measured if measured.winner in op.implementations else None
+    return measured if measured.winner in names else None
 
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         _measured(record), dict(record["key"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        _warn_once(str(path.parent.parent), f"holds choices that cannot be read ({first_line(error)})")
         return None
     return record
+
+
+def _warn_once(folder: str, problem: str) -> None:
+    if folder in _warned_of:
+        return
+    _warned_of.add(folder)
+    logger.warning("%s %s: what runs fastest is measured anew", folder, problem)
 
 
 def _measured(record: Mapping[str, Any]) -> Measured:
@@ -275,6 +306,8 @@ def _measured(record: Mapping[str, Any]) -> Measured:
 def _save(op: Op, key: Mapping[str, Any], measured: Measured) -> None:
     """Remember ``measured`` for the processes to come."""
     path = _path(op, key)
+    if path is None:
+        return _warn_once(cache_directory(), "cannot be found without a home")
     text = json.dumps({"key": dict(key), **measured._asdict()}, indent=2)
     part = None
     try:
@@ -284,6 +317,7 @@ def _save(op: Op, key: Mapping[str, Any], measured: Measured) -> None:
             file.write(text)
         part.replace(path)
     except OSError as error:
-        logger.debug("cannot remember a measurement in %s: %s", path.parent, error)
+        _warn_once(str(path.parent.parent), f"cannot be written ({error.strerror})")
         if part is not None:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                part.unlink()

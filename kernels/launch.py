@@ -26,6 +26,7 @@ from torch import Tensor
 from triton.runtime import JITFunction
 
 from vidaccel.kernels import compile_ahead, settings
+from vidaccel.kernels.compile_cache import ensure_writable
 
 __all__ = ["Launch", "prepared"]
 
@@ -75,6 +76,8 @@ class Launch:
         self._grid_xyz = (*grid, 1, 1)[:3]
         self._tail = (*numbers, *(constants[name] for name in kernel.arg_names if name in constants))
         self._direct = DIRECT and isinstance(kernel, JITFunction)
+        if isinstance(kernel, JITFunction):
+            ensure_writable()
         self._compiled: dict[tuple[Any, ...], _Compiled] = {}
 
     def __call__(self, *tensors: Tensor | None) -> None:

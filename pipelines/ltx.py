@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from vidaccel.blocks.dit.normalization import FusedAdaLayerNormSingle
 from vidaccel.blocks.dit.transformer_ltx import FusedLTXVideoRotaryPosEmbed, FusedLTXVideoTransformerBlock
+from vidaccel.blocks.vae.autoencoder_kl_ltx import FusedLTXVideoDecoder3d, FusedLTXVideoEncoder3d
 from vidaccel.sites.rules import Swap
 
 __all__ = ["RULES"]
 
 RULES = {
+    "AutoencoderKLLTXVideo": (Swap(FusedLTXVideoDecoder3d), Swap(FusedLTXVideoEncoder3d)),
     "LTXVideoTransformer3DModel": (
         Swap(FusedLTXVideoTransformerBlock),
         Swap(FusedLTXVideoRotaryPosEmbed),

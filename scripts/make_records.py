@@ -52,6 +52,11 @@ def _transformer(name: str, options: str, compiled: str = "compile_blocks,compil
     return Record(name, f"--synthetic {name} {scope} --variants {variants} {options}")
 
 
+def _decoder(name: str, family: str, options: str, dtype: str = "bfloat16") -> Record:
+    scope = f"--scope vae --dtype {dtype} --warmup 1"
+    return Record(name, f"--synthetic {family} {scope} --variants eager,patched,{CHANNELS_LAST} {options}")
+
+
 # torch.compile as it comes, and the switches under which it was fastest; those that take long first.
 WITH_BENCHMARK = "compile,compile+cudnn.benchmark"
 CHANNELS_LAST = "compile,compile+channels_last+cudnn.benchmark"
@@ -68,10 +73,12 @@ RECORDS = (
     _model("svd-xt-vae", "vae", "svd-xt", CHANNELS_LAST, "--repeats 5 --budget 3"),
     _model("svd-vae", "vae", "svd", CHANNELS_LAST, "--repeats 6 --budget 2.5"),
     _model("animatediff-vae", "vae", "animatediff", WITH_BENCHMARK, "--repeats 10 --budget 2"),
-    Record(
-        "wan2.1-vae",
-        "--synthetic wan2.1-t2v-1.3b --scope vae --variants eager,patched --warmup 1 --repeats 3 --budget 8",
-    ),
+    _decoder("wan2.1-vae", "wan2.1-t2v-1.3b", "--repeats 3 --budget 8 --no-reference"),
+    _decoder("wan2.1-vae-fp32", "wan2.1-t2v-1.3b", "--repeats 3 --budget 9 --no-reference", "float32"),
+    _decoder("wan2.2-vae", "wan2.2-ti2v-5b", "--repeats 3 --budget 20 --no-reference"),
+    _decoder("hunyuanvideo1.5-vae", "hunyuanvideo1.5-480p", "--repeats 3 --budget 25 --no-reference"),
+    _decoder("ltx-video-vae", "ltx-video-2b", "--repeats 9 --budget 3"),
+    _decoder("ltx-2-vae", "ltx-2", "--repeats 9 --budget 3"),
     _transformer("hunyuanvideo1.5-480p", "--repeats 3 --budget 20 --no-reference", "compile_blocks"),
     _transformer("wan2.1-t2v-14b", "--repeats 5 --budget 15 --no-reference", "compile_blocks"),
     _transformer("wan2.1-t2v-1.3b", "--repeats 7 --budget 5"),

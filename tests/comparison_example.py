@@ -7,8 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from vidaccel.fidelity.comparison import Blame, Comparison, Control, Guard, Latents, LeftOut, Steps
+from vidaccel.fidelity.blame import Blame
+from vidaccel.fidelity.comparison import Comparison, Latents
+from vidaccel.fidelity.guard_rails import Guard
 from vidaccel.fidelity.metrics import Scores, likeness, psnr
+from vidaccel.fidelity.noise_floor import Control, LeftOut
+from vidaccel.fidelity.teacher_forcing import Steps
 from vidaccel.fidelity.verdict import Verdict
 
 __all__ = ["example_comparison"]
@@ -41,6 +45,7 @@ def example_comparison(*, passed: bool = True, frames: int = 4, **changes: Any) 
         floor=(Control("math attention", likeness(reference, control), 2e-4),),
         floor_left_out=(LeftOut("flash attention", "No available kernel"),),
         steps=Steps((900.0, 500.0, 100.0), (3e-4, 2e-4, 1e-4), {"math attention": (2e-4, 2e-4, 1e-4)}),
+        decodes=Steps((0.0,), (1e-4,), {"math attention": (1e-4,)}),
         blame=None if passed else (site,),
         guards=() if passed else (Guard("a site failed its check", "unet.conv_in: conv_epilogue: off by 1", True),),
         seconds={"reference": 1.0, "patched": 0.5},

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vidaccel.kernels.launch import Launch
 
-__all__ = ["Copies", "Held", "hollow_out"]
+__all__ = ["Copies", "Held", "hollow_conv3d", "hollow_out"]
 
 _COPIES = ("clone", "copy_", "_to_copy", "cat", "constant_pad_nd", "upsample_nearest2d")
 
@@ -70,3 +70,12 @@ def hollow_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Launch, "__call__", lambda launch, *tensors: None)
     # the 3-D convolution of a CPU answers in its own memory order, whatever it is given; all here keep the shape
     monkeypatch.setattr(torch.nn.functional, "conv3d", lambda x, weight, *options, **others: torch.empty_like(x))
+
+
+def hollow_conv3d(
+    x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: tuple[int, ...] = (0, 0, 0), *_: Any
+) -> Tensor:
+    """Stands for ``F.conv3d`` of stride 1, and does nothing but leave memory in the order that a GPU's leaves it in."""
+    found = zip(x.shape[2:], padding, weight.shape[2:], strict=True)
+    sides = [size + 2 * edge - taps + 1 for size, edge, taps in found]
+    return torch.empty(len(x), *sides, len(weight)).permute(0, 4, 1, 2, 3)

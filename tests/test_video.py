@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import imageio.v3 as iio
+import imageio_ffmpeg
 import numpy as np
 import pytest
 from PIL import Image
@@ -50,6 +52,60 @@ def test_frame_rate(tmp_path: Path) -> None:
         assert webp.info["duration"] == 200
 
 
+def delays(path: Path) -> list[int]:
+    with Image.open(path) as image:
+        shown = []
+        for i in range(image.n_frames):
+            image.seek(i)
+            image.load()
+            shown.append(image.info["duration"])
+    return shown
+
+
+@pytest.mark.parametrize(
+    ("suffix", "fps", "expected"),
+    [
+        (".gif", 8, [130, 120, 130, 120]),
+        (".gif", 23.976, [40, 40, 50, 40, 40]),
+        (".gif", 50, [20, 20, 20]),
+        (".webp", 60, [17, 16, 17]),
+        (".webp", 7.5, [133, 134, 133]),
+    ],
+)
+def test_delays_alternate_so_that_a_clip_lasts_as_long_as_it_should(
+    tmp_path: Path, suffix: str, fps: float, expected: list[int]
+) -> None:
+    frames = len(expected)
+    write_clip(a_clip(frames, 48, 128), tmp_path / f"clip{suffix}", fps)
+    assert delays(tmp_path / f"clip{suffix}") == expected
+    assert abs(sum(expected) - 1000 * frames / fps) <= 5
+
+
+def test_an_mp4_has_any_frame_rate_and_any_name(tmp_path: Path) -> None:
+    path = tmp_path / "a:b %04d.mp4"
+    write_clip(a_clip(3, 41, 71), path, fps=23.976)
+    assert iio.immeta(path)["fps"] == pytest.approx(23.976, abs=0.01)
+    assert [frame.shape for frame in iio.imiter(path)] == [(42, 72, 3)] * 3
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".webp", ""])
+@pytest.mark.parametrize("frames", [1, 3], ids=["one-frame", "frames-that-are-alike"])
+def test_clips_in_which_nothing_moves(tmp_path: Path, suffix: str, frames: int) -> None:
+    write_clip(np.zeros((frames, 16, 16, 3), np.float32), tmp_path / f"clip{suffix}", fps=8)
+
+
+@pytest.mark.parametrize("after", ["exit 1", "truncate -s 700 clip.mp4", ": > clip.mp4"])
+def test_an_encoder_that_ends_badly_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: str) -> None:
+    real = imageio_ffmpeg.get_ffmpeg_exe()
+    script = tmp_path / "ffmpeg"
+    script.write_text(f'#!/bin/sh\n"{real}" "$@" || exit\ncase "$*" in *rawvideo*) {after} ;; esac\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(script))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match=r"exit code|cannot be read|reads back"):
+        write_clip(a_clip(), Path("clip.mp4"), fps=8)
+
+
 def test_to_uint8_rounds_to_the_nearest_level() -> None:
     np.testing.assert_array_equal(
         to_uint8(np.array([-0.1, 0.0, 0.499 / 255, 0.501 / 255, 1.0, 1.1])), [0, 0, 0, 1, 255, 255]
@@ -85,6 +141,67 @@ def test_read_image_says_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:60])
     with pytest.raises(UsageError, match=r"cut\.png"):
         read_image(tmp_path / "cut.png")
+
+
+RAMP = np.linspace(0, 255, 64).round().astype(np.uint8)[None].repeat(8, 0)
+
+
+def saved(folder: Path, name: str, pixels: np.ndarray, mode: str | None = None, **options: Any) -> Path:
+    image = Image.fromarray(pixels)
+    (image.convert(mode) if mode else image).save(folder / name, **options)
+    return folder / name
+
+
+def test_grey_of_any_depth_keeps_its_black_and_white(tmp_path: Path) -> None:
+    expected = RAMP[:, :, None].repeat(3, 2)
+    deep = (RAMP.astype(np.uint16) * 257) + np.where(RAMP < 255, 100, 0).astype(np.uint16)
+    for path in (
+        saved(tmp_path, "8.png", RAMP),
+        saved(tmp_path, "16.png", deep),
+        saved(tmp_path, "16.tiff", deep),
+        saved(tmp_path, "float.tiff", (RAMP / 255).astype(np.float32)),
+        saved(tmp_path, "palette.png", RAMP, "P"),
+        saved(tmp_path, "cmyk.tiff", expected, "CMYK"),
+    ):
+        image = read_image(path)
+        assert (image.mode, image.size) == ("RGB", (64, 8)), path
+        np.testing.assert_array_equal(np.asarray(image), expected, err_msg=str(path))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "reason"),
+    [
+        (RAMP.astype(np.int32) * 2**20, "32-bit grey values"),
+        (RAMP.astype(np.float32), "from 0 .black. to 1 .white., got 0 to 255"),
+        (np.full((4, 4), np.nan, np.float32), "got nan to nan"),
+    ],
+    ids=["32-bit", "float-to-255", "nan"],
+)
+def test_grey_that_nobody_knows_the_white_of_is_refused(tmp_path: Path, pixels: np.ndarray, reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
+        read_image(saved(tmp_path, "grey.tiff", pixels))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+def test_what_is_transparent_is_white_and_said(mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    image = Image.new("RGBA", (8, 8), (200, 0, 0, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 4, 8))  # black that is not to be seen
+    options = {"transparency": (0, 0, 0)} if mode == "RGB" else {}
+    image.convert(mode).save(tmp_path / f"{mode}.png", **options)
+    pixels = np.asarray(read_image(tmp_path / f"{mode}.png"))
+    assert (pixels[:, :4] == 255).all() and (pixels[:, 4:] != 255).all()
+    assert "is laid on white" in caplog.text
+    caplog.clear()
+    Image.new("RGBA", (8, 8), (200, 0, 0, 255)).save(tmp_path / "opaque.png")
+    read_image(tmp_path / "opaque.png")
+    assert not caplog.text
+
+
+def test_the_first_frame_of_an_animation_is_used_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_clip(a_clip(3), tmp_path / "moving.webp", fps=8)
+    image = read_image(tmp_path / "moving.webp")
+    assert np.abs(np.asarray(image) - a_clip(1)[0] * 255).mean() < 4
+    assert "has 3 frames: the first is used" in caplog.text
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 72), (9, 361)], ids=["enlarged", "odd-sides"])

@@ -9,6 +9,7 @@ import torch
 from diffusers import (
     AnimateDiffPipeline,
     AutoencoderKL,
+    AutoencoderKLHunyuanVideo15,
     AutoencoderKLTemporalDecoder,
     AutoencoderKLWan,
     ControlNetModel,
@@ -29,6 +30,7 @@ from vidaccel.bench.synthetic import build_pipeline, pipeline_inputs, specificat
 __all__ = [
     "tiny_animatediff_pipeline",
     "tiny_autoencoder_kl",
+    "tiny_autoencoder_kl_hunyuanvideo15",
     "tiny_autoencoder_kl_wan",
     "tiny_controlnet",
     "tiny_motion_unet",
@@ -154,6 +156,17 @@ def _seeded(model_class: type[nn.Module], seed: int, config: dict[str, Any]) -> 
         model = model_class(**config).eval()
         _leave_the_initial_values(model)
     return model
+
+
+def tiny_autoencoder_kl_hunyuanvideo15(seed: int = 0, **options: Any) -> AutoencoderKLHunyuanVideo15:
+    """HunyuanVideo 1.5's video VAE, on the CPU: 4 latent channels, 8 to 32 channels, factors 16 and 4."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = {"latent_channels": 4, "block_out_channels": (8, 8, 16, 32, 32), "layers_per_block": 1}
+        vae = AutoencoderKLHunyuanVideo15(**config | options).eval()
+        for parameter in vae.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return vae
 
 
 def tiny_autoencoder_kl_wan(seed: int = 0, **options: Any) -> AutoencoderKLWan:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import io
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
 
 from vidaccel import __version__
-from vidaccel.errors import UsageError, error_line
+from vidaccel.errors import OutputError, UsageError, error_line
 
 __all__ = ["main"]
 
@@ -20,6 +23,7 @@ COMMANDS = {
     "bench": ("vidaccel.commands.bench", "measure speed and memory against eager and torch.compile"),
     "env": ("vidaccel.commands.env", "print devices and versions, for bug reports and records"),
 }
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EPIPE)
 INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended
 
 
@@ -33,15 +37,36 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: the process's own) and return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal, or a file name, may be of any encoding
     try:
         args = _parser(argv).parse_args(argv)
-        return import_module(COMMANDS[args.command][0]).run(args)
+        code: int = import_module(COMMANDS[args.command][0]).run(args)
+        sys.stdout.flush()
+        return code
     except UsageError as error:
         print(error_line(error), file=sys.stderr)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         print("vidaccel: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        _give_up_output()
+        if error.errno != errno.EPIPE:  # whoever reads our output may end before we do
+            problem = f"cannot write {error.filename or 'any more'}: {error.strerror}"
+            print(error_line(OutputError(problem)), file=sys.stderr)
+        return OutputError.exit_code
+
+
+def _give_up_output() -> None:
+    """If standard output takes no more, drop what it still holds: Python would try again at its end, and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser(argv: list[str]) -> argparse.ArgumentParser:

@@ -5,14 +5,22 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["UsageError", "did_you_mean", "error_line", "first_line", "nearest"]
+__all__ = ["OutputError", "UsageError", "did_you_mean", "error_line", "first_line", "nearest"]
 
 
 class UsageError(Exception):
     """Something asked for cannot be done as asked.
 
-    The command line prints :func:`error_line` and exits with code 2.
+    The command line prints :func:`error_line` and exits with :attr:`exit_code`.
     """
+
+    exit_code = 2
+
+
+class OutputError(UsageError):
+    """What was made cannot be written where it should go, though all looked well before."""
+
+    exit_code = 1
 
 
 def error_line(error: UsageError) -> str:

@@ -1,23 +1,32 @@
-"""RMS norm over the channels of a pixel, and SiLU, written behind the frames that a causal convolution looks back at.
+"""RMS norm over the channels of a pixel, and SiLU, written as the input of a convolution, its padding included.
 
     z = (x + bias) + (residual + residual_bias)
-    n = z / max(||z||_2 over C, 1e-12) * sqrt(C) * gamma
-    y = [frames before, silu(n)]
+    n = z / max(||z||_2 over C, eps) * sqrt(C) * gamma      kind "normalize"
+        z / sqrt(mean(z^2 over C) + eps) * gamma            kind "mean"
+        z                                                   kind "none", for a convolution without a norm before it
+    y = pad(silu(n * (1 + scale) + shift))
 
-A convolution that looks two frames back needs them in front of its input: zeros, or the last frames of the chunk before
-(``halo``). Eager makes them by ``F.pad``, ``torch.cat`` and ``clone``; here n is written to where it is to lie, and the
-same pass adds what the convolution before has left out: its bias and the residual. The sum is stored if it is asked
-for, in place of x if x may be overwritten.
+A causal convolution looks two frames back: at zeros, at the first frame once more, or at the last frames of the chunk
+before (``halo``). Others want a frame at either end, or pixels around each. Eager makes them by ``F.pad``,
+``torch.cat`` and ``clone``; here each pixel of the padded clip is computed from the one that it repeats
+(``padded_clip``). The same pass adds what the convolution before has left out: its bias and the residual. The sum is
+stored if it is asked for, in place of x if x may be overwritten and no pixel of it is read twice.
 
-Channels-last clips ``[B, F, H, W, C]``. The norm is summed in float32, and whatever eager stores is rounded as there
-(both sums, ``F.normalize``, both products), which costs nothing: y has eager's bits but for the order of the sum of
-squares, its reciprocal, and the exponential. Fidelity: math-exact. Bound by memory: one or two reads and writes, where
-eager makes 15 passes and more. The norm is that of diffusers' ``WanRMS_norm``.
+Channels-last clips ``[B, F, H, W, C]``. All is float32 between loads and stores, but for the two sums, which are
+rounded as in eager: z has its bits. Eager also stores the quotient, the products and the shift; to round there as well
+takes as many instructions as the rest, and memory would wait for them. Fidelity: math-exact. Bound by memory: one or
+two reads and writes, where eager makes 15 passes and more. ``"normalize"`` is the norm of diffusers' ``WanRMS_norm``
+and ``HunyuanVideo15RMS_norm``, ``"mean"`` that of its ``RMSNorm``, and of LTX-2's ``PerChannelRMSNorm``, which rounds
+the mean square too.
+
+With ``out_dtype``, a convolution of a float32 clip may work on 16-bit numbers: y, and x if it is such a convolution's
+output, have that dtype, while sums and norm are float32 all the way.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -29,92 +38,124 @@ from torch import Tensor
 
 from vidaccel.kernels.check import Part, pieces
 from vidaccel.kernels.conv.arguments import require_floats
+from vidaccel.kernels.conv.padded_clip import NO_PADDING, Padding, pad_clip, padded_lines, padded_tiles, require_padding
 from vidaccel.kernels.launch import Launch
-from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason, tensors_reason
+from vidaccel.kernels.norm.group_norm_silu import apply_silu
+from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason, scaled, tensors_reason
 
 __all__ = ["RMS_NORM_SILU", "choose_tiling", "compile_ahead", "rms_norm_silu", "rms_norm_silu_ref"]
 
+KINDS = ("normalize", "mean", "none")
 EPS = 1e-12  # the least norm, that of F.normalize
 
 
 def rms_norm_silu_ref(
     x: Tensor,
-    gamma: Tensor,
+    gamma: Tensor | None = None,
+    *,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     residual_bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
     halo: Tensor | None = None,
-    before: int = 0,
+    padding: Padding = NO_PADDING,
+    kind: str = "normalize",
+    eps: float = EPS,
     silu: bool = True,
     keep: bool = True,
     inplace: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The specification; nothing happens in place. Pass float64 inputs for gold values."""
+    """The specification; nothing happens in place. Pass float64 inputs for gold values, which stay float64."""
+    if out_dtype is not None:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
     z = x if bias is None else x + bias.to(x.dtype)
     if residual is not None:
         z = z + (residual if residual_bias is None else residual + residual_bias.to(x.dtype))
     wide = z.float() if z.dtype.itemsize == 2 else z
-    y = F.normalize(wide, dim=-1, eps=EPS).to(x.dtype) * x.shape[-1] ** 0.5 * gamma.to(x.dtype)
+    if kind == "normalize":
+        y = F.normalize(wide, dim=-1, eps=eps).to(x.dtype) * x.shape[-1] ** 0.5
+    elif kind == "none":
+        y = z
+    else:
+        y = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    if gamma is not None:
+        y = y * gamma.to(x.dtype)
+    if scale is not None and shift is not None:
+        scale, shift = (vector.to(x.dtype)[:, None, None, None] for vector in (scale, shift))
+        y = y * (1 + scale) + shift
     if silu:
         y = F.silu(y)
-    if before:
-        samples, _, *frame = x.shape
-        y = torch.cat([x.new_zeros(samples, before, *frame) if halo is None else halo, y], dim=1)
-    return z, y
+    if out_dtype is not None and x.dtype != torch.float64:
+        y = y.to(out_dtype)
+    return z, pad_clip(y, halo, padding)
 
 
-@triton.jit(do_not_specialize=["samples", "sample_rows", "halo_rows", "halo_programs"])
+@triton.jit(do_not_specialize=["samples", "before", "frames", "padded_frames", "height", "width"])
 def _rms_norm_silu_kernel(
-    x_ptr, gamma_ptr, bias_ptr, residual_ptr, residual_bias_ptr, halo_ptr, z_ptr, y_ptr,
-    samples, sample_rows, halo_rows, halo_programs, channels,
-    scale, eps,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_RESIDUAL_BIAS: tl.constexpr, HAS_HALO: tl.constexpr,
-    KEEP: tl.constexpr, SILU: tl.constexpr,
+    x_ptr, gamma_ptr, bias_ptr, residual_ptr, residual_bias_ptr, scale_ptr, shift_ptr, halo_ptr, z_ptr, y_ptr,
+    samples, before, frames, padded_frames, height, width, channels,
+    gain, eps,
+    HAS_GAMMA: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_RESIDUAL_BIAS: tl.constexpr,
+    HAS_SHIFT: tl.constexpr, HAS_HALO: tl.constexpr,
+    BORDER: tl.constexpr, FRAME_MODE: tl.constexpr, PIXEL_MODE: tl.constexpr,
+    KIND: tl.constexpr, KEEP: tl.constexpr, SILU: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    dtype = y_ptr.dtype.element_ty
+    y_dtype: tl.constexpr = y_ptr.dtype.element_ty
+    z_dtype: tl.constexpr = tl.float32 if WIDE else y_dtype
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < channels
-    program = tl.program_id(0)
-    if program < halo_programs:
-        rows = samples * halo_rows
-        for tile in range(program, tl.cdiv(rows, BLOCK_M), halo_programs):
-            offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-            mask = (offs_m < rows)[:, None] & mask_c[None, :]
-            before = tl.zeros([BLOCK_M, BLOCK_C], dtype=dtype)
-            if HAS_HALO:
-                before = tl.load(halo_ptr + offs_m.to(tl.int64)[:, None] * channels + offs_c[None, :], mask=mask)
-            to = offs_m.to(tl.int64) + (offs_m // halo_rows).to(tl.int64) * sample_rows
-            tl.store(y_ptr + to[:, None] * channels + offs_c[None, :], before, mask=mask)
-    else:
-        rows = samples * sample_rows
-        programs = tl.num_programs(0) - halo_programs
+    if HAS_GAMMA:
         gamma = tl.load(gamma_ptr + offs_c, mask=mask_c).to(tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL_BIAS:
+        residual_bias = tl.load(residual_bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    tiles = padded_tiles(samples, padded_frames, height, width, BORDER, BLOCK_M)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
+        sample, pixel, front, there, inner, target, within = padded_lines(
+            tile, before, frames, padded_frames, height, width,
+            BORDER, FRAME_MODE, PIXEL_MODE, HAS_HALO, BLOCK_M,
+        )  # fmt: skip
+        of_clip = there
+        if HAS_HALO:
+            of_clip = there & ~front
+        mask = of_clip[:, None] & mask_c[None, :]
+        offs = pixel[:, None] * channels + offs_c[None, :]
+        z = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_C]
         if HAS_BIAS:
-            bias = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-        if HAS_RESIDUAL_BIAS:
-            residual_bias = tl.load(residual_bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-        for tile in tl.range(program - halo_programs, tl.cdiv(rows, BLOCK_M), programs, num_stages=STAGES):
-            offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-            mask = (offs_m < rows)[:, None] & mask_c[None, :]
-            offs = offs_m.to(tl.int64)[:, None] * channels + offs_c[None, :]
-            z = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_C]
-            if HAS_BIAS:
-                z = (z + bias[None, :]).to(dtype).to(tl.float32)
-            if HAS_RESIDUAL:
-                residual = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-                if HAS_RESIDUAL_BIAS:
-                    residual = (residual + residual_bias[None, :]).to(dtype).to(tl.float32)
-                z = (z + residual).to(dtype).to(tl.float32)
-            if KEEP:
-                tl.store(z_ptr + offs, z, mask=mask)
-            norm = tl.sqrt(tl.sum(z * z, axis=1))
-            y = (z * (1.0 / tl.maximum(norm, eps))[:, None]).to(dtype).to(tl.float32)
-            y = ((y * scale).to(dtype).to(tl.float32) * gamma[None, :]).to(dtype).to(tl.float32)
-            if SILU:
-                y = y / (1.0 + tl.exp(-y))
-            to = offs_m.to(tl.int64) + (offs_m // sample_rows + 1).to(tl.int64) * halo_rows
-            tl.store(y_ptr + to[:, None] * channels + offs_c[None, :], y, mask=mask)
+            z = (z + bias[None, :]).to(z_dtype).to(tl.float32)
+        if HAS_RESIDUAL:
+            residual = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+            if HAS_RESIDUAL_BIAS:
+                residual = (residual + residual_bias[None, :]).to(z_dtype).to(tl.float32)
+            z = (z + residual).to(z_dtype).to(tl.float32)
+        if KEEP:
+            tl.store(z_ptr + offs, z, mask=inner[:, None] & mask_c[None, :])
+        if KIND == "normalize":
+            factor = gain / tl.maximum(tl.sqrt(tl.sum(z * z, axis=1)), eps)
+            y = z * tl.where(there, factor, 0.0)[:, None]
+        elif KIND == "mean":
+            factor = tl.rsqrt(tl.sum(z * z, axis=1) / channels + eps)
+            y = z * tl.where(there, factor, 0.0)[:, None]
+        else:
+            y = tl.where(there[:, None], z, 0.0)
+        if HAS_GAMMA:
+            y = y * gamma[None, :]
+        if HAS_SHIFT:
+            of_sample = sample.to(tl.int64) * channels + offs_c
+            scale = tl.load(scale_ptr + of_sample, mask=mask_c, other=0.0).to(tl.float32)
+            shift = tl.load(shift_ptr + of_sample, mask=mask_c, other=0.0).to(tl.float32)
+            y = tl.where(there[:, None], y * (1.0 + scale)[None, :] + shift[None, :], 0.0)
+        if SILU:
+            y = apply_silu(y, y_dtype)
+        y = y.to(y_dtype)
+        if HAS_HALO:
+            of_halo = (there & front)[:, None] & mask_c[None, :]
+            y = tl.where(front, tl.load(halo_ptr + offs, mask=of_halo, other=0.0), y)
+        tl.store(y_ptr + target[:, None] * channels + offs_c[None, :], y, mask=within[:, None] & mask_c[None, :])
 
 
 class Tiling(NamedTuple):
@@ -129,7 +170,7 @@ class Tiling(NamedTuple):
     stages: int
 
 
-TENSORS = 8  # that the kernel takes
+TENSORS = 10  # that the kernel takes
 MAX_CHANNELS = 2048
 TILE_BYTES = 2048
 RESIDENT_BYTES = 132 * 16 * TILE_BYTES  # sixteen small tiles on every multiprocessor of an H100 or H200
@@ -139,28 +180,26 @@ def choose_tiling(block_c: int, itemsize: int, has_residual: bool) -> Tiling:
     """For pixels of ``block_c`` numbers, a power of two, of ``itemsize`` bytes."""
     pixel_bytes = block_c * itemsize
     # As in add_layer_norm, where it is measured: one warp sums a pixel without waiting for another, and so small a tile
-    # leaves room for many; a tile of two inputs needs to be only one ahead, for the two overlap.
+    # leaves room for many. A tile of one input leaves room for half as many again: 73 % of copy bandwidth at 96
+    # channels, where 66 % were reached with one more tile ahead.
     block_m = max(TILE_BYTES // pixel_bytes, 4 // itemsize)
-    stages = 2 if has_residual else 3
-    return Tiling(
-        block_m, RESIDENT_BYTES // (block_m * pixel_bytes), num_warps=1 if block_c <= 512 else 2, stages=stages
-    )
+    resident = RESIDENT_BYTES if has_residual else RESIDENT_BYTES * 3 // 2
+    return Tiling(block_m, resident // (block_m * pixel_bytes), num_warps=1 if block_c <= 512 else 2, stages=2)
 
 
-def _launch(shape: Sequence[int], itemsize: int, before: int, has_halo: bool, **flags: bool) -> Launch:
+def _launch(shape: Sequence[int], itemsize: int, padding: Padding, eps: float, **flags: bool | str) -> Launch:
     samples, frames, height, width, channels = shape
-    sample_rows, halo_rows = frames * height * width, before * height * width
     block_c = triton.next_power_of_2(channels)
-    block_m, programs, num_warps, stages = choose_tiling(block_c, itemsize, flags["HAS_RESIDUAL"])
-    tiles, halo_tiles = (triton.cdiv(samples * rows, block_m) for rows in (sample_rows, halo_rows))
-    halo_programs = min(halo_tiles, triton.cdiv(programs * halo_tiles, tiles))
+    block_m, programs, num_warps, stages = choose_tiling(block_c, itemsize, bool(flags["HAS_RESIDUAL"]))
+    pixels = math.prod(padding.shape(shape)[:4])
     return Launch(
-        _rms_norm_silu_kernel, (halo_programs + min(tiles, programs),),
-        samples, sample_rows, halo_rows, halo_programs, channels,
-        channels**0.5, EPS,
-        **flags, HAS_HALO=has_halo,
+        _rms_norm_silu_kernel, (min(triton.cdiv(pixels, block_m), programs),),
+        samples, padding.before, frames, padding.before + frames + padding.after, height, width, channels,
+        channels**0.5, eps,
+        **flags,
+        BORDER=padding.border, FRAME_MODE=padding.frame_mode, PIXEL_MODE=padding.pixel_mode,
         BLOCK_M=block_m, BLOCK_C=block_c, STAGES=stages,
-        num_warps=num_warps, enable_fp_fusion=False,  # eager rounds a product before it adds to it
+        num_warps=num_warps,
     )  # fmt: skip
 
 
@@ -168,23 +207,71 @@ class _Call(NamedTuple):
     """The arguments of a call."""
 
     x: Tensor
-    gamma: Tensor
+    gamma: Tensor | None
     bias: Tensor | None
     residual: Tensor | None
     residual_bias: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
     halo: Tensor | None
     before: int
+    after: int
+    border: int
+    frame_mode: str
+    pixel_mode: str
+    kind: str
+    eps: float
     silu: bool
     keep: bool
     inplace: bool
+    out_dtype: torch.dtype | None
 
-    def flags(self) -> dict[str, bool]:
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """In the order of the kernel's pointers."""
+        return self[:8]
+
+    @property
+    def padding(self) -> Padding:
+        return Padding(self.before, self.after, self.border, self.frame_mode, self.pixel_mode)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all but y, the halo, and x if that is narrower."""
+        return self.x.dtype if self.out_dtype is None else torch.promote_types(self.x.dtype, torch.float32)
+
+    @property
+    def y_dtype(self) -> torch.dtype:
+        return self.x.dtype if self.out_dtype is None else self.out_dtype
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """What the kernel reads, in the order of its pointers."""
+        return (self.x.dtype, *[self.dtype] * 6, self.y_dtype)
+
+    @property
+    def itemsize(self) -> int:
+        """Of the widest clip that is read."""
+        return self.x.itemsize if self.residual is None else max(self.x.itemsize, self.residual.itemsize)
+
+    def overwrites(self) -> int | None:
+        """Position of the argument whose memory z may take: x, or the residual where x is narrower than z."""
+        if self.x.dtype == self.dtype:
+            return 0
+        return None if self.residual is None else 3
+
+    def flags(self) -> dict[str, bool | str]:
         return {
+            "HAS_GAMMA": self.gamma is not None,
             "HAS_BIAS": self.bias is not None,
             "HAS_RESIDUAL": self.residual is not None,
             "HAS_RESIDUAL_BIAS": self.residual_bias is not None,
+            "HAS_SHIFT": self.shift is not None,
+            "HAS_HALO": self.halo is not None,
+            "KIND": self.kind,
             "KEEP": self.stores_sum(),
             "SILU": self.silu,
+            "WIDE": self.out_dtype is not None,
         }
 
     def stores_sum(self) -> bool:
@@ -199,38 +286,53 @@ def compile_ahead(
     residual: bool = False,
     residual_bias: bool = False,
     halo: bool = False,
+    padding: Padding = NO_PADDING,
     silu: bool = True,
     keep: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> None:
-    """Begin to compile what :func:`rms_norm_silu` will run with such a ``gamma`` and clips of its dtype."""
+    """Begin to compile what :func:`rms_norm_silu` will run with such a ``gamma`` and clips of its dtype.
+
+    With ``out_dtype``, ``x`` has that.
+    """
     if gamma.numel() <= MAX_CHANNELS and gamma.dtype in DTYPES:
+        itemsize = gamma.itemsize if out_dtype is None or residual else out_dtype.itemsize
         launch = _launch(
-            (1, 1, 1, 1, gamma.numel()), gamma.itemsize, 1, halo,
-            HAS_BIAS=bias, HAS_RESIDUAL=residual, HAS_RESIDUAL_BIAS=residual_bias, KEEP=keep, SILU=silu,
+            (1, 1, 1, 1, gamma.numel()), itemsize, padding, EPS,
+            HAS_GAMMA=True, HAS_BIAS=bias, HAS_RESIDUAL=residual, HAS_RESIDUAL_BIAS=residual_bias, HAS_SHIFT=False,
+            HAS_HALO=halo, KIND="normalize", KEEP=keep, SILU=silu, WIDE=out_dtype is not None,
         )  # fmt: skip
-        launch.compile_ahead(gamma.device, *[gamma.dtype] * TENSORS)
+        narrow = out_dtype or gamma.dtype  # also where there is no tensor, for x stands in there
+        there = False, True, bias, residual, residual_bias, False, False, False, keep, False
+        launch.compile_ahead(gamma.device, *(gamma.dtype if wide else narrow for wide in there))
 
 
 def _bind(*args: Any) -> Callable[..., list[Tensor]]:
+    """What is returned keeps no tensor of this call alive: it outlives it."""
     call = _Call(*args)
-    shape, stores = call.x.shape, call.stores_sum()
-    launch = _launch(shape, call.x.itemsize, call.before, call.halo is not None, **call.flags())
-    buffer_shape = shape[0], call.before + shape[1], *shape[2:]
-    ready = all(t is None or (t.is_contiguous() and t.dtype == call.x.dtype) for t in call[:6])
+    shape, padded, stores = call.x.shape, call.padding.shape(call.x.shape), call.stores_sum()
+    launch = _launch(shape, call.itemsize, call.padding, call.eps, **call.flags())
+    dtypes, dtype, y_dtype = call.dtypes, call.dtype, call.y_dtype
+    given = zip(call.tensors, dtypes, strict=True)
+    ready = all(t is None or (t.is_contiguous() and t.dtype == kind) for t, kind in given)
+    overwritten = call.overwrites() if call.inplace and not call.padding.reads_twice() else None
+    del call, given
 
     def run(*args: Any) -> list[Tensor]:
-        x, gamma, bias, residual, residual_bias, halo, *_, inplace = args
+        tensors = args[:8]
         if not ready:
-            every = x, gamma, bias, residual, residual_bias, halo
-            laid_out = [None if t is None else t.to(call.x.dtype).contiguous() for t in every]
-            inplace = inplace and laid_out[0] is x
-            x, gamma, bias, residual, residual_bias, halo = laid_out
-        y = x.new_empty(buffer_shape)
+            laid_out = zip(tensors, dtypes, strict=True)
+            tensors = tuple(None if t is None else t.to(kind).contiguous() for t, kind in laid_out)
+        x = tensors[0]
+        y = x.new_empty(padded, dtype=y_dtype)
         if not stores:
-            launch(x, gamma, bias, residual, residual_bias, halo, None, y)
+            launch(*tensors, None, y)
             return [y]
-        z = x if inplace else x.new_empty(shape)
-        launch(x, gamma, bias, residual, residual_bias, halo, z, y)
+        if overwritten is not None and tensors[overwritten] is args[overwritten]:
+            z = tensors[overwritten]
+        else:
+            z = x.new_empty(shape, dtype=dtype)
+        launch(*tensors, z, y)
         return [z, y]
 
     return run
@@ -238,33 +340,48 @@ def _bind(*args: Any) -> Callable[..., list[Tensor]]:
 
 def _triton(
     x: Tensor,
-    gamma: Tensor,
+    gamma: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     residual_bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
     halo: Tensor | None,
     before: int,
+    after: int,
+    border: int,
+    frame_mode: str,
+    pixel_mode: str,
+    kind: str,
+    eps: float,
     silu: bool,
     keep: bool,
     inplace: bool,
+    out_dtype: torch.dtype | None,
 ) -> list[Tensor]:
     """Never in place, for ``torch.compile`` is told so."""
-    args = x, gamma, bias, residual, residual_bias, halo, before, silu, keep, False
+    args = (
+        x, gamma, bias, residual, residual_bias, scale, shift, halo, before, after, border, frame_mode, pixel_mode,
+        kind, eps, silu, keep, False, out_dtype,
+    )  # fmt: skip
     return _bind(*args)(*args)
 
 
-@functools.wraps(rms_norm_silu_ref)
 def _reference(*args: Any) -> list[Tensor]:
     """``[z, y]``, or only ``[y]`` when z is x or unwanted."""
-    z, y = rms_norm_silu_ref(*args)
-    return [z, y] if _Call(*args).stores_sum() else [y]
+    call = _Call(*args)
+    z, y = rms_norm_silu_ref(
+        call.x, call.gamma, bias=call.bias, residual=call.residual, residual_bias=call.residual_bias, scale=call.scale,
+        shift=call.shift, halo=call.halo, padding=call.padding, kind=call.kind, eps=call.eps, silu=call.silu,
+        out_dtype=call.out_dtype,
+    )  # fmt: skip
+    return [z, y] if call.stores_sum() else [y]
 
 
 def _fake(*args: Any) -> list[Tensor]:
     call = _Call(*args)
-    samples, frames, *frame = call.x.shape
-    y = call.x.new_empty((samples, call.before + frames, *frame))
-    return [call.x.new_empty(call.x.shape), y] if call.stores_sum() else [y]
+    y = call.x.new_empty(call.padding.shape(call.x.shape), dtype=call.y_dtype)
+    return [call.x.new_empty(call.x.shape, dtype=call.dtype), y] if call.stores_sum() else [y]
 
 
 def _reason(*args: Any) -> str | None:
@@ -273,29 +390,43 @@ def _reason(*args: Any) -> str | None:
         return f"the kernel keeps a pixel in registers, up to C={MAX_CHANNELS}, got C={call.x.shape[-1]}"
     if call.x.numel() == 0:
         return "there is nothing to normalise"
-    if mixed := [t.dtype for t in (call.residual, call.halo) if t is not None and t.dtype != call.x.dtype]:
-        return f"residual and halo must have the dtype of x, {call.x.dtype}, got {mixed[0]}"
-    return device_reason(call.x) or tensors_reason(*call[:6])
+    for name, t, dtype in (("residual", call.residual, call.dtype), ("halo", call.halo, call.y_dtype)):
+        if t is not None and t.dtype != dtype:
+            return f"the {name} must be {dtype}, got {t.dtype}"
+    return device_reason(call.x) or tensors_reason(call.x, *call.tensors[1:])
 
 
 def _costs(*args: Any) -> Costs:
     call = _Call(*args)
-    passes = 2 + (call.residual is not None) + call.stores_sum()
-    halo = call.before * call.x.nbytes // max(call.x.shape[1], 1)
-    return Costs(bytes=call.x.nbytes * passes + halo * (2 if call.halo is not None else 1))
+    x = call.x
+    read = sum(t.nbytes for t in (x, call.residual, call.halo) if t is not None)
+    sums = x.numel() * call.dtype.itemsize * call.stores_sum()
+    return Costs(bytes=read + sums + math.prod(call.padding.shape(x.shape)) * call.y_dtype.itemsize)
 
 
 def _parts(*args: Any) -> Iterator[Part]:
-    """Some frames of a sample at a time, or rows of one; the first bring what lies before them."""
+    """Some frames of a sample at a time, or rows of one if nothing is around them.
+
+    The first frames bring what lies before them, the last what lies behind.
+    """
     call = _Call(*args)
-    for piece in pieces(call.x.shape, 0, 1, 2):
+    dims = (0, 1) if call.border else (0, 1, 2)
+    for piece in pieces(call.x.shape, *dims):
         samples, frames, height, *_ = piece
-        before = 0 if frames.start else call.before
-        halo = None if frames.start or call.halo is None else call.halo[samples, :, height]
-        residual = None if call.residual is None else call.residual[piece]
-        part = call._replace(x=call.x[piece], residual=residual, halo=halo, before=before)
-        written = slice(frames.start + call.before - before, frames.stop + call.before)
-        yield Part(tuple(part), functools.partial(_part_of, piece, (samples, written, height)), _as_frames)
+        first, last = frames.start == 0, frames.stop == call.x.shape[1]
+        before, after = call.before * first, call.after * last
+        part = call._replace(
+            x=call.x[piece],
+            residual=None if call.residual is None else call.residual[piece],
+            scale=None if call.scale is None else call.scale[samples],
+            shift=None if call.shift is None else call.shift[samples],
+            halo=call.halo[samples, :, height] if call.halo is not None and first else None,
+            before=before,
+            after=after,
+        )
+        written = slice(frames.start + call.before - before, frames.stop + call.before + after)
+        rows = slice(height.start, height.stop + 2 * call.border)
+        yield Part(tuple(part), functools.partial(_part_of, piece, (samples, written, rows)), _as_frames)
 
 
 def _part_of(piece: tuple[slice, ...], written: tuple[slice, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -310,24 +441,27 @@ def _as_frames(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def _validate(*args: Any) -> None:
     call = _Call(*args)
     name, x = "rms_norm_silu", call.x
-    require_floats(
-        name, x=x, gamma=call.gamma, bias=call.bias, residual=call.residual, residual_bias=call.residual_bias,
-        halo=call.halo,
-    )  # fmt: skip
+    names = ("x", "gamma", "bias", "residual", "residual_bias", "scale", "shift", "halo")
+    given = dict(zip(names, call.tensors, strict=True))
+    require_floats(name, **given)
     if x.ndim != 5 or not x.shape[-1]:
         raise ValueError(f"{name}: x must be [B, F, H, W, C] with channels, got {tuple(x.shape)}")
-    for key, vector in (("gamma", call.gamma), ("bias", call.bias), ("residual_bias", call.residual_bias)):
-        if vector is not None and vector.shape != x.shape[-1:]:
-            raise ValueError(f"{name}: {key} must be [{x.shape[-1]}], got {tuple(vector.shape)}")
+    samples, *_, channels = x.shape
+    for key in ("gamma", "bias", "residual_bias", "scale", "shift"):
+        vector, expected = given[key], [samples, channels] if key in ("scale", "shift") else [channels]
+        if vector is not None and list(vector.shape) != expected:
+            raise ValueError(f"{name}: {key} must be {expected}, got {tuple(vector.shape)}")
     if call.residual is not None and call.residual.shape != x.shape:
         raise ValueError(f"{name}: residual must be {tuple(x.shape)}, as x is, got {tuple(call.residual.shape)}")
     if call.residual_bias is not None and call.residual is None:
         raise ValueError(f"{name}: residual_bias needs a residual")
-    if call.before < 0:
-        raise ValueError(f"{name}: before must not be negative, got {call.before}")
-    expected = x.shape[0], call.before, *x.shape[2:]
-    if call.halo is not None and call.halo.shape != expected:
-        raise ValueError(f"{name}: halo must be {expected}, got {tuple(call.halo.shape)}")
+    if call.out_dtype is not None and call.out_dtype not in DTYPES:
+        raise ValueError(f"{name}: out_dtype must be one of {', '.join(map(str, DTYPES))}, got {call.out_dtype}")
+    if (call.scale is None) != (call.shift is None):
+        raise ValueError(f"{name}: scale and shift come together, got one of them")
+    if call.kind not in KINDS:
+        raise ValueError(f"{name}: kind must be one of {', '.join(KINDS)}, got {call.kind!r}")
+    require_padding(name, x.shape, call.padding, call.halo)
 
 
 RMS_NORM_SILU = Op(
@@ -337,49 +471,63 @@ RMS_NORM_SILU = Op(
     fake=_fake,
     costs=_costs,
     parts=_parts,
-    overwrites=0,
+    overwrites=lambda *args: _Call(*args).overwrites(),
     validate=_validate,
+    small=scaled(0, 3, 4),  # x, residual, residual_bias
 )
 
 
 def rms_norm_silu(
     x: Tensor,
-    gamma: Tensor,
+    gamma: Tensor | None = None,
     *,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     residual_bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
     halo: Tensor | None = None,
-    before: int = 0,
+    padding: Padding = NO_PADDING,
+    kind: str = "normalize",
+    eps: float = EPS,
     silu: bool = True,
     keep: bool = True,
     inplace: bool = False,
+    out_dtype: torch.dtype | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``z = x + bias + residual``; ``cat([halo, silu(F.normalize(z, dim=-1) * C**0.5 * gamma)], dim=1)``.
+    """``z = x + bias + residual``; ``pad_clip(silu(F.normalize(z, dim=-1) * C**0.5 * gamma), halo, padding)``.
 
     Args:
         x: ``[B, F, H, W, C]``, fp16 / bf16 / fp32; read through a contiguous copy if it is not contiguous.
-        gamma: ``[C]``, any float dtype; so are the two biases.
+        gamma: ``[C]``, any float dtype, as are all vectors; None multiplies by nothing.
         bias: ``[C]``, added to x; None adds nothing.
         residual: ``[B, F, H, W, C]``; None adds nothing.
         residual_bias: ``[C]``, added to the residual first.
-        halo: ``[B, before, H, W, C]``, the frames that come before; None: zeros.
-        before: How many those are.
+        scale: ``[B, C]``; the norm is multiplied by ``1 + scale``. None, with ``shift``: not modulated.
+        shift: ``[B, C]``, added then.
+        halo: ``[B, padding.before, H, W, C]``, the frames that come before, as ``y`` has them; None: as ``padding``
+            says.
+        padding: What lies around the clip.
+        kind: ``"normalize"``; ``"mean"``: ``z / sqrt(mean(z**2) + eps)``; ``"none"``: z itself.
+        eps: The least norm; of ``"mean"``, what is added to the mean square.
         silu: Whether SiLU follows the norm.
         keep: Whether the sum is needed.
-        inplace: Whether the sum may be written over x.
+        inplace: Whether the sum may be written over x; over the residual, if x is narrower than the sum.
+        out_dtype: That of ``y``, of which ``halo`` is too; ``x`` may be, and all else is float32. None: all have the
+            dtype of ``x``.
         impl: ``"triton"`` or ``"torch"``; None lets the op choose.
 
     Returns:
-        The sum ``[B, F, H, W, C]``, and the frames ``[B, before + F, H, W, C]``, both contiguous in ``x.dtype``. The
-        first is ``x`` itself where nothing is added, or where ``keep`` is False.
+        The sum ``[B, F, H, W, C]``, and the padded clip ``padding.shape(x.shape)``, both contiguous and of the dtypes
+        above. The first is ``x`` itself where nothing is added, or where ``keep`` is False.
 
     Raises:
         ValueError: A shape or a device is not as above; ``impl`` cannot run here.
         TypeError: A tensor is not floating-point.
     """
     outputs = RMS_NORM_SILU(
-        x, gamma, bias, residual, residual_bias, halo, before, silu, keep, inplace, impl=impl
+        x, gamma, bias, residual, residual_bias, scale, shift, halo, *padding, kind, eps, silu, keep, inplace,
+        out_dtype, impl=impl,
     )  # fmt: skip
     return (outputs[0] if len(outputs) == 2 else x), outputs[-1]

@@ -20,6 +20,7 @@ from tiny_models import tiny_synthetic_pipeline
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from vidaccel.bench import subject
 from vidaccel.bench.first_calls import first_calls
 from vidaccel.bench.op_cases import CASES, TINY, Stretches
 from vidaccel.bench.op_stock import STOCK
@@ -188,6 +189,10 @@ def test_a_decoder_that_is_called_frame_by_frame_is_timed_as_a_whole() -> None:
     assert set(call) == {"z"}
     first, second = workload.output(), workload.output()  # a cache that went on would give another clip
     assert torch.equal(first, second) and first.shape[2] == arguments["num_frames"]
+    torch._dynamo.utils.counters.clear()
+    with applied("compile+channels_last", pipe, EAGERLY):
+        torch.testing.assert_close(workload.output(), first, rtol=0, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] and not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_variants() -> None:
@@ -213,6 +218,21 @@ def test_a_real_model(bench: Bench, model: Path, image: Path) -> None:
     assert record["subject"]["model"] == str(model)
     assert record["shapes"]["end-to-end"]["num_frames"] == 2
     assert record["results"][1]["cold_start_s"] > 0
+
+
+def test_a_decode_alone_needs_neither_prompt_nor_image(bench: Bench, model: Path) -> None:
+    size = ("--height", "32", "--width", "32", "--frames", "2", "--steps", "1", "--variants", "eager")
+    code, record = bench("--model", model, *size, "--scope", "vae")
+    assert code == 0 and [row["scope"] for row in record["results"]] == ["vae"]
+    assert bench("--model", model, *size, "--scope", "vae,end-to-end")[0] == 2, "a clip is made from something"
+
+
+def test_only_that_names_no_site_is_answered_before_loading(
+    bench: Bench, model: Path, image: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(subject, "load_pipeline", None)
+    assert bench("--model", model, "--image", image, "--only", "temporal_attenshun")[0] == 2
+    assert "did you mean temporal_attention" in capsys.readouterr().err
 
 
 def test_first_calls(plain_pytorch: None) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ import diffusers
 import imageio.v3 as iio
 import numpy as np
 import pytest
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from imageio_ffmpeg import get_ffmpeg_exe
 
 from vidaccel.cli import main
 from vidaccel.clips import clip_maker, video_model
@@ -78,7 +82,7 @@ def the_only_line(capsys: pytest.CaptureFixture[str]) -> str:
 def test_writes_the_clip_and_its_record(
     name: str, generate: Generate, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert generate("--no-patch", "--out", out / name, "--seed", 7, "--quiet") == 0
+    assert generate("--no-patch", "--out", out / name, "--seed", 7) == 0
     assert files_in(out) == [name, f"{name}.json"]
     frames = sorted((out / name).iterdir()) if name == "clip" else list(iio.imiter(out / name))
     assert len(frames) == 2
@@ -94,10 +98,17 @@ def test_writes_the_clip_and_its_record(
     assert timings["encode"] + timings["denoise"] + timings["decode"] == pytest.approx(timings["total"])
     assert min(timings[phase] for phase in ("encode", "denoise", "decode", "step", "peak_memory_gib")) > 0
 
-    printed = capsys.readouterr()
-    assert printed.err == "", "--quiet shows no progress"
-    for figure in ("load", "patch", "per step", "decode", "total", "peak memory"):
-        assert figure in printed.out
+    printed = capsys.readouterr().out
+    for figure in ("load", "patch", "seed 7", "per step", "decode", "total", "peak memory"):
+        assert figure in printed
+
+
+def test_quiet_prints_the_clip_alone(generate: Generate, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("clip.gif", "clip-again.gif"):
+        assert generate("--out", out / name, "--quiet") == 0
+        assert capsys.readouterr() == (f"{out / name}\n", "")
+    assert generate("--out", out / name, "--quiet") == 0
+    assert capsys.readouterr() == ("", ""), "nothing was made"
 
 
 def test_patches_by_default_and_reports(generate: Generate, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,9 +228,78 @@ def test_a_failed_write_keeps_the_old_clip(
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     capsys.readouterr()
     monkeypatch.setattr(clip_maker, "write_clip", disk_is_full)
-    assert generate("--no-patch", "--out", out / "clip.gif", "--overwrite", "--quiet") == 2
+    assert generate("--no-patch", "--out", out / "clip.gif", "--overwrite", "--quiet") == 1
     assert "No space left on device" in the_only_line(capsys)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_clip_whose_place_is_gone_is_saved_elsewhere(
+    generate: Generate, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def make_and_lose_the_folder(*args: Any, **kwargs: Any) -> Any:
+        out.rmdir()
+        out.write_text("a file in its place")
+        return generate_clip(*args, **kwargs)
+
+    generate_clip = clip_maker.generate
+    monkeypatch.setattr(clip_maker, "generate", make_and_lose_the_folder)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    assert generate("--no-patch", "--out", out / "clip.gif", "--quiet") == 1
+    line = the_only_line(capsys)
+    kept = Path(line.rpartition("the clip is saved as ")[2])
+    assert kept.parent.parent == tmp_path / "temporary" and len(list(iio.imiter(kept))) == 2
+    assert record_of(kept)["arguments"]["steps"] == 1
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["encoder-dies", "file-is-cut"])
+def test_an_encoder_that_dies_after_the_last_frame_loses_no_clip(
+    broken: bool, generate: Generate, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "ffmpeg"
+    end = f"truncate -c -s 700 {out}/.clip.part.mp4" if broken else "exit 1"
+    script.write_text(f'#!/bin/sh\n"{get_ffmpeg_exe()}" "$@" || exit\ncase "$*" in *rawvideo*) {end} ;; esac\n')
+    script.chmod(0o755)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    with monkeypatch.context() as dying:
+        dying.setenv("IMAGEIO_FFMPEG_EXE", str(script))
+        assert generate("--no-patch", "--out", out / "clip.mp4", "--quiet") == 1
+    assert files_in(out) == []
+    (kept,) = (tmp_path / "temporary").glob("*/clip*.json")
+    assert kept.with_suffix("").exists()
+    assert generate("--no-patch", "--out", out / "clip.mp4", "--quiet") == 0, "it is not taken for done"
+
+
+def test_a_random_seed_is_recorded_and_stands(
+    generate: Generate, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate("--no-patch", "--out", out / "clip.gif", "--num-clips", 2, "--seed", "random") == 0
+    seeds = [record_of(out / f"clip-000{i}.gif")["seed"] for i in range(2)]
+    assert min(seeds) >= 0 and seeds[0] != seeds[1]
+    assert f"seed {seeds[0]}" in capsys.readouterr().out
+    assert generate("--no-patch", "--out", out / "clip.gif", "--num-clips", 2, "--seed", -1) == 0
+    assert capsys.readouterr().out.count("skipped") == 2
+    assert generate("--no-patch", "--out", out / "again.gif", "--seed", seeds[0]) == 0
+    np.testing.assert_array_equal(iio.imread(out / "again.gif"), iio.imread(out / "clip-0000.gif"))
+
+
+def test_paths_by_other_names_are_the_same_clip(
+    generate: Generate, model: Path, image: Path, out: Path, monkeypatch: pytest.MonkeyPatch, no_loading: None
+) -> None:
+    with monkeypatch.context() as loading:
+        loading.setattr(clip_maker, "load_pipeline", video_model.load_pipeline)
+        assert generate("--no-patch", "--out", out / "clip.gif", "--quiet") == 0
+    monkeypatch.chdir(model.parent)
+    near = Path(os.path.relpath(image))
+    for name in (model.name, f"./{model.name}", f"{model.name}/"):
+        assert generate("--no-patch", "--out", out / "clip.gif", "--model", name, "--image", near, "--quiet") == 0
+
+
+def test_a_frame_rate_that_is_no_whole_number(generate: Generate, out: Path) -> None:
+    assert generate("--no-patch", "--out", out / "clip.mp4", "--fps", 23.976, "--quiet") == 0
+    assert iio.immeta(out / "clip.mp4")["fps"] == pytest.approx(23.976, abs=0.01)
+    assert record_of(out / "clip.mp4")["arguments"]["fps"] == 23.976
 
 
 def test_a_clip_that_is_not_finite_is_not_written(
@@ -287,6 +367,11 @@ BAD_INPUT = {
     "negative-steps": (["--steps", "-1"], "steps must be at least 1"),
     "not-a-number": (["--steps", "many"], "invalid int value"),
     "infinite-guidance": (["--guidance-scale", "inf"], "must be finite"),
+    "seed-is-text": (["--seed", "dice"], "must be a whole number or random, got 'dice'"),
+    "gif-too-fast": (["--out", "{tmp}/clip.gif", "--fps", "60"], "gif shows 50 frames a second at most, got 60"),
+    "out-is-here": (["--out", "."], "is a folder, and names no clip"),
+    "out-at-the-root": (["--out", "/no-such-folder/clip.gif"], "is not made at the root"),
+    "out-too-long": (["--out", "n" * 251 + ".gif"], "is too long a name"),
     "no-clips": (["--num-clips", "0"], "num-clips must be at least 1"),
     "seed": (["--seed", "99999999999999999999"], "seed must be at most"),
     "suffix": (["--out", "{tmp}/clip.avi"], "cannot write .avi"),
@@ -368,13 +453,43 @@ def test_unreachable_hub(
     assert "nobody/nothing is no folder here" in line and "couldn't connect" in line
 
 
-def test_only_that_names_no_site_lists_those_there_are(
-    generate: Generate, out: Path, capsys: pytest.CaptureFixture[str]
+def test_only_that_names_no_site_is_answered_without_the_weights(
+    generate: Generate, out: Path, no_loading: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert generate("--out", out / "clip.mp4", "--only", "temporal_attenshun", "--quiet") == 2
-    line = the_only_line(capsys)
-    assert "'temporal_attenshun' names no site" in line and "temporal_attention" in line
+    for option in ("--only", "--skip"):
+        assert generate("--out", out / "clip.mp4", option, "temporal_attenshun", "--quiet") == 2
+        line = the_only_line(capsys)
+        assert "'temporal_attenshun' names no site" in line and "temporal_attention" in line
+        assert files_in(out) == []
+
+
+def test_weights_are_safetensors_unless_asked(
+    model: Path, tmp_path: Path, generate: Generate, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pickled = shutil.copytree(model, tmp_path / "pickled")
+    DiffusionPipeline.from_pretrained(pickled).save_pretrained(pickled, safe_serialization=False)
+    for weights in pickled.rglob("diffusion_pytorch_model.safetensors"):
+        weights.unlink()
+    options = ("--no-patch", "--quiet", "--model", pickled, "--out", out / "clip.gif")
+    capsys.readouterr()
+    assert generate(*options) == 2
+    assert "--allow-pickle" in the_only_line(capsys)
     assert files_in(out) == []
+    assert generate(*options, "--allow-pickle") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_model_imports_nothing_else(
+    model: Path, tmp_path: Path, generate: Generate, no_loading: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hostile = shutil.copytree(model, tmp_path / "hostile", ignore=shutil.ignore_patterns("*.safetensors"))
+    index = json.loads((hostile / "model_index.json").read_text())
+    (hostile / "model_index.json").write_text(json.dumps(index | {"unet": ["antigravity", "Module"]}))
+    assert generate("--model", hostile) == 2
+    assert "its unet is of 'antigravity'; only diffusers and transformers are imported" in the_only_line(capsys)
+    (hostile / "model_index.json").write_text(json.dumps(index | {"_class_name": ["pipeline", "Mine"]}))
+    assert generate("--model", hostile) == 2
+    assert "has no pipeline" in the_only_line(capsys)
 
 
 def test_default_model_and_image_need_the_repository(

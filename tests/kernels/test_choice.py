@@ -131,8 +131,10 @@ def test_an_answer_of_another_machine_or_version_does_not_count(cache: Path, clo
     assert ran(op) == "second" and clock.asked
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"winner": "second"}', '{"key": 1, "winner": 2}', "\x00\xff"])
-def test_a_broken_file_counts_as_absent(cache: Path, clock: Clock, text: str) -> None:
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "[" * 100_000, '{"winner": "second"}', '{"key": 1, "winner": 2}', "\x00\xff"]
+)
+def test_a_broken_file_counts_as_absent(cache: Path, clock: Clock, text: str, caplog: pytest.LogCaptureFixture) -> None:
     op = make()
     ran(op)
     (path,) = cache.rglob("*.json")
@@ -140,13 +142,18 @@ def test_a_broken_file_counts_as_absent(cache: Path, clock: Clock, text: str) ->
     as_another_process(cache)
     assert ran(op) == "second"
     assert json.loads(path.read_text())["winner"] == "second", "and is written anew"
+    path.write_text(text)
+    as_another_process(cache)
+    assert ran(op) == "second"
+    assert [record.levelname for record in caplog.records] == ["WARNING"], "said once"
 
 
-def test_an_implementation_that_is_gone_is_no_answer(cache: Path, clock: Clock) -> None:
+@pytest.mark.parametrize("name", ["gone", "torch"], ids=["gone", "does-not-compete"])
+def test_an_implementation_that_is_gone_is_no_answer(cache: Path, clock: Clock, name: str) -> None:
     op = make()
     ran(op)
     (path,) = cache.rglob("*.json")
-    path.write_text(path.read_text().replace('"winner": "second"', '"winner": "gone"'))
+    path.write_text(path.read_text().replace('"winner": "second"', f'"winner": "{name}"'))
     as_another_process(cache)
     assert ran(op) == "second"
 
@@ -160,6 +167,10 @@ def _read_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VIDACCEL_CACHE_DIR", "/proc/vidaccel")  # where not even root can write
 
 
+def _homeless(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIDACCEL_CACHE_DIR", "~nobody-of-that-name/cache")
+
+
 def _full(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def replace(*args: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -167,13 +178,19 @@ def _full(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "replace", replace)
 
 
-@pytest.mark.parametrize("spoil", [_a_file, _read_only, _full], ids=lambda spoil: spoil.__name__.strip("_"))
+@pytest.mark.parametrize("spoil", [_a_file, _read_only, _homeless, _full], ids=lambda spoil: spoil.__name__.strip("_"))
 def test_a_folder_that_takes_nothing_is_no_error(
-    cache: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, spoil: Callable[..., None]
+    cache: Path,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    spoil: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     spoil(cache, monkeypatch)
-    assert ran(make()) == "second"
+    assert ran(make()) == ran(make("test_choice_of_another")) == "second"
     assert not list(cache.rglob("*.part")), "nothing half written stays"
+    assert [record.levelname for record in caplog.records] == ["WARNING"], "said once"
+    assert not list(choice.remembered())
 
 
 def test_what_is_wrong_or_raises_cannot_win(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:

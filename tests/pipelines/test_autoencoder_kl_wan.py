@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vidaccel import patch_module
 from vidaccel.blocks.vae import autoencoder_kl_wan as blocks
+from vidaccel.blocks.vae import causal_clip
 from vidaccel.kernels.norm.rms_norm_silu import RMS_NORM_SILU
 from vidaccel.patching.report import PatchReport
 
@@ -110,17 +111,19 @@ def count_convolutions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return frames
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 4])
+@pytest.mark.parametrize("fit", [1, 2, 3, 4])
 @pytest.mark.parametrize("shape", [(5, 2, 3, 1), (6, 1, 2, 2)], ids=["5-frames", "6-frames-batch"])
 def test_chunks_are_the_whole(
-    step: int, shape: tuple[int, int, int, int], either_vae: AutoencoderKLWan, monkeypatch: pytest.MonkeyPatch
+    fit: int, shape: tuple[int, int, int, int], either_vae: AutoencoderKLWan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    vae = either_vae
-    expected = decode(vae, draw(*shape))
-    monkeypatch.setattr(blocks, "_frames_that_fit", lambda *_: step)
+    vae, latents = either_vae, draw(*shape)
+    expected = decode(vae, latents)
+    monkeypatch.setattr(blocks, "decode_bytes", lambda decoder, latents, frames: frames)
+    monkeypatch.setattr(causal_clip, "free_bytes", lambda _: fit)
     with patch_module(vae) as report:
-        assert relative_error(decode(vae, draw(*shape)), expected) <= EQUAL
-        assert f"{step} of {shape[0]} frames" in ran(report) and not report.fallbacks
+        assert relative_error(decode(vae, latents), expected) <= EQUAL
+        assert f"{min(fit, 3)} of {shape[0]} frames" in ran(report)  # equal parts: 3 and 2 rather than 4 and 1
+        assert not report.fallbacks
 
 
 def out_of_memory_beyond(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
@@ -156,12 +159,13 @@ def test_what_memory_cannot_hold_at_all_is_explained(vae: AutoencoderKLWan, monk
 
 
 def test_memory_decides_how_many_frames(vae: AutoencoderKLWan, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected, needed = decode(vae, draw(frames=5)), blocks.decode_bytes(vae.decoder, draw(frames=5))
+    latents = draw(frames=15)
+    expected = decode(vae, latents)
     with patch_module(vae) as report:
-        for free, step in ((needed // 2, 1), (needed * 2, 2), (needed * 100, 5)):
-            monkeypatch.setattr(blocks, "_free_bytes", lambda _, free=free: free)
-            assert relative_error(decode(vae, draw(frames=5)), expected) <= EQUAL
-            assert f"{step} of 5 frames" in ran(report)
+        for free, step in ((0, 1), (blocks.decode_bytes(vae.decoder, latents, 3), 3), (2**40, 15)):
+            monkeypatch.setattr(causal_clip, "free_bytes", lambda _, free=free: free)
+            assert relative_error(decode(vae, latents), expected) <= EQUAL
+            assert f"{step} of 15 frames" in ran(report)
 
 
 @pytest.mark.parametrize("mode", ["slicing", "tiling", "both"])

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from PIL import Image
 
 from vidaccel.bench.synthetic import build_pipeline, pipeline_inputs, specification
-from vidaccel.clips.clip_request import pipeline_names, request_from_arguments
+from vidaccel.clips.clip_request import ClipRequest, pipeline_names, request_from_arguments
 from vidaccel.clips.generation import call_arguments, resolve
 from vidaccel.clips.video_model import find_model, load_pipeline
 from vidaccel.errors import UsageError
@@ -26,10 +27,17 @@ def load_subject(args: argparse.Namespace, device: torch.device, dtype: torch.dt
     """A pipeline on ``device``, unpatched, and the keyword arguments of its call."""
     if args.synthetic:
         return _synthetic(args, device, dtype)
-    model = find_model(args.model)
+    model = find_model(args.model, args.allow_pickle)
+    if args.only or args.skip:
+        model.check_sites(args.only, args.skip)
     request = resolve(model, request_from_arguments(args))
-    arguments = call_arguments(model.pipeline_class, request)
+    arguments = call_arguments(model.pipeline_class, request, _stand_ins(request) if args.scope == "vae" else None)
     return load_pipeline(model, dtype, device, show_progress=True), arguments
+
+
+def _stand_ins(request: ClipRequest) -> dict[str, Any]:
+    """What a clip may be made from whose decode alone is timed: that takes as long for any other."""
+    return {"prompt": "a clip", "image": Image.new("RGB", (request.width or 512, request.height or 512), "grey")}
 
 
 def _synthetic(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Subject:

@@ -7,16 +7,17 @@ What is built is declared in ``samples/models/configurations/<name>.json``::
       "pipeline": "StableVideoDiffusionPipeline",
       "components": {"unet": ["UNetSpatioTemporalConditionModel", {...}], "scheduler": [...], ...},
       "options": {},
+      "tiling": true,
       "inputs": {"image": "image", "prompt_embeds": [1, 77, 768]},
       "call": {"height": 576, "width": 1024, "num_frames": 14, "num_inference_steps": 25},
       "tiny": {"components": {"unet": {...}}, "inputs": {...}, "call": {...}}
     }
 
 Component classes are named as diffusers or transformers export them (``"ltx2.LTX2Vocoder"``: a part of a pipeline of
-diffusers), with the configuration of the released checkpoint (``source``); ``options``, which may be missing, are what
-else the pipeline is made with. An input is ``"image"`` (a random picture of the call's size), the shape of a random
-tensor, ``{"zeros": shape}``, or ``{"mask": shape, "valid": 60}``: the mask of a text that is padded behind its 60
-tokens. ``tiny`` overrides single entries for a dry run on a CPU.
+diffusers), with the configuration of the released checkpoint (``source``). What may be missing: ``options``, what else
+the pipeline is made with, and ``tiling``, whether the VAE works in tiles. An input is ``"image"`` (a random picture of
+the call's size), the shape of a random tensor, ``{"zeros": shape}``, or ``{"mask": shape, "valid": 60}``: the mask of a
+text that is padded behind its 60 tokens. ``tiny`` overrides single entries for a dry run on a CPU.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ def specification(name: str, size: str = "full") -> Specification:
         "pipeline": declared["pipeline"],
         "components": components,
         "options": declared.get("options", {}),
+        "tiling": declared.get("tiling", False),
         "inputs": declared["inputs"] | tiny.get("inputs", {}),
         "call": declared["call"] | tiny.get("call", {}),
     }
@@ -90,7 +92,10 @@ def build_pipeline(
     pipeline_class = getattr(diffusers, specified["pipeline"])
     given = components | specified["options"]
     absent = dict.fromkeys(set(inspect.signature(pipeline_class.__init__).parameters) - {"self"} - set(given))
-    return pipeline_class(**given, **absent)
+    pipe = pipeline_class(**given, **absent)
+    if specified["tiling"]:
+        pipe.vae.enable_tiling()
+    return pipe
 
 
 def build_component(class_name: str, config: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Any:

@@ -185,7 +185,9 @@ def workloads(
 
 def _output(module: nn.Module, calls: list[ModuleCall]) -> Tensor:
     outputs = (module(*call.args, **call.kwargs) for call in calls)
-    return torch.cat([(out if isinstance(out, Tensor) else out[0]).float().cpu() for out in outputs])
+    made = [(out if isinstance(out, Tensor) else out[0]).float().cpu() for out in outputs]
+    alike = len({out.shape[1:] for out in made}) == 1
+    return torch.cat(made if alike else [out.flatten() for out in made])  # tiles at the edges are smaller
 
 
 def _redrawn(generator: torch.Generator, x: Tensor) -> Tensor:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
+import logging
+import tempfile
 import time
-from contextlib import ExitStack
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -14,15 +17,26 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from tqdm import tqdm
 
 from vidaccel import patch_pipeline
-from vidaccel.clips.clip_request import request_from_arguments
+from vidaccel.clips.clip_request import RANDOM_SEED, request_from_arguments
 from vidaccel.clips.comparison import Comparison
 from vidaccel.clips.generation import Clip, call_arguments, generate, resolve
 from vidaccel.clips.jobs import Job, LineErrors, jobs_from_file, numbered_jobs
-from vidaccel.clips.outputs import aside, check_output, comparison_path, discard, is_done, record_path
+from vidaccel.clips.outputs import (
+    Claims,
+    aside,
+    check_output,
+    comparison_path,
+    discard,
+    fingerprint,
+    in_words,
+    is_done,
+    json_text,
+    record_path,
+)
 from vidaccel.clips.video import write_clip
 from vidaccel.clips.video_model import VideoModel, dtype_of, find_model, load_pipeline, parameters_of_call
 from vidaccel.environment import device_of, environment
-from vidaccel.errors import UsageError
+from vidaccel.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
     from vidaccel.patching.report import PatchReport
@@ -31,14 +45,33 @@ __all__ = ["make_clips"]
 
 
 def make_clips(args: argparse.Namespace) -> int:
-    """Run the command; the exit code is 1 if a line of the job file failed."""
+    """Run the command; the exit code is 1 if a clip failed."""
+    with _warnings_off() if args.quiet else nullcontext():
+        return _make_clips(args)
+
+
+@contextmanager
+def _warnings_off() -> Iterator[None]:
+    """Log errors alone; of diffusers nothing, whose errors are raised as well."""
+    levels = {"vidaccel": logging.ERROR, "diffusers": logging.CRITICAL}
+    before = {name: logging.getLogger(name).level for name in levels}
+    try:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def _make_clips(args: argparse.Namespace) -> int:
     if args.no_patch and (args.compare or args.only or args.skip or args.strict or args.cuda_graph):
         raise UsageError("--no-patch leaves nothing to do for --compare, --only, --skip, --strict or --cuda-graph")
     device = device_of(args.device)
     dtype = dtype_of(args.dtype, device)
     if args.cuda_graph and device.type != "cuda":
         raise UsageError(f"--cuda-graph needs a GPU, and the device is {device}")
-    model = find_model(args.model)
+    model = find_model(args.model, args.allow_pickle)
     if not args.no_patch:
         model.check_patchable()
     settings = {
@@ -48,41 +81,47 @@ def make_clips(args: argparse.Namespace) -> int:
         **{name: getattr(args, name) for name in ("no_patch", "only", "skip", "compare")},
     }
     errors = LineErrors()
-    jobs = _not_done(_asked_for(args, model, errors), model, settings, args.overwrite, errors)
+    jobs = _not_done(_asked_for(args, model, errors), model, settings, args, errors)
     if jobs:
+        if args.only or args.skip:
+            model.check_sites(args.only, args.skip)
         start = time.perf_counter()
         pipe = load_pipeline(model, dtype, device, show_progress=not args.quiet)
         loaded = time.perf_counter()
         report = None if args.no_patch else _patch(pipe, args)
         patched = time.perf_counter()
         _make_all(pipe, report, jobs, args, settings, errors)
-        print(f"load {loaded - start:.1f} s · patch {patched - loaded:.1f} s")
+        if not args.quiet:
+            print(f"load {loaded - start:.1f} s · patch {patched - loaded:.1f} s")
     return 1 if errors.count else 0
 
 
 def _asked_for(args: argparse.Namespace, model: VideoModel, errors: LineErrors) -> list[Job]:
-    request = resolve(model, request_from_arguments(args))
+    asked = request_from_arguments(args)
+    request = resolve(model, asked)
+    if asked.seed == RANDOM_SEED:
+        request = replace(request, seed=RANDOM_SEED)  # each clip draws its own
     if args.jobs is None:
         return numbered_jobs(request, args.out, args.num_clips)
-    return jobs_from_file(args.jobs, request, args.out, parameters_of_call(model.pipeline_class), errors)
+    takes = parameters_of_call(model.pipeline_class)
+    return jobs_from_file(args.jobs, request, args.out, takes, errors, args.allow_outside)
 
 
 def _not_done(
-    jobs: list[Job], model: VideoModel, settings: dict[str, Any], overwrite: bool, errors: LineErrors
+    jobs: list[Job], model: VideoModel, settings: dict[str, Any], args: argparse.Namespace, errors: LineErrors
 ) -> list[Job]:
     """The jobs that are left to do, each checked as far as that goes without the model's weights."""
     todo: list[Job] = []
-    taken: set[Any] = set()
+    claims = Claims()
     for job in jobs:
         with errors.survived(job.origin):
-            call_arguments(model.pipeline_class, resolve(model, job.request))
-            check_output(job.out)
-            if job.out in taken:
-                raise UsageError(f"an earlier job writes {job.out} already")
-            taken.add(job.out)
-            if overwrite or not is_done(job.out, asdict(job.request) | settings):
-                todo.append(job)
-            else:
+            request = resolve(model, job.request)
+            call_arguments(model.pipeline_class, request)
+            check_output(job.out, cast(float, request.fps), args.compare)
+            claims.add(job.out, args.compare)
+            if args.overwrite or not is_done(job.out, asdict(job.request) | settings):
+                todo.append(replace(job, request=request))
+            elif not args.quiet:
                 print(f"{job.out}: done already, skipped")
     return todo
 
@@ -116,9 +155,16 @@ def _make_all(
             }
             _save(job, clip, comparison, record)
             report_text = report.overview() if report else ""  # while it is patched: it tells the present state
-            tqdm.write(f"{job.out}\n{comparison or f'  {clip.timings}'}")
+            tqdm.write("\n".join([str(job.out), *_figures(job, clip, comparison, args.quiet)]))
     if report_text and not args.quiet:
         print(report_text)
+
+
+def _figures(job: Job, clip: Clip, comparison: Comparison | None, quiet: bool) -> list[str]:
+    """What is printed below the name of a clip; if ``quiet``, only what was asked for."""
+    if quiet:
+        return [str(comparison)] if comparison else []
+    return [f"  seed {job.request.seed}", str(comparison or f"  {clip.timings}")]
 
 
 def _patch(pipe: DiffusionPipeline, args: argparse.Namespace) -> PatchReport:
@@ -140,16 +186,39 @@ def _run(pipe: DiffusionPipeline, job: Job, args: argparse.Namespace) -> Clip:
 
 
 def _save(job: Job, clip: Clip, comparison: Comparison | None, record: dict[str, Any]) -> None:
-    """Write the clip, what stands beside it, and its record; none of them appears before all are written."""
-    fps = cast(int, job.request.fps)
+    """Write the clip, what stands beside it, and its record; a clip that cannot be written there is kept elsewhere."""
     try:
-        with ExitStack() as files:  # they are renamed in reverse order: the clip itself comes last
-            write_clip(clip.frames, files.enter_context(aside(job.out)), fps)
-            files.enter_context(aside(record_path(job.out))).write_text(json.dumps(record, indent=2) + "\n")
-            if comparison:
-                write_clip(comparison.side_by_side(), files.enter_context(aside(comparison_path(job.out))), fps)
-            if job.out.exists():  # to be overwritten; no new record may stand beside an old clip, nor the reverse
-                discard(job.out)
-                discard(comparison_path(job.out))
+        _write(job.out, job, clip, comparison, record)
     except OSError as error:
-        raise UsageError(f"cannot write {job.out}: {error}") from error
+        kept = _keep_elsewhere(job, clip, comparison, record)
+        where = f"the clip is saved as {kept}" if kept else "and no other place takes the clip"
+        raise OutputError(f"cannot write {job.out}: {in_words(error)}; {where}") from error
+
+
+def _write(out: Path, job: Job, clip: Clip, comparison: Comparison | None, record: dict[str, Any]) -> None:
+    """None of the files appears before all are written."""
+    fps = cast(float, job.request.fps)
+    with ExitStack() as files:  # they are renamed in reverse order: the clip itself comes last
+        part = files.enter_context(aside(out))
+        write_clip(clip.frames, part, fps)
+        text = json_text({**record, "output": fingerprint(part)})
+        files.enter_context(aside(record_path(out))).write_text(f"{text}\n", encoding="utf-8")
+        if comparison:
+            write_clip(comparison.side_by_side(), files.enter_context(aside(comparison_path(out))), fps)
+        elif out.exists():
+            discard(comparison_path(out))  # of the clip that is replaced
+
+
+def _keep_elsewhere(job: Job, clip: Clip, comparison: Comparison | None, record: dict[str, Any]) -> Path | None:
+    """Write a clip that cannot go where it should to another place, as a folder of PNG frames if need be."""
+    for place in (Path(tempfile.gettempdir()), Path.cwd()):
+        for name in dict.fromkeys((f"clip{job.out.suffix}", "clip")):
+            folder = None
+            try:
+                folder = Path(tempfile.mkdtemp(prefix="vidaccel-", dir=place))
+                _write(folder / name, job, clip, comparison, record)
+                return folder / name
+            except OSError:
+                if folder is not None:
+                    discard(folder)
+    return None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from vidaccel.errors import UsageError
 
 __all__ = [
+    "RANDOM_SEED",
     "ClipRequest",
     "add_clip_arguments",
     "add_model_arguments",
@@ -19,12 +20,23 @@ __all__ = [
     "request_from_arguments",
 ]
 
+RANDOM_SEED = -1
 _LARGEST = 2**63 - 1  # seed that PyTorch takes
 
 
-def _option(kind: type, *pipeline_names: str, help: str, least: int | None = None) -> Any:
-    metadata = {"kind": kind, "pipeline_names": pipeline_names, "help": help, "least": least}
+def _option(
+    kind: type, *pipeline_names: str, help: str, least: int | None = None, parse: Callable[[str], Any] | None = None
+) -> Any:
+    metadata = {"kind": kind, "pipeline_names": pipeline_names, "help": help, "least": least, "parse": parse or kind}
     return field(default=None, metadata=metadata)
+
+
+def parse_seed(text: str) -> int:
+    """A whole number, or -1 for "random"."""
+    try:
+        return RANDOM_SEED if text == "random" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number or random, got {text!r}") from None
 
 
 @dataclass(frozen=True)
@@ -41,8 +53,16 @@ class ClipRequest:
     prompt: str | None = _option(str, "prompt", help="text to start from")
     frames: int | None = _option(int, "num_frames", "video_length", least=1, help="number of frames")
     steps: int | None = _option(int, "num_inference_steps", least=1, help="number of denoising steps")
-    seed: int | None = _option(int, least=0, help="seed of the first clip's noise; the next clips add 1, 2, ...")
-    fps: int | None = _option(int, "fps", "target_fps", "frame_rate", least=1, help="frames per second")
+    seed: int | None = _option(
+        int,
+        least=RANDOM_SEED,
+        parse=parse_seed,
+        help="seed of the first clip's noise; the next clips add 1, 2, ...; random (or -1): another for each clip, "
+        "which its record keeps",
+    )
+    fps: float | None = _option(
+        float, "fps", "target_fps", "frame_rate", least=1, help="frames per second, such as 8 or 23.976"
+    )
     height: int | None = _option(int, "height", least=1, help="pixels; a multiple of the VAE's factor")
     width: int | None = _option(int, "width", least=1, help="pixels; a multiple of the VAE's factor")
     guidance_scale: float | None = _option(
@@ -74,12 +94,12 @@ def _check(name: str, value: Any, kind: type, least: int | None) -> None:
         raise UsageError(f"{name} must be {_NAMES_OF_KINDS[kind]}, got {value!r}")
     if kind is str:
         return
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"{name} must be finite, got {value}")
     if least is not None and value < least:
         raise UsageError(f"{name} must be at least {least}, got {value}")
-    if value > _LARGEST:
-        raise UsageError(f"{name} must be at most {_LARGEST}, got {value}")
+    if abs(value) > _LARGEST:
+        raise UsageError(f"{name} must be at most {_LARGEST}, got {str(value)[:40]}")
 
 
 _NAMES_OF_KINDS = {int: "a whole number", float: "a number", str: "text"}
@@ -108,6 +128,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("float16", "bfloat16", "float32"), help="default: float16, float32 on a CPU"
     )
+    parser.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="load weights that are not safetensors; such a file can run code of whoever made it",
+    )
     parser.add_argument("--device", help="cuda, cuda:1, cpu, ... (default: the first GPU, else the CPU)")
 
 
@@ -115,7 +140,7 @@ def add_clip_arguments(parser: argparse.ArgumentParser) -> None:
     """One ``--option`` for every field of :class:`ClipRequest`."""
     for option in fields(ClipRequest):
         parser.add_argument(
-            f"--{option.name.replace('_', '-')}", type=option.metadata["kind"], help=option.metadata["help"]
+            f"--{option.name.replace('_', '-')}", type=option.metadata["parse"], help=option.metadata["help"]
         )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
 import time
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from tqdm import tqdm
 
-from vidaccel.clips.clip_request import ClipRequest, pipeline_names
+from vidaccel.clips.clip_request import RANDOM_SEED, ClipRequest, pipeline_names
 from vidaccel.clips.video import fit_image, read_image
 from vidaccel.clips.video_model import VideoModel, parameters_of_call
 from vidaccel.environment import peak_memory_gib, reset_peak_memory
@@ -57,13 +59,15 @@ class Clip:
 
 
 def resolve(model: VideoModel, request: ClipRequest) -> ClipRequest:
-    """``request`` with the model's and then its pipeline's own defaults in place of None.
+    """``request`` with the model's and then its pipeline's own defaults in place of None, and a random seed drawn.
 
     Raises:
         UsageError: the height or width is not a multiple of the VAE's factor.
     """
     request = request.filled_from(model.defaults).filled_from(_defaults_of_call(model.pipeline_class))
     request = request.filled_from({"fps": _FPS, "seed": 0})
+    if request.seed == RANDOM_SEED:
+        request = replace(request, seed=secrets.randbits(32))
     for side in ("height", "width"):
         pixels = getattr(request, side)
         if pixels and pixels % model.size_multiple:
@@ -81,8 +85,12 @@ def _defaults_of_call(pipeline_class: type[DiffusionPipeline]) -> dict[str, Any]
     return defaults
 
 
-def call_arguments(pipeline_class: type[DiffusionPipeline], request: ClipRequest) -> dict[str, Any]:
+def call_arguments(
+    pipeline_class: type[DiffusionPipeline], request: ClipRequest, stand_ins: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """``request`` as keyword arguments of a pipeline of this class; its image is read and fitted to width x height.
+
+    Where the pipeline needs what the request does not have, one of ``stand_ins`` will do.
 
     Raises:
         UsageError: the pipeline does not take an option of the request, or needs what the request does not have.
@@ -95,11 +103,14 @@ def call_arguments(pipeline_class: type[DiffusionPipeline], request: ClipRequest
         if value is None or not names:
             continue
         if name := next((name for name in names if name in taken), None):
-            arguments[name] = value
+            # a frame rate may be any number, but not to a pipeline whose own is a whole one
+            whole = option.name == "fps" and isinstance(taken[name].default, int)
+            arguments[name] = round(value) if whole else value
         elif option.name != "fps":  # which the file has in any case
             raise UsageError(f"{pipeline_class.__name__} takes no {option.name.replace('_', '-')}")
 
     needed = {name for name in taken if name == "prompt" or taken[name].default is taken[name].empty}
+    arguments |= {name: value for name, value in (stand_ins or {}).items() if name in needed - arguments.keys()}
     if missing := sorted(needed - arguments.keys()):
         raise UsageError(f"{pipeline_class.__name__} needs {' and '.join(missing)}")
     if request.image is not None:
@@ -110,14 +121,16 @@ def call_arguments(pipeline_class: type[DiffusionPipeline], request: ClipRequest
     return arguments
 
 
-def generate(pipe: Any, arguments: dict[str, Any], seed: int, show_progress: bool = False) -> Clip:
+def generate(pipe: Any, arguments: dict[str, Any], seed: int, show_progress: bool = False, what: str = "steps") -> Clip:
     """Call ``pipe`` with ``arguments`` and the noise of ``seed``, drawn on the CPU: the same for every device.
+
+    The progress bar says ``what``.
 
     Raises:
         UsageError: the pipeline refuses the arguments before its first step, or memory runs out.
     """
     device = pipe.device
-    clock = _PhaseClock(device, show_progress)
+    clock = _PhaseClock(device, show_progress, what)
     pipe.progress_bar = clock.open_bar
     reset_peak_memory(device)
     try:
@@ -142,8 +155,9 @@ class _PhaseClock:
     """Stands in for ``pipe.progress_bar``, which diffusers' pipelines open where denoising starts, update after every
     step and close after the last."""
 
-    def __init__(self, device: torch.device, show: bool) -> None:
+    def __init__(self, device: torch.device, show: bool, what: str) -> None:
         self.steps = 0
+        self._what = what
         self._device = device
         self._show = show
         self._marks: dict[str, float] = {}
@@ -156,7 +170,7 @@ class _PhaseClock:
     def open_bar(self, iterable: Any = None, total: int | None = None) -> tqdm:
         if not self.steps:
             self.mark("open")
-        return _StepBar(self, iterable, total=total, desc="steps", leave=False, disable=not self._show)
+        return _StepBar(self, iterable, total=total, desc=self._what, leave=False, disable=not self._show)
 
     def count_step(self) -> None:
         self.steps += 1

@@ -1,40 +1,82 @@
-"""Images in, clips out: reading, fitting, writing through imageio, and the labelled side-by-side clip.
+"""Images in, clips out: reading and fitting an image, and the labelled side-by-side clip.
 
 Clips are float arrays ``[F, H, W, C]`` in 0..1; only files hold 8-bit values.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import imageio.v3 as iio
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
+from vidaccel.clips.encoding import encode
 from vidaccel.errors import UsageError
 
-__all__ = ["FRAME_PATTERN", "SUFFIXES", "fit_image", "read_image", "side_by_side", "write_clip"]
+__all__ = ["fit_image", "read_image", "side_by_side", "write_clip"]
 
-SUFFIXES = (".mp4", ".gif", ".webp")
-FRAME_PATTERN = "frame-*.png"
+logger = logging.getLogger(__name__)
+
 _LABELLED_WIDTH = 360  # pixels that a label needs to be read with ease; smaller clips are enlarged
 _MARGIN = 8
 _BACKGROUND, _INK = (24, 24, 27), (244, 244, 245)
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """An image file as RGB, turned upright as its EXIF data says."""
+    """An image file as 8-bit RGB: upright as its EXIF data says, the first of several frames, on white where it is
+    transparent. The last two are told as warnings.
+
+    Raises:
+        UsageError: it cannot be read, or nobody can say which of its values are black and white.
+    """
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+        if Path(path).exists() and not Path(path).is_file():
+            raise UsageError(
+                f"cannot read the image {path}: {'Is a directory' if Path(path).is_dir() else 'not a file'}"
+            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is far too large is an error
+            with Image.open(path) as image:
+                frames = getattr(image, "n_frames", 1)
+                if frames > 1 and image.format != "MPO":  # a photograph and its preview
+                    _warn_once(f"{path} has {frames} frames: the first is used")
+                grey16 = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+                return _as_rgb(ImageOps.exif_transpose(image), grey16, str(path))
     except UnidentifiedImageError:
         raise UsageError(f"{path} is not an image") from None
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"cannot read the image {path}: {reason}") from None
+    except UsageError:
+        raise
+    except Exception as error:  # a broken file can raise anything
+        raise UsageError(f"cannot read the image {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _as_rgb(image: Image.Image, grey16: bool, name: str) -> Image.Image:
+    if grey16:
+        image = Image.fromarray(((np.asarray(image).astype(np.int64) * 255 + 32767) // 65535).astype(np.uint8))
+    elif image.mode == "I":
+        raise UsageError(f"{name} has 32-bit grey values, of which none stands for white; save it with 8 or 16 bits")
+    elif image.mode == "F":
+        values = np.asarray(image)
+        if not (values.min() >= 0 and values.max() <= 1):
+            found = f"got {values.min():.4g} to {values.max():.4g}"
+            raise UsageError(f"{name}: float pixels must be from 0 (black) to 1 (white), {found}; save it with 8 bits")
+        image = Image.fromarray(to_uint8(values))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    if image.getchannel("A").getextrema() != (255, 255):
+        _warn_once(f"{name} is transparent in places: it is laid on white")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+@functools.lru_cache(maxsize=1000)
+def _warn_once(message: str) -> None:
+    logger.warning("%s", message)
 
 
 def fit_image(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -42,23 +84,13 @@ def fit_image(image: Image.Image, width: int, height: int) -> Image.Image:
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
-def write_clip(clip: np.ndarray, path: Path, fps: int) -> None:
-    """Write ``clip`` in the format of ``path``'s suffix; without a suffix, as a folder of PNG frames."""
-    frames = to_uint8(clip)
-    suffix = path.suffix.lower()
-    if suffix == ".mp4":
-        # yuv420p is what every player shows; crf 12 is hard to tell from the original. Even sides will do: imageio's
-        # own default would resize the clip to multiples of 16.
-        encoding: dict[str, Any] = {"codec": "libx264", "pixelformat": "yuv420p", "output_params": ["-crf", "12"]}
-        iio.imwrite(path, frames, plugin="FFMPEG", fps=fps, quality=None, macro_block_size=2, **encoding)
-    elif suffix == ".gif":
-        iio.imwrite(path, frames, plugin="pillow", duration=1000 / fps, loop=0)
-    elif suffix == ".webp":
-        iio.imwrite(path, frames, plugin="pillow", duration=round(1000 / fps), loop=0, quality=90)
-    else:
-        path.mkdir()
-        for i, frame in enumerate(frames):
-            iio.imwrite(path / FRAME_PATTERN.replace("*", f"{i:04d}"), frame)
+def write_clip(clip: np.ndarray, path: Path, fps: float) -> None:
+    """Write ``clip`` in the format of ``path``'s suffix; without a suffix, as a folder of PNG frames.
+
+    Raises:
+        OSError: it cannot be written, or what was written is not what is read back.
+    """
+    encode(to_uint8(clip), path, fps)
 
 
 def to_uint8(clip: np.ndarray) -> np.ndarray:

@@ -19,7 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--jobs",
         type=Path,
         metavar="FILE",
-        help="one image path, prompt or JSON object with these options as keys per line; # begins a comment",
+        help="one image path, prompt or JSON object with these options as keys per line, or a JSON array of such; "
+        "# begins a comment",
     )
     parser.add_argument(
         "--out",
@@ -27,6 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("clip.mp4"),
         help="mp4, gif or webp file; without a suffix a folder of PNG frames. Several clips are numbered; without a "
         "suffix, this is then the folder of their mp4 files (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--allow-outside",
+        action="store_true",
+        help="let the out of a job lie outside of the folder of --out; it is then meant from the current folder",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="make clips again that are done or were made otherwise"
@@ -45,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also capture the denoiser's calls as CUDA graphs: the same clip, sooner where the GPU waits for Python",
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress bars and no report")
+    parser.add_argument("--quiet", action="store_true", help="print errors, the names of clips and comparisons alone")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -61,6 +61,7 @@ _FAMILIES = {
         pipelines=("AnyFlowFARPipeline", "AnyFlowPipeline"),
     ),
     "autoencoder_kl": _Family(models=("AutoencoderKL",)),
+    "autoencoder_kl_hunyuanvideo15": _Family(models=("AutoencoderKLHunyuanVideo15",)),
     "autoencoder_kl_wan": _Family(models=("AutoencoderKLWan",)),
     "chronoedit": _Family(models=("ChronoEditTransformer3DModel",), pipelines=("ChronoEditPipeline",)),
     "cogvideox": _Family(
@@ -107,7 +108,7 @@ _FAMILIES = {
     ),
     "latte": _Family(models=("LatteTransformer3DModel",), pipelines=("LattePipeline",)),
     "ltx": _Family(
-        models=("LTXVideoTransformer3DModel",),
+        models=("AutoencoderKLLTXVideo", "LTXVideoTransformer3DModel"),
         pipelines=(
             "LTXConditionPipeline",
             "LTXI2VLongMultiPromptPipeline",
@@ -116,7 +117,7 @@ _FAMILIES = {
         ),
     ),
     "ltx2": _Family(
-        models=("LTX2VideoTransformer3DModel",),
+        models=("AutoencoderKLLTX2Video", "LTX2VideoTransformer3DModel"),
         pipelines=(
             "LTX2ConditionPipeline",
             "LTX2DFRPipeline",

@@ -22,7 +22,7 @@ from torch import nn
 from vidaccel.kernels.settings import Fidelity, Settings, allowed, frozen
 from vidaccel.patching.cuda_graph import Graphs
 from vidaccel.patching.premises import CALL_SLOT, Premises
-from vidaccel.sites.memo import Memo, holding, preparations
+from vidaccel.sites.memo import Memo, holding, preparations, watched
 
 __all__ = ["ModelCall", "unwrap_call", "wrap_call"]
 
@@ -52,14 +52,17 @@ class ModelCall:
             return model._call_impl(*args, **kwargs)
         with self._lock, allowed(self._allow), frozen() as settings:
             self._settle(model, settings)
-            memo = self._memo
+            memo, graphs = self._memo, self.graphs
+            if way := watched():
+                memo, graphs = Memo(), None
+                memo.way = way
             try:
                 for prepare in preparations(model):
                     prepare(memo, args, kwargs)
                 with holding(memo):
-                    if self.graphs is None:
+                    if graphs is None:
                         return model._call_impl(*args, **kwargs)
-                    return self.graphs.call(model, args, kwargs)
+                    return graphs.call(model, args, kwargs)
             finally:
                 memo.text = None  # also after an interrupt: no later call may take it for its own
                 memo.of_call.clear()

@@ -26,7 +26,7 @@ from vidaccel.sites.block import FusedBlock
 from vidaccel.sites.rules import Patch, Rule, patches_of
 from vidaccel.sites.site import Site
 
-__all__ = ["CudaGraph", "patch_module", "patch_pipeline"]
+__all__ = ["CudaGraph", "check_names", "patch_module", "patch_pipeline"]
 
 CudaGraph = Literal["auto"] | bool
 Names = str | Sequence[str] | None
@@ -67,18 +67,7 @@ def patch_pipeline(
             environment variable names nothing that exists; with ``strict``, a site cannot be patched; or, with
             ``cuda_graph=True``, no call could be captured as things are (there is no GPU, or an offload hook).
     """
-    components = getattr(pipe, "components", None)
-    if not isinstance(components, dict):
-        raise UsageError(reason_unserved(pipe))
-    parts = {name: unwrapped(part) for name, part in components.items() if isinstance(part, nn.Module)}
-    models = {name: model for name, model in parts.items() if rules_for(model)}
-    if not models:
-        raise UsageError(reason_unserved(pipe))
-    reasons = {name: off_reason(part) for name, part in parts.items()}
-    for name in DENOISERS:
-        if name in parts and name not in models and not reasons[name]:
-            reasons[name] = unserved_denoiser(type(pipe).__name__, parts[name])
-    off = [Site(name, "adapter", "math-exact", reason) for name, reason in reasons.items() if reason]
+    models, off = _models_of(pipe)
     return _patch(models, off, only, skip, allow, strict, self_check, cuda_graph)
 
 
@@ -96,6 +85,33 @@ def patch_module(
     if not isinstance(model, nn.Module) or not rules_for(unwrapped(model)):
         raise UsageError(reason_unserved(model))
     return _patch({"": unwrapped(model)}, [], only, skip, allow, strict, self_check, cuda_graph)
+
+
+def check_names(pipe: Any, only: Names, skip: Names) -> None:
+    """Raise what :func:`patch_pipeline` would if ``only`` or ``skip`` names no site; change nothing.
+
+    The pipeline's models may be on the meta device.
+    """
+    models, off = _models_of(pipe)
+    places = (place for name, model in models.items() for place in _plan(name, model, "lossy"))
+    _selection(only, skip, [*off, *(site for place in places for site in place.sites)])
+
+
+def _models_of(pipe: Any) -> tuple[dict[str, nn.Module], list[Site]]:
+    """The parts of a pipeline that have an adapter, by name, and a site for each other part that should have one."""
+    components = getattr(pipe, "components", None)
+    if not isinstance(components, dict):
+        raise UsageError(reason_unserved(pipe))
+    parts = {name: unwrapped(part) for name, part in components.items() if isinstance(part, nn.Module)}
+    models = {name: model for name, model in parts.items() if rules_for(model)}
+    if not models:
+        raise UsageError(reason_unserved(pipe))
+    reasons = {name: off_reason(part) for name, part in parts.items()}
+    for name in DENOISERS:
+        if name in parts and name not in models and not reasons[name]:
+            reasons[name] = unserved_denoiser(type(pipe).__name__, parts[name])
+    off = [Site(name, "adapter", "math-exact", reason) for name, reason in reasons.items() if reason]
+    return models, off
 
 
 def _patch(

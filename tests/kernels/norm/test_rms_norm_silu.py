@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import itertools
 import re
+import weakref
 from typing import Any
 
 import pytest
 import torch
 import triton
+from diffusers.models.autoencoders.autoencoder_kl_ltx2 import PerChannelRMSNorm
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
+from diffusers.models.normalization import RMSNorm
 from kernel_checks import (
     FAULTS,
     TARGETS,
@@ -20,6 +23,7 @@ from kernel_checks import (
 from torch import Tensor
 
 from vidaccel.kernels import check
+from vidaccel.kernels.conv.padded_clip import Padding
 from vidaccel.kernels.norm import rms_norm_silu as op
 from vidaccel.kernels.norm.rms_norm_silu import RMS_NORM_SILU, choose_tiling, rms_norm_silu, rms_norm_silu_ref
 from vidaccel.kernels.op import listening
@@ -51,6 +55,17 @@ ADDENDS = [
     pytest.param(("bias", "residual", "halo"), id="bias-residual-halo"),
 ]
 
+SUM = ("bias", "residual", "residual_bias")
+CAUSAL = Padding(before=2)
+PADDINGS = [
+    Padding(2, 0, 1, "replicate", "replicate"),  # HunyuanVideo
+    Padding(1, 1, 1, "replicate", "reflect"),  # LTX-2
+    Padding(1, 1, 0, "replicate"),  # LTX
+    Padding(2, 1, 2, "zeros", "reflect"),
+    Padding(0, 2, 1, "zeros", "zeros"),
+    Padding(0, 0, 3, "zeros", "replicate"),
+]
+
 
 def draw(
     shape: tuple[int, ...],
@@ -68,20 +83,21 @@ def draw(
     gamma = torch.randn(channels, device=device).to(dtype)
     halo = samples, before, height, width, channels
     shapes = {"bias": (channels,), "residual": shape, "residual_bias": (channels,), "halo": halo}
+    shapes |= dict.fromkeys(("scale", "shift"), (samples, channels))
     return x, gamma, {name: torch.randn(shapes[name], device=device).to(dtype) for name in names}
 
 
-def assert_matches_reference(out: tuple[Tensor, Tensor], x: Tensor, gamma: Tensor, **arguments: Any) -> None:
+def assert_matches_reference(
+    out: tuple[Tensor, Tensor], x: Tensor, gamma: Tensor | None, **arguments: Any
+) -> None:  # fmt: skip
     eager_z, eager_y = rms_norm_silu_ref(x, gamma, **arguments)
     z, y = out
     if arguments.get("keep", True):
         assert torch.equal(z, eager_z)
     # the norm is judged on the sum that both saw: its rounding would swamp the errors of the norm itself
-    rest = {name: arguments[name] for name in ("before", "silu") if name in arguments}
-    halo = arguments.get("halo")
-    _, gold = rms_norm_silu_ref(
-        eager_z.double(), gamma.double(), halo=None if halo is None else halo.double(), **rest
-    )  # fmt: skip
+    rest = {name: value for name, value in arguments.items() if name not in ("bias", "residual", "residual_bias")}
+    rest = {name: value.double() if isinstance(value, Tensor) else value for name, value in rest.items()}
+    _, gold = rms_norm_silu_ref(eager_z.double(), None if gamma is None else gamma.double(), **rest)
     assert_close_to_gold(y, gold, eager_y)
 
 
@@ -93,7 +109,7 @@ def test_matches_reference(
 ) -> None:
     x, gamma, given = draw(shape, dtype, device, names)
     for silu, keep in itertools.product([True, False], [True, False]):
-        arguments = {**given, "before": 2, "silu": silu, "keep": keep}
+        arguments = {**given, "padding": CAUSAL, "silu": silu, "keep": keep}
         assert_matches_reference(rms_norm_silu(x, gamma, **arguments, impl="triton"), x, gamma, **arguments)
 
 
@@ -102,11 +118,27 @@ def test_matches_reference(
 def test_frames_before(before: int, dtype: torch.dtype, device: torch.device) -> None:
     x, gamma, given = draw((2, 3, 2, 5, 42), dtype, device, ("halo",), before=before, centre=30.0)
     for halo in (None, given["halo"]):
-        _, y = rms_norm_silu(x, gamma, halo=halo, before=before, impl="triton")
-        assert_matches_reference((x, y), x, gamma, halo=halo, before=before)
+        padding = Padding(before)
+        _, y = rms_norm_silu(x, gamma, halo=halo, padding=padding, impl="triton")
+        assert_matches_reference((x, y), x, gamma, halo=halo, padding=padding)
         expected = torch.zeros_like(given["halo"]) if halo is None else halo
         assert torch.equal(y[:, :before], expected)
         assert torch.equal(y[:, before:], rms_norm_silu(x, gamma, impl="triton")[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("padding", PADDINGS, ids=str)
+@pytest.mark.parametrize("names", [(), ("bias", "residual", "scale", "shift", "halo")], ids=["alone", "everything"])
+@pytest.mark.parametrize("kind", ["normalize", "mean", "none"])
+def test_padding(
+    kind: str, names: tuple[str, ...], padding: Padding, dtype: torch.dtype, device: torch.device
+) -> None:  # fmt: skip
+    names = tuple(name for name in names if name != "halo" or padding.before)
+    x, gamma, given = draw((2, 2, 4, 3, 42), dtype, device, names, before=padding.before)
+    gamma = gamma if names else None
+    arguments = {**given, "padding": padding, "kind": kind, "eps": 1e-8}
+    out = rms_norm_silu(x.clone(), gamma, **arguments, inplace=True, impl="triton")
+    assert_matches_reference(out, x, gamma, **arguments)
 
 
 def test_reference_is_what_diffusers_does(device: torch.device) -> None:
@@ -116,9 +148,23 @@ def test_reference_is_what_diffusers_does(device: torch.device) -> None:
         norm.gamma.data.copy_(gamma.view(-1, 1, 1, 1))
         total = (x + given["bias"]) + given["residual"]
         expected = torch.nn.functional.silu(norm(total.permute(0, 4, 1, 2, 3))).permute(0, 2, 3, 4, 1)
-        z, y = rms_norm_silu_ref(x, gamma, **given, before=2)
+        z, y = rms_norm_silu_ref(x, gamma, **given, padding=CAUSAL)
         assert torch.equal(z, total) and not y[:, :2].any()
         torch.testing.assert_close(y[:, 2:], expected, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+def test_reference_is_what_ltx_does(device: torch.device) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        x, gamma, given = draw((2, 3, 4, 5, 42), dtype, device, ("scale", "shift"))
+        norm = RMSNorm(42, eps=1e-8).to(device, dtype)
+        norm.weight.data.copy_(gamma)
+        scale, shift = (given[name][:, None, None, None] for name in ("scale", "shift"))
+        expected = torch.nn.functional.silu(norm(x) * (1 + scale) + shift)
+        _, y = rms_norm_silu_ref(x, gamma, **given, kind="mean", eps=1e-8)
+        torch.testing.assert_close(y, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+        per_channel = PerChannelRMSNorm(channel_dim=-1)(x.double())
+        _, y = rms_norm_silu_ref(x.double(), kind="mean", eps=1e-8, silu=False)
+        torch.testing.assert_close(y, per_channel)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -141,10 +187,53 @@ def test_returns_its_input_when_nothing_is_added_or_the_sum_is_unwanted(impl: st
 @torch.no_grad()
 def test_the_sum_may_take_the_memory_of_x(device: torch.device) -> None:
     x, gamma, given = draw((2, 2, 2, 3, 64), torch.float16, device)
-    expected = rms_norm_silu(x.clone(), gamma, **given, before=2)
-    z, y = rms_norm_silu(x, gamma, **given, before=2, inplace=True)
+    expected = rms_norm_silu(x.clone(), gamma, **given, padding=CAUSAL)
+    z, y = rms_norm_silu(x, gamma, **given, padding=CAUSAL, inplace=True)
     assert z.data_ptr() == x.data_ptr()
     assert torch.equal(z, expected[0]) and torch.equal(y, expected[1])
+
+
+@pytest.mark.parametrize("narrow", [True, False], ids=["half-x", "float-x"])
+@pytest.mark.parametrize("names", ADDENDS)
+@torch.no_grad()
+def test_half_precision_operands_of_a_float32_clip(
+    names: tuple[str, ...], narrow: bool, device: torch.device
+) -> None:  # fmt: skip
+    x, gamma, given = draw((2, 3, 5, 7, 42), torch.float32, device, names)
+    x = x.half() if narrow else x
+    given |= {"halo": given["halo"].half()} if "halo" in given else {}
+    arguments: dict[str, Any] = {**given, "padding": CAUSAL, "out_dtype": torch.float16}
+    expected = rms_norm_silu_ref(x.float(), gamma, **arguments)
+    with listening(checks=True) as events:
+        z, y = rms_norm_silu(x.clone(), gamma, **{**arguments, "inplace": True})
+    assert [(event.implementation, event.problem) for event in events] == [("triton", "")]
+    assert y.dtype == torch.float16 and (z.dtype == torch.float32 or not {"bias", "residual"} & set(names))
+    assert torch.equal(z.float(), expected[0])
+    wide = rms_norm_silu_ref(x.float(), gamma, **{**given, "halo": None}, padding=CAUSAL)[1]
+    wide[:, :2] = given.get("halo", 0)
+    assert (y - wide).abs().max() <= 2**-10 * wide.abs().max()
+    assert (y == expected[1]).float().mean() > 0.99  # rounded once
+
+
+@torch.no_grad()
+def test_the_sum_may_take_the_memory_of_the_wider_addend(device: torch.device) -> None:
+    x, gamma, given = draw((2, 2, 2, 3, 64), torch.float32, device)
+    expected = rms_norm_silu(x, gamma, **given, out_dtype=torch.float16)[0]
+    z, _ = rms_norm_silu(x.clone(), gamma, **given, inplace=True, out_dtype=torch.float16)
+    assert torch.equal(z, expected)
+    narrow = x.half()
+    expected = rms_norm_silu(narrow, gamma, **given, out_dtype=torch.float16)[0]
+    z, _ = rms_norm_silu(narrow, gamma, **given, inplace=True, out_dtype=torch.float16)
+    assert z.data_ptr() == given["residual"].data_ptr() and torch.equal(z, expected)
+
+
+@torch.no_grad()
+def test_no_tensor_outlives_its_call(device: torch.device) -> None:
+    x, gamma, given = draw((2, 2, 3, 5, 96), torch.float16, device)
+    outputs = rms_norm_silu(x, gamma, **given, padding=CAUSAL, inplace=True)
+    alive = [weakref.ref(t) for t in (x, given["residual"], *outputs)]
+    del x, given, outputs
+    assert not any(ref() is not None for ref in alive)
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3])
@@ -152,24 +241,26 @@ def test_the_sum_may_take_the_memory_of_x(device: torch.device) -> None:
 def test_result_does_not_depend_on_the_cut(block_m: int, stages: int, device: torch.device) -> None:
     x, gamma, given = draw((3, 2, 3, 5, 42), torch.float32, device, ("bias", "residual", "halo"), centre=30.0)
     with constants_overridden(BLOCK_M=block_m, STAGES=stages):
-        out = rms_norm_silu(x, gamma, **given, before=2, impl="triton")
-    assert_matches_reference(out, x, gamma, **given, before=2)
+        out = rms_norm_silu(x, gamma, **given, padding=CAUSAL, impl="triton")
+    assert_matches_reference(out, x, gamma, **given, padding=CAUSAL)
 
 
 def test_programs_take_several_tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op, "RESIDENT_BYTES", 4 * op.TILE_BYTES)
     x, gamma, given = draw((2, 5, 7, 5, 48), torch.float32, device, ("bias", "residual", "halo"))
-    assert_matches_reference(rms_norm_silu(x, gamma, **given, before=2, impl="triton"), x, gamma, **given, before=2)
+    assert_matches_reference(
+        rms_norm_silu(x, gamma, **given, padding=CAUSAL, impl="triton"), x, gamma, **given, padding=CAUSAL
+    )
 
 
 def test_takes_any_strides_and_parameters_of_another_dtype(device: torch.device) -> None:
     x, gamma, given = draw((2, 2, 3, 4, 42), torch.float16, device, ("bias", "residual", "halo"))
-    expected = rms_norm_silu(x, gamma, **given, before=2, impl="triton")
+    expected = rms_norm_silu(x, gamma, **given, padding=CAUSAL, impl="triton")
     laid_out = {
         name: t.float() if t.ndim == 1 else t.transpose(1, 4).contiguous().transpose(1, 4) for name, t in given.items()
     }
     x = x.repeat_interleave(2, -1)[..., ::2]
-    out = rms_norm_silu(x, gamma.float(), **laid_out, before=2, inplace=True, impl="triton")
+    out = rms_norm_silu(x, gamma.float(), **laid_out, padding=CAUSAL, inplace=True, impl="triton")
     for strided, contiguous in zip(out, expected, strict=True):
         assert torch.equal(strided, contiguous) and strided.is_contiguous()
 
@@ -177,7 +268,7 @@ def test_takes_any_strides_and_parameters_of_another_dtype(device: torch.device)
 @pytest.mark.parametrize("shape", [(0, 4, 2, 2, 64), (2, 3, 0, 2, 64)], ids=["no-samples", "no-rows"])
 def test_empty_input(shape: tuple[int, ...], device: torch.device) -> None:
     x, gamma, given = draw(shape, torch.float16, device)
-    z, y = rms_norm_silu(x, gamma, **given, before=2)
+    z, y = rms_norm_silu(x, gamma, **given, padding=CAUSAL)
     assert z.shape == shape and y.shape == (shape[0], 2 + shape[1], *shape[2:])
 
 
@@ -185,7 +276,7 @@ def test_empty_input(shape: tuple[int, ...], device: torch.device) -> None:
     ("channels", "dtype", "residual_dtype", "requires_grad", "reason"),
     [
         (64, torch.float64, torch.float64, False, "x is torch.float64"),
-        (64, torch.float16, torch.float32, False, "have the dtype of x, torch.float16, got torch.float32"),
+        (64, torch.float16, torch.float32, False, "the residual must be torch.float16, got torch.float32"),
         (2049, torch.float32, torch.float32, False, "up to C=2048, got C=2049"),
         (64, torch.float32, torch.float32, True, "no backward pass"),
     ],
@@ -220,9 +311,16 @@ def test_unserved_input_runs_in_torch(
         ({"bias": torch.ones(1)}, r"bias must be \[32\], got \(1,\)"),
         ({"residual": torch.ones(1, 2, 1, 3, 32)}, r"residual must be \(1, 2, 2, 3, 32\), as x is, got"),
         ({"residual_bias": torch.ones(32)}, r"residual_bias needs a residual"),
-        ({"before": -1}, r"before must not be negative, got -1"),
+        ({"padding": Padding(before=-1)}, r"before must not be negative, got -1"),
+        ({"padding": Padding(border=2, pixel_mode="reflect")}, r"a border of 2 by reflect needs pictures of 3 x 3"),
+        ({"padding": Padding(frame_mode="wrap")}, r"frame_mode must be one of zeros, replicate, got 'wrap'"),
+        ({"padding": Padding(pixel_mode="wrap")}, r"pixel_mode must be one of zeros, replicate, reflect, got 'wrap'"),
+        ({"kind": "max"}, r"kind must be one of normalize, mean, none, got 'max'"),
+        ({"scale": torch.ones(1, 32)}, r"scale and shift come together"),
+        ({"scale": torch.ones(32), "shift": torch.ones(32)}, r"scale must be \[1, 32\], got \(32,\)"),
         ({"halo": torch.ones(1, 2, 2, 3, 32)}, r"halo must be \(1, 0, 2, 3, 32\), got \(1, 2, 2, 3, 32\)"),
-        ({"before": 2, "halo": torch.ones(1, 1, 2, 3, 32)}, r"halo must be \(1, 2, 2, 3, 32\), got"),
+        ({"padding": CAUSAL, "halo": torch.ones(1, 1, 2, 3, 32)}, r"halo must be \(1, 2, 2, 3, 32\), got"),
+        ({"out_dtype": torch.float64}, r"out_dtype must be one of .*, got torch.float64"),
         ({"impl": "cuda"}, r"impl must be one of triton, torch, got 'cuda'"),
     ],
 )
@@ -240,8 +338,8 @@ def test_rejects_integers() -> None:
 @pytest.mark.parametrize("names", ADDENDS)
 def test_registration(names: tuple[str, ...], device: torch.device) -> None:
     x, gamma, given = draw((1, 2, 2, 3, 42), torch.float32, device, names)
-    tensors = map(given.get, ("bias", "residual", "residual_bias", "halo"))
-    arguments = (x, gamma, *tensors, 2, True, True, False)
+    tensors = map(given.get, ("bias", "residual", "residual_bias", "scale", "shift", "halo"))
+    arguments = (x, gamma, *tensors, *CAUSAL, "normalize", 1e-12, True, True, False, None)
     torch.library.opcheck(RMS_NORM_SILU.registered["triton"], arguments)
 
 
@@ -249,7 +347,7 @@ def test_compiles_fullgraph(device: torch.device) -> None:
     x, gamma, given = draw((1, 2, 2, 3, 42), torch.float32, device, ("bias", "residual", "halo"))
 
     def combine(x: Tensor) -> Tensor:
-        z, y = rms_norm_silu(x, gamma, **given, before=2, inplace=True, impl="triton")
+        z, y = rms_norm_silu(x, gamma, **given, padding=CAUSAL, inplace=True, impl="triton")
         return z.sum() + 2 * y
 
     assert torch.equal(torch.compile(combine, fullgraph=True, backend="aot_eager")(x), combine(x.clone()))
@@ -266,13 +364,44 @@ def test_a_right_result_is_found_right(
     x, gamma, given = draw((2, 3, 2, 3, 64), dtype, device, names, centre=3.0)
     kept = x.clone()
     with listening(checks=True) as events:
-        z, _ = rms_norm_silu(x, gamma, **given, before=2, inplace=True)
+        z, _ = rms_norm_silu(x, gamma, **given, padding=CAUSAL, inplace=True)
     assert [(event.implementation, event.problem) for event in events] == [("triton", "")]
     frame = x.nbytes // 3
     sums = "bias" in names or "residual" in names
     passes = 2 + ("residual" in names) + sums
     assert events[0].costs.bytes == x.nbytes * passes + 2 * frame * (1 + ("halo" in names))
     assert torch.equal(z, rms_norm_silu_ref(kept, gamma, **given)[0])
+
+
+@pytest.mark.parametrize("most", [2**23, 768], ids=["whole", "in-frames"])
+@pytest.mark.parametrize("padding", PADDINGS, ids=str)
+@torch.no_grad()
+def test_a_right_padding_is_found_right(
+    padding: Padding, most: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "MOST_ELEMENTS", most)
+    names = ("bias", "residual", "scale", "shift", *(("halo",) if padding.before else ()))
+    x, gamma, given = draw((2, 2, 4, 3, 64), torch.float32, device, names, before=padding.before)
+    with listening(checks=True) as events:
+        rms_norm_silu(x, gamma, **given, padding=padding, kind="mean", inplace=True)
+    assert [(event.implementation, event.problem) for event in events] == [("triton", "")]
+
+
+@pytest.mark.parametrize("most", [2**23, 700], ids=["whole", "in-frames"])
+@pytest.mark.parametrize("at", [(0, 0, 2), (2, 0, 2), (4, 5, 2), (3, 2, -1)], ids=["front", "top", "behind", "side"])
+def test_a_fault_of_the_padding_is_found(
+    at: tuple[int, ...], most: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "MOST_ELEMENTS", most)
+    x, gamma, _ = draw((1, 3, 4, 4, 64), torch.float32, device)
+    padding = Padding(1, 1, 1, "replicate", "reflect")
+
+    def spoil(outputs: list[Tensor]) -> None:
+        outputs[0][(0, *at)] = 0
+
+    with planted(RMS_NORM_SILU, "triton", spoil), listening(checks=True) as events:
+        rms_norm_silu(x, gamma, padding=padding)
+    assert events[0].problem
 
 
 @pytest.mark.parametrize("most", [2**23, 700], ids=["whole", "in-parts"])
@@ -291,50 +420,57 @@ def test_a_fault_is_found(
             FAULTS[fault](outputs[output])
 
     with planted(RMS_NORM_SILU, "triton", spoil), listening(checks=True) as events:
-        outputs = rms_norm_silu(x, gamma, **given, before=2)
+        outputs = rms_norm_silu(x, gamma, **given, padding=CAUSAL)
     assert events[0].problem
-    assert all(map(torch.equal, outputs, rms_norm_silu_ref(x, gamma, **given, before=2)))
+    assert all(map(torch.equal, outputs, rms_norm_silu_ref(x, gamma, **given, padding=CAUSAL)))
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("channels", [96, 384])
 @pytest.mark.parametrize(
-    ("names", "dtype"),
+    ("names", "dtype", "padding", "kind"),
     [
-        pytest.param(("bias",), "bf16", id="bias"),
-        pytest.param(("bias", "residual", "residual_bias", "halo"), "bf16", id="everything"),
-        pytest.param(("bias", "residual", "residual_bias", "halo"), "fp32", id="everything-fp32"),
+        pytest.param(("gamma", *SUM, "halo"), "mixed", CAUSAL, "normalize", id="everything-mixed"),
+        pytest.param(("gamma", "bias"), "bf16", CAUSAL, "normalize", id="bias"),
+        pytest.param(("gamma", *SUM, "halo"), "bf16", CAUSAL, "normalize", id="everything"),
+        pytest.param(("gamma", *SUM, "halo"), "fp32", CAUSAL, "normalize", id="everything-fp32"),
+        pytest.param(("gamma", *SUM, "halo"), "bf16", PADDINGS[0], "normalize", id="hunyuan"),
+        pytest.param(("scale", "shift", "bias", "residual"), "bf16", PADDINGS[1], "mean", id="ltx2"),
     ],
 )
 def test_accesses_are_16_bytes_wide_and_prefetched(
-    target: str, channels: int, names: tuple[str, ...], dtype: str
+    target: str, channels: int, names: tuple[str, ...], dtype: str, padding: Padding, kind: str
 ) -> None:
-    pointers = ["x_ptr", "gamma_ptr", "y_ptr", *(f"{name}_ptr" for name in names)]
-    pointers += ["z_ptr"] * ("residual" in names)
-    every = {"bias_ptr", "residual_ptr", "residual_bias_ptr", "halo_ptr", "z_ptr"}
+    pointers = ["x_ptr", "y_ptr", *(f"{name}_ptr" for name in names), *["z_ptr"] * ("residual" in names)]
+    every = {f"{name}_ptr" for name in ("gamma", *SUM, "scale", "shift", "halo", "z")}
     block_c = triton.next_power_of_2(channels)
+    mixed, dtype = dtype == "mixed", "fp32" if dtype == "mixed" else dtype
+    half = dict.fromkeys(["x_ptr", "y_ptr", "halo_ptr"], "*fp16:16") if mixed else {}
     tiling = choose_tiling(block_c, 2 if dtype == "bf16" else 4, "residual" in names)
+    flags = ("gamma", *SUM, "shift", "halo")
     asm = compile_for(
         target,
         op._rms_norm_silu_kernel,
         {
             **dict.fromkeys(pointers, f"*{dtype}:16"),
-            **dict.fromkeys(["samples", "sample_rows", "halo_rows", "halo_programs"], "i32"),
-            **{"channels": "i32:16", "scale": "fp32", "eps": "fp32"},
+            **half,
+            **dict.fromkeys(["samples", "before", "frames", "padded_frames", "height", "width"], "i32"),
+            **{"channels": "i32:16", "gain": "fp32", "eps": "fp32"},
         },
         {
             **dict.fromkeys(every.difference(pointers)),
-            **{f"HAS_{name.upper()}": name in names for name in ("bias", "residual", "residual_bias", "halo")},
-            **{"KEEP": "residual" in names, "SILU": True},
+            **{f"HAS_{name.upper()}": name in names for name in flags},
+            **{"BORDER": padding.border, "FRAME_MODE": padding.frame_mode, "PIXEL_MODE": padding.pixel_mode},
+            **{"KIND": kind, "KEEP": "residual" in names, "SILU": True, "WIDE": mixed},
             **{"BLOCK_M": tiling.block_m, "BLOCK_C": block_c, "STAGES": tiling.stages},
         },
         num_warps=tiling.num_warps,
-        enable_fp_fusion=False,
     )
     assert_no_spills(asm)
-    # the vectors, read once by a program, may be too short to give every thread 16 bytes
+    # the vectors, read once by a program or a tile, may be too short to give every thread 16 bytes
     narrow = narrow_accesses(asm)
-    vectors = 1 + ("bias" in names) + ("residual_bias" in names)
+    vectors = sum(name in names for name in ("gamma", "bias", "residual_bias"))
+    vectors += 4 * ("scale" in names)  # once for each tile: the first, and those that are fetched ahead
     assert len(narrow) <= vectors and all("LDG" in access or "load" in access for access in narrow)
     if "sass" in asm:
         assert "LDGSTS" in asm["sass"], "the next pixels are to be on their way while these are worked on"
@@ -349,7 +485,7 @@ def test_real_shapes(shape: tuple[int, ...], names: tuple[str, ...], dtype: torc
     """Frame by frame, for the reference needs more memory than the kernel."""
     x, gamma, given = draw(shape, dtype, device, names, centre=3.0)
     assert shape[-1] == 384 or x.numel() > 2**31
-    z, y = rms_norm_silu(x, gamma, **given, before=2, impl="triton")
+    z, y = rms_norm_silu(x, gamma, **given, padding=CAUSAL, impl="triton")
     assert torch.equal(y[:, :2], given.get("halo", torch.zeros_like(y[:, :2])))
     for frame in (0, 1, shape[1] // 2, shape[1] - 1):
         some = slice(frame, frame + 1)

@@ -20,11 +20,10 @@ Of a tile, the caller cuts out one frame, and has the 1 x 1 x 1 convolution befo
 from __future__ import annotations
 
 import itertools
-import math
-import os
-import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -46,25 +45,36 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
-from vidaccel.blocks.vae.vae import usable_bytes
+from vidaccel.blocks.vae.causal_clip import (
+    Chunk,
+    Halos,
+    Sum,
+    clip_of,
+    conv_rows,
+    decode_in_chunks,
+    images_of,
+    out_of_memory,
+    tell_chunk,
+)
+from vidaccel.blocks.vae.half_operands import float16_convolutions, takes_tf32
 from vidaccel.kernels.attention.spatial_attention import spatial_attention, spatial_attention_ref
 from vidaccel.kernels.conv.conv_epilogue import conv_epilogue, conv_epilogue_ref
+from vidaccel.kernels.conv.padded_clip import NO_PADDING, Padding
+from vidaccel.kernels.conv.pixel_conv import pixel_conv, pixel_conv_ref
 from vidaccel.kernels.conv.upsample_conv import upsample_conv, upsample_conv_ref
 from vidaccel.kernels.norm.rms_norm_silu import compile_ahead, rms_norm_silu, rms_norm_silu_ref
 from vidaccel.kernels.op import note, runs_triton
 from vidaccel.sites.block import GRADIENTS, SITES, FusedBlock, call_site, cut_corner, fuses
-from vidaccel.sites.memo import held, once_per_call
+from vidaccel.sites.memo import once_per_call
 from vidaccel.sites.plain import plain_reason
 from vidaccel.sites.site import SiteGroup
 
 __all__ = ["FusedWanDecoder3d", "FusedWanPostQuantConv", "decode_bytes"]
 
 BEFORE = 2  # frames that a causal convolution looks back at
-OUTPUT_STEP = 8  # channels that the convolution to pixels is padded to, for cuDNN's kernels for tensor cores
+CAUSAL = Padding(before=BEFORE)
 CORNER_FRAMES = 3
 _MARGIN = 1.1  # the allocator's rounding, the convolutions' workspaces, all that is small
-
-Halos = dict[nn.Module, Tensor]  # the last frames of the input of each convolution, [B, 2, H, W, C]
 
 
 @dataclass(eq=False)
@@ -144,9 +154,11 @@ def _frames_of(latent_frames: int, rate: int) -> int:
     WanDecoder3d,
     {
         "whole_clip": "math-exact",
+        "half_operands": "math-exact",
         "rms_norm_silu": "math-exact",
         "conv_epilogue": "math-exact",
         "upsample_conv": "math-exact",
+        "pixel_conv": "math-exact",
         "spatial_attention": "math-exact",
     },
 )
@@ -166,12 +178,15 @@ class FusedWanDecoder3d(FusedBlock, WanDecoder3d):
     def compile_ahead(self) -> None:
         for resnet in (*self.mid_block.resnets, *(resnet for block in self.up_blocks for resnet in block.resnets)):
             gamma, next_gamma = (norm.gamma.detach().flatten() for norm in (resnet.norm1, resnet.norm2))
-            compile_ahead(gamma, bias=False)  # behind an upsampler
-            compile_ahead(gamma, residual=True, keep=True)
-            compile_ahead(next_gamma)
+            half = _half_dtype(self, gamma)
+            if half is None:
+                compile_ahead(gamma, bias=False)  # behind an upsampler
+            compile_ahead(gamma, residual=True, keep=True, out_dtype=half)
+            compile_ahead(next_gamma, out_dtype=half)
             if isinstance(resnet.conv_shortcut, WanCausalConv3d):
-                compile_ahead(next_gamma, residual=True, residual_bias=True, keep=True)
-        compile_ahead(self.norm_out.gamma.detach().flatten(), residual=True)
+                compile_ahead(next_gamma, residual=True, residual_bias=True, keep=True, out_dtype=half)
+        gamma = self.norm_out.gamma.detach().flatten()
+        compile_ahead(gamma, residual=True, out_dtype=_half_dtype(self, gamma))
 
     def forward(
         self, x: Tensor, feat_cache: Any = None, feat_idx: Any = [0], first_chunk: bool = False  # noqa: B006
@@ -184,7 +199,7 @@ class FusedWanDecoder3d(FusedBlock, WanDecoder3d):
                 if (sites := _sites_of(self)) is not None:
                     sites.count(reason)
                 return WanDecoder3d.forward(self, x, feat_cache, feat_idx, first_chunk)
-            progress, clip = _Progress(), _clip_of(x)
+            progress, clip = _Progress(), _clip_behind(x)
         elif progress.expects(x):
             return progress.take(x.shape[2])
         else:
@@ -248,9 +263,9 @@ class FusedWanDecoder3d(FusedBlock, WanDecoder3d):
     def fused_forward(self, clip: Tensor, progress: _Progress) -> Tensor:
         halos = progress.halos
         if progress.latents is not None and halos is None:
-            _, halos = _Decode(self).run(progress.latents, {}, keep=True)
+            _, halos = _Decode(self, clip).run(progress.latents, {}, keep=True)
         # frames that come one at a time may be followed by others, which a whole clip is not
-        pixels, progress.halos = _Decode(self).run(clip, halos or {}, keep=clip.shape[2] == 1 or bool(halos))
+        pixels, progress.halos = _Decode(self, clip).run(clip, halos or {}, keep=clip.shape[2] == 1 or bool(halos))
         progress.cache = None
         return pixels
 
@@ -350,7 +365,7 @@ def _progress_in(feat_cache: Any) -> _Progress | None:
     return None
 
 
-def _clip_of(x: Tensor) -> Tensor:
+def _clip_behind(x: Tensor) -> Tensor:
     """The clip that ``x`` is frame 0 of, if the storage of ``x`` is that of one; else ``x`` itself."""
     samples, channels, _, height, width = x.shape
     elements = x.untyped_storage().nbytes() // x.element_size()
@@ -362,84 +377,80 @@ def _clip_of(x: Tensor) -> Tensor:
     return clip if dense else x
 
 
-@dataclass(eq=False)
-class _Sum:
-    """A clip of rows whose last additions are still to be done: ``x + bias + (residual + residual_bias)``."""
-
-    x: Tensor
-    bias: Tensor | None = None
-    residual: Tensor | None = None
-    residual_bias: Tensor | None = None
+def _half_dtype(decoder: FusedWanDecoder3d, x: Tensor) -> torch.dtype | None:
+    """What the convolutions of the ResNet blocks, and the last one, are to read; None: the dtype of ``x``."""
+    return torch.float16 if takes_tf32(x) and decoder.runs("half_operands") else None
 
 
-@dataclass(eq=False)
-class _Chunk:
-    """The latent frames that go through the decoder together.
+def _normed_convolutions(decoder: Any) -> Iterator[tuple[Any, Any]]:
+    """The norms and the causal convolutions that read them."""
+    for block in (decoder.mid_block, *decoder.up_blocks):
+        yield from _normed_in(block)
+    yield decoder.norm_out, decoder.conv_out
 
-    Attributes:
-        flow: Where they are. Held here alone, so that no caller's variable keeps a tensor longer than it is needed.
-        halos: Of the chunk before.
-        next: Of this one, if they are kept.
-    """
 
-    flow: _Sum
-    halos: Halos
-    keep: bool
-    next: Halos = field(default_factory=dict)
-
-    def keep_of(self, conv: nn.Module, frames: Tensor) -> None:
-        """The last frames of ``[B, F, H, W, C]``, which include those before the chunk."""
-        if self.keep:
-            self.next[conv] = frames[:, -BEFORE:].clone()
+def _normed_in(block: Any) -> Iterator[tuple[Any, Any]]:
+    for resnet in block.resnets:
+        yield resnet.norm1, resnet.conv1
+        yield resnet.norm2, resnet.conv2
 
 
 class _Decode:
     """One decode of latents by the modules of a decoder."""
 
-    def __init__(self, decoder: FusedWanDecoder3d) -> None:
+    def __init__(self, decoder: FusedWanDecoder3d, latents: Tensor) -> None:
         self._decoder = decoder
         self._rate = _temporal_rate(decoder)
+        self._half: dict[nn.Module, torch.dtype] | None = None  # what convolutions read; None: the latents' dtype
+        half = _half_dtype(decoder, latents)
+        if half is not None:
+            normed = [(norm.gamma, conv) for norm, conv in _normed_convolutions(decoder)]
+            fit = float16_convolutions(decoder, normed)
+            self._half = {conv: half if at in fit else latents.dtype for at, (_, conv) in enumerate(normed)}
+        self._tell_operands(latents)
+
+    def _tell_operands(self, latents: Tensor) -> None:
+        kinds = Counter([latents.dtype] if self._half is None else self._half.values())
+        too_large = 0 if self._half is None else kinds[latents.dtype]
+        reason = f"{too_large} convolutions whose numbers float16 may not hold read float32" if too_large else ""
+        for dtype in kinds:
+            note("half_operands", str(dtype).removeprefix("torch."), reason)
+
+    def _operands_of(self, conv: nn.Module | None) -> torch.dtype | None:
+        """What ``conv`` is to read; None: the dtype of the latents, as all others."""
+        if self._half is None:
+            return None
+        return torch.float32 if conv is None else self._half[conv]
 
     def run(self, latents: Tensor, halos: Halos, keep: bool) -> tuple[Tensor, Halos | None]:
         """The pixels, and what the next frames need if that is to be kept."""
-        decoder = self._decoder
+        decoder, rate, begins = self._decoder, self._rate, not halos
         samples, _, frames, height, width = latents.shape
         scale = 2 ** sum(True for _ in _upsamplers(decoder))
-        began = _frames_of(1, self._rate) if not halos else 0
-        total = began + self._rate * (frames - bool(began))
-        channels = decoder.conv_out.weight.shape[0]
-        pixels = latents.new_empty(samples, channels, total, height * scale, width * scale)
-        step, at, done = _frames_that_fit(decoder, latents), 0, 0
-        while at < frames:
-            some = latents[:, :, at : at + step]
-            count = self._rate * (some.shape[2] - 1) + (self._rate if halos else 1)
-            try:
-                following = self._chunk(some, halos, pixels[:, :, done : done + count], keep or at + step < frames)
-            except torch.OutOfMemoryError as error:
-                traceback.clear_frames(error.__traceback__)  # they hold every tensor of the attempt
-                if some.shape[2] == 1:
-                    raise torch.OutOfMemoryError(_explain(decoder, latents)) from error
-                step = (some.shape[2] + 1) // 2
-                continue
-            halos, at, done = following, at + some.shape[2], done + count
-        self._tell(min(step, frames), frames)
-        return pixels, halos if keep else None
+        height, width = height * scale, width * scale
 
-    def _tell(self, step: int, frames: int) -> None:
-        ran = f"{step} of {frames} frames"
-        if (memo := held()) is not None and memo.only:
-            return  # it is a check
-        note("whole_clip", ran)
-        sites = _sites_of(self._decoder)
-        if sites is not None and (site := sites.sites.get("whole_clip")):
-            site.implementations.add(ran)  # also where nobody listens: memory may be another from clip to clip
+        def pixel_frames(latent_frames: int) -> int:
+            return _frames_of(latent_frames, rate) if begins else rate * latent_frames
+
+        pixels = latents.new_empty(samples, len(decoder.conv_out.weight), pixel_frames(frames), height, width)
+
+        def decode(start: int, end: int) -> None:
+            nonlocal halos
+            out = pixels[:, :, pixel_frames(start) : pixel_frames(end)]
+            halos = self._chunk(latents[:, :, start:end], halos, out, keep or end < frames)
+
+        needs = partial(decode_bytes, decoder, latents)
+        explain = partial(out_of_memory, samples, height, width)
+        step = decode_in_chunks(frames, latents.device, needs, decode, explain)
+        tell_chunk(decoder, "whole_clip", step, frames)
+        return pixels, halos if keep else None
 
     def _chunk(self, latents: Tensor, halos: Halos, out: Tensor, keep: bool) -> Halos:
         decoder = self._decoder
-        chunk = _Chunk(_Sum(latents), halos, keep)
+        chunk = Chunk(Sum(latents), halos, keep)
         buffer = _behind(halos.get(decoder.conv_in), latents)
         chunk.keep_of(decoder.conv_in, buffer)
-        chunk.flow = _Sum(_conv(buffer, decoder.conv_in), decoder.conv_in.bias)
+        chunk.flow = Sum(conv_rows(buffer, decoder.conv_in), decoder.conv_in.bias)
         del buffer
         mid = decoder.mid_block
         self._resnet(chunk, mid.resnets[0])
@@ -449,12 +460,13 @@ class _Decode:
         for block in decoder.up_blocks:
             self._up_block(chunk, block)
         buffer = self._norm(chunk, decoder.norm_out, decoder.conv_out, keep=False)
-        pixels = _conv(buffer, decoder.conv_out, output_step=OUTPUT_STEP).permute(0, 4, 1, 2, 3)[:, : out.shape[1]]
-        torch.add(pixels, decoder.conv_out.bias.view(-1, 1, 1, 1), out=out)
-        return chunk.next
+        del chunk.flow
+        run = pixel_conv if decoder.runs("pixel_conv") else pixel_conv_ref
+        out.copy_(run(buffer, decoder.conv_out.weight, decoder.conv_out.bias))
+        return chunk.following
 
     def _norm(
-        self, chunk: _Chunk, norm: Any, conv: nn.Module | None, *, keep: bool, silu: bool = True
+        self, chunk: Chunk, norm: Any, conv: nn.Module | None, *, keep: bool, silu: bool = True
     ) -> Tensor:  # fmt: skip
         """What ``conv`` gets: its input and the frames before; with ``keep``, the sum is what flows on."""
         run = rms_norm_silu if self._decoder.runs("rms_norm_silu") else rms_norm_silu_ref
@@ -466,76 +478,82 @@ class _Decode:
             residual=flow.residual,
             residual_bias=flow.residual_bias,
             halo=None if conv is None else chunk.halos.get(conv),
-            before=0 if conv is None else BEFORE,
+            padding=NO_PADDING if conv is None else CAUSAL,
             silu=silu,
             keep=keep,
-            inplace=True,
+            inplace=flow.residual is None or flow.residual is not chunk.kept,
+            out_dtype=self._operands_of(conv),
         )
         flow.x, flow.bias, flow.residual, flow.residual_bias = z, None, None, None
         if conv is not None:
             chunk.keep_of(conv, y)
         return y
 
-    def _summed(self, chunk: _Chunk) -> Tensor:
+    def _summed(self, chunk: Chunk) -> Tensor:
         """What flows, all of it added."""
         flow = chunk.flow
-        if flow.bias is not None:
-            images = flow.x.permute(0, 4, 1, 2, 3)
-            residual = None if flow.residual is None else flow.residual.permute(0, 4, 1, 2, 3)
+        if flow.bias is not None and flow.residual is not None and flow.x.dtype != flow.residual.dtype:
+            bias = flow.bias if flow.residual_bias is None else flow.bias + flow.residual_bias
+            add = torch.add if flow.residual is chunk.kept else Tensor.add_
+            chunk.flow = Sum(add(flow.residual, flow.x).add_(bias))
+        elif flow.bias is not None:
+            images = clip_of(flow.x)
+            residual = None if flow.residual is None else clip_of(flow.residual)
             if self._decoder.runs("conv_epilogue"):
                 images = conv_epilogue(images, flow.bias, residual, residual_bias=flow.residual_bias, inplace=True)
             else:
                 images = conv_epilogue_ref(images, flow.bias, residual, flow.residual_bias)
-            chunk.flow = _Sum(images.permute(0, 2, 3, 4, 1))
+            chunk.flow = Sum(images.permute(0, 2, 3, 4, 1))
         return chunk.flow.x
 
-    def _up_block(self, chunk: _Chunk, block: Any) -> None:
+    def _up_block(self, chunk: Chunk, block: Any) -> None:
         shortcut = getattr(block, "avg_shortcut", None)
-        source = None if shortcut is None else self._summed(chunk)
+        source = chunk.kept = None if shortcut is None else self._summed(chunk)
         for resnet in block.resnets:
             self._resnet(chunk, resnet)
         for upsampler in _upsamplers_of(block):
             self._upsample(chunk, upsampler)
         if source is not None:
             _add_enlarged(self._summed(chunk), source, shortcut, first=not chunk.halos)
+            chunk.kept = None
 
-    def _resnet(self, chunk: _Chunk, resnet: Any) -> None:
+    def _resnet(self, chunk: Chunk, resnet: Any) -> None:
         buffer = self._norm(chunk, resnet.norm1, resnet.conv1, keep=True)
         residual, residual_bias, shortcut = chunk.flow.x, None, resnet.conv_shortcut
         if isinstance(shortcut, WanCausalConv3d):
-            residual, residual_bias = _conv(residual, shortcut), shortcut.bias
-        chunk.flow = _Sum(_conv(buffer, resnet.conv1), resnet.conv1.bias)
+            residual, residual_bias = conv_rows(residual, shortcut), shortcut.bias
+        chunk.flow = Sum(conv_rows(buffer, resnet.conv1), resnet.conv1.bias)
         del buffer
         buffer = self._norm(chunk, resnet.norm2, resnet.conv2, keep=False)
         del chunk.flow
-        chunk.flow = _Sum(_conv(buffer, resnet.conv2), resnet.conv2.bias, residual, residual_bias)
+        chunk.flow = Sum(conv_rows(buffer, resnet.conv2), resnet.conv2.bias, residual, residual_bias)
 
-    def _attention(self, chunk: _Chunk, block: Any) -> None:
+    def _attention(self, chunk: Chunk, block: Any) -> None:
         normed = self._norm(chunk, block.norm, None, keep=True, silu=False)
         residual = chunk.flow.x
         samples, frames, height, width, channels = normed.shape
-        qkv = F.conv2d(_images(normed), block.to_qkv.weight, block.to_qkv.bias)
+        qkv = F.conv2d(images_of(normed), block.to_qkv.weight, block.to_qkv.bias)
         rows = qkv.permute(0, 2, 3, 1).reshape(samples * frames, height * width, 3 * channels)
         run = spatial_attention if self._decoder.runs("spatial_attention") else spatial_attention_ref
         q, k, v = rows.chunk(3, dim=-1)
         attended = run(q, k, v, 1)
         images = attended.view(samples * frames, height, width, channels).permute(0, 3, 1, 2)
         out = F.conv2d(images, block.proj.weight, None).permute(0, 2, 3, 1).contiguous()
-        chunk.flow = _Sum(out.view(residual.shape), block.proj.bias, residual)
+        chunk.flow = Sum(out.view(residual.shape), block.proj.bias, residual)
 
-    def _upsample(self, chunk: _Chunk, resample: Any) -> None:
+    def _upsample(self, chunk: Chunk, resample: Any) -> None:
         if resample.mode == "upsample3d":
             self._double(chunk, resample.time_conv)
         samples = len(self._summed(chunk))
-        images, conv = _images(chunk.flow.x), resample.resample[1]
+        images, conv = images_of(chunk.flow.x), resample.resample[1]
         del chunk.flow
         if self._decoder.runs("upsample_conv") and runs_triton("upsample_conv", images):
             images = upsample_conv(images, conv.weight, conv.bias)
         else:
             images = upsample_conv_ref(images, conv.weight, conv.bias)
-        chunk.flow = _Sum(images.permute(0, 2, 3, 1).unflatten(0, (samples, -1)))
+        chunk.flow = Sum(images.permute(0, 2, 3, 1).unflatten(0, (samples, -1)))
 
-    def _double(self, chunk: _Chunk, conv: Any) -> None:
+    def _double(self, chunk: Chunk, conv: Any) -> None:
         """Every frame becomes two, but for the first of a clip, which the convolution over time never sees."""
         x = self._summed(chunk)
         halo, first = chunk.halos.get(conv), not chunk.halos
@@ -548,11 +566,13 @@ class _Decode:
             return
         doubled = x.new_empty(samples, first + 2 * count, height, width, channels)
         doubled[:, :first] = x[:, :first]
-        # without frames before, zeros are: those behind, which the padding brings too, are left out
-        made = _conv(frames, conv, zeros=BEFORE) if halo is None else _conv(torch.cat([halo, frames], dim=1), conv)
+        if halo is None:  # zeros are before; those behind, which the padding brings too, are left out
+            made = conv_rows(frames, conv, padding=(BEFORE, 0, 0))
+        else:
+            made = conv_rows(torch.cat([halo, frames], dim=1), conv)
         pairs = made[:, :count].unflatten(-1, (2, channels)).permute(0, 1, 4, 2, 3, 5)  # [B, F, 2, H, W, C]
         torch.add(pairs, conv.bias.view(2, 1, 1, channels), out=doubled[:, first:].unflatten(1, (count, 2)))
-        chunk.flow = _Sum(doubled)
+        chunk.flow = Sum(doubled)
 
 
 def _behind(halo: Tensor | None, latents: Tensor) -> Tensor:
@@ -563,21 +583,6 @@ def _behind(halo: Tensor | None, latents: Tensor) -> Tensor:
     if halo is not None:
         buffer[:, :BEFORE] = halo
     return buffer
-
-
-def _conv(rows: Tensor, conv: Any, *, output_step: int = 1, zeros: int = 0) -> Tensor:
-    """The convolution of ``[B, F, H, W, C]``, which begin with the frames before; without its bias.
-
-    Its channels are filled up to a multiple of ``output_step``. So many frames of ``zeros`` are put at either end.
-    """
-    weight = conv.weight
-    if missing := -len(weight) % output_step:
-        weight = F.pad(weight, (0,) * 9 + (missing,))
-    height, width = weight.shape[3:]
-    laid_out = weight.contiguous(memory_format=torch.channels_last_3d)
-    padding = zeros, height // 2, width // 2
-    out = F.conv3d(rows.permute(0, 4, 1, 2, 3), laid_out, None, padding=padding)
-    return out.permute(0, 2, 3, 4, 1).contiguous()
 
 
 def _add_enlarged(rows: Tensor, source: Tensor, shortcut: Any, first: bool) -> None:
@@ -607,11 +612,6 @@ def _add_to_cells(cells: Tensor, source: Tensor, of_input: Tensor | None) -> Non
         cells[:, :, t, :, y, :, x] += source[..., of_input[t, y, x]]
 
 
-def _images(rows: Tensor) -> Tensor:
-    """Rows ``[B, F, H, W, C]`` seen as images ``[B * F, C, H, W]``."""
-    return rows.flatten(0, 1).permute(0, 3, 1, 2)
-
-
 @once_per_call
 def _temporal_rate(decoder: Any) -> int:
     """Frames that a latent frame becomes, but for the first of a clip."""
@@ -628,55 +628,74 @@ def _upsamplers_of(block: Any) -> list[Any]:
     return [upsampler for upsampler in found if upsampler is not None]
 
 
-def decode_bytes(decoder: Any, latents: Tensor) -> int:
-    """Most memory that the layers hold at once, for each latent frame of a clip."""
+def decode_bytes(decoder: Any, latents: Tensor, frames: int | None = None) -> int:
+    """Most memory that the layers hold when so many ``frames`` of the latents are decoded at once; None: all of them.
+
+    The pixels of the whole clip are not counted.
+    """
+    whole = frames is None or frames >= latents.shape[2]
+    size, half = latents.element_size(), _half_dtype(decoder, latents)
+    held = _Held(frames or latents.shape[2], whole, size, size if half is None else half.itemsize)
     pixels = latents.shape[0] * latents.shape[3] * latents.shape[4]
-    return int(max(_channels_held(decoder)) * pixels * latents.element_size() * _MARGIN)
+    return int((max(held.in_layers(decoder)) + held.in_halos(decoder)) * pixels * _MARGIN)
 
 
-def _channels_held(decoder: Any) -> Iterator[int]:
-    """For every layer: how many channels' worth of tensors it holds at its worst, in units of a latent pixel."""
-    pixels = 1
-    for block in decoder.up_blocks:
-        kept = 0 if getattr(block, "avg_shortcut", None) is None else pixels * block.in_dim
-        for resnet in block.resnets:
-            # the residual, or its source too; a convolution's input and output; the norm behind it is in place
-            changes = resnet.in_dim != resnet.out_dim
-            yield kept + pixels * (3 * resnet.out_dim + (resnet.in_dim if changes else 0))
-        for upsampler in _upsamplers_of(block):
-            channels, out_channels = upsampler.dim, upsampler.resample[1].out_channels
-            if upsampler.mode == "upsample3d":
-                # the frames, those of the convolution over time, and these in their order
-                yield kept + pixels * 5 * channels
-                pixels *= 2
-            yield kept + pixels * (channels + 8 * out_channels)  # before and after the pixels are in place
-            pixels *= 4
+@dataclass(frozen=True)
+class _Held:
+    """How many bytes a decode holds, for each latent pixel.
 
+    Attributes:
+        frames: Latent frames that are decoded at once.
+        whole: Whether these are all; else halos come from the chunk before, and are kept for the next.
+        size: Bytes of a number.
+        half: Of one that a convolution of a ResNet block reads or writes.
+    """
 
-def _frames_that_fit(decoder: Any, latents: Tensor) -> int:
-    """How many latent frames are decoded at once: all, if they fit into what is free, else as equal parts as may be."""
-    free, needed, frames = _free_bytes(latents.device), decode_bytes(decoder, latents), latents.shape[2]
-    chunks = math.ceil(frames / max(free // max(needed, 1), 1))
-    return math.ceil(frames / chunks)
+    frames: int
+    whole: bool
+    size: int
+    half: int
 
+    def in_layers(self, decoder: Any) -> Iterator[int]:
+        """For every layer, at its worst."""
+        pixels, rate = 1, 1
+        for block in decoder.up_blocks:
+            frames, kept = self._frames(rate), 0
+            if getattr(block, "avg_shortcut", None) is not None:
+                kept = pixels * frames * block.in_dim * self.size
+            for resnet in block.resnets:
+                yield kept + pixels * self._in_resnet(frames, resnet.in_dim, resnet.out_dim)
+            for upsampler in _upsamplers_of(block):
+                channels, out_channels = upsampler.dim, upsampler.resample[1].out_channels
+                if upsampler.mode == "upsample3d":
+                    # the frames, behind those before; those of the convolution over time, and these in their order
+                    yield kept + pixels * frames * channels * self.size * (5 if self.whole else 6)
+                    rate *= 2
+                    frames = self._frames(rate)
+                # before and after the pixels are in place
+                yield kept + pixels * frames * (channels + 8 * out_channels) * self.size
+                pixels *= 4
 
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return usable_bytes(device) - torch.cuda.memory_allocated(device)
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    def in_halos(self, decoder: Any) -> int:
+        """All of them, those of the chunk before and the next ones."""
+        if self.whole:
+            return 0
+        pixels, numbers = 1, sum(BEFORE * conv.weight.shape[1] for _, conv in _normed_in(decoder.mid_block))
+        for block in decoder.up_blocks:
+            numbers += pixels * sum(BEFORE * conv.weight.shape[1] for _, conv in _normed_in(block))
+            pixels *= 4 ** len(_upsamplers_of(block))
+        return 2 * self.half * (numbers + pixels * BEFORE * decoder.conv_out.weight.shape[1])
 
+    def _frames(self, rate: int) -> int:
+        return _frames_of(self.frames, rate) if self.whole else rate * self.frames
 
-def _explain(decoder: Any, latents: Tensor) -> str:
-    """What the stock error leaves out."""
-    needed, free = decode_bytes(decoder, latents), _free_bytes(latents.device)
-    samples, _, _, height, width = latents.shape
-    scale = 2 ** sum(True for _ in _upsamplers(decoder))
-    slicing = "vae.enable_slicing() decodes one clip at a time, " if samples > 1 else ""
-    return (
-        f"out of memory while decoding one latent frame of {samples} clips of {width * scale} x {height * scale} "
-        f"pixels: it takes about {needed / 2**30:.2f} GiB, and {max(free, 0) / 2**30:.2f} GiB are free; "
-        f"{slicing}vae.enable_tiling() decodes smaller pictures"
-    )
+    def _in_resnet(self, frames: int, width_in: int, width_out: int) -> int:
+        """The residual, and what a convolution reads and writes; the norm behind it writes over what it reads."""
+        clip, padded = frames * (self.size + self.half), (frames + BEFORE) * self.half
+        if width_in == width_out:
+            return width_out * (clip + padded)
+        first = width_in * (frames * self.size + padded) + width_out * clip  # beside the convolution of the residual
+        return max(first, width_out * (clip + padded))
 
 
 @once_per_call

@@ -1,0 +1,112 @@
+"""HunyuanVideo 1.5's decoder: the memory that it holds, what a check of it finds, and the released width."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from block_checks import relative_error
+from copy_checks import Held, hollow_out
+from diffusers import AutoencoderKLHunyuanVideo15
+from tiny_models import tiny_autoencoder_kl_hunyuanvideo15
+from torch import Tensor
+
+from vidaccel import patch_module
+from vidaccel.blocks.vae import causal_clip
+from vidaccel.blocks.vae.autoencoder_kl_hunyuanvideo15 import FusedHunyuanVideo15Decoder3D, decode_bytes
+
+
+def draw(frames: int, side: int, channels: int = 4) -> Tensor:
+    return torch.randn(1, channels, frames, side, side, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKLHunyuanVideo15, latents: Tensor) -> Tensor:
+    return vae.decode(latents).sample
+
+
+@pytest.mark.parametrize("fit", [7, 4, 2], ids=["whole", "halves", "pieces"])
+def test_memory_held(fit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted without the workspaces of convolutions, and the pixels."""
+    hollow_out(monkeypatch)
+
+    def conv3d(
+        x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: tuple[int, ...] = (0, 0, 0), *_: Any
+    ) -> Tensor:
+        found = zip(x.shape[2:], padding, weight.shape[2:], strict=True)
+        sides = [size + 2 * edge - taps + 1 for size, edge, taps in found]
+        return torch.empty(len(x), *sides, len(weight)).permute(0, 4, 1, 2, 3)
+
+    monkeypatch.setattr(F, "conv3d", conv3d)
+    vae, z = tiny_autoencoder_kl_hunyuanvideo15(block_out_channels=(16, 16, 32, 32, 32)), draw(7, 6)
+    needed = decode_bytes(vae.decoder, z, fit)
+    monkeypatch.setattr(causal_clip, "free_bytes", lambda _: needed)
+    with patch_module(vae, self_check=False) as report:
+        pixels = decode(vae, z)
+        with Held() as held:
+            decode(vae, z)
+    assert f"{fit} of 7 frames" in {way for site in report.sites for way in site.implementations}
+    assert 0.6 * needed <= held.most - pixels.nbytes <= needed
+
+
+@pytest.mark.parametrize("fault", ["swapped-frames", "gain", "zeroed-frame"])
+def test_what_the_decoder_does_wrong_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
+    vae, z = tiny_autoencoder_kl_hunyuanvideo15(), draw(3, 2)
+    expected, right = decode(vae, z), FusedHunyuanVideo15Decoder3D.fused_forward
+
+    def wrong(*args: Any) -> Tensor:
+        pixels = right(*args)
+        if fault == "swapped-frames":
+            return pixels.flip(2)
+        if fault == "gain":
+            return pixels * 1.01
+        pixels[:, :, -1] = 0
+        return pixels
+
+    monkeypatch.setattr(FusedHunyuanVideo15Decoder3D, "fused_forward", wrong)
+    with patch_module(vae) as report:
+        assert relative_error(decode(vae, z), expected) <= 1e-6
+        assert {site.state for site in report.sites} == {"failed"}
+
+
+@pytest.mark.gpu
+def test_with_the_kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one go, and in chunks."""
+    vae, z = tiny_autoencoder_kl_hunyuanvideo15().to(device), draw(3, 2).to(device)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        expected = decode(vae, z)
+        with patch_module(vae, self_check=False) as report:
+            assert relative_error(decode(vae, z), expected) <= 1e-5
+            monkeypatch.setattr(causal_clip, "free_bytes", lambda _: 0)
+            assert relative_error(decode(vae, z), expected) <= 1e-5
+    assert not report.fallbacks, str(report)
+    ways = {site.op: site.implementations for site in report.sites}
+    assert "triton" in ways["rms_norm_silu"] & ways["depth_to_space"]
+    assert ways["whole_clip"] == {"3 of 3 frames", "1 of 3 frames"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("fit", [5, 2], ids=["whole", "chunks"])
+def test_as_wide_as_released(
+    fit: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error of every frame to float32 without TF32, seams between chunks among them, beside stock's."""
+    with torch.device(device):
+        torch.manual_seed(0)
+        vae, z = AutoencoderKLHunyuanVideo15().eval(), torch.randn(1, 32, 5, 12, 16)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        gold = decode(vae, z)
+    vae, z = vae.to(dtype), z.to(dtype)
+    stock = decode(vae, z)
+    needed = decode_bytes(vae.decoder, z, fit)
+    monkeypatch.setattr(causal_clip, "free_bytes", lambda _: needed)
+    with patch_module(vae) as report:
+        out = decode(vae, z)
+        assert not report.fallbacks and {site.state for site in report.sites} == {"active"}, str(report)
+    for frame in range(gold.shape[2]):
+        error, own = ((x[:, :, frame].float() - gold[:, :, frame]).norm() for x in (out, stock))
+        assert error <= 2 * own

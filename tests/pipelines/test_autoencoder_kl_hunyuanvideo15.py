@@ -1,0 +1,299 @@
+"""``AutoencoderKLHunyuanVideo15``: the same frames, whole, in chunks and in tiles; what is not served runs as it is."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from block_checks import relative_error
+from diffusers import AutoencoderKLHunyuanVideo15
+from kernel_checks import planted
+from tiny_models import tiny_autoencoder_kl_hunyuanvideo15
+from torch import Tensor, nn
+
+from vidaccel import patch_module
+from vidaccel.blocks.vae import autoencoder_kl_hunyuanvideo15 as blocks
+from vidaccel.blocks.vae import causal_clip
+from vidaccel.kernels.norm.rms_norm_silu import RMS_NORM_SILU
+from vidaccel.patching.report import PatchReport
+
+EQUAL = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The PyTorch implementations: interpreted kernels are slow."""
+    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
+
+
+@pytest.fixture
+def vae() -> AutoencoderKLHunyuanVideo15:
+    return tiny_autoencoder_kl_hunyuanvideo15()
+
+
+def draw(frames: int = 3, height: int = 2, width: int = 1, batch: int = 1) -> Tensor:
+    return torch.randn(batch, 4, frames, height, width, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKLHunyuanVideo15, latents: Tensor) -> Tensor:
+    return vae.decode(latents).sample
+
+
+def ran(report: PatchReport) -> set[str]:
+    return {way for site in report.sites if site.op == "whole_clip" for way in site.implementations}
+
+
+def reasons(report: PatchReport) -> str:
+    return "; ".join(sorted({reason for _, _, reason in report.fallbacks}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 2, 3), (2, 3, 1), (4, 1, 1)], ids=["image", "odd-sides", "one-pixel"])
+def test_same_frames_and_exact_restore(
+    shape: tuple[int, int, int], dtype: torch.dtype, vae: AutoencoderKLHunyuanVideo15
+) -> None:
+    latents = draw(*shape).to(dtype)
+    vae.to(dtype)
+    expected = decode(vae, latents)
+    traces = {name: (type(module), frozenset(vars(module))) for name, module in vae.named_modules()}
+    with patch_module(vae) as report:
+        for _ in range(2):  # the first is checked
+            out = decode(vae, latents)
+            assert relative_error(out, expected) <= (EQUAL if dtype == torch.float32 else 1e-13)
+            assert out.stride() == expected.stride()
+        assert not report.fallbacks or dtype == torch.float64, str(report)
+        assert {site.state for site in report.sites} == {"active"} and ran(report) == {
+            f"{shape[0]} of {shape[0]} frames"
+        }
+        assert all(site.implementations for site in report.sites)
+        assert not torch.equal(out, expected), "nothing was patched: equal bits from reordered sums"
+    assert torch.equal(decode(vae, latents), expected)
+    assert traces == {name: (type(module), frozenset(vars(module))) for name, module in vae.named_modules()}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"upsample_match_channel": False}, {"layers_per_block": 2, "block_out_channels": (8, 16, 16, 16, 32)}],
+    ids=["shortcuts", "two-layers"],
+)
+def test_other_configurations(options: dict[str, Any]) -> None:
+    vae, latents = tiny_autoencoder_kl_hunyuanvideo15(**options), draw()
+    expected = decode(vae, latents)
+    with patch_module(vae) as report:
+        assert relative_error(decode(vae, latents), expected) <= EQUAL
+        assert not report.fallbacks, str(report)
+
+
+def test_a_batch_is_its_samples(vae: AutoencoderKLHunyuanVideo15) -> None:
+    """Stock's mask takes one sample only."""
+    latents = draw(batch=2)
+    expected = torch.cat([decode(vae, sample) for sample in latents.split(1)])
+    with patch_module(vae) as report:
+        for _ in range(2):
+            assert relative_error(decode(vae, latents), expected) <= EQUAL
+        assert not report.fallbacks, str(report)
+
+
+@pytest.mark.parametrize("fit", [1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_chunks_are_the_whole(
+    fit: int, batch: int, vae: AutoencoderKLHunyuanVideo15, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latents = draw(5, batch=batch)
+    expected = torch.cat([decode(vae, sample) for sample in latents.split(1)])
+    monkeypatch.setattr(blocks, "decode_bytes", lambda decoder, latents, frames: frames)
+    monkeypatch.setattr(causal_clip, "free_bytes", lambda _: fit)
+    with patch_module(vae) as report:
+        assert relative_error(decode(vae, latents), expected) <= EQUAL
+        assert f"{fit} of 5 frames" in ran(report) and not report.fallbacks
+
+
+def out_of_memory_beyond(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    def conv3d(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if x.shape[2] > most:
+            raise torch.OutOfMemoryError(f"{x.shape[2]} frames")
+        return right(x, *args, **kwargs)
+
+    right = F.conv3d
+    monkeypatch.setattr(F, "conv3d", conv3d)
+
+
+def test_out_of_memory_halves_the_chunk_and_goes_on(
+    vae: AutoencoderKLHunyuanVideo15, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latents = draw(6)
+    expected = decode(vae, latents)
+    with patch_module(vae, self_check=False) as report:
+        out_of_memory_beyond(monkeypatch, 18)
+        assert relative_error(decode(vae, latents), expected) <= EQUAL
+        assert ran(report) == {"3 of 6 frames"}
+
+
+def test_what_memory_cannot_hold_at_all_is_explained(
+    vae: AutoencoderKLHunyuanVideo15, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patch_module(vae, self_check=False)
+    out_of_memory_beyond(monkeypatch, 5)
+    with pytest.raises(torch.OutOfMemoryError, match=r"one latent frame of 1 clips of 16 x 32 pixels.*enable_tiling"):
+        decode(vae, draw())
+
+
+@pytest.mark.parametrize("mode", ["slicing", "tiling", "both"])
+def test_slicing_and_tiling_keep_their_meaning(mode: str, vae: AutoencoderKLHunyuanVideo15) -> None:
+    latents = draw(2, 5, 3, batch=1 if mode == "tiling" else 2)
+    if mode != "tiling":
+        vae.enable_slicing()
+    if mode != "slicing":
+        vae.enable_tiling(32, 32, 2, 2, 0.5)
+    expected, seen = decode(vae, latents), []
+    with patch_module(vae) as report:
+        vae.decoder.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape)))
+        assert relative_error(decode(vae, latents), expected) <= EQUAL
+        assert not report.fallbacks and ran(report) == {"2 of 2 frames"}, str(report)
+    assert {shape[0] for shape in seen} == {1} and len(seen) == {"slicing": 2, "tiling": 15, "both": 30}[mode]
+
+
+@pytest.mark.parametrize("op", ["whole_clip", "rms_norm_silu", "depth_to_space", "pixel_conv", "spatial_attention"])
+def test_every_site_can_be_off(op: str, vae: AutoencoderKLHunyuanVideo15) -> None:
+    expected = decode(vae, draw())
+    with patch_module(vae) as report:
+        (site,) = (site for site in report.sites if site.op == op)
+        site.on = False
+        out = decode(vae, draw())
+        assert relative_error(out, expected) <= EQUAL
+        assert torch.equal(out, expected) == (op == "whole_clip")
+        assert not report.fallbacks or op == "whole_clip"
+
+
+class Lora(nn.Module):
+    """Stands where a convolution stood, and does more."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, *args: Any) -> Tensor:
+        return 1.5 * self.base(*args)
+
+
+def hook_a_child(vae: AutoencoderKLHunyuanVideo15) -> None:
+    vae.decoder.up_blocks[1].resnets[0].register_forward_hook(lambda *_: _[2] * 1.5)
+
+
+def swap_a_child(vae: AutoencoderKLHunyuanVideo15) -> None:
+    upsampler = vae.decoder.up_blocks[0].upsamplers[0]
+    upsampler.conv = Lora(upsampler.conv)
+
+
+def pad_with_zeros(vae: AutoencoderKLHunyuanVideo15) -> None:
+    vae.decoder.conv_out.pad_mode = "constant"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (hook_a_child, "forward hooks"),
+        (swap_a_child, "replaced by Lora"),
+        (pad_with_zeros, "not padded by what it repeats"),
+    ],
+    ids=["hook", "lora", "padding"],
+)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_changed_child_runs_as_it_is(
+    when: str, change: Callable[[AutoencoderKLHunyuanVideo15], None], reason: str, vae: AutoencoderKLHunyuanVideo15
+) -> None:
+    if when == "before":
+        change(vae)
+    report = patch_module(vae)
+    if when == "after":
+        decode(vae, draw())
+        change(vae)
+    out = decode(vae, draw())
+    if when == "after":
+        assert reason in reasons(report)
+    else:
+        assert all(site.state == "left alone" and reason in site.reason for site in report.sites)
+    report.restore()
+    assert torch.equal(out, decode(vae, draw()))
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_halves_are_no_worse_than_stock(kind: torch.dtype, vae: AutoencoderKLHunyuanVideo15) -> None:
+    latents = draw(3, 2, 3).to(kind)
+    vae.to(kind)
+    gold = decode(copy.deepcopy(vae).double(), latents.double())
+    stock = decode(vae, latents)
+    with patch_module(vae) as report:
+        out = decode(vae, latents)
+        assert not report.fallbacks, str(report)
+    for frame in range(gold.shape[2]):
+        error, own = ((x[:, :, frame].double() - gold[:, :, frame]).norm() for x in (out, stock))
+        assert error <= 2 * own
+
+
+def test_the_other_ways_to_call(vae: AutoencoderKLHunyuanVideo15) -> None:
+    latents, clip = draw(), torch.rand(1, 3, 5, 16, 16)
+    with torch.no_grad():
+        expected, of_clip = vae.decode(latents).sample, vae(clip).sample
+    patch_module(vae)
+    with torch.no_grad():
+        assert relative_error(vae.decode(latents, return_dict=False)[0], expected) <= EQUAL
+        assert relative_error(vae(clip).sample, of_clip) <= EQUAL
+    with torch.inference_mode():
+        assert relative_error(vae.decode(latents).sample, expected) <= EQUAL
+    assert torch.equal(decode(copy.deepcopy(vae), latents), expected)
+
+
+def test_gradients_go_through_the_original(vae: AutoencoderKLHunyuanVideo15) -> None:
+    outcomes = []
+    for patched in (False, True):
+        report = patch_module(vae) if patched else None
+        latents = draw(frames=2).requires_grad_()
+        out = vae.decode(latents).sample
+        out.square().sum().backward()
+        outcomes.append((out, latents.grad))
+    assert all(map(torch.equal, *outcomes))
+    assert report is not None and "gradients" in reasons(report)
+
+
+@pytest.mark.parametrize(
+    "latents",
+    [
+        torch.zeros(4, 3, 4, 4),
+        torch.zeros(1, 3, 2, 4, 4),
+        torch.zeros(1, 4, 2, 4, 4).half(),
+        torch.zeros(1, 4, 0, 4, 4),
+    ],
+    ids=["rank-4", "channels", "dtype", "no-frames"],
+)
+@torch.no_grad()
+def test_bad_latents_raise_what_the_stock_vae_raises(latents: Tensor, vae: AutoencoderKLHunyuanVideo15) -> None:
+    outcomes = []
+    for patched in (False, True):
+        if patched:
+            patch_module(vae)
+        with pytest.raises(Exception) as error:
+            vae.decode(latents)
+        outcomes.append((error.type, str(error.value)))
+    assert outcomes[0] == outcomes[1]
+
+
+def test_kernels_run_and_a_fault_in_one_is_found(
+    vae: AutoencoderKLHunyuanVideo15, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VIDACCEL_IMPL")
+    latents = draw(1, 1, 1)
+    expected = decode(vae, latents)
+    with patch_module(vae) as report:
+        assert relative_error(decode(vae, latents), expected) <= EQUAL
+        assert not report.fallbacks, str(report)
+        kernels = {site.op for site in report.sites if site.implementations & {"triton", "taps"}}
+        assert kernels == {"rms_norm_silu", "depth_to_space", "pixel_conv"}
+    with planted(RMS_NORM_SILU, "triton", lambda out: out[-1].mul_(1.01)), patch_module(vae) as report:
+        assert relative_error(decode(vae, latents), expected) <= EQUAL
+        assert {site.op for site in report.sites if site.state == "failed"} == {"rms_norm_silu"}

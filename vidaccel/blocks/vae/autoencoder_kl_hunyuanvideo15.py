@@ -1,0 +1,354 @@
+"""diffusers' ``autoencoders/autoencoder_kl_hunyuanvideo15.py``: the decoder, without pads, cats and a mask.
+
+Stock pads the input of every convolution by a pass of its own, takes a dozen passes for a norm, and fills an attention
+mask row by row. Here clips are rows ``[B, F, H, W, C]`` from the first convolution to the last (``causal_clip``).
+``rms_norm_silu`` writes a convolution's input with the frames and pixels that it repeats around it, and adds the bias
+and the residual that the convolution before has left out. ``depth_to_space`` puts the channels of an upsampler's
+convolution in place and adds the shortcut. A frame's attention sees the frames up to it, so each is a product with a
+longer part of the keys, and there is no mask.
+
+The first convolution and the middle, small at the size of the latents, see the whole clip; from there on, as many
+frames as memory allows go at once, each convolution's last two frames carried on to the next chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import (
+    HunyuanVideo15AttnBlock,
+    HunyuanVideo15CausalConv3d,
+    HunyuanVideo15Decoder3D,
+    HunyuanVideo15MidBlock,
+    HunyuanVideo15ResnetBlock,
+    HunyuanVideo15RMS_norm,
+    HunyuanVideo15UpBlock3D,
+    HunyuanVideo15Upsample,
+)
+from torch import Tensor, nn
+
+from vidaccel.blocks.vae.causal_clip import (
+    Chunk,
+    Halos,
+    Sum,
+    conv_rows,
+    decode_in_chunks,
+    out_of_memory,
+    tell_chunk,
+)
+from vidaccel.kernels.attention.spatial_attention import spatial_attention, spatial_attention_ref
+from vidaccel.kernels.conv.depth_to_space import depth_to_space, depth_to_space_ref
+from vidaccel.kernels.conv.padded_clip import NO_PADDING, Padding, pad_clip
+from vidaccel.kernels.conv.pixel_conv import pixel_conv, pixel_conv_ref
+from vidaccel.kernels.norm.rms_norm_silu import compile_ahead, rms_norm_silu, rms_norm_silu_ref
+from vidaccel.sites.block import FusedBlock, call_site, cut_corner, fuses
+from vidaccel.sites.memo import once_per_call
+from vidaccel.sites.plain import plain_reason
+
+__all__ = ["FusedHunyuanVideo15Decoder3D", "decode_bytes"]
+
+CAUSAL = Padding(before=2, border=1, frame_mode="replicate", pixel_mode="replicate")
+UNPADDED = 0, 0, 0  # what a convolution adds to input that is padded already
+CORNER_FRAMES = 3
+_MARGIN = 1.1  # the allocator's rounding, the borders, the convolutions' workspaces, all that is small
+
+
+@fuses(
+    HunyuanVideo15Decoder3D,
+    {
+        "whole_clip": "math-exact",
+        "rms_norm_silu": "math-exact",
+        "depth_to_space": "bit-exact",
+        "pixel_conv": "math-exact",
+        "spatial_attention": "math-exact",
+    },
+)
+class FusedHunyuanVideo15Decoder3D(FusedBlock, HunyuanVideo15Decoder3D):
+    """The decoder of HunyuanVideo 1.5, of a clip or of a tile."""
+
+    conv_in: Any
+    mid_block: Any
+    up_blocks: Any
+    norm_out: Any
+    conv_out: Any
+    repeat: int
+
+    @classmethod
+    def left_alone_reason(cls, module: Any) -> str | None:
+        return _structure_reason(module)
+
+    def compile_ahead(self) -> None:
+        begin = partial(compile_ahead, padding=CAUSAL)
+        for resnet in (*self.mid_block.resnets, *(resnet for block in self.up_blocks for resnet in block.resnets)):
+            gamma, next_gamma = (norm.gamma.detach().flatten() for norm in (resnet.norm1, resnet.norm2))
+            begin(gamma, bias=False)  # behind an upsampler
+            begin(gamma, residual=True, keep=True)
+            begin(next_gamma)
+        begin(self.norm_out.gamma.detach().flatten(), residual=True)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return HunyuanVideo15Decoder3D.forward(self, hidden_states)
+        out: Tensor = call_site(FusedHunyuanVideo15Decoder3D, self, hidden_states)
+        return out
+
+    def call_reason(self, hidden_states: Tensor) -> str | None:
+        if not self.runs("whole_clip"):
+            return "whole_clip is off, or failed"
+        if torch.is_autocast_enabled(hidden_states.device.type):
+            return "autocast is on"
+        weight = self.conv_in.conv.weight
+        if hidden_states.ndim != 5 or hidden_states.shape[1] != weight.shape[1] or not hidden_states.numel():
+            return f"the latents are not [B, {weight.shape[1]}, F, H, W]"
+        found, expected = ((x.dtype, x.device) for x in (hidden_states, weight))
+        return None if found == expected else f"the latents are {found}, the weights {expected}"
+
+    def corner(self, args: Any, kwargs: Any) -> Any:
+        return cut_corner((args[0][:1, :, :CORNER_FRAMES],), {}, most_whole=0)
+
+    def fused_forward(self, hidden_states: Tensor) -> Tensor:
+        return _Decode(self).run(hidden_states)
+
+
+class _Decode:
+    """One decode of latents by the modules of a decoder."""
+
+    def __init__(self, decoder: FusedHunyuanVideo15Decoder3D) -> None:
+        self._decoder = decoder
+        self._norm_op = rms_norm_silu if decoder.runs("rms_norm_silu") else rms_norm_silu_ref
+
+    def run(self, latents: Tensor) -> Tensor:
+        decoder = self._decoder
+        samples, _, frames, height, width = latents.shape
+        upsamplers = list(_upsamplers(decoder))
+        rate = 2 ** sum(upsampler.add_temporal_upsample for upsampler in upsamplers)
+        height, width = height * 2 ** len(upsamplers), width * 2 ** len(upsamplers)
+
+        def pixel_frames(latent_frames: int) -> int:
+            return 1 + rate * (latent_frames - 1) if latent_frames else 0
+
+        channels = len(decoder.conv_out.conv.weight)
+        pixels = latents.new_empty(samples, channels, pixel_frames(frames), height, width)
+        halos: Halos = {}
+        middle: Tensor | None = None
+
+        def decode(start: int, end: int) -> None:
+            nonlocal halos, middle
+            if middle is None:
+                middle = self._middle(latents)
+            chunk = Chunk(Sum(middle[:, start:end]), halos, end < frames)
+            halos = self._up(chunk, pixels[:, :, pixel_frames(start) : pixel_frames(end)])
+
+        needs = partial(decode_bytes, decoder, latents)
+        explain = partial(out_of_memory, samples, height, width)
+        step = decode_in_chunks(frames, latents.device, needs, decode, explain)
+        tell_chunk(decoder, "whole_clip", step, frames)
+        return pixels
+
+    def _middle(self, latents: Tensor) -> Tensor:
+        """What the up-blocks get of the whole clip."""
+        decoder = self._decoder
+        rows = latents.permute(0, 2, 3, 4, 1)
+        conv = decoder.conv_in.conv
+        summed = conv_rows(pad_clip(rows, None, CAUSAL), conv, padding=UNPADDED)
+        chunk = Chunk(Sum(summed, conv.bias, rows.repeat_interleave(decoder.repeat, -1)), {}, False)
+        del summed
+        mid = decoder.mid_block
+        self._resnet(chunk, mid.resnets[0])
+        for attention, resnet in zip(mid.attentions, mid.resnets[1:], strict=True):
+            if attention is not None:
+                self._attention(chunk, attention)
+            self._resnet(chunk, resnet)
+        return self._written(chunk, NO_PADDING, kind="none", silu=False)
+
+    def _up(self, chunk: Chunk, out: Tensor) -> Halos:
+        decoder = self._decoder
+        for block in decoder.up_blocks:
+            for resnet in block.resnets:
+                self._resnet(chunk, resnet)
+            for upsampler in block.upsamplers or ():
+                self._upsample(chunk, upsampler)
+        buffer = self._input_of(chunk, decoder.conv_out, decoder.norm_out)
+        del chunk.flow
+        run = pixel_conv if decoder.runs("pixel_conv") else pixel_conv_ref
+        conv = decoder.conv_out.conv
+        out.copy_(run(buffer, conv.weight, conv.bias)[..., 1:-1, 1:-1])  # it pads the border once more
+        return chunk.following
+
+    def _written(self, chunk: Chunk, padding: Padding, gamma: Tensor | None = None, **options: Any) -> Tensor:
+        """What flows, added, normed and padded; with ``keep``, the sum is what flows on."""
+        flow = chunk.flow
+        z, y = self._norm_op(
+            flow.x, gamma, bias=flow.bias, residual=flow.residual, residual_bias=flow.residual_bias, padding=padding,
+            **{"keep": False, "inplace": True, **options},
+        )  # fmt: skip
+        flow.x, flow.bias, flow.residual, flow.residual_bias = z, None, None, None
+        return y
+
+    def _input_of(self, chunk: Chunk, conv: Any, norm: Any = None, *, keep: bool = False) -> Tensor:
+        """What ``conv`` reads: what flows, through ``norm`` and SiLU if there is one, with all that lies around it."""
+        options = {"kind": "none", "silu": False} if norm is None else {"gamma": norm.gamma.flatten()}
+        buffer = self._written(chunk, CAUSAL, halo=chunk.halos.get(conv), keep=keep, **options)
+        chunk.keep_of(conv, buffer[:, :, 1:-1, 1:-1], CAUSAL.before)
+        return buffer
+
+    def _resnet(self, chunk: Chunk, resnet: Any) -> None:
+        buffer = self._input_of(chunk, resnet.conv1, resnet.norm1, keep=True)
+        residual, residual_bias, shortcut = chunk.flow.x, None, resnet.conv_shortcut
+        if shortcut is not None:
+            residual, residual_bias = conv_rows(residual, shortcut), shortcut.bias
+        chunk.flow = Sum(conv_rows(buffer, resnet.conv1.conv, padding=UNPADDED), resnet.conv1.conv.bias)
+        del buffer
+        buffer = self._input_of(chunk, resnet.conv2, resnet.norm2)
+        del chunk.flow
+        made = conv_rows(buffer, resnet.conv2.conv, padding=UNPADDED)
+        chunk.flow = Sum(made, resnet.conv2.conv.bias, residual, residual_bias)
+
+    def _attention(self, chunk: Chunk, block: Any) -> None:
+        """Each frame attends to itself and to those before it."""
+        normed = self._written(chunk, NO_PADDING, block.norm.gamma.flatten(), silu=False, keep=True)
+        residual = chunk.flow.x
+        samples, frames, height, width, channels = normed.shape
+        rows, pixels = normed.view(samples, -1, channels), height * width
+        q, k, v = (F.linear(rows, conv.weight.flatten(1), conv.bias) for conv in (block.to_q, block.to_k, block.to_v))
+        run = spatial_attention if self._decoder.runs("spatial_attention") else spatial_attention_ref
+        attended = torch.empty_like(q)
+        for frame in range(frames):
+            start, end = frame * pixels, (frame + 1) * pixels
+            attended[:, start:end] = run(q[:, start:end], k[:, :end], v[:, :end], 1)
+        out = F.linear(attended, block.proj_out.weight.flatten(1))
+        chunk.flow = Sum(out.view(residual.shape), block.proj_out.bias, residual)
+
+    def _upsample(self, chunk: Chunk, upsample: Any) -> None:
+        buffer = self._input_of(chunk, upsample.conv)
+        del chunk.flow
+        conv = upsample.conv.conv
+        made = conv_rows(buffer, conv, padding=UNPADDED)
+        run = depth_to_space if self._decoder.runs("depth_to_space") else depth_to_space_ref
+        factor_t = 2 if upsample.add_temporal_upsample else 1
+        source = CAUSAL.inner(buffer)
+        chunk.flow = Sum(run(made, conv.bias, source, factor_t=factor_t, first=not chunk.halos))
+
+
+def _upsamplers(decoder: Any) -> Iterator[Any]:
+    for block in decoder.up_blocks:
+        yield from block.upsamplers or ()
+
+
+def decode_bytes(decoder: Any, latents: Tensor, frames: int) -> int:
+    """Most memory that the layers behind the middle hold at once, for so many latent frames of a clip."""
+    pixels = latents.shape[0] * latents.shape[3] * latents.shape[4]
+    channels = frames * max(_channels_held(decoder))
+    if frames < latents.shape[2]:
+        channels += 2 * _halo_channels(decoder)  # those of the chunk before, and those for the next
+    return int(channels * pixels * latents.element_size() * _MARGIN)
+
+
+def _halo_channels(decoder: Any) -> int:
+    """How many channels' worth the frames are that a chunk leaves to the next, in units of a latent pixel."""
+    total, pixels = 0, 1
+    for block in decoder.up_blocks:
+        convs = [conv for resnet in block.resnets for conv in (resnet.conv1, resnet.conv2)]
+        upsamplers = block.upsamplers or ()
+        convs += [upsampler.conv for upsampler in upsamplers]
+        total += pixels * sum(conv.conv.in_channels for conv in convs)
+        pixels *= 4 ** len(upsamplers)
+    return CAUSAL.before * (total + pixels * decoder.conv_out.conv.in_channels)
+
+
+def _channels_held(decoder: Any) -> Iterator[int]:
+    """For every layer: how many channels' worth of tensors it holds at its worst, in units of a latent pixel."""
+    pixels = 1
+    for block in decoder.up_blocks:
+        for resnet in block.resnets:
+            into, out = resnet.conv1.conv.in_channels, resnet.conv1.conv.out_channels
+            # two addends, their sum and the norm of it; behind them, a residual, a convolution's input and output
+            yield pixels * max(4 * into, 3 * out + (into if into != out else 0))
+        for upsampler in block.upsamplers or ():
+            conv = upsampler.conv.conv
+            # its input, what it makes, and that in place
+            yield pixels * (conv.in_channels + 2 * conv.out_channels)
+            pixels *= 8 if upsampler.add_temporal_upsample else 4
+    yield pixels * 3 * decoder.conv_out.conv.in_channels
+
+
+@once_per_call
+def _structure_reason(decoder: Any) -> str | None:
+    """Why the decoder is not made of what is done here in one go, or None."""
+    try:
+        reason = next(filter(None, _reasons(decoder)), None)
+    except AttributeError as error:
+        return f"it is not built as expected: {error}"
+    if reason:
+        return reason
+    weights = list(decoder.parameters())
+    if any(type(weight) is not nn.Parameter or not weight.is_floating_point() for weight in weights):
+        return "a weight is no plain parameter"
+    if len({(weight.dtype, weight.device) for weight in weights}) > 1:
+        return "its weights differ in dtype or device"
+    return None
+
+
+def _reasons(decoder: Any) -> Iterator[str | None]:
+    yield plain_reason(decoder.conv_act, nn.SiLU)
+    yield _causal_reason(decoder.conv_in)
+    mid = decoder.mid_block
+    yield plain_reason(mid, HunyuanVideo15MidBlock)
+    for attention in mid.attentions:
+        if attention is not None:
+            yield plain_reason(attention, HunyuanVideo15AttnBlock)
+            yield _norm_reason(attention.norm)
+            for conv in (attention.to_q, attention.to_k, attention.to_v, attention.proj_out):
+                yield _conv_reason(conv, 1)
+    for resnet in mid.resnets:
+        yield from _resnet_reasons(resnet)
+    for block in decoder.up_blocks:
+        yield plain_reason(block, HunyuanVideo15UpBlock3D)
+        for resnet in block.resnets:
+            yield from _resnet_reasons(resnet)
+        for upsampler in block.upsamplers or ():
+            yield plain_reason(upsampler, HunyuanVideo15Upsample)
+            yield _causal_reason(upsampler.conv)
+            conv = upsampler.conv.conv
+            if conv.out_channels % conv.in_channels or (upsampler.add_temporal_upsample and upsampler.repeats % 2):
+                yield "the channels of a shortcut do not fit those of its upsampler"
+    yield _norm_reason(decoder.norm_out)
+    yield _causal_reason(decoder.conv_out)
+
+
+def _resnet_reasons(resnet: Any) -> Iterator[str | None]:
+    yield plain_reason(resnet, HunyuanVideo15ResnetBlock)
+    yield plain_reason(resnet.nonlinearity, nn.SiLU)
+    for norm, conv in ((resnet.norm1, resnet.conv1), (resnet.norm2, resnet.conv2)):
+        yield _norm_reason(norm)
+        yield _causal_reason(conv)
+    if resnet.conv_shortcut is not None:
+        yield _conv_reason(resnet.conv_shortcut, 1)
+
+
+def _causal_reason(conv: Any) -> str | None:
+    if reason := plain_reason(conv, HunyuanVideo15CausalConv3d):
+        return reason
+    if conv.pad_mode != "replicate" or tuple(conv.time_causal_padding) != (1, 1, 1, 1, 2, 0):
+        return "a convolution is not padded by what it repeats"
+    return _conv_reason(conv.conv, 3)
+
+
+def _conv_reason(conv: Any, side: int) -> str | None:
+    if reason := plain_reason(conv, nn.Conv3d):
+        return reason
+    geometry = (side,) * 3, (1,) * 3, (0,) * 3, (1,) * 3, 1, "zeros"
+    found = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
+    return "a convolution is not a plain one" if found != geometry or conv.bias is None else None
+
+
+def _norm_reason(norm: Any) -> str | None:
+    if reason := plain_reason(norm, HunyuanVideo15RMS_norm):
+        return reason
+    if not norm.channel_first or isinstance(norm.bias, Tensor) or norm.bias != 0.0:
+        return "a norm has a bias, or its channels come last"
+    return "a norm scales by another factor" if norm.scale != norm.gamma.numel() ** 0.5 else None

@@ -1,0 +1,181 @@
+"""What the decoders of causal 3-D VAEs share: clips as rows, chunks of frames, and the loop that fits them to memory.
+
+A clip is rows ``[B, F, H, W, C]`` from the first convolution to the last, and the additions that a convolution leaves
+out (its bias, the residual) are done by whatever reads it next (:class:`Sum`). A chunk of latent frames goes through
+the decoder at once (:class:`Chunk`). A causal convolution looks at frames before its own: the last frames of its input,
+its halo, are kept for the next chunk. :func:`decode_in_chunks` decodes chunks as long as memory allows.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vidaccel.blocks.vae.vae import usable_bytes
+from vidaccel.kernels.op import note
+from vidaccel.sites.block import SITES
+from vidaccel.sites.memo import held
+from vidaccel.sites.site import SiteGroup
+
+__all__ = [
+    "Chunk",
+    "Halos",
+    "Sum",
+    "clip_of",
+    "conv_rows",
+    "decode_in_chunks",
+    "free_bytes",
+    "images_of",
+    "out_of_memory",
+    "tell_chunk",
+]
+
+Halos = dict[nn.Module, Tensor]  # the last frames of the input of each convolution, [B, F, H, W, C]
+
+
+@dataclass(eq=False)
+class Sum:
+    """A clip of rows whose last additions are still to be done: ``x + bias + (residual + residual_bias)``."""
+
+    x: Tensor
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    residual_bias: Tensor | None = None
+
+
+@dataclass(eq=False)
+class Chunk:
+    """The latent frames that go through the decoder together.
+
+    Attributes:
+        flow: Where they are. Held here alone, so that no caller's variable keeps a tensor longer than it is needed.
+        halos: Of the chunk before; empty: this one is the first of its clip.
+        keep: Whether a chunk follows.
+        following: The halos that this one leaves, if a chunk follows.
+        kept: A clip of rows that is needed again behind several layers, so that none of them may write over it.
+    """
+
+    flow: Sum
+    halos: Halos
+    keep: bool
+    following: Halos = field(default_factory=dict)
+    kept: Tensor | None = None
+
+    def keep_of(self, conv: nn.Module, frames: Tensor, before: int = 2) -> None:
+        """Keep the last ``before`` of the frames ``[B, F, H, W, C]`` that ``conv`` reads, its halo included."""
+        if self.keep:
+            self.following[conv] = frames[:, -before:].clone()
+
+
+def images_of(rows: Tensor) -> Tensor:
+    """Rows ``[B, F, H, W, C]`` seen as images ``[B * F, C, H, W]``."""
+    return rows.flatten(0, 1).permute(0, 3, 1, 2)
+
+
+def clip_of(rows: Tensor) -> Tensor:
+    """Rows ``[B, F, H, W, C]`` seen as a clip ``[B, C, F, H, W]``."""
+    return rows.permute(0, 4, 1, 2, 3)
+
+
+def conv_rows(
+    rows: Tensor, conv: Any, *, output_step: int = 1, padding: tuple[int, int, int] | None = None
+) -> Tensor:  # fmt: skip
+    """The convolution of rows ``[B, F, H, W, C]`` by the weight of ``conv``, ``[C', C, T, Y, X]``, without its bias.
+
+    In the dtype of the rows.
+
+    Args:
+        rows: They begin with the frames that the convolution looks back at.
+        conv: Has a ``weight``; its stride and dilation are 1.
+        output_step: C' is filled up to a multiple of that, with zeros.
+        padding: Zeros at either end of time, height and width. None: none in time, what keeps the size in space.
+
+    Returns:
+        ``[B, F', H', W', C']``, contiguous.
+    """
+    weight = conv.weight
+    if missing := -len(weight) % output_step:
+        weight = F.pad(weight, (0,) * 9 + (missing,))
+    height, width = weight.shape[3:]
+    laid_out = weight.to(rows.dtype).contiguous(memory_format=torch.channels_last_3d)
+    out = F.conv3d(clip_of(rows), laid_out, None, padding=padding or (0, height // 2, width // 2))
+    return out.permute(0, 2, 3, 4, 1).contiguous()
+
+
+def decode_in_chunks(
+    frames: int,
+    device: torch.device,
+    needs: Callable[[int], int],
+    decode: Callable[[int, int], None],
+    explain: Callable[[int, int], str],
+) -> int:
+    """Decode latent frames in chunks as long as memory allows; where it runs out, in halves of those.
+
+    Args:
+        frames: How many there are.
+        device: Where.
+        needs: Takes a number of frames; the bytes that decoding them at once takes.
+        decode: Takes where a chunk begins and ends. It keeps nothing of a chunk whose decoding failed.
+        explain: Takes the bytes that one frame takes and those that are free; what to say where that is too much.
+
+    Returns:
+        How many frames the longest of the last chunks had.
+
+    Raises:
+        torch.OutOfMemoryError: One frame is too much; as ``explain`` says.
+    """
+    step, at = _frames_that_fit(frames, needs, free_bytes(device)), 0
+    while at < frames:
+        end = min(at + step, frames)
+        try:
+            decode(at, end)
+        except torch.OutOfMemoryError as error:
+            traceback.clear_frames(error.__traceback__)  # they hold every tensor of the attempt
+            if end - at == 1:
+                raise torch.OutOfMemoryError(explain(needs(1), max(free_bytes(device), 0))) from error
+            step = (end - at + 1) // 2
+            continue
+        at = end
+    return min(step, frames)
+
+
+def _frames_that_fit(frames: int, needs: Callable[[int], int], free: int) -> int:
+    """How many frames are decoded at once: all, if they fit into what is free, else as equal parts as may be."""
+    steps = (math.ceil(frames / chunks) for chunks in range(1, frames + 1))
+    return next((step for step in steps if needs(step) <= free), 1)
+
+
+def free_bytes(device: torch.device) -> int:
+    """What this process may still allocate on ``device``."""
+    if device.type == "cuda":
+        return usable_bytes(device) - torch.cuda.memory_allocated(device)
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def out_of_memory(samples: int, height: int, width: int, needed: int, free: int) -> str:
+    """What the stock error leaves out, of ``samples`` clips of pictures of this size."""
+    slicing = "vae.enable_slicing() decodes one clip at a time, " if samples > 1 else ""
+    return (
+        f"out of memory while decoding one latent frame of {samples} clips of {width} x {height} pixels: "
+        f"it takes about {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free; "
+        f"{slicing}vae.enable_tiling() decodes smaller pictures"
+    )
+
+
+def tell_chunk(decoder: nn.Module, op: str, step: int, frames: int) -> None:
+    """Tell the report, at the site of ``op``, that ``step`` of ``frames`` latent frames went through at once."""
+    if (memo := held()) is not None and memo.way:
+        return  # it is a check
+    ran = f"{step} of {frames} frames"
+    note(op, ran)
+    sites: SiteGroup | None = getattr(decoder, SITES, None)
+    if sites is not None and (site := sites.sites.get(op)):
+        site.implementations.add(ran)  # also where nobody listens: memory may be another from clip to clip
