@@ -68,7 +68,7 @@ def _rows(device: str, dtype: str) -> Iterator[dict[str, Any]]:
     call = call_arguments(model.pipeline_class, resolve(model, REQUEST[device]))
     with _few_kernels(device):
         baseline = unpatched(pipe, progress=False, **call)
-        for name, patch, around in tqdm(list(_right_variants(device)), desc=f"{dtype}: right"):
+        for name, patch, around in tqdm(list(_right_variants(pipe, device)), desc=f"{dtype}: right"):
             with around:
                 found = compare(pipe, patch, baseline=baseline, progress=False)
             yield _row(found, dtype, name, None, checked=True)
@@ -93,7 +93,7 @@ def _few_kernels(device: str) -> Iterator[None]:
     os.environ.pop("VIDACCEL_IMPL", None)
 
 
-def _right_variants(device: str) -> Iterator[tuple[str, dict[str, Any], AbstractContextManager[Any]]]:
+def _right_variants(pipe: Any, device: str) -> Iterator[tuple[str, dict[str, Any], AbstractContextManager[Any]]]:
     yield "patched as by default", {}, nullcontext()
     yield "math-exact sites of the VAE alone", {"only": "vae"}, nullcontext()
     yield "bit-exact sites alone", {"allow": "bit-exact"}, nullcontext()
@@ -104,6 +104,17 @@ def _right_variants(device: str) -> Iterator[tuple[str, dict[str, Any], Abstract
         yield "with CUDA graphs", {"cuda_graph": True}, nullcontext()
         yield "other attention: efficient", {}, sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION)
         yield "nothing measured: default kernels", {}, _environment("VIDACCEL_TUNE", "0")
+        yield "torch.compile", {"cuda_graph": False}, _compiled(pipe.unet)
+
+
+@contextmanager
+def _compiled(model: Any) -> Iterator[None]:
+    model.compile()
+    try:
+        yield
+    finally:
+        model._compiled_call_impl = None
+        torch._dynamo.reset()
 
 
 def _implementation(name: str) -> AbstractContextManager[None]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from vidaccel.fidelity.metrics import psnr, relative_error, ssim
+from vidaccel.fidelity.metrics import Scores, flicker_psnr, likeness, psnr, relative_error, ssim
 from vidaccel.fidelity.validation import judge
 
 ROWS, COLUMNS = np.mgrid[:24, :33]
@@ -96,3 +96,19 @@ def test_a_clip_that_is_not_finite_fails() -> None:
     clip[1, 3, 3, 0] = other[1, 3, 3, 0] = np.nan  # in both: still nothing that anybody would call the same clip
     verdict = judge(clip, other, min_psnr_db=25)
     assert not verdict.passed and not verdict.bit_identical
+
+
+def test_flicker_is_what_changes_from_frame_to_frame() -> None:
+    clip = np.random.default_rng(0).random((3, 16, 16, 3))
+    brighter, flickering = clip + 0.1, clip.copy()
+    flickering[1] += 0.1
+    assert np.all(flicker_psnr(clip, brighter) > 250)  # all frames alike: nothing flickers
+    np.testing.assert_allclose(flicker_psnr(clip, flickering), [20.0, 20.0])
+    assert likeness(clip[:1], clip[:1]).flicker_psnr_db is None
+
+
+def test_scores_of_frames() -> None:
+    scores = Scores(np.array([40.0, np.inf, 30.0]))
+    assert (scores.mean, scores.minimum, scores.worst_frame) == (35.0, 30.0, 2)
+    lost = Scores(np.array([40.0, np.nan]))
+    assert lost.worst_frame == 1 and np.isnan(lost.minimum)

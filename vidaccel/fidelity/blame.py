@@ -13,6 +13,7 @@ are two. A site that is found at fault fails, as at first sight, and the origina
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from tqdm import tqdm
 
+from vidaccel.environment import free_memory
 from vidaccel.errors import first_line
 from vidaccel.fidelity.take import Call, run_again, tensors_of
 from vidaccel.kernels.check import CHAIN, LOSSY, Distance, Problem, distance, perturbing
@@ -92,8 +94,12 @@ def inspect(pipe: Any, report: PatchReport, calls: Sequence[Call], *, progress: 
     inspector = _Inspector()
     before = set(_failed(report))
     for call in tqdm(calls, desc="sites", leave=False, disable=not progress):
-        with watching(inspector.look):
-            run_again(pipe, call, eagerly=True)
+        try:
+            with watching(inspector.look):
+                run_again(pipe, call, eagerly=True)
+        except torch.OutOfMemoryError:
+            inspector.left_out[call.of] = "out of memory"
+            free_memory()
     faults = [_fault(site) for site in _failed(report) if site not in before]
     sites = sorted([*inspector.within_budget(), *faults], key=lambda one: -one.ratio)
     return Inspection(tuple(sites), inspector.left_out)
@@ -163,19 +169,20 @@ class _Inspector:
         if reason := _repeat_reason(host, args, kwargs):
             self.left_out[sites.paths] = reason
             return host.fused_forward(*args, **kwargs)
-        call = _HostCall(kind, host, sites, *_copies((args, kwargs)))
+        alike, alike_kwargs = host.comparable(args, kwargs)
+        call = _HostCall(kind, host, sites, *_copies((alike, alike_kwargs)))
         expected = call.original()
         try:
             with listening(checks=True, probes=True) as events:
-                found = host.fused_forward(*args, **kwargs)
+                found = host.fused_forward(*alike, **alike_kwargs)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # in a clip the original would run, and the report would count it
             self.left_out[sites.paths] = first_line(error)
-            return expected
+            return original_way(kind, host, sites, args, kwargs)
         sites.hear(events)
         self._judge(call, found, expected)
-        return _laid_out(expected, found)
+        return _laid_out(expected, found) if alike is args else original_way(kind, host, sites, args, kwargs)
 
     def _judge(self, call: _HostCall, found: Any, expected: Any) -> None:
         apart, golds, sites = call.distance(found, expected), (), call.sites
@@ -296,12 +303,14 @@ def _repeat_reason(host: Host, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             if leaf is None or isinstance(leaf, _PLAIN) or (ours and not isinstance(value, list | dict)):
                 continue
             return f"its call takes a {type(leaf).__name__}, which it may write into"
+    if host.corner(args, kwargs) is None:
+        return "it writes into a cache, or takes random numbers"
     return subtree_reason(host.module_of(args))
 
 
 def _copies(tree: Any) -> Any:
-    """``tree`` with lists and dicts of its own, for a call that may write into them; the tensors are the same."""
-    return tree_map(lambda x: x, tree)
+    """``tree`` with containers and objects of its own, for a call that may write into them; with the same tensors."""
+    return tree_map(lambda x: copy.copy(x) if type(x).__module__.startswith("vidaccel.") else x, tree)
 
 
 def _laid_out(expected: Any, found: Any) -> Any:

@@ -10,7 +10,6 @@ verdict (``verdict.py``). Two clips at most are kept in float32, on the host.
 
 from __future__ import annotations
 
-import inspect as python_inspect
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vidaccel.environment import environment
-from vidaccel.errors import UsageError, first_line
+from vidaccel.clips.video_model import parameters_of_call
+from vidaccel.environment import environment, free_memory
+from vidaccel.errors import UsageError, first_line, nearest
 from vidaccel.fidelity.blame import Blame, failed_already, inspect, switched
 from vidaccel.fidelity.guard_rails import Guard, guards_of_clip, guards_of_patch
 from vidaccel.fidelity.metrics import Likeness, Scores, likeness, psnr, relative_error
@@ -42,7 +42,8 @@ __all__ = ["Baseline", "Comparison", "Latents", "compare", "unpatched"]
 
 QUICK_STEPS, QUICK_FRAMES, QUICK_CONTROLS = 3, 9, 2  # 9 frames are 4 k + 1 and 8 k + 1, as causal VAEs have it
 NOT_EQUAL = 0.1  # the error of a control's first call: no roundings, but another meaning
-TOO_SLOW = 8.0  # times the reference's call
+TOO_SLOW = 4.0  # times the reference's call
+FLOOR_CONTROLS, FLOOR_SECONDS = 3, 45.0  # with so many controls, and after so long, no further one is tried
 _OURS = ("generator", "output_type", "return_dict", "callback_on_step_end")
 
 
@@ -228,7 +229,10 @@ def _checked_call(pipe: Any, call: dict[str, Any], quick: bool) -> dict[str, Any
         if name in call:
             hint = ": give seed=" if name == "generator" else ""
             raise UsageError(f"compare sets {name} itself{hint}")
-    taken = python_inspect.signature(type(pipe).__call__).parameters
+    taken = parameters_of_call(type(pipe))
+    for name in call:
+        if name not in taken:
+            raise UsageError(f"{type(pipe).__name__} takes no {name}{nearest(name, taken)}")
     for most, names in ((QUICK_STEPS, ("num_inference_steps",)), (QUICK_FRAMES, ("num_frames", "video_length"))):
         for name in names:
             if quick and name in taken:
@@ -337,16 +341,18 @@ class _Baseline(_Maker):
         left_out: list[LeftOut] = []
         self._step_controls: dict[str, tuple[float, ...]] = {}
         self._decode_controls: dict[str, tuple[float, ...]] = {}
+        start = time.perf_counter()
         with self._timed("floor"):
             for control in tqdm(controls, desc="equal maths", leave=False, disable=not self._progress):
-                if self._quick and len(found) >= QUICK_CONTROLS:
-                    left_out.append(LeftOut(control.name, "not tried, to be quick"))
+                if reason := self._enough(len(found), time.perf_counter() - start):
+                    left_out.append(LeftOut(control.name, reason))
                     continue
                 try:
                     with control.applied():
                         made = self._try(control.name)
                 except Exception as error:  # whatever a backend says that does not serve these shapes
                     made = first_line(error)
+                    free_memory()
                 if isinstance(made, str):
                     left_out.append(LeftOut(control.name, made))
                 else:
@@ -358,6 +364,14 @@ class _Baseline(_Maker):
             step_controls=self._step_controls,
             decode_controls=self._decode_controls,
         )
+
+    def _enough(self, found: int, seconds: float) -> str | None:
+        """Why no further control is tried, or None."""
+        if self._quick and found >= QUICK_CONTROLS:
+            return "not tried, to be quick"
+        if found >= FLOOR_CONTROLS and seconds > FLOOR_SECONDS:
+            return f"not tried: {found} others took {seconds:.0f} s"
+        return None
 
     def _try(self, name: str) -> Control | str:
         """The clip of the control that is applied now; or why there is none."""

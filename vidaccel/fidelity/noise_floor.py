@@ -25,11 +25,12 @@ from vidaccel.sites.rules import ChannelsLastWeights
 
 __all__ = ["Control", "EqualMaths", "LeftOut", "controls_for"]
 
+_Change = Callable[[], AbstractContextManager[Any]]
 _ON_GPU = {
-    "math attention": SDPBackend.MATH,
     "efficient attention": SDPBackend.EFFICIENT_ATTENTION,
-    "flash attention": SDPBackend.FLASH_ATTENTION,
     "cuDNN attention": SDPBackend.CUDNN_ATTENTION,
+    "flash attention": SDPBackend.FLASH_ATTENTION,
+    "math attention": SDPBackend.MATH,
 }
 
 
@@ -38,7 +39,7 @@ class EqualMaths:
     """One change of equal maths; ``applied()`` is a context manager that makes it and undoes it."""
 
     name: str
-    applied: Callable[[], AbstractContextManager[Any]]
+    applied: _Change
 
 
 @dataclass(frozen=True)
@@ -83,22 +84,29 @@ def controls_for(
 
 def _all(
     denoisers: Mapping[str, nn.Module], models: list[nn.Module], device: torch.device, compile: bool
-) -> Iterator[tuple[str, Callable[[], AbstractContextManager[Any]]]]:
-    if device.type == "cuda":
-        for name, backend in _ON_GPU.items():
-            # where it cannot serve a call, the next of the list does
-            order = [backend, *(other for other in _ON_GPU.values() if other is not backend)]
-            yield name, partial(sdpa_kernel, order, set_priority=True)
-    else:
-        yield "math attention", partial(sdpa_kernel, SDPBackend.MATH)
+) -> Iterator[tuple[str, _Change]]:
+    attention = _attention_on_gpu() if device.type == "cuda" else _attention_on_cpu()
+    yield next(attention)  # one of each kind first: a floor that takes long is cut short
     yield "channels-last convolutions", partial(_channels_last, models)
     yield "halves of the batch apart", partial(_forwards, denoisers, _halves)
+    yield from attention
     if device.type == "cpu":
         threads = 1 if torch.get_num_threads() > 1 else 2
         yield f"{threads} CPU thread{'s' if threads > 1 else ''}", partial(_threads, threads)
         yield "no oneDNN", _without_onednn
     if compile:
         yield "torch.compile", partial(_forwards, denoisers, torch.compile)
+
+
+def _attention_on_gpu() -> Iterator[tuple[str, _Change]]:
+    for name, backend in _ON_GPU.items():
+        # where it cannot serve a call, the next of the list does
+        order = [backend, *(other for other in _ON_GPU.values() if other is not backend)]
+        yield name, partial(sdpa_kernel, order, set_priority=True)
+
+
+def _attention_on_cpu() -> Iterator[tuple[str, _Change]]:
+    yield "math attention", partial(sdpa_kernel, SDPBackend.MATH)
 
 
 @contextmanager

@@ -123,6 +123,10 @@ class Host:
         """Why this very call goes to the original forward, or None. No tensor data; Dynamo can trace it."""
         return None
 
+    def comparable(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """These arguments without what fused and original forward need not do the same with (padding)."""
+        return args, kwargs
+
     def corner(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Small arguments for which fused and original forward do the same, cut from these; None if there are none."""
         return cut_corner(args, kwargs)
