@@ -1,8 +1,8 @@
 """SSIM as FFmpeg's ``ssim`` filter computes it, by that filter.
 
 Wang, Bovik, Sheikh and Simoncelli (IEEE TIP 13(4), 2004, https://doi.org/10.1109/TIP.2003.819861) with windows of 8x8
-pixels, four pixels apart, K1 = 0.01, K2 = 0.03; the mean over windows and over red, green and blue. Neither scikit-image
-nor torchmetrics takes windows of an even width, and with those of 7 pixels their SSIM is up to 0.02 away from FFmpeg's.
+pixels, four pixels apart, K1 = 0.01, K2 = 0.03; the mean over windows and over red, green and blue. Neither
+scikit-image nor torchmetrics takes windows of an even width, and with 7 pixels SSIM is up to 0.02 away from FFmpeg's.
 """
 
 from __future__ import annotations
@@ -37,15 +37,9 @@ class FfmpegSsim:
         self.frames = np.empty(0)
         self._folder = tempfile.TemporaryDirectory(prefix="vidaccel-")
         size = f"{width}x{2 * height}"
-        self._process = subprocess.Popen(
-            [
-                *(imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24"),
-                *("-video_size", size, "-i", "-", "-filter_complex", _FILTER, "-f", "null", "-"),
-            ],
-            stdin=subprocess.PIPE,
-            stderr=Path(self._folder.name, "errors.txt").open("wb"),
-            cwd=self._folder.name,
-        )
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "quiet", "-f", "rawvideo", "-pix_fmt", "rgb24"]
+        command += ["-video_size", size, "-i", "pipe:0", "-filter_complex", _FILTER, "-f", "null", "-"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=self._folder.name)
 
     def add(self, a: np.ndarray, b: np.ndarray) -> None:
         """Compare two frames ``[H, W, 3]`` uint8."""
