@@ -195,6 +195,16 @@ def test_transformers_and_causal_decoders(name: str) -> None:
     assert {site.path.split(".")[0] for site in comparison.blame or ()} >= {"transformer"}
 
 
+def test_sites_of_a_compiled_model_are_looked_at() -> None:
+    pipe, call = tiny_synthetic_pipeline("cogvideox-2b")
+    pipe.transformer.compile(backend="eager")
+    compiled = pipe.transformer._compiled_call_impl
+    comparison = compare(pipe, quick=True, progress=False, controls=["math attention"], **call)
+    assert comparison.passed, comparison.verdict.reasons
+    assert any(site.path.startswith("transformer.") for site in comparison.blame or ())
+    assert pipe.transformer._compiled_call_impl is compiled
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

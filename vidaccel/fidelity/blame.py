@@ -30,6 +30,9 @@ from vidaccel.errors import first_line
 from vidaccel.fidelity.take import Call, run_again, tensors_of
 from vidaccel.kernels.check import CHAIN, LOSSY, Distance, Problem, distance, perturbing
 from vidaccel.kernels.op import listening
+from vidaccel.kernels.settings import Fidelity
+from vidaccel.patching.families import unwrapped
+from vidaccel.patching.model_call import uncompiled
 from vidaccel.patching.report import PatchReport
 from vidaccel.sites.block import Host, going, original_of, original_way, unserved_reason
 from vidaccel.sites.memo import watching
@@ -86,16 +89,19 @@ class Inspection:
         return [site for site in self.sites if site.ratio > 1]
 
 
-def inspect(pipe: Any, report: PatchReport, calls: Sequence[Call], *, progress: bool) -> Inspection:
+def inspect(
+    pipe: Any, report: PatchReport, calls: Sequence[Call], *, progress: bool, allow: Fidelity = "math-exact"
+) -> Inspection:
     """Hold every site of ``report`` that ``calls`` of the patched ``pipe`` come to against the original code.
 
-    Sites that are found at fault fail, and are back to the original code.
+    Sites that are found at fault fail, and are back to the original code. ``allow`` is that of the patch, for a model
+    that is compiled.
     """
     inspector = _Inspector()
     before = set(_failed(report))
     for call in tqdm(calls, desc="sites", leave=False, disable=not progress):
         try:
-            with watching(inspector.look):
+            with watching(inspector.look), uncompiled(unwrapped(getattr(pipe, call.of)), allow):
                 run_again(pipe, call, eagerly=True)
         except torch.OutOfMemoryError:
             inspector.left_out[call.of] = "out of memory"
@@ -185,7 +191,8 @@ class _Inspector:
         return _laid_out(expected, found) if alike is args else original_way(kind, host, sites, args, kwargs)
 
     def _judge(self, call: _HostCall, found: Any, expected: Any) -> None:
-        apart, golds, sites = call.distance(found, expected), (), call.sites
+        apart, sites = call.distance(found, expected), call.sites
+        golds: _Golds = ()
         if apart.ratio > 1:  # by roundings alone: a higher precision may excuse it
             try:
                 golds = call.gold(expected)
@@ -240,9 +247,10 @@ class _HostCall:
         if [(x.shape, x.dtype) for x in mine] != [(x.shape, x.dtype) for x in theirs]:
             return Distance("the shape or the dtype of an output", math.inf, 1.0)
         apart = Distance("no output", 0.0, 1.0)
-        for x, y, *others in zip(mine, theirs, *golds, strict=True):
+        gold, moved = [*golds, *[[None] * len(mine)] * 2][:2]
+        for x, y, right, other in zip(mine, theirs, gold, moved, strict=True):
             chain = CHAIN_OF_HALVES if y.dtype.itemsize == 2 else CHAIN
-            apart = max(apart, distance(x, y, *others, chain=chain), key=lambda one: one.ratio)
+            apart = max(apart, distance(x, y, right, other, chain), key=lambda one: one.ratio)
         lossy = any(site.runs and site.fidelity == "lossy" for site in self.sites.sites.values())
         return apart._replace(budget=LOSSY * apart.budget) if lossy else apart
 

@@ -33,6 +33,7 @@ from vidaccel.fidelity.take import Call, Take, as_frames, film, run_again, run_d
 from vidaccel.fidelity.teacher_forcing import MOST_STEPS, Steps, recording, replay, timestep_of
 from vidaccel.fidelity.verdict import Evidence, Gates, Verdict, judge, step_roundings, steps_allowed
 from vidaccel.kernels import settings
+from vidaccel.kernels.settings import Fidelity
 from vidaccel.patching.families import unwrapped
 from vidaccel.patching.patch import DENOISERS, patch_pipeline
 from vidaccel.patching.report import PatchReport
@@ -178,7 +179,7 @@ def compare(
         )
     elif call:
         raise UsageError(f"the baseline has a call of its own: leave out {', '.join(call)}")
-    study = _Study(pipe, baseline, progress)
+    study = _Study(pipe, baseline, dict(patch or {}).get("allow", "math-exact"), progress)
     with patch_pipeline(pipe, **dict(patch or {})) as report:
         study.make_patched(report)
         verdict = study.look_at_sites(report, gates, blame)
@@ -399,9 +400,9 @@ class _Baseline(_Maker):
 class _Study(_Maker):
     """What has been found of a patch so far."""
 
-    def __init__(self, pipe: Any, baseline: Baseline, progress: bool) -> None:
+    def __init__(self, pipe: Any, baseline: Baseline, allow: Fidelity, progress: bool) -> None:
         super().__init__(pipe, baseline.call, baseline.seed, baseline.quick, progress)
-        self._baseline = baseline
+        self._baseline, self._allow = baseline, allow
         self._steps, self._decodes = baseline.steps, baseline.decodes
         self._seconds |= baseline.seconds
         self._guards = list(baseline.guards)
@@ -446,7 +447,7 @@ class _Study(_Maker):
         return verdict
 
     def _inspect(self, report: PatchReport, calls: Sequence[Call]) -> None:
-        found = inspect(self._pipe, report, calls, progress=self._progress)
+        found = inspect(self._pipe, report, calls, progress=self._progress, allow=self._allow)
         self._faults += found.faults
         worst = {(site.path, site.op): site for site in sorted((*(self._blame or ()), *found.sites), key=_ratio)}
         self._blame = tuple(sorted(worst.values(), key=_ratio, reverse=True))

@@ -54,7 +54,8 @@ def guards_of_patch(report: PatchReport) -> Iterator[Guard]:
     active = [site for site in report.sites if site.state == "active"]
     if not active:
         yield Guard("nothing patched", "no site of the pipeline is active: the clip says nothing of a patch", True)
-    elif not any(site.implementations for site in active if "." in site.path):  # of a whole model are memory orders
+    # Sites of a whole model are memory orders. Where a model is compiled nothing is heard, and nothing falls back.
+    elif report.fallbacks and not any(site.implementations for site in active if "." in site.path):
         yield Guard("everything fell back", _most_frequent(report), True)
     for site in report.sites:
         if site.state == "failed":
@@ -62,7 +63,5 @@ def guards_of_patch(report: PatchReport) -> Iterator[Guard]:
 
 
 def _most_frequent(report: PatchReport) -> str:
-    if not report.fallbacks:
-        return "no site ran in any call"
     (path, op, reason), calls = max(report.fallbacks.items(), key=lambda entry: entry[1])
     return f"no site ran in any call; {path}: {op} in {calls} calls: {reason}"

@@ -110,8 +110,8 @@ def on_host(tree: Any) -> Any:
 @torch.no_grad()
 def run_again(pipe: Any, call: Call, *, eagerly: bool = False) -> Any:
     """Make ``call`` again with the component of ``pipe`` as it is now; ``eagerly`` also where that is compiled."""
-    part, device = getattr(pipe, call.of), run_device(pipe)
-    part = unwrapped(part) if eagerly else part
+    device, given = run_device(pipe), getattr(pipe, call.of)
+    part: Any = unwrapped(given) if eagerly else given
     args, kwargs = tree_map(lambda x: x.to(device, copy=True) if isinstance(x, Tensor) else x, (call.args, call.kwargs))
     return part.decode(*args, **kwargs) if call.of == "vae" else part(*args, **kwargs)
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from vidaccel.patching.cuda_graph import Graphs
 from vidaccel.patching.premises import CALL_SLOT, Premises
 from vidaccel.sites.memo import Memo, holding, preparations, watched
 
-__all__ = ["ModelCall", "unwrap_call", "wrap_call"]
+__all__ = ["ModelCall", "uncompiled", "unwrap_call", "wrap_call"]
 
 MOST_ANSWERS = 2**16  # that a memo keeps: more than several shapes of the largest model
 
@@ -99,3 +101,19 @@ def unwrap_call(model: nn.Module) -> None:
         if call.graphs is not None:
             call.graphs.site.taken_away()
             call.graphs.forget()
+
+
+@contextmanager
+def uncompiled(model: nn.Module, allow: Fidelity) -> Iterator[None]:
+    """Let what ``module.compile()`` made of ``model`` not be called inside the ``with`` block, but ``model`` itself."""
+    compiled = vars(model).get(CALL_SLOT)
+    if compiled is None or isinstance(compiled, ModelCall):
+        yield
+        return
+    vars(model)[CALL_SLOT] = None
+    wrap_call(model, allow)
+    try:
+        yield
+    finally:
+        unwrap_call(model)
+        vars(model)[CALL_SLOT] = compiled
