@@ -25,7 +25,7 @@ _COLOURS = {"ink": "#010203", "muted": "#010204", "grid": "#010205", "patched": 
 _COLOURS |= {"limit": "#010208"}
 _SIZE = (4.4, 2.5)  # inches, of 72 pixels
 _MARGINS = {"left": 0.13, "right": 0.985, "bottom": 0.165, "top": 0.84}
-_SETTINGS = {
+_SETTINGS: Any = {  # Matplotlib types its names one by one
     "svg.fonttype": "none",
     "svg.hashsalt": "vidaccel",  # the same figures give the same drawing
     "font.size": 9,
