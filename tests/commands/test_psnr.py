@@ -47,7 +47,8 @@ def test_what_is_printed(capsys: Capture) -> None:
 
 @pytest.mark.parametrize(("least", "code", "said"), [(20, 0, "PASS"), (20.2, 1, "FAIL")])
 def test_the_least_psnr_decides_the_exit_code(least: float, code: int, said: str, capsys: Capture) -> None:
-    assert main(["psnr", "a", "b", "--min-psnr", str(least)]) == code
+    assert main(["psnr", "a", "b", "--min-psnr", str(least), "--html", "page.html"]) == code
+    assert f'<span class="badge">{said}</span>' in Path("page.html").read_text()
     assert capsys.readouterr().out.splitlines()[-1].startswith(f"{said}: the worst frame ")
 
 
@@ -58,8 +59,9 @@ def test_record_and_page(capsys: Capture) -> None:
     assert record["arguments"]["a"] == "a" and record["environment"]["vidaccel"]
     text = Path("page.html").read_text()
     assert "<title>a and b · vidaccel</title>" in text and text.count("<canvas>") == 3 and text.count("<svg") == 3
+    capsys.readouterr()
     assert main(["psnr", "a", "a", "--json", "-"]) == 0
-    record = json.loads(capsys.readouterr().out.partition("\n{")[2].join(("{", "")))
+    record = json.loads(capsys.readouterr().out)
     assert record["clip"]["psnr_db"]["frames"] == ["inf"] * 3 and record["clip"]["bit_identical"]
 
 

@@ -128,6 +128,13 @@ def test_bad_input_gets_one_line(
     assert error.startswith("vidaccel: error: ") and message in error
 
 
+def test_another_pipeline_gets_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    assert main(["validate", "--model", str(tmp_path)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and "StableDiffusionPipeline" in error[0]
+
+
 def test_the_script_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["scripts/validate.py", "--model", "no/such model"])
     with pytest.raises(SystemExit) as exited:

@@ -72,7 +72,7 @@ def score_chart(
             axes.axhline(limit, color=_COLOURS["limit"], linewidth=1.2, linestyle=(0, (4, 3)), label="needed")
         if best is not None:
             low = min(axes.get_ylim()[0], best - 1e-4)
-            axes.set_ylim(low, best + 0.03 * (best - low))
+            axes.set_ylim(low - 0.05 * (best - low), best + 0.03 * (best - low))
         axes.set_xlim(-0.5, first_frame + len(frames) - 0.5)
         _mark_infinite(axes, frames, first_frame)
         return _drawn(figure, axes, first_frame + len(frames))

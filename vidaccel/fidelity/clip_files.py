@@ -40,8 +40,9 @@ def compare_files(args: argparse.Namespace) -> int:
     summary = {
         "command": "psnr",
         "passed": passed,
+        "min_psnr_db": args.min_psnr,
         "clip": clip,
-        "arguments": {"a": str(args.a), "b": str(args.b), "min_psnr_db": args.min_psnr},
+        "arguments": {"a": str(args.a), "b": str(args.b)},
         "environment": environment(torch.device("cpu")),
     }
     put_out(args, summary, lines, frame_pairs(args.a, args.b), (str(args.a), str(args.b)), args.fps)

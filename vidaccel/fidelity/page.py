@@ -42,7 +42,7 @@ def page(summary: Mapping[str, Any], pairs: Pairs, names: tuple[str, str], fps: 
         fps=fps,
         pictures=pictures,
         player=_script_safe(player | {"columns": columns}),
-        charts=_charts(summary, names[1]),
+        charts=_charts(summary, names[1] if "floor" in summary else "the second beside the first"),
         most_sites=_MOST_SITES,
     )
 
@@ -68,7 +68,7 @@ def _script_safe(value: Any) -> Markup:
 def _charts(summary: Mapping[str, Any], name: str) -> list[tuple[str, str, Chart, bool]]:
     """Title, explanation, drawing, and whether its axis is of frames."""
     clip, floor = summary["clip"], summary.get("floor", [])
-    verdict, steps = summary.get("verdict", {}), summary.get("steps")
+    verdict, steps = summary.get("verdict", summary), summary.get("steps")
     needed = [limit for key in ("allowed_db", "min_psnr_db") if (limit := verdict.get(key)) is not None]
 
     def of_floor(metric: str) -> dict[str, Any]:
