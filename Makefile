@@ -19,7 +19,7 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not gpu"
 
 gpu-test: $(READY)
-	$(BIN)/pytest -m gpu --gpu-record samples/benchmarks/gpu-tests.json
+	$(BIN)/pytest -v -m gpu --gpu-record samples/benchmarks/gpu-tests.json
 
 check: $(READY)
 	$(BIN)/ruff check .

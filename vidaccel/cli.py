@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno not in _NO_ROOM:
             raise
         _give_up_output()
-        if error.errno != errno.EPIPE:  # whoever reads our output may end before we do
+        if error.errno != errno.EPIPE:  # the program that reads our output has ended
             problem = f"cannot write {error.filename or 'any more'}: {error.strerror}"
             print(error_line(OutputError(problem)), file=sys.stderr)
         return OutputError.exit_code

@@ -131,7 +131,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-pickle",
         action="store_true",
-        help="load weights that are not safetensors; such a file can run code of whoever made it",
+        help="also load weights that are not safetensors: only from an author you trust, such a file can run any code",
     )
     parser.add_argument("--device", help="cuda, cuda:1, cpu, ... (default: the first GPU, else the CPU)")
 

@@ -38,6 +38,7 @@ from vidaccel.blocks.vae.causal_clip import (
     conv_rows,
     decode_in_chunks,
     out_of_memory,
+    structure_reason,
     tell_chunk,
 )
 from vidaccel.kernels.attention.spatial_attention import spatial_attention, spatial_attention_ref
@@ -279,18 +280,7 @@ def _channels_held(decoder: Any) -> Iterator[int]:
 @once_per_call
 def _structure_reason(decoder: Any) -> str | None:
     """Why the decoder is not made of what is done here in one go, or None."""
-    try:
-        reason = next(filter(None, _reasons(decoder)), None)
-    except AttributeError as error:
-        return f"it is not built as expected: {error}"
-    if reason:
-        return reason
-    weights = list(decoder.parameters())
-    if any(type(weight) is not nn.Parameter or not weight.is_floating_point() for weight in weights):
-        return "a weight is no plain parameter"
-    if len({(weight.dtype, weight.device) for weight in weights}) > 1:
-        return "its weights differ in dtype or device"
-    return None
+    return structure_reason(decoder, _reasons(decoder))
 
 
 def _reasons(decoder: Any) -> Iterator[str | None]:

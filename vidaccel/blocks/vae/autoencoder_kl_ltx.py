@@ -34,7 +34,7 @@ from diffusers.models.autoencoders.autoencoder_kl_ltx import (
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
-from vidaccel.blocks.vae.causal_clip import Sum, clip_of, conv_rows, free_bytes
+from vidaccel.blocks.vae.causal_clip import Sum, clip_of, conv_rows, free_bytes, structure_reason
 from vidaccel.kernels.conv.padded_clip import Padding, pad_clip
 from vidaccel.kernels.conv.pixel_shuffle import pixel_shuffle, pixel_shuffle_ref
 from vidaccel.kernels.norm.rms_norm_silu import rms_norm_silu, rms_norm_silu_ref
@@ -480,18 +480,7 @@ def _out_of_memory(what: str, needed: int, x: Tensor) -> str:
 @once_per_call
 def _structure_reason(coder: Any, family: Family) -> str | None:
     """Why a decoder or an encoder is not made of what is done here, or None."""
-    try:
-        reason = next(filter(None, _reasons(coder, family)), None)
-    except AttributeError as error:
-        return f"it is not built as expected: {error}"
-    if reason:
-        return reason
-    weights = list(coder.parameters())
-    if any(type(weight) is not nn.Parameter or not weight.is_floating_point() for weight in weights):
-        return "a weight is no plain parameter"
-    if len({(weight.dtype, weight.device) for weight in weights}) > 1:
-        return "its weights differ in dtype or device"
-    return None
+    return structure_reason(coder, _reasons(coder, family))
 
 
 def _reasons(coder: Any, family: Family) -> Iterator[str | None]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,7 @@ __all__ = [
     "free_bytes",
     "images_of",
     "out_of_memory",
+    "structure_reason",
     "tell_chunk",
 ]
 
@@ -179,3 +180,24 @@ def tell_chunk(decoder: nn.Module, op: str, step: int, frames: int) -> None:
     sites: SiteGroup | None = getattr(decoder, SITES, None)
     if sites is not None and (site := sites.sites.get(op)):
         site.implementations.add(ran)  # also where nobody listens: memory may be another from clip to clip
+
+
+def structure_reason(coder: nn.Module, reasons: Iterable[str | None]) -> str | None:
+    """Why ``coder`` is not made of what is done here in one go, or None.
+
+    Args:
+        coder: A decoder or encoder.
+        reasons: Of its parts, one by one; to read them may fail with an ``AttributeError``, which is a reason, too.
+    """
+    try:
+        reason = next(filter(None, reasons), None)
+    except AttributeError as error:
+        return f"it is not built as expected: {error}"
+    if reason:
+        return reason
+    weights = list(coder.parameters())
+    if any(type(weight) is not nn.Parameter or not weight.is_floating_point() for weight in weights):
+        return "a weight is no plain parameter"
+    if len({(weight.dtype, weight.device) for weight in weights}) > 1:
+        return "its weights differ in dtype or device"
+    return None
