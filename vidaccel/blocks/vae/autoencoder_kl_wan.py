@@ -406,7 +406,7 @@ class _Decode:
         half = _half_dtype(decoder, latents)
         if half is not None:
             normed = [(norm.gamma, conv) for norm, conv in _normed_convolutions(decoder)]
-            fit = float16_convolutions(decoder, normed)
+            fit = float16_convolutions(normed)
             self._half = {conv: half if at in fit else latents.dtype for at, (_, conv) in enumerate(normed)}
         self._tell_operands(latents)
 
