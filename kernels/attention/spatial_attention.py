@@ -381,11 +381,13 @@ def _about(length: int) -> int:
 
 def _default(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> str:
     """PyTorch's own choice, but for what is faster wherever it serves."""
-    if q.is_cuda:
-        for name in ["gemm"] * _is_large(q, k) + ["cudnn"] * _on_hopper(q):
-            if SPATIAL_ATTENTION.unserved(q, k, v, num_heads, scale, impl=name) is None:
-                return name
-    return REFERENCE
+
+    def serves(name: str) -> bool:
+        return SPATIAL_ATTENTION.unserved(q, k, v, num_heads, scale, impl=name) is None
+
+    if q.is_cuda and _is_large(q, k) and serves("gemm"):
+        return "gemm"
+    return "cudnn" if _on_hopper(q) and serves("cudnn") else REFERENCE
 
 
 def _beaten(serving: Set[str], q: Tensor, *others: Any) -> set[str]:

@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--min-psnr", type=decibels, metavar="DB", help="what the PSNR of the worst frame must reach besides"
     )
     parser.add_argument("--require-bit-exact", action="store_true", help="fail if one bit differs")
-    parser.add_argument("--quick", action="store_true", help="at most 3 steps, 9 frames and 2 changes of equal maths")
+    parser.add_argument(
+        "--quick", action="store_true", help="at most 3 steps, 5 to 9 frames and 2 changes of equal maths"
+    )
     parser.add_argument("--blame", action="store_true", help="hold sites against the original code at more calls")
     parser.add_argument(
         "--controls", nargs="+", metavar="NAME", help="changes of equal maths to try (default: all that apply)"

@@ -41,7 +41,8 @@ from vidaccel.sites.rules import patches_of
 
 __all__ = ["Baseline", "Comparison", "Latents", "compare", "unpatched"]
 
-QUICK_STEPS, QUICK_FRAMES, QUICK_CONTROLS = 3, 9, 2  # 9 frames are 4 k + 1 and 8 k + 1, as causal VAEs have it
+QUICK_STEPS, QUICK_CONTROLS = 3, 2
+FRAMES_PER_LATENT = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor")
 NOT_EQUAL = 0.1  # the error of a control's first call: no roundings, but another meaning
 TOO_SLOW = 4.0  # times the reference's call
 FLOOR_CONTROLS, FLOOR_SECONDS = 3, 45.0  # with so many controls, and after so long, no further one is tried
@@ -153,7 +154,7 @@ def compare(
         margin_db: How far the worst frame may be below the worst frame that equal maths gives.
         min_psnr_db: What the worst frame must reach besides.
         require_bit_exact: Let one bit that differs fail the clip.
-        quick: At most 3 steps, 9 frames and 2 clips of equal maths.
+        quick: At most 3 steps, 5 frames (9 where a latent frame makes 8) and 2 clips of equal maths.
         blame: Sites are held against the original code in any case, at two calls of the denoiser and one of the VAE.
             "on failure": at more calls where the clip failed and no site was found. True: at more calls anyway. False:
             at none; the verdict is of the clip and the steps alone.
@@ -234,7 +235,8 @@ def _checked_call(pipe: Any, call: dict[str, Any], quick: bool) -> dict[str, Any
     for name in call:
         if name not in taken:
             raise UsageError(f"{type(pipe).__name__} takes no {name}{nearest(name, taken)}")
-    for most, names in ((QUICK_STEPS, ("num_inference_steps",)), (QUICK_FRAMES, ("num_frames", "video_length"))):
+    frames = 1 + max(4, *(getattr(pipe, name, 1) for name in FRAMES_PER_LATENT))  # two latent frames of a causal VAE
+    for most, names in ((QUICK_STEPS, ("num_inference_steps",)), (frames, ("num_frames", "video_length"))):
         for name in names:
             if quick and name in taken:
                 wanted = call.get(name, taken[name].default)

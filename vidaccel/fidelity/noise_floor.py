@@ -1,8 +1,9 @@
 """Changes of equal maths: how far two right results are apart on this machine, with this model, in this dtype.
 
-Each control is the unpatched pipeline with one thing done another way that rounds elsewhere and means the same: another
-attention backend, the two halves of classifier-free guidance in calls of their own, convolutions in channels-last
-memory, ``torch.compile``; on a CPU also another number of threads, and PyTorch's own kernels in place of oneDNN's.
+Each control is the unpatched pipeline with one thing done another way that rounds elsewhere and means the same: every
+layer's output rounded once more, another attention backend, the two halves of classifier-free guidance in calls of
+their own, convolutions in channels-last memory, ``torch.compile``; on a CPU also another number of threads, and
+PyTorch's own kernels in place of oneDNN's.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from vidaccel.sites.rules import ChannelsLastWeights
 __all__ = ["Control", "EqualMaths", "LeftOut", "controls_for"]
 
 _Change = Callable[[], AbstractContextManager[Any]]
+_ROUNDINGS = {torch.float32: 4, torch.float64: 4}  # of one layer's sums
 _ON_GPU = {
     "efficient attention": SDPBackend.EFFICIENT_ATTENTION,
     "cuDNN attention": SDPBackend.CUDNN_ATTENTION,
@@ -86,6 +88,7 @@ def _all(
     denoisers: Mapping[str, nn.Module], models: list[nn.Module], device: torch.device, compile: bool
 ) -> Iterator[tuple[str, _Change]]:
     attention = _attention_on_gpu() if device.type == "cuda" else _attention_on_cpu()
+    yield "other roundings", partial(_other_roundings, models)  # all layers; the others change some
     yield next(attention)  # one of each kind first: a floor that takes long is cut short
     yield "channels-last convolutions", partial(_channels_last, models)
     yield "halves of the batch apart", partial(_forwards, denoisers, _halves)
@@ -107,6 +110,31 @@ def _attention_on_gpu() -> Iterator[tuple[str, _Change]]:
 
 def _attention_on_cpu() -> Iterator[tuple[str, _Change]]:
     yield "math attention", partial(sdpa_kernel, SDPBackend.MATH)
+
+
+@contextmanager
+def _other_roundings(models: list[nn.Module]) -> Iterator[None]:
+    """Move what each layer returns by up to half its relative precision, and round again; in float32 by four times it.
+
+    That is as far as two right kernels are apart that keep one rounding less, or add up in another order: in float32,
+    where sums are no more precise than results, a long one is off by some roundings.
+    """
+    generators: dict[torch.device, torch.Generator] = {}
+
+    def rounded_again(layer: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+        if not isinstance(out, Tensor) or not out.is_floating_point() or any(out is x for x in args):
+            return out
+        if out.device not in generators:
+            generators[out.device] = torch.Generator(out.device).manual_seed(0)
+        noise = torch.rand(out.shape, generator=generators[out.device], device=out.device, dtype=out.dtype)
+        return out.addcmul(out, noise.sub_(0.5), value=_ROUNDINGS.get(out.dtype, 1) * torch.finfo(out.dtype).eps)
+
+    with ExitStack() as hooks:
+        for model in models:
+            for layer in unwrapped(model).modules():
+                if not any(True for _ in layer.children()):
+                    hooks.callback(layer.register_forward_hook(rounded_again).remove)
+        yield
 
 
 @contextmanager

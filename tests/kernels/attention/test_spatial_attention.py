@@ -682,3 +682,11 @@ def test_offsets_beyond_int32(device: torch.device) -> None:
             last = q[-1:]
             assert torch.equal(out[-1:], spatial_attention(last, last, last, 4, impl=impl)), impl
             del out
+
+
+@pytest.mark.gpu
+def test_compiles_for_variable_sizes(device: torch.device) -> None:
+    compiled = torch.compile(lambda q, k, v: spatial_attention(q, k, v, 2) + 1, fullgraph=True, dynamic=True)
+    for shape in (Shape(2, 2, 130, 77, 64), Shape(3, 2, 4096, 4096, 64)):
+        q, k, v = draw(shape, torch.float16, device)
+        torch.testing.assert_close(compiled(q, k, v) - 1, spatial_attention_ref(q, k, v, 2), rtol=0, atol=4e-3)
