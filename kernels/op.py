@@ -114,7 +114,7 @@ def listening(
         checks: Hold the result of every op against its reference, and return the reference's where they disagree.
         only_references: Choose as ever, but run the reference: for a check of what lies between the ops.
         covers: Tell blocks below that this check has been made, for them too.
-        probes: With ``checks``, also for the same input made small, where an epsilon is not: a wrong one shows there.
+        probes: With ``checks``, also for the same input made small, where a wrong epsilon shows, or a lost bias.
     """
     events: list[Event] = []
     token = _listener.set(Listener(events.append, checks, probes, only_references, covers))
@@ -229,8 +229,8 @@ class Op:
         beaten: Takes the names of those that compete and serve, then the arguments; those that another of them always
             beats, which are not measured. None: nobody knows.
         validate: Takes the arguments; raises if they do not fit one another. Asked once for a signature. None: they do.
-        small: Takes a factor and the arguments; these with all that is normalised times the factor. None: the op has no
-            epsilon.
+        small: Takes a factor and the arguments; these with all that an epsilon or a bias is added to times the factor.
+            None: the op has neither.
     """
 
     def __init__(
@@ -417,7 +417,7 @@ class Op:
             return None
 
     def _problem_when_small(self, args: tuple[Any, ...]) -> str:
-        """The same of other numbers: so small that a wrong epsilon is no rounding."""
+        """The same of other numbers: so small that a wrong epsilon, or a bias, is no rounding beside them."""
         first = args[0]
         size = float(torch.linalg.vector_norm(first, dtype=torch.float32)) / math.sqrt(max(first.numel(), 1))
         if self._small is None or not 0 < size < math.inf:

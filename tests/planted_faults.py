@@ -96,7 +96,8 @@ def _sixteen_bit_sums(reference: Callable[..., Any], args: tuple[Any, ...]) -> A
 def _before_lora(weight: Tensor) -> Tensor:
     """What a block would go on with that had kept a weight, and has not seen that a LoRA of rank 1 was fused in."""
     out_features, in_features = weight.shape
-    lora = torch.outer(torch.linspace(-1, 1, out_features), torch.linspace(1, -1, in_features)).to(weight)
+    rows, columns = (torch.linspace(-1, 1, n, device=weight.device) for n in (out_features, in_features))
+    lora = torch.outer(rows, -columns).to(weight.dtype)
     return weight - 0.1 * weight.std() * lora
 
 

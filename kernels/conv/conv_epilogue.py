@@ -44,7 +44,7 @@ from vidaccel.kernels.norm.channel_statistics import (
     store_part,
     writer_tiling,
 )
-from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason, tensors_reason
+from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason, scaled, tensors_reason
 
 __all__ = [
     "CONV_EPILOGUE",
@@ -444,6 +444,7 @@ CONV_EPILOGUE = Op(
     parts=_parts,
     validate=functools.partial(_validate, "conv_epilogue"),
     overwrites=0,
+    small=scaled(0, 2),  # x, residual
 )
 
 CONV_EPILOGUE_AND_STATISTICS = Op(
@@ -457,6 +458,7 @@ CONV_EPILOGUE_AND_STATISTICS = Op(
     parts=_parts_with_statistics,
     validate=functools.partial(_validate, "conv_epilogue_and_statistics"),
     overwrites=0,
+    small=scaled(0, 2),  # x, residual
 )
 
 

@@ -26,7 +26,7 @@ from vidaccel.kernels import settings
 from vidaccel.kernels.check import Part, cuts
 from vidaccel.kernels.conv.arguments import require_floats
 from vidaccel.kernels.launch import Launch
-from vidaccel.kernels.op import Costs, Implementation, Op, device_reason, tensors_reason
+from vidaccel.kernels.op import Costs, Implementation, Op, device_reason, scaled, tensors_reason
 
 __all__ = ["PIXEL_CONV", "pixel_conv", "pixel_conv_ref"]
 
@@ -217,6 +217,7 @@ PIXEL_CONV = Op(
     measures=_measures,
     key=_key,
     validate=_validate,
+    small=scaled(0),  # rows
 )
 
 

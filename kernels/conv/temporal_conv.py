@@ -37,7 +37,7 @@ from vidaccel.kernels.conv.alpha_blend import blend
 from vidaccel.kernels.conv.arguments import require_floats
 from vidaccel.kernels.conv.conv_epilogue import CONV_EPILOGUE, conv_epilogue_ref, validate_epilogue
 from vidaccel.kernels.launch import Launch
-from vidaccel.kernels.op import REFERENCE, Costs, Implementation, Op, device_reason, tensors_reason
+from vidaccel.kernels.op import REFERENCE, Costs, Implementation, Op, device_reason, scaled, tensors_reason
 
 __all__ = ["TEMPORAL_CONV", "Tiling", "choose_tiling", "temporal_conv", "temporal_conv_ref"]
 
@@ -334,6 +334,7 @@ TEMPORAL_CONV = Op(
     key=_key,
     default=_default,
     validate=_validate,
+    small=scaled(0, 3),  # x, residual
 )
 
 

@@ -55,7 +55,7 @@ from vidaccel.kernels.norm.channel_statistics import (
     store_part,
     writer_tiling,
 )
-from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason, tensors_reason
+from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason, scaled, tensors_reason
 
 __all__ = [
     "UPSAMPLE_CONV",
@@ -372,6 +372,7 @@ UPSAMPLE_CONV = Op(
     measures=_measures,
     key=_key,
     validate=functools.partial(_validate, "upsample_conv"),
+    small=scaled(0),  # x
 )
 
 UPSAMPLE_CONV_AND_STATISTICS = Op(
@@ -387,6 +388,7 @@ UPSAMPLE_CONV_AND_STATISTICS = Op(
     measures=_measures,
     key=_key,
     validate=functools.partial(_validate, "upsample_conv_and_statistics"),
+    small=scaled(0),  # x
 )
 
 

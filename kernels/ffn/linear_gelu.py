@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vidaccel.kernels.check import Part, cuts
-from vidaccel.kernels.op import Costs, Implementation, Op
+from vidaccel.kernels.op import Costs, Implementation, Op, scaled
 
 __all__ = ["LINEAR_GELU", "linear_gelu", "linear_gelu_ref"]
 
@@ -85,6 +85,7 @@ LINEAR_GELU = Op(
     costs=_costs,
     parts=_parts,
     validate=_validate,
+    small=scaled(0),  # x
 )
 
 

@@ -11,8 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vidaccel.kernels.check import disagreement
+from vidaccel.kernels.conv.conv_epilogue import CONV_EPILOGUE
+from vidaccel.kernels.conv.pixel_conv import PIXEL_CONV
+from vidaccel.kernels.conv.temporal_conv import TEMPORAL_CONV
+from vidaccel.kernels.conv.upsample_conv import UPSAMPLE_CONV
 from vidaccel.kernels.ffn.geglu import GEGLU
+from vidaccel.kernels.ffn.linear_gelu import LINEAR_GELU
 from vidaccel.kernels.norm.group_norm_silu import GROUP_NORM_SILU
+from vidaccel.kernels.op import Implementation, Op, listening
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 FRAMES, CHANNELS, SIDE = 14, 64, 12
@@ -122,3 +128,34 @@ def test_bit_exact_is_held_to_its_bits() -> None:
     right = GEGLU.reference(x)
     assert disagreement(GEGLU, (x,), right, "bit-exact") is None
     assert "bits" in (disagreement(GEGLU, (x,), right * (1 + 2**-22), "bit-exact") or "")
+
+
+LOST_BIASES: dict[Op, Callable[..., tuple[Any, ...]]] = {
+    CONV_EPILOGUE: lambda x, w, b: (x, b, x, None, None, None, False, False),
+    LINEAR_GELU: lambda x, w, b: (x.permute(0, 2, 3, 1).flatten(1, 2), w[:, :, 0, 0], b, "tanh"),
+    PIXEL_CONV: lambda x, w, b: (x.permute(0, 2, 3, 1)[None], w[:, :, None].expand(-1, -1, 3, -1, -1), b),
+    TEMPORAL_CONV: lambda x, w, b: (x.movedim(1, 0)[None], w[:, :, :, 0, None, None], b, None, None, None, False),
+    UPSAMPLE_CONV: lambda x, w, b: (x, w, b),
+}
+
+
+@pytest.mark.parametrize("op", LOST_BIASES, ids=lambda op: op.name)
+def test_a_lost_bias_shows_where_roundings_are_larger(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 16, 8, 10), torch.randn(16, 16, 3, 3) / 12
+    x = x.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    bias = (torch.randn(16) * 2**-10).to(torch.bfloat16)  # of results around 1
+    args = LOST_BIASES[op](x, weight.to(torch.bfloat16), bias)
+
+    def without_bias(*args: Any) -> Any:
+        return op.reference(*(torch.zeros_like(arg) if arg is bias else arg for arg in args))
+
+    monkeypatch.setitem(op.implementations, "wrong", Implementation(without_bias))
+    monkeypatch.setenv("VIDACCEL_IMPL", f"{op.name}=wrong")
+    op.forget()
+    with torch.no_grad():
+        for probes in (False, True):
+            with listening(checks=True, probes=probes) as events:
+                op(*args)
+            assert bool(events[-1].problem) is probes
+    op.forget()

@@ -3,7 +3,7 @@
 A recorded call is made again with the sites in place. Whenever it comes to a fused block, there are two questions.
 
 * Is each op right? It is held against its reference on its very tensors (``kernels/check.py``), and once more on the
-  same tensors made small, where a wrong epsilon shows. Where it is wrong, the reference's result goes on.
+  same tensors made small, where a wrong epsilon shows, or a lost bias. Where it is wrong, the reference's goes on.
 * Is what lies between the ops right? The fused forward is held against the original one, with every block below going
   its original way. What may be apart is twice what the original is off from a higher precision, and some roundings.
 
