@@ -78,6 +78,7 @@ RECORDS = (
         "--synthetic wan2.1-t2v-1.3b --scope vae --variants eager,patched --warmup 1 --repeats 3 --budget 8",
     ),
     _decoder("hunyuanvideo1.5-vae", "hunyuanvideo1.5-480p", "--repeats 3 --budget 25 --no-reference"),
+    _decoder("cogvideox-5b-vae", "cogvideox-5b", "--repeats 3 --budget 12"),
     _decoder("ltx-video-vae", "ltx-video-2b", "--repeats 9 --budget 3"),
     _decoder("ltx-2-vae", "ltx-2", "--repeats 9 --budget 3"),
     _transformer("hunyuanvideo1.5-480p", "--repeats 3 --budget 20 --no-reference", "compile_blocks"),
