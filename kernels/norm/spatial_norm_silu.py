@@ -65,8 +65,9 @@ def spatial_norm_silu_ref(
     statistics: ChannelStatistics | None = None,
 ) -> Tensor:
     """The specification, which computes the statistics itself. Pass float64 inputs for gold values."""
-    spans = {"first_span": first_span, "span": span}
-    n = padded_group_norm_ref(x, weight, bias, groups, eps, addend=addend, **spans, silu=False)
+    n = padded_group_norm_ref(
+        x, weight, bias, groups, eps, addend=addend, first_span=first_span, span=span, silu=False
+    )  # fmt: skip
     y = n * _nearest(gain, x) + _nearest(shift, x)
     return pad_clip(F.silu(y) if silu else y, halo, _padding(before))
 
@@ -85,7 +86,11 @@ def _padding(before: int) -> Padding:
     return Padding(before, frame_mode="replicate")
 
 
-@triton.jit(do_not_specialize=["before", "frames", "latent_frames", "rate", "first_span", "span", "spans"])
+@triton.jit(
+    do_not_specialize=[
+        "before", "frames", "height", "width", "chunk_rows", "latent_frames", "rate", "first_span", "span", "spans"
+    ]
+)  # fmt: skip
 def _spatial_apply_kernel(
     x_ptr, addend_ptr, norm_ptr, bias_ptr, gain_ptr, shift_ptr, halo_ptr, y_ptr,
     channels, before, frames, height, width, chunk_rows, latent_frames, rate, first_span, span, spans,

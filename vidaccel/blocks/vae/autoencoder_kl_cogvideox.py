@@ -178,7 +178,8 @@ class FusedCogVideoXDecoder3D(FusedBlock, CogVideoXDecoder3D):
             if cache.expects(sample):
                 return cache.take()  # type: ignore[return-value]  # stock's annotation forgets its cache
             cache = cache.cache()
-        clip, ends = sample, (sample.shape[2],)
+        clip: Tensor = sample
+        ends: tuple[int, ...] = (sample.shape[2],)
         if not cache and self._may_look_ahead(sample):
             clip, ends = _foreseen(sample)
         carried = _Carried(cache)
@@ -365,14 +366,15 @@ class _Decode:
         if flow.bias is None:
             return
         images, residual = clip_of(flow.x), None if flow.residual is None else clip_of(flow.residual)
-        options = {"residual_bias": flow.residual_bias, "inplace": True}
-        statistics = None
+        residual_bias, statistics = flow.residual_bias, None
         if not self._decoder.runs("conv_epilogue"):
-            images = conv_epilogue_ref(images, flow.bias, residual, flow.residual_bias)
+            images = conv_epilogue_ref(images, flow.bias, residual, residual_bias)
         elif self._wants_statistics(images.shape[1]):
-            images, statistics = conv_epilogue_and_statistics(images, flow.bias, residual, **options)
+            images, statistics = conv_epilogue_and_statistics(
+                images, flow.bias, residual, residual_bias=residual_bias, inplace=True
+            )
         else:
-            images = conv_epilogue(images, flow.bias, residual, **options)
+            images = conv_epilogue(images, flow.bias, residual, residual_bias=residual_bias, inplace=True)
         chunk.flow = _Flow(images.permute(0, 2, 3, 4, 1), statistics=statistics)
 
     def _wants_statistics(self, channels: int) -> bool:
