@@ -9,6 +9,7 @@ import torch
 from diffusers import (
     AnimateDiffPipeline,
     AutoencoderKL,
+    AutoencoderKLCogVideoX,
     AutoencoderKLHunyuanVideo15,
     AutoencoderKLTemporalDecoder,
     AutoencoderKLWan,
@@ -156,6 +157,24 @@ def _seeded(model_class: type[nn.Module], seed: int, config: dict[str, Any]) -> 
         model = model_class(**config).eval()
         _leave_the_initial_values(model)
     return model
+
+
+def tiny_autoencoder_kl_cogvideox(seed: int = 0, **options: Any) -> AutoencoderKLCogVideoX:
+    """CogVideoX's video VAE, on the CPU: 4 latent channels, 8 and 16 channels, factors 8 and 4, 64-pixel tiles."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = {
+            "latent_channels": 4,
+            "block_out_channels": (8, 8, 8, 16),
+            "layers_per_block": 1,
+            "norm_num_groups": 4,
+            "sample_height": 64,
+            "sample_width": 64,
+        }
+        vae = AutoencoderKLCogVideoX(**config | options).eval()
+        for parameter in vae.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return vae
 
 
 def tiny_autoencoder_kl_hunyuanvideo15(seed: int = 0, **options: Any) -> AutoencoderKLHunyuanVideo15:

@@ -61,6 +61,7 @@ _FAMILIES = {
         pipelines=("AnyFlowFARPipeline", "AnyFlowPipeline"),
     ),
     "autoencoder_kl": _Family(models=("AutoencoderKL",)),
+    "autoencoder_kl_cogvideox": _Family(models=("AutoencoderKLCogVideoX",)),
     "autoencoder_kl_hunyuanvideo15": _Family(models=("AutoencoderKLHunyuanVideo15",)),
     "autoencoder_kl_wan": _Family(models=("AutoencoderKLWan",)),
     "chronoedit": _Family(models=("ChronoEditTransformer3DModel",), pipelines=("ChronoEditPipeline",)),

@@ -160,11 +160,12 @@ def free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def out_of_memory(samples: int, height: int, width: int, needed: int, free: int) -> str:
-    """What the stock error leaves out, of ``samples`` clips of pictures of this size."""
+def out_of_memory(samples: int, height: int, width: int, needed: int, free: int, frames: int = 1) -> str:
+    """What the stock error leaves out, of ``samples`` clips of this size, of which ``frames`` at least go at once."""
+    least = "one latent frame" if frames == 1 else f"{frames} latent frames"
     slicing = "vae.enable_slicing() decodes one clip at a time, " if samples > 1 else ""
     return (
-        f"out of memory while decoding one latent frame of {samples} clips of {width} x {height} pixels: "
+        f"out of memory while decoding {least} of {samples} clips of {width} x {height} pixels: "
         f"it takes about {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free; "
         f"{slicing}vae.enable_tiling() decodes smaller pictures"
     )
