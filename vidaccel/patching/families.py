@@ -91,7 +91,11 @@ _FAMILIES = {
     ),
     "helios": _Family(models=("HeliosTransformer3DModel",), pipelines=("HeliosPipeline", "HeliosPyramidPipeline")),
     "hunyuan_video": _Family(
-        models=("HunyuanVideoTransformer3DModel", "HunyuanVideoFramepackTransformer3DModel"),
+        models=(
+            "AutoencoderKLHunyuanVideo",
+            "HunyuanVideoTransformer3DModel",
+            "HunyuanVideoFramepackTransformer3DModel",
+        ),
         pipelines=(
             "HunyuanSkyreelsImageToVideoPipeline",
             "HunyuanVideoFramepackPipeline",
@@ -129,7 +133,7 @@ _FAMILIES = {
             "LTX2Pipeline",
         ),
     ),
-    "mochi": _Family(models=("MochiTransformer3DModel",), pipelines=("MochiPipeline",)),
+    "mochi": _Family(models=("AutoencoderKLMochi", "MochiTransformer3DModel"), pipelines=("MochiPipeline",)),
     "sana_video": _Family(
         models=("SanaVideoTransformer3DModel",), pipelines=("SanaImageToVideoPipeline", "SanaVideoPipeline")
     ),

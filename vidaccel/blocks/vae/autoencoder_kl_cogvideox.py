@@ -40,23 +40,20 @@ from vidaccel.blocks.vae.causal_clip import (
     Chunk,
     Halos,
     Sum,
+    added_up,
     clip_of,
     conv_rows,
     decode_in_chunks,
     images_of,
+    latents_reason,
     out_of_memory,
+    structure_reason,
     tell_chunk,
 )
-from vidaccel.kernels.conv.conv_epilogue import (
-    STATISTICS_STEP,
-    conv_epilogue,
-    conv_epilogue_and_statistics,
-    conv_epilogue_ref,
-)
+from vidaccel.kernels.conv.conv_epilogue import STATISTICS_STEP
 from vidaccel.kernels.conv.padded_clip import Padding, pad_clip
 from vidaccel.kernels.conv.pixel_conv import pixel_conv, pixel_conv_ref
 from vidaccel.kernels.conv.upsample_conv import upsample_conv, upsample_conv_and_statistics, upsample_conv_ref
-from vidaccel.kernels.norm.channel_statistics import ChannelStatistics
 from vidaccel.kernels.norm.spatial_norm_silu import spatial_norm_silu, spatial_norm_silu_ref
 from vidaccel.kernels.op import runs_triton
 from vidaccel.sites.block import FusedBlock, call_site, cut_corner, fuses
@@ -201,13 +198,7 @@ class FusedCogVideoXDecoder3D(FusedBlock, CogVideoXDecoder3D):
         )
 
     def call_reason(self, clip: Tensor, ends: tuple[int, ...], carried: _Carried | None) -> str | None:
-        if torch.is_autocast_enabled(clip.device.type):
-            return "autocast is on"
-        weight = self.conv_in.conv.weight
-        if clip.shape[1] != weight.shape[1] or not clip.numel():
-            return f"the latents are not [B, {weight.shape[1]}, F, H, W]"
-        found, expected = ((x.dtype, x.device) for x in (clip, weight))
-        return None if found == expected else f"the latents are {found}, the weights {expected}"
+        return latents_reason(clip, self.conv_in.conv.weight)
 
     def corner(self, args: Any, kwargs: Any) -> Any:
         clip, ends, carried = args
@@ -264,13 +255,6 @@ def _clip_behind(sample: Tensor) -> Tensor:
     samples, height, width = (slice(index[dim], ends[dim]) for dim in (0, 3, 4))
     clip = base[samples, :, :, height, width]
     return clip if clip.data_ptr() == sample.data_ptr() else sample
-
-
-@dataclass(eq=False)
-class _Flow(Sum):
-    """With the statistics of every frame, where nothing is left to add and they are known."""
-
-    statistics: ChannelStatistics | None = None
 
 
 class _Decode:
@@ -355,27 +339,16 @@ class _Decode:
             flow.x, group_norm.weight, group_norm.bias, group_norm.num_groups, group_norm.eps, gain, shift,
             addend=flow.bias, halo=chunk.halos.get(conv), before=CAUSAL.before,
             first_span=_frames_of(first, first, rate), span=rate * rest,
-            statistics=getattr(flow, "statistics", None),
+            statistics=flow.statistics,
         )  # fmt: skip
         chunk.keep_of(conv, buffer)
         return buffer
 
     def _add_up(self, chunk: Chunk) -> None:
         """Let what flows be the sum, with the statistics of its frames if the kernel of a norm wants them."""
-        flow = chunk.flow
-        if flow.bias is None:
-            return
-        images, residual = clip_of(flow.x), None if flow.residual is None else clip_of(flow.residual)
-        residual_bias, statistics = flow.residual_bias, None
-        if not self._decoder.runs("conv_epilogue"):
-            images = conv_epilogue_ref(images, flow.bias, residual, residual_bias)
-        elif self._wants_statistics(images.shape[1]):
-            images, statistics = conv_epilogue_and_statistics(
-                images, flow.bias, residual, residual_bias=residual_bias, inplace=True
-            )
-        else:
-            images = conv_epilogue(images, flow.bias, residual, residual_bias=residual_bias, inplace=True)
-        chunk.flow = _Flow(images.permute(0, 2, 3, 4, 1), statistics=statistics)
+        chunk.flow = added_up(
+            chunk.flow, fused=self._decoder.runs("conv_epilogue"), statistics=self._runs_kernels
+        )  # fmt: skip
 
     def _wants_statistics(self, channels: int) -> bool:
         return self._runs_kernels and channels % STATISTICS_STEP == 0
@@ -400,7 +373,7 @@ class _Decode:
             if statistics is not None:
                 parts = _doubled(statistics.parts.unflatten(0, (samples, -1))).flatten(0, 1)
                 statistics = statistics._replace(parts=parts)
-        chunk.flow = _Flow(rows, statistics=statistics)
+        chunk.flow = Sum(rows, statistics=statistics)
 
 
 def _doubled(frames: Tensor) -> Tensor:
@@ -489,18 +462,7 @@ def _channels_held(decoder: Any) -> Iterator[int]:
 @once_per_call
 def _structure_reason(decoder: Any) -> str | None:
     """Why the decoder is not made of what is done here in one go, or None."""
-    try:
-        reason = next(filter(None, _reasons(decoder)), None)
-    except AttributeError as error:
-        return f"it is not built as expected: {error}"
-    if reason:
-        return reason
-    weights = list(decoder.parameters())
-    if any(type(weight) is not nn.Parameter or not weight.is_floating_point() for weight in weights):
-        return "a weight is no plain parameter"
-    if len({(weight.dtype, weight.device) for weight in weights}) > 1:
-        return "its weights differ in dtype or device"
-    return None
+    return structure_reason(decoder, _reasons)
 
 
 def _reasons(decoder: Any) -> Iterator[str | None]:

@@ -37,7 +37,9 @@ from vidaccel.blocks.vae.causal_clip import (
     Sum,
     conv_rows,
     decode_in_chunks,
+    latents_reason,
     out_of_memory,
+    structure_reason,
     tell_chunk,
 )
 from vidaccel.kernels.attention.spatial_attention import spatial_attention, spatial_attention_ref
@@ -99,13 +101,7 @@ class FusedHunyuanVideo15Decoder3D(FusedBlock, HunyuanVideo15Decoder3D):
     def call_reason(self, hidden_states: Tensor) -> str | None:
         if not self.runs("whole_clip"):
             return "whole_clip is off, or failed"
-        if torch.is_autocast_enabled(hidden_states.device.type):
-            return "autocast is on"
-        weight = self.conv_in.conv.weight
-        if hidden_states.ndim != 5 or hidden_states.shape[1] != weight.shape[1] or not hidden_states.numel():
-            return f"the latents are not [B, {weight.shape[1]}, F, H, W]"
-        found, expected = ((x.dtype, x.device) for x in (hidden_states, weight))
-        return None if found == expected else f"the latents are {found}, the weights {expected}"
+        return latents_reason(hidden_states, self.conv_in.conv.weight)
 
     def corner(self, args: Any, kwargs: Any) -> Any:
         return cut_corner((args[0][:1, :, :CORNER_FRAMES],), {}, most_whole=0)
@@ -279,18 +275,7 @@ def _channels_held(decoder: Any) -> Iterator[int]:
 @once_per_call
 def _structure_reason(decoder: Any) -> str | None:
     """Why the decoder is not made of what is done here in one go, or None."""
-    try:
-        reason = next(filter(None, _reasons(decoder)), None)
-    except AttributeError as error:
-        return f"it is not built as expected: {error}"
-    if reason:
-        return reason
-    weights = list(decoder.parameters())
-    if any(type(weight) is not nn.Parameter or not weight.is_floating_point() for weight in weights):
-        return "a weight is no plain parameter"
-    if len({(weight.dtype, weight.device) for weight in weights}) > 1:
-        return "its weights differ in dtype or device"
-    return None
+    return structure_reason(decoder, _reasons)
 
 
 def _reasons(decoder: Any) -> Iterator[str | None]:

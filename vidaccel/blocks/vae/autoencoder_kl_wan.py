@@ -54,6 +54,7 @@ from vidaccel.blocks.vae.causal_clip import (
     decode_in_chunks,
     images_of,
     out_of_memory,
+    structure_reason,
     tell_chunk,
 )
 from vidaccel.blocks.vae.half_operands import float16_convolutions, takes_tf32
@@ -701,18 +702,7 @@ class _Held:
 @once_per_call
 def _structure_reason(decoder: Any) -> str | None:
     """Why the decoder is not made of what is done here in one go, or None."""
-    try:
-        reason = next(filter(None, _reasons(decoder)), None)
-    except AttributeError as error:
-        return f"it is not built as expected: {error}"
-    if reason:
-        return reason
-    weights = list(decoder.parameters())
-    if any(type(weight) is not nn.Parameter or not weight.is_floating_point() for weight in weights):
-        return "a weight is no plain parameter"
-    if len({(weight.dtype, weight.device) for weight in weights}) > 1:
-        return "its weights differ in dtype or device"
-    return None
+    return structure_reason(decoder, _reasons)
 
 
 def _reasons(decoder: Any) -> Iterator[str | None]:
