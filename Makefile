@@ -2,6 +2,7 @@
 # make test       every test that needs no GPU
 # make gpu-test   the tests that need one; leaves samples/benchmarks/gpu-tests.json
 # make check      ruff, mypy
+# make faults     the fidelity check's record: planted faults and right variants; DEVICE=cuda for all dtypes
 # make benchmarks draw the README's tables from the committed records
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test gpu-test check benchmarks clean
+.PHONY: demo test gpu-test check faults benchmarks clean
 
 demo: $(READY)
 	$(BIN)/vidaccel generate --compare --overwrite --out demo/clip.mp4
@@ -24,6 +25,10 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+DEVICE ?= cpu
+faults: $(READY)
+	$(BIN)/python tests/fidelity_faults.py --device $(DEVICE)
 
 benchmarks: $(READY)
 	$(BIN)/python scripts/draw_benchmarks.py --readme README.md

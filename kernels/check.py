@@ -25,7 +25,21 @@ from vidaccel.kernels import settings
 if TYPE_CHECKING:
     from vidaccel.kernels.op import Op
 
-__all__ = ["MOST_ELEMENTS", "Part", "cuts", "disagreement", "near", "perturbing", "piece_of", "pieces", "row_parts"]
+__all__ = [
+    "LOSSY",
+    "MOST_ELEMENTS",
+    "Distance",
+    "Part",
+    "Problem",
+    "cuts",
+    "disagreement",
+    "distance",
+    "near",
+    "perturbing",
+    "piece_of",
+    "pieces",
+    "row_parts",
+]
 
 MOST_ELEMENTS = 2**25  # of a part: half a GiB, with everything that is made of it
 SCREEN_ROWS = 2.0  # units in the last place, relative L2: less needs no second look
@@ -35,7 +49,37 @@ LOSSY = 16  # times the tolerance of math-exact
 SMALL = 1e-12  # norms whose squares, and those of their parts, float32 holds
 PERTURBATION = 2.0**-22
 # float32 sums in another order; with TF32, numbers are cut to 10 bits before they are multiplied
+_MEASURES = ("the worst row", "the worst channel of a frame", "the scale of a frame")  # of _distances
 FP32_EPS, TF32_EPS, FP64_EPS = 2.0**-20, 2.0**-10, 2.0**-49
+
+
+class Distance(NamedTuple):
+    """How far a result is from what it should be, by the measure that is nearest to, or furthest above, its budget."""
+
+    what: str
+    error: float
+    budget: float
+
+    @property
+    def ratio(self) -> float:
+        """``error / budget``: 1 is as far as a right result may be."""
+        if math.isnan(self.error):
+            return math.inf
+        return self.error / self.budget if self.budget else math.inf if self.error else 0.0
+
+    def __str__(self) -> str:
+        return f"{self.what} is off by {self.error:.1e}, which may be {self.budget:.1e}"
+
+
+class Problem(str):
+    """What is wrong, in one line; and, where it was measured, by how much."""
+
+    distance: Distance | None
+
+    def __new__(cls, text: str, distance: Distance | None = None) -> Problem:
+        problem = super().__new__(cls, text)
+        problem.distance = distance
+        return problem
 
 
 def _all(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -94,7 +138,7 @@ def _rows_of(count: int, part: slice, outputs: tuple[Tensor, ...]) -> tuple[Tens
     return tuple(out.view(count, -1)[part] for out in outputs)
 
 
-def disagreement(op: Op, args: tuple[Any, ...], out: Any, fidelity: str) -> str | None:
+def disagreement(op: Op, args: tuple[Any, ...], out: Any, fidelity: str) -> Problem | None:
     """One line on why ``out`` is not what ``op`` means by ``args``, or None if it is."""
     outputs = _tuple(out)
     parts = list(op.parts(*args)) if op.parts else [Part(args, _all)]
@@ -108,7 +152,7 @@ def disagreement(op: Op, args: tuple[Any, ...], out: Any, fidelity: str) -> str 
         if not suspects or not (flags := torch.stack(suspects).tolist()) or not any(flags):
             return None
         if fidelity == "bit-exact":
-            return "differs from the reference in some bits, and is declared bit-exact"
+            return Problem("differs from the reference in some bits, and is declared bit-exact")
         for part, suspect in zip(parts, flags, strict=True):
             if suspect and (problem := _second_look(op, part, part.of(outputs), fidelity)):
                 return problem
@@ -116,35 +160,49 @@ def disagreement(op: Op, args: tuple[Any, ...], out: Any, fidelity: str) -> str 
 
 
 def near(out: Tensor, expected: Tensor, gold: Tensor | None = None, moved: Tensor | None = None) -> str | None:
-    """Why ``out`` is not what a chain of ops with the roundings of ``expected`` gives, or None.
-
-    With ``gold``, the chain in float64, the error of ``out`` may also be twice that of ``expected``; with ``moved``,
-    that chain of slightly other numbers, twice what it has moved by.
-    """
+    """Why ``out`` is not what a chain of ops with the roundings of ``expected`` gives (:func:`distance`), or None."""
     if problem := _shapes_differ((out,), (expected,)):
         return problem
+    found = distance(out, expected, gold, moved)
+    if found.ratio <= 1:
+        return None
+    return f"the block differs from the original by {found.error:.1e}, which may be {found.budget:.1e}"
+
+
+def distance(
+    out: Tensor, expected: Tensor, gold: Tensor | None = None, moved: Tensor | None = None, chain: float = CHAIN
+) -> Distance:
+    """How far ``out`` is from ``expected``, of the same shape and dtype, and how far a chain of ops may be.
+
+    The chain may add up roundings of ``chain`` units in the last place, in a row or a channel. With ``gold``, the chain
+    in a higher precision, the distance is to that, and may also be twice that of ``expected``; with ``moved``, that
+    chain of slightly other numbers, twice what it has moved by.
+    """
     if out.numel() == 0 or not out.is_floating_point():
-        return None if torch.equal(out, expected) else "differs from the original block"
+        return Distance("a value", 0.0 if torch.equal(out, expected) else math.inf, 1.0)
     right = expected if gold is None else gold
     *apart, lost = (float(x) for x in _distances(out, right, expected))
+    if lost:
+        return Distance("a value that is not finite", math.inf, 1.0)
     others = [x for x in (None if gold is None else expected, moved) if x is not None]
     slack = [[2 * float(x) for x in _distances(other, right, expected)[:3]] for other in others]
     eps = max(_eps(expected), _autocast_eps(expected))
-    for error, units, *more in zip(apart, (CHAIN, CHAIN, CHAIN / CHAIN_GAIN), *slack, strict=True):
-        allowed = units * eps + sum(more)
-        if lost or not error <= allowed:
-            return f"the block differs from the original by {error:.1e}, which may be {allowed:.1e}"
-    return None
+    units = (chain, chain, chain / CHAIN_GAIN)
+    found = (
+        Distance(what, error, unit * eps + sum(more))
+        for what, error, unit, *more in zip(_MEASURES, apart, units, *slack, strict=True)
+    )
+    return max(found, key=lambda one: one.ratio)
 
 
 def _tuple(out: Any) -> tuple[Tensor, ...]:
     return (out,) if isinstance(out, Tensor) else tuple(out)
 
 
-def _shapes_differ(mine: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> str | None:
+def _shapes_differ(mine: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> Problem | None:
     for x, y in zip(mine, expected, strict=True):
         if x.shape != y.shape or x.dtype != y.dtype:
-            return f"returned {_describe(x)} where the reference returned {_describe(y)}"
+            return Problem(f"returned {_describe(x)} where the reference returned {_describe(y)}")
     return None
 
 
@@ -186,7 +244,7 @@ def _referred(op: Op, part: Part, args: Iterable[Any]) -> tuple[Tensor, ...]:
     return part.of_reference(_tuple(op.reference(*args)))
 
 
-def _second_look(op: Op, part: Part, mine: tuple[Tensor, ...], fidelity: str) -> str | None:
+def _second_look(op: Op, part: Part, mine: tuple[Tensor, ...], fidelity: str) -> Problem | None:
     expected = _referred(op, part, part.args)
     gold = _referred(op, part, map(_double, part.args))
     moved = _referred(op, part, map(perturbing(), part.args))
@@ -214,25 +272,19 @@ def perturbing() -> Callable[[Any], Any]:
     return perturbed
 
 
-def _judge(out: Tensor, expected: Tensor, gold: Tensor, moved: Tensor, eps: float, fidelity: str) -> str | None:
+def _judge(out: Tensor, expected: Tensor, gold: Tensor, moved: Tensor, eps: float, fidelity: str) -> Problem | None:
     """What is wrong with ``out``, or None; ``moved`` is the gold of slightly other inputs."""
     *mine, lost = _distances(out, gold, expected)
     *own, _ = _distances(expected, gold, expected)
     *moves, _ = _distances(moved, gold, expected)
     slack = LOSSY if fidelity == "lossy" else 1
     if bool(lost):
-        return "is not finite where the reference is"
-    for name, error, by_reference, by_inputs, units in zip(
-        ("the worst row", "the worst channel of a frame", "the scale of a frame"),
-        mine,
-        own,
-        moves,
-        (2, 2, 1),
-        strict=True,
-    ):
+        return Problem("is not finite where the reference is", Distance("a value that is not finite", math.inf, 1.0))
+    for what, error, by_reference, by_inputs, units in zip(_MEASURES, mine, own, moves, (2, 2, 1), strict=True):
         allowed = slack * (2 * float(by_reference) + 2 * float(by_inputs) + units * eps)
         if not float(error) <= allowed:
-            return f"{name} is off by {float(error):.1e}, which may be {allowed:.1e} (of {_describe(out)})"
+            found = Distance(what, float(error), allowed)
+            return Problem(f"{found} (of {_describe(out)})", found)
     return None
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -29,7 +30,7 @@ from torch import Tensor
 from vidaccel.config import preferred_implementation
 from vidaccel.errors import UsageError, first_line, nearest
 from vidaccel.kernels import choice, settings
-from vidaccel.kernels.check import Part, disagreement
+from vidaccel.kernels.check import Part, Problem, disagreement
 from vidaccel.kernels.settings import FIDELITIES, Fidelity
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "ops",
     "overheard",
     "runs_triton",
+    "scaled",
     "tensors_reason",
 ]
 
@@ -54,6 +56,7 @@ logger = logging.getLogger(__name__)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 REFERENCE = "torch"  # the name of the implementation that is the reference itself
+SMALL_INPUT = 2.0**-10  # the root mean square of a probe: its square is near the epsilons of norms
 MOST_PLANS = 4096  # that an op keeps: more than the shapes of several models
 # Fixed when Triton is imported, and not a thing that Dynamo can trace.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -93,6 +96,7 @@ class Listener(NamedTuple):
 
     hear: Callable[[Event], None]
     checks: bool = False  # whether every call is held against its reference
+    probes: bool = False  # whether that is done for a small input, too
     only_references: bool = False  # whether references run in place of what was chosen
     covers: bool = False  # whether what lies between the ops has been checked already
 
@@ -101,16 +105,19 @@ _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
 @contextmanager
-def listening(*, checks: bool = False, only_references: bool = False, covers: bool = False) -> Iterator[list[Event]]:
+def listening(
+    *, checks: bool = False, only_references: bool = False, covers: bool = False, probes: bool = False
+) -> Iterator[list[Event]]:
     """Collect the events inside the ``with`` block, in this thread; what a nested listener hears is its own.
 
     Args:
         checks: Hold the result of every op against its reference, and return the reference's where they disagree.
         only_references: Choose as ever, but run the reference: for a check of what lies between the ops.
         covers: Tell blocks below that this check has been made, for them too.
+        probes: With ``checks``, also for the same input made small, where an epsilon is not: a wrong one shows there.
     """
     events: list[Event] = []
-    token = _listener.set(Listener(events.append, checks, only_references, covers))
+    token = _listener.set(Listener(events.append, checks, probes, only_references, covers))
     try:
         yield events
     finally:
@@ -187,6 +194,13 @@ class Implementation(NamedTuple):
     pays: Callable[..., bool] = _always
 
 
+def scaled(*positions: int) -> Callable[..., tuple[Any, ...]]:
+    """For ``Op(small=...)``: multiplies the arguments at ``positions``, as far as they are there, by the factor."""
+    return lambda factor, *args: tuple(
+        x * factor if at in positions and x is not None else x for at, x in enumerate(args)
+    )  # fmt: skip
+
+
 class _Plan(NamedTuple):
     """What runs for a signature."""
 
@@ -215,6 +229,8 @@ class Op:
         beaten: Takes the names of those that compete and serve, then the arguments; those that another of them always
             beats, which are not measured. None: nobody knows.
         validate: Takes the arguments; raises if they do not fit one another. Asked once for a signature. None: they do.
+        small: Takes a factor and the arguments; these with all that is normalised times the factor. None: the op has no
+            epsilon.
     """
 
     def __init__(
@@ -232,6 +248,7 @@ class Op:
         overwrites: int | Callable[..., int | None] | None = None,
         beaten: Callable[..., Set[str]] | None = None,
         validate: Callable[..., None] | None = None,
+        small: Callable[..., tuple[Any, ...]] | None = None,
     ) -> None:
         self.name = name
         self.reference = reference
@@ -245,7 +262,7 @@ class Op:
             if implementation.registered
         }
         self._measures, self._key, self._default, self._beaten = measures, key, default, beaten
-        self._overwrites, self._validate = overwrites, validate
+        self._overwrites, self._validate, self._small = overwrites, validate, small
         self._plans: dict[Signature, _Plan] = {}
         _ops[name] = self
 
@@ -379,9 +396,11 @@ class Op:
         if signature is not None:  # what ran may have failed, and be another one from now on
             plan = self._plans.get(signature, plan)
         if checked and plan.name != REFERENCE:
-            problem = self._problem(plan, args, out)
+            problem = self._problem(plan, args, out) or ""
             if problem:
                 out = self.reference(*args)
+            elif listener.probes and signature is not None:
+                problem = self._problem_when_small(args)
         listener.hear(Event(self.name, plan.name, plan.reason, self.costs(*args), problem))
         return out
 
@@ -390,12 +409,24 @@ class Op:
         at = self._overwrites(*args) if callable(self._overwrites) else self._overwrites
         return args if at is None else (*args[:at], args[at].clone(), *args[at + 1 :])
 
-    def _problem(self, plan: _Plan, args: tuple[Any, ...], out: Outputs) -> str:
+    def _problem(self, plan: _Plan, args: tuple[Any, ...], out: Outputs) -> Problem | None:
         try:
-            return disagreement(self, args, out, self.implementations[plan.name].fidelity) or ""
+            return disagreement(self, args, out, self.implementations[plan.name].fidelity)
         except torch.OutOfMemoryError:  # for the check alone: the call itself had what it needed
             logger.warning("%s: not checked against its reference: out of memory", self.name)
+            return None
+
+    def _problem_when_small(self, args: tuple[Any, ...]) -> str:
+        """The same of other numbers: so small that a wrong epsilon is no rounding."""
+        first = args[0]
+        size = float(torch.linalg.vector_norm(first, dtype=torch.float32)) / math.sqrt(max(first.numel(), 1))
+        if self._small is None or not 0 < size < math.inf:
             return ""
+        args = self._small(SMALL_INPUT / size, *args)
+        signature = _signature(args)
+        plan = self._plans.get(signature) or self._settle(signature, args)
+        problem = self._problem(plan, args, self._run(plan, self._with_copy(args), signature))
+        return Problem(f"{problem} when its input is small", problem.distance) if problem else ""
 
     def _traced(self, args: tuple[Any, ...], impl: str | None) -> Outputs:
         """A call that Dynamo traces: nothing is measured, remembered or told."""

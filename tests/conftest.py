@@ -65,3 +65,11 @@ def same_attention_backend() -> Iterator[None]:
 def device() -> torch.device:
     """Where kernels run in this session: the GPU if there is one, else the CPU under the interpreter."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def memory_of_the_gpu_is_given_back() -> Iterator[None]:
+    """Several processes share a GPU; what PyTorch keeps of one module's large tensors, another's may need."""
+    yield
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

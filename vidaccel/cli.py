@@ -20,6 +20,7 @@ __all__ = ["main"]
 COMMANDS = {
     "generate": ("vidaccel.commands.generate", "make clips, patched, unpatched or both side by side"),
     "validate": ("vidaccel.commands.validate", "show that patched clips are the same clips"),
+    "psnr": ("vidaccel.commands.psnr", "compare two clips, files or folders of frames, frame by frame"),
     "bench": ("vidaccel.commands.bench", "measure speed and memory against eager and torch.compile"),
     "env": ("vidaccel.commands.env", "print devices and versions, for bug reports and records"),
 }

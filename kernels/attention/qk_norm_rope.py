@@ -34,7 +34,7 @@ from torch import Tensor
 
 from vidaccel.kernels.check import Part, cuts
 from vidaccel.kernels.launch import Launch
-from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason, one_or, tensors_reason
+from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason, one_or, scaled, tensors_reason
 
 __all__ = [
     "QK_NORM_ROPE",
@@ -694,6 +694,7 @@ QK_NORM_ROPE = Op(
     costs=_costs,
     parts=_parts,
     validate=_validate,
+    small=scaled(0, 1),  # q, k
 )
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from vidaccel.kernels.check import Part, cuts
 from vidaccel.kernels.launch import Launch
-from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason, tensors_reason
+from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason, scaled, tensors_reason
 
 __all__ = ["ADD_LAYER_NORM", "RowTo", "add_layer_norm", "add_layer_norm_ref", "choose_tiling", "compile_ahead"]
 
@@ -342,6 +342,7 @@ ADD_LAYER_NORM = Op(
     costs=_costs,
     parts=_parts,
     validate=_validate,
+    small=scaled(0, 4, 5),  # x, residual, row
 )
 
 

@@ -39,7 +39,7 @@ from torch import Tensor
 from vidaccel.kernels import settings
 from vidaccel.kernels.check import Part, cuts, piece_of
 from vidaccel.kernels.launch import Launch
-from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason, one_or, tensors_reason
+from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason, one_or, scaled, tensors_reason
 
 __all__ = [
     "GATED_RESIDUAL_NORM",
@@ -675,6 +675,7 @@ GATED_RESIDUAL_NORM = Op(
     costs=_costs,
     parts=_parts,
     validate=_validate,
+    small=scaled(0, 1),  # x, branch
 )
 
 

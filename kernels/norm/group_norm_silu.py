@@ -49,7 +49,7 @@ from vidaccel.kernels.norm.channel_statistics import (
     rows_of_tile,
     store_part,
 )
-from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason, tensors_reason
+from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason, scaled, tensors_reason
 
 __all__ = [
     "GROUP_NORM_AND_SUM",
@@ -664,6 +664,7 @@ GROUP_NORM_SILU = Op(
     costs=lambda *args: _costs(_Call(*args)),
     parts=lambda *args: (Part(call[:-1], of) for call, of in _cuts(_Call(*args))),
     validate=lambda *args: _validate("group_norm_silu", _Call(*args)),
+    small=lambda *args: (*scaled(0, 6, 7)(*args)[:8], *NO_STATISTICS),  # x, shift, tail
 )
 
 GROUP_NORM_AND_SUM = Op(
@@ -678,6 +679,7 @@ GROUP_NORM_AND_SUM = Op(
     costs=lambda *args: _costs(_Call.and_sum(*args)),
     parts=lambda *args: (Part((*call[:5], call.row), of) for call, of in _cuts(_Call.and_sum(*args))),
     validate=lambda *args: _validate("group_norm_and_sum", _Call.and_sum(*args)),
+    small=lambda *args: (*scaled(0)(*args)[:6], *NO_STATISTICS),
 )
 
 

@@ -41,7 +41,7 @@ from vidaccel.kernels.conv.arguments import require_floats
 from vidaccel.kernels.conv.padded_clip import NO_PADDING, Padding, pad_clip, padded_lines, padded_tiles, require_padding
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.norm.group_norm_silu import apply_silu
-from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason, tensors_reason
+from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason, scaled, tensors_reason
 
 __all__ = ["RMS_NORM_SILU", "choose_tiling", "compile_ahead", "rms_norm_silu", "rms_norm_silu_ref"]
 
@@ -473,6 +473,7 @@ RMS_NORM_SILU = Op(
     parts=_parts,
     overwrites=lambda *args: _Call(*args).overwrites(),
     validate=_validate,
+    small=scaled(0, 3, 4),  # x, residual, residual_bias
 )
 
 

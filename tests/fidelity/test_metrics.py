@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from vidaccel.fidelity.metrics import psnr, relative_error, ssim
-from vidaccel.fidelity.verdict import judge
+from vidaccel.fidelity.metrics import Scores, flicker_psnr, likeness, psnr, relative_error, ssim
 
 ROWS, COLUMNS = np.mgrid[:24, :33]
 
@@ -69,30 +68,17 @@ def test_relative_error() -> None:
     assert relative_error(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0])) == pytest.approx(0.1)
 
 
-def clip_with(*noise: float) -> tuple[np.ndarray, np.ndarray]:
-    generator = np.random.default_rng(0)
-    clip = generator.random((len(noise), 16, 16, 3))
-    return clip, clip + generator.standard_normal(clip.shape) * np.reshape(noise, (-1, 1, 1, 1))
+def test_flicker_is_what_changes_from_frame_to_frame() -> None:
+    clip = np.random.default_rng(0).random((3, 16, 16, 3))
+    brighter, flickering = clip + 0.1, clip.copy()
+    flickering[1] += 0.1
+    assert np.all(flicker_psnr(clip, brighter) > 250)  # all frames alike: nothing flickers
+    np.testing.assert_allclose(flicker_psnr(clip, flickering), [20.0, 20.0])
+    assert likeness(clip[:1], clip[:1]).flicker_psnr_db is None
 
 
-def test_the_worst_frame_decides() -> None:
-    clip, other = clip_with(1e-4, 1e-1, 0.0)  # about 80, 20 and infinitely many dB
-    verdict = judge(clip, other, min_psnr_db=25)
-    assert not verdict.passed and not verdict.bit_identical
-    assert verdict.psnr.argmin() == 1
-    assert verdict.mean_psnr == pytest.approx(50, abs=1)  # of the two frames that differ
-    assert "FAIL" in str(verdict) and "(frame 1)" in str(verdict)
-    assert judge(clip, other, min_psnr_db=15).passed
-
-
-def test_equal_clips_are_bit_identical() -> None:
-    verdict = judge(*clip_with(0.0, 0.0), min_psnr_db=60)
-    assert verdict.passed and verdict.bit_identical and verdict.mean_psnr == np.inf
-    assert "bit-identical" in str(verdict)
-
-
-def test_a_clip_that_is_not_finite_fails() -> None:
-    clip, other = clip_with(0.0, 0.0)
-    clip[1, 3, 3, 0] = other[1, 3, 3, 0] = np.nan  # in both: still nothing that anybody would call the same clip
-    verdict = judge(clip, other, min_psnr_db=25)
-    assert not verdict.passed and not verdict.bit_identical
+def test_scores_of_frames() -> None:
+    scores = Scores(np.array([40.0, np.inf, 30.0]))
+    assert (scores.mean, scores.minimum, scores.worst_frame) == (35.0, 30.0, 2)
+    lost = Scores(np.array([40.0, np.nan]))
+    assert lost.worst_frame == 1 and np.isnan(lost.minimum)

@@ -287,3 +287,17 @@ def test_registered_implementations_compile_in_one_graph() -> None:
     compiled = torch.compile(lambda x: op(x, 2.0) + 1, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(X), 4 * X + 1)
     torch.library.opcheck(op.registered["fast"], (X, 2.0))
+
+
+def test_a_probe_finds_an_epsilon_that_the_input_hides() -> None:
+    def norm(eps: float) -> Any:
+        return lambda x, scale: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+    ways = {"wrong": Implementation(norm(1e-5))}
+    x = torch.linspace(1, 100, 60, dtype=torch.float16).view(2, 30)
+    for small, found in ((None, False), (lambda factor, x, scale: (x * factor, scale), True)):
+        op = make(reference=norm(1e-6), implementations=ways, small=small)
+        with listening(checks=True, probes=True) as events:
+            op(x, 1.0)
+        assert bool(events[0].problem) is found
+    assert "when its input is small" in events[0].problem

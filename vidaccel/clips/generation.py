@@ -121,14 +121,16 @@ def call_arguments(
     return arguments
 
 
-def generate(pipe: Any, arguments: dict[str, Any], seed: int, show_progress: bool = False) -> Clip:
+def generate(pipe: Any, arguments: dict[str, Any], seed: int, show_progress: bool = False, what: str = "steps") -> Clip:
     """Call ``pipe`` with ``arguments`` and the noise of ``seed``, drawn on the CPU: the same for every device.
+
+    The progress bar says ``what``.
 
     Raises:
         UsageError: the pipeline refuses the arguments before its first step, or memory runs out.
     """
     device = pipe.device
-    clock = _PhaseClock(device, show_progress)
+    clock = _PhaseClock(device, show_progress, what)
     pipe.progress_bar = clock.open_bar
     reset_peak_memory(device)
     try:
@@ -153,8 +155,9 @@ class _PhaseClock:
     """Stands in for ``pipe.progress_bar``, which diffusers' pipelines open where denoising starts, update after every
     step and close after the last."""
 
-    def __init__(self, device: torch.device, show: bool) -> None:
+    def __init__(self, device: torch.device, show: bool, what: str) -> None:
         self.steps = 0
+        self._what = what
         self._device = device
         self._show = show
         self._marks: dict[str, float] = {}
@@ -167,7 +170,7 @@ class _PhaseClock:
     def open_bar(self, iterable: Any = None, total: int | None = None) -> tqdm:
         if not self.steps:
             self.mark("open")
-        return _StepBar(self, iterable, total=total, desc="steps", leave=False, disable=not self._show)
+        return _StepBar(self, iterable, total=total, desc=self._what, leave=False, disable=not self._show)
 
     def count_step(self) -> None:
         self.steps += 1

@@ -1,4 +1,4 @@
-"""PSNR and SSIM of two clips, frame by frame, in float64.
+"""PSNR, SSIM and flicker of two clips, frame by frame, in float64.
 
     psnr = 10 log10(1 / mean((a - b)^2))
     ssim = mean over pixels and channels of
@@ -6,12 +6,15 @@
 
 SSIM is that of Wang, Bovik, Sheikh and Simoncelli (IEEE TIP 13(4), 2004, https://doi.org/10.1109/TIP.2003.819861): an
 11x11 Gaussian window with sigma 1.5, population statistics, K1 = 0.01, K2 = 0.03, and only windows that lie wholly
-inside the frame. Both are scikit-image's.
+inside the frame. Both are scikit-image's. Flicker is the PSNR of what changes from each frame to the next: a clip may
+be near the other in every frame and still tremble.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +22,70 @@ from numpy.typing import ArrayLike
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
-__all__ = ["psnr", "relative_error", "ssim"]
+__all__ = ["Likeness", "Scores", "flicker_psnr", "likeness", "psnr", "relative_error", "ssim"]
 
 _WINDOW = 11  # what scikit-image makes of sigma 1.5
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One value for each frame, ``[F]``; infinite where two frames are equal, NaN where one is not finite."""
+
+    frames: np.ndarray
+
+    @property
+    def mean(self) -> float:
+        """Over the frames with a finite value; infinite if every frame is equal."""
+        differing = self.frames[self.frames != np.inf]
+        return float(differing.mean()) if differing.size else float("inf")
+
+    @property
+    def worst_frame(self) -> int:
+        """The first that is not finite in one of the clips, else the one of the lowest value."""
+        return int(np.argmin(np.nan_to_num(self.frames, nan=-np.inf, posinf=np.inf)))
+
+    @property
+    def minimum(self) -> float:
+        return float(self.frames[self.worst_frame])
+
+    def summary(self) -> dict[str, Any]:
+        """Plain types."""
+        return {
+            "mean": self.mean,
+            "minimum": self.minimum,
+            "worst_frame": self.worst_frame,
+            "frames": self.frames.tolist(),
+        }
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How near two clips of one shape are; ``flicker_psnr_db`` has F - 1 values, and is None for a single frame."""
+
+    bit_identical: bool
+    psnr_db: Scores
+    ssim: Scores
+    flicker_psnr_db: Scores | None
+
+    def summary(self) -> dict[str, Any]:
+        """Plain types."""
+        return {
+            "bit_identical": self.bit_identical,
+            "psnr_db": self.psnr_db.summary(),
+            "ssim": self.ssim.summary(),
+            "flicker_psnr_db": self.flicker_psnr_db and self.flicker_psnr_db.summary(),
+        }
+
+
+def likeness(a: ArrayLike, b: ArrayLike) -> Likeness:
+    """Every metric of two clips ``[F, H, W, C]``, floats in 0..1.
+
+    Raises:
+        ValueError: the shapes differ, are not ``[F, H, W, C]``, or a frame is smaller than the window of SSIM.
+    """
+    a, b = _clips("likeness", a, b)
+    flicker = Scores(flicker_psnr(a, b)) if len(a) > 1 else None
+    return Likeness(bool(np.array_equal(a, b)), Scores(psnr(a, b)), Scores(ssim(a, b)), flicker)
 
 
 def psnr(a: ArrayLike, b: ArrayLike) -> np.ndarray:
@@ -40,6 +104,17 @@ def psnr(a: ArrayLike, b: ArrayLike) -> np.ndarray:
     a, b = _clips("psnr", a, b)
     with np.errstate(divide="ignore"):
         return _by_frame(lambda x, y: peak_signal_noise_ratio(x, y, data_range=1), a, b)
+
+
+def flicker_psnr(a: ArrayLike, b: ArrayLike) -> np.ndarray:
+    """:func:`psnr` of the differences between each frame and the next, ``[F - 1]`` in dB, with the peak of a frame."""
+    a, b = _clips("flicker_psnr", a, b)
+    with np.errstate(divide="ignore"):
+        return _by_frame(
+            lambda x, y: peak_signal_noise_ratio(x, y, data_range=1),
+            np.diff(a.astype(np.float64), axis=0),
+            np.diff(b.astype(np.float64), axis=0),
+        )
 
 
 def ssim(a: ArrayLike, b: ArrayLike) -> np.ndarray:

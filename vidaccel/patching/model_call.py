@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,9 +24,9 @@ from torch import nn
 from vidaccel.kernels.settings import Fidelity, Settings, allowed, frozen
 from vidaccel.patching.cuda_graph import Graphs
 from vidaccel.patching.premises import CALL_SLOT, Premises
-from vidaccel.sites.memo import Memo, holding, preparations
+from vidaccel.sites.memo import Memo, holding, preparations, watched
 
-__all__ = ["ModelCall", "unwrap_call", "wrap_call"]
+__all__ = ["ModelCall", "uncompiled", "unwrap_call", "wrap_call"]
 
 MOST_ANSWERS = 2**16  # that a memo keeps: more than several shapes of the largest model
 
@@ -52,14 +54,17 @@ class ModelCall:
             return model._call_impl(*args, **kwargs)
         with self._lock, allowed(self._allow), frozen() as settings:
             self._settle(model, settings)
-            memo = self._memo
+            memo, graphs = self._memo, self.graphs
+            if way := watched():
+                memo, graphs = Memo(), None
+                memo.way = way
             try:
                 for prepare in preparations(model):
                     prepare(memo, args, kwargs)
                 with holding(memo):
-                    if self.graphs is None:
+                    if graphs is None:
                         return model._call_impl(*args, **kwargs)
-                    return self.graphs.call(model, args, kwargs)
+                    return graphs.call(model, args, kwargs)
             finally:
                 memo.text = None  # also after an interrupt: no later call may take it for its own
                 memo.of_call.clear()
@@ -96,3 +101,19 @@ def unwrap_call(model: nn.Module) -> None:
         if call.graphs is not None:
             call.graphs.site.taken_away()
             call.graphs.forget()
+
+
+@contextmanager
+def uncompiled(model: nn.Module, allow: Fidelity) -> Iterator[None]:
+    """Let what ``module.compile()`` made of ``model`` not be called inside the ``with`` block, but ``model`` itself."""
+    compiled = vars(model).get(CALL_SLOT)
+    if compiled is None or isinstance(compiled, ModelCall):
+        yield
+        return
+    vars(model)[CALL_SLOT] = None
+    wrap_call(model, allow)
+    try:
+        yield
+    finally:
+        unwrap_call(model)
+        vars(model)[CALL_SLOT] = compiled

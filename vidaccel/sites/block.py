@@ -31,11 +31,24 @@ from vidaccel.errors import first_line
 from vidaccel.kernels import settings
 from vidaccel.kernels.check import near, perturbing
 from vidaccel.kernels.op import listening, overheard
-from vidaccel.sites.memo import Memo, held, holding, once_per_call, signature
+from vidaccel.sites.memo import Memo, Way, held, holding, once_per_call, signature
 from vidaccel.sites.plain import fingerprint, plain_reason, subtree_reason
 from vidaccel.sites.site import Fidelity, SiteGroup
 
-__all__ = ["SITES", "FusedBlock", "Host", "call_site", "cut_corner", "fuses", "run_part"]
+__all__ = [
+    "SITES",
+    "FusedBlock",
+    "Host",
+    "call_site",
+    "cut_corner",
+    "fused_way",
+    "fuses",
+    "going",
+    "original_of",
+    "original_way",
+    "run_part",
+    "unserved_reason",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +122,10 @@ class Host:
     def call_reason(self, *args: Any, **kwargs: Any) -> str | None:
         """Why this very call goes to the original forward, or None. No tensor data; Dynamo can trace it."""
         return None
+
+    def comparable(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """These arguments without what fused and original forward need not do the same with (padding)."""
+        return args, kwargs
 
     def corner(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Small arguments for which fused and original forward do the same, cut from these; None if there are none."""
@@ -194,14 +211,14 @@ def call_site(kind: type[Host], host: Any, *args: Any, **kwargs: Any) -> Any:
     if sites is None:
         return kind.original_forward(host, *args, **kwargs)
     if torch.compiler.is_compiling():
-        reason = _reason(host, sites, args, kwargs)
+        reason = unserved_reason(host, sites, args, kwargs)
         return kind.original_forward(host, *args, **kwargs) if reason else host.fused_forward(*args, **kwargs)
     memo = held()
     if memo is None:
         with holding(Memo()):
             return call_site(kind, host, *args, **kwargs)
-    if memo.only:
-        return _one_way(memo.only, kind, host, sites, args, kwargs)
+    if memo.way:
+        return memo.way(kind, host, sites, args, kwargs)
     in_data = host.path_in_data(args, kwargs)
     question = (host, torch.is_grad_enabled(), in_data, *signature(args), *signature(kwargs.values()))
     plan = memo.get(question)
@@ -218,12 +235,25 @@ def call_site(kind: type[Host], host: Any, *args: Any, **kwargs: Any) -> Any:
     return host.fused_forward(*args, **kwargs)
 
 
-def _one_way(
-    way: str, kind: type[Host], host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    if way == "original" or _reason(host, sites, args, kwargs):
+def original_way(kind: type[Host], host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call of ``host`` by its original forward."""
+    return kind.original_forward(host, *args, **kwargs)
+
+
+def fused_way(kind: type[Host], host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call of ``host`` by its fused forward where that serves it."""
+    if unserved_reason(host, sites, args, kwargs):
         return kind.original_forward(host, *args, **kwargs)
     return host.fused_forward(*args, **kwargs)
+
+
+@contextmanager
+def going(way: Way) -> Iterator[None]:
+    """Let every block inside the ``with`` block, in this thread, go ``way``, in what is else the call under way."""
+    memo = Memo()
+    memo.way, memo.text = way, getattr(held(), "text", None)
+    with holding(memo):
+        yield
 
 
 def run_part(host: Host, part: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
@@ -231,21 +261,21 @@ def run_part(host: Host, part: Callable[..., Result], *args: Any, **kwargs: Any)
     if torch.compiler.is_compiling() or (listener := overheard()) is None or listener.only_references:
         return part(*args, **kwargs)
     sites: SiteGroup = getattr(host, SITES)
-    with listening(checks=listener.checks, covers=listener.covers) as events:
+    with listening(checks=listener.checks, covers=listener.covers, probes=listener.probes) as events:
         result = part(*args, **kwargs)
     sites.hear(events)
     return result
 
 
 def _plan(host: Host, sites: SiteGroup, kind_of_call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Plan:
-    reason = _reason(host, sites, args, kwargs) or ""
+    reason = unserved_reason(host, sites, args, kwargs) or ""
     path = (kind_of_call, settings.current(), fingerprint(host.module_of(args)))
     seen = sites.seen.setdefault(path, _Seen(sites.paths, sites.checks))
     return _Plan(reason, seen)
 
 
-def _reason(host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Why this call goes to the original forward, or None."""
+def unserved_reason(host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Why a call of ``host`` goes to the original forward, or None."""
     if not sites.running():
         return "it is off, or failed"
     return _gradients_reason(host, args, kwargs) or host.left_alone_reason(host) or host.call_reason(*args, **kwargs)
@@ -304,35 +334,30 @@ def _problem_between_ops(
 ) -> str | None:
     """What the fused block does other than the original one on a corner of its arguments, or None."""
     corner = host.corner(args, kwargs)
-    if corner is None or _reason(host, sites, *corner):
+    if corner is None or unserved_reason(host, sites, *corner):
         return None
     args, kwargs = corner
-    original, fused = Memo(), Memo()
-    original.only, fused.only = "original", "fused"
-    original.text = fused.text = getattr(held(), "text", None)
     try:
-        with holding(original):
+        with going(original_way):
             expected = _tensors(kind.original_forward(host, *args, **kwargs))
-        with holding(fused), listening(only_references=True):
+        with going(fused_way), listening(only_references=True):
             found = _tensors(host.fused_forward(*args, **kwargs))
         if not any(map(near, found, expected)):
             return None
         # It may be the original that is wrong, or both: a norm of a near constant, or of next to nothing, is roundings.
-        gold, moved = (_in_other_numbers(kind, host, change, args, kwargs) for change in (_double, perturbing()))
+        gold, moved = (original_of(kind, host, change, args, kwargs) for change in (_double, perturbing()))
         return next(filter(None, map(near, found, expected, gold, moved)), None)
     except torch.OutOfMemoryError:  # for the check alone: the call itself may have what it needs
         logger.warning("%s: not checked against the original block: out of memory", sites.paths)
         return None
 
 
-def _in_other_numbers(
+def original_of(
     kind: type[Host], host: Any, change: Callable[[Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[Tensor]:
     """What the original block makes of changed arguments with changed parameters and buffers."""
-    original = Memo()
-    original.only, original.text = "original", getattr(held(), "text", None)
     args, kwargs = tree_map(change, (args, kwargs))
-    with holding(original), _changed(host.module_of(args), change):
+    with going(original_way), _changed(host.module_of(args), change):
         return _tensors(kind.original_forward(host, *args, **kwargs))
 
 

@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Literal, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "Memo",
+    "Way",
     "generation",
     "held",
     "holding",
@@ -28,9 +29,13 @@ __all__ = [
     "plans_changed",
     "preparations",
     "signature",
+    "watched",
+    "watching",
 ]
 
 Preparation = Callable[["Memo", tuple[Any, ...], dict[str, Any]], None]
+# Takes the kind of a host, the host, its sites, and the arguments of a call; returns what the call is to return.
+Way = Callable[[Any, Any, Any, tuple[Any, ...], dict[str, Any]], Any]
 Arguments = ParamSpec("Arguments")
 Answer = TypeVar("Answer")
 
@@ -44,15 +49,14 @@ class Memo(dict[Hashable, Any]):
         text: What ``blocks/unet/text_context.py`` knows of this call, or None.
         of_call: What blocks have made of this call's tensors (rotary tables in another order, the lengths behind a
             mask), for the blocks behind them.
-        only: Which way every block under this call goes, for a check of what lies between ops: ``"fused"`` or
-            ``"original"``; empty: as planned.
+        way: What runs each call of a block under this call, for those who compare the two ways. None: as planned.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.text: Any = None
         self.of_call: dict[Hashable, Any] = {}
-        self.only: Literal["", "fused", "original"] = ""
+        self.way: Way | None = None
 
 
 # By model: what is called at the start of each of its calls, with the memo and the call's arguments.
@@ -65,6 +69,7 @@ def preparations(model: nn.Module) -> list[Preparation]:
 
 
 _memo: ContextVar[Memo | None] = ContextVar("memo", default=None)
+_watch: ContextVar[Way | None] = ContextVar("watch", default=None)
 
 
 def held() -> Memo | None:
@@ -80,6 +85,24 @@ def holding(memo: Memo) -> Iterator[None]:
         yield
     finally:
         _memo.reset(token)
+
+
+@contextmanager
+def watching(way: Way) -> Iterator[None]:
+    """Let every call of a patched model inside the ``with`` block, in this thread, take ``way`` through its blocks.
+
+    No CUDA graph serves such a call.
+    """
+    token = _watch.set(way)
+    try:
+        yield
+    finally:
+        _watch.reset(token)
+
+
+def watched() -> Way | None:
+    """The way that :func:`watching` asks for in this context, or None."""
+    return _watch.get()
 
 
 def once_per_call(ask: Callable[Arguments, Answer]) -> Callable[Arguments, Answer]:

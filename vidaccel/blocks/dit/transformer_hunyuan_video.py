@@ -121,11 +121,16 @@ class HunyuanBlock(GatedResidualBlock):
             return None
         return valid_length(mask, self.tokens_before_text(x))
 
-    def corner(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def comparable(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """No padding, for what stands there is neither alike nor of any use."""
-        x, text, temb, mask, freqs_cis, *token_replace = args
-        if mask is not None and isinstance(length := valid_length(mask, self.tokens_before_text(x)), int):
-            text = text[:, :length]
+        x, text, temb, mask, *others = args
+        if mask is None or not isinstance(length := valid_length(mask, self.tokens_before_text(x)), int):
+            return args, kwargs
+        text = text[:, :length]
+        return (x, text, temb, self.mask_of_ones(text), *others), kwargs
+
+    def corner(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        (x, text, temb, _, freqs_cis, *token_replace), kwargs = self.comparable(args, kwargs)
         if x.numel() > MOST_WHOLE:
             x, text = x[:, :CORNER_ROWS], text[:, :CORNER_ROWS]
             freqs_cis = None if freqs_cis is None else tuple(table[:CORNER_ROWS] for table in freqs_cis)

@@ -106,11 +106,15 @@ class FusedMochiTransformerBlock(FusedBlock, MochiTransformerBlock):
         _, text, _, mask, *_ = args
         return valid_lengths(mask) if self.runs("padded_text") and mask.shape == text.shape[:2] else None
 
-    def corner(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def comparable(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """No more of the text than the longest, for what stands behind it is neither alike nor of any use."""
         x, text, temb, mask, rotary = args
         if not isinstance(lengths := valid_lengths(mask), str):
             text, mask = (t[:, : _longest(lengths)] for t in (text, mask))
+        return (x, text, temb, mask, rotary), kwargs
+
+    def corner(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        (x, text, temb, mask, rotary), kwargs = self.comparable(args, kwargs)
         if x.numel() > MOST_WHOLE:
             x, text, mask = (t[:, :CORNER_ROWS] for t in (x, text, mask))
             rotary = None if rotary is None else tuple(table[:CORNER_ROWS] for table in rotary)

@@ -210,7 +210,7 @@ def out_of_memory(samples: int, height: int, width: int, needed: int, free: int,
 
 def tell_chunk(decoder: nn.Module, op: str, step: int, frames: int) -> None:
     """Tell the report, at the site of ``op``, that ``step`` of ``frames`` latent frames went through at once."""
-    if (memo := held()) is not None and memo.only:
+    if (memo := held()) is not None and memo.way:
         return  # it is a check
     ran = f"{step} of {frames} frames"
     note(op, ran)
