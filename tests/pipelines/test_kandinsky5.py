@@ -87,7 +87,7 @@ def test_same_clip_and_exact_restore(pipeline_class: type[Any], given: dict[str,
             f"{which}prompt_cu_seqlens": torch.tensor([0, 5]),
         }
     with patch_pipeline(pipe, strict=True) as report:
-        assert {site.op for site in report.sites} == {*KANDINSKY_OPS}
+        assert {site.op for site in report.sites if site.path.startswith("transformer.")} == {*KANDINSKY_OPS}
     check_clip(pipe, arguments, reorders_sums=False)
 
 
