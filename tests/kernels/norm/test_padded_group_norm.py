@@ -173,18 +173,19 @@ def test_compiles_without_spills(everything: bool, target: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     ("shape", "spans"),
-    [((1, 17, 60, 106, 512), (0, 0)), ((1, 17, 480, 848, 128), (0, 0)), ((1, 42, 120, 212, 512), (1, 1))],
+    [((1, 17, 60, 106, 512), (0, 0)), ((1, 9, 480, 848, 128), (0, 0)), ((1, 18, 120, 212, 512), (1, 1))],
     ids=["hunyuanvideo-bottom", "hunyuanvideo-top", "mochi"],
 )
 def test_real_shapes(
     shape: tuple[int, ...], spans: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> None:  # fmt: skip
+    """One group of channels is held against float64: all are too large for it."""
     x, weight, bias, given = draw(shape, dtype, device, "addend", centre=3.0)
-    given |= {"padding": REPLICATE, "first_span": spans[0], "span": spans[1]}
-    y = padded_group_norm(x, weight, bias, 32, EPS, **given, impl="triton")
-    eager = padded_group_norm_ref(x, weight, bias, 32, EPS, **given)
-    error = (y.float() - eager.float()).norm() / eager.float().norm()
-    assert error <= 2 * torch.finfo(dtype).eps
+    options = {"padding": REPLICATE, "first_span": spans[0], "span": spans[1]}
+    y = padded_group_norm(x, weight, bias, 32, EPS, **given, **options, impl="triton")
+    some = slice(-shape[-1] // 32, None)
+    parameters = weight[some], bias[some], 1
+    assert_matches_reference(y[..., some], x[..., some], *parameters, addend=given["addend"][some], **options)

@@ -232,17 +232,18 @@ def test_compiles_without_spills(everything: bool, target: str) -> None:
     ("shape", "latent", "spans"),
     [
         ((1, 13, 30, 45, 512), (13, 30, 45), (3, 2)),
-        ((1, 49, 120, 180, 256), (13, 30, 45), (9, 8)),
-        ((1, 49, 240, 360, 128), (13, 30, 45), (9, 8)),
+        ((1, 17, 120, 180, 256), (5, 30, 45), (9, 8)),
+        ((1, 17, 240, 360, 128), (5, 30, 45), (9, 8)),
     ],
     ids=["bottom", "middle", "top"],
 )
 def test_real_shapes(
     shape: tuple[int, ...], latent: tuple[int, ...], spans: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> None:
-    args, given = draw(shape, latent, dtype, device, "addend", centre=3.0)
-    options: dict[str, Any] = {**given, "before": 2, "first_span": spans[0], "span": spans[1]}
-    y = spatial_norm_silu(*args, **options, impl="triton")
-    eager = spatial_norm_silu_ref(*args, **options)
-    error = (y.float() - eager.float()).norm() / eager.float().norm()
-    assert error <= 2 * torch.finfo(dtype).eps
+    """One group of channels is held against float64: all are too large for it."""
+    (x, weight, bias, groups, eps, *of_latents), given = draw(shape, latent, dtype, device, "addend", centre=3.0)
+    options: dict[str, Any] = {"before": 2, "first_span": spans[0], "span": spans[1]}
+    y = spatial_norm_silu(x, weight, bias, groups, eps, *of_latents, **given, **options, impl="triton")
+    some = slice(-shape[-1] // groups, None)
+    args = x[..., some], weight[some], bias[some], 1, eps, *(t[..., some] for t in of_latents)
+    assert_matches_reference(y[..., some], args, addend=given["addend"][some], **options)
