@@ -63,7 +63,6 @@ from vidaccel.sites.plain import plain_reason
 __all__ = ["FusedCogVideoXDecoder3D", "decode_bytes"]
 
 CAUSAL = Padding(before=2, frame_mode="replicate")
-CORNER_BATCHES = 2
 _MARGIN = 1.1  # the allocator's rounding, the convolutions' workspaces, all that is small
 
 Cache = dict[str, Any]  # as stock keeps it: the last frames of each convolution's input, by the names of its modules
@@ -204,8 +203,9 @@ class FusedCogVideoXDecoder3D(FusedBlock, CogVideoXDecoder3D):
         clip, ends, carried = args
         if carried.before:
             return None
-        ends = ends[:CORNER_BATCHES]
-        return cut_corner((clip[:, :, : ends[-1]], ends, _Carried()), {}, most_whole=0)
+        first = min(ends[0], 2 + ends[0] % 2)  # a batch as stock's caller has it, however long this one is
+        ends = (first, first + 2)[: len(ends)]
+        return cut_corner((clip[:1, :, : ends[-1]], ends, _Carried()), {}, most_whole=0)
 
     @classmethod
     def original_forward(cls, host: Any, clip: Tensor, ends: tuple[int, ...], carried: _Carried) -> Tensor:

@@ -100,7 +100,7 @@ class FusedHunyuanVideoDecoder3D(FusedBlock, HunyuanVideoDecoder3D):
         return latents_reason(hidden_states, self.conv_in.conv.weight)
 
     def corner(self, args: Any, kwargs: Any) -> Any:
-        return cut_corner((args[0][:, :, :CORNER_FRAMES],), {}, most_whole=0)
+        return cut_corner((args[0][:1, :, :CORNER_FRAMES],), {}, most_whole=0)
 
     def fused_forward(self, hidden_states: Tensor) -> Tensor:
         return _Decode(self).run(hidden_states)

@@ -94,7 +94,7 @@ class FusedMochiDecoder3D(FusedBlock, MochiDecoder3D):
         return latents_reason(hidden_states, self.conv_in.weight)
 
     def corner(self, args: Any, kwargs: Any) -> Any:
-        return cut_corner((args[0][:, :, :CORNER_FRAMES], None), {}, most_whole=0)
+        return cut_corner((args[0][:1, :, :CORNER_FRAMES], None), {}, most_whole=0)
 
     def fused_forward(self, hidden_states: Tensor, conv_cache: dict[str, Tensor] | None) -> tuple[Tensor, Any]:
         """The cache that comes is not read and the one that goes is empty: stock's is, where frames are repeated."""
