@@ -1,8 +1,9 @@
-"""HunyuanVideo: text and image to video, SkyReels-V1, FramePack.
+"""HunyuanVideo: text and image to video, SkyReels-V1, FramePack; and its VAE, which Kandinsky 5 decodes with too.
 
 What the family offers: attention without a mask, on text without its padding (``padded_text``); norms, modulations,
 gates and rotary embeddings in one pass each (``gated_residual_norm``, ``qk_norm_rope``, ``linear_gelu``); blocks of one
-stream that never join attention and feed-forward (``residual_projection``).
+stream that never join attention and feed-forward (``residual_projection``). The VAE's decoder never pads, copies or
+upsamples a clip, and its attention needs no mask of all pairs of tokens (``padded_group_norm``, ``upsample_clip``).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from vidaccel.blocks.dit.transformer_hunyuan_video import (
     FusedHunyuanVideoTokenReplaceTransformerBlock,
     FusedHunyuanVideoTransformerBlock,
 )
+from vidaccel.blocks.vae.autoencoder_kl_hunyuan_video import FusedHunyuanVideoDecoder3D
 from vidaccel.sites.rules import Swap
 
 __all__ = ["RULES"]
@@ -20,6 +22,7 @@ __all__ = ["RULES"]
 _BLOCKS = (Swap(FusedHunyuanVideoTransformerBlock), Swap(FusedHunyuanVideoSingleTransformerBlock))
 
 RULES = {
+    "AutoencoderKLHunyuanVideo": (Swap(FusedHunyuanVideoDecoder3D),),
     "HunyuanVideoTransformer3DModel": (
         *_BLOCKS,
         Swap(FusedHunyuanVideoTokenReplaceTransformerBlock),

@@ -77,6 +77,13 @@ RECORDS = (
     _decoder("wan2.1-vae-fp32", "wan2.1-t2v-1.3b", "--repeats 3 --budget 9 --no-reference", "float32"),
     _decoder("wan2.2-vae", "wan2.2-ti2v-5b", "--repeats 3 --budget 20 --no-reference"),
     _decoder("hunyuanvideo1.5-vae", "hunyuanvideo1.5-480p", "--repeats 3 --budget 25 --no-reference"),
+    _decoder(
+        "hunyuanvideo-vae",
+        "hunyuanvideo",
+        "--height 480 --width 848 --frames 61 --repeats 3 --budget 12 --no-reference",
+    ),
+    _decoder("mochi-vae", "mochi-1", "--steps 2 --frames 85 --repeats 3 --budget 12 --no-reference"),
+    _decoder("cogvideox-5b-vae", "cogvideox-5b", "--repeats 3 --budget 12"),
     _decoder("ltx-video-vae", "ltx-video-2b", "--repeats 9 --budget 3"),
     _decoder("ltx-2-vae", "ltx-2", "--repeats 9 --budget 3"),
     _transformer("hunyuanvideo1.5-480p", "--repeats 3 --budget 20 --no-reference", "compile_blocks"),

@@ -9,7 +9,10 @@ import torch
 from diffusers import (
     AnimateDiffPipeline,
     AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    AutoencoderKLHunyuanVideo,
     AutoencoderKLHunyuanVideo15,
+    AutoencoderKLMochi,
     AutoencoderKLTemporalDecoder,
     AutoencoderKLWan,
     ControlNetModel,
@@ -30,7 +33,9 @@ from vidaccel.bench.synthetic import build_pipeline, pipeline_inputs, specificat
 __all__ = [
     "tiny_animatediff_pipeline",
     "tiny_autoencoder_kl",
+    "tiny_autoencoder_kl_hunyuan_video",
     "tiny_autoencoder_kl_hunyuanvideo15",
+    "tiny_autoencoder_kl_mochi",
     "tiny_autoencoder_kl_wan",
     "tiny_controlnet",
     "tiny_motion_unet",
@@ -158,12 +163,61 @@ def _seeded(model_class: type[nn.Module], seed: int, config: dict[str, Any]) -> 
     return model
 
 
+def tiny_autoencoder_kl_cogvideox(seed: int = 0, **options: Any) -> AutoencoderKLCogVideoX:
+    """CogVideoX's video VAE, on the CPU: 4 latent channels, 8 and 16 channels, factors 8 and 4, 64-pixel tiles."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = {
+            "latent_channels": 4,
+            "block_out_channels": (8, 8, 8, 16),
+            "layers_per_block": 1,
+            "norm_num_groups": 4,
+            "sample_height": 64,
+            "sample_width": 64,
+        }
+        vae = AutoencoderKLCogVideoX(**config | options).eval()
+        for parameter in vae.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return vae
+
+
 def tiny_autoencoder_kl_hunyuanvideo15(seed: int = 0, **options: Any) -> AutoencoderKLHunyuanVideo15:
     """HunyuanVideo 1.5's video VAE, on the CPU: 4 latent channels, 8 to 32 channels, factors 16 and 4."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = {"latent_channels": 4, "block_out_channels": (8, 8, 16, 32, 32), "layers_per_block": 1}
         vae = AutoencoderKLHunyuanVideo15(**config | options).eval()
+        for parameter in vae.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return vae
+
+
+def tiny_autoencoder_kl_hunyuan_video(seed: int = 0, **options: Any) -> AutoencoderKLHunyuanVideo:
+    """HunyuanVideo's video VAE, on the CPU: 4 latent channels, 8 to 32 channels, factors 8 and 4."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = {
+            "latent_channels": 4,
+            "block_out_channels": (8, 16, 32, 32),
+            "layers_per_block": 1,
+            "norm_num_groups": 4,
+        }
+        vae = AutoencoderKLHunyuanVideo(**config | options).eval()
+        for parameter in vae.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return vae
+
+
+def tiny_autoencoder_kl_mochi(seed: int = 0, **options: Any) -> AutoencoderKLMochi:
+    """Mochi's video VAE, on the CPU: 12 latent channels, 32 and 64 channels, factors 8 and 6."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = {
+            "encoder_block_out_channels": (32,) * 4,
+            "decoder_block_out_channels": (32, 32, 32, 64),
+            "layers_per_block": (1, 1, 1, 1, 1),
+        }
+        vae = AutoencoderKLMochi(**config | options).eval()
         for parameter in vae.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
     return vae

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["NO_PADDING", "Padding", "pad_clip", "padded_lines", "padded_tiles", "require_padding"]
+__all__ = ["NO_PADDING", "Padding", "pad_clip", "padded_lines", "padded_pixel", "padded_tiles", "require_padding"]
 
 FRAME_MODES = ("zeros", "replicate")
 PIXEL_MODES = ("zeros", "replicate", "reflect")
@@ -109,6 +109,29 @@ def require_padding(op: str, shape: Sequence[int], padding: Padding, halo: Tenso
 
 
 @triton.jit
+def _copied_from(y, x, height, width, PIXEL_MODE: tl.constexpr):
+    """Where the pixels of a frame and of its border are copied from, and which are the frame's own."""
+    in_picture = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    if PIXEL_MODE == "replicate":
+        y = tl.minimum(tl.maximum(y, 0), height - 1)
+        x = tl.minimum(tl.maximum(x, 0), width - 1)
+    elif PIXEL_MODE == "reflect":
+        y = height - 1 - tl.abs(height - 1 - tl.abs(y))
+        x = width - 1 - tl.abs(width - 1 - tl.abs(x))
+    return y, x, in_picture
+
+
+@triton.jit
+def padded_pixel(target, height, width, BORDER: tl.constexpr, PIXEL_MODE: tl.constexpr):
+    """Which pixel of a frame the pixels ``target`` of the padded frame are copied from, and which are its own."""
+    padded_width = width + 2 * BORDER
+    line = target // padded_width
+    column = target - line * padded_width
+    y, x, in_picture = _copied_from(line - BORDER, column - BORDER, height, width, PIXEL_MODE)
+    return y * width + x, in_picture
+
+
+@triton.jit
 def padded_lines(
     tile, before, frames, padded_frames, height, width,
     BORDER: tl.constexpr, FRAME_MODE: tl.constexpr, PIXEL_MODE: tl.constexpr, HAS_HALO: tl.constexpr,
@@ -144,16 +167,9 @@ def padded_lines(
     there = within & (in_clip | front | (FRAME_MODE == "replicate"))
     inner = within & in_clip
     if BORDER > 0:
-        x -= BORDER
-        in_picture = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        y, x, in_picture = _copied_from(y, x - BORDER, height, width, PIXEL_MODE)
         inner = inner & in_picture
-        if PIXEL_MODE == "replicate":
-            y = tl.minimum(tl.maximum(y, 0), height - 1)
-            x = tl.minimum(tl.maximum(x, 0), width - 1)
-        elif PIXEL_MODE == "reflect":
-            y = height - 1 - tl.abs(height - 1 - tl.abs(y))
-            x = width - 1 - tl.abs(width - 1 - tl.abs(x))
-        else:
+        if PIXEL_MODE == "zeros":
             there = there & in_picture
         line_width = width
     of_clip = sample.to(tl.int64) * frames + tl.minimum(tl.maximum(frame, 0), frames - 1)

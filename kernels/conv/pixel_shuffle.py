@@ -7,7 +7,8 @@ An upsampler's convolution makes the ``t u v`` pixels of a cell as so many group
 permutes, and does the same with the residual, which it repeats, each a pass of its own. Here a program writes whole
 pixels, each from a run of channels. So the channels of x come pixel by pixel, for which the caller reorders the weight
 of the convolution; those of the source, of which there are fewer, lie as the convolution before left them. The first
-``drop`` frames are left out: the first frame of a clip becomes one frame.
+``drop`` frames are left out: the first frame of a clip becomes one frame. So are ``crop`` rows and columns at each side
+of a picture, whose cells lie around the pixels of the clip that they were made of (``upsample_clip``).
 
 Channels-last clips ``[B, F, H, W, C]``. Both sums are rounded as in eager: y has its bits. Fidelity: bit-exact with the
 reference, math-exact where a reordered weight picks another algorithm. Bound by memory: one read and one write.
@@ -37,25 +38,27 @@ NUM_WARPS = 4
 
 
 def pixel_shuffle_ref(
-    x: Tensor, bias: Tensor, source: Tensor | None = None, *, cell: tuple[int, int, int], drop: int = 0
+    x: Tensor, bias: Tensor, source: Tensor | None = None, *, cell: tuple[int, int, int], drop: int = 0,
+    crop: int = 0,
 ) -> Tensor:  # fmt: skip
     """The specification. Pass float64 inputs for gold values."""
     y = (x + bias.to(x.dtype)).unflatten(-1, (*cell, -1)).permute(0, 1, 4, 2, 5, 3, 6, 7)  # [B, F, t, H, u, W, v, C]
     if source is not None:
         addend = source.unflatten(-1, (-1, *cell)).permute(0, 1, 5, 2, 6, 3, 7, 4)
         y = y + addend.repeat(*[1] * 7, y.shape[-1] // addend.shape[-1])
-    return y.flatten(5, 6).flatten(3, 4).flatten(1, 2)[:, drop:].contiguous()
+    y = y.flatten(5, 6).flatten(3, 4).flatten(1, 2)
+    return y[:, drop:, crop : y.shape[2] - crop, crop : y.shape[3] - crop].contiguous()
 
 
 @triton.jit(
     do_not_specialize=[
-        "rows", "drop", "frames", "out_frames", "height", "width",
+        "rows", "drop", "crop", "frames", "out_frames", "height", "width",
         "stride_source_sample", "stride_source_frame", "stride_source_row", "stride_source_pixel",
     ],
 )  # fmt: skip
 def _pixel_shuffle_kernel(
     x_ptr, bias_ptr, source_ptr, y_ptr,
-    rows, drop, frames, out_frames, height, width, channels, source_channels,
+    rows, drop, crop, frames, out_frames, height, width, channels, source_channels,
     stride_source_sample, stride_source_frame, stride_source_row, stride_source_pixel,
     HAS_SOURCE: tl.constexpr, T: tl.constexpr, U: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -65,10 +68,11 @@ def _pixel_shuffle_kernel(
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = (offs_m < rows)[:, None] & (offs_c < channels)[None, :]
     # where the pixel is in y
-    row = offs_m // (width * V)
-    column = offs_m - row * (width * V)
-    plane = row // (height * U)
-    row = row - plane * (height * U)
+    out_height, out_width = height * U - 2 * crop, width * V - 2 * crop
+    row = offs_m // out_width
+    column = offs_m - row * out_width + crop
+    plane = row // out_height
+    row = row - plane * out_height + crop
     sample = plane // out_frames
     frame = plane - sample * out_frames + drop
     # and which pixel of which cell of x that is
@@ -97,6 +101,7 @@ class _Call(NamedTuple):
     u: int
     v: int
     drop: int
+    crop: int
 
     @property
     def cell(self) -> tuple[int, int, int]:
@@ -107,7 +112,8 @@ class _Call(NamedTuple):
         """That of the result."""
         samples, frames, height, width, channels = self.x.shape
         frames = frames * self.t - self.drop
-        return samples, frames, height * self.u, width * self.v, channels // math.prod(self.cell)
+        height, width = height * self.u - 2 * self.crop, width * self.v - 2 * self.crop
+        return samples, frames, height, width, channels // math.prod(self.cell)
 
 
 def _launch(call: _Call) -> Launch:
@@ -121,7 +127,7 @@ def _launch(call: _Call) -> Launch:
         source_channels, strides = call.source.shape[-1] // math.prod(call.cell), call.source.stride()[:4]
     return Launch(
         _pixel_shuffle_kernel, (triton.cdiv(rows, block_m),),
-        rows, call.drop, frames, pixels[1], height, width, channels, source_channels,
+        rows, call.drop, call.crop, frames, pixels[1], height, width, channels, source_channels,
         *strides,
         HAS_SOURCE=call.source is not None, T=call.t, U=call.u, V=call.v, BLOCK_M=block_m, BLOCK_C=block_c,
         num_warps=NUM_WARPS,
@@ -142,14 +148,14 @@ def _bind(*args: Any) -> Callable[..., Tensor]:
     return run
 
 
-def _triton(x: Tensor, bias: Tensor, source: Tensor | None, t: int, u: int, v: int, drop: int) -> Tensor:
-    args = x, bias, source, t, u, v, drop
+def _triton(x: Tensor, bias: Tensor, source: Tensor | None, t: int, u: int, v: int, drop: int, crop: int) -> Tensor:
+    args = x, bias, source, t, u, v, drop, crop
     return _bind(*args)(*args)
 
 
 def _reference(*args: Any) -> Tensor:
     call = _Call(*args)
-    return pixel_shuffle_ref(call.x, call.bias, call.source, cell=call.cell, drop=call.drop)
+    return pixel_shuffle_ref(call.x, call.bias, call.source, cell=call.cell, drop=call.drop, crop=call.crop)
 
 
 def _fake(*args: Any) -> Tensor:
@@ -180,15 +186,15 @@ def _costs(*args: Any) -> Costs:
 
 
 def _parts(*args: Any) -> Iterator[Part]:
-    """Some frames of a sample at a time, or rows of one; frames are left out of the first alone."""
+    """Some frames of a sample at a time, or rows of one if none is left out; frames are left out of the first alone."""
     call = _Call(*args)
-    for piece in pieces(call.x.shape, 0, 1, 2):
+    for piece in pieces(call.x.shape, *((0, 1) if call.crop else (0, 1, 2))):
         samples, frames, height, *_ = piece
         drop = 0 if frames.start else call.drop
         source = None if call.source is None else call.source[samples, frames, height]
         part = call._replace(x=call.x[piece], source=source, drop=drop)
         written = slice(frames.start * call.t - call.drop + drop, frames.stop * call.t - call.drop)
-        rows = slice(height.start * call.u, height.stop * call.u)
+        rows = slice(height.start * call.u, height.stop * call.u - 2 * call.crop)
         yield Part(tuple(part), functools.partial(_part_of, (samples, written, rows)), _as_frames)
 
 
@@ -212,6 +218,8 @@ def _validate(*args: Any) -> None:
         raise ValueError(f"{name}: bias must be [{x.shape[-1]}], got {tuple(call.bias.shape)}")
     if not 0 <= call.drop < call.t:
         raise ValueError(f"{name}: drop must be less than the {call.t} frames of a cell, got {call.drop}")
+    if not 0 <= call.crop < min(call.u, call.v):
+        raise ValueError(f"{name}: crop must be less than the sides of a cell {call.cell}, got {call.crop}")
     if (source := call.source) is not None:
         fits = source.ndim == 5 and source.shape[-1] and not (source.shape[-1] % size or x.shape[-1] % source.shape[-1])
         if not fits or source.shape[:-1] != x.shape[:-1]:
@@ -239,6 +247,7 @@ def pixel_shuffle(
     *,
     cell: tuple[int, int, int],
     drop: int = 0,
+    crop: int = 0,
     impl: str | None = None,
 ) -> Tensor:
     """``x + bias``, the pixels of each cell in their place, and the repeated ``source``'s added.
@@ -251,13 +260,14 @@ def pixel_shuffle(
             strides but the last. None adds nothing.
         cell: ``(t, u, v)``: the frames, rows and columns that a pixel of x becomes.
         drop: The first frames to leave out, fewer than t.
+        crop: Rows and columns to leave out at each side, fewer than u and v.
         impl: ``"triton"`` or ``"torch"``; None lets the op choose.
 
     Returns:
-        ``[B, F * t - drop, H * u, W * v, C]``, contiguous in ``x.dtype``.
+        ``[B, F * t - drop, H * u - 2 * crop, W * v - 2 * crop, C]``, contiguous in ``x.dtype``.
 
     Raises:
         ValueError: A shape or a device is not as above; ``impl`` cannot run here.
         TypeError: A tensor is not floating-point.
     """
-    return PIXEL_SHUFFLE(x, bias, source, *cell, drop, impl=impl)
+    return PIXEL_SHUFFLE(x, bias, source, *cell, drop, crop, impl=impl)

@@ -56,11 +56,14 @@ __all__ = [
     "GROUP_NORM_SILU",
     "apply_silu",
     "choose_apply_tiling",
+    "chunk_stats_launch",
     "compile_ahead",
+    "count_spans",
     "group_norm_and_sum",
     "group_norm_and_sum_ref",
     "group_norm_silu",
     "group_norm_silu_ref",
+    "group_stats_launch",
 ]
 
 CHANNELS = 32  # a multiple of these in every tensor that the kernels read
@@ -208,18 +211,26 @@ def _chunk_stats_kernel(
     store_part(part_ptr, segment, chunk, first_channel, channels, segment_rows, chunk_rows, mean, m2)
 
 
-@triton.jit(do_not_specialize=["groups", "group_channels", "segments", "segment_rows", "chunk_rows"])
+@triton.jit(
+    do_not_specialize=[
+        "groups", "group_channels", "segments", "segment_rows", "chunk_rows", "first_span", "span", "spans"
+    ]
+)  # fmt: skip
 def _group_stats_kernel(
     part_ptr, weight_ptr, norm_ptr,
-    groups, group_channels, segments, segment_rows, chunk_rows,
+    groups, group_channels, segments, segment_rows, chunk_rows, first_span, span, spans,
     eps,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    sample = (tl.program_id(0) // groups).to(tl.int64)
+    which = (tl.program_id(0) // groups).to(tl.int64)  # of a span of segments that have their statistics in common
     first_channel = tl.program_id(0) % groups * group_channels
     channels = groups * group_channels
-    parts = segments * tl.cdiv(segment_rows, chunk_rows)
-    part_ptr += sample * parts * 2 * channels + first_channel
+    end = which % spans * span + first_span
+    first_segment = tl.where(which % spans == 0, 0, end - span)
+    span_segments = tl.minimum(end, segments) - first_segment
+    chunks = tl.cdiv(segment_rows, chunk_rows)
+    parts = span_segments * chunks
+    part_ptr += (which // spans * segments + first_segment) * chunks * 2 * channels + first_channel
 
     count = tl.zeros([BLOCK], dtype=tl.float32)
     mean = tl.zeros([BLOCK], dtype=tl.float32)
@@ -233,12 +244,12 @@ def _group_stats_kernel(
         part_mean = tl.load(part_ptr + offs, mask=mask, other=0.0)
         part_m2 = tl.load(part_ptr + channels + offs, mask=mask, other=0.0)
         count, mean, m2 = combine(count, mean, m2, part_count, part_mean, part_m2)
-    total = 1.0 * segments * segment_rows * group_channels
+    total = 1.0 * span_segments * segment_rows * group_channels
     mean, m2 = merge(count, mean, m2, total)
     rstd = tl.rsqrt(m2 / total + eps)
 
     # the group's mean once for each channel, so that the last pass reads whole vectors
-    norm_ptr += sample * 2 * channels + first_channel
+    norm_ptr += which * 2 * channels + first_channel
     for start in range(0, group_channels, BLOCK):
         offs = start + tl.arange(0, BLOCK)
         mask = offs < group_channels
@@ -378,21 +389,10 @@ def _launches(
     apply = choose_apply_tiling(sizes.widest_block)
     merged_rows, chunk_rows = known_rows or (segment_rows, stats.chunk_rows)
     merged_segments, chunks = segments * segment_rows // merged_rows, triton.cdiv(merged_rows, chunk_rows)
-    merge_warps = _merge_warps(merged_segments * chunks * (channels // groups))
-    chunk_stats = Launch(
-        _chunk_stats_kernel, sizes.grid(stats),
-        channels, head_channels, segment_rows, stats.chunk_rows,
-        shift_stride or 0,
-        BLOCK_R=stats.block_r, BLOCK_C=stats.block_c, FOLD=FOLD, HAS_SHIFT=has_shift, STAGES=stats.stages,
-        num_warps=stats.num_warps,
-    )  # fmt: skip
-    group_stats = Launch(
-        _group_stats_kernel, (samples * groups,),
-        groups, channels // groups, merged_segments, merged_rows, chunk_rows,
-        eps,
-        BLOCK=256 * merge_warps,
-        num_warps=merge_warps,
-    )  # fmt: skip
+    chunk_stats = chunk_stats_launch(sizes.all_segments, segment_rows, channels, head_channels, shift_stride, stats)
+    group_stats = group_stats_launch(
+        samples, channels, groups, eps, merged_segments, merged_rows, chunk_rows, merged_segments, merged_segments
+    )
     apply_norm = Launch(
         _apply_kernel, sizes.grid(apply),
         channels, head_channels, segments, segment_rows, apply.chunk_rows,
@@ -405,8 +405,50 @@ def _launches(
     return _Launches(chunk_stats, group_stats, apply_norm, parts, (samples, 2, channels))
 
 
-def _merge_warps(values: int) -> int:
-    return 1 if values <= 512 else 8
+def chunk_stats_launch(
+    segments: int, segment_rows: int, channels: int, head_channels: int, shift_stride: int | None, tiling: Tiling
+) -> Launch:
+    """Makes the statistics ``[segments, chunks, 2, C]`` of x, its tail and its shift."""
+    return Launch(
+        _chunk_stats_kernel, (tiling.programs(segments, segment_rows, channels),),
+        channels, head_channels, segment_rows, tiling.chunk_rows,
+        shift_stride or 0,
+        BLOCK_R=tiling.block_r, BLOCK_C=tiling.block_c, FOLD=FOLD, HAS_SHIFT=shift_stride is not None,
+        STAGES=tiling.stages,
+        num_warps=tiling.num_warps,
+    )  # fmt: skip
+
+
+def group_stats_launch(
+    samples: int,
+    channels: int,
+    groups: int,
+    eps: float,
+    segments: int,
+    segment_rows: int,
+    chunk_rows: int,
+    first_span: int,
+    span: int,
+) -> Launch:
+    """Makes ``[samples, spans, 2, C]``, mean and scale of every channel, of the statistics of ``segments``.
+
+    Statistics are of the first ``first_span`` segments of a sample together, and of every ``span`` behind them.
+    """
+    spans = count_spans(segments, first_span, span)
+    values = max(first_span, span) * triton.cdiv(segment_rows, chunk_rows) * (channels // groups)
+    num_warps = 1 if values <= 512 else 8
+    return Launch(
+        _group_stats_kernel, (samples * spans * groups,),
+        groups, channels // groups, segments, segment_rows, chunk_rows, first_span, span, spans,
+        eps,
+        BLOCK=256 * num_warps,
+        num_warps=num_warps,
+    )  # fmt: skip
+
+
+def count_spans(segments: int, first_span: int, span: int) -> int:
+    """How many spans of segments have statistics of their own: the first, and those behind it."""
+    return 1 + triton.cdiv(max(segments - first_span, 0), span)
 
 
 def compile_ahead(

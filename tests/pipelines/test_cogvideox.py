@@ -88,7 +88,7 @@ def rotary(*grid: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("name", ["cogvideox-2b", "cogvideox-5b", "cogvideox-5b-i2v", "cogvideox1.5-5b"])
 def test_same_clip_and_exact_restore(name: str) -> None:
     report = check_clip(*tiny_synthetic_pipeline(name), reorders_sums=False)
-    assert {site.op for site in report.sites} == {*COGVIDEOX_OPS}
+    assert {site.op for site in report.sites if site.path.startswith("transformer.")} == {*COGVIDEOX_OPS}
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_of_a_video(pipeline_class: type[Any], name: str, given: dict[str, Any])
     arguments = {key: value for key, value in arguments.items() if key not in ("num_frames", "image")}
     check_clip(pipe, arguments | given, reorders_sums=False)
     with patch_pipeline(pipe, strict=True) as report:
-        assert {site.op for site in report.sites} == {*COGVIDEOX_OPS}
+        assert {site.op for site in report.sites if site.path.startswith("transformer.")} == {*COGVIDEOX_OPS}
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_same_clip_and_exact_restore() -> None:
     pipe, arguments = tiny_relative("cogvideox-5b-i2v", ConsisIDPipeline, transformer=build())
     check_clip(pipe, arguments | face(1), reorders_sums=False)
     with patch_pipeline(pipe, strict=True) as report:
-        assert {site.op for site in report.sites} == {*COGVIDEOX_OPS}
+        assert {site.op for site in report.sites if site.path.startswith("transformer.")} == {*COGVIDEOX_OPS}
 
 
 def test_same_output() -> None:

@@ -75,8 +75,10 @@ def test_same_clip_and_exact_restore(pipeline_class: type[Any], given: dict[str,
     vae = AutoencoderKLHunyuanVideo(
         block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4
     )  # fmt: skip
+    # In the transformer's dtype, in which the pipeline encodes, a decode would be rounded otherwise than stock's.
+    vae.encoder.register_forward_pre_hook(lambda _, args: args[0].float())
     parts = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    parts |= {"transformer": build(torch.bfloat16, visual_cond=True), "vae": frozen(vae).bfloat16()}
+    parts |= {"transformer": build(torch.bfloat16, visual_cond=True), "vae": frozen(vae)}
     pipe = pipeline_class(**parts, scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0))
     pipe.set_progress_bar_config(disable=True)
     arguments = {"height": 32, "width": 48, "num_frames": 17, "num_inference_steps": 2, **given}
@@ -87,7 +89,7 @@ def test_same_clip_and_exact_restore(pipeline_class: type[Any], given: dict[str,
             f"{which}prompt_cu_seqlens": torch.tensor([0, 5]),
         }
     with patch_pipeline(pipe, strict=True) as report:
-        assert {site.op for site in report.sites} == {*KANDINSKY_OPS}
+        assert {site.op for site in report.sites if site.path.startswith("transformer.")} == {*KANDINSKY_OPS}
     check_clip(pipe, arguments, reorders_sums=False)
 
 

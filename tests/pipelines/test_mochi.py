@@ -72,7 +72,7 @@ def test_same_clip_and_exact_restore() -> None:
     pipe, arguments = tiny_synthetic_pipeline("mochi-1")
     check_clip(pipe, arguments, reorders_sums=False)
     with patch_pipeline(pipe, strict=True) as report:
-        assert {site.op for site in report.sites} == {*MOCHI_OPS}
+        assert {site.op for site in report.sites if site.path.startswith("transformer.")} == {*MOCHI_OPS}
 
 
 def test_the_full_model_has_the_size_of_the_released_one() -> None:

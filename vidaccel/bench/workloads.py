@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor, nn
 
@@ -57,19 +58,32 @@ class ModuleCall(NamedTuple):
 
 
 class _WholeDecode(nn.Module):
-    """A VAE whose decoder is called frame by frame, with a cache that it changes: its decode is timed instead."""
+    """A VAE whose decoder is called for some frames at a time, with a cache in between: its decode is timed instead."""
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
 
     def forward(self, z: Tensor) -> Tensor:
-        decoded: Tensor = self.vae.decode(z, return_dict=False)[0]
+        decoded: Tensor = type(self.vae).decode(self.vae, z, return_dict=False)[0]
         return decoded
+
+    @contextmanager
+    def standing_in(self) -> Iterator[None]:
+        """Let the VAE's decode be a call of this module, so that hooks on it hear of that."""
+
+        def decode(z: Tensor, return_dict: bool = True) -> Any:
+            return DecoderOutput(self(z)) if return_dict else (self(z),)
+
+        self.vae.decode = decode
+        try:
+            yield
+        finally:
+            del self.vae.decode
 
 
 def _decodes_by_frame(decoder: nn.Module) -> bool:
-    return "feat_cache" in inspect.signature(decoder.forward).parameters
+    return bool({"feat_cache", "conv_cache"} & inspect.signature(decoder.forward).parameters.keys())
 
 
 class _AllRecordedError(Exception):
@@ -88,6 +102,8 @@ def _recorded_calls(modules: dict[str, nn.Module], run: Callable[[], object]) ->
 
     with ExitStack() as hooks, suppress(_AllRecordedError):
         for name, module in modules.items():
+            if isinstance(module, _WholeDecode):
+                hooks.enter_context(module.standing_in())
             hooks.callback(module.register_forward_pre_hook(partial(note, name), with_kwargs=True).remove)
         run()
     return calls
@@ -175,10 +191,9 @@ def workloads(
     """What there is to time in each of ``scopes``."""
     end_to_end = PipelineWorkload(pipe, arguments, seed)
     modules = {name: module for name, module in measured_modules(pipe).items() if name in scopes}
-    heard = dict(modules)
     if "vae" in modules and _decodes_by_frame(modules["vae"]):
-        modules["vae"], heard["vae"] = _WholeDecode(pipe.vae), pipe.vae.post_quant_conv  # which gets the same latents
-    calls = _recorded_calls(heard, end_to_end.output) if modules else {}
+        modules["vae"] = _WholeDecode(pipe.vae)
+    calls = _recorded_calls(modules, end_to_end.output) if modules else {}
     made: dict[str, Workload] = {name: ModuleWorkload(modules[name], calls[name], seed) for name in modules}
     return made | ({"end-to-end": end_to_end} if "end-to-end" in scopes else {})
 

@@ -61,6 +61,7 @@ _FAMILIES = {
         pipelines=("AnyFlowFARPipeline", "AnyFlowPipeline"),
     ),
     "autoencoder_kl": _Family(models=("AutoencoderKL",)),
+    "autoencoder_kl_cogvideox": _Family(models=("AutoencoderKLCogVideoX",)),
     "autoencoder_kl_hunyuanvideo15": _Family(models=("AutoencoderKLHunyuanVideo15",)),
     "autoencoder_kl_wan": _Family(models=("AutoencoderKLWan",)),
     "chronoedit": _Family(models=("ChronoEditTransformer3DModel",), pipelines=("ChronoEditPipeline",)),
@@ -90,7 +91,11 @@ _FAMILIES = {
     ),
     "helios": _Family(models=("HeliosTransformer3DModel",), pipelines=("HeliosPipeline", "HeliosPyramidPipeline")),
     "hunyuan_video": _Family(
-        models=("HunyuanVideoTransformer3DModel", "HunyuanVideoFramepackTransformer3DModel"),
+        models=(
+            "AutoencoderKLHunyuanVideo",
+            "HunyuanVideoTransformer3DModel",
+            "HunyuanVideoFramepackTransformer3DModel",
+        ),
         pipelines=(
             "HunyuanSkyreelsImageToVideoPipeline",
             "HunyuanVideoFramepackPipeline",
@@ -128,7 +133,7 @@ _FAMILIES = {
             "LTX2Pipeline",
         ),
     ),
-    "mochi": _Family(models=("MochiTransformer3DModel",), pipelines=("MochiPipeline",)),
+    "mochi": _Family(models=("AutoencoderKLMochi", "MochiTransformer3DModel"), pipelines=("MochiPipeline",)),
     "sana_video": _Family(
         models=("SanaVideoTransformer3DModel",), pipelines=("SanaImageToVideoPipeline", "SanaVideoPipeline")
     ),

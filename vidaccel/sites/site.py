@@ -20,6 +20,7 @@ SITE_OF = {
     "conv_epilogue_and_statistics": "conv_epilogue",
     "upsample_conv_and_statistics": "upsample_conv",
     "group_norm_and_sum": "group_norm_silu",
+    "padded_group_norm": "group_norm_silu",
 }
 
 State = Literal["active", "off", "left alone", "failed", "restored"]

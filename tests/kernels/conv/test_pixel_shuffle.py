@@ -51,6 +51,9 @@ def test_the_bits_of_the_reference(
             out = pixel_shuffle(x, bias, addend, cell=cell, drop=drop, impl="triton")
             assert torch.equal(out, pixel_shuffle_ref(x, bias, addend, cell=cell, drop=drop))
             assert out.is_contiguous()
+        if min(cell[1:]) > 1 and min(x.shape[2:4]) > 1:
+            out = pixel_shuffle(x, bias, addend, cell=cell, crop=1, impl="triton")
+            assert torch.equal(out, pixel_shuffle_ref(x, bias, addend, cell=cell)[:, :, 1:-1, 1:-1])
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -84,16 +87,16 @@ def test_faults_are_found(fault: str, monkeypatch: pytest.MonkeyPatch, device: t
         FAULTS[fault](y.flatten(0, 1))
 
     with listening(checks=True) as events:
-        out = pixel_shuffle(x, bias, source, cell=(2, 2, 2), drop=1, impl="triton")
+        out = pixel_shuffle(x, bias, source, cell=(2, 2, 2), drop=1, crop=1, impl="triton")
     assert not events[0].problem
     with planted(PIXEL_SHUFFLE, "triton", spoil), listening(checks=True) as events:
-        assert torch.equal(pixel_shuffle(x, bias, source, cell=(2, 2, 2), drop=1, impl="triton"), out)
+        assert torch.equal(pixel_shuffle(x, bias, source, cell=(2, 2, 2), drop=1, crop=1, impl="triton"), out)
     assert events[0].problem
 
 
 def test_opcheck(device: torch.device) -> None:
     x, bias, source = draw((1, 2, 2, 3, 8), (2, 2, 2), torch.float32, device)
-    torch.library.opcheck(PIXEL_SHUFFLE.registered["triton"], (x, bias, source, 2, 2, 2, 1))
+    torch.library.opcheck(PIXEL_SHUFFLE.registered["triton"], (x, bias, source, 2, 2, 2, 1, 1))
 
 
 @pytest.mark.parametrize(
@@ -105,9 +108,10 @@ def test_opcheck(device: torch.device) -> None:
         ({"source": torch.zeros(1, 1, 2, 3, 24)}, "source must be [B, F, H, W, 8 * C'] where C' divides C"),
         ({"source": torch.zeros(1, 1, 2, 2, 16)}, "source must be [B, F, H, W, 8 * C'] where C' divides C"),
         ({"drop": 2}, "drop must be less than the 2 frames of a cell, got 2"),
+        ({"crop": 2}, "crop must be less than the sides of a cell (2, 2, 2), got 2"),
         ({"cell": (2, 0, 2)}, "cell must be positive, got (2, 0, 2)"),
     ],
-    ids=["rank", "channels", "bias", "source", "source-size", "drop", "cell"],
+    ids=["rank", "channels", "bias", "source", "source-size", "drop", "crop", "cell"],
 )
 def test_raises(change: dict[str, object], message: str) -> None:
     given = {"x": torch.zeros(1, 1, 2, 3, 32), "bias": torch.zeros(32), "cell": (2, 2, 2), **change}
@@ -124,7 +128,7 @@ def test_numbers_only() -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles(target: str, source: bool) -> None:
     pointers = dict.fromkeys(("x_ptr", "bias_ptr", "source_ptr", "y_ptr"), "*bf16:16")
-    sizes = dict.fromkeys(("rows", "drop", "frames", "out_frames", "height", "width", *STRIDES), "i32")
+    sizes = dict.fromkeys(("rows", "drop", "crop", "frames", "out_frames", "height", "width", *STRIDES), "i32")
     widths = dict.fromkeys(("channels", "source_channels"), "i32:16")
     constants = {"HAS_SOURCE": source, "T": 2, "U": 2, "V": 2, "BLOCK_M": 16, "BLOCK_C": 128}
     asm = compile_for(target, op._pixel_shuffle_kernel, pointers | sizes | widths, constants)

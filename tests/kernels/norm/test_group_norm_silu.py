@@ -473,6 +473,7 @@ SIGNATURE = {
     **dict.fromkeys(("sum_ptr", "y_ptr"), "*fp16:16"),
     **dict.fromkeys(("part_ptr", "norm_ptr"), "*fp32:16"),
     **dict.fromkeys(("groups", "group_channels", "segments", "segment_rows", "chunk_rows"), "i32"),
+    **dict.fromkeys(("first_span", "span", "spans"), "i32"),
     **dict.fromkeys(("channels", "head_channels"), "i32:16"),
     "stride_shift_segment": "i32",
     "eps": "fp32",

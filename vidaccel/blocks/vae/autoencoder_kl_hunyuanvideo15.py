@@ -37,6 +37,7 @@ from vidaccel.blocks.vae.causal_clip import (
     Sum,
     conv_rows,
     decode_in_chunks,
+    latents_reason,
     out_of_memory,
     structure_reason,
     tell_chunk,
@@ -100,13 +101,7 @@ class FusedHunyuanVideo15Decoder3D(FusedBlock, HunyuanVideo15Decoder3D):
     def call_reason(self, hidden_states: Tensor) -> str | None:
         if not self.runs("whole_clip"):
             return "whole_clip is off, or failed"
-        if torch.is_autocast_enabled(hidden_states.device.type):
-            return "autocast is on"
-        weight = self.conv_in.conv.weight
-        if hidden_states.ndim != 5 or hidden_states.shape[1] != weight.shape[1] or not hidden_states.numel():
-            return f"the latents are not [B, {weight.shape[1]}, F, H, W]"
-        found, expected = ((x.dtype, x.device) for x in (hidden_states, weight))
-        return None if found == expected else f"the latents are {found}, the weights {expected}"
+        return latents_reason(hidden_states, self.conv_in.conv.weight)
 
     def corner(self, args: Any, kwargs: Any) -> Any:
         return cut_corner((args[0][:1, :, :CORNER_FRAMES],), {}, most_whole=0)

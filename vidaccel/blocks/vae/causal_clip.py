@@ -20,6 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidaccel.blocks.vae.vae import usable_bytes
+from vidaccel.kernels.conv.conv_epilogue import (
+    STATISTICS_STEP,
+    conv_epilogue,
+    conv_epilogue_and_statistics,
+    conv_epilogue_ref,
+)
+from vidaccel.kernels.norm.channel_statistics import ChannelStatistics
 from vidaccel.kernels.op import note
 from vidaccel.sites.block import SITES
 from vidaccel.sites.memo import held
@@ -29,11 +36,13 @@ __all__ = [
     "Chunk",
     "Halos",
     "Sum",
+    "added_up",
     "clip_of",
     "conv_rows",
     "decode_in_chunks",
     "free_bytes",
     "images_of",
+    "latents_reason",
     "out_of_memory",
     "structure_reason",
     "tell_chunk",
@@ -44,12 +53,16 @@ Halos = dict[nn.Module, Tensor]  # the last frames of the input of each convolut
 
 @dataclass(eq=False)
 class Sum:
-    """A clip of rows whose last additions are still to be done: ``x + bias + (residual + residual_bias)``."""
+    """A clip of rows whose last additions are still to be done: ``x + bias + (residual + residual_bias)``.
+
+    With the statistics of every frame, where nothing is left to add and they are known.
+    """
 
     x: Tensor
     bias: Tensor | None = None
     residual: Tensor | None = None
     residual_bias: Tensor | None = None
+    statistics: ChannelStatistics | None = None
 
 
 @dataclass(eq=False)
@@ -111,6 +124,29 @@ def conv_rows(
     return out.permute(0, 2, 3, 4, 1).contiguous()
 
 
+def added_up(flow: Sum, *, fused: bool, statistics: bool) -> Sum:
+    """What flows, all of it added, in place of ``flow.x``.
+
+    Args:
+        flow: What is to be added.
+        fused: Whether the kernels may do it.
+        statistics: Whether the kernel of a norm wants those of the frames.
+    """
+    if flow.bias is None:
+        return flow
+    images, residual = clip_of(flow.x), None if flow.residual is None else clip_of(flow.residual)
+    known = None
+    if not fused:
+        images = conv_epilogue_ref(images, flow.bias, residual, flow.residual_bias)
+    elif statistics and images.shape[1] % STATISTICS_STEP == 0:
+        images, known = conv_epilogue_and_statistics(
+            images, flow.bias, residual, residual_bias=flow.residual_bias, inplace=True
+        )
+    else:
+        images = conv_epilogue(images, flow.bias, residual, residual_bias=flow.residual_bias, inplace=True)
+    return Sum(images.permute(0, 2, 3, 4, 1), statistics=known)
+
+
 def decode_in_chunks(
     frames: int,
     device: torch.device,
@@ -161,11 +197,12 @@ def free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def out_of_memory(samples: int, height: int, width: int, needed: int, free: int) -> str:
-    """What the stock error leaves out, of ``samples`` clips of pictures of this size."""
+def out_of_memory(samples: int, height: int, width: int, needed: int, free: int, frames: int = 1) -> str:
+    """What the stock error leaves out, of ``samples`` clips of this size, of which ``frames`` at least go at once."""
+    least = "one latent frame" if frames == 1 else f"{frames} latent frames"
     slicing = "vae.enable_slicing() decodes one clip at a time, " if samples > 1 else ""
     return (
-        f"out of memory while decoding one latent frame of {samples} clips of {width} x {height} pixels: "
+        f"out of memory while decoding {least} of {samples} clips of {width} x {height} pixels: "
         f"it takes about {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free; "
         f"{slicing}vae.enable_tiling() decodes smaller pictures"
     )
@@ -180,6 +217,16 @@ def tell_chunk(decoder: nn.Module, op: str, step: int, frames: int) -> None:
     sites: SiteGroup | None = getattr(decoder, SITES, None)
     if sites is not None and (site := sites.sites.get(op)):
         site.implementations.add(ran)  # also where nobody listens: memory may be another from clip to clip
+
+
+def latents_reason(latents: Tensor, weight: Tensor) -> str | None:
+    """Why latents are not what a decoder whose first convolution has this ``weight`` can take, or None."""
+    if torch.is_autocast_enabled(latents.device.type):
+        return "autocast is on"
+    if latents.ndim != 5 or latents.shape[1] != weight.shape[1] or not latents.numel():
+        return f"the latents are not [B, {weight.shape[1]}, F, H, W]"
+    found, expected = ((x.dtype, x.device) for x in (latents, weight))
+    return None if found == expected else f"the latents are {found}, the weights {expected}"
 
 
 def structure_reason(coder: nn.Module, reasons: Iterable[str | None]) -> str | None:

@@ -1,0 +1,314 @@
+"""diffusers' ``autoencoders/autoencoder_kl_hunyuan_video.py``: the decoder, without pads, copies and a mask.
+
+Stock pads the input of every convolution by a pass of its own, normalises in an order of memory that the convolutions
+do not like, stores every upsampled clip, and makes a mask of all pairs of tokens. Here clips are rows ``[B, F, H, W,
+C]`` from the first convolution to the last (``causal_clip``). The pass that adds a convolution's bias and the residual
+sums the statistics of the next norm; ``padded_group_norm`` writes a convolution's input with the frames and pixels that
+it repeats around it; ``upsample_clip`` convolves the small clip instead of the large one. A frame's attention sees the
+frames up to it, so each is a product with a longer part of the keys.
+
+A GroupNorm has the statistics of all frames that the decoder is given, so these go through it together. What stock's
+caller gives it, a whole clip or a tile in time and space, stays what it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import (
+    HunyuanVideoCausalConv3d,
+    HunyuanVideoDecoder3D,
+    HunyuanVideoMidBlock3D,
+    HunyuanVideoResnetBlockCausal3D,
+    HunyuanVideoUpBlock3D,
+    HunyuanVideoUpsampleCausal3D,
+)
+from torch import Tensor, nn
+
+from vidaccel.blocks.unet.attention_processor import attention_reason
+from vidaccel.blocks.vae.causal_clip import (
+    Chunk,
+    Sum,
+    added_up,
+    conv_rows,
+    decode_in_chunks,
+    latents_reason,
+    out_of_memory,
+    structure_reason,
+    tell_chunk,
+)
+from vidaccel.kernels.attention.spatial_attention import spatial_attention, spatial_attention_ref
+from vidaccel.kernels.conv.padded_clip import NO_PADDING, Padding, pad_clip
+from vidaccel.kernels.conv.pixel_conv import pixel_conv, pixel_conv_ref
+from vidaccel.kernels.conv.pixel_shuffle import pixel_shuffle, pixel_shuffle_ref
+from vidaccel.kernels.conv.upsample_clip import upsample_clip, upsample_clip_padding, upsample_clip_ref
+from vidaccel.kernels.norm.padded_group_norm import padded_group_norm, padded_group_norm_ref
+from vidaccel.kernels.norm.rms_norm_silu import rms_norm_silu, rms_norm_silu_ref
+from vidaccel.kernels.op import runs_triton
+from vidaccel.sites.block import FusedBlock, call_site, cut_corner, fuses
+from vidaccel.sites.memo import once_per_call
+from vidaccel.sites.plain import plain_reason
+
+__all__ = ["FusedHunyuanVideoDecoder3D", "decode_bytes"]
+
+CAUSAL = Padding(before=2, border=1, frame_mode="replicate", pixel_mode="replicate")
+UNPADDED = 0, 0, 0  # what a convolution adds to input that is padded already
+CORNER_FRAMES = 3
+_MARGIN = 1.1  # the allocator's rounding, the borders, the convolutions' workspaces, all that is small
+
+
+@fuses(
+    HunyuanVideoDecoder3D,
+    {
+        "whole_clip": "math-exact",
+        "group_norm_silu": "math-exact",
+        "conv_epilogue": "math-exact",
+        "upsample_clip": "math-exact",
+        "rms_norm_silu": "math-exact",
+        "pixel_shuffle": "math-exact",
+        "pixel_conv": "math-exact",
+        "spatial_attention": "math-exact",
+    },
+)
+class FusedHunyuanVideoDecoder3D(FusedBlock, HunyuanVideoDecoder3D):
+    """The decoder of HunyuanVideo, of a clip or of a tile."""
+
+    conv_in: Any
+    mid_block: Any
+    up_blocks: Any
+    conv_norm_out: Any
+    conv_out: Any
+
+    @classmethod
+    def left_alone_reason(cls, module: Any) -> str | None:
+        return _structure_reason(module)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return HunyuanVideoDecoder3D.forward(self, hidden_states)
+        out: Tensor = call_site(FusedHunyuanVideoDecoder3D, self, hidden_states)
+        return out
+
+    def call_reason(self, hidden_states: Tensor) -> str | None:
+        if not self.runs("whole_clip"):
+            return "whole_clip is off, or failed"
+        return latents_reason(hidden_states, self.conv_in.conv.weight)
+
+    def corner(self, args: Any, kwargs: Any) -> Any:
+        return cut_corner((args[0][:1, :, :CORNER_FRAMES],), {}, most_whole=0)
+
+    def fused_forward(self, hidden_states: Tensor) -> Tensor:
+        return _Decode(self).run(hidden_states)
+
+
+class _Decode:
+    """One decode of latents by the modules of a decoder."""
+
+    def __init__(self, decoder: FusedHunyuanVideoDecoder3D) -> None:
+        self._decoder = decoder
+        self._norm_op = padded_group_norm if decoder.runs("group_norm_silu") else padded_group_norm_ref
+
+    def run(self, latents: Tensor) -> Tensor:
+        decoder = self._decoder
+        samples, _, frames, height, width = latents.shape
+        factors = [upsampler.upsample_factor for upsampler in _upsamplers(decoder)]
+        rate, scale = 2 ** sum(factor[0] == 2 for factor in factors), 2 ** len(factors)
+        height, width = height * scale, width * scale
+        shape = samples, len(decoder.conv_out.conv.weight), 1 + rate * (frames - 1), height, width
+        pixels = latents.new_empty(shape)
+
+        def needs(whole: int) -> int:
+            return decode_bytes(decoder, latents)
+
+        # the norms need all frames: they are the only chunk
+        explain = partial(out_of_memory, samples, height, width, frames=frames)
+        decode_in_chunks(1, latents.device, needs, lambda start, end: self._decode(latents, pixels), explain)
+        tell_chunk(decoder, "whole_clip", frames, frames)
+        return pixels
+
+    def _decode(self, latents: Tensor, out: Tensor) -> None:
+        decoder = self._decoder
+        buffer = pad_clip(latents.permute(0, 2, 3, 4, 1), None, CAUSAL)
+        conv = decoder.conv_in.conv
+        chunk = Chunk(Sum(conv_rows(buffer, conv, padding=UNPADDED), conv.bias), {}, False)
+        del buffer
+        mid = decoder.mid_block
+        self._resnet(chunk, mid.resnets[0])
+        for attention, resnet in zip(mid.attentions, mid.resnets[1:], strict=True):
+            if attention is not None:
+                self._attention(chunk, attention)
+            self._resnet(chunk, resnet)
+        for block in decoder.up_blocks:
+            for resnet in block.resnets:
+                self._resnet(chunk, resnet)
+            for upsampler in block.upsamplers or ():
+                self._upsample(chunk, upsampler)
+        self._add_up(chunk)
+        buffer = self._norm(chunk, decoder.conv_norm_out)
+        del chunk.flow
+        run = pixel_conv if decoder.runs("pixel_conv") else pixel_conv_ref
+        conv = decoder.conv_out.conv
+        out.copy_(run(buffer, conv.weight, conv.bias)[..., 1:-1, 1:-1])  # it pads the border once more
+
+    def _add_up(self, chunk: Chunk) -> None:
+        """Let what flows be the sum, with the statistics of its frames if the kernel of a norm wants them."""
+        decoder, x = self._decoder, chunk.flow.x
+        wanted = decoder.runs("group_norm_silu") and runs_triton("padded_group_norm", x)
+        chunk.flow = added_up(chunk.flow, fused=decoder.runs("conv_epilogue"), statistics=wanted)
+
+    def _norm(self, chunk: Chunk, norm: Any, padding: Padding = CAUSAL, *, silu: bool = True) -> Tensor:
+        """What a convolution reads: what flows, through a norm and SiLU, with all that lies around it."""
+        flow = chunk.flow
+        return self._norm_op(
+            flow.x, norm.weight, norm.bias, norm.num_groups, norm.eps, addend=flow.bias, padding=padding, silu=silu,
+            statistics=flow.statistics,
+        )  # fmt: skip
+
+    def _resnet(self, chunk: Chunk, resnet: Any) -> None:
+        self._add_up(chunk)
+        buffer = self._norm(chunk, resnet.norm1)
+        residual, residual_bias, shortcut = chunk.flow.x, None, resnet.conv_shortcut
+        if shortcut is not None:
+            residual, residual_bias = conv_rows(residual, shortcut.conv), shortcut.conv.bias
+        del chunk.flow
+        chunk.flow = Sum(conv_rows(buffer, resnet.conv1.conv, padding=UNPADDED), resnet.conv1.conv.bias)
+        del buffer
+        buffer = self._norm(chunk, resnet.norm2)
+        del chunk.flow
+        made = conv_rows(buffer, resnet.conv2.conv, padding=UNPADDED)
+        chunk.flow = Sum(made, resnet.conv2.conv.bias, residual, residual_bias)
+
+    def _attention(self, chunk: Chunk, attention: Any) -> None:
+        """Each frame attends to itself and to those before it."""
+        self._add_up(chunk)
+        normed = self._norm(chunk, attention.group_norm, NO_PADDING, silu=False)
+        residual = chunk.flow.x
+        samples, frames, height, width, channels = normed.shape
+        rows, pixels = normed.view(samples, -1, channels), height * width
+        q, k, v = (
+            F.linear(rows, layer.weight, layer.bias) for layer in (attention.to_q, attention.to_k, attention.to_v)
+        )
+        run = spatial_attention if self._decoder.runs("spatial_attention") else spatial_attention_ref
+        attended = torch.empty_like(q)
+        for frame in range(frames):
+            start, end = frame * pixels, (frame + 1) * pixels
+            attended[:, start:end] = run(q[:, start:end], k[:, :end], v[:, :end], attention.heads)
+        out = attention.to_out[0]
+        chunk.flow = Sum(F.linear(attended, out.weight).view(residual.shape), out.bias, residual)
+
+    def _upsample(self, chunk: Chunk, upsampler: Any) -> None:
+        factor_t, conv = int(upsampler.upsample_factor[0]), upsampler.conv.conv
+        if not self._decoder.runs("upsample_clip"):
+            self._add_up(chunk)
+            chunk.flow = Sum(upsample_clip_ref(chunk.flow.x, conv.weight, conv.bias, factor_t=factor_t))
+            return
+        flow, padding = chunk.flow, upsample_clip_padding(factor_t)
+        run = rms_norm_silu if self._decoder.runs("rms_norm_silu") else rms_norm_silu_ref
+        _, buffer = run(
+            flow.x, bias=flow.bias, residual=flow.residual, residual_bias=flow.residual_bias, padding=padding,
+            kind="none", silu=False, keep=False,
+        )  # fmt: skip
+        del chunk.flow, flow
+        shuffle = pixel_shuffle if self._decoder.runs("pixel_shuffle") else pixel_shuffle_ref
+        chunk.flow = Sum(upsample_clip(buffer, conv.weight, conv.bias, factor_t=factor_t, shuffle=shuffle))
+
+
+def _upsamplers(decoder: Any) -> Iterator[Any]:
+    for block in decoder.up_blocks:
+        yield from block.upsamplers or ()
+
+
+def decode_bytes(decoder: Any, latents: Tensor) -> int:
+    """Most memory that the layers hold at once."""
+    pixels = latents.numel() // latents.shape[1]
+    return int(max(_channels_held(decoder)) * pixels * latents.element_size() * _MARGIN)
+
+
+def _channels_held(decoder: Any) -> Iterator[int]:
+    """For every layer: how many channels' worth of tensors it holds at its worst, in units of a latent pixel."""
+    pixels = 1
+    for block in (decoder.mid_block, *decoder.up_blocks):
+        for resnet in block.resnets:
+            into, out = resnet.conv1.conv.in_channels, resnet.conv1.conv.out_channels
+            # two addends; the sum, the norm of it and a shortcut; a residual, a convolution's input and output
+            yield pixels * max(2 * into + (out if into != out else 0), out + max(into, out) + out)
+        for attention in getattr(block, "attentions", None) or ():
+            yield 0 if attention is None else pixels * 6 * attention.to_q.in_features
+        for upsampler in getattr(block, "upsamplers", None) or ():
+            conv = upsampler.conv.conv
+            pixels *= 8 if upsampler.upsample_factor[0] == 2 else 4
+            yield pixels * 2 * conv.out_channels  # before and after the pixels are in place
+    yield pixels * 3 * decoder.conv_out.conv.in_channels
+
+
+@once_per_call
+def _structure_reason(decoder: Any) -> str | None:
+    """Why the decoder is not made of what is done here in one go, or None."""
+    return structure_reason(decoder, _reasons(decoder))
+
+
+def _reasons(decoder: Any) -> Iterator[str | None]:
+    yield plain_reason(decoder.conv_act, nn.SiLU)
+    yield _causal_reason(decoder.conv_in, 3)
+    yield plain_reason(decoder.mid_block, HunyuanVideoMidBlock3D)
+    for attention in decoder.mid_block.attentions:
+        if attention is not None:
+            yield from _attention_reasons(attention)
+    for block in (decoder.mid_block, *decoder.up_blocks):
+        for resnet in block.resnets:
+            yield from _resnet_reasons(resnet)
+    for block in decoder.up_blocks:
+        yield plain_reason(block, HunyuanVideoUpBlock3D)
+        for upsampler in block.upsamplers or ():
+            yield plain_reason(upsampler, HunyuanVideoUpsampleCausal3D)
+            yield _causal_reason(upsampler.conv, 3)
+            if tuple(upsampler.upsample_factor) not in ((1, 2, 2), (2, 2, 2)):
+                yield f"it upsamples by {tuple(upsampler.upsample_factor)}"
+    yield plain_reason(decoder.conv_norm_out, nn.GroupNorm)
+    yield _causal_reason(decoder.conv_out, 3)
+
+
+def _attention_reasons(attention: Any) -> Iterator[str | None]:
+    yield plain_reason(attention, Attention)
+    yield attention_reason(attention)
+    yield plain_reason(attention.group_norm, nn.GroupNorm)
+    for layer in (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]):
+        yield plain_reason(layer, nn.Linear)
+    others = attention.spatial_norm, attention.norm_q, attention.norm_k, attention.norm_cross
+    if not attention.residual_connection or any(part is not None for part in others):
+        yield "an attention has other norms, or no residual"
+    if attention.rescale_output_factor != 1 or attention.scale != attention.to_q.out_features**-0.5:
+        yield "an attention scales by another factor"
+    if attention.heads != 1:
+        yield "an attention has several heads"
+
+
+def _resnet_reasons(resnet: Any) -> Iterator[str | None]:
+    yield plain_reason(resnet, HunyuanVideoResnetBlockCausal3D)
+    yield plain_reason(resnet.nonlinearity, nn.SiLU)
+    yield plain_reason(resnet.dropout, nn.Dropout)
+    if resnet.dropout.training and resnet.dropout.p:
+        yield "dropout is on"
+    for norm, conv in ((resnet.norm1, resnet.conv1), (resnet.norm2, resnet.conv2)):
+        yield plain_reason(norm, nn.GroupNorm)
+        yield _causal_reason(conv, 3)
+    if resnet.conv_shortcut is not None:
+        yield _causal_reason(resnet.conv_shortcut, 1)
+
+
+def _causal_reason(conv: Any, side: int) -> str | None:
+    if reason := plain_reason(conv, HunyuanVideoCausalConv3d):
+        return reason
+    if conv.pad_mode != "replicate" or tuple(conv.time_causal_padding) != (*(side // 2,) * 4, side - 1, 0):
+        return "a convolution is not padded by what it repeats"
+    if reason := plain_reason(conv.conv, nn.Conv3d):
+        return reason
+    c, ones, none = conv.conv, (1,) * 3, (0,) * 3
+    found = c.kernel_size, c.stride, c.padding, c.dilation, c.groups, c.padding_mode
+    plain = found == ((side,) * 3, ones, none, ones, 1, "zeros") and c.bias is not None
+    return None if plain else "a convolution is not a plain one"
