@@ -1,7 +1,8 @@
 """The table of what ``vidaccel.compare`` says of planted faults and of right variants: measured, recorded, drawn.
 
-    make faults DEVICE=cuda                                  # float32, float16, bfloat16; the record and the table
-    python tests/fidelity_faults.py --draw                   # the table alone, from the committed record
+    make faults                     # on a CPU, in float32
+    make faults DEVICE=cuda         # on a GPU, in float32, float16 and bfloat16
+    python tests/fidelity_faults.py --draw --device cuda    # the table alone
 
 Each fault is planted into the bundled model with the check at first sight off and on.
 """
@@ -16,7 +17,9 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +40,10 @@ from vidaccel.clips.video_model import find_model, load_pipeline
 from vidaccel.environment import environment
 from vidaccel.fidelity.comparison import Baseline, Comparison, unpatched
 
-RECORD = Path(__file__).parents[1] / "samples" / "benchmarks" / "fidelity-faults.json"
-TABLE = RECORD.with_suffix(".md")
+_FOLDER = Path(__file__).parents[1] / "samples" / "benchmarks"
+RECORDS = {"cpu": _FOLDER / "fidelity-faults-cpu.json", "cuda": _FOLDER / "fidelity-faults.json"}
+DEFAULTS = {"cpu": (["float32"], 1), "cuda": (["float32", "float16", "bfloat16"], 9)}  # dtypes, processes
+PARTS = ("unchecked faults", "checked faults", "right variants")  # of the table, in the order of its rows
 REQUEST = {"cpu": ClipRequest(height=64, width=64, frames=6, steps=3), "cuda": ClipRequest(frames=8, steps=6)}
 
 
@@ -46,40 +51,55 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", nargs="+", help="default: float32 on a CPU, all three on a GPU")
-    parser.add_argument("--out", type=Path, default=RECORD)
+    parser.add_argument("--processes", type=int, help="parts of the table that are measured at a time")
+    parser.add_argument("--commit", help="of the code that is measured (default: what git says)")
+    parser.add_argument("--out", type=Path, help="default: in samples/benchmarks")
     parser.add_argument("--draw", action="store_true", help="draw the table from the record, measure nothing")
     args = parser.parse_args()
+    out = args.out or RECORDS[args.device]
     if not args.draw:
-        logging.disable(logging.WARNING)  # sites that fail say so, and here they are to
-        on_gpu = args.device == "cuda"
-        dtypes = args.dtype or (["float32", "float16", "bfloat16"] if on_gpu else ["float32"])
-        rows: list[dict[str, Any]] = []
-        start = time.perf_counter()
-        for dtype in dtypes:
-            for row in _rows(args.device, dtype):
-                rows.append(row)
-                record = {"environment": environment(torch.device(args.device)), "request": _request(args.device)}
-                write_json(args.out, record | {"seconds": time.perf_counter() - start, "rows": rows})
-    args.out.with_suffix(".md").write_text(table(json.loads(args.out.read_text())))
+        dtypes, processes = DEFAULTS[args.device]
+        _measure(args.device, args.dtype or dtypes, args.processes or processes, args.commit, out)
+    out.with_suffix(".md").write_text(table(json.loads(out.read_text()), out.name))
+
+
+def _measure(device: str, dtypes: list[str], processes: int, commit: str | None, out: Path) -> None:
+    """Measure the parts of the table, some at a time, and leave what there is in ``out`` after each."""
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {(part, dtype): [] for part in PARTS for dtype in dtypes}
+    start = time.perf_counter()
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        waiting = {pool.submit(_rows, part, device, dtype): (part, dtype) for part, dtype in rows}
+        for done in tqdm(as_completed(waiting), desc="parts", total=len(waiting)):
+            rows[waiting[done]] = done.result()
+            record = {"environment": environment(torch.device(device)), "request": _request(device)}
+            record["environment"] |= {"commit": commit} if commit else {}
+            every = [row for part in rows.values() for row in part]
+            write_json(out, record | {"seconds": time.perf_counter() - start, "rows": every})
 
 
 def _request(device: str) -> dict[str, Any]:
     return {name: value for name, value in vars(REQUEST[device]).items() if value is not None}
 
 
-def _rows(device: str, dtype: str) -> Iterator[dict[str, Any]]:
+def _rows(part: str, device: str, dtype: str) -> list[dict[str, Any]]:
+    """One of ``PARTS`` in ``dtype``, in a process of its own: faults are planted by its environment."""
+    logging.disable(logging.WARNING)  # sites that fail say so, and here they are to
     model = find_model()
     pipe = load_pipeline(model, getattr(torch, dtype), torch.device(device))
     call = call_arguments(model.pipeline_class, resolve(model, REQUEST[device]))
+    rows = []
     with _few_kernels(device):
         baseline = unpatched(pipe, progress=False, **call)
-        for name, patch, around in tqdm(list(_right_variants(pipe, device)), desc=f"{dtype}: right"):
-            with around:
-                found = compare(pipe, patch, baseline=baseline, progress=False)
-            yield _row(found, dtype, name, None, checked=True)
-        cases = [(fault, check) for check in (False, True) for fault in FAULTS]
-        for fault, check in tqdm(cases, desc=f"{dtype}: planted"):
-            yield _row(_of_fault(pipe, fault, check, baseline), dtype, fault.name, fault, checked=check)
+        if part == "right variants":
+            for name, patch, around in _right_variants(pipe, device):
+                with around:
+                    found = compare(pipe, patch, baseline=baseline, progress=False)
+                rows.append(_row(found, dtype, name, None, checked=True))
+            return rows
+        for fault in FAULTS:
+            check = part == "checked faults"
+            rows.append(_row(_of_fault(pipe, fault, check, baseline), dtype, fault.name, fault, checked=check))
+    return rows
 
 
 def _of_fault(pipe: Any, fault: Fault, check: bool, baseline: Baseline) -> Comparison:
@@ -169,13 +189,13 @@ def _finite(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-def table(record: dict[str, Any]) -> str:
-    """The record in Markdown."""
+def table(record: dict[str, Any], name: str) -> str:
+    """The record, which is in a file called ``name`` beside it, in Markdown."""
     of = record["environment"]
     head = [
         "# What `vidaccel.compare` says of planted faults",
         "",
-        f"Drawn from [{RECORD.name}]({RECORD.name}) by `tests/fidelity_faults.py`: {of['device']}, "
+        f"Drawn from [{name}]({name}) by `tests/fidelity_faults.py`: {of['device']}, "
         f"torch {of['torch']}, diffusers {of['diffusers']}, commit {str(of['commit'])[:9]}; the bundled model, "
         f"{record['request']['frames']} frames, {record['request']['steps']} steps.",
         "",

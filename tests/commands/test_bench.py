@@ -412,6 +412,17 @@ def test_synthetic_tiny_pipelines_run(family: str) -> None:
     assert torch.from_numpy(clip.frames).isfinite().all()
 
 
+@pytest.mark.parametrize("family", configurations())
+def test_before_a_decode_there_is_a_shallow_denoiser(family: str) -> None:
+    full, shallow = specification(family), specification(family, shallow_denoiser=True)
+    changed = {name for name, part in full["components"].items() if part != shallow["components"][name]}
+    assert changed == {"transformer"} & full["components"].keys() and full["call"] == shallow["call"]
+    for name in changed:
+        before, after = (specified["components"][name][1] for specified in (full, shallow))
+        assert {key for key in before if before[key] != after[key]} <= {"num_layers", "num_single_layers"}
+        assert after["num_layers"] == 2
+
+
 def test_synthetic_inputs() -> None:
     kinds = {"noise": [1, 2, 3], "zeros": {"zeros": [1, 2]}, "mask": {"mask": [2, 4], "valid": 1}, "image": "image"}
     inputs = pipeline_inputs({"call": {"height": 8, "width": 16}, "inputs": kinds}, CPU, torch.bfloat16)

@@ -41,7 +41,7 @@ def _stand_ins(request: ClipRequest) -> dict[str, Any]:
 
 
 def _synthetic(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Subject:
-    specified = specification(args.synthetic, args.size)
+    specified = specification(args.synthetic, args.size, shallow_denoiser=args.scope == "vae")
     call = specified["call"]
     call["num_inference_steps"] = min(call["num_inference_steps"], _SYNTHETIC_STEPS)
     request = request_from_arguments(args)

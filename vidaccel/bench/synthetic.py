@@ -43,6 +43,7 @@ from vidaccel.errors import UsageError, nearest
 __all__ = ["build_component", "build_pipeline", "configurations", "pipeline_inputs", "specification"]
 
 _FOLDER = Path(__file__).resolve().parents[2] / "samples" / "models" / "configurations"
+_LAYERS = ("num_layers", "num_single_layers")
 
 Specification = dict[str, Any]
 
@@ -52,8 +53,10 @@ def configurations() -> list[str]:
     return sorted(path.stem for path in _FOLDER.glob("*.json"))
 
 
-def specification(name: str, size: str = "full") -> Specification:
+def specification(name: str, size: str = "full", *, shallow_denoiser: bool = False) -> Specification:
     """What is declared under ``name``, with its ``tiny`` overrides applied if ``size`` says so.
+
+    ``shallow_denoiser``: transformers get as few layers as their tiny ones, for a decode, which they only lead up to.
 
     Raises:
         UsageError: there is no such declaration, or none at all, as in an installed package.
@@ -65,8 +68,12 @@ def specification(name: str, size: str = "full") -> Specification:
         raise UsageError(f"--synthetic {name}: unknown{nearest(name, names)}")
     declared = json.loads((_FOLDER / f"{name}.json").read_text())
     tiny = declared["tiny"] if size == "tiny" else {}
+    changes = tiny.get("components", {})
+    if shallow_denoiser and size != "tiny":
+        smallest = declared["tiny"].get("components", {}).get("transformer", {})
+        changes = {"transformer": {name: count for name, count in smallest.items() if name in _LAYERS}}
     components = {
-        name: (class_name, config | tiny.get("components", {}).get(name, {}))
+        name: (class_name, config | changes.get(name, {}))
         for name, (class_name, config) in declared["components"].items()
     }
     return {
