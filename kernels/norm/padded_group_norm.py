@@ -18,6 +18,7 @@ statistics.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -43,7 +44,14 @@ from vidaccel.kernels.norm.group_norm_silu import (
 )
 from vidaccel.kernels.op import Costs, Implementation, Op, device_reason, tensors_reason
 
-__all__ = ["PADDED_GROUP_NORM", "padded_group_norm", "padded_group_norm_ref", "prepare_norms"]
+__all__ = [
+    "PADDED_GROUP_NORM",
+    "padded_group_norm",
+    "padded_group_norm_ref",
+    "parts_of_groups",
+    "prepare_norms",
+    "require_norm",
+]
 
 
 def padded_group_norm_ref(
@@ -296,28 +304,25 @@ def _reason(*args: Any) -> str | None:
 
 def _costs(*args: Any) -> Costs:
     call = _Call(*args)
-    written = call.x.itemsize
-    for size in call.shape:
-        written *= size
+    written = math.prod(call.shape) * call.x.itemsize
     halo = 0 if call.halo is None else call.halo.nbytes
     return Costs(bytes=call.x.nbytes * (1 + (call.parts is None)) + halo + written)
 
 
-def _parts(*args: Any) -> Iterator[Part]:
-    """Some groups of some samples; statistics are computed anew."""
-    call = _Call(*args)
+def parts_of_groups(call: Any, *clips: str) -> Iterator[Part]:
+    """Some groups of some samples of a norm's call, statistics computed anew; ``clips`` are its ``[B, ..., C]``."""
     x, width = call.x, call.x.shape[-1] // call.groups
-    pixels = x[0, ..., 0].numel() if len(x) else 0
+    pixels = math.prod(x.shape[1:4])
     for n in cuts(len(x), x.shape[-1] * pixels):
         for some in cuts(call.groups, (n.stop - n.start) * width * pixels):
             c = slice(some.start * width, some.stop * width)
+            cut = {name: None if (clip := getattr(call, name)) is None else clip[n, ..., c] for name in clips}
             part = call._replace(
-                x=x[n, ..., c],
+                **cut,
                 weight=call.weight[c],
                 bias=call.bias[c],
                 groups=some.stop - some.start,
                 addend=None if call.addend is None else call.addend[c],
-                halo=None if call.halo is None else call.halo[n, ..., c],
                 parts=None,
             )
             yield Part(tuple(part), functools.partial(_part_of, n, c), _as_frames)
@@ -331,10 +336,9 @@ def _as_frames(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(out.flatten(2, 3).flatten(0, 1) for out in outputs)  # [frames, H*W, C]
 
 
-def _validate(*args: Any) -> None:
-    call = _Call(*args)
-    name, x = "padded_group_norm", call.x
-    require_floats(name, x=x, weight=call.weight, bias=call.bias, addend=call.addend, halo=call.halo)
+def require_norm(name: str, call: Any, padding: Padding) -> None:
+    """Raise if the arguments of a norm's call do not fit one another; ``padding`` lies around its result."""
+    x = call.x
     if x.ndim != 5 or not x.shape[-1]:
         raise ValueError(f"{name}: x must be [B, F, H, W, C] with channels, got {tuple(x.shape)}")
     frames, height, width, channels = x.shape[1:]
@@ -345,7 +349,7 @@ def _validate(*args: Any) -> None:
             raise ValueError(f"{name}: {key} must be [{channels}], got {tuple(vector.shape)}")
     if call.first_span < 1 or call.span < 1:
         raise ValueError(f"{name}: spans must have frames, got first_span={call.first_span}, span={call.span}")
-    require_padding(name, x.shape, call.padding, call.halo)
+    require_padding(name, x.shape, padding, call.halo)
     if call.parts is None:
         return
     if call.addend is not None:
@@ -361,13 +365,21 @@ def _validate(*args: Any) -> None:
         )
 
 
+def _validate(*args: Any) -> None:
+    call = _Call(*args)
+    require_floats(
+        "padded_group_norm", x=call.x, weight=call.weight, bias=call.bias, addend=call.addend, halo=call.halo
+    )  # fmt: skip
+    require_norm("padded_group_norm", call, call.padding)
+
+
 PADDED_GROUP_NORM = Op(
     "padded_group_norm",
     reference=_reference,
     implementations={"triton": Implementation(_triton, _reason, _bind, registered=True)},
     fake=_fake,
     costs=_costs,
-    parts=_parts,
+    parts=lambda *args: parts_of_groups(_Call(*args), "x", "halo"),
     validate=_validate,
 )
 

@@ -18,9 +18,8 @@ statistics.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -29,9 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidaccel.kernels.check import Part, cuts
 from vidaccel.kernels.conv.arguments import require_floats
-from vidaccel.kernels.conv.padded_clip import Padding, pad_clip, require_padding
+from vidaccel.kernels.conv.padded_clip import Padding, pad_clip
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.norm.channel_statistics import ChannelStatistics, locate
 from vidaccel.kernels.norm.group_norm_silu import (
@@ -41,7 +39,12 @@ from vidaccel.kernels.norm.group_norm_silu import (
     choose_apply_tiling,
     count_spans,
 )
-from vidaccel.kernels.norm.padded_group_norm import padded_group_norm_ref, prepare_norms
+from vidaccel.kernels.norm.padded_group_norm import (
+    padded_group_norm_ref,
+    parts_of_groups,
+    prepare_norms,
+    require_norm,
+)
 from vidaccel.kernels.op import Costs, Implementation, Op, device_reason, tensors_reason
 
 __all__ = ["SPATIAL_NORM_SILU", "spatial_norm_silu", "spatial_norm_silu_ref"]
@@ -284,69 +287,19 @@ def _costs(*args: Any) -> Costs:
     return Costs(bytes=call.x.nbytes * (1 + (call.parts is None)) + beside + written)
 
 
-def _parts(*args: Any) -> Iterator[Part]:
-    """Some groups of some samples; statistics are computed anew."""
-    call = _Call(*args)
-    x, width = call.x, call.x.shape[-1] // call.groups
-    pixels = math.prod(x.shape[1:4])
-    for n in cuts(len(x), x.shape[-1] * pixels):
-        for some in cuts(call.groups, (n.stop - n.start) * width * pixels):
-            c = slice(some.start * width, some.stop * width)
-            part = call._replace(
-                x=x[n, ..., c],
-                weight=call.weight[c],
-                bias=call.bias[c],
-                groups=some.stop - some.start,
-                gain=call.gain[n, ..., c],
-                shift=call.shift[n, ..., c],
-                addend=None if call.addend is None else call.addend[c],
-                halo=None if call.halo is None else call.halo[n, ..., c],
-                parts=None,
-            )
-            yield Part(tuple(part), functools.partial(_part_of, n, c), _as_frames)
-
-
-def _part_of(samples: slice, channels: slice, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return _as_frames(tuple(out[samples, ..., channels] for out in outputs))
-
-
-def _as_frames(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(out.flatten(2, 3).flatten(0, 1) for out in outputs)  # [frames, H*W, C]
-
-
 def _validate(*args: Any) -> None:
     call = _Call(*args)
-    name, x = "spatial_norm_silu", call.x
+    name = "spatial_norm_silu"
     require_floats(
-        name, x=x, weight=call.weight, bias=call.bias, gain=call.gain, shift=call.shift, addend=call.addend,
+        name, x=call.x, weight=call.weight, bias=call.bias, gain=call.gain, shift=call.shift, addend=call.addend,
         halo=call.halo,
     )  # fmt: skip
-    if x.ndim != 5 or not x.shape[-1]:
-        raise ValueError(f"{name}: x must be [B, F, H, W, C] with channels, got {tuple(x.shape)}")
-    samples, frames, height, width, channels = x.shape
-    if call.groups < 1 or channels % call.groups:
-        raise ValueError(f"{name}: groups={call.groups} does not divide C={channels} (x is {tuple(x.shape)})")
-    for key, vector in (("weight", call.weight), ("bias", call.bias), ("addend", call.addend)):
-        if vector is not None and vector.shape != (channels,):
-            raise ValueError(f"{name}: {key} must be [{channels}], got {tuple(vector.shape)}")
-    gain = call.gain.shape
+    require_norm(name, call, _padding(call.before))
+    samples, channels, gain = len(call.x), call.x.shape[-1], call.gain.shape
     if len(gain) != 5 or (gain[0], gain[4]) != (samples, channels) or not math.prod(gain[1:4]):
         raise ValueError(f"{name}: gain must be [{samples}, Z, h, w, {channels}], got {tuple(gain)}")
     if call.shift.shape != gain:
         raise ValueError(f"{name}: shift must be {tuple(gain)}, as gain is, got {tuple(call.shift.shape)}")
-    if call.first_span < 1 or call.span < 1:
-        raise ValueError(f"{name}: spans must have frames, got first_span={call.first_span}, span={call.span}")
-    require_padding(name, x.shape, _padding(call.before), call.halo)
-    if call.parts is None:
-        return
-    if call.addend is not None:
-        raise ValueError(f"{name}: statistics are of x alone, and do not serve with an addend")
-    expected = samples * frames, triton.cdiv(height * width, max(call.chunk_rows, 1)), 2, channels
-    if call.segment_rows != height * width or call.parts.shape != expected or call.parts.dtype != torch.float32:
-        raise ValueError(
-            f"{name}: statistics must be of frames, parts {expected} torch.float32, "
-            f"got {tuple(call.parts.shape)} {call.parts.dtype} of {call.segment_rows} rows each"
-        )
 
 
 SPATIAL_NORM_SILU = Op(
@@ -355,7 +308,7 @@ SPATIAL_NORM_SILU = Op(
     implementations={"triton": Implementation(_triton, _reason, _bind, registered=True)},
     fake=_fake,
     costs=_costs,
-    parts=_parts,
+    parts=lambda *args: parts_of_groups(_Call(*args), "x", "gain", "shift", "halo"),
     validate=_validate,
 )
 

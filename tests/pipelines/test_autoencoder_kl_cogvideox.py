@@ -8,18 +8,28 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from block_checks import relative_error
 from diffusers import AutoencoderKLCogVideoX
 from kernel_checks import planted
 from tiny_models import tiny_autoencoder_kl_cogvideox
-from torch import Tensor, nn
+from torch import Tensor
+from vae_checks import (
+    PIXEL_FAULTS,
+    Lora,
+    check_bad_latents,
+    check_changed_child,
+    check_fault_found,
+    check_gradients,
+    check_halves,
+    decode,
+    out_of_memory_beyond,
+    ran,
+)
 
 from vidaccel import patch_module
 from vidaccel.blocks.vae import autoencoder_kl_cogvideox as blocks
 from vidaccel.blocks.vae import causal_clip
 from vidaccel.kernels.norm.spatial_norm_silu import SPATIAL_NORM_SILU
-from vidaccel.patching.report import PatchReport
 
 EQUAL = 1e-5
 
@@ -37,19 +47,6 @@ def vae() -> AutoencoderKLCogVideoX:
 
 def draw(frames: int = 5, height: int = 2, width: int = 1, batch: int = 1) -> Tensor:
     return torch.randn(batch, 4, frames, height, width, generator=torch.Generator().manual_seed(0))
-
-
-@torch.no_grad()
-def decode(vae: AutoencoderKLCogVideoX, latents: Tensor) -> Tensor:
-    return vae.decode(latents).sample
-
-
-def ran(report: PatchReport) -> set[str]:
-    return {way for site in report.sites if site.op == "whole_clip" for way in site.implementations}
-
-
-def reasons(report: PatchReport) -> str:
-    return "; ".join(sorted({reason for _, _, reason in report.fallbacks}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -118,16 +115,6 @@ def test_chunks_are_the_whole(
         first = 2 + frames % 2
         held = first + max(fit - first, 0) // 2 * 2  # stock's batches stay whole
         assert f"{held} of {frames} frames" in ran(report) and not report.fallbacks
-
-
-def out_of_memory_beyond(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    def conv3d(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if x.shape[2] > most:
-            raise torch.OutOfMemoryError(f"{x.shape[2]} frames")
-        return right(x, *args, **kwargs)
-
-    right = F.conv3d
-    monkeypatch.setattr(F, "conv3d", conv3d)
 
 
 def test_out_of_memory_halves_the_chunk_and_goes_on(
@@ -234,17 +221,6 @@ def test_every_site_can_be_off(op: str, vae: AutoencoderKLCogVideoX) -> None:
     assert seen == ({"3 of 3 frames", "2 of 2 frames"} if op == "whole_clip" else {"5 of 5 frames"})
 
 
-class Lora(nn.Module):
-    """Stands where a convolution stood, and does more."""
-
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        self.base = base
-
-    def forward(self, *args: Any) -> Tensor:
-        return 1.5 * self.base(*args)
-
-
 def hook_a_child(vae: AutoencoderKLCogVideoX) -> None:
     vae.decoder.up_blocks[1].resnets[0].norm1.register_forward_hook(lambda *_: (_[2][0] * 1.5, _[2][1]))
 
@@ -272,33 +248,12 @@ def pad_by_replication(vae: AutoencoderKLCogVideoX) -> None:
 def test_a_changed_child_runs_as_it_is(
     when: str, change: Callable[[AutoencoderKLCogVideoX], None], reason: str, vae: AutoencoderKLCogVideoX
 ) -> None:
-    if when == "before":
-        change(vae)
-    report = patch_module(vae)
-    if when == "after":
-        decode(vae, draw())
-        change(vae)
-    out = decode(vae, draw())
-    if when == "after":
-        assert reason in reasons(report)
-    else:
-        assert all(site.state == "left alone" and reason in site.reason for site in report.sites)
-    report.restore()
-    assert torch.equal(out, decode(vae, draw()))
+    check_changed_child(vae, draw(), change, when, reason)
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_halves_are_no_worse_than_stock(kind: torch.dtype, vae: AutoencoderKLCogVideoX) -> None:
-    latents = draw(5, 2, 3).to(kind)
-    vae.to(kind)
-    gold = decode(copy.deepcopy(vae).double(), latents.double())
-    stock = decode(vae, latents)
-    with patch_module(vae) as report:
-        out = decode(vae, latents)
-        assert not report.fallbacks, str(report)
-    for frame in range(gold.shape[2]):
-        error, own = ((x[:, :, frame].double() - gold[:, :, frame]).norm() for x in (out, stock))
-        assert error <= 2 * own
+    check_halves(vae, draw(5, 2, 3), kind)
 
 
 def test_the_other_ways_to_call(vae: AutoencoderKLCogVideoX) -> None:
@@ -315,15 +270,7 @@ def test_the_other_ways_to_call(vae: AutoencoderKLCogVideoX) -> None:
 
 
 def test_gradients_go_through_the_original(vae: AutoencoderKLCogVideoX) -> None:
-    outcomes = []
-    for patched in (False, True):
-        report = patch_module(vae) if patched else None
-        latents = draw().requires_grad_()
-        out = vae.decode(latents).sample
-        out.square().sum().backward()
-        outcomes.append((out, latents.grad))
-    assert all(map(torch.equal, *outcomes))
-    assert report is not None and "gradients" in reasons(report)
+    check_gradients(vae, draw())
 
 
 @pytest.mark.parametrize(
@@ -336,37 +283,15 @@ def test_gradients_go_through_the_original(vae: AutoencoderKLCogVideoX) -> None:
     ],
     ids=["rank-4", "channels", "dtype", "no-frames"],
 )
-@torch.no_grad()
 def test_bad_latents_raise_what_the_stock_vae_raises(latents: Tensor, vae: AutoencoderKLCogVideoX) -> None:
-    outcomes = []
-    for patched in (False, True):
-        if patched:
-            patch_module(vae)
-        with pytest.raises(Exception) as error:
-            vae.decode(latents)
-        outcomes.append((error.type, str(error.value)))
-    assert outcomes[0] == outcomes[1]
+    check_bad_latents(vae, latents)
 
 
-@pytest.mark.parametrize("fault", ["swapped-frames", "gain", "zeroed-frame"])
+@pytest.mark.parametrize("fault", PIXEL_FAULTS)
 def test_what_the_decoder_does_wrong_is_found(
     fault: str, vae: AutoencoderKLCogVideoX, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected, right = decode(vae, draw()), blocks.FusedCogVideoXDecoder3D.fused_forward
-
-    def wrong(*args: Any) -> Tensor:
-        pixels = right(*args)
-        if fault == "swapped-frames":
-            return pixels.flip(2)
-        if fault == "gain":
-            return pixels * 1.01
-        pixels[:, :, -1] = 0
-        return pixels
-
-    monkeypatch.setattr(blocks.FusedCogVideoXDecoder3D, "fused_forward", wrong)
-    with patch_module(vae) as report:
-        assert relative_error(decode(vae, draw()), expected) <= EQUAL
-        assert {site.state for site in report.sites} == {"failed"}
+    check_fault_found(vae, draw(), blocks.FusedCogVideoXDecoder3D, fault, monkeypatch)
 
 
 def test_kernels_run_and_a_fault_in_one_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,17 +8,26 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from block_checks import relative_error
 from diffusers.models.attention_processor import AttnProcessor
 from kernel_checks import planted
 from tiny_models import tiny_autoencoder_kl_hunyuan_video, tiny_autoencoder_kl_mochi
 from torch import Tensor, nn
+from vae_checks import (
+    Lora,
+    check_bad_latents,
+    check_changed_child,
+    check_gradients,
+    check_halves,
+    decode,
+    out_of_memory_beyond,
+    ran,
+    reasons,
+)
 
 from vidaccel import patch_module
 from vidaccel.blocks.vae import autoencoder_kl_mochi, causal_clip
 from vidaccel.kernels.norm.padded_group_norm import PADDED_GROUP_NORM
-from vidaccel.patching.report import PatchReport
 
 EQUAL = 1e-4  # a norm of few numbers, which tiny pictures have, enlarges roundings; float64 tells what is wrong
 VAES = {"hunyuanvideo": tiny_autoencoder_kl_hunyuan_video, "mochi": tiny_autoencoder_kl_mochi}
@@ -48,19 +57,6 @@ def vae(model: str) -> Any:
 def draw(vae: Any, frames: int = 3, height: int = 2, width: int = 1, batch: int = 1) -> Tensor:
     channels = vae.config.latent_channels
     return torch.randn(batch, channels, frames, height, width, generator=torch.Generator().manual_seed(0))
-
-
-@torch.no_grad()
-def decode(vae: Any, latents: Tensor) -> Tensor:
-    return vae.decode(latents).sample
-
-
-def ran(report: PatchReport) -> set[str]:
-    return {way for site in report.sites if site.op == "whole_clip" for way in site.implementations}
-
-
-def reasons(report: PatchReport) -> str:
-    return "; ".join(sorted({reason for _, _, reason in report.fallbacks}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -161,16 +157,6 @@ def test_chunks_of_mochi_are_the_whole(fit: int, monkeypatch: pytest.MonkeyPatch
         assert f"{fit} of 5 frames" in ran(report) and not report.fallbacks
 
 
-def out_of_memory_beyond(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    def conv3d(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if x.shape[2] > most:
-            raise torch.OutOfMemoryError(f"{x.shape[2]} frames")
-        return right(x, *args, **kwargs)
-
-    right = F.conv3d
-    monkeypatch.setattr(F, "conv3d", conv3d)
-
-
 def test_out_of_memory_halves_mochis_chunk_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     vae = tiny_autoencoder_kl_mochi()
     expected = decode(vae, draw(vae, 6))
@@ -202,18 +188,6 @@ def test_every_site_can_be_off(model: str, vae: Any) -> None:
         assert not any(site.state == "failed" for site in report.sites), str(report)
 
 
-class Lora(nn.Module):
-    """Stands where a convolution stood, and does more."""
-
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        self.base = base
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        out = self.base(*args, **kwargs)
-        return (1.5 * out[0], out[1]) if isinstance(out, tuple) else 1.5 * out
-
-
 def hook_a_child(vae: Any) -> None:
     def larger(module: nn.Module, args: Any, out: Any) -> Any:
         return (1.5 * out[0], out[1]) if isinstance(out, tuple) else 1.5 * out
@@ -238,19 +212,7 @@ def swap_a_norm(vae: Any) -> None:
 )
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_changed_child_runs_as_it_is(when: str, change: Callable[[Any], None], reason: str, vae: Any) -> None:
-    if when == "before":
-        change(vae)
-    report = patch_module(vae)
-    if when == "after":
-        decode(vae, draw(vae))
-        change(vae)
-    out = decode(vae, draw(vae))
-    if when == "after":
-        assert reason in reasons(report)
-    else:
-        assert all(site.state == "left alone" and reason in site.reason for site in report.sites)
-    report.restore()
-    assert torch.equal(out, decode(vae, draw(vae)))
+    check_changed_child(vae, draw(vae), change, when, reason)
 
 
 def test_another_processor_of_the_attention_runs() -> None:
@@ -265,16 +227,7 @@ def test_another_processor_of_the_attention_runs() -> None:
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_halves_are_no_worse_than_stock(kind: torch.dtype, vae: Any) -> None:
-    latents = draw(vae, 3, 2, 3).to(kind)
-    vae.to(kind)
-    gold = decode(copy.deepcopy(vae).double(), latents.double())
-    stock = decode(vae, latents)
-    with patch_module(vae) as report:
-        out = decode(vae, latents)
-        assert not report.fallbacks, str(report)
-    for frame in range(gold.shape[2]):
-        error, own = ((x[:, :, frame].double() - gold[:, :, frame]).norm() for x in (out, stock))
-        assert error <= 2 * own
+    check_halves(vae, draw(vae, 3, 2, 3), kind)
 
 
 def test_the_other_ways_to_call(vae: Any) -> None:
@@ -289,19 +242,10 @@ def test_the_other_ways_to_call(vae: Any) -> None:
 
 
 def test_gradients_go_through_the_original(vae: Any) -> None:
-    outcomes = []
-    for patched in (False, True):
-        report = patch_module(vae) if patched else None
-        latents = draw(vae, frames=2).requires_grad_()
-        out = vae.decode(latents).sample
-        out.square().sum().backward()
-        outcomes.append((out, latents.grad))
-    assert all(map(torch.equal, *outcomes))
-    assert report is not None and "gradients" in reasons(report)
+    check_gradients(vae, draw(vae, frames=2))
 
 
 @pytest.mark.parametrize("case", ["rank-4", "channels", "dtype", "no-frames"])
-@torch.no_grad()
 def test_bad_latents_raise_what_the_stock_vae_raises(case: str, vae: Any) -> None:
     latents = {
         "rank-4": draw(vae)[0],
@@ -309,14 +253,7 @@ def test_bad_latents_raise_what_the_stock_vae_raises(case: str, vae: Any) -> Non
         "dtype": draw(vae).half(),
         "no-frames": draw(vae)[:, :, :0],
     }[case]
-    outcomes = []
-    for patched in (False, True):
-        if patched:
-            patch_module(vae)
-        with pytest.raises(Exception) as error:
-            vae.decode(latents)
-        outcomes.append((error.type, str(error.value)))
-    assert outcomes[0] == outcomes[1]
+    check_bad_latents(vae, latents)
 
 
 def test_kernels_run_and_a_fault_in_one_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,18 +8,26 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from block_checks import relative_error
 from diffusers import AutoencoderKLHunyuanVideo15
 from kernel_checks import planted
 from tiny_models import tiny_autoencoder_kl_hunyuanvideo15
-from torch import Tensor, nn
+from torch import Tensor
+from vae_checks import (
+    Lora,
+    check_bad_latents,
+    check_changed_child,
+    check_gradients,
+    check_halves,
+    decode,
+    out_of_memory_beyond,
+    ran,
+)
 
 from vidaccel import patch_module
 from vidaccel.blocks.vae import autoencoder_kl_hunyuanvideo15 as blocks
 from vidaccel.blocks.vae import causal_clip
 from vidaccel.kernels.norm.rms_norm_silu import RMS_NORM_SILU
-from vidaccel.patching.report import PatchReport
 
 EQUAL = 1e-5
 
@@ -37,19 +45,6 @@ def vae() -> AutoencoderKLHunyuanVideo15:
 
 def draw(frames: int = 3, height: int = 2, width: int = 1, batch: int = 1) -> Tensor:
     return torch.randn(batch, 4, frames, height, width, generator=torch.Generator().manual_seed(0))
-
-
-@torch.no_grad()
-def decode(vae: AutoencoderKLHunyuanVideo15, latents: Tensor) -> Tensor:
-    return vae.decode(latents).sample
-
-
-def ran(report: PatchReport) -> set[str]:
-    return {way for site in report.sites if site.op == "whole_clip" for way in site.implementations}
-
-
-def reasons(report: PatchReport) -> str:
-    return "; ".join(sorted({reason for _, _, reason in report.fallbacks}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -113,16 +108,6 @@ def test_chunks_are_the_whole(
         assert f"{fit} of 5 frames" in ran(report) and not report.fallbacks
 
 
-def out_of_memory_beyond(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    def conv3d(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if x.shape[2] > most:
-            raise torch.OutOfMemoryError(f"{x.shape[2]} frames")
-        return right(x, *args, **kwargs)
-
-    right = F.conv3d
-    monkeypatch.setattr(F, "conv3d", conv3d)
-
-
 def test_out_of_memory_halves_the_chunk_and_goes_on(
     vae: AutoencoderKLHunyuanVideo15, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,17 +155,6 @@ def test_every_site_can_be_off(op: str, vae: AutoencoderKLHunyuanVideo15) -> Non
         assert not report.fallbacks or op == "whole_clip"
 
 
-class Lora(nn.Module):
-    """Stands where a convolution stood, and does more."""
-
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        self.base = base
-
-    def forward(self, *args: Any) -> Tensor:
-        return 1.5 * self.base(*args)
-
-
 def hook_a_child(vae: AutoencoderKLHunyuanVideo15) -> None:
     vae.decoder.up_blocks[1].resnets[0].register_forward_hook(lambda *_: _[2] * 1.5)
 
@@ -207,33 +181,12 @@ def pad_with_zeros(vae: AutoencoderKLHunyuanVideo15) -> None:
 def test_a_changed_child_runs_as_it_is(
     when: str, change: Callable[[AutoencoderKLHunyuanVideo15], None], reason: str, vae: AutoencoderKLHunyuanVideo15
 ) -> None:
-    if when == "before":
-        change(vae)
-    report = patch_module(vae)
-    if when == "after":
-        decode(vae, draw())
-        change(vae)
-    out = decode(vae, draw())
-    if when == "after":
-        assert reason in reasons(report)
-    else:
-        assert all(site.state == "left alone" and reason in site.reason for site in report.sites)
-    report.restore()
-    assert torch.equal(out, decode(vae, draw()))
+    check_changed_child(vae, draw(), change, when, reason)
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_halves_are_no_worse_than_stock(kind: torch.dtype, vae: AutoencoderKLHunyuanVideo15) -> None:
-    latents = draw(3, 2, 3).to(kind)
-    vae.to(kind)
-    gold = decode(copy.deepcopy(vae).double(), latents.double())
-    stock = decode(vae, latents)
-    with patch_module(vae) as report:
-        out = decode(vae, latents)
-        assert not report.fallbacks, str(report)
-    for frame in range(gold.shape[2]):
-        error, own = ((x[:, :, frame].double() - gold[:, :, frame]).norm() for x in (out, stock))
-        assert error <= 2 * own
+    check_halves(vae, draw(3, 2, 3), kind)
 
 
 def test_the_other_ways_to_call(vae: AutoencoderKLHunyuanVideo15) -> None:
@@ -250,15 +203,7 @@ def test_the_other_ways_to_call(vae: AutoencoderKLHunyuanVideo15) -> None:
 
 
 def test_gradients_go_through_the_original(vae: AutoencoderKLHunyuanVideo15) -> None:
-    outcomes = []
-    for patched in (False, True):
-        report = patch_module(vae) if patched else None
-        latents = draw(frames=2).requires_grad_()
-        out = vae.decode(latents).sample
-        out.square().sum().backward()
-        outcomes.append((out, latents.grad))
-    assert all(map(torch.equal, *outcomes))
-    assert report is not None and "gradients" in reasons(report)
+    check_gradients(vae, draw(frames=2))
 
 
 @pytest.mark.parametrize(
@@ -271,16 +216,8 @@ def test_gradients_go_through_the_original(vae: AutoencoderKLHunyuanVideo15) -> 
     ],
     ids=["rank-4", "channels", "dtype", "no-frames"],
 )
-@torch.no_grad()
 def test_bad_latents_raise_what_the_stock_vae_raises(latents: Tensor, vae: AutoencoderKLHunyuanVideo15) -> None:
-    outcomes = []
-    for patched in (False, True):
-        if patched:
-            patch_module(vae)
-        with pytest.raises(Exception) as error:
-            vae.decode(latents)
-        outcomes.append((error.type, str(error.value)))
-    assert outcomes[0] == outcomes[1]
+    check_bad_latents(vae, latents)
 
 
 def test_kernels_run_and_a_fault_in_one_is_found(

@@ -15,13 +15,23 @@ from block_checks import relative_error
 from diffusers import AutoencoderKLWan
 from kernel_checks import planted
 from tiny_models import tiny_autoencoder_kl_wan
-from torch import Tensor, nn
+from torch import Tensor
+from vae_checks import (
+    Lora,
+    check_bad_latents,
+    check_changed_child,
+    check_gradients,
+    check_halves,
+    decode,
+    out_of_memory_beyond,
+    ran,
+    reasons,
+)
 
 from vidaccel import patch_module
 from vidaccel.blocks.vae import autoencoder_kl_wan as blocks
 from vidaccel.blocks.vae import causal_clip
 from vidaccel.kernels.norm.rms_norm_silu import RMS_NORM_SILU
-from vidaccel.patching.report import PatchReport
 
 EQUAL = 1e-5
 
@@ -51,19 +61,6 @@ def either_vae(request: pytest.FixtureRequest) -> AutoencoderKLWan:
 
 def draw(frames: int = 3, height: int = 3, width: int = 2, batch: int = 1) -> Tensor:
     return torch.randn(batch, 4, frames, height, width, generator=torch.Generator().manual_seed(0))
-
-
-@torch.no_grad()
-def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    return vae.decode(latents).sample
-
-
-def ran(report: PatchReport) -> set[str]:
-    return {way for site in report.sites if site.op == "whole_clip" for way in site.implementations}
-
-
-def reasons(report: PatchReport) -> str:
-    return "; ".join(sorted({reason for _, _, reason in report.fallbacks}))
 
 
 @pytest.mark.parametrize(
@@ -124,16 +121,6 @@ def test_chunks_are_the_whole(
         assert relative_error(decode(vae, latents), expected) <= EQUAL
         assert f"{min(fit, 3)} of {shape[0]} frames" in ran(report)  # equal parts: 3 and 2 rather than 4 and 1
         assert not report.fallbacks
-
-
-def out_of_memory_beyond(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    def conv3d(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if x.shape[2] > most:
-            raise torch.OutOfMemoryError(f"{x.shape[2]} frames")
-        return right(x, *args, **kwargs)
-
-    right = F.conv3d
-    monkeypatch.setattr(F, "conv3d", conv3d)
 
 
 @pytest.mark.parametrize(("most", "step"), [(18, 4), (12, 2)], ids=["halved", "halved-twice"])
@@ -246,17 +233,6 @@ def test_every_site_can_be_off(op: str, vae: AutoencoderKLWan) -> None:
         assert relative_error(decode(vae, draw()), expected) <= EQUAL
 
 
-class Lora(nn.Module):
-    """Stands where a convolution stood, and does more."""
-
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        self.base = base
-
-    def forward(self, *args: Any) -> Tensor:
-        return 1.5 * self.base(*args)
-
-
 def hook_a_child(vae: AutoencoderKLWan) -> None:
     vae.decoder.up_blocks[1].resnets[0].register_forward_hook(lambda *_: _[2] * 1.5)
 
@@ -284,37 +260,12 @@ def train(vae: AutoencoderKLWan) -> None:
 def test_a_changed_child_runs_as_it_is(
     when: str, change: Callable[[AutoencoderKLWan], None], reason: str, vae: AutoencoderKLWan
 ) -> None:
-    if when == "before":
-        change(vae)
-    report = patch_module(vae)
-    if when == "after":
-        decode(vae, draw())
-        change(vae)
-    torch.manual_seed(0)
-    out = decode(vae, draw())
-    if when == "after":
-        assert reason in reasons(report)
-    else:
-        left = [site for site in report.sites if site.path == "decoder"]
-        assert left and all(site.state == "left alone" and reason in site.reason for site in left)
-    report.restore()
-    torch.manual_seed(0)
-    assert torch.equal(out, decode(vae, draw()))
+    check_changed_child(vae, draw(), change, when, reason)
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_halves_are_no_worse_than_stock(kind: torch.dtype, either_vae: AutoencoderKLWan) -> None:
-    vae = either_vae
-    latents = draw(frames=4, height=4, width=5).to(kind)
-    vae.to(kind)
-    gold = decode(copy.deepcopy(vae).double(), latents.double())
-    stock = decode(vae, latents)
-    with patch_module(vae) as report:
-        out = decode(vae, latents)
-        assert not report.fallbacks, str(report)
-    for frame in range(gold.shape[2]):
-        error, own = ((x[:, :, frame].double() - gold[:, :, frame]).norm() for x in (out, stock))
-        assert error <= 2 * own
+    check_halves(either_vae, draw(frames=4, height=4, width=5), kind)
 
 
 def by_hand(vae: AutoencoderKLWan, clips: list[Tensor], steps: list[int]) -> Tensor:
@@ -412,15 +363,7 @@ def test_survives_copy_and_change_of_dtype(vae: AutoencoderKLWan) -> None:
 
 
 def test_gradients_go_through_the_original(vae: AutoencoderKLWan) -> None:
-    outcomes = []
-    for patched in (False, True):
-        report = patch_module(vae) if patched else None
-        latents = draw(frames=3).requires_grad_()
-        out = vae.decode(latents).sample
-        out.square().sum().backward()
-        outcomes.append((out, latents.grad))
-    assert all(map(torch.equal, *outcomes))
-    assert report is not None and "gradients" in reasons(report)
+    check_gradients(vae, draw(frames=3))
 
 
 def test_weights_without_gradients_need_no_context(vae: AutoencoderKLWan) -> None:
@@ -449,16 +392,8 @@ def test_torch_compile_traces_the_original(vae: AutoencoderKLWan) -> None:
     ],
     ids=["rank-4", "channels", "dtype", "no-frames"],
 )
-@torch.no_grad()
 def test_bad_latents_raise_what_the_stock_vae_raises(latents: Tensor, vae: AutoencoderKLWan) -> None:
-    outcomes = []
-    for patched in (False, True):
-        if patched:
-            patch_module(vae)
-        with pytest.raises(Exception) as error:
-            vae.decode(latents)
-        outcomes.append((error.type, str(error.value)))
-    assert outcomes[0] == outcomes[1]
+    check_bad_latents(vae, latents)
 
 
 def test_kernels_run_and_a_fault_in_one_is_found(vae: AutoencoderKLWan, monkeypatch: pytest.MonkeyPatch) -> None:

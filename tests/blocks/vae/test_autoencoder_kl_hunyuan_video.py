@@ -13,6 +13,7 @@ from copy_checks import Held, hollow_out
 from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLMochi
 from tiny_models import tiny_autoencoder_kl_hunyuan_video, tiny_autoencoder_kl_mochi
 from torch import Tensor
+from vae_checks import PIXEL_FAULTS, assert_no_worse, check_fault_found, decode
 
 from vidaccel import patch_module
 from vidaccel.blocks.vae import autoencoder_kl_hunyuan_video, autoencoder_kl_mochi, causal_clip
@@ -22,11 +23,6 @@ from vidaccel.blocks.vae.autoencoder_kl_hunyuan_video import FusedHunyuanVideoDe
 def draw(vae: Any, frames: int, side: int) -> Tensor:
     shape = 1, vae.config.latent_channels, frames, side, side
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-
-
-@torch.no_grad()
-def decode(vae: Any, latents: Tensor) -> Tensor:
-    return vae.decode(latents).sample
 
 
 def without_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,26 +67,11 @@ def test_memory_that_mochi_holds(fit: int, monkeypatch: pytest.MonkeyPatch) -> N
     assert 0.6 * needed <= held.most - pixels.untyped_storage().nbytes() <= needed
 
 
-@pytest.mark.parametrize("fault", ["swapped-frames", "gain", "zeroed-frame"])
+@pytest.mark.parametrize("fault", PIXEL_FAULTS)
 def test_what_the_decoder_does_wrong_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VIDACCEL_IMPL", "torch")
     vae = tiny_autoencoder_kl_hunyuan_video()
-    z = draw(vae, 3, 2)
-    expected, right = decode(vae, z), FusedHunyuanVideoDecoder3D.fused_forward
-
-    def wrong(*args: Any) -> Tensor:
-        pixels = right(*args)
-        if fault == "swapped-frames":
-            return pixels.flip(2)
-        if fault == "gain":
-            return pixels * 1.01
-        pixels[:, :, -1] = 0
-        return pixels
-
-    monkeypatch.setattr(FusedHunyuanVideoDecoder3D, "fused_forward", wrong)
-    with patch_module(vae) as report:
-        assert relative_error(decode(vae, z), expected) <= 1e-6
-        assert {site.state for site in report.sites} == {"failed"}
+    check_fault_found(vae, draw(vae, 3, 2), FusedHunyuanVideoDecoder3D, fault, monkeypatch)
 
 
 @pytest.mark.gpu
@@ -120,9 +101,7 @@ def test_as_wide_as_released(
         assert not report.fallbacks and {site.state for site in report.sites} == {"active"}, str(report)
         ways = {site.op: site.implementations for site in report.sites}
         assert f"{fit} of 5 frames" in ways["whole_clip"] and "triton" in ways["group_norm_silu"]
-    for frame in range(gold.shape[2]):
-        error, own = ((x[:, :, frame].float() - gold[:, :, frame]).norm() for x in (out, stock))
-        assert error <= 2 * own
+    assert_no_worse(out, stock, gold)
 
 
 @pytest.mark.gpu

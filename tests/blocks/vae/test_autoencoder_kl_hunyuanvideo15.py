@@ -12,6 +12,7 @@ from copy_checks import Held, hollow_out
 from diffusers import AutoencoderKLHunyuanVideo15
 from tiny_models import tiny_autoencoder_kl_hunyuanvideo15
 from torch import Tensor
+from vae_checks import PIXEL_FAULTS, assert_no_worse, check_fault_found, decode
 
 from vidaccel import patch_module
 from vidaccel.blocks.vae import causal_clip
@@ -20,11 +21,6 @@ from vidaccel.blocks.vae.autoencoder_kl_hunyuanvideo15 import FusedHunyuanVideo1
 
 def draw(frames: int, side: int, channels: int = 4) -> Tensor:
     return torch.randn(1, channels, frames, side, side, generator=torch.Generator().manual_seed(0))
-
-
-@torch.no_grad()
-def decode(vae: AutoencoderKLHunyuanVideo15, latents: Tensor) -> Tensor:
-    return vae.decode(latents).sample
 
 
 @pytest.mark.parametrize("fit", [7, 4, 2], ids=["whole", "halves", "pieces"])
@@ -51,25 +47,12 @@ def test_memory_held(fit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0.6 * needed <= held.most - pixels.nbytes <= needed
 
 
-@pytest.mark.parametrize("fault", ["swapped-frames", "gain", "zeroed-frame"])
+@pytest.mark.parametrize("fault", PIXEL_FAULTS)
 def test_what_the_decoder_does_wrong_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VIDACCEL_IMPL", "torch")
-    vae, z = tiny_autoencoder_kl_hunyuanvideo15(), draw(3, 2)
-    expected, right = decode(vae, z), FusedHunyuanVideo15Decoder3D.fused_forward
-
-    def wrong(*args: Any) -> Tensor:
-        pixels = right(*args)
-        if fault == "swapped-frames":
-            return pixels.flip(2)
-        if fault == "gain":
-            return pixels * 1.01
-        pixels[:, :, -1] = 0
-        return pixels
-
-    monkeypatch.setattr(FusedHunyuanVideo15Decoder3D, "fused_forward", wrong)
-    with patch_module(vae) as report:
-        assert relative_error(decode(vae, z), expected) <= 1e-6
-        assert {site.state for site in report.sites} == {"failed"}
+    check_fault_found(
+        tiny_autoencoder_kl_hunyuanvideo15(), draw(3, 2), FusedHunyuanVideo15Decoder3D, fault, monkeypatch
+    )  # fmt: skip
 
 
 @pytest.mark.gpu
@@ -107,6 +90,4 @@ def test_as_wide_as_released(
     with patch_module(vae) as report:
         out = decode(vae, z)
         assert not report.fallbacks and {site.state for site in report.sites} == {"active"}, str(report)
-    for frame in range(gold.shape[2]):
-        error, own = ((x[:, :, frame].float() - gold[:, :, frame]).norm() for x in (out, stock))
-        assert error <= 2 * own
+    assert_no_worse(out, stock, gold)

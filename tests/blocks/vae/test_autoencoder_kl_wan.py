@@ -12,6 +12,7 @@ from copy_checks import Copies, Held, hollow_conv3d, hollow_out
 from diffusers import AutoencoderKLWan
 from tiny_models import tiny_autoencoder_kl_wan
 from torch import Tensor
+from vae_checks import PIXEL_FAULTS, assert_no_worse, check_fault_found, decode
 
 from vidaccel import patch_module
 from vidaccel.blocks.vae import autoencoder_kl_wan, causal_clip
@@ -27,11 +28,6 @@ def wide_vae() -> AutoencoderKLWan:
 
 def draw(frames: int = 3, side: int = 4) -> Tensor:
     return torch.randn(1, 4, frames, side, side, generator=torch.Generator().manual_seed(0))
-
-
-@torch.no_grad()
-def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    return vae.decode(latents).sample
 
 
 @pytest.fixture
@@ -69,25 +65,10 @@ def test_no_large_tensor_is_copied(hollow: None) -> None:
     assert not [found for found in copies.found if "of another memory order" not in found]
 
 
-@pytest.mark.parametrize("fault", ["swapped-frames", "gain", "zeroed-frame"])
+@pytest.mark.parametrize("fault", PIXEL_FAULTS)
 def test_what_the_decoder_does_wrong_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VIDACCEL_IMPL", "torch")
-    vae = tiny_autoencoder_kl_wan()
-    expected, right = decode(vae, draw()), FusedWanDecoder3d.fused_forward
-
-    def wrong(*args: Any) -> Tensor:
-        pixels = right(*args)
-        if fault == "swapped-frames":
-            return pixels.flip(2)
-        if fault == "gain":
-            return pixels * 1.01
-        pixels[:, :, -1] = 0
-        return pixels
-
-    monkeypatch.setattr(FusedWanDecoder3d, "fused_forward", wrong)
-    with patch_module(vae) as report:
-        assert relative_error(decode(vae, draw()), expected) <= 1e-6
-        assert {site.state for site in report.sites if site.path == "decoder"} == {"failed"}
+    check_fault_found(tiny_autoencoder_kl_wan(), draw(), FusedWanDecoder3d, fault, monkeypatch)
 
 
 @pytest.mark.parametrize("seed", [9, 12, 43])
@@ -137,9 +118,7 @@ def test_as_wide_as_released(
     assert not report.fallbacks, str(report)
     operands = {way for site in report.sites if site.op == "half_operands" for way in site.implementations}
     assert operands == {"bfloat16" if dtype == torch.bfloat16 else "float16"}
-    for frame in range(gold.shape[2]):
-        error, own = ((x[:, :, frame].float() - gold[:, :, frame]).norm() for x in (out, stock))
-        assert error <= 2 * own
+    assert_no_worse(out, stock, gold)
 
 
 @pytest.mark.gpu

@@ -42,8 +42,10 @@ from vidaccel.blocks.vae.causal_clip import (
     Sum,
     added_up,
     clip_of,
+    conv_reason,
     conv_rows,
     decode_in_chunks,
+    dropout_reason,
     images_of,
     latents_reason,
     out_of_memory,
@@ -477,7 +479,7 @@ def _reasons(decoder: Any) -> Iterator[str | None]:
             yield from _resnet_reasons(resnet)
         for upsampler in block.upsamplers or ():
             yield plain_reason(upsampler, CogVideoXUpsample3D)
-            yield _conv_reason(upsampler.conv, nn.Conv2d, (3, 3), (1, 1))
+            yield conv_reason(upsampler.conv, nn.Conv2d, (3, 3), (1, 1))
     yield from _norm_reasons(decoder.norm_out)
     yield _causal_reason(decoder.conv_out, 3)
 
@@ -485,14 +487,12 @@ def _reasons(decoder: Any) -> Iterator[str | None]:
 def _resnet_reasons(resnet: Any) -> Iterator[str | None]:
     yield plain_reason(resnet, CogVideoXResnetBlock3D)
     yield plain_reason(resnet.nonlinearity, nn.SiLU)
-    yield plain_reason(resnet.dropout, nn.Dropout)
-    if resnet.dropout.training and resnet.dropout.p:
-        yield "dropout is on"
+    yield dropout_reason(resnet.dropout)
     for norm, conv in ((resnet.norm1, resnet.conv1), (resnet.norm2, resnet.conv2)):
         yield from _norm_reasons(norm)
         yield _causal_reason(conv, 3)
     if resnet.in_channels != resnet.out_channels:
-        yield _conv_reason(resnet.conv_shortcut, CogVideoXSafeConv3d, (1, 1, 1), (0, 0, 0))
+        yield conv_reason(resnet.conv_shortcut, CogVideoXSafeConv3d, (1, 1, 1), (0, 0, 0))
 
 
 def _norm_reasons(norm: Any) -> Iterator[str | None]:
@@ -507,13 +507,4 @@ def _causal_reason(conv: Any, side: int) -> str | None:
         return reason
     if conv.pad_mode == "replicate" or conv.time_kernel_size != side:
         return "a convolution does not look back at two frames, the first of which is repeated"
-    return _conv_reason(conv.conv, CogVideoXSafeConv3d, (side,) * 3, (0, side // 2, side // 2))
-
-
-def _conv_reason(conv: Any, kind: type[nn.Module], taps: tuple[int, ...], padding: tuple[int, ...]) -> str | None:
-    if reason := plain_reason(conv, kind):
-        return reason
-    ones = (1,) * len(taps)
-    found = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
-    plain = found == (taps, ones, padding, ones, 1, "zeros") and conv.bias is not None
-    return None if plain else "a convolution is not a plain one"
+    return conv_reason(conv.conv, CogVideoXSafeConv3d, (side,) * 3, (0, side // 2, side // 2))

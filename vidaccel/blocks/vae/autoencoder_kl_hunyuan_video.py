@@ -35,8 +35,10 @@ from vidaccel.blocks.vae.causal_clip import (
     Chunk,
     Sum,
     added_up,
+    conv_reason,
     conv_rows,
     decode_in_chunks,
+    dropout_reason,
     latents_reason,
     out_of_memory,
     structure_reason,
@@ -291,9 +293,7 @@ def _attention_reasons(attention: Any) -> Iterator[str | None]:
 def _resnet_reasons(resnet: Any) -> Iterator[str | None]:
     yield plain_reason(resnet, HunyuanVideoResnetBlockCausal3D)
     yield plain_reason(resnet.nonlinearity, nn.SiLU)
-    yield plain_reason(resnet.dropout, nn.Dropout)
-    if resnet.dropout.training and resnet.dropout.p:
-        yield "dropout is on"
+    yield dropout_reason(resnet.dropout)
     for norm, conv in ((resnet.norm1, resnet.conv1), (resnet.norm2, resnet.conv2)):
         yield plain_reason(norm, nn.GroupNorm)
         yield _causal_reason(conv, 3)
@@ -306,9 +306,4 @@ def _causal_reason(conv: Any, side: int) -> str | None:
         return reason
     if conv.pad_mode != "replicate" or tuple(conv.time_causal_padding) != (*(side // 2,) * 4, side - 1, 0):
         return "a convolution is not padded by what it repeats"
-    if reason := plain_reason(conv.conv, nn.Conv3d):
-        return reason
-    c, ones, none = conv.conv, (1,) * 3, (0,) * 3
-    found = c.kernel_size, c.stride, c.padding, c.dilation, c.groups, c.padding_mode
-    plain = found == ((side,) * 3, ones, none, ones, 1, "zeros") and c.bias is not None
-    return None if plain else "a convolution is not a plain one"
+    return conv_reason(conv.conv, nn.Conv3d, (side,) * 3, (0,) * 3)

@@ -35,6 +35,7 @@ from vidaccel.blocks.vae.causal_clip import (
     Chunk,
     Halos,
     Sum,
+    conv_reason,
     conv_rows,
     decode_in_chunks,
     latents_reason,
@@ -288,7 +289,7 @@ def _reasons(decoder: Any) -> Iterator[str | None]:
             yield plain_reason(attention, HunyuanVideo15AttnBlock)
             yield _norm_reason(attention.norm)
             for conv in (attention.to_q, attention.to_k, attention.to_v, attention.proj_out):
-                yield _conv_reason(conv, 1)
+                yield conv_reason(conv, nn.Conv3d, (1,) * 3, (0,) * 3)
     for resnet in mid.resnets:
         yield from _resnet_reasons(resnet)
     for block in decoder.up_blocks:
@@ -312,7 +313,7 @@ def _resnet_reasons(resnet: Any) -> Iterator[str | None]:
         yield _norm_reason(norm)
         yield _causal_reason(conv)
     if resnet.conv_shortcut is not None:
-        yield _conv_reason(resnet.conv_shortcut, 1)
+        yield conv_reason(resnet.conv_shortcut, nn.Conv3d, (1,) * 3, (0,) * 3)
 
 
 def _causal_reason(conv: Any) -> str | None:
@@ -320,15 +321,7 @@ def _causal_reason(conv: Any) -> str | None:
         return reason
     if conv.pad_mode != "replicate" or tuple(conv.time_causal_padding) != (1, 1, 1, 1, 2, 0):
         return "a convolution is not padded by what it repeats"
-    return _conv_reason(conv.conv, 3)
-
-
-def _conv_reason(conv: Any, side: int) -> str | None:
-    if reason := plain_reason(conv, nn.Conv3d):
-        return reason
-    geometry = (side,) * 3, (1,) * 3, (0,) * 3, (1,) * 3, 1, "zeros"
-    found = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
-    return "a convolution is not a plain one" if found != geometry or conv.bias is None else None
+    return conv_reason(conv.conv, nn.Conv3d, (3,) * 3, (0,) * 3)
 
 
 def _norm_reason(norm: Any) -> str | None:

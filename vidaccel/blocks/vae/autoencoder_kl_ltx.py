@@ -34,7 +34,7 @@ from diffusers.models.autoencoders.autoencoder_kl_ltx import (
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
-from vidaccel.blocks.vae.causal_clip import Sum, clip_of, conv_rows, free_bytes, structure_reason
+from vidaccel.blocks.vae.causal_clip import Sum, clip_of, conv_rows, dropout_reason, free_bytes, structure_reason
 from vidaccel.kernels.conv.padded_clip import Padding, pad_clip
 from vidaccel.kernels.conv.pixel_shuffle import pixel_shuffle, pixel_shuffle_ref
 from vidaccel.kernels.norm.rms_norm_silu import rms_norm_silu, rms_norm_silu_ref
@@ -526,9 +526,7 @@ def _down_block_reasons(block: Any, family: Family) -> Iterator[str | None]:
 def _resnet_reasons(resnet: Any, family: Family) -> Iterator[str | None]:
     yield plain_reason(resnet, family.resnet)
     yield plain_reason(resnet.nonlinearity, nn.SiLU)
-    yield plain_reason(resnet.dropout, nn.Dropout)
-    if resnet.dropout.training and resnet.dropout.p:
-        yield "dropout is on"
+    yield dropout_reason(resnet.dropout)
     for norm, conv in ((resnet.norm1, resnet.conv1), (resnet.norm2, resnet.conv2)):
         yield _norm_reason(norm, family)
         yield _conv_reason(conv, family)

@@ -33,6 +33,7 @@ from vidaccel.blocks.vae.causal_clip import (
     Halos,
     Sum,
     added_up,
+    conv_reason,
     conv_rows,
     decode_in_chunks,
     latents_reason,
@@ -232,7 +233,7 @@ def _structure_reason(decoder: Any) -> str | None:
 
 def _reasons(decoder: Any) -> Iterator[str | None]:
     yield plain_reason(decoder.nonlinearity, nn.SiLU)
-    yield _conv_reason(decoder.conv_in, nn.Conv3d, 1)
+    yield conv_reason(decoder.conv_in, nn.Conv3d, (1,) * 3, (0,) * 3)
     for block in (decoder.block_in, *decoder.up_blocks, decoder.block_out):
         if block in (decoder.block_in, decoder.block_out):
             yield plain_reason(block, MochiMidBlock3D)
@@ -262,13 +263,4 @@ def _causal_reason(conv: Any) -> str | None:
         return reason
     if conv.pad_mode != "replicate" or tuple(conv.time_causal_padding) != (1, 1, 1, 1, 2, 0):
         return "a convolution is not padded by what it repeats (framewise decoding)"
-    return _conv_reason(conv.conv, CogVideoXSafeConv3d, 3)
-
-
-def _conv_reason(conv: Any, kind: type[nn.Module], side: int) -> str | None:
-    if reason := plain_reason(conv, kind):
-        return reason
-    ones, none = (1,) * 3, (0,) * 3
-    found = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
-    plain = found == ((side,) * 3, ones, none, ones, 1, "zeros") and conv.bias is not None
-    return None if plain else "a convolution is not a plain one"
+    return conv_reason(conv.conv, CogVideoXSafeConv3d, (3,) * 3, (0,) * 3)

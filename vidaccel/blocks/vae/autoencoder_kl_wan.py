@@ -52,6 +52,7 @@ from vidaccel.blocks.vae.causal_clip import (
     clip_of,
     conv_rows,
     decode_in_chunks,
+    dropout_reason,
     images_of,
     out_of_memory,
     structure_reason,
@@ -735,9 +736,7 @@ def _reasons(decoder: Any) -> Iterator[str | None]:
 def _resnet_reasons(resnet: Any) -> Iterator[str | None]:
     yield plain_reason(resnet, WanResidualBlock)
     yield plain_reason(resnet.nonlinearity, nn.SiLU)
-    yield plain_reason(resnet.dropout, nn.Dropout)
-    if resnet.dropout.training and resnet.dropout.p:
-        yield "dropout is on"
+    yield dropout_reason(resnet.dropout)
     for norm, conv in ((resnet.norm1, resnet.conv1), (resnet.norm2, resnet.conv2)):
         yield _norm_reason(norm)
         yield _conv_reason(conv, 3)

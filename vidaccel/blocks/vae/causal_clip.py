@@ -30,6 +30,7 @@ from vidaccel.kernels.norm.channel_statistics import ChannelStatistics
 from vidaccel.kernels.op import note
 from vidaccel.sites.block import SITES
 from vidaccel.sites.memo import held
+from vidaccel.sites.plain import plain_reason
 from vidaccel.sites.site import SiteGroup
 
 __all__ = [
@@ -38,8 +39,10 @@ __all__ = [
     "Sum",
     "added_up",
     "clip_of",
+    "conv_reason",
     "conv_rows",
     "decode_in_chunks",
+    "dropout_reason",
     "free_bytes",
     "images_of",
     "latents_reason",
@@ -248,3 +251,18 @@ def structure_reason(coder: nn.Module, reasons: Iterable[str | None]) -> str | N
     if len({(weight.dtype, weight.device) for weight in weights}) > 1:
         return "its weights differ in dtype or device"
     return None
+
+
+def conv_reason(conv: Any, kind: type[nn.Module], taps: tuple[int, ...], padding: tuple[int, ...]) -> str | None:
+    """Why ``conv`` is no ``kind`` of so many taps and zeros around, of stride 1 and with a bias, or None."""
+    if reason := plain_reason(conv, kind):
+        return reason
+    ones = (1,) * len(taps)
+    found = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
+    plain = found == (taps, ones, padding, ones, 1, "zeros") and conv.bias is not None
+    return None if plain else "a convolution is not a plain one"
+
+
+def dropout_reason(dropout: Any) -> str | None:
+    """Why ``dropout`` may not be left out, or None."""
+    return plain_reason(dropout, nn.Dropout) or ("dropout is on" if dropout.training and dropout.p else None)

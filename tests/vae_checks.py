@@ -1,0 +1,159 @@
+"""What the tests of decoders of causal VAEs share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from block_checks import relative_error
+from torch import Tensor, nn
+
+from vidaccel import patch_module
+from vidaccel.patching.report import PatchReport
+
+__all__ = [
+    "PIXEL_FAULTS",
+    "Lora",
+    "assert_no_worse",
+    "check_bad_latents",
+    "check_changed_child",
+    "check_fault_found",
+    "check_gradients",
+    "check_halves",
+    "decode",
+    "out_of_memory_beyond",
+    "ran",
+    "reasons",
+]
+
+
+@torch.no_grad()
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    return vae.decode(latents).sample
+
+
+def ran(report: PatchReport) -> set[str]:
+    """How many frames went through decoders at once."""
+    return {way for site in report.sites if site.op == "whole_clip" for way in site.implementations}
+
+
+def reasons(report: PatchReport) -> str:
+    """Why calls went through stock code."""
+    return "; ".join(sorted({reason for _, _, reason in report.fallbacks}))
+
+
+def out_of_memory_beyond(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """Let memory run out where a convolution reads more frames than ``most``."""
+
+    def conv3d(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if x.shape[2] > most:
+            raise torch.OutOfMemoryError(f"{x.shape[2]} frames")
+        return right(x, *args, **kwargs)
+
+    right = F.conv3d
+    monkeypatch.setattr(F, "conv3d", conv3d)
+
+
+class Lora(nn.Module):
+    """Stands where a convolution stood, and does more."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = self.base(*args, **kwargs)
+        return (1.5 * out[0], *out[1:]) if isinstance(out, tuple) else 1.5 * out
+
+
+def check_changed_child(vae: Any, latents: Tensor, change: Callable[[Any], None], when: str, reason: str) -> None:
+    """A decoder runs a child that was changed ``"before"`` or ``"after"`` patching, and says so."""
+    if when == "before":
+        change(vae)
+    report = patch_module(vae)
+    if when == "after":
+        decode(vae, latents)
+        change(vae)
+    torch.manual_seed(0)
+    out = decode(vae, latents)
+    if when == "after":
+        assert reason in reasons(report)
+    else:
+        left = [site for site in report.sites if site.path == "decoder"]
+        assert left and all(site.state == "left alone" and reason in site.reason for site in left)
+    report.restore()
+    torch.manual_seed(0)
+    assert torch.equal(out, decode(vae, latents))
+
+
+def assert_no_worse(out: Tensor, stock: Tensor, gold: Tensor) -> None:
+    """The error of every frame is at most twice stock's."""
+    for frame in range(gold.shape[2]):
+        error, own = ((x[:, :, frame].to(gold.dtype) - gold[:, :, frame]).norm() for x in (out, stock))
+        assert error <= 2 * own
+
+
+def check_halves(vae: Any, latents: Tensor, dtype: torch.dtype) -> None:
+    """Beside float64, patched and stock."""
+    vae.to(dtype)
+    latents = latents.to(dtype)
+    gold = decode(copy.deepcopy(vae).double(), latents.double())
+    stock = decode(vae, latents)
+    with patch_module(vae) as report:
+        out = decode(vae, latents)
+        assert not report.fallbacks, str(report)
+    assert_no_worse(out, stock, gold)
+
+
+def check_gradients(vae: Any, latents: Tensor) -> None:
+    outcomes = []
+    for patched in (False, True):
+        report = patch_module(vae) if patched else None
+        leaf = latents.clone().requires_grad_()
+        out = vae.decode(leaf).sample
+        out.square().sum().backward()
+        outcomes.append((out, leaf.grad))
+    assert all(map(torch.equal, *outcomes))
+    assert report is not None and "gradients" in reasons(report)
+
+
+@torch.no_grad()
+def check_bad_latents(vae: Any, latents: Tensor) -> None:
+    """The error is stock's."""
+    outcomes = []
+    for patched in (False, True):
+        if patched:
+            patch_module(vae)
+        with pytest.raises(Exception) as error:
+            vae.decode(latents)
+        outcomes.append((error.type, str(error.value)))
+    assert outcomes[0] == outcomes[1]
+
+
+def _swapped_frames(pixels: Tensor) -> Tensor:
+    return pixels.flip(2)
+
+
+def _gain(pixels: Tensor) -> Tensor:
+    return pixels * 1.01
+
+
+def _zeroed_frame(pixels: Tensor) -> Tensor:
+    pixels[:, :, -1] = 0
+    return pixels
+
+
+PIXEL_FAULTS = {"swapped-frames": _swapped_frames, "gain": _gain, "zeroed-frame": _zeroed_frame}
+
+
+def check_fault_found(vae: Any, latents: Tensor, kind: Any, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong with the pixels of the fused decoder ``kind`` is seen, and stock's are returned."""
+    expected, right = decode(vae, latents), kind.fused_forward
+    monkeypatch.setattr(kind, "fused_forward", lambda *args: PIXEL_FAULTS[fault](right(*args)))
+    with patch_module(vae) as report:
+        assert relative_error(decode(vae, latents), expected) <= 1e-5
+        assert {site.state for site in report.sites if site.path == "decoder"} == {"failed"}
