@@ -92,7 +92,7 @@ def test_as_wide_as_released(
         monkeypatch.setattr(causal_clip, "free_bytes", lambda _: needed)
     with patch_module(vae) as report:
         out = decode(vae, z)
-    assert not report.fallbacks and {site.state for site in report.sites} == {"active"}, str(report)
+        assert not report.fallbacks and {site.state for site in report.sites} == {"active"}, str(report)
     ways = {site.op: site.implementations for site in report.sites}
     assert ways["whole_clip"] == {"5 of 7 frames" if mode == "chunks" else "7 of 7 frames"}
     assert_no_worse(out, stock, gold)
