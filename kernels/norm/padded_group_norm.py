@@ -42,7 +42,7 @@ from vidaccel.kernels.norm.group_norm_silu import (
     count_spans,
     group_stats_launch,
 )
-from vidaccel.kernels.op import Costs, Implementation, Op, device_reason, tensors_reason
+from vidaccel.kernels.op import Costs, Implementation, Op, device_reason, scaled, tensors_reason
 
 __all__ = [
     "PADDED_GROUP_NORM",
@@ -381,6 +381,7 @@ PADDED_GROUP_NORM = Op(
     costs=_costs,
     parts=lambda *args: parts_of_groups(_Call(*args), "x", "halo"),
     validate=_validate,
+    small=lambda *args: (*scaled(0, 5)(*args)[:-3], *NO_STATISTICS),  # x, addend
 )
 
 

@@ -45,7 +45,7 @@ from vidaccel.kernels.norm.padded_group_norm import (
     prepare_norms,
     require_norm,
 )
-from vidaccel.kernels.op import Costs, Implementation, Op, device_reason, tensors_reason
+from vidaccel.kernels.op import Costs, Implementation, Op, device_reason, scaled, tensors_reason
 
 __all__ = ["SPATIAL_NORM_SILU", "spatial_norm_silu", "spatial_norm_silu_ref"]
 
@@ -310,6 +310,7 @@ SPATIAL_NORM_SILU = Op(
     costs=_costs,
     parts=lambda *args: parts_of_groups(_Call(*args), "x", "gain", "shift", "halo"),
     validate=_validate,
+    small=lambda *args: (*scaled(0, 7)(*args)[:-3], *NO_STATISTICS),  # x, addend
 )
 
 

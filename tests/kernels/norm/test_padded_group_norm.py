@@ -123,6 +123,20 @@ def test_the_check_finds_faults(name: str, device: torch.device, monkeypatch: py
     assert torch.equal(y, padded_group_norm_ref(*call, **given))
 
 
+@torch.no_grad()
+def test_a_wrong_epsilon_is_found(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias, given = draw((1, 2, 2, 2, 64), torch.float32, device, "addend", "halo")
+    right = PADDED_GROUP_NORM.implementations["triton"]
+    for eps, wrong in ((EPS, False), (10 * EPS, True)):
+        other = right._replace(run=lambda *args, eps=eps: right.run(*args[:4], eps, *args[5:]), bind=None)
+        monkeypatch.setitem(PADDED_GROUP_NORM.implementations, "triton", other)
+        PADDED_GROUP_NORM.forget()
+        with listening(checks=True, probes=True) as events:
+            padded_group_norm(x, weight, bias, 8, EPS, **given, padding=REPLICATE)
+        PADDED_GROUP_NORM.forget()
+        assert bool(events[0].problem) == wrong, events
+
+
 def test_registration(device: torch.device) -> None:
     x, weight, bias, given = draw((1, 3, 2, 2, 64), torch.float32, device, "addend", "halo")
     args = (x, weight, bias, 8, EPS, given["addend"], given["halo"], *REPLICATE, 1, 2, True, None, 0, 0)

@@ -173,6 +173,20 @@ def test_costs_are_two_readings_and_a_writing(device: torch.device) -> None:
     assert events[0].costs == (2 * x.nbytes + 2 * gain.nbytes + x.nbytes // 3 * 5, 0)
 
 
+@torch.no_grad()
+def test_a_wrong_epsilon_is_found(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    args, given = draw((1, 2, 2, 4, 64), (2, 1, 2), torch.float32, device, "addend", "halo")
+    right = SPATIAL_NORM_SILU.implementations["triton"]
+    for eps, wrong in ((EPS, False), (10 * EPS, True)):
+        other = right._replace(run=lambda *args, eps=eps: right.run(*args[:4], eps, *args[5:]), bind=None)
+        monkeypatch.setitem(SPATIAL_NORM_SILU.implementations, "triton", other)
+        SPATIAL_NORM_SILU.forget()
+        with listening(checks=True, probes=True) as events:
+            spatial_norm_silu(*args, **given, before=2)
+        SPATIAL_NORM_SILU.forget()
+        assert bool(events[0].problem) == wrong, events
+
+
 def test_registration(device: torch.device) -> None:
     args, given = draw((1, 3, 4, 2, 64), (2, 2, 1), torch.float32, device, "addend", "halo")
     others = given["addend"], given["halo"], 2, 1, 2, True, None, 0, 0
