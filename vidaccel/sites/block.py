@@ -58,6 +58,7 @@ CORNER_ROWS = CORNER * CORNER
 MOST_WHOLE = 2**21  # numbers in a call's tensors that need not be cut
 # A checked call costs about two; so few of a model's blocks are due at once, and later ones ever more rarely.
 FIRST_RECHECK, RECHECK_SPREAD, RECHECK_GROWTH = 32, 128, 4
+MOST_SEEN = 1024  # kinds of calls that a block remembers
 GRADIENTS = "gradients are being recorded (fused sites serve inference only: use torch.no_grad())"
 
 Block = TypeVar("Block", bound="type[FusedBlock]")
@@ -269,8 +270,14 @@ def run_part(host: Host, part: Callable[..., Result], *args: Any, **kwargs: Any)
 
 def _plan(host: Host, sites: SiteGroup, kind_of_call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Plan:
     reason = unserved_reason(host, sites, args, kwargs) or ""
-    path = (kind_of_call, settings.current(), fingerprint(host.module_of(args)))
-    seen = sites.seen.setdefault(path, _Seen(sites.paths, sites.checks))
+    # A site that has failed, or is off, leaves another path, whose ops may not have been checked yet.
+    # Only a hash is kept: a block's attributes are many, and a model's sites meet every size that somebody tries.
+    path = hash((kind_of_call, settings.current(), sites.running(), fingerprint(host.module_of(args))))
+    seen = sites.seen.get(path)
+    if seen is None:
+        if len(sites.seen) >= MOST_SEEN:
+            sites.seen.clear()
+        seen = sites.seen[path] = _Seen(sites.paths, sites.checks)
     return _Plan(reason, seen)
 
 
