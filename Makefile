@@ -2,6 +2,7 @@
 # make test       every test that needs no GPU
 # make gpu-test   the tests that need one; leaves samples/benchmarks/gpu-tests.json
 # make check      ruff, mypy
+# make fuzz       many random arguments for every op and pipeline; prints how to see a failure again
 # make faults     the fidelity check's record: planted faults and right variants; DEVICE=cuda for all dtypes
 # make benchmarks draw the README's tables from the committed records
 
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test gpu-test check faults benchmarks clean
+.PHONY: demo test gpu-test check faults fuzz benchmarks clean
 
 demo: $(READY)
 	$(BIN)/vidaccel generate --compare --overwrite --out demo/clip.mp4
@@ -29,6 +30,9 @@ check: $(READY)
 DEVICE ?= cpu
 faults: $(READY)
 	$(BIN)/python tests/fidelity_faults.py --device $(DEVICE)
+
+fuzz: $(READY)
+	$(BIN)/pytest tests/kernels/test_fuzz.py --hypothesis-profile fuzz -m "not gpu"
 
 benchmarks: $(READY)
 	$(BIN)/python scripts/draw_benchmarks.py --readme README.md
