@@ -7,7 +7,9 @@ its reference takes them in; a new op needs one.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -426,6 +428,17 @@ def test_an_op(name: str, data: st.DataObject) -> None:
 def test_an_op_on_a_gpu(name: str, data: st.DataObject) -> None:
     with torch.no_grad():
         check(ops()[name], STRATEGIES[name](Drawer(data, torch.device("cuda"))))
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+@given(data=st.data())
+def test_an_op_keeps_no_tensor(name: str, data: st.DataObject) -> None:
+    args = STRATEGIES[name](Drawer(data, torch.device("cpu")))
+    alive = [weakref.ref(x) for x in args if isinstance(x, Tensor)]
+    with torch.no_grad(), suppress(ValueError, RuntimeError):  # it may refuse them
+        PUBLIC.get(name, ops()[name])(*args, impl=None)
+    del args
+    assert not [x.shape for ref in alive if (x := ref()) is not None]
 
 
 SPOIL: dict[str, Callable[[Tensor], Tensor]] = {
