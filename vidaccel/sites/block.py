@@ -17,6 +17,7 @@ does.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import zlib
 from collections.abc import Callable, Iterator
@@ -196,9 +197,15 @@ def fuses(original: type[nn.Module], ops: dict[str, Fidelity]) -> Callable[[Bloc
 
     It takes the original's name, because diffusers finds blocks by ``__class__.__name__`` (``_no_split_modules``,
     ``_repeated_blocks``).
+
+    Raises:
+        TypeError: The forwards take different parameters: the original is that of another diffusers.
     """
 
     def decorate(cls: Block) -> Block:
+        ours, theirs = (", ".join(inspect.signature(kind.forward).parameters) for kind in (cls, original))
+        if ours != theirs:
+            raise TypeError(f"{original.__name__}.forward takes ({theirs}), expected ({ours})")
         cls.original, cls.ops = original, ops
         cls.__name__, cls.__qualname__ = original.__name__, original.__qualname__
         return cls
