@@ -2,7 +2,10 @@
 # make test       every test that needs no GPU
 # make gpu-test   the tests that need one; leaves samples/benchmarks/gpu-tests.json
 # make check      ruff, mypy
+# make fuzz       many random arguments for every op and pipeline; prints how to see a failure again
 # make faults     the fidelity check's record: planted faults and right variants; DEVICE=cuda for all dtypes
+# make versions   the tests on the oldest and the newest torch, triton and diffusers that pyproject.toml claims
+# make sanitize   the kernels under NVIDIA's compute-sanitizer, on a GPU
 # make benchmarks draw the README's tables from the committed records
 
 PYTHON ?= python3
@@ -10,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test gpu-test check faults benchmarks clean
+.PHONY: demo test gpu-test check faults fuzz versions sanitize benchmarks clean
 
 demo: $(READY)
 	$(BIN)/vidaccel generate --compare --overwrite --out demo/clip.mp4
@@ -29,6 +32,15 @@ check: $(READY)
 DEVICE ?= cpu
 faults: $(READY)
 	$(BIN)/python tests/fidelity_faults.py --device $(DEVICE)
+
+fuzz: $(READY)
+	$(BIN)/pytest tests/kernels/test_fuzz.py --hypothesis-profile fuzz -m "not gpu"
+
+versions:
+	$(PYTHON) scripts/test_versions.py
+
+sanitize: $(READY)
+	$(BIN)/python scripts/sanitize.py --out samples/benchmarks/sanitizer.json
 
 benchmarks: $(READY)
 	$(BIN)/python scripts/draw_benchmarks.py --readme README.md

@@ -31,6 +31,7 @@ __all__ = [
     "Distance",
     "Part",
     "Problem",
+    "as_rows",
     "cuts",
     "disagreement",
     "distance",
@@ -128,14 +129,20 @@ def piece_of(index: tuple[slice, ...], outputs: tuple[Tensor, ...]) -> tuple[Ten
     return tuple(out[index] for out in outputs)
 
 
-def row_parts(rows: Tensor) -> Iterator[tuple[Tensor, Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]]]:
-    """For an op that works row by row on ``rows`` ``[R, C]``: some of them, and where they lie in the outputs."""
-    for part in cuts(len(rows), rows.shape[1]):
-        yield rows[part], functools.partial(_rows_of, len(rows), part)
+def row_parts(x: Tensor) -> Iterator[tuple[Tensor, Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]]]:
+    """For an op that works row by row on ``x`` ``[..., C]``: some of its rows, and where they lie in the outputs."""
+    rows = as_rows(x)
+    for part in cuts(*rows.shape):
+        yield rows[part], functools.partial(_rows_of, part)
 
 
-def _rows_of(count: int, part: slice, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(out.view(count, -1)[part] for out in outputs)
+def _rows_of(part: slice, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(as_rows(out)[part] for out in outputs)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """``x`` ``[..., C]`` as ``[R, C]``, also where one of them is 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def disagreement(op: Op, args: tuple[Any, ...], out: Any, fidelity: str) -> Problem | None:
@@ -274,6 +281,8 @@ def perturbing() -> Callable[[Any], Any]:
 
 def _judge(out: Tensor, expected: Tensor, gold: Tensor, moved: Tensor, eps: float, fidelity: str) -> Problem | None:
     """What is wrong with ``out``, or None; ``moved`` is the gold of slightly other inputs."""
+    if out.numel() == 0:
+        return None
     *mine, lost = _distances(out, gold, expected)
     *own, _ = _distances(expected, gold, expected)
     *moves, _ = _distances(moved, gold, expected)
@@ -324,7 +333,7 @@ def _frames(x: Tensor) -> Tensor:
         return x.permute(0, 2, 3, 4, 1).flatten(2, 3).flatten(0, 1)
     if x.ndim == 4:
         return x.permute(0, 2, 3, 1).flatten(1, 2)
-    return x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1] if x.ndim else 1)
+    return x if x.ndim == 3 else as_rows(x if x.ndim else x[None])[None]
 
 
 def _eps(*outputs: Tensor) -> float:

@@ -50,6 +50,7 @@ __all__ = [
     "runs_triton",
     "scaled",
     "tensors_reason",
+    "when_failing",
 ]
 
 logger = logging.getLogger(__name__)
@@ -102,6 +103,8 @@ class Listener(NamedTuple):
 
 
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+# Called when an implementation has failed and another one takes its place: for those who keep what they have heard.
+when_failing: list[Callable[[], None]] = []
 
 
 @contextmanager
@@ -264,14 +267,19 @@ class Op:
         self._measures, self._key, self._default, self._beaten = measures, key, default, beaten
         self._overwrites, self._validate, self._small = overwrites, validate, small
         self._plans: dict[Signature, _Plan] = {}
+        self._failed: dict[Signature, _Plan] = {}  # those of them in whose place the reference runs
+        self._told: set[str] = set()
         _ops[name] = self
 
     def __call__(self, *args: Any, impl: str | None = None) -> Any:
         if torch.compiler.is_compiling():
             return self._traced(args, impl)
         listener = _listener.get()
-        if impl is not None or torch.is_grad_enabled():
+        if impl is not None:
             signature, plan = None, self._plan(args, impl)
+        elif torch.is_grad_enabled():  # what requires gradients is no part of a signature
+            signature = _signature(args)
+            plan = self._failed.get(signature) or self._plan(args, None)
         else:
             signature = _signature(args)
             plan = self._plans.get(signature) or self._settle(signature, args)
@@ -303,6 +311,8 @@ class Op:
     def forget(self) -> None:
         """Settle every signature anew."""
         self._plans.clear()
+        self._failed.clear()
+        self._told.clear()
 
     def _register(self, way: str, implementation: Implementation) -> Any:
         registered = torch.library.custom_op(f"vidaccel::{self.name}_{way}", implementation.run, mutates_args=())
@@ -312,11 +322,31 @@ class Op:
     def _settle(self, signature: Signature, args: tuple[Any, ...]) -> _Plan:
         plan = self._plan(args, None)
         if plan.stands:
-            if bind := self.implementations[plan.name].bind:
-                plan = plan._replace(run=bind(*args))
             if len(self._plans) >= MOST_PLANS:
                 self._plans.clear()
+                self._failed.clear()
+            try:
+                if bind := self.implementations[plan.name].bind:
+                    plan = plan._replace(run=bind(*args))
+            except Exception as error:
+                return self._without(plan, signature, error)
             self._plans[signature] = plan
+        return plan
+
+    def _without(self, plan: _Plan, signature: Signature, error: Exception) -> _Plan:
+        """The plan for ``signature`` from now on, where that of before has raised.
+
+        Whatever a kernel does on a new GPU, or with a new compiler, the clip goes on without it.
+        """
+        if plan.name == REFERENCE or isinstance(error, torch.OutOfMemoryError):
+            raise error
+        reason = f"{plan.name}: {first_line(error)}"
+        self._plans[signature] = self._failed[signature] = plan = self._plan_of(REFERENCE, reason)
+        if reason not in self._told:  # the same may happen at every shape
+            self._told.add(reason)
+            logger.warning("%s: PyTorch runs from now on where this happens: %s", self.name, reason)
+        for tell in when_failing:
+            tell()
         return plan
 
     def _plan(self, args: tuple[Any, ...], impl: str | None) -> _Plan:
@@ -369,18 +399,17 @@ class Op:
         assert self._key is not None
         return self._key(*args)
 
-    def _run(self, plan: _Plan, args: tuple[Any, ...], signature: Signature | None) -> Outputs:
+    def _run(self, plan: _Plan, args: tuple[Any, ...], signature: Signature | None, copied: bool = False) -> Outputs:
+        """The outputs; where the implementation raises and nobody has asked for it by name, the reference's.
+
+        ``copied``: what it may overwrite is a copy, and the arguments stay as they are.
+        """
         try:
-            return plan.run(*args)
-        except torch.OutOfMemoryError:
-            raise
+            return plan.run(*(self._with_copy(args) if copied else args))
         except Exception as error:
-            if plan.name == REFERENCE or signature is None:
+            if signature is None:
                 raise
-            # Whatever a kernel does on a new GPU, or with a new compiler, the clip goes on without it.
-            reason = f"{plan.name}: {first_line(error)}"
-            logger.warning("%s: PyTorch runs from now on for this shape: %s", self.name, reason)
-            self._plans[signature] = self._plan_of(REFERENCE, reason)
+            self._without(plan, signature, error)
             return self.reference(*args)
 
     def _run_heard(
@@ -392,14 +421,14 @@ class Op:
             return out
         problem = ""
         checked = listener.checks and plan.name != REFERENCE
-        out = self._run(plan, self._with_copy(args) if checked else args, signature)
+        out = self._run(plan, args, signature, copied=checked)
         if signature is not None:  # what ran may have failed, and be another one from now on
-            plan = self._plans.get(signature, plan)
+            plan = self._failed.get(signature, plan)
         if checked and plan.name != REFERENCE:
             problem = self._problem(plan, args, out) or ""
             if problem:
                 out = self.reference(*args)
-            elif listener.probes and signature is not None:
+            elif listener.probes and signature is not None and not torch.is_grad_enabled():
                 problem = self._problem_when_small(args)
         listener.hear(Event(self.name, plan.name, plan.reason, self.costs(*args), problem))
         return out
@@ -425,7 +454,7 @@ class Op:
         args = self._small(SMALL_INPUT / size, *args)
         signature = _signature(args)
         plan = self._plans.get(signature) or self._settle(signature, args)
-        problem = self._problem(plan, args, self._run(plan, self._with_copy(args), signature))
+        problem = self._problem(plan, args, self._run(plan, args, signature, copied=True))
         return Problem(f"{problem} when its input is small", problem.distance) if problem else ""
 
     def _traced(self, args: tuple[Any, ...], impl: str | None) -> Outputs:

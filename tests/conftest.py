@@ -11,9 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 from gpu_record import GpuRecord
+from hypothesis import HealthCheck, Phase, settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# The same few examples in every run. `make fuzz` takes the profile "fuzz": many, others each time, and where some fail
+# the smallest of them, with the line that makes it again.
+_CHECKS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
+_FEW = {"derandomize": True, "max_examples": 8, "phases": (Phase.explicit, Phase.generate), "database": None}
+settings.register_profile("ci", deadline=None, suppress_health_check=_CHECKS, **_FEW)
+settings.register_profile("fuzz", deadline=None, suppress_health_check=_CHECKS, max_examples=300, print_blob=True)
+settings.load_profile("ci")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -33,6 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidaccel.kernels.check import Part, cuts
+from vidaccel.kernels.conv.arguments import require_floats
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason, one_or, scaled, tensors_reason
 
@@ -633,6 +634,8 @@ def _pieces_of(samples: slice, ranges: list[tuple[int, int]], outputs: tuple[Ten
 def _validate(*args: Any) -> None:
     call = _Call(*args)
     q, k = call.q, call.k
+    tensors = {name: x for name, x in call._asdict().items() if isinstance(x, Tensor)}
+    require_floats("qk_norm_rope", **tensors)
     if q.ndim != 3:
         raise ValueError(f"qk_norm_rope: q must be [B, S, H*D], got {tuple(q.shape)}")
     if k is not None and (k.shape != q.shape or k.dtype != q.dtype):

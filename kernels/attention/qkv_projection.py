@@ -11,14 +11,13 @@ wider product may be summed in another order).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vidaccel.kernels.check import Part, row_parts
+from vidaccel.kernels.conv.arguments import require_one_dtype
 from vidaccel.kernels.op import Costs, Implementation, Op, device_reason
 
 __all__ = ["QKV_PROJECTION", "qkv_projection", "qkv_projection_ref"]
@@ -62,12 +61,17 @@ def _costs(x: Tensor, *weights: Tensor) -> Costs:
 
 
 def _parts(x: Tensor, *weights: Tensor) -> Iterator[Part]:
-    for rows, of in row_parts(x.reshape(-1, x.shape[-1])):
-        yield Part((rows, *weights), partial(_flat, of))
+    for rows, of in row_parts(x):
+        yield Part((rows, *weights), of)
 
 
-def _flat(of: Any, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return of(tuple(out.reshape(-1, out.shape[-1]) for out in outputs))
+def _validate(x: Tensor, to_q: Tensor, to_k: Tensor, to_v: Tensor) -> None:
+    for weight in (to_q, to_k, to_v):
+        if weight.ndim != 2 or weight.shape[1:] != x.shape[-1:]:
+            raise ValueError(
+                f"qkv_projection: weights must be [N, K] of x [..., K], got {tuple(weight.shape)} and {tuple(x.shape)}"
+            )
+    require_one_dtype("qkv_projection", x=x, to_q=to_q, to_k=to_k, to_v=to_v)
 
 
 QKV_PROJECTION = Op(
@@ -77,6 +81,7 @@ QKV_PROJECTION = Op(
     fake=_fake,
     costs=_costs,
     parts=_parts,
+    validate=_validate,
 )
 
 
@@ -98,9 +103,4 @@ def qkv_projection(
     Raises:
         ValueError: The shapes do not fit one another; ``impl`` cannot run here.
     """
-    for weight in (to_q, to_k, to_v):
-        if weight.ndim != 2 or weight.shape[1:] != x.shape[-1:]:
-            raise ValueError(
-                f"qkv_projection: weights must be [N, K] of x [..., K], got {tuple(weight.shape)} and {tuple(x.shape)}"
-            )
     return QKV_PROJECTION(x, to_q, to_k, to_v, impl=impl)

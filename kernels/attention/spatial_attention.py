@@ -38,6 +38,7 @@ from torch import Tensor
 from vidaccel.kernels.attention.alignment import aligned_rows
 from vidaccel.kernels.attention.gemm_attention import MOST_KEYS, bind_gemm_attention
 from vidaccel.kernels.check import Part, cuts
+from vidaccel.kernels.conv.arguments import require_floats
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.op import REFERENCE, Costs, Implementation, Op, device_reason, tensors_reason
 
@@ -425,6 +426,7 @@ SPATIAL_ATTENTION = Op(
 
 
 def _validate(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> None:
+    require_floats("spatial_attention", q=q, k=k, v=v)
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or (q.shape[0], q.shape[2]) != (k.shape[0], k.shape[2]):
         raise _mismatch("q must be [B, S, H*D], k and v [B, Skv, H*D]", q, k, v)
     if q.numel() == 0 or k.numel() == 0:

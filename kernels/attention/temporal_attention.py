@@ -31,6 +31,7 @@ from torch import Tensor
 
 from vidaccel.kernels.attention.alignment import aligned_rows
 from vidaccel.kernels.check import Part, cuts
+from vidaccel.kernels.conv.arguments import require_floats
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.op import Costs, Implementation, Op, device_reason, tensors_reason
 
@@ -289,6 +290,7 @@ TEMPORAL_ATTENTION = Op(
 
 
 def _validate(q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_heads: int) -> None:
+    require_floats("temporal_attention", q=q, k=k, v=v)
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[1:] != k.shape[1:]:
         raise _mismatch("q must be [B*F, HW, H*D], k and v [B*Fk, HW, H*D]", q, k, v)
     if k.numel() == 0 and q.numel() > 0:

@@ -1,10 +1,11 @@
-"""What every op here asks of its arguments before it looks at their shapes."""
+"""What ops ask of the dtypes and devices of their arguments."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-__all__ = ["require_floats"]
+__all__ = ["require_floats", "require_one_dtype"]
 
 
 def require_floats(op: str, **tensors: Tensor | None) -> None:
@@ -18,3 +19,13 @@ def require_floats(op: str, **tensors: Tensor | None) -> None:
             raise TypeError(f"{op}: {name} must be floating-point, got {tensor.dtype}")
         if tensor.device != x.device:
             raise ValueError(f"{op}: {name} must be on {x.device}, as {first} is, got {tensor.device}")
+
+
+def require_one_dtype(op: str, **tensors: Tensor | None) -> None:
+    """The same, and raise for tensors that PyTorch does not multiply with one another."""
+    require_floats(op, **tensors)
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items() if tensor is not None}
+    (first, dtype), *_ = dtypes.items()
+    for name, other in dtypes.items():
+        if other != dtype and not torch.is_autocast_enabled(next(iter(tensors.values())).device.type):  # type: ignore[union-attr]
+            raise TypeError(f"{op}: {name} must be {dtype}, as {first} is, got {other}")

@@ -182,6 +182,8 @@ def _validate(x: Tensor, bias: Tensor, source: Tensor, factor_t: int, first: boo
         raise ValueError(
             f"{name}: source must be x's shape with channels that divide {x.shape[-1]}, got {tuple(source.shape)}"
         )
+    if first and factor_t == 2 and not x.shape[1]:
+        raise ValueError(f"{name}: there is no first frame in x {tuple(x.shape)}")
     if first and factor_t == 2 and (x.shape[-1] // source.shape[-1]) % 2:
         raise ValueError(f"{name}: of a first frame, each channel of source must serve an even number of channels of x")
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vidaccel.kernels import settings
 from vidaccel.kernels.check import Part, cuts
+from vidaccel.kernels.conv.arguments import require_one_dtype
 from vidaccel.kernels.op import Costs, Implementation, Op, device_reason, tensors_reason
 
 __all__ = ["JOINED_PROJECTION", "joined_projection", "joined_projection_ref", "joining_pays"]
@@ -69,6 +70,16 @@ def _parts(x: Tensor, skip: Tensor, weight: Tensor) -> Iterator[Part]:
         yield Part((x[images], skip[images], weight), lambda outputs, images=images: (outputs[0][images],))  # type: ignore[misc]
 
 
+def _validate(x: Tensor, skip: Tensor, weight: Tensor) -> None:
+    fit = x.ndim == skip.ndim == 4 and x.shape[:1] == skip.shape[:1] and x.shape[2:] == skip.shape[2:]
+    if not fit or weight.shape[1:] != (x.shape[1] + skip.shape[1], 1, 1):
+        raise ValueError(
+            f"joined_projection: x and skip must be images of one size, weight [C, C_x + C_skip, 1, 1], "
+            f"got {tuple(x.shape)}, {tuple(skip.shape)} and {tuple(weight.shape)}"
+        )
+    require_one_dtype("joined_projection", x=x, skip=skip, weight=weight)
+
+
 JOINED_PROJECTION = Op(
     "joined_projection",
     reference=joined_projection_ref,
@@ -76,6 +87,7 @@ JOINED_PROJECTION = Op(
     fake=_fake,
     costs=_costs,
     parts=_parts,
+    validate=_validate,
 )
 
 
@@ -94,10 +106,4 @@ def joined_projection(x: Tensor, skip: Tensor, weight: Tensor, *, impl: str | No
     Raises:
         ValueError: The shapes do not fit one another; ``impl`` cannot run here.
     """
-    fit = x.ndim == skip.ndim == 4 and x.shape[:1] == skip.shape[:1] and x.shape[2:] == skip.shape[2:]
-    if not fit or weight.shape[1:] != (x.shape[1] + skip.shape[1], 1, 1):
-        raise ValueError(
-            f"joined_projection: x and skip must be images of one size, weight [C, C_x + C_skip, 1, 1], "
-            f"got {tuple(x.shape)}, {tuple(skip.shape)} and {tuple(weight.shape)}"
-        )
     return JOINED_PROJECTION(x, skip, weight, impl=impl)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vidaccel.kernels.check import Part, cuts
+from vidaccel.kernels.conv.arguments import require_one_dtype
 from vidaccel.kernels.op import Costs, Implementation, Op, device_reason, tensors_reason
 
 __all__ = ["PADDED_CHANNELS", "padded_channels", "padded_channels_ref"]
@@ -64,6 +65,17 @@ def _parts(x: Tensor, weight: Tensor, *others: Any) -> Iterator[Part]:
         yield Part((x[images], weight, *others), lambda outputs, images=images: (outputs[0][images],))  # type: ignore[misc]
 
 
+def _validate(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> None:
+    if x.ndim != 4 or weight.ndim != 4 or weight.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"padded_channels: x must be [N, C_in, H, W] and weight [C, C_in, kH, kW], "
+            f"got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"padded_channels: bias must be [{len(weight)}], got {tuple(bias.shape)}")
+    require_one_dtype("padded_channels", x=x, weight=weight, bias=bias)
+
+
 PADDED_CHANNELS = Op(
     "padded_channels",
     reference=padded_channels_ref,
@@ -71,6 +83,7 @@ PADDED_CHANNELS = Op(
     fake=_fake,
     costs=_costs,
     parts=_parts,
+    validate=_validate,
 )
 
 
@@ -99,9 +112,4 @@ def padded_channels(
     Raises:
         ValueError: The shapes do not fit one another; ``impl`` cannot run here.
     """
-    if x.ndim != 4 or weight.ndim != 4 or weight.shape[1] != x.shape[1]:
-        raise ValueError(
-            f"padded_channels: x must be [N, C_in, H, W] and weight [C, C_in, kH, kW], "
-            f"got {tuple(x.shape)} and {tuple(weight.shape)}"
-        )
     return PADDED_CHANNELS(x, weight, bias, stride, padding, impl=impl)

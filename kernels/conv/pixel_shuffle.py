@@ -216,10 +216,14 @@ def _validate(*args: Any) -> None:
         raise ValueError(f"{name}: x must be [B, F, H, W, {size} * C], got {tuple(x.shape)}")
     if call.bias.shape != x.shape[-1:]:
         raise ValueError(f"{name}: bias must be [{x.shape[-1]}], got {tuple(call.bias.shape)}")
-    if not 0 <= call.drop < call.t:
-        raise ValueError(f"{name}: drop must be less than the {call.t} frames of a cell, got {call.drop}")
-    if not 0 <= call.crop < min(call.u, call.v):
-        raise ValueError(f"{name}: crop must be less than the sides of a cell {call.cell}, got {call.crop}")
+    if not 0 <= call.drop < call.t or (call.drop and not x.shape[1]):
+        raise ValueError(
+            f"{name}: drop must be less than the {call.t} frames of a cell, got {call.drop} (x is {tuple(x.shape)})"
+        )
+    if not 0 <= call.crop < min(call.u, call.v) or (call.crop and not x.shape[2] * x.shape[3]):
+        raise ValueError(
+            f"{name}: crop must be less than the sides of a cell {call.cell}, got {call.crop} (x is {tuple(x.shape)})"
+        )
     if (source := call.source) is not None:
         fits = source.ndim == 5 and source.shape[-1] and not (source.shape[-1] % size or x.shape[-1] % source.shape[-1])
         if not fits or source.shape[:-1] != x.shape[:-1]:

@@ -83,7 +83,7 @@ def _costs(x: Tensor) -> Costs:
 
 
 def _parts(x: Tensor) -> Iterator[Part]:
-    for rows, of in row_parts(x.reshape(-1, x.shape[-1])):
+    for rows, of in row_parts(x):
         yield Part((rows,), of)
 
 

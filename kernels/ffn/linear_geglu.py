@@ -21,6 +21,7 @@ import triton
 from torch import Tensor
 
 from vidaccel.kernels.check import Part, cuts
+from vidaccel.kernels.conv.arguments import require_one_dtype
 from vidaccel.kernels.ffn.geglu import geglu, geglu_ref
 from vidaccel.kernels.op import Costs, Implementation, Op, tensors_reason
 
@@ -135,12 +136,7 @@ def _validate(x: Tensor, weight: Tensor, bias: Tensor) -> None:
             "linear_geglu: x must be [..., K], weight [2 * D, K], bias [2 * D], "
             f"got x {tuple(x.shape)}, weight {tuple(weight.shape)}, bias {tuple(bias.shape)}"
         )
-    if not x.is_floating_point():
-        raise TypeError(f"linear_geglu: x must be floating-point, got {x.dtype}")
-    if not x.dtype == weight.dtype == bias.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(
-            f"linear_geglu: x, weight and bias must have one dtype, got {x.dtype}, {weight.dtype} and {bias.dtype}"
-        )
+    require_one_dtype("linear_geglu", x=x, weight=weight, bias=bias)
 
 
 LINEAR_GEGLU = Op(

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vidaccel.kernels.check import Part, cuts
+from vidaccel.kernels.conv.arguments import require_one_dtype
 from vidaccel.kernels.op import Costs, Implementation, Op, scaled
 
 __all__ = ["LINEAR_GELU", "linear_gelu", "linear_gelu_ref"]
@@ -73,6 +74,7 @@ def _validate(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) 
         raise ValueError(f"linear_gelu: x must be [..., K], weight [N, K], got {tuple(x.shape)}, {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"linear_gelu: bias must be [{len(weight)}], got {tuple(bias.shape)}")
+    require_one_dtype("linear_gelu", x=x, weight=weight, bias=bias)
     if approximate not in ("tanh", "none"):
         raise ValueError(f"linear_gelu: approximate must be 'tanh' or 'none', got {approximate!r}")
 

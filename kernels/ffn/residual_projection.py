@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vidaccel.kernels.check import Part, row_parts
+from vidaccel.kernels.check import Part, as_rows, row_parts
+from vidaccel.kernels.conv.arguments import require_floats, require_one_dtype
 from vidaccel.kernels.op import Costs, Implementation, Op, device_reason
 
 __all__ = ["RESIDUAL_PROJECTION", "residual_projection", "residual_projection_ref"]
@@ -48,11 +49,21 @@ def _costs(x: Tensor, weight: Tensor, with_bias: Tensor) -> Costs:
 
 
 def _parts(x: Tensor, weight: Tensor, with_bias: Tensor) -> Iterator[Part]:
-    addend = with_bias.reshape(-1, with_bias.shape[-1])
+    addend = as_rows(with_bias)
     start = 0
-    for rows, of in row_parts(x.reshape(-1, x.shape[-1])):
+    for rows, of in row_parts(x):
         yield Part((rows, weight, addend[start : start + len(rows)]), of)
         start += len(rows)
+
+
+def _validate(x: Tensor, weight: Tensor, with_bias: Tensor) -> None:
+    if weight.shape != (with_bias.shape[-1], x.shape[-1]) or x.shape[:-1] != with_bias.shape[:-1]:
+        raise ValueError(
+            f"residual_projection: x must be [..., K], weight [C, K], with_bias [..., C], "
+            f"got {tuple(x.shape)}, {tuple(weight.shape)}, {tuple(with_bias.shape)}"
+        )
+    require_one_dtype("residual_projection", x=x, weight=weight)
+    require_floats("residual_projection", x=x, with_bias=with_bias)
 
 
 RESIDUAL_PROJECTION = Op(
@@ -62,6 +73,7 @@ RESIDUAL_PROJECTION = Op(
     fake=lambda x, weight, with_bias: torch.empty_like(with_bias),
     costs=_costs,
     parts=_parts,
+    validate=_validate,
     overwrites=2,
 )
 
@@ -81,9 +93,4 @@ def residual_projection(x: Tensor, weight: Tensor, with_bias: Tensor, *, impl: s
     Raises:
         ValueError: The shapes do not fit one another; ``impl`` cannot run here.
     """
-    if weight.shape != (with_bias.shape[-1], x.shape[-1]) or x.shape[:-1] != with_bias.shape[:-1]:
-        raise ValueError(
-            f"residual_projection: x must be [..., K], weight [C, K], with_bias [..., C], "
-            f"got {tuple(x.shape)}, {tuple(weight.shape)}, {tuple(with_bias.shape)}"
-        )
     return RESIDUAL_PROJECTION(x, weight, with_bias, impl=impl)

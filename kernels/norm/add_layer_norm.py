@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidaccel.kernels.check import Part, cuts
+from vidaccel.kernels.conv.arguments import require_floats
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason, scaled, tensors_reason
 
@@ -313,6 +314,7 @@ def _validate(
     position: Tensor | None,
     row_to: str,
 ) -> None:
+    require_floats("add_layer_norm", x=x, weight=weight, bias=bias, residual=residual, row=row, position=position)
     if x.ndim != 3:
         raise ValueError(f"add_layer_norm: x must be [B, S, C], got {tuple(x.shape)}")
     samples, _, channels = x.shape

@@ -38,6 +38,7 @@ from torch import Tensor
 
 from vidaccel.kernels import settings
 from vidaccel.kernels.check import Part, cuts, piece_of
+from vidaccel.kernels.conv.arguments import require_floats
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason, one_or, scaled, tensors_reason
 
@@ -637,6 +638,8 @@ def _part_of(modulation: Tensor | None, call: _Call, samples: slice, tokens: sli
 def _validate(*args: Any) -> None:
     call = _Call(*args)
     x = call.x
+    names = ("x", "branch", "gate", "scale", "shift", "scale2", "shift2", "weight", "bias")
+    require_floats("gated_residual_norm", **{name: getattr(call, name) for name in names})
     if x.ndim != 3:
         raise ValueError(f"gated_residual_norm: x must be [B, S, C], got {tuple(x.shape)}")
     samples, tokens, channels = x.shape

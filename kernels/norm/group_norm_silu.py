@@ -35,6 +35,7 @@ from vidaccel.kernels.channels_last import (
     empty_channels_last,
 )
 from vidaccel.kernels.check import Part, cuts
+from vidaccel.kernels.conv.arguments import require_floats
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.norm.channel_statistics import (
     FOLD,
@@ -583,6 +584,7 @@ def _reason(call: _Call) -> str | None:
 
 def _validate(name: str, call: _Call) -> None:
     x, shift, tail = call.x, call.shift, call.tail
+    require_floats(name, x=x, weight=call.weight, bias=call.bias, shift=shift, tail=tail, row=call.row)
     if not 3 <= x.ndim <= 5:
         raise ValueError(f"{name}: x must be [N, C, *spatial] with 1 to 3 spatial dims, got {tuple(x.shape)}")
     channels = x.shape[1]
@@ -595,6 +597,8 @@ def _validate(name: str, call: _Call) -> None:
         channels += tail.shape[1]
     if call.groups < 1 or channels % call.groups:
         raise ValueError(f"{name}: groups={call.groups} does not divide C={channels} (x is {tuple(x.shape)})")
+    if len(x) * channels * call.rows == call.groups:
+        raise ValueError(f"{name}: one value in a group has no variance, groups={call.groups} (x is {tuple(x.shape)})")
     if call.weight.shape != (channels,) or call.bias.shape != (channels,):
         raise ValueError(
             f"{name}: weight and bias must be [{channels}], got {tuple(call.weight.shape)} and {tuple(call.bias.shape)}"

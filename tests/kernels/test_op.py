@@ -233,6 +233,31 @@ def test_what_raises_is_replaced_for_good_with_one_warning(caplog: pytest.LogCap
         op(X, 2, impl="fails")
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+def test_what_raises_is_said_once_whatever_the_shape(gradients: bool, caplog: pytest.LogCaptureFixture) -> None:
+    def fails(*args: Any) -> Any:
+        raise RuntimeError("no kernel image is available")
+
+    ways = {"fails": Implementation(fails), "unbound": Implementation(_way("unbound"), bind=fails)}
+    for name, way in ways.items():
+        op = make(implementations={name: way})
+        with torch.set_grad_enabled(gradients):
+            for size in (1, 2, 1, 2):
+                assert torch.equal(op(X[:size], 2), 4 * X[:size])
+    assert len(caplog.records) == (1 if gradients else 2), "with gradients nothing is bound"
+
+
+def test_what_raises_after_it_has_written_spoils_nothing() -> None:
+    def fails(x: Tensor, scale: float) -> Tensor:
+        x.zero_()
+        raise RuntimeError("the second of two kernels")
+
+    op = make(implementations={"fails": Implementation(fails)}, overwrites=0)
+    with listening(checks=True) as events:
+        assert torch.equal(op(X.clone(), 2), 4 * X)
+    assert "the second of two kernels" in events[0].reason
+
+
 def test_no_memory_is_the_callers_to_know() -> None:
     def fails(x: Tensor, scale: float) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -157,6 +157,21 @@ assert not rules_for(gone)
 for reason in (off_reason(gone), reason_unserved(gone)):
     assert reason.startswith("{name}") and "ImportError: cannot import name {name!r}" in reason, reason
 """
+WITH_ANOTHER_SIGNATURE = """
+from diffusers.models.transformers import transformer_wan
+from vidaccel.patching.families import off_reason, reason_unserved, rules_for
+
+def forward(self, hidden_states, something_new, *args): pass
+transformer_wan.WanTransformerBlock.forward = forward
+def made(name):
+    kind = getattr(diffusers, name)
+    return kind.__new__(kind)
+assert not rules_for(made("WanTransformer3DModel"))
+reason = off_reason(made("WanTransformer3DModel"))
+assert "WanTransformerBlock.forward takes (self, hidden_states, something_new, args), expected (self, hidd" in reason
+others = ["AutoencoderKLWan", "LTXVideoTransformer3DModel", "UNetMotionModel"]
+assert all(rules_for(made(name)) for name in others)
+"""
 ONE_MODEL = """
 from vidaccel.patching.families import rules_for, served_pipelines
 served_pipelines()
@@ -190,6 +205,6 @@ def test_every_family_is_imported_by_itself_and_breaks_by_itself() -> None:
         ("unets.unet_3d_condition", "UNet3DConditionModel", ["I2VGenXLUNet", "UNetMotionModel"]),
     ]
     scripts = [WITHOUT_A_CLASS.format(module=module, name=name, others=others) for module, name, others in without]
-    code = IN_PROCESSES_OF_THEIR_OWN.format(scripts=[ONE_MODEL, *scripts])
+    code = IN_PROCESSES_OF_THEIR_OWN.format(scripts=[ONE_MODEL, WITH_ANOTHER_SIGNATURE, *scripts])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

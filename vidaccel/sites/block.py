@@ -17,6 +17,7 @@ does.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import zlib
 from collections.abc import Callable, Iterator
@@ -58,6 +59,7 @@ CORNER_ROWS = CORNER * CORNER
 MOST_WHOLE = 2**21  # numbers in a call's tensors that need not be cut
 # A checked call costs about two; so few of a model's blocks are due at once, and later ones ever more rarely.
 FIRST_RECHECK, RECHECK_SPREAD, RECHECK_GROWTH = 32, 128, 4
+MOST_SEEN = 1024  # kinds of calls that a block remembers
 GRADIENTS = "gradients are being recorded (fused sites serve inference only: use torch.no_grad())"
 
 Block = TypeVar("Block", bound="type[FusedBlock]")
@@ -195,9 +197,15 @@ def fuses(original: type[nn.Module], ops: dict[str, Fidelity]) -> Callable[[Bloc
 
     It takes the original's name, because diffusers finds blocks by ``__class__.__name__`` (``_no_split_modules``,
     ``_repeated_blocks``).
+
+    Raises:
+        TypeError: The forwards take different parameters: the original is that of another diffusers.
     """
 
     def decorate(cls: Block) -> Block:
+        ours, theirs = (", ".join(inspect.signature(kind.forward).parameters) for kind in (cls, original))
+        if ours != theirs:
+            raise TypeError(f"{original.__name__}.forward takes ({theirs}), expected ({ours})")
         cls.original, cls.ops = original, ops
         cls.__name__, cls.__qualname__ = original.__name__, original.__qualname__
         return cls
@@ -269,8 +277,14 @@ def run_part(host: Host, part: Callable[..., Result], *args: Any, **kwargs: Any)
 
 def _plan(host: Host, sites: SiteGroup, kind_of_call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Plan:
     reason = unserved_reason(host, sites, args, kwargs) or ""
-    path = (kind_of_call, settings.current(), fingerprint(host.module_of(args)))
-    seen = sites.seen.setdefault(path, _Seen(sites.paths, sites.checks))
+    # A site that has failed, or is off, leaves another path, whose ops may not have been checked yet.
+    # Only a hash is kept: a block's attributes are many, and a model's sites meet every size that somebody tries.
+    path = hash((kind_of_call, settings.current(), sites.running(), fingerprint(host.module_of(args))))
+    seen = sites.seen.get(path)
+    if seen is None:
+        if len(sites.seen) >= MOST_SEEN:
+            sites.seen.clear()
+        seen = sites.seen[path] = _Seen(sites.paths, sites.checks)
     return _Plan(reason, seen)
 
 

@@ -18,6 +18,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from vidaccel.kernels.op import when_failing
+
 __all__ = [
     "Memo",
     "Way",
@@ -145,6 +147,9 @@ def plans_changed() -> None:
     _generation += 1
     if (memo := _memo.get()) is not None:
         memo.clear()
+
+
+when_failing.append(plans_changed)  # so that reports hear of it
 
 
 def signature(values: Any) -> tuple[Any, ...]:

@@ -107,13 +107,13 @@ class SiteGroup:
 
     Attributes:
         checks: Whether calls are held against their references.
-        seen: What is known of each kind of call, for as long as the sites are in place.
+        seen: What is known of each kind of call, by its hash, for as long as the sites are in place.
     """
 
     def __init__(self, sites: Iterable[Site], checks: bool) -> None:
         self.sites = {site.op: site for site in sites}
         self.checks = checks
-        self.seen: dict[Any, Any] = {}
+        self.seen: dict[int, Any] = {}
         self._running: frozenset[str] = frozenset()
         self._generation = -1
 

@@ -1,0 +1,118 @@
+"""What a patched pipeline keeps: nothing that grows with the calls, little of each size, and nothing once restored.
+
+And what it gives: the same bits each time, as the stock pipeline does.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import os
+import subprocess
+import sys
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import tiny_motion_unet, tiny_synthetic_pipeline
+from torch import Tensor, nn
+
+from vidaccel import patch_module, patch_pipeline
+from vidaccel.clips.generation import generate
+
+PIPELINES = ("svd", "animatediff", "wan2.1-t2v-1.3b", "ltx-video-2b", "hunyuanvideo1.5-480p")
+
+
+@pytest.fixture(autouse=True)
+def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
+
+
+def called(unet: nn.Module, size: int, device: torch.device | None = None) -> Tensor:
+    torch_random = torch.Generator().manual_seed(size)
+    sample = torch.randn(2, 4, 3, 8, size, generator=torch_random).to(device)
+    with torch.no_grad():
+        return unet(sample, torch.tensor(5.0).to(device), torch.randn(6, 7, 32).to(device)).sample
+
+
+def tensors() -> int:
+    gc.collect()
+    return sum(issubclass(type(x), Tensor) for x in gc.get_objects())
+
+
+def test_fifty_calls_in_two_threads_leave_nothing() -> None:
+    unet = tiny_motion_unet()
+    with patch_module(unet), ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda size: called(unet, size), [8, 16] * 4))
+        before, objects = tensors(), len(gc.get_objects())
+        list(pool.map(lambda size: called(unet, size), [8, 16] * 25))
+        assert tensors() == before
+        assert len(gc.get_objects()) < objects + 200
+
+
+def test_another_size_takes_little_memory() -> None:
+    unet = tiny_motion_unet()
+    modules = len(list(unet.modules()))
+    with patch_module(unet):
+        called(unet, 8)
+        gc.collect()
+        tracemalloc.start()
+        try:
+            for size in range(10, 26, 2):
+                called(unet, size)
+            gc.collect()
+            kept, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert kept < 8 * modules * 500, "bytes for each size and module"
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_restored_pipeline_keeps_nothing(name: str) -> None:
+    pipe, arguments = tiny_synthetic_pipeline(name)
+    first = generate(pipe, arguments, seed=0).frames
+    before = tensors()
+    with patch_pipeline(pipe) as report:
+        generate(pipe, arguments, seed=0)
+    assert np.array_equal(generate(pipe, arguments, seed=0).frames, first)
+    assert tensors() == before and report.sites
+
+
+@pytest.mark.gpu
+def test_fifty_calls_on_a_gpu_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VIDACCEL_IMPL")
+    unet, gpu = tiny_motion_unet().to("cuda"), torch.device("cuda")
+    with patch_module(unet), ThreadPoolExecutor(2) as pool:
+        allocated = []
+        for _ in range(2):  # at first libraries take memory for each thread
+            list(pool.map(lambda size: called(unet, size, gpu), [8, 16] * 25))
+            gc.collect()
+            allocated.append(torch.cuda.memory_allocated())
+        assert allocated[0] == allocated[1]
+
+
+def digest(name: str, patched: bool) -> str:
+    pipe, arguments = tiny_synthetic_pipeline(name)
+    if patched:
+        patch_pipeline(pipe)
+    first, second = (generate(pipe, arguments, seed=3).frames for _ in range(2))
+    assert np.array_equal(first, second), "the same process"
+    return hashlib.sha256(np.ascontiguousarray(first)).hexdigest()
+
+
+def test_a_seed_gives_the_same_bits_in_every_process() -> None:
+    found = {f"{name} {patched}": digest(name, patched) for name in PIPELINES[:3] for patched in (False, True)}
+    command = [sys.executable, __file__, *(word for key in found for word in key.split())]
+    path = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == list(found.values())
+
+
+if __name__ == "__main__":  # the other process
+    for name, patched in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        print(digest(name, patched == "True"))
