@@ -175,13 +175,13 @@ class ChannelsLastWeights(Rule):
         return None
 
     def undo(self, module: Any, memo: list[tuple[nn.Module, tuple[int, ...]]]) -> None:
-        there = set(_plain_convolutions(module))
+        there = set(module.modules())
         for convolution, strides in memo:
-            if convolution in there:
-                _lay_out(convolution.weight, strides)  # type: ignore[arg-type]
+            if convolution in there and (weight := _numbers_of(convolution)) is not None:
+                _lay_out(weight, strides)
 
 
-def _lay_out(weight: nn.Parameter, strides: tuple[int, ...]) -> None:
+def _lay_out(weight: Tensor, strides: tuple[int, ...]) -> None:
     if weight.stride() != strides:
         weight.data = torch.empty_strided(
             weight.shape, strides, dtype=weight.dtype, device=weight.device
@@ -194,7 +194,20 @@ def _order_of(convolution: nn.Module) -> torch.memory_format:
 
 def _plain_convolutions(model: nn.Module) -> Iterator[Any]:
     for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.Conv3d)):
-            weight = module.weight
-            if type(weight) is nn.Parameter and weight.is_floating_point() and not weight.is_meta:
-                yield module
+        if isinstance(module, (nn.Conv2d, nn.Conv3d)) and _is_plain(module.weight) and not module.weight.is_meta:
+            yield module
+
+
+def _is_plain(weight: Any) -> bool:
+    return type(weight) is nn.Parameter and weight.is_floating_point()
+
+
+def _numbers_of(convolution: Any) -> Tensor | None:
+    """The tensor that has the numbers of a plain weight; while accelerate offloads it, one in a table of its hook."""
+    weight: Tensor = convolution.weight
+    if not _is_plain(weight):
+        return None
+    if weight.is_meta:
+        table = getattr(vars(convolution).get("_hf_hook"), "weights_map", None)
+        return None if table is None else table["weight"]
+    return weight
