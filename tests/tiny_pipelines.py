@@ -162,7 +162,7 @@ def wide_vae_of_wan() -> Any:
 def cosmos(
     module: str, name: str, vae: nn.Module, scheduler: Any, config: dict[str, Any], given: dict[str, Any]
 ) -> Made:
-    """The pipeline called ``name`` of the ``module`` of diffusers, which joins no padding mask: that takes torchvision."""
+    """The pipeline called ``name`` of that ``module`` of diffusers, without a padding mask, which takes torchvision."""
     kind = getattr(importlib.import_module(f"diffusers.pipelines.cosmos.pipeline_{module}"), name)
     torch.manual_seed(0)
     pipe = kind(
