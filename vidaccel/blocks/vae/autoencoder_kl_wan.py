@@ -313,7 +313,7 @@ class FusedWanPostQuantConv(FusedBlock, WanCausalConv3d):
         return _conv_reason(module, 1)
 
     def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
-        sites = None if torch.compiler.is_compiling() else _sites_of(self)  # None also if somebody has kept this forward
+        sites = None if torch.compiler.is_compiling() else _sites_of(self)  # None if only kept by a hook
         if sites is None or cache_x is not None or not self._may_look_ahead(x, sites):
             return WanCausalConv3d.forward(self, x, cache_x)
         tile = _tiles.get(self)
