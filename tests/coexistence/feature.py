@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from vidaccel.clips.generation import generate
 
-__all__ = ["Feature", "Needs", "Subject", "Undo", "blocks_of", "has", "seeded", "takes"]
+__all__ = ["MATH_EXACT", "Feature", "Needs", "Subject", "Undo", "blocks_of", "has", "seeded", "takes"]
 
+MATH_EXACT = 1e-5  # of the norm of a clip in float32, as in family_checks.check_clip
 Undo = Callable[[], Any]
 
 
@@ -71,9 +72,10 @@ class Feature:
         run: What is compared.
         fallback: A regular expression: the reasons that it may give to go the original way. Empty: there is to be none.
         shows: Whether what stock diffusers gives is to change. A feature that does nothing would test nothing.
+        limit: How far from stock's it may be, relative to its norm.
         rounds: Whether it calculates in low precision: the error to the stock clip is then at most twice stock's own.
-        keeps_order: Whether it makes other weights out of the patched ones, which have their memory order and which no
-            report can restore.
+        keeps_order: Whether stock's memory order of weights is not what the restored pipeline has: where it makes other
+            weights of the patched ones, or asks for the order that the patch has given them.
         drifts: Whether stock diffusers, too, gives other bits when it has been undone.
         slow: Turned on once for each order, not twice.
     """
@@ -84,6 +86,7 @@ class Feature:
     run: Callable[[Subject], Tensor] = Subject.clip
     fallback: str = ""
     shows: bool = False
+    limit: float = MATH_EXACT
     rounds: bool = False
     keeps_order: bool = False
     drifts: bool = False

@@ -7,7 +7,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,15 +15,17 @@ import diffusers
 import numpy as np
 import peft
 import torch
+from coexistence.families import build
 from coexistence.feature import Feature, Needs, Subject, Undo, blocks_of, has, seeded, takes
 from diffusers.hooks import LayerSkipConfig, apply_layer_skip
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 __all__ = ["FEATURES"]
 
-HOOKED = "a hook replaced the forward|has forward hooks|somebody hooked it"
+HOOKED = "a hook replaced the forward|has forward hooks|somebody hooked it|goes on where stock has begun"
 PROCESSOR = "its processor is a|a processor of its own|has a processor"
 
 
@@ -185,10 +187,11 @@ def _attentions(subject: Subject) -> list[Any]:
     return [module for module in subject.denoiser.modules() if hasattr(module, "set_processor")]
 
 
-def _some_layers(subject: Subject) -> list[nn.Module]:
-    """A few of every kind that blocks call, and that code of ours may stand for."""
-    kinds = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm, nn.SiLU)
-    return [module for block in blocks_of(subject) for module in block.modules() if isinstance(module, kinds)][::3]
+def _some_layers(subject: Subject, start: int = 0) -> list[nn.Module]:
+    """Every third, from ``start``, of those that blocks call, and that code of ours may stand for."""
+    kinds = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, RMSNorm, nn.SiLU)
+    layers = [module for block in blocks_of(subject) for module in block.modules() if isinstance(module, kinds)]
+    return list(dict.fromkeys(layers))[start::3]
 
 
 def _hooked(modules: Callable[[Subject], list[nn.Module]], hook: Callable[..., Any]) -> Callable[[Subject], Undo]:
@@ -212,21 +215,44 @@ def _halve_in_place(module: nn.Module, args: Any, out: Any) -> None:
     tree_map(lambda x: x.data.mul_(0.5) if isinstance(x, Tensor) else x, out)
 
 
-def saved_activations(modules: Callable[[Subject], list[nn.Module]]) -> Callable[[Subject], Tensor]:
-    """All that hooks keep of a clip, without a copy, looked at when it is done."""
+def saved_layers(subject: Subject) -> Tensor:
+    return torch.cat([_saved(subject, _some_layers(subject, start)) for start in range(3)])
 
-    def run(subject: Subject) -> Tensor:
-        kept: list[Tensor] = []
-        handles = [
-            module.register_forward_hook(lambda module, args, out: kept.extend(_tensors(out)))
-            for module in modules(subject)
-        ]
-        clip = subject.clip()
-        for handle in handles:
-            handle.remove()
-        return torch.cat([x.flatten() for x in (*kept, clip)])
 
-    return run
+def saved_blocks(subject: Subject) -> Tensor:
+    return _saved(subject, list(blocks_of(subject)))
+
+
+def _saved(subject: Subject, modules: list[nn.Module]) -> Tensor:
+    """All that hooks keep of a clip, and its shapes; without a copy, looked at when the clip is done."""
+    overwritten = _overwritten(subject.family)
+    kept = _kept(subject, modules, copies=False), _kept(subject, modules, copies=True)
+    paths = {module: path for path, module in subject.denoiser.named_modules()}
+    activations = [x for module in modules for x in kept[paths[module] in overwritten][module]]
+    shapes = torch.tensor([size for x in activations for size in x.shape])
+    return torch.cat([x.flatten() for x in (*activations, shapes)])
+
+
+def _kept(subject: Subject, modules: list[nn.Module], copies: bool) -> dict[nn.Module, list[Tensor]]:
+    kept: dict[nn.Module, list[Tensor]] = {module: [] for module in modules}
+
+    def keep(module: nn.Module, args: Any, out: Any) -> None:
+        kept[module] += [x.clone() if copies else x for x in _tensors(out)]
+
+    handles = [module.register_forward_hook(keep) for module in modules]
+    subject.clip(num_inference_steps=1 if "unet" in subject.pipe.components else 2)
+    for handle in handles:
+        handle.remove()
+    return kept
+
+
+@cache
+def _overwritten(family: str) -> set[str]:
+    """Paths of the layers whose output stock code writes to, when they have returned it."""
+    subject = build(family)
+    layers = {module: path for path, module in subject.denoiser.named_modules() if not list(module.children())}
+    kept, copies = (_kept(subject, list(layers), copies) for copies in (False, True))
+    return {path for layer, path in layers.items() if not all(map(torch.equal, kept[layer], copies[layer]))}
 
 
 def _tensors(x: Any) -> list[Tensor]:
@@ -536,6 +562,7 @@ def checkpointed(subject: Subject) -> Undo:
     return undo_both
 
 
+GRADIENT = 1e-4  # of the weights' memory order; stock's own to float64 is 5e-6 in AnimateDiff
 TRAINS = "gradients are being recorded|" + HOOKED
 STEPS = 2
 MORE = {"num_inference_steps": 4}
@@ -583,8 +610,8 @@ FEATURES = [
     Feature("a hook that reads blocks", _hooked(lambda subject: list(blocks_of(subject)), _read), fallback=HOOKED),
     Feature("a hook that changes blocks", _hooked(lambda subject: list(blocks_of(subject)), _shift), fallback=HOOKED,
             shows=True),
-    Feature("hooks that save layers", run=saved_activations(_some_layers), fallback=HOOKED),
-    Feature("hooks that save blocks", run=saved_activations(lambda subject: list(blocks_of(subject))), fallback=HOOKED),
+    Feature("hooks that save layers", run=saved_layers, fallback=HOOKED),
+    Feature("hooks that save blocks", run=saved_blocks, fallback=HOOKED),
     Feature("a hook that changes the text", pre_hook,
             lambda subject: None if "encoder_hidden_states" in subject.call[1] else "its text comes by position",
             fallback=HOOKED, shows=True),
@@ -613,7 +640,8 @@ FEATURES = [
     Feature("threads", run=in_threads),
     Feature("a forked worker", run=in_a_process("fork")),
     Feature("a spawned worker", run=in_a_process("spawn"), slow=True),
-    Feature("a LoRA that is trained", trained_lora, takes("add_adapter"), gradients_of_a_lora, fallback=TRAINS),
+    Feature("a LoRA that is trained", trained_lora, takes("add_adapter"), gradients_of_a_lora,
+            fallback=TRAINS, limit=GRADIENT),
     Feature("gradient checkpointing", checkpointed, takes("add_adapter", "enable_gradient_checkpointing"),
-            gradients_of_a_lora, fallback=TRAINS),
+            gradients_of_a_lora, fallback=TRAINS, limit=GRADIENT),
 ]  # fmt: skip

@@ -20,7 +20,7 @@ from coexistence.feature import Feature, Needs, Subject, Undo, seeded, takes
 from diffusers.hooks import apply_group_offloading
 from torch import Tensor, nn
 
-__all__ = ["FEATURES"]
+__all__ = ["FEATURES", "HOOKED", "group_offload"]
 
 ATTENTION = re.compile(r".*(attn\d?|attention)\..*")
 BY_KEYWORD = re.compile(r".*motion_modules\.\d+\.proj_(in|out)")  # called with input=, which LoRA does not take
@@ -143,9 +143,9 @@ def sequential_offload(subject: Subject) -> Undo:
     return lambda: [remove_hook_from_module(model, recurse=True) for model in subject.models]
 
 
-def group_offload(subject: Subject, offload_type: str, **options: Any) -> Undo:
+def group_offload(subject: Subject, offload_type: str, onload: str = "cpu", **options: Any) -> Undo:
     for model in subject.models:
-        apply_group_offloading(model, torch.device("cpu"), torch.device("cpu"), offload_type, **options)
+        apply_group_offloading(model, torch.device(onload), torch.device("cpu"), offload_type, **options)
 
     def undo() -> None:
         for model in subject.models:
@@ -327,7 +327,7 @@ FEATURES = [
     Feature("to(bfloat16)", lambda subject: cast(subject, torch.bfloat16), fallback="not float32",
             shows=True, rounds=True),
     Feature("to(bfloat16) and back", lambda subject: cast(subject, torch.bfloat16, torch.float32), shows=True),
-    Feature("channels_last", channels_last),
+    Feature("channels_last", channels_last, keeps_order=True),
     Feature("torchao, int8 weights", torchao, _installed("torchao"), fallback=CHILD, shows=True),
     Feature("quanto, int8 weights", quanto, _installed("optimum.quanto"), fallback=CHILD, shows=True, keeps_order=True),
     Feature("bitsandbytes, 8 bits", bitsandbytes, _installed("bitsandbytes"), fallback=CHILD, shows=True, rounds=True),

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 from coexistence.families import ROUNDED, build
-from coexistence.feature import Feature, Subject, Undo
+from coexistence.feature import MATH_EXACT, Feature, Subject, Undo
 from torch import Tensor
 
 from vidaccel import patch_pipeline
@@ -24,7 +24,6 @@ from vidaccel.patching.report import PatchReport
 __all__ = ["ORDERS", "Outcome", "outcome"]
 
 ORDERS = ("before", "after")  # the feature is turned on before the patch, or after it
-MATH_EXACT = 1e-5  # of the norm of a clip in float32, as in family_checks.check_clip
 EIGHT_BITS = 1e-3  # where its pixels have been rounded, of which few may be rounded another way
 
 
@@ -69,13 +68,13 @@ def outcome(feature: Feature, family: str, order: str) -> Outcome:
         second = feature.run(subject)
     gold = _plain(family) if feature.rounds else None
     for out, which in ((first, "first"), (second, "second")):
-        _assert_near(out, stock.on, f"in the {which} run with it on", family, gold)
+        _assert_near(out, stock.on, f"in the {which} run with it on", _limit(feature.limit, family), gold)
     reasons = _reasons(report) - _plain_reasons(family)
     _assert_documented(feature, report, reasons)
     report.restore()
     restored = feature.run(subject)
     if feature.keeps_order:
-        _assert_near(restored, stock.on, "restored with it on", family)
+        _assert_near(restored, stock.on, "restored with it on", _limit(feature.limit, family))
     else:
         _assert_same(restored, stock.on, "restored with it on")
     if undo is not None:
@@ -93,7 +92,7 @@ def _second_round(feature: Feature, subject: Subject, order: str, plain: Tensor)
     report, undo = _both(feature, subject, order)
     assert undo is not None
     undo()
-    _assert_near(subject.clip(), plain, "undone under the patch", subject.family)
+    _assert_near(subject.clip(), plain, "undone under the patch", _limit(MATH_EXACT, subject.family))
     assert not any(site.state == "failed" for site in report.sites), str(report)
     report.restore()
     _assert_same(subject.clip(), plain, "undone, then restored")
@@ -148,11 +147,14 @@ def _distance(out: Tensor, expected: Tensor) -> float:
     return float((out - expected).norm() / expected.norm())
 
 
-def _assert_near(out: Tensor, expected: Tensor, when: str, family: str, gold: Tensor | None = None) -> None:
+def _limit(limit: float, family: str) -> float:
+    return max(limit, EIGHT_BITS) if family in ROUNDED else limit
+
+
+def _assert_near(out: Tensor, expected: Tensor, when: str, limit: float, gold: Tensor | None = None) -> None:
     """``gold``: the clip in float32, where stock's own is of low precision."""
-    if gold is None:
-        error, limit = _distance(out, expected), EIGHT_BITS if family in ROUNDED else MATH_EXACT
-    else:
+    error = _distance(out, expected)
+    if gold is not None:
         error, limit = _distance(out, gold), 2 * _distance(expected, gold)
     assert error <= limit, f"silently different, {when}: {error:.1e} off, {limit:.0e} allowed"
 

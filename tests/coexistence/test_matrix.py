@@ -9,6 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from coexistence import features_on_a_gpu
 from coexistence.families import FAMILIES
 from coexistence.feature import Feature
 from coexistence.features import FEATURES
@@ -46,10 +48,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for order in ORDERS
         if whole or _is_cheap(feature, family, order)
     ]
-    metafunc.parametrize(("feature", "family", "order"), cells, ids=_named)
+    if "record_property" in metafunc.fixturenames:  # that of all cells
+        metafunc.parametrize(("feature", "family", "order"), cells, ids=_named)
 
 
 def test_cell(feature: Feature, family: str, order: str, record_property: Callable[[str, Any], None]) -> None:
     record_property("cell", (feature.name, family, order, "failed", ()))
     found = outcome(feature, family, order)
     record_property("cell", (feature.name, family, order, found.kind, found.reasons))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("feature", features_on_a_gpu.FEATURES, ids=_named)
+@pytest.mark.parametrize("family", ["AnimateDiff", "SVD", "LTX", "Wan 2.1"])
+def test_cell_on_a_gpu(feature: Feature, family: str, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    found = outcome(feature, family, order)
+    assert found.kind != "n/a", found.reasons
