@@ -1,6 +1,7 @@
 # make demo       generate a clip with the bundled model, unpatched and patched, and compare the two
 # make test       every test that needs no GPU
 # make gpu-test   the tests that need one; leaves samples/benchmarks/gpu-tests.json
+# make matrix     what users do with a pipeline, on every family, before the patch and after: half an hour, one table
 # make check      ruff, mypy
 # make fuzz       many random arguments for every op and pipeline; prints how to see a failure again
 # make faults     the fidelity check's record: planted faults and right variants; DEVICE=cuda for all dtypes
@@ -13,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test gpu-test check faults fuzz versions sanitize benchmarks clean
+.PHONY: demo test gpu-test matrix check fuzz faults versions sanitize benchmarks clean
 
 demo: $(READY)
 	$(BIN)/vidaccel generate --compare --overwrite --out demo/clip.mp4
@@ -23,6 +24,10 @@ test: $(READY)
 
 gpu-test: $(READY)
 	$(BIN)/pytest -v -m gpu --gpu-record samples/benchmarks/gpu-tests.json
+
+matrix: $(READY)
+	$(BIN)/pip install --constraint constraints.txt --editable '.[quantisers]'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests/coexistence --matrix samples/benchmarks/coexistence.md
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -27,13 +27,20 @@ settings.load_profile("ci")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu-record", type=Path, metavar="FILE", help="where a run on a GPU leaves its record (JSON)")
+    parser.addoption("--matrix", type=Path, metavar="FILE", help="run the whole coexistence matrix; its table")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Record the run where there is a GPU; in one process only, that of the session."""
+    """Record the run, of GPU tests where there is a GPU; in one process only, that of the session."""
+    if hasattr(config, "workerinput"):
+        return
     path = config.getoption("--gpu-record")
-    if path and torch.cuda.is_available() and not hasattr(config, "workerinput"):
+    if path and torch.cuda.is_available():
         config.pluginmanager.register(GpuRecord(path, torch.device("cuda")))
+    if table := config.getoption("--matrix"):
+        from coexistence.table import MatrixRecord
+
+        config.pluginmanager.register(MatrixRecord(table))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vidaccel.kernels.arguments import require_one_dtype
 from vidaccel.kernels.check import Part, row_parts
-from vidaccel.kernels.conv.arguments import require_one_dtype
 from vidaccel.kernels.op import Costs, Implementation, Op, device_reason
 
 __all__ = ["QKV_PROJECTION", "qkv_projection", "qkv_projection_ref"]

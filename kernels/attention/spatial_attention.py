@@ -35,10 +35,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vidaccel.kernels.arguments import require_floats
 from vidaccel.kernels.attention.alignment import aligned_rows
 from vidaccel.kernels.attention.gemm_attention import MOST_KEYS, bind_gemm_attention
 from vidaccel.kernels.check import Part, cuts
-from vidaccel.kernels.conv.arguments import require_floats
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.op import REFERENCE, Costs, Implementation, Op, device_reason, tensors_reason
 

@@ -29,9 +29,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vidaccel.kernels.arguments import require_floats
 from vidaccel.kernels.attention.alignment import aligned_rows
 from vidaccel.kernels.check import Part, cuts
-from vidaccel.kernels.conv.arguments import require_floats
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.op import Costs, Implementation, Op, device_reason, tensors_reason
 

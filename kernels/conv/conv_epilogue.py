@@ -23,10 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vidaccel.kernels.arguments import require_floats
 from vidaccel.kernels.channels_last import channels_last, channels_last_strides, empty_channels_last
 from vidaccel.kernels.check import Part, cuts, piece_of, pieces
 from vidaccel.kernels.conv.alpha_blend import CUT_DIMS, alpha_blend_ref, blend
-from vidaccel.kernels.conv.arguments import require_floats
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.norm.channel_statistics import (
     FOLD,

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vidaccel.kernels import settings
+from vidaccel.kernels.arguments import require_one_dtype
 from vidaccel.kernels.check import Part, cuts
-from vidaccel.kernels.conv.arguments import require_one_dtype
 from vidaccel.kernels.op import Costs, Implementation, Op, device_reason, tensors_reason
 
 __all__ = ["JOINED_PROJECTION", "joined_projection", "joined_projection_ref", "joining_pays"]

@@ -14,8 +14,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from vidaccel.kernels.arguments import require_one_dtype
 from vidaccel.kernels.check import Part, cuts
-from vidaccel.kernels.conv.arguments import require_one_dtype
 from vidaccel.kernels.op import Costs, Implementation, Op, device_reason, tensors_reason
 
 __all__ = ["PADDED_CHANNELS", "padded_channels", "padded_channels_ref"]

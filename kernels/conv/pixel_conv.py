@@ -23,8 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from vidaccel.kernels import settings
+from vidaccel.kernels.arguments import require_floats
 from vidaccel.kernels.check import Part, cuts
-from vidaccel.kernels.conv.arguments import require_floats
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.op import Costs, Implementation, Op, device_reason, scaled, tensors_reason
 

@@ -31,10 +31,10 @@ import triton.language as tl
 from torch import Tensor
 
 from vidaccel.kernels import settings
+from vidaccel.kernels.arguments import require_floats
 from vidaccel.kernels.channels_last import channels_last, channels_last_strides, empty_channels_last
 from vidaccel.kernels.check import Part, piece_of, pieces
 from vidaccel.kernels.conv.alpha_blend import blend
-from vidaccel.kernels.conv.arguments import require_floats
 from vidaccel.kernels.conv.conv_epilogue import CONV_EPILOGUE, conv_epilogue_ref, validate_epilogue
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.op import REFERENCE, Costs, Implementation, Op, device_reason, scaled, tensors_reason

@@ -36,9 +36,9 @@ import triton.language as tl
 from torch import Tensor
 
 from vidaccel.kernels import settings
+from vidaccel.kernels.arguments import require_floats
 from vidaccel.kernels.channels_last import channels_last, channels_last_strides
 from vidaccel.kernels.check import Part, cuts
-from vidaccel.kernels.conv.arguments import require_floats
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.norm.channel_statistics import (
     FOLD,

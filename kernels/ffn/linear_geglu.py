@@ -20,8 +20,8 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from vidaccel.kernels.arguments import require_one_dtype
 from vidaccel.kernels.check import Part, cuts
-from vidaccel.kernels.conv.arguments import require_one_dtype
 from vidaccel.kernels.ffn.geglu import geglu, geglu_ref
 from vidaccel.kernels.op import Costs, Implementation, Op, tensors_reason
 

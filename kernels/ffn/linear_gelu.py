@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vidaccel.kernels.arguments import require_one_dtype
 from vidaccel.kernels.check import Part, cuts
-from vidaccel.kernels.conv.arguments import require_one_dtype
 from vidaccel.kernels.op import Costs, Implementation, Op, scaled
 
 __all__ = ["LINEAR_GELU", "linear_gelu", "linear_gelu_ref"]

@@ -26,8 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vidaccel.kernels.arguments import require_floats
 from vidaccel.kernels.check import Part, cuts
-from vidaccel.kernels.conv.arguments import require_floats
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason, scaled, tensors_reason
 

@@ -37,8 +37,8 @@ import triton.language as tl
 from torch import Tensor
 
 from vidaccel.kernels import settings
+from vidaccel.kernels.arguments import require_floats
 from vidaccel.kernels.check import Part, cuts, piece_of
-from vidaccel.kernels.conv.arguments import require_floats
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason, one_or, scaled, tensors_reason
 

@@ -28,8 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vidaccel.kernels.arguments import require_floats
 from vidaccel.kernels.check import Part, cuts
-from vidaccel.kernels.conv.arguments import require_floats
 from vidaccel.kernels.conv.padded_clip import NO_PADDING, Padding, pad_clip, padded_pixel, require_padding
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.norm.channel_statistics import ChannelStatistics, choose_tiling, empty_parts, locate

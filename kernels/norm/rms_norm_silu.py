@@ -36,8 +36,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vidaccel.kernels.arguments import require_floats
 from vidaccel.kernels.check import Part, pieces
-from vidaccel.kernels.conv.arguments import require_floats
 from vidaccel.kernels.conv.padded_clip import NO_PADDING, Padding, pad_clip, padded_lines, padded_tiles, require_padding
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.norm.group_norm_silu import apply_silu

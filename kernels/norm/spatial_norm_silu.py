@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidaccel.kernels.conv.arguments import require_floats
+from vidaccel.kernels.arguments import require_floats
 from vidaccel.kernels.conv.padded_clip import Padding, pad_clip
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.norm.channel_statistics import ChannelStatistics, locate

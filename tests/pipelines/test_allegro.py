@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from block_checks import frozen
-from diffusers import AllegroPipeline, AutoencoderKLAllegro, EulerAncestralDiscreteScheduler
 from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro
 from family_checks import check_clip, check_compiled
+from tiny_pipelines import ALLEGRO, allegro
 from torch import Tensor
 from transformer_checks import (
     ORDERS,
@@ -30,9 +29,6 @@ from transformer_checks import (
 from vidaccel import patch_module, patch_pipeline
 from vidaccel.blocks.dit.transformer_allegro import ALLEGRO_OPS, FusedAllegroTransformerBlock
 
-SIZES = {"num_attention_heads": 2, "attention_head_dim": 24, "num_layers": 2, "cross_attention_dim": 48,
-         "caption_channels": 12, "sample_width": 6, "sample_height": 4, "sample_frames": 3}  # fmt: skip
-
 
 @pytest.fixture(autouse=True)
 def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,7 +36,7 @@ def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def build(dtype: torch.dtype = torch.float32) -> Any:
-    return tiny_transformer("AllegroTransformer3DModel", SIZES, dtype)
+    return tiny_transformer("AllegroTransformer3DModel", ALLEGRO, dtype)
 
 
 def rotary(frames: int, height: int, width: int) -> Any:
@@ -59,23 +55,7 @@ def call(model: Any, *, size: tuple[int, int, int] = (3, 4, 6), attention_mask: 
 
 
 def test_same_clip_and_exact_restore() -> None:
-    torch.manual_seed(0)
-    levels = {"block_out_channels": (8, 8, 8, 8), "temporal_downsample_blocks": (True, True, False, False),
-              "temporal_upsample_blocks": (False, True, True, False)}  # fmt: skip
-    vae = AutoencoderKLAllegro(layers_per_block=1, norm_num_groups=2, latent_channels=4, **levels)
-    pipe = AllegroPipeline(None, None, frozen(vae), build(), EulerAncestralDiscreteScheduler())
-    pipe.set_progress_bar_config(disable=True)
-    arguments: dict[str, Any] = {
-        "height": 32,
-        "width": 48,
-        "num_frames": 8,
-        "num_inference_steps": 2,
-        "negative_prompt": None,
-    }
-    for which in ("", "negative_"):
-        arguments[f"{which}prompt_embeds"] = torch.randn(1, 5, 12)
-        arguments[f"{which}prompt_attention_mask"] = (torch.arange(5) < 3)[None].long()
-    pipe.vae.enable_tiling()  # stock code decodes no other way
+    pipe, arguments = allegro()
     check_clip(pipe, arguments, reorders_sums=False)
     with patch_pipeline(pipe, strict=True) as report:
         assert {site.op for site in report.sites} == {*ALLEGRO_OPS}

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AnyFlowFARPipeline, AnyFlowPipeline, FlowMapEulerDiscreteScheduler
+from diffusers import AnyFlowFARPipeline, FlowMapEulerDiscreteScheduler
 from family_checks import check_clip, check_compiled
 from tiny_models import tiny_relative
+from tiny_pipelines import ANYFLOW, anyflow
 from torch import Tensor
 from transformer_checks import (
     check_attention_backend,
@@ -24,14 +25,6 @@ from transformer_checks import (
 
 from vidaccel.blocks.dit.transformer_anyflow import FusedAnyFlowTransformerBlock
 
-TINY = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 12,
-    "text_dim": 16,
-    "freq_dim": 16,
-    "ffn_dim": 32,
-    "num_layers": 2,
-}
 CHUNKS = {"chunk_partition": [1, 2, 2], "full_chunk_limit": 2}
 
 
@@ -41,7 +34,7 @@ def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def transformer(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    return tiny_transformer("AnyFlowTransformer3DModel", TINY | options, dtype)
+    return tiny_transformer("AnyFlowTransformer3DModel", ANYFLOW | options, dtype)
 
 
 @torch.no_grad()
@@ -58,10 +51,8 @@ def call_forcing(model: Any) -> Tensor:
 
 
 def test_same_clip_and_exact_restore() -> None:
-    pipe, arguments = tiny_relative(
-        "wan2.1-t2v-1.3b", AnyFlowPipeline, transformer=transformer(), scheduler=FlowMapEulerDiscreteScheduler()
-    )
-    report = check_clip(pipe, arguments | {"guidance_scale": 3.0}, reorders_sums=False)
+    pipe, arguments = anyflow()
+    report = check_clip(pipe, arguments, reorders_sums=False)
     assert {site.path for site in report.sites if site.path.startswith("transformer.")} == {
         "transformer.blocks.0",
         "transformer.blocks.1",
@@ -71,7 +62,7 @@ def test_same_clip_and_exact_restore() -> None:
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_chunk_by_chunk(guidance_scale: float) -> None:
-    model = tiny_transformer("AnyFlowFARTransformer3DModel", TINY | CHUNKS)
+    model = tiny_transformer("AnyFlowFARTransformer3DModel", ANYFLOW | CHUNKS)
     pipe, arguments = tiny_relative(
         "wan2.1-t2v-1.3b", AnyFlowFARPipeline, transformer=model, scheduler=FlowMapEulerDiscreteScheduler()
     )

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import ChronoEditPipeline
 from family_checks import check_clip, check_compiled
-from tiny_models import tiny_relative
+from tiny_pipelines import CHRONOEDIT, chronoedit
 from torch import Tensor
 from transformer_checks import (
     check_attention_backend,
@@ -23,18 +22,6 @@ from transformer_checks import (
 
 from vidaccel.blocks.dit.transformer_chronoedit import FusedChronoEditTransformerBlock
 
-TINY = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 12,
-    "in_channels": 36,
-    "text_dim": 16,
-    "freq_dim": 16,
-    "ffn_dim": 32,
-    "num_layers": 2,
-    "image_dim": 32,
-    "added_kv_proj_dim": 24,
-}
-
 
 @pytest.fixture(autouse=True)
 def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,7 +29,7 @@ def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def transformer(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    return tiny_transformer("ChronoEditTransformer3DModel", TINY | options, dtype)
+    return tiny_transformer("ChronoEditTransformer3DModel", CHRONOEDIT | options, dtype)
 
 
 @torch.no_grad()
@@ -58,7 +45,7 @@ def call(model: Any, *, size: tuple[int, int, int] = (3, 4, 6)) -> Tensor:
     ids=["clip", "temporal-reasoning"],
 )
 def test_same_clip_and_exact_restore(arguments: dict[str, Any]) -> None:
-    pipe, defaults = tiny_relative("wan2.1-i2v-14b", ChronoEditPipeline, transformer=transformer())
+    pipe, defaults = chronoedit()
     report = check_clip(pipe, defaults | arguments, reorders_sums=False)
     assert {site.path for site in report.sites if site.path.startswith("transformer.")} == {
         "transformer.blocks.0",

@@ -204,7 +204,7 @@ def test_lora() -> None:
 
 def test_lora_on_the_feed_forward() -> None:
     report = check_lora(build(), call, "net.0.proj")
-    assert fallback_reasons(report) == {"a Linear was replaced by Linear"}
+    assert fallback_reasons(report) == {"a Linear was replaced by Linear of peft"}
 
 
 def test_hooks() -> None:

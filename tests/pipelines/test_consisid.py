@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
-from diffusers.pipelines.consisid.pipeline_consisid import ConsisIDPipeline  # the top level has it with OpenCV only
 from family_checks import check_clip
-from tiny_models import tiny_relative
+from tiny_pipelines import CONSISID, consisid, consisid_face
 from torch import Tensor
 from transformer_checks import (
     ORDERS,
@@ -26,12 +25,6 @@ from vidaccel import patch_pipeline
 from vidaccel.blocks.dit.cogvideox_transformer_3d import COGVIDEOX_OPS
 from vidaccel.blocks.dit.consisid_transformer_3d import FusedConsisIDBlock
 
-SIZES = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 4, "in_channels": 8, "out_channels": 4,
-         "time_embed_dim": 8, "text_embed_dim": 12, "max_text_seq_length": 6, "sample_width": 6, "sample_height": 4,
-         "sample_frames": 9, "use_rotary_positional_embeddings": True, "attention_bias": True}  # fmt: skip
-FACE = {"is_train_face": True, "cross_attn_dim_head": 8, "cross_attn_num_heads": 2, "LFE_id_dim": 7, "LFE_vit_dim": 8,
-        "LFE_depth": 2, "LFE_dim_head": 4, "LFE_num_heads": 2, "LFE_num_id_token": 2, "LFE_num_querie": 3,
-        "LFE_output_dim": 21, "LFE_num_scale": 2}  # fmt: skip
 ROTARY = get_3d_rotary_pos_embed(16, ((0, 0), (2, 3)), (2, 3), 3)
 
 
@@ -41,25 +34,19 @@ def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def build(dtype: torch.dtype = torch.float32) -> Any:
-    return tiny_transformer("ConsisIDTransformer3DModel", SIZES | FACE, dtype)
-
-
-def face(batch: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(2)
-    hidden = [torch.randn(batch, 4, 8, generator=generator) for _ in range(2)]
-    return {"id_cond": torch.randn(batch, 7, generator=generator), "id_vit_hidden": hidden}
+    return tiny_transformer("ConsisIDTransformer3DModel", CONSISID, dtype)
 
 
 @torch.no_grad()
 def call(model: Any) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     latents, text = (torch.randn(2, *size, generator=generator) for size in ((3, 8, 4, 6), (5, 12)))
-    return model(latents, text, torch.full((2,), 500), image_rotary_emb=ROTARY, **face(2)).sample
+    return model(latents, text, torch.full((2,), 500), image_rotary_emb=ROTARY, **consisid_face(2)).sample
 
 
 def test_same_clip_and_exact_restore() -> None:
-    pipe, arguments = tiny_relative("cogvideox-5b-i2v", ConsisIDPipeline, transformer=build())
-    check_clip(pipe, arguments | face(1), reorders_sums=False)
+    pipe, arguments = consisid()
+    check_clip(pipe, arguments, reorders_sums=False)
     with patch_pipeline(pipe, strict=True) as report:
         assert {site.op for site in report.sites if site.path.startswith("transformer.")} == {*COGVIDEOX_OPS}
 

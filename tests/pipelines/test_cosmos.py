@@ -6,16 +6,14 @@ installed here: the models go without the mask, and a stand-in for the guardrail
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from block_checks import frozen, relative_error
+from block_checks import relative_error
 from diffusers import (
-    AutoencoderKLCosmos,
     CosmosControlNetModel,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -23,7 +21,8 @@ from diffusers import (
 )
 from diffusers.models.controlnets import controlnet_cosmos
 from family_checks import check_clip, check_compiled
-from tiny_models import tiny_autoencoder_kl_wan, tiny_video
+from tiny_models import tiny_video
+from tiny_pipelines import COSMOS, cosmos, cosmos_vae, wide_vae_of_wan
 from torch import Tensor, nn
 from transformer_checks import (
     ORDERS,
@@ -45,9 +44,6 @@ from vidaccel.blocks.dit import modulation_rows
 from vidaccel.blocks.dit import transformer_cosmos as blocks
 from vidaccel.blocks.dit.transformer_cosmos import COSMOS_OPS, FusedCosmosTransformerBlock
 
-SIZES = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "in_channels": 4, "out_channels": 4,
-         "mlp_ratio": 2, "text_embed_dim": 12, "adaln_lora_dim": 4, "max_size": (4, 32, 32), "patch_size": (1, 2, 2),
-         "concat_padding_mask": False}  # fmt: skip
 IMAGE = {"img_context_dim_in": 6, "img_context_dim_out": 32, "controlnet_block_every_n": 1}
 MODELS: dict[str, dict[str, Any]] = {
     "1.0": {"extra_pos_embed_type": "learnable"},
@@ -66,7 +62,7 @@ def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def build(name: str = "2.0", dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    return tiny_transformer("CosmosTransformer3DModel", SIZES | MODELS[name] | options, dtype)
+    return tiny_transformer("CosmosTransformer3DModel", COSMOS | MODELS[name] | options, dtype)
 
 
 @torch.no_grad()
@@ -91,57 +87,25 @@ def call(model: Any, *, batch: int = 1, given: bool = True, **options: Any) -> T
 # whole clips
 
 
-class Guardrail(nn.Module):
-    """Lets everything pass."""
-
-    device, dtype = torch.device("cpu"), torch.float32
-
-    def check_text_safety(self, prompt: str) -> bool:
-        return True
-
-    def check_video_safety(self, video: Any) -> Any:
-        return video
-
-
-def cosmos_vae() -> Any:
-    return AutoencoderKLCosmos(
-        latent_channels=4, encoder_block_out_channels=(8, 8, 8, 8), decode_block_out_channels=(8, 8, 8, 8),
-        attention_resolutions=(8,), resolution=64, num_layers=1, spatial_compression_ratio=4,
-        temporal_compression_ratio=4,
-    )  # fmt: skip
-
-
-def wan_vae() -> Any:
-    return tiny_autoencoder_kl_wan(z_dim=16, latents_mean=[0.0] * 16, latents_std=[1.0] * 16)
-
-
 CLIP = tiny_video(9, 32, 48)
 PIPELINES: dict[str, tuple[str, str, Callable[[], Any], Any, dict[str, Any], dict[str, Any]]] = {
     "1.0 text": ("cosmos_text2world", "CosmosTextToWorldPipeline", cosmos_vae, EDMEulerScheduler,
                  MODELS["1.0"], {}),
     "1.0 video": ("cosmos_video2world", "CosmosVideoToWorldPipeline", cosmos_vae, EDMEulerScheduler,
                   MODELS["1.0"] | {"in_channels": 5}, {"video": CLIP}),
-    "2.0 video": ("cosmos2_video2world", "Cosmos2VideoToWorldPipeline", wan_vae, FlowMatchEulerDiscreteScheduler,
+    "2.0 video": ("cosmos2_video2world", "Cosmos2VideoToWorldPipeline", wide_vae_of_wan,
+                  FlowMatchEulerDiscreteScheduler,
                   MODELS["2.0"] | {"in_channels": 17, "out_channels": 16}, {"image": CLIP[0]}),
-    "2.5": ("cosmos2_5_predict", "Cosmos2_5_PredictBasePipeline", wan_vae, UniPCMultistepScheduler,
+    "2.5": ("cosmos2_5_predict", "Cosmos2_5_PredictBasePipeline", wide_vae_of_wan, UniPCMultistepScheduler,
             MODELS["2.0"] | {"in_channels": 17, "out_channels": 16}, {}),
 }  # fmt: skip
 
 
 def pipeline(name: str) -> tuple[Any, dict[str, Any]]:
     module, class_name, vae, scheduler, config, given = PIPELINES[name]
-    kind = getattr(importlib.import_module(f"diffusers.pipelines.cosmos.pipeline_{module}"), class_name)
-    torch.manual_seed(0)
     sigmas = {"use_karras_sigmas": True} if scheduler is FlowMatchEulerDiscreteScheduler else {}
     sigmas = {"use_flow_sigmas": True, "flow_shift": 5.0} if scheduler is UniPCMultistepScheduler else sigmas
-    pipe = kind(
-        text_encoder=None, tokenizer=None, vae=frozen(vae()), scheduler=scheduler(**sigmas), safety_checker=Guardrail(),
-        transformer=tiny_transformer("CosmosTransformer3DModel", SIZES | config),
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    texts = {part: torch.randn(1, 5, 12) for part in ("prompt_embeds", "negative_prompt_embeds")}
-    call = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 2}
-    return pipe, call | texts | given
+    return cosmos(module, class_name, vae(), scheduler(**sigmas), config, given)
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -181,7 +145,7 @@ def test_the_control_net_has_the_same_blocks(monkeypatch: pytest.MonkeyPatch) ->
     torchvision = SimpleNamespace(functional=as_it_is, InterpolationMode=SimpleNamespace(NEAREST="nearest"))
     monkeypatch.setattr(controlnet_cosmos, "transforms", torchvision, raising=False)
     sizes = {"in_channels": 8, "latent_channels": 6, "model_channels": 32, "n_controlnet_blocks": 2}
-    shared = {name: SIZES[name] for name in SIZES.keys() & {*CosmosControlNetModel.__init__.__annotations__}}
+    shared = {name: COSMOS[name] for name in COSMOS.keys() & {*CosmosControlNetModel.__init__.__annotations__}}
     model = tiny_transformer("CosmosControlNetModel", shared | sizes)
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(1, 4, FRAMES, HEIGHT, WIDTH, generator=generator)

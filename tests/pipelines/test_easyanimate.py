@@ -7,14 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from block_checks import frozen
-from diffusers import (
-    AutoencoderKLMagvit,
-    EasyAnimatePipeline,
-    FlowMatchEulerDiscreteScheduler,
-)
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from family_checks import check_clip, check_compiled
+from tiny_pipelines import EASYANIMATE, easyanimate
 from torch import Tensor, nn
 from transformer_checks import (
     ORDERS,
@@ -33,10 +28,6 @@ from transformer_checks import (
 from vidaccel import patch_module, patch_pipeline
 from vidaccel.blocks.dit.transformer_easyanimate import EASYANIMATE_OPS, FusedEasyAnimateTransformerBlock
 
-# one block of two streams, one block of one
-SIZES = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "patch_size": 2,
-         "num_layers": 2, "mmdit_layers": 1, "time_embed_dim": 8, "text_embed_dim": 12, "after_norm": True}  # fmt: skip
-
 
 @pytest.fixture(autouse=True)
 def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,7 +35,7 @@ def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def build(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    return tiny_transformer("EasyAnimateTransformer3DModel", SIZES | options, dtype)
+    return tiny_transformer("EasyAnimateTransformer3DModel", EASYANIMATE | options, dtype)
 
 
 @torch.no_grad()
@@ -55,19 +46,7 @@ def call(model: Any, *, batch: int = 2, size: tuple[int, int, int] = (3, 4, 6)) 
 
 
 def test_same_clip_and_exact_restore() -> None:
-    torch.manual_seed(0)
-    levels = ["Spatial", *["SpatialTemporal"] * 3]
-    vae = AutoencoderKLMagvit(
-        block_out_channels=[8, 8, 8, 8], layers_per_block=1, latent_channels=4, norm_num_groups=2,
-        down_block_types=[f"{level}DownBlock3D" for level in levels],
-        up_block_types=[f"{level}UpBlock3D" for level in levels], spatial_group_norm=False,
-    )  # fmt: skip
-    pipe = EasyAnimatePipeline(frozen(vae), None, None, build(), FlowMatchEulerDiscreteScheduler())
-    pipe.set_progress_bar_config(disable=True)
-    arguments: dict[str, Any] = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 2}
-    for which in ("", "negative_"):
-        arguments[f"{which}prompt_embeds"] = torch.randn(1, 5, 12)
-        arguments[f"{which}prompt_attention_mask"] = torch.ones(1, 5)
+    pipe, arguments = easyanimate()
     check_clip(pipe, arguments, reorders_sums=False)
     with patch_pipeline(pipe, strict=True) as report:
         assert {site.op for site in report.sites} == {*EASYANIMATE_OPS}

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import HeliosPipeline, HeliosPyramidPipeline, HeliosScheduler
+from diffusers import HeliosPyramidPipeline, HeliosScheduler
 from family_checks import check_clip, check_compiled
 from tiny_models import tiny_relative
+from tiny_pipelines import HELIOS, helios
 from torch import Tensor
 from transformer_checks import (
     check_attention_backend,
@@ -25,15 +26,6 @@ from transformer_checks import (
 
 from vidaccel.blocks.dit.transformer_helios import FusedHeliosTransformerBlock
 
-TINY = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 12,
-    "text_dim": 16,
-    "freq_dim": 16,
-    "ffn_dim": 32,
-    "num_layers": 2,
-    "rope_dim": [4, 4, 4],
-}
 SECTIONS = {"history_sizes": [4, 2, 1], "num_latent_frames_per_chunk": 3, "num_frames": 18}
 EVERYTHING_ALIKE = {"guidance_cross_attn": False, "zero_history_timestep": False}
 
@@ -44,7 +36,7 @@ def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def transformer(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    return tiny_transformer("HeliosTransformer3DModel", TINY | options, dtype)
+    return tiny_transformer("HeliosTransformer3DModel", HELIOS | options, dtype)
 
 
 @torch.no_grad()
@@ -66,11 +58,8 @@ def call(model: Any, *, size: tuple[int, int, int] = (3, 4, 6), history: bool = 
 @pytest.mark.filterwarnings("ignore:__array_wrap__")  # of the scheduler
 @pytest.mark.parametrize("options", [{}, EVERYTHING_ALIKE], ids=["guidance", "everything-alike"])
 def test_same_clip_and_exact_restore(options: dict[str, Any]) -> None:
-    scheduler = HeliosScheduler(stages=1, stage_range=[0, 1], use_dynamic_shifting=True)
-    pipe, arguments = tiny_relative(
-        "wan2.1-t2v-1.3b", HeliosPipeline, transformer=transformer(**options), scheduler=scheduler
-    )
-    report = check_clip(pipe, arguments | SECTIONS, reorders_sums=False)
+    pipe, arguments = helios(**options)
+    report = check_clip(pipe, arguments, reorders_sums=False)
     assert {site.path for site in report.sites if site.path.startswith("transformer.")} == {
         "transformer.blocks.0",
         "transformer.blocks.1",

@@ -7,15 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from block_checks import frozen
-from diffusers import (
-    AutoencoderKLHunyuanVideo,
-    FlowMatchEulerDiscreteScheduler,
-    Kandinsky5I2VPipeline,
-    Kandinsky5T2VPipeline,
-)
+from diffusers import Kandinsky5I2VPipeline, Kandinsky5T2VPipeline
 from family_checks import check_clip, check_compiled
 from tiny_models import tiny_video
+from tiny_pipelines import KANDINSKY, kandinsky
 from torch import Tensor, nn
 from transformer_checks import (
     ORDERS,
@@ -36,8 +31,6 @@ from transformer_checks import (
 from vidaccel import patch_module, patch_pipeline
 from vidaccel.blocks.dit.transformer_kandinsky import KANDINSKY_OPS, FusedKandinsky5TransformerDecoderBlock
 
-SIZES = {"in_visual_dim": 4, "out_visual_dim": 4, "in_text_dim": 12, "in_text_dim2": 6, "time_dim": 8, "model_dim": 32,
-         "ff_dim": 24, "num_text_blocks": 1, "num_visual_blocks": 2, "axes_dims": (4, 6, 6)}  # fmt: skip
 ROUNDED = "its rotary embedding is rounded to bfloat16, or its table is not float32"
 
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")  # in stock code
@@ -49,7 +42,7 @@ def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def build(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    return tiny_transformer("Kandinsky5Transformer3DModel", SIZES | options, dtype)
+    return tiny_transformer("Kandinsky5Transformer3DModel", KANDINSKY | options, dtype)
 
 
 @torch.no_grad()
@@ -71,26 +64,10 @@ def call(
     [(Kandinsky5T2VPipeline, {}), (Kandinsky5I2VPipeline, {"image": tiny_video(1, 32, 48)[0]})],
 )
 def test_same_clip_and_exact_restore(pipeline_class: type[Any], given: dict[str, Any]) -> None:
-    torch.manual_seed(0)
-    vae = AutoencoderKLHunyuanVideo(
-        block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4
-    )  # fmt: skip
-    # In the transformer's dtype, in which the pipeline encodes, a decode would be rounded otherwise than stock's.
-    vae.encoder.register_forward_pre_hook(lambda _, args: args[0].float())
-    parts = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    parts |= {"transformer": build(torch.bfloat16, visual_cond=True), "vae": frozen(vae)}
-    pipe = pipeline_class(**parts, scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0))
-    pipe.set_progress_bar_config(disable=True)
-    arguments = {"height": 32, "width": 48, "num_frames": 17, "num_inference_steps": 2, **given}
-    for which in ("", "negative_"):
-        arguments |= {
-            f"{which}prompt_embeds_qwen": torch.randn(1, 5, 12).bfloat16(),
-            f"{which}prompt_embeds_clip": torch.randn(1, 6).bfloat16(),
-            f"{which}prompt_cu_seqlens": torch.tensor([0, 5]),
-        }
+    pipe, arguments = kandinsky(pipeline_class)
     with patch_pipeline(pipe, strict=True) as report:
         assert {site.op for site in report.sites if site.path.startswith("transformer.")} == {*KANDINSKY_OPS}
-    check_clip(pipe, arguments, reorders_sums=False)
+    check_clip(pipe, arguments | given, reorders_sums=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, LattePipeline
 from family_checks import check_clip, check_compiled
-from tiny_models import tiny_autoencoder_kl
+from tiny_pipelines import LATTE, latte
 from torch import Tensor
 from transformer_checks import (
     ORDERS,
@@ -29,11 +28,6 @@ from transformer_checks import (
 from vidaccel import patch_module, patch_pipeline
 from vidaccel.blocks.dit.latte_transformer_3d import LATTE_OPS, FusedLatteTransformerBlock
 
-SIZES = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "in_channels": 4, "out_channels": 8,
-         "cross_attention_dim": 24, "attention_bias": True, "sample_size": 8, "patch_size": 2, "caption_channels": 12,
-         "activation_fn": "gelu-approximate", "num_embeds_ada_norm": 10, "norm_type": "ada_norm_single",
-         "norm_elementwise_affine": False, "norm_eps": 1e-6, "video_length": 3}  # fmt: skip
-
 
 @pytest.fixture(autouse=True)
 def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +35,7 @@ def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def build(dtype: torch.dtype = torch.float32) -> Any:
-    return tiny_transformer("LatteTransformer3DModel", SIZES, dtype)
+    return tiny_transformer("LatteTransformer3DModel", LATTE, dtype)
 
 
 @torch.no_grad()
@@ -52,12 +46,8 @@ def call(model: Any, *, size: tuple[int, int] = (8, 8)) -> Tensor:
 
 
 def test_same_clip_and_exact_restore() -> None:
-    torch.manual_seed(0)
-    pipe = LattePipeline(None, None, tiny_autoencoder_kl(), build(), DDIMScheduler())
-    pipe.set_progress_bar_config(disable=True)
-    texts = {name: torch.randn(1, 5, 12) for name in ("prompt_embeds", "negative_prompt_embeds")}
-    sizes = {"height": 16, "width": 16, "video_length": 3, "num_inference_steps": 2, "negative_prompt": None}
-    check_clip(pipe, sizes | texts)
+    pipe, arguments = latte()
+    check_clip(pipe, arguments)
     with patch_pipeline(pipe, strict=True) as report:
         assert {site.op for site in report.sites if site.path.startswith("transformer.")} == {*LATTE_OPS}
 

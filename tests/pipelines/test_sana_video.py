@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from block_checks import relative_error
-from diffusers import FlowMatchEulerDiscreteScheduler, SanaImageToVideoPipeline, SanaVideoPipeline
+from diffusers import SanaImageToVideoPipeline, SanaVideoPipeline
 from family_checks import check_clip, check_compiled
-from tiny_models import tiny_autoencoder_kl_wan, tiny_video
+from tiny_models import tiny_video
+from tiny_pipelines import SANA_VIDEO, sana_video
 from torch import Tensor
 from transformer_checks import (
     ORDERS,
@@ -29,10 +30,6 @@ from vidaccel import patch_module, patch_pipeline
 from vidaccel.blocks.dit import modulation_rows
 from vidaccel.blocks.dit.transformer_sana_video import FusedSanaVideoTransformerBlock
 
-SIZES = {"num_attention_heads": 2, "attention_head_dim": 12, "num_cross_attention_heads": 2, "num_layers": 2,
-         "cross_attention_head_dim": 12, "cross_attention_dim": 24, "caption_channels": 12, "in_channels": 16,
-         "out_channels": 16, "attention_bias": True, "sample_size": 4, "rope_max_seq_len": 32}  # fmt: skip
-
 
 @pytest.fixture(autouse=True)
 def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,7 +37,7 @@ def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def build(dtype: torch.dtype = torch.float32) -> Any:
-    return tiny_transformer("SanaVideoTransformer3DModel", SIZES, dtype)
+    return tiny_transformer("SanaVideoTransformer3DModel", SANA_VIDEO, dtype)
 
 
 @torch.no_grad()
@@ -61,21 +58,8 @@ def call(model: Any, *, size: tuple[int, int, int] = (3, 4, 6), given: bool = Tr
     [(SanaVideoPipeline, {}), (SanaImageToVideoPipeline, {"image": tiny_video(1, 32, 32)[0]})],
 )
 def test_same_clip_and_exact_restore(pipeline_class: type[Any], given: dict[str, Any]) -> None:
-    torch.manual_seed(0)
-    vae = tiny_autoencoder_kl_wan(z_dim=16, latents_mean=[0.0] * 16, latents_std=[1.0] * 16)
-    pipe = pipeline_class(None, None, vae, build(), FlowMatchEulerDiscreteScheduler())
-    pipe.set_progress_bar_config(disable=True)
-    arguments: dict[str, Any] = {
-        "height": 32,
-        "width": 32,
-        "frames": 9,
-        "num_inference_steps": 2,
-        "negative_prompt": None,
-    }
-    for which in ("", "negative_"):
-        arguments[f"{which}prompt_embeds"] = torch.randn(1, 5, 12)
-        arguments[f"{which}prompt_attention_mask"] = (torch.arange(5) < 3)[None].long()
-    check_clip(pipe, arguments | {"use_resolution_binning": False} | given, reorders_sums=False)
+    pipe, arguments = sana_video(pipeline_class)
+    check_clip(pipe, arguments | given, reorders_sums=False)
     with patch_pipeline(pipe, strict=True) as report:
         ops = {site.op for site in report.sites if site.path.startswith("transformer.")}
         assert ops == {"gated_residual_norm", "modulation_rows"}

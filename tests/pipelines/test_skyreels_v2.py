@@ -17,6 +17,7 @@ from diffusers import (
 )
 from family_checks import check_clip, check_compiled
 from tiny_models import tiny_relative, tiny_video
+from tiny_pipelines import SKYREELS
 from torch import Tensor
 from transformer_checks import (
     check_attention_backend,
@@ -33,14 +34,6 @@ from transformer_checks import (
 from vidaccel import patch_module
 from vidaccel.blocks.dit.transformer_skyreels_v2 import FusedSkyReelsV2TransformerBlock
 
-TINY = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 12,
-    "text_dim": 16,
-    "freq_dim": 16,
-    "ffn_dim": 32,
-    "num_layers": 2,
-}
 IMAGE = {"in_channels": 36, "image_dim": 32, "added_kv_proj_dim": 24}
 FORCING = {"prompt": None, "base_num_frames": 17}
 
@@ -51,7 +44,7 @@ def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def transformer(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    return tiny_transformer("SkyReelsV2Transformer3DModel", TINY | options, dtype)
+    return tiny_transformer("SkyReelsV2Transformer3DModel", SKYREELS | options, dtype)
 
 
 @torch.no_grad()

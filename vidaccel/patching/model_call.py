@@ -57,7 +57,7 @@ class ModelCall:
             memo, graphs = self._memo, self.graphs
             if way := watched():
                 memo, graphs = Memo(), None
-                memo.way = way
+                memo.way, memo.hooked = way, self._memo.hooked
             try:
                 for prepare in preparations(model):
                     prepare(memo, args, kwargs)
@@ -83,6 +83,8 @@ class ModelCall:
             self.graphs.changed()
         self._memo.clear()
         self._premises, self._settings = Premises(model), settings
+        layers = (layer for layer in model.modules() if layer is not model)
+        self._memo.hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
 
 
 def wrap_call(model: nn.Module, allow: Fidelity) -> ModelCall | None:

@@ -40,12 +40,18 @@ def stock_class(module: nn.Module) -> type:
 def plain_reason(child: nn.Module, expected: type[nn.Module]) -> str | None:
     """Why a call of ``child`` may do other than what an ``expected`` does, or None."""
     if stock_class(child) is not expected:
-        return f"a {expected.__name__} was replaced by {type(child).__name__}"
+        return f"a {expected.__name__} was replaced by {_name_beside(expected, type(child))}"
     if reason := hook_reason(child):
         return reason
     if not torch.compiler.is_compiling() and expected.forward is not _FORWARDS.get(expected, expected.forward):
         return f"somebody replaced the forward of every {expected.__name__}"
     return None
+
+
+def _name_beside(expected: type, kind: type) -> str:
+    """The name of a class, with its package where that is all it differs in: PEFT's Linear is a Linear, too."""
+    package = f" of {kind.__module__.partition('.')[0]}" if kind.__name__ == expected.__name__ else ""
+    return kind.__name__ + package
 
 
 def hook_reason(module: nn.Module) -> str | None:

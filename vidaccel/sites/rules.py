@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -157,35 +157,40 @@ class ChannelsLastWeights(Rule):
     def left_alone_reason(self, module: Any) -> str | None:
         return None if any(True for _ in _plain_convolutions(module)) else "it has no convolution with a plain weight"
 
-    def apply(self, module: Any, sites: list[Site], checks: bool) -> list[tuple[nn.Module, tuple[int, ...]]]:
-        strides: list[tuple[nn.Module, tuple[int, ...]]] = []
+    def apply(self, module: Any, sites: list[Site], checks: bool) -> list[_Reordered]:
+        reordered: list[_Reordered] = []
         try:
             for convolution in _plain_convolutions(module):
                 weight: Tensor = convolution.weight
-                strides.append((convolution, weight.stride()))
+                found = weight.stride()
                 weight.data = weight.data.contiguous(memory_format=_order_of(convolution))
+                reordered.append(_Reordered(convolution, found, weight.stride()))
         except BaseException:  # out of memory, in the middle
-            self.undo(module, strides)
+            self.undo(module, reordered)
             raise
         for site in sites:
             site.implementations.add("torch")
-        return strides
+        return reordered
 
     def in_place(self, module: Any, memo: Any) -> str | None:
         return None
 
-    def undo(self, module: Any, memo: list[tuple[nn.Module, tuple[int, ...]]]) -> None:
-        there = set(_plain_convolutions(module))
-        for convolution, strides in memo:
-            if convolution in there:
-                _lay_out(convolution.weight, strides)  # type: ignore[arg-type]
+    def undo(self, module: Any, memo: list[_Reordered]) -> None:
+        there = set(module.modules())
+        for convolution, found, left in memo:
+            weight = _numbers_of(convolution) if convolution in there else None
+            if weight is not None and weight.stride() == left != found:
+                weight.data = torch.empty_strided(
+                    weight.shape, found, dtype=weight.dtype, device=weight.device
+                ).copy_(weight.data)  # fmt: skip
 
 
-def _lay_out(weight: nn.Parameter, strides: tuple[int, ...]) -> None:
-    if weight.stride() != strides:
-        weight.data = torch.empty_strided(
-            weight.shape, strides, dtype=weight.dtype, device=weight.device
-        ).copy_(weight.data)  # fmt: skip
+class _Reordered(NamedTuple):
+    """A convolution, and the strides of its weight: as they were found, and as they were left."""
+
+    convolution: nn.Module
+    found: tuple[int, ...]
+    left: tuple[int, ...]
 
 
 def _order_of(convolution: nn.Module) -> torch.memory_format:
@@ -194,7 +199,20 @@ def _order_of(convolution: nn.Module) -> torch.memory_format:
 
 def _plain_convolutions(model: nn.Module) -> Iterator[Any]:
     for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.Conv3d)):
-            weight = module.weight
-            if type(weight) is nn.Parameter and weight.is_floating_point() and not weight.is_meta:
-                yield module
+        if isinstance(module, (nn.Conv2d, nn.Conv3d)) and _is_plain(module.weight) and not module.weight.is_meta:
+            yield module
+
+
+def _is_plain(weight: Any) -> bool:
+    return type(weight) is nn.Parameter and weight.is_floating_point()
+
+
+def _numbers_of(convolution: Any) -> Tensor | None:
+    """The tensor that has the numbers of a plain weight; while accelerate offloads it, one in a table of its hook."""
+    weight: Tensor = convolution.weight
+    if not _is_plain(weight):
+        return None
+    if weight.is_meta:
+        table = getattr(vars(convolution).get("_hf_hook"), "weights_map", None)
+        return None if table is None else table["weight"]
+    return weight

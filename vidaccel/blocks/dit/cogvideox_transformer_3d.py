@@ -172,7 +172,8 @@ def _head_norm(attn: Any) -> HeadNorm:
 
 def _stock_norm_rope(norm: Any, x: Tensor, num_heads: int, tokens: int, rotary: Rotary | None) -> Tensor:
     heads = x.unflatten(2, (num_heads, -1))
-    heads = heads if norm is None else norm(heads)
+    if norm is not None:
+        heads = norm(heads.transpose(1, 2)).transpose(1, 2)  # [B, H, S, D] as stock gives it: it may be hooked
     if rotary is not None:
         turned: Any = apply_rotary_emb(heads[:, tokens:], rotary, sequence_dim=1)  # type: ignore[arg-type]
         heads = torch.cat([heads[:, :tokens], turned], dim=1)

@@ -6,7 +6,8 @@ on those alone and attends without a mask, which is several times faster, and ex
 before, with zeros for padding, so that blocks of any kind may follow.
 
 How many are valid is known to the GPU only: the host waits for it once in a call of the model. Where it may not (while
-a call is traced, or captured as a CUDA graph), the padding and the mask stay.
+a call is traced, or captured as a CUDA graph), the padding and the mask stay. So they do where layers are hooked: a
+hook may look at the padding.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vidaccel.sites.block import SITES, FusedBlock
-from vidaccel.sites.memo import once_in_call
+from vidaccel.sites.memo import held, once_in_call
 
-__all__ = ["cut_padding", "padded", "valid_length", "valid_lengths"]
+__all__ = ["cut_padding", "layers_are_hooked", "padded", "valid_length", "valid_lengths"]
 
 
 def cut_padding(block: FusedBlock, text: Tensor, mask: Tensor, before: int = 0) -> Tensor | None:
@@ -58,6 +59,12 @@ def valid_lengths(mask: Tensor) -> tuple[int, ...] | str:
     return once_in_call("valid lengths", mask, lambda: _valid_lengths(mask.bool()))
 
 
+def layers_are_hooked() -> bool:
+    """Whether a hook on a layer of the model whose call is under way may look at padding."""
+    memo = None if torch.compiler.is_compiling() else held()
+    return memo is not None and memo.hooked
+
+
 def _valid_length(mask: Tensor, before: int) -> int | str:
     lengths = _valid_lengths(mask)
     if isinstance(lengths, str):
@@ -68,6 +75,8 @@ def _valid_length(mask: Tensor, before: int) -> int | str:
 
 
 def _valid_lengths(mask: Tensor) -> tuple[int, ...] | str:
+    if layers_are_hooked():
+        return "a layer has forward hooks, which may look at the padding"
     if mask.is_cuda and torch.cuda.is_current_stream_capturing():
         return "a CUDA graph is being captured, and the length of the text is not known"
     places = torch.arange(1, mask.shape[1] + 1, device=mask.device)

@@ -16,6 +16,7 @@ from diffusers.models.transformers.transformer_hunyuan_video15 import (
 )
 from torch import Tensor
 
+from vidaccel.blocks.dit.padded_text import layers_are_hooked
 from vidaccel.blocks.dit.step_caches import known_to_step_caches
 from vidaccel.blocks.dit.transformer_hunyuan_video import TWO_STREAM_OPS, TwoStreamBlock
 from vidaccel.sites.block import call_site, fuses
@@ -54,7 +55,8 @@ class FusedHunyuanVideo15TransformerBlock(TwoStreamBlock, HunyuanVideo15Transfor
         return 0
 
     def key_mask(self, x: Tensor, mask: Tensor) -> Tensor:
-        return F.pad(mask.bool(), (x.shape[1], 0), value=True)[:, None, None]
+        keys = F.pad(mask.bool(), (x.shape[1], 0), value=True)[:, None, None]
+        return keys & keys.mT if layers_are_hooked() else keys  # padding attends to nothing in stock code
 
     def mask_of_ones(self, text: Tensor) -> Tensor:
         return text.new_ones(text.shape[:2]).bool()

@@ -13,7 +13,7 @@ from vidaccel.kernels.norm.channel_statistics import ChannelStatistics
 from vidaccel.kernels.op import runs_triton
 from vidaccel.sites.block import FusedBlock, call_site, cut_corner, fuses
 from vidaccel.sites.memo import once_per_call
-from vidaccel.sites.plain import readable_reason
+from vidaccel.sites.plain import plain_reason, readable_reason
 
 __all__ = ["FusedUpsample2D"]
 
@@ -72,7 +72,7 @@ def _configuration_reason(upsampler: Any) -> str | None:
         return "it has no convolution after its interpolation"
     conv = upsampler.conv
     if not isinstance(conv, nn.Conv2d):
-        return f"its convolution is a {type(conv).__name__}"
+        return plain_reason(conv, nn.Conv2d)
     return (
         None
         if geometry_of(conv) == _PLAIN_3X3 and conv.bias is not None

@@ -197,9 +197,11 @@ class FusedWanDecoder3d(FusedBlock, WanDecoder3d):
             return WanDecoder3d.forward(self, x, feat_cache, feat_idx, first_chunk)
         progress = _progress_in(feat_cache)
         if progress is None:
+            sites = _sites_of(self)
+            if sites is None:  # restored, and somebody has kept this forward
+                return WanDecoder3d.forward(self, x, feat_cache, feat_idx, first_chunk)
             if reason := self._beginning_reason(x, feat_cache, first_chunk):
-                if (sites := _sites_of(self)) is not None:
-                    sites.count(reason)
+                sites.count(reason)
                 return WanDecoder3d.forward(self, x, feat_cache, feat_idx, first_chunk)
             progress, clip = _Progress(), _clip_behind(x)
         elif progress.expects(x):
@@ -312,7 +314,8 @@ class FusedWanPostQuantConv(FusedBlock, WanCausalConv3d):
         return _conv_reason(module, 1)
 
     def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
-        if torch.compiler.is_compiling() or cache_x is not None or not self._may_look_ahead(x):
+        sites = None if torch.compiler.is_compiling() else _sites_of(self)  # None if only kept by a hook
+        if sites is None or cache_x is not None or not self._may_look_ahead(x, sites):
             return WanCausalConv3d.forward(self, x, cache_x)
         tile = _tiles.get(self)
         made = None if tile is None else tile.made_of(x)
@@ -326,9 +329,8 @@ class FusedWanPostQuantConv(FusedBlock, WanCausalConv3d):
         _tiles[self] = _Tile(TensorWeakRef(clip), clip._version, int(x.storage_offset()), TensorWeakRef(whole))
         return whole[:, :, :1]
 
-    def _may_look_ahead(self, x: Tensor) -> bool:
-        sites = _sites_of(self)
-        if sites is None or not sites.runs("whole_tiles") or plain_reason(self, WanCausalConv3d):
+    def _may_look_ahead(self, x: Tensor, sites: SiteGroup) -> bool:
+        if not sites.runs("whole_tiles") or plain_reason(self, WanCausalConv3d):
             return False
         sites.sites["whole_tiles"].implementations.add("torch")
         recorded = torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in self.parameters()))

@@ -1,0 +1,77 @@
+"""Offload between a GPU and the CPU: the pipeline, on the CPU when it is patched, runs on the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from coexistence.feature import Feature, Subject, Undo
+from coexistence.features_of_weights import HOOKED, group_offload
+from torch import Tensor
+
+__all__ = ["FEATURES"]
+
+
+def on_the_gpu(turn_on: Callable[[Subject], Undo | None]) -> Callable[[Subject], Undo]:
+    """``turn_on``, which may return what undoes it, for arguments on the GPU; undone, all is on the CPU again."""
+
+    def moved(subject: Subject) -> Undo:
+        arguments = subject.arguments
+        subject.arguments = {name: x.cuda() if isinstance(x, Tensor) else x for name, x in arguments.items()}
+        undo_offload = turn_on(subject)
+
+        def undo() -> None:
+            if undo_offload is not None:
+                undo_offload()
+            subject.pipe.remove_all_hooks()
+            subject.pipe.to("cpu")
+            subject.arguments = arguments
+
+        return undo
+
+    return moved
+
+
+def to_the_gpu(subject: Subject) -> None:
+    subject.pipe.to("cuda")
+
+
+def model_offload(subject: Subject) -> None:
+    subject.pipe.enable_model_cpu_offload()
+
+
+def sequential_offload(subject: Subject) -> None:
+    subject.pipe.enable_sequential_cpu_offload()
+
+
+def there_and_back(subject: Subject) -> Undo:
+    undo = on_the_gpu(to_the_gpu)(subject)
+    subject.clip()
+    undo()
+    return lambda: None
+
+
+def by_group(subject: Subject, offload_type: str, **options: Any) -> Undo:
+    return group_offload(subject, offload_type, "cuda", **options)
+
+
+BY_BLOCK = partial(by_group, offload_type="block_level", num_blocks_per_group=1)
+BY_LEAF = partial(by_group, offload_type="leaf_level")
+OFFLOADS = {
+    "enable_model_cpu_offload": model_offload,
+    "enable_sequential_cpu_offload": sequential_offload,
+    "group offload by block": BY_BLOCK,
+    "group offload by leaf": BY_LEAF,
+}
+# a stream copies from pinned memory of its own, which has the memory order that the patch gave
+STREAMS = {
+    "group offload by block, streams": partial(BY_BLOCK, use_stream=True),
+    "group offload by leaf, streams": partial(BY_LEAF, use_stream=True),
+}
+FEATURES = [
+    Feature("to(cuda)", on_the_gpu(to_the_gpu)),
+    Feature("to(cuda) and back", there_and_back),
+    *(Feature(name, on_the_gpu(offload), fallback=HOOKED) for name, offload in OFFLOADS.items()),
+    *(Feature(name, on_the_gpu(offload), fallback=HOOKED, keeps_order=True) for name, offload in STREAMS.items()),
+]
