@@ -247,6 +247,23 @@ def _padded_channels(d: Drawer) -> Any:
     return x, weight, d.maybe(d.tensor, out), (d.of(1, 2), d.of(1, 2)), (d.of(0, 1), d.of(0, 1))
 
 
+def _norm_of_clips(d: Drawer, *x: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The first arguments of a norm of clips of the shape ``x``, and the spans of frames."""
+    channels, frames = x[4], max(x[1], 1)
+    norm = d.vector(channels), d.vector(channels), d.of(1, math.gcd(4, channels), channels), 1e-5
+    spans = d.of((frames, frames), (1, 1), (1, 2))
+    return (d.tensor(*x), *norm), spans
+
+
+def _padded_group_norm(d: Drawer) -> Any:
+    x = d.size(2), d.size(4), d.size(4), d.size(4), d.channels()
+    norm, spans = _norm_of_clips(d, *x)
+    before = d.number(2)
+    halo = d.maybe(d.tensor, x[0], before, *x[2:]) if before else None
+    padding = before, d.number(2), d.number(1), d.of(*FRAME_MODES), d.of(*PIXEL_MODES)
+    return *norm, d.maybe(d.tensor, x[4]), halo, *padding, *spans, d.flag(), None, 0, 0
+
+
 def _pixel_conv(d: Drawer) -> Any:
     channels, taps = d.channels(), (d.of(1, 3), d.of(1, 3), d.of(1, 3))
     out = d.of(1, 3, 4)
@@ -259,7 +276,7 @@ def _pixel_shuffle(d: Drawer) -> Any:
     size, channels = math.prod(cell), d.channels()
     x = d.size(2), d.size(3), d.size(3), d.size(3)
     source = d.maybe(d.tensor, *x, size * d.of(1, channels))
-    return d.tensor(*x, size * channels), d.vector(size * channels), source, *cell, d.number(cell[0] - 1)
+    return d.tensor(*x, size * channels), d.vector(size * channels), source, *cell, d.number(cell[0] - 1), d.number(1)
 
 
 def _qk_norm_rope(d: Drawer) -> Any:
@@ -312,6 +329,18 @@ def _spatial_attention(d: Drawer) -> Any:
     batch, heads, head_dim = d.size(2), d.size(2, 1), d.of(16, 40, 64, 3)
     q, k = (batch, d.size(20), heads * head_dim), (batch, d.size(20), heads * head_dim)
     return d.tensor(*q), d.tensor(*k), d.tensor(*k), heads, d.of(head_dim**-0.5, 0.3)
+
+
+def _spatial_norm_silu(d: Drawer) -> Any:
+    latents = d.size(2), d.size(3), d.size(2), d.size(2), d.channels()
+    rate, scale, first = d.of(1, 2), d.of(1, 2, 4), d.of(0, 1)
+    frames = first + rate * (latents[1] - first)  # of an odd number, the first has its own latents
+    x = latents[0], max(frames, 0), scale * latents[2], scale * latents[3], latents[4]
+    norm, spans = _norm_of_clips(d, *x)
+    before = d.number(2)
+    halo = d.maybe(d.tensor, x[0], before, *x[2:]) if before else None
+    of_latents = d.tensor(*latents), d.tensor(*latents)
+    return *norm, *of_latents, d.maybe(d.tensor, x[4]), halo, before, *spans, d.flag(), None, 0, 0
 
 
 def _temporal_attention(d: Drawer) -> Any:
