@@ -39,7 +39,7 @@ faults: $(READY)
 	$(BIN)/python tests/fidelity_faults.py --device $(DEVICE)
 
 fuzz: $(READY)
-	$(BIN)/pytest tests/kernels/test_fuzz.py --hypothesis-profile fuzz -m "not gpu"
+	$(BIN)/pytest tests/kernels/test_fuzz.py tests/pipelines/test_fuzz.py --hypothesis-profile fuzz -m "not gpu"
 
 versions:
 	$(PYTHON) scripts/test_versions.py

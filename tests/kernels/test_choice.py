@@ -222,6 +222,29 @@ def test_the_favourite_is_beaten_by_a_margin_only() -> None:
     assert measured(barely=0.9).winner == "barely"
 
 
+def test_several_processes_write_one_folder(cache: Path, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    """Each asks, writes and drops while the others do; none ever reads half an answer."""
+    op, others = make(), []
+    for _ in range(3):
+        child = os.fork()
+        if not child:
+            try:
+                wrong = sum(_asked_anew(op) != "second" for _ in range(100))
+                os._exit(wrong or len(caplog.records))
+            finally:
+                os._exit(99)
+        others.append(child)
+    assert {_asked_anew(op) for _ in range(100)} == {"second"} and not caplog.records
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in others] == [0] * 3
+    assert not list(cache.rglob("*.part"))
+
+
+def _asked_anew(op: Op) -> str:
+    """What runs once the answers of this process, and those on disk, are forgotten."""
+    choice.drop()
+    return ran(op)
+
+
 def rank(number: int, folder: str, store: str) -> list[str]:
     """One process of a group; each finds another implementation the faster one. What it ran."""
     os.environ |= {"VIDACCEL_CACHE_DIR": f"{folder}/{number}", "MASTER_ADDR": "localhost"}
