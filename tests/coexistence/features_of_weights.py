@@ -206,6 +206,7 @@ def bitsandbytes(subject: Subject) -> None:
         return new
 
     _replace_linears(subject.denoiser, quantised)
+    subject.clip()  # the first quantises the weights, and gives another one than those behind it
 
 
 def gguf(subject: Subject) -> None:
@@ -288,6 +289,7 @@ def other_state(subject: Subject) -> None:
 
 def _copied_by(copied: Callable[[Any], Any]) -> Callable[[Subject], Undo]:
     def turn_on(subject: Subject) -> Undo:
+        subject.clip()
         original = subject.pipe
         subject.pipe = copied(original)
         subject.pipe.set_progress_bar_config(disable=True)
