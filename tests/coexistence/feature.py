@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,8 +120,10 @@ def seeded(act: Callable[[], Any], seed: int = 7) -> Any:
         return act()
 
 
-def blocks_of(subject: Subject) -> Iterator[Any]:
+def blocks_of(subject: Subject) -> list[Any]:
     """The blocks that a denoiser repeats."""
     kinds = {*(subject.denoiser._no_split_modules or ()), *(subject.denoiser._repeated_blocks or ())}
-    kinds |= {"BasicTransformerBlock", "ResnetBlock2D", "AnimateDiffTransformer3D"}
-    return (module for module in subject.denoiser.modules() if type(module).__name__ in kinds)
+    kinds |= {"AnimateDiffTransformer3D", "BasicTransformerBlock", "ConsisIDBlock", "ResnetBlock2D"}
+    blocks = [module for module in subject.denoiser.modules() if type(module).__name__ in kinds]
+    assert blocks, "nobody knows the blocks of this denoiser"
+    return blocks

@@ -63,15 +63,15 @@ def compiled_blocks(subject: Subject) -> Undo:
 # what diffusers offers
 
 
-def switched(on: str, off: str = "", *args: Any, model: str = "", **options: Any) -> Callable[[Subject], Undo | None]:
-    """Call method ``on`` of the pipeline or of its ``model``; ``off`` undoes that."""
+def switched(on: str, off: str, *args: Any, model: str = "", **options: Any) -> Callable[[Subject], Undo | None]:
+    """Call method ``on`` of the pipeline or of its ``model``; ``off`` undoes that, if it is there."""
 
     def turn_on(subject: Subject) -> Undo | None:
         def owner() -> Any:
             return {"": subject.pipe, "denoiser": subject.denoiser, "vae": subject.pipe.vae}[model]
 
         getattr(owner(), on)(*args, **options)
-        return (lambda: getattr(owner(), off)()) if off else None
+        return (lambda: getattr(owner(), off)()) if hasattr(owner(), off) else None
 
     return turn_on
 
@@ -220,7 +220,7 @@ def saved_layers(subject: Subject) -> Tensor:
 
 
 def saved_blocks(subject: Subject) -> Tensor:
-    return _saved(subject, list(blocks_of(subject)))
+    return _saved(subject, blocks_of(subject))
 
 
 def _saved(subject: Subject, modules: list[nn.Module]) -> Tensor:
@@ -298,7 +298,7 @@ def replaced_layers(subject: Subject) -> Undo:
 
 
 def replaced_block(subject: Subject) -> Undo:
-    return _replaced(subject, {id(next(blocks_of(subject)))})
+    return _replaced(subject, {id(blocks_of(subject)[0])})
 
 
 def _replaced(subject: Subject, which: set[int]) -> Undo:
@@ -336,7 +336,7 @@ def users_processors(subject: Subject) -> Undo:
 def wrapped_forwards(subject: Subject) -> Undo:
     """As DeepCache wraps blocks: every second call returns what the one before did."""
     undos: list[Undo] = []
-    for block in list(blocks_of(subject))[1::2]:
+    for block in blocks_of(subject)[1::2]:
         found, calls = block.forward, []
 
         def forward(*args: Any, found: Any = found, calls: list[Any] = calls, **kwargs: Any) -> Any:
@@ -471,7 +471,7 @@ def after_an_exception(subject: Subject) -> Undo:
     def stop(module: nn.Module, args: Any, out: Any) -> None:
         raise Stop
 
-    handle = list(blocks_of(subject))[1].register_forward_hook(stop)
+    handle = blocks_of(subject)[1].register_forward_hook(stop)
     try:
         subject.clip()
         raise AssertionError("it went through")
@@ -592,7 +592,7 @@ FEATURES = [
             lambda subject: has("enable_attention_slicing")(subject) or takes("set_attention_slice")(subject),
             fallback=PROCESSOR),
     Feature("forward chunking", switched("enable_forward_chunking", "disable_forward_chunking", 1, 0, model="denoiser"),
-            takes("enable_forward_chunking", "disable_forward_chunking"), fallback="the feed-forward is chunked"),
+            takes("enable_forward_chunking"), fallback="the feed-forward is chunked"),
     Feature("attention backend", attention_backend, takes("set_attention_backend")),
     Feature("VAE slicing", switched("enable_slicing", "disable_slicing", model="vae"), of_vae("enable_slicing")),
     Feature("VAE tiling", switched("enable_tiling", "disable_tiling", model="vae"), of_vae("enable_tiling")),
@@ -607,8 +607,8 @@ FEATURES = [
     Feature("a hook that reads layers", _hooked(_some_layers, _read), fallback=HOOKED),
     Feature("a hook that changes layers", _hooked(_some_layers, _shift), fallback=HOOKED, shows=True),
     Feature("a hook that writes to layers", _hooked(_some_layers, _halve_in_place), fallback=HOOKED, shows=True),
-    Feature("a hook that reads blocks", _hooked(lambda subject: list(blocks_of(subject)), _read), fallback=HOOKED),
-    Feature("a hook that changes blocks", _hooked(lambda subject: list(blocks_of(subject)), _shift), fallback=HOOKED,
+    Feature("a hook that reads blocks", _hooked(blocks_of, _read), fallback=HOOKED),
+    Feature("a hook that changes blocks", _hooked(blocks_of, _shift), fallback=HOOKED,
             shows=True),
     Feature("hooks that save layers", run=saved_layers, fallback=HOOKED),
     Feature("hooks that save blocks", run=saved_blocks, fallback=HOOKED),
@@ -617,7 +617,7 @@ FEATURES = [
             fallback=HOOKED, shows=True),
     Feature("layers of another class", other_class, fallback="was replaced by", shows=True),
     Feature("replaced layers", replaced_layers, fallback="was replaced by", shows=True),
-    Feature("a replaced block", replaced_block, fallback="its module is gone", shows=True),
+    Feature("a replaced block", replaced_block, fallback="its module is gone|was replaced by Halved", shows=True),
     Feature("processors of the user's", users_processors, fallback=PROCESSOR, shows=True),
     Feature("AttnProcessor2_0 everywhere", stock_processors, takes_stock_processors, fallback=PROCESSOR),
     Feature("AttnProcessor everywhere", default_processors, takes_stock_processors, fallback=PROCESSOR),

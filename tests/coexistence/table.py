@@ -66,6 +66,8 @@ def page(cells: Cells) -> str:
     families = [family for family in FAMILIES if any(cell[1] == family for cell in cells)]
     done = sum(outcome.kind != "n/a" for outcome in cells.values())
     lines = [HEAD.format(count=len(cells), done=done)]
+    if missing := [family for family in FAMILIES if family not in families]:
+        lines += [f"Not in this run: {', '.join(missing)}.", ""]
     for at in range(0, len(families), COLUMNS):
         lines += [*_table(cells, families[at : at + COLUMNS], numbers), ""]
     lines += ["## Reasons to go the original way", ""]
@@ -97,7 +99,7 @@ def _sign(outcome: Outcome, numbers: dict[str, int]) -> str:
 
 def _general(reason: str) -> str:
     """A reason without what differs from family to family."""
-    reason = reason.removesuffix(": patch before turning that on")
+    reason = re.sub(r"\((\d+, )+\d+\)", "(...)", reason.removesuffix(": patch before turning that on"))
     return re.sub(r"\b(a|an) [A-Z]\w*(?= (has|was)\b| \()|of a [A-Z]\w*", _anything, reason)
 
 
