@@ -257,14 +257,14 @@ def _most_frames(q: Tensor) -> int:
 
 
 def _costs(q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_heads: int, scale: float) -> Costs:
-    frames_k = num_frames * k.shape[0] // q.shape[0]
+    frames_k = num_frames * k.shape[0] // max(q.shape[0], 1)
     return Costs(bytes=2 * q.nbytes + k.nbytes + v.nbytes, flops=4 * q.numel() * frames_k)
 
 
 def _parts(q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_heads: int, scale: float) -> Iterator[Part]:
     """Head by head, for each is to be right by its own scale; sample by sample, as many pixels as fit."""
     (_, num_pixels, channels), samples = q.shape, q.shape[0] // num_frames
-    frames_k, head_dim = k.shape[0] // samples, channels // num_heads
+    frames_k, head_dim = k.shape[0] // max(samples, 1), channels // num_heads
     elements = (num_frames + frames_k) * head_dim + num_frames * frames_k
     for head, sample in itertools.product(range(num_heads), range(samples)):
         channel = slice(head * head_dim, (head + 1) * head_dim)

@@ -88,7 +88,7 @@ def _depth_to_space_kernel(
         out_frames -= 1
     mask = mask_m[:, None] & (offs_c < channels)[None, :]
     value = tl.load(x_ptr + row.to(tl.int64)[:, None] * (phases * channels) + offs_p, mask=mask).to(tl.float32)
-    bias = tl.load(bias_ptr + offs_p + tl.zeros([BLOCK_M, 1], tl.int32), mask=mask).to(tl.float32)
+    bias = tl.load(bias_ptr + offs_p + tl.zeros([BLOCK_M, 1], tl.int32), mask=mask).to(dtype).to(tl.float32)
     value = (value + bias).to(dtype).to(tl.float32)
     pixel = sample.to(tl.int64) * stride_source_sample + frame.to(tl.int64) * stride_source_frame
     pixel += y.to(tl.int64) * stride_source_row + x.to(tl.int64) * stride_source_pixel

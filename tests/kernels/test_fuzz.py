@@ -451,6 +451,23 @@ def test_an_op(name: str, data: st.DataObject) -> None:
         check(ops()[name], STRATEGIES[name](Drawer(data, torch.device("cpu"))))
 
 
+X = torch.linspace(-2, 2, 256).view(1, 1, 1, 1, 256)
+FOUND = {
+    "a bias that is not rounded first": (
+        "depth_to_space",
+        lambda: (X.half(), X.flatten() / 3, torch.zeros(1, 1, 1, 1, 64).half(), 1, False),
+    ),
+    "no sample": ("temporal_attention", lambda: (*[torch.ones(0, 1, 16)] * 3, 1, 1, 0.25)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("found", FOUND)
+def test_what_was_found_once(found: str) -> None:
+    name, draw = FOUND[found]
+    with torch.no_grad():
+        check(ops()[name], draw())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", STRATEGIES)
 @given(data=st.data())
