@@ -388,6 +388,8 @@ def _default(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> s
 
     if q.is_cuda and _is_large(q, k) and serves("gemm"):
         return "gemm"
+    if torch.compiler.is_compiling():  # Dynamo cannot ask what a backend serves, and PyTorch's choice is the same
+        return REFERENCE
     return "cudnn" if _on_hopper(q) and serves("cudnn") else REFERENCE
 
 
