@@ -23,7 +23,7 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not gpu"
 
 gpu-test: $(READY)
-	$(BIN)/pytest -v -m gpu --gpu-record samples/benchmarks/gpu-tests.json
+	$(BIN)/pytest -v -m "gpu and not fuzz" --gpu-record samples/benchmarks/gpu-tests.json
 
 matrix: $(READY)
 	$(BIN)/pip install --constraint constraints.txt --editable '.[quantisers]'
@@ -39,7 +39,7 @@ faults: $(READY)
 	$(BIN)/python tests/fidelity_faults.py --device $(DEVICE)
 
 fuzz: $(READY)
-	$(BIN)/pytest tests/kernels/test_fuzz.py tests/pipelines/test_fuzz.py --hypothesis-profile fuzz -m "not gpu"
+	$(BIN)/pytest tests/kernels/test_fuzz.py tests/pipelines/test_fuzz.py --hypothesis-profile fuzz
 
 versions:
 	$(PYTHON) scripts/test_versions.py

@@ -329,18 +329,18 @@ class Op:
                 if bind := self.implementations[plan.name].bind:
                     plan = plan._replace(run=bind(*args))
             except Exception as error:
-                return self._without(plan, signature, error)
+                if _stops(plan, error):
+                    raise
+                return self._without(plan, signature, first_line(error))
             self._plans[signature] = plan
         return plan
 
-    def _without(self, plan: _Plan, signature: Signature, error: Exception) -> _Plan:
-        """The plan for ``signature`` from now on, where that of before has raised.
+    def _without(self, plan: _Plan, signature: Signature, error: str) -> _Plan:
+        """The plan for ``signature`` from now on, where that of before has raised ``error``.
 
         Whatever a kernel does on a new GPU, or with a new compiler, the clip goes on without it.
         """
-        if plan.name == REFERENCE or isinstance(error, torch.OutOfMemoryError):
-            raise error
-        reason = f"{plan.name}: {first_line(error)}"
+        reason = f"{plan.name}: {error}"
         self._plans[signature] = self._failed[signature] = plan = self._plan_of(REFERENCE, reason)
         if reason not in self._told:  # the same may happen at every shape
             self._told.add(reason)
@@ -407,9 +407,9 @@ class Op:
         try:
             return plan.run(*(self._with_copy(args) if copied else args))
         except Exception as error:
-            if signature is None:
+            if signature is None or _stops(plan, error):
                 raise
-            self._without(plan, signature, error)
+            self._without(plan, signature, first_line(error))
             return self.reference(*args)
 
     def _run_heard(
@@ -504,6 +504,11 @@ def check_wishes(shortcuts: Sequence[str] = ()) -> None:
         if way not in ways:
             which = f"{op} has" if op else "there is"
             raise UsageError(f"VIDACCEL_IMPL: {which} no implementation {way!r}{nearest(way, ways)}")
+
+
+def _stops(plan: _Plan, error: Exception) -> bool:
+    """Whether nothing can take the place of what has raised."""
+    return plan.name == REFERENCE or isinstance(error, torch.OutOfMemoryError)
 
 
 def _signature(args: tuple[Any, ...]) -> Signature:

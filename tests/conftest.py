@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
 # The same few examples in every run. `make fuzz` takes the profile "fuzz": many, others each time, and where some fail
 # the smallest of them, with the line that makes it again.
 _CHECKS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
-_FEW = {"derandomize": True, "max_examples": 8, "phases": (Phase.explicit, Phase.generate), "database": None}
+_FEW = {"derandomize": True, "max_examples": 5, "phases": (Phase.explicit, Phase.generate), "database": None}
 settings.register_profile("ci", deadline=None, suppress_health_check=_CHECKS, **_FEW)
 settings.register_profile("fuzz", deadline=None, suppress_health_check=_CHECKS, max_examples=300, print_blob=True)
 settings.load_profile("ci")

@@ -51,6 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", nargs="+", help="default: float32 on a CPU, all three on a GPU")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of the table")
     parser.add_argument("--processes", type=int, help="parts of the table that are measured at a time")
     parser.add_argument("--commit", help="of the code that is measured (default: what git says)")
     parser.add_argument("--out", type=Path, help="default: in samples/benchmarks")
@@ -59,13 +60,14 @@ def main() -> None:
     out = args.out or RECORDS[args.device]
     if not args.draw:
         dtypes, processes = DEFAULTS[args.device]
-        _measure(args.device, args.dtype or dtypes, args.processes or processes, args.commit, out)
+        tasks = [(part, dtype) for part in args.parts for dtype in args.dtype or dtypes]
+        _measure(args.device, tasks, args.processes or processes, args.commit, out)
     out.with_suffix(".md").write_text(table(json.loads(out.read_text()), out.name))
 
 
-def _measure(device: str, dtypes: list[str], processes: int, commit: str | None, out: Path) -> None:
-    """Measure the parts of the table, some at a time, and leave what there is in ``out`` after each."""
-    rows: dict[tuple[str, str], list[dict[str, Any]]] = {(part, dtype): [] for part in PARTS for dtype in dtypes}
+def _measure(device: str, tasks: list[tuple[str, str]], processes: int, commit: str | None, out: Path) -> None:
+    """Measure parts of the table in dtypes, some at a time, and leave what there is in ``out`` after each."""
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {task: [] for task in tasks}
     start = time.perf_counter()
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         waiting = {pool.submit(_rows, part, device, dtype): (part, dtype) for part, dtype in rows}

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of PEFT, accelerate, the qu
 # One transformer, whose cells take a third of a second, each feature in one of the orders; of the UNets, only what has
 # no like there.
 CHEAP = "Wan 2.1"
+ON_A_GPU = ("AnimateDiff", "SVD", "LTX", "Wan 2.1")
 UNETS_OWN = {"AnimateDiff": ("sequential offload", "forward chunking", "a replaced block")}
 
 
@@ -48,8 +49,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for order in ORDERS
         if whole or _is_cheap(feature, family, order)
     ]
-    if "record_property" in metafunc.fixturenames:  # that of all cells
-        metafunc.parametrize(("feature", "family", "order"), cells, ids=_named)
+    if "record_property" not in metafunc.fixturenames:
+        features = features_on_a_gpu.FEATURES if whole else ()
+        cells = [(feature, family, order) for family in ON_A_GPU for feature in features for order in ORDERS]
+    metafunc.parametrize(("feature", "family", "order"), cells, ids=_named)
 
 
 def test_cell(feature: Feature, family: str, order: str, record_property: Callable[[str, Any], None]) -> None:
@@ -59,9 +62,6 @@ def test_cell(feature: Feature, family: str, order: str, record_property: Callab
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("feature", features_on_a_gpu.FEATURES, ids=_named)
-@pytest.mark.parametrize("family", ["AnimateDiff", "SVD", "LTX", "Wan 2.1"])
 def test_cell_on_a_gpu(feature: Feature, family: str, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     found = outcome(feature, family, order)

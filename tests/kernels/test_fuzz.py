@@ -332,7 +332,7 @@ def _spatial_attention(d: Drawer) -> Any:
 
 
 def _spatial_norm_silu(d: Drawer) -> Any:
-    latents = d.size(2), d.size(3), d.size(2), d.size(2), d.channels()
+    latents = d.size(2), d.size(2), d.size(2), d.size(2), d.of(16, 8, 7, 1)
     rate, scale, first = d.of(1, 2), d.of(1, 2, 4), d.of(0, 1)
     frames = first + rate * (latents[1] - first)  # of an odd number, the first has its own latents
     x = latents[0], max(frames, 0), scale * latents[2], scale * latents[3], latents[4]
@@ -426,7 +426,7 @@ def _copy(x: Tensor) -> Tensor:
 
 
 def _same(x: Any, y: Any) -> bool:
-    return not isinstance(x, Tensor) or torch.equal(x, y)
+    return not isinstance(x, Tensor) or bool(((x == y) | ((x != x) & (y != y))).all())
 
 
 def _may_overwrite(op: Op, args: tuple[Any, ...]) -> bool:
@@ -469,6 +469,7 @@ def test_what_was_found_once(found: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.fuzz
 @pytest.mark.parametrize("name", STRATEGIES)
 @given(data=st.data())
 def test_an_op_on_a_gpu(name: str, data: st.DataObject) -> None:
