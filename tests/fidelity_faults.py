@@ -193,19 +193,19 @@ def _finite(value: float) -> float | str:
 
 def table(record: dict[str, Any], name: str) -> str:
     """The record, which is in a file called ``name`` beside it, in Markdown."""
-    of = record["environment"]
+    of, rows = record["environment"], record["rows"]
+    commits = sorted({str(row.get("commit", of["commit"]))[:9] for row in rows})  # of parts that were measured apart
     head = [
         "# What `vidaccel.compare` says of planted faults",
         "",
         f"Drawn from [{name}]({name}) by `tests/fidelity_faults.py`: {of['device']}, "
-        f"torch {of['torch']}, diffusers {of['diffusers']}, commit {str(of['commit'])[:9]}; the bundled model, "
+        f"torch {of['torch']}, diffusers {of['diffusers']}, commit {' and '.join(commits)}; the bundled model, "
         f"{record['request']['frames']} frames, {record['request']['steps']} steps.",
         "",
         "The margin is how far the clip's worst frame is above (+) or below (-) the worst frame of equal maths. "
         "*Check*: whether sites were held against their references at first sight, which sends a site that is wrong "
         "back to the original code: the clip is right then, and fails all the same.",
     ]
-    rows = record["rows"]
     right = sum(row["as_it_should_be"] for row in rows)
     lines = [*head, "", f"**{right} of {len(rows)} as they should be.**", ""]
     for title, kind in (

@@ -43,9 +43,9 @@ import torch
 from vidaccel.kernels.ffn.geglu import GEGLU
 from vidaccel.kernels.op import listening
 x = torch.randn(3, 5, 64, device="cuda")
-with torch.no_grad(), listening() as events:
-    out = GEGLU(x)
-assert torch.allclose(out, GEGLU.reference(x), rtol=1e-5)
+with torch.no_grad(), listening(checks=True) as events:
+    GEGLU(x)
+assert not events[0].problem, events
 assert events[0].implementation == "triton" or "triton: " in events[0].reason, events
 """
 
