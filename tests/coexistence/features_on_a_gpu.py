@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from coexistence.feature import Feature, Subject, Undo
 from coexistence.features_of_weights import HOOKED, group_offload
 from torch import Tensor
+
+from vidaccel.patching.cuda_graph import CHANGED
 
 __all__ = ["FEATURES"]
 
@@ -69,9 +72,14 @@ STREAMS = {
     "group offload by block, streams": partial(BY_BLOCK, use_stream=True),
     "group offload by leaf, streams": partial(BY_LEAF, use_stream=True),
 }
+# CUDA graphs: not of a call on the CPU, and only one call later of a model whose weights have moved since its first
+MOVED = f"an argument is on cpu|{re.escape(CHANGED)}"
 FEATURES = [
-    Feature("to(cuda)", on_the_gpu(to_the_gpu)),
-    Feature("to(cuda) and back", there_and_back),
-    *(Feature(name, on_the_gpu(offload), fallback=HOOKED) for name, offload in OFFLOADS.items()),
-    *(Feature(name, on_the_gpu(offload), fallback=HOOKED, keeps_order=True) for name, offload in STREAMS.items()),
+    Feature("to(cuda)", on_the_gpu(to_the_gpu), fallback=MOVED),
+    Feature("to(cuda) and back", there_and_back, fallback=MOVED),
+    *(Feature(name, on_the_gpu(offload), fallback=f"{HOOKED}|{MOVED}") for name, offload in OFFLOADS.items()),
+    *(
+        Feature(name, on_the_gpu(offload), fallback=f"{HOOKED}|{MOVED}", keeps_order=True)
+        for name, offload in STREAMS.items()
+    ),
 ]
