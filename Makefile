@@ -20,7 +20,7 @@ demo: $(READY)
 	$(BIN)/vidaccel generate --compare --overwrite --out demo/clip.mp4
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m "not gpu"
 
 gpu-test: $(READY)
 	$(BIN)/pytest -v -m "gpu and not fuzz" --gpu-record samples/benchmarks/gpu-tests.json

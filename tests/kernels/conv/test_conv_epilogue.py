@@ -373,9 +373,13 @@ def test_accesses_are_16_bytes_wide(target: str, epilogue: str) -> None:
     assert len(narrow_accesses(asm)) == scalars, "all but the scalars of the blend"
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("epilogue", ["residual-with-bias", "mix-image-only"])
-@pytest.mark.parametrize("segment_rows", [64, 9216], ids=["small", "large"])
+@pairwise(
+    {
+        "segment_rows": [pytest.param(64, id="small"), pytest.param(9216, id="large")],
+        "epilogue": ["residual-with-bias", "mix-image-only"],
+        "target": list(TARGETS),
+    }
+)
 def test_tiles_with_statistics_are_read_and_written_16_bytes_at_a_time(
     segment_rows: int, epilogue: str, target: str
 ) -> None:

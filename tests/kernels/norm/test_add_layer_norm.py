@@ -310,12 +310,16 @@ def test_a_fault_is_found(
     assert all(map(torch.equal, outputs, add_layer_norm_ref(x, weight, bias, EPS, **addends)))
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("channels", [320, 1280])
-@pytest.mark.parametrize(
-    "names",
-    [(), ("residual", "row"), ("residual", "position")],
-    ids=["norm-only", "residual-row", "residual-position"],
+@pairwise(
+    {
+        "target": list(TARGETS),
+        "channels": [320, 1280],
+        "names": [
+            pytest.param((), id="norm-only"),
+            pytest.param(("residual", "row"), id="residual-row"),
+            pytest.param(("residual", "position"), id="residual-position"),
+        ],
+    }
 )
 def test_accesses_are_16_bytes_wide_and_prefetched(target: str, channels: int, names: tuple[str, ...]) -> None:
     residual, row, position = (name in names for name in ("residual", "row", "position"))

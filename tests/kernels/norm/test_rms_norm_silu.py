@@ -18,6 +18,7 @@ from kernel_checks import (
     assert_no_spills,
     compile_for,
     narrow_accesses,
+    pairwise,
     planted,
 )
 from torch import Tensor
@@ -425,18 +426,19 @@ def test_a_fault_is_found(
     assert all(map(torch.equal, outputs, rms_norm_silu_ref(x, gamma, **given, padding=CAUSAL)))
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("channels", [96, 384])
-@pytest.mark.parametrize(
-    ("names", "dtype", "padding", "kind"),
-    [
-        pytest.param(("gamma", *SUM, "halo"), "mixed", CAUSAL, "normalize", id="everything-mixed"),
-        pytest.param(("gamma", "bias"), "bf16", CAUSAL, "normalize", id="bias"),
-        pytest.param(("gamma", *SUM, "halo"), "bf16", CAUSAL, "normalize", id="everything"),
-        pytest.param(("gamma", *SUM, "halo"), "fp32", CAUSAL, "normalize", id="everything-fp32"),
-        pytest.param(("gamma", *SUM, "halo"), "bf16", PADDINGS[0], "normalize", id="hunyuan"),
-        pytest.param(("scale", "shift", "bias", "residual"), "bf16", PADDINGS[1], "mean", id="ltx2"),
-    ],
+@pairwise(
+    {
+        "target": list(TARGETS),
+        "channels": [96, 384],
+        "names, dtype, padding, kind": [
+            pytest.param(("gamma", *SUM, "halo"), "mixed", CAUSAL, "normalize", id="everything-mixed"),
+            pytest.param(("gamma", "bias"), "bf16", CAUSAL, "normalize", id="bias"),
+            pytest.param(("gamma", *SUM, "halo"), "bf16", CAUSAL, "normalize", id="everything"),
+            pytest.param(("gamma", *SUM, "halo"), "fp32", CAUSAL, "normalize", id="everything-fp32"),
+            pytest.param(("gamma", *SUM, "halo"), "bf16", PADDINGS[0], "normalize", id="hunyuan"),
+            pytest.param(("scale", "shift", "bias", "residual"), "bf16", PADDINGS[1], "mean", id="ltx2"),
+        ],
+    }
 )
 def test_accesses_are_16_bytes_wide_and_prefetched(
     target: str, channels: int, names: tuple[str, ...], dtype: str, padding: Padding, kind: str
