@@ -1,12 +1,13 @@
 """Triton's interpreter, made faster: most of its time goes into what no kernel asks for.
 
 As it comes, it reduces one element after the other where a function of ours combines two, looks through all of
-``triton.language`` at every call of a device function, makes a table of dtypes whenever it asks for one, and describes
-the shape of every tensor anew.
+``triton.language`` at every call of a device function, makes a table of dtypes whenever it asks for one, describes the
+type and the shape of every tensor anew, and looks for overflows, of which it would say nothing.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -32,6 +33,10 @@ def make_faster() -> None:
     interpreter._patch_lang = _once_per_launch(interpreter._patch_lang)
     interpreter.ReduceOps.generic_reduce = _reduce_by_halves
     tl.tensor.__init__ = _set_tensor
+    tl.block_type.__init__ = _once_per_block_type(tl.block_type.__init__)
+    builder = interpreter.interpreter_builder
+    if not builder.options.debug:  # else it would say so
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
 def _once_per_dtype(np_dtype_of: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -109,3 +114,16 @@ def _set_tensor(self: Any, handle: Any, type: Any) -> None:
 def _shape(sizes: tuple[int, ...]) -> tuple[Any, Any]:
     size = tl.constexpr(int(np.prod(sizes)))
     return tl.tuple([tl.constexpr(n) for n in sizes]), size
+
+
+def _once_per_block_type(set_block_type: Callable[..., None]) -> Callable[..., None]:
+    found: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
+
+    def set_known(self: Any, element_ty: Any, shape: Any) -> None:
+        key = element_ty.name, tuple(getattr(n, "value", n) for n in shape)
+        if key not in found:
+            set_block_type(self, element_ty, shape)
+            found[key] = dict(vars(self))
+        vars(self).update(found[key], element_ty=element_ty)
+
+    return set_known
