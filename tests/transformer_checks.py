@@ -210,16 +210,24 @@ def check_hooks(model: Any, call: Call, *names: str) -> None:
         calls.append(module)
         return out + 0.1
 
+    def hooked() -> list[Any]:
+        return [m.register_forward_hook(hook) for path, m in model.named_modules() if path.endswith(tuple(names))]
+
     calls: list[nn.Module] = []
-    handles = [
-        module.register_forward_hook(hook) for path, module in model.named_modules() if path.endswith(tuple(names))
-    ]
+    handles = hooked()
     expected = call(model)
     stock = list(calls)
     with patch_module(model):
         calls.clear()
         assert relative_error(call(model), expected) <= 1e-5
         assert set(calls) == set(stock) and len(calls) == len(stock)
+    for handle in handles:
+        handle.remove()
+    with patch_module(model) as report:
+        call(model)
+        handles = hooked()
+        assert relative_error(call(model), expected) <= 1e-5
+        assert not [site for site in report.sites if site.state == "failed"], str(report)
     for handle in handles:
         handle.remove()
 

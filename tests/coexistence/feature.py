@@ -36,6 +36,12 @@ class Subject:
         return self.pipe.components.get("transformer") or self.pipe.components["unet"]
 
     @property
+    def denoisers(self) -> list[Any]:
+        """Both, where a pipeline has two."""
+        second = self.pipe.components.get("transformer_2")
+        return [self.denoiser] if second is None else [self.denoiser, second]
+
+    @property
     def models(self) -> list[Any]:
         """The denoiser, or both of them, and the VAE."""
         names = ("unet", "transformer", "transformer_2", "vae")

@@ -158,7 +158,8 @@ def group_offload(subject: Subject, offload_type: str, onload: str = "cpu", **op
 
 
 def layerwise_casting(subject: Subject, storage: torch.dtype) -> None:
-    subject.denoiser.enable_layerwise_casting(storage_dtype=storage, compute_dtype=torch.float32)
+    for denoiser in subject.denoisers:
+        denoiser.enable_layerwise_casting(storage_dtype=storage, compute_dtype=torch.float32)
 
 
 def cast(subject: Subject, *dtypes: torch.dtype) -> None:
@@ -189,6 +190,12 @@ def _installed(package: str) -> Needs:
 def torchao(subject: Subject) -> None:
     quantization = import_module("torchao.quantization")
     quantization.quantize_(subject.denoiser, quantization.Int8WeightOnlyConfig())
+
+
+def of_quanto(subject: Subject) -> str | None:
+    if subject.family == "Kandinsky 5":
+        return "it multiplies in bfloat16, where quanto's product on a CPU (torch._weight_int8pack_mm) ends the process"
+    return _installed("optimum.quanto")(subject)
 
 
 def quanto(subject: Subject) -> None:
@@ -222,7 +229,8 @@ def gguf(subject: Subject) -> None:
         new.weight, new.bias = utils.GGUFParameter(blocks, quant_type=kind), old.bias
         return new
 
-    _replace_linears(subject.denoiser, quantised)
+    for denoiser in subject.denoisers:
+        _replace_linears(denoiser, quantised)
 
 
 def _replace_linears(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
@@ -328,10 +336,11 @@ FEATURES = [
             takes("enable_layerwise_casting"), fallback=HOOKED, shows=True),
     Feature("to(bfloat16)", lambda subject: cast(subject, torch.bfloat16), fallback="not float32",
             shows=True, rounds=True),
-    Feature("to(bfloat16) and back", lambda subject: cast(subject, torch.bfloat16, torch.float32), shows=True),
+    Feature("to(bfloat16) and back", lambda subject: cast(subject, torch.bfloat16, torch.float32),
+            fallback="rounded to bfloat16", shows=True),
     Feature("channels_last", channels_last, keeps_order=True),
     Feature("torchao, int8 weights", torchao, _installed("torchao"), fallback=CHILD, shows=True),
-    Feature("quanto, int8 weights", quanto, _installed("optimum.quanto"), fallback=CHILD, shows=True, keeps_order=True),
+    Feature("quanto, int8 weights", quanto, of_quanto, fallback=CHILD, shows=True, keeps_order=True),
     Feature("bitsandbytes, 8 bits", bitsandbytes, _installed("bitsandbytes"), fallback=CHILD, shows=True, rounds=True),
     Feature("GGUF, Q8_0", gguf, _installed("gguf"), fallback=CHILD, shows=True),
     Feature("weights edited in place", edited_in_place, shows=True),

@@ -127,12 +127,12 @@ def _stock(feature: Feature, family: str) -> _Stock:
     subject = build(family)
     if reason := feature.needs(subject):
         raise _Unable(reason)
+    plain = _plain(family)  # first: a feature may change what the whole process does
     try:
         undo = feature.turn_on(subject)
         on = feature.run(subject)
     except Exception as error:
         raise _Unable(f"stock raises {type(error).__name__}: {str(error).strip().splitlines()[0][:100]}") from error
-    plain = _plain(family)
     if feature.shows:
         assert on.shape != plain.shape or _distance(on, plain) > MATH_EXACT, "the feature does nothing"
     if undo is None or not feature.drifts:

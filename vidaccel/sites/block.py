@@ -259,7 +259,9 @@ def fused_way(kind: type[Host], host: Any, sites: SiteGroup, args: tuple[Any, ..
 def going(way: Way) -> Iterator[None]:
     """Let every block inside the ``with`` block, in this thread, go ``way``, in what is else the call under way."""
     memo = Memo()
-    memo.way, memo.text = way, getattr(held(), "text", None)
+    memo.way = way
+    if of_the_call := held():
+        memo.text, memo.hooked = of_the_call.text, of_the_call.hooked
     with holding(memo):
         yield
 

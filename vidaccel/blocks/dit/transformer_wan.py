@@ -111,6 +111,8 @@ class WanBlock(FusedBlock):
             return "autocast is on"
         if self._takes_image() and context.shape[1] <= TEXT_TOKENS:
             return f"there is no image before the {TEXT_TOKENS} tokens of its text"
+        if len(context) != len(hidden_states):  # stock's attention may broadcast them
+            return "its text and its video differ in batch size"
         for norm in (self.norm1, self.norm2, self.norm3):
             kind = nn.Identity if type(norm) is nn.Identity else FP32LayerNorm
             if reason := parameters_reason(norm, kind, hidden_states.device):
