@@ -42,7 +42,8 @@ def main() -> int:
     parser.add_argument("--packages", nargs="+", choices=PACKAGES, default=PACKAGES, help="those to move")
     parser.add_argument("--ends", nargs="+", choices=ENDS, default=ENDS)
     parser.add_argument("--folder", type=Path, default=ROOT / ".venv-versions", help="for the environments")
-    parser.add_argument("pytest", nargs="*", default=["-q", "-n", "auto", "--dist", "worksteal", "-m", "not gpu"], help="arguments of pytest")
+    parallel = ["-n", "auto", "--dist", "worksteal"]
+    parser.add_argument("pytest", nargs="*", default=["-q", *parallel, "-m", "not gpu"], help="arguments of pytest")
     args = parser.parse_args()
     outcomes = [run(end, args.packages, args.folder / end, args.pytest) for end in args.ends]
     print(table(outcomes))
