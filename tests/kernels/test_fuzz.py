@@ -266,9 +266,10 @@ def _padded_group_norm(d: Drawer) -> Any:
 
 def _pixel_conv(d: Drawer) -> Any:
     channels, taps = d.channels(), (d.of(1, 3), d.of(1, 3), d.of(1, 3))
-    out = d.of(1, 3, 4)
-    rows = d.tensor(d.size(2), taps[0] + d.number(2), d.size(4), d.size(4), channels)
-    return rows, d.weight(out, channels, *taps), d.vector(out)
+    out, bordered = d.of(1, 3, 4), d.flag()
+    height, width = (d.size(4) + bordered * (side - 1) for side in taps[1:])
+    rows = d.tensor(d.size(2), taps[0] + d.number(2), height, width, channels)
+    return rows, d.weight(out, channels, *taps), d.vector(out), bordered
 
 
 def _pixel_shuffle(d: Drawer) -> Any:

@@ -173,7 +173,7 @@ class _Decode:
         del chunk.flow
         run = pixel_conv if decoder.runs("pixel_conv") else pixel_conv_ref
         conv = decoder.conv_out.conv
-        out.copy_(run(buffer, conv.weight, conv.bias)[..., 1:-1, 1:-1])  # it pads the border once more
+        out.copy_(run(buffer, conv.weight, conv.bias, bordered=True))
         return chunk.following
 
     def _written(self, chunk: Chunk, padding: Padding, gamma: Tensor | None = None, **options: Any) -> Tensor:
