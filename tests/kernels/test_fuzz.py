@@ -165,6 +165,10 @@ def _conv_epilogue_and_statistics(d: Drawer) -> Any:
     return *_conv_epilogue(d, shape), chunk_rows_for(shape)
 
 
+def _channels_last_weight(d: Drawer) -> Any:
+    return d.weight(d.size(3), d.channels(), *(d.of(1, 3) for _ in range(3))), d.of(torch.float16, torch.float32)
+
+
 def _depth_to_space(d: Drawer) -> Any:
     factor_t, channels = d.of(1, 2), d.channels()
     x = d.size(2), d.size(3), d.size(3), d.size(3), 4 * factor_t * channels
