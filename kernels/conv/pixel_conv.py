@@ -37,7 +37,7 @@ BLOCK = 512  # with twice as many, a thread holds so many numbers that few warps
 NUM_WARPS = 4
 MOST_CHANNELS = 16  # that one pixel has
 MOST_PRODUCTS = 2**30  # numbers that are stored between the GEMM and the sum
-GEMM_STEP = 8  # numbers that a row of a product must be a multiple of, for the kernels of cuBLAS that write 16 bytes
+GEMM_STEP = 8  # numbers that a row of a product must be a multiple of, for cuBLAS's kernels that write 16 bytes
 CUDNN_STEP = 8  # output channels that cuDNN's kernels for tensor cores want
 MEASURED_FLOPS = 1e10
 
@@ -92,7 +92,7 @@ def _bind_taps(rows: Tensor, weight: Tensor, bias: Tensor, bordered: bool) -> Ca
     samples, _, height, width, _ = rows.shape
     shape, pixels, planes = _shape(rows, weight, bordered), height * width, len(weight) * weight[0, 0].numel()
     around, dtype = taps[0] - 1, _dtype(rows, bias)
-    pitch = triton.cdiv(pixels, GEMM_STEP) * GEMM_STEP
+    pitch = triton.cdiv(pixels, GEMM_STEP) * GEMM_STEP if pixels >= GEMM_STEP else pixels
     step = _frames_at_once(rows, planes, around)
     some = [slice(start, min(start + step, shape[2])) for start in range(0, shape[2], step)]
     launches = {
@@ -114,12 +114,24 @@ def _bind_taps(rows: Tensor, weight: Tensor, bias: Tensor, bordered: bool) -> Ca
             for part in some:
                 seen = rows[sample, part.start : part.stop + around].view(-1, pixels, channels_in)
                 products = rows.new_empty(len(seen), planes, pitch)
-                factors = columns.expand(len(seen), -1, -1), seen.transpose(1, 2)
-                torch.bmm(*factors, out=products[..., :pixels])
+                _multiply(columns, seen, products)
                 launches[part.stop - part.start](products, bias, y[sample, :, part])
         return y
 
     return run
+
+
+def _multiply(columns: Tensor, seen: Tensor, products: Tensor) -> None:
+    """``columns @ seen[f].T`` of every frame, ``[F, H W, C]``, at the beginning of the rows of ``products[f]``.
+
+    Where these rows are longer, what follows is of the next frame's pixels, and unspecified in the last.
+    """
+    (frames, pixels, channels), pitch = seen.shape, products.shape[2]
+    whole = frames if pitch == pixels else frames - 1
+    long = seen.as_strided((whole, channels, pitch), (pixels * channels, 1, channels))
+    torch.bmm(columns.expand(whole, -1, -1), long, out=products[:whole])
+    if whole < frames:
+        torch.bmm(columns[None], seen[-1:].transpose(1, 2), out=products[-1:, :, :pixels])
 
 
 def _frames_at_once(rows: Tensor, planes: int, around: int) -> int:
