@@ -165,6 +165,12 @@ def _conv_epilogue_and_statistics(d: Drawer) -> Any:
     return *_conv_epilogue(d, shape), chunk_rows_for(shape)
 
 
+def _block_causal_attention(d: Drawer) -> Any:
+    block = d.size(4, 1)
+    x = d.size(2), block * d.size(4), d.of(288, 16, 3)
+    return d.tensor(*x), d.tensor(*x), d.tensor(*x), block
+
+
 def _channels_last_weight(d: Drawer) -> Any:
     return d.weight(d.size(3), d.channels(), *(d.of(1, 3) for _ in range(3))), d.of(torch.float16, torch.float32)
 
