@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from vidaccel import patch_module, patch_pipeline
 from vidaccel.clips.generation import generate
+from vidaccel.sites.plain import hook_reason
 
 PIPELINES = ("svd", "animatediff", "wan2.1-t2v-1.3b", "ltx-video-2b", "hunyuanvideo1.5-480p")
 
@@ -78,6 +80,16 @@ def test_a_restored_pipeline_keeps_nothing(name: str) -> None:
         generate(pipe, arguments, seed=0)
     assert np.array_equal(generate(pipe, arguments, seed=0).frames, first)
     assert tensors() == before and report.sites
+
+
+def test_classes_that_libraries_make_for_each_module_may_go() -> None:
+    kinds: WeakSet[type] = WeakSet()
+    for _ in range(1500):
+        kind = type("Parametrized", (nn.Linear,), {})
+        kinds.add(kind)
+        hook_reason(kind(1, 1))
+    gc.collect()
+    assert len(kinds) < 1100
 
 
 @pytest.mark.gpu
