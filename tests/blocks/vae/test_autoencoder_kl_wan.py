@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from block_checks import relative_error
 from copy_checks import Copies, Held, hollow_conv3d, hollow_out
 from diffusers import AutoencoderKLWan
 from tiny_models import tiny_autoencoder_kl_wan
-from torch import Tensor
+from torch import Tensor, nn
 from vae_checks import PIXEL_FAULTS, assert_no_worse, check_fault_found, decode
 
 from vidaccel import patch_module
@@ -97,6 +98,37 @@ def test_with_the_kernels(options: dict[str, Any], device: torch.device, monkeyp
     assert ways["whole_clip"] == {"2 of 2 frames", "1 of 2 frames"}
 
 
+def as_tf32(x: Tensor) -> Tensor:
+    """Float32, rounded to the 10 bits that tensor cores read."""
+    return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def test_float16_operands_lose_no_more_than_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does to float32, modelled on a CPU: of every frame, at most twice the error of stock's."""
+    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
+    vae, z = tiny_autoencoder_kl_wan(base_dim=16), draw(frames=4, side=8)
+    gold = decode(copy.deepcopy(vae).double(), z.double())
+    with monkeypatch.context() as tf32:
+        for name in ("conv2d", "conv3d"):
+            exact = getattr(F, name)
+
+            def rounded(x: Tensor, weight: Tensor, *args: Any, exact: Any = exact, **kwargs: Any) -> Tensor:
+                if x.dtype != torch.float32:
+                    return exact(x, weight, *args, **kwargs)
+                return exact(as_tf32(x), as_tf32(weight), *args, **kwargs)
+
+            tf32.setattr(F, name, rounded)
+        tf32.setattr(nn.Conv3d, "_conv_forward", lambda conv, x, w, b: F.conv3d(x, w, b, conv.stride, conv.padding))
+        tf32.setattr(nn.Conv2d, "_conv_forward", lambda conv, x, w, b: F.conv2d(x, w, b, conv.stride, conv.padding))
+        stock = decode(vae, z)
+        tf32.setattr(autoencoder_kl_wan, "takes_tf32", lambda clip: clip.dtype == torch.float32)
+        with patch_module(vae, self_check=False) as report:
+            out = decode(vae, z)
+    assert not report.fallbacks, str(report)
+    assert {"float16"} in [site.implementations for site in report.sites if site.op == "half_operands"]
+    assert_no_worse(out, stock, gold)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("fit", [9, 3], ids=["whole", "chunks"])
@@ -118,6 +150,7 @@ def test_as_wide_as_released(
     assert not report.fallbacks, str(report)
     operands = {way for site in report.sites if site.op == "half_operands" for way in site.implementations}
     assert operands == {"bfloat16" if dtype == torch.bfloat16 else "float16"}
+    assert {"gemm"} in [site.implementations for site in report.sites if site.op == "spatial_attention"]
     assert_no_worse(out, stock, gold)
 
 
