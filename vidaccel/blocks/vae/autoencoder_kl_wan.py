@@ -491,15 +491,12 @@ class _Decode:
     def _summed(self, chunk: Chunk) -> Tensor:
         """What flows, all of it added."""
         flow = chunk.flow
-        if flow.bias is not None and flow.residual is not None and flow.x.dtype != flow.residual.dtype:
-            bias = flow.bias if flow.residual_bias is None else flow.bias + flow.residual_bias
-            add = torch.add if flow.residual is chunk.kept else Tensor.add_
-            chunk.flow = Sum(add(flow.residual, flow.x).add_(bias))
-        elif flow.bias is not None:
+        if flow.bias is not None:
             images = clip_of(flow.x)
             residual = None if flow.residual is None else clip_of(flow.residual)
             if self._decoder.runs("conv_epilogue"):
-                images = conv_epilogue(images, flow.bias, residual, residual_bias=flow.residual_bias, inplace=True)
+                inplace = flow.residual is None or flow.residual is not chunk.kept
+                images = conv_epilogue(images, flow.bias, residual, residual_bias=flow.residual_bias, inplace=inplace)
             else:
                 images = conv_epilogue_ref(images, flow.bias, residual, flow.residual_bias)
             chunk.flow = Sum(images.permute(0, 2, 3, 4, 1))
