@@ -382,14 +382,16 @@ def _clip_behind(x: Tensor) -> Tensor:
 
 
 def _half_dtype(decoder: FusedWanDecoder3d, x: Tensor) -> torch.dtype | None:
-    """What the convolutions of the ResNet blocks, and the last one, are to read; None: the dtype of ``x``."""
+    """What the convolutions behind a norm are to read; None: the dtype of ``x``."""
     return torch.float16 if takes_tf32(x) and decoder.runs("half_operands") else None
 
 
 def _normed_convolutions(decoder: Any) -> Iterator[tuple[Any, Any]]:
-    """The norms and the causal convolutions that read them."""
+    """The norms and the convolutions that read them."""
     for block in (decoder.mid_block, *decoder.up_blocks):
         yield from _normed_in(block)
+    for attention in decoder.mid_block.attentions:
+        yield attention.norm, attention.to_qkv
     yield decoder.norm_out, decoder.conv_out
 
 
@@ -419,12 +421,6 @@ class _Decode:
         reason = f"{too_large} convolutions whose numbers float16 may not hold read float32" if too_large else ""
         for dtype in kinds:
             note("half_operands", str(dtype).removeprefix("torch."), reason)
-
-    def _operands_of(self, conv: nn.Module | None) -> torch.dtype | None:
-        """What ``conv`` is to read; None: the dtype of the latents, as all others."""
-        if self._half is None:
-            return None
-        return torch.float32 if conv is None else self._half[conv]
 
     def run(self, latents: Tensor, halos: Halos, keep: bool) -> tuple[Tensor, Halos | None]:
         """The pixels, and what the next frames need if that is to be kept."""
@@ -469,10 +465,9 @@ class _Decode:
         out.copy_(run(buffer, decoder.conv_out.weight, decoder.conv_out.bias))
         return chunk.following
 
-    def _norm(
-        self, chunk: Chunk, norm: Any, conv: nn.Module | None, *, keep: bool, silu: bool = True
-    ) -> Tensor:  # fmt: skip
-        """What ``conv`` gets: its input and the frames before; with ``keep``, the sum is what flows on."""
+    def _norm(self, chunk: Chunk, norm: Any, conv: nn.Module, *, keep: bool, silu: bool = True) -> Tensor:
+        """What ``conv`` gets: its input, and the frames before if it looks back; with ``keep``, the sum flows on."""
+        causal = isinstance(conv, WanCausalConv3d)
         run = rms_norm_silu if self._decoder.runs("rms_norm_silu") else rms_norm_silu_ref
         flow = chunk.flow
         z, y = run(
@@ -481,30 +476,27 @@ class _Decode:
             bias=flow.bias,
             residual=flow.residual,
             residual_bias=flow.residual_bias,
-            halo=None if conv is None else chunk.halos.get(conv),
-            padding=NO_PADDING if conv is None else CAUSAL,
+            halo=chunk.halos.get(conv),
+            padding=CAUSAL if causal else NO_PADDING,
             silu=silu,
             keep=keep,
             inplace=flow.residual is None or flow.residual is not chunk.kept,
-            out_dtype=self._operands_of(conv),
+            out_dtype=None if self._half is None else self._half[conv],
         )
         flow.x, flow.bias, flow.residual, flow.residual_bias = z, None, None, None
-        if conv is not None:
+        if causal:
             chunk.keep_of(conv, y)
         return y
 
     def _summed(self, chunk: Chunk) -> Tensor:
         """What flows, all of it added."""
         flow = chunk.flow
-        if flow.bias is not None and flow.residual is not None and flow.x.dtype != flow.residual.dtype:
-            bias = flow.bias if flow.residual_bias is None else flow.bias + flow.residual_bias
-            add = torch.add if flow.residual is chunk.kept else Tensor.add_
-            chunk.flow = Sum(add(flow.residual, flow.x).add_(bias))
-        elif flow.bias is not None:
+        if flow.bias is not None:
             images = clip_of(flow.x)
             residual = None if flow.residual is None else clip_of(flow.residual)
             if self._decoder.runs("conv_epilogue"):
-                images = conv_epilogue(images, flow.bias, residual, residual_bias=flow.residual_bias, inplace=True)
+                inplace = flow.residual is None or flow.residual is not chunk.kept
+                images = conv_epilogue(images, flow.bias, residual, residual_bias=flow.residual_bias, inplace=inplace)
             else:
                 images = conv_epilogue_ref(images, flow.bias, residual, flow.residual_bias)
             chunk.flow = Sum(images.permute(0, 2, 3, 4, 1))
@@ -533,17 +525,15 @@ class _Decode:
         chunk.flow = Sum(conv_rows(buffer, resnet.conv2), resnet.conv2.bias, residual, residual_bias)
 
     def _attention(self, chunk: Chunk, block: Any) -> None:
-        normed = self._norm(chunk, block.norm, None, keep=True, silu=False)
+        normed, proj = self._norm(chunk, block.norm, block.to_qkv, keep=True, silu=False), block.proj
         residual = chunk.flow.x
-        samples, frames, height, width, channels = normed.shape
-        qkv = F.conv2d(images_of(normed), block.to_qkv.weight, block.to_qkv.bias)
-        rows = qkv.permute(0, 2, 3, 1).reshape(samples * frames, height * width, 3 * channels)
+        weight, bias = (parameter.to(normed.dtype) for parameter in (block.to_qkv.weight, block.to_qkv.bias))
+        rows = F.linear(normed.flatten(0, 1).flatten(1, 2), weight.flatten(1), bias)  # [B * F, H * W, 3 * C]
         run = spatial_attention if self._decoder.runs("spatial_attention") else spatial_attention_ref
         q, k, v = rows.chunk(3, dim=-1)
-        attended = run(q, k, v, 1)
-        images = attended.view(samples * frames, height, width, channels).permute(0, 3, 1, 2)
-        out = F.conv2d(images, block.proj.weight, None).permute(0, 2, 3, 1).contiguous()
-        chunk.flow = Sum(out.view(residual.shape), block.proj.bias, residual)
+        attended = run(q, k, v, 1).view(normed.shape).to(residual.dtype)
+        out = F.conv2d(images_of(attended), proj.weight, None).permute(0, 2, 3, 1).contiguous()
+        chunk.flow = Sum(out.view(residual.shape), proj.bias, residual)
 
     def _upsample(self, chunk: Chunk, resample: Any) -> None:
         if resample.mode == "upsample3d":

@@ -3,9 +3,9 @@
 Both have 10 bits behind the point, and tensor cores add up both in float32; float16 has twice the rate, and half the
 bytes. What it lacks is range. A convolution behind an RMS norm (and SiLU, which enlarges nothing) reads pixels no
 longer than ``sqrt(C) * max|gamma|``, so no number of its output is larger than ``sqrt(taps * C) * max|gamma|`` times
-the norm of that channel's weight (Cauchy and Schwarz), whatever the clip is. That is worked out anew for each decode,
-which waits for it once: nothing tells of a weight that was written through ``.data``. Float16 outputs are rounded once
-more than stock's, so the error grows a little; the GPU test holds it to twice stock's.
+the norm of that channel's weight (Cauchy and Schwarz), plus the bias, whatever the clip is. That is worked out anew for
+each decode, which waits for it once: nothing tells of a weight that was written through ``.data``. Float16 outputs are
+rounded once more than stock's, so the error grows a little; tests hold it to twice stock's.
 """
 
 from __future__ import annotations
@@ -34,17 +34,18 @@ def float16_convolutions(normed: Sequence[tuple[Tensor, Any]]) -> frozenset[int]
     """The positions in ``normed`` of convolutions whose operands and outputs float16 holds.
 
     Args:
-        normed: ``gamma`` of an RMS norm, and the convolution that reads it, with a ``weight`` ``[C', C, ...]``.
+        normed: ``gamma`` of an RMS norm, and the convolution that reads it, with a ``weight`` ``[C', C, ...]`` and a
+            ``bias``, which may be part of the output.
     """
-    bounds = torch.stack([_bounds(gamma.detach(), conv.weight.detach()) for gamma, conv in normed])
+    bounds = torch.stack([_bounds(gamma, conv.weight, conv.bias) for gamma, conv in normed])
     return frozenset(at for at, bound in enumerate(bounds.tolist()) if _fits(*bound))
 
 
-def _bounds(gamma: Tensor, weight: Tensor) -> Tensor:
+def _bounds(gamma: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The largest output and operand; the root mean square of the weight; the largest of gamma."""
     rows, largest = weight.flatten(1).float(), gamma.abs().amax().float()
     norms = torch.linalg.vector_norm(rows, dim=1)
-    output = norms.amax() * rows.shape[1] ** 0.5 * largest
+    output = norms.amax() * rows.shape[1] ** 0.5 * largest + bias.abs().amax()
     operand = torch.maximum(rows.abs().amax(), gamma.numel() ** 0.5 * largest)
     return torch.stack([torch.maximum(output, operand), norms.norm() / rows.numel() ** 0.5, largest])
 
