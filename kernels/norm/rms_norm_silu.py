@@ -105,7 +105,7 @@ def _load_parts(ptr, channels, BLOCK_C: tl.constexpr, PARTS: tl.constexpr):
     parts = ()
     for part in tl.static_range(PARTS):
         offs_c, mask_c = _channels_of(part, channels, BLOCK_C, PARTS)
-        parts += (tl.load(ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32),)
+        parts += (tl.load(ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32),)  # type: ignore[assignment]
     return parts
 
 
@@ -154,7 +154,7 @@ def _rms_norm_silu_kernel(
             if KEEP:
                 tl.store(z_ptr + offs, z, mask=inner[:, None] & mask_c[None, :])
             squares += z * z
-            sums += (z,)
+            sums += (z,)  # type: ignore[assignment]
         if KIND == "normalize":
             factor = gain / tl.maximum(tl.sqrt(tl.sum(squares, axis=1)), eps)
         elif KIND == "mean":
