@@ -371,11 +371,11 @@ def _temporal_conv(d: Drawer) -> Any:
 def _upsample_conv(d: Drawer) -> Any:
     channels, out = d.of(16, 7, 1), d.of(8, 32, 7)
     x = d.tensor(d.size(2), channels, d.size(3), d.size(3))
-    return x, d.weight(out, channels, 3, 3), d.vector(out)
+    return x, d.weight(out, channels, 3, 3), d.vector(out), None
 
 
 def _upsample_conv_and_statistics(d: Drawer) -> Any:
-    x, weight, bias = _upsample_conv(d)
+    x, weight, bias, _ = _upsample_conv(d)
     return x, weight, bias, chunk_rows_for((len(x), len(weight), 2 * x.shape[2], 2 * x.shape[3]))
 
 

@@ -58,7 +58,7 @@ from vidaccel.blocks.vae.causal_clip import (
     structure_reason,
     tell_chunk,
 )
-from vidaccel.blocks.vae.half_operands import float16_convolutions, takes_tf32
+from vidaccel.blocks.vae.half_operands import float16_convolutions, scale_to_fit, takes_tf32
 from vidaccel.kernels.attention.spatial_attention import spatial_attention, spatial_attention_ref
 from vidaccel.kernels.conv.conv_epilogue import conv_epilogue, conv_epilogue_ref
 from vidaccel.kernels.conv.padded_clip import NO_PADDING, Padding
@@ -401,6 +401,12 @@ def _normed_in(block: Any) -> Iterator[tuple[Any, Any]]:
         yield resnet.norm2, resnet.conv2
 
 
+def _convolutions_of(resample: Any) -> list[Any]:
+    """Those of an upsampler, in the order in which they run."""
+    over_time = [resample.time_conv] if resample.mode == "upsample3d" else []
+    return [*over_time, resample.resample[1]]
+
+
 class _Decode:
     """One decode of latents by the modules of a decoder."""
 
@@ -408,11 +414,15 @@ class _Decode:
         self._decoder = decoder
         self._rate = _temporal_rate(decoder)
         self._half: dict[nn.Module, torch.dtype] | None = None  # what convolutions read; None: the latents' dtype
+        self._largest: dict[nn.Module, Tensor] = {}  # number of their outputs, of those that read float16
         half = _half_dtype(decoder, latents)
         if half is not None:
             normed = [(norm.gamma, conv) for norm, conv in _normed_convolutions(decoder)]
+            one = latents.new_ones(1)  # what upsamplers read is scaled to fit
+            normed += [(one, conv) for resample in _upsamplers(decoder) for conv in _convolutions_of(resample)]
             fit = float16_convolutions(normed)
             self._half = {conv: half if at in fit else latents.dtype for at, (_, conv) in enumerate(normed)}
+            self._largest = {normed[at][1]: largest for at, largest in fit.items()}
         self._tell_operands(latents)
 
     def _tell_operands(self, latents: Tensor) -> None:
@@ -508,7 +518,7 @@ class _Decode:
         for resnet in block.resnets:
             self._resnet(chunk, resnet)
         for upsampler in _upsamplers_of(block):
-            self._upsample(chunk, upsampler)
+            self._upsample(chunk, upsampler, block.resnets[-1])
         if source is not None:
             _add_enlarged(self._summed(chunk), source, shortcut, first=not chunk.halos)
             chunk.kept = None
@@ -535,21 +545,55 @@ class _Decode:
         out = F.conv2d(images_of(attended), proj.weight, None).permute(0, 2, 3, 1).contiguous()
         chunk.flow = Sum(out.view(residual.shape), proj.bias, residual)
 
-    def _upsample(self, chunk: Chunk, resample: Any) -> None:
+    def _upsample(self, chunk: Chunk, resample: Any, before: Any) -> None:
+        """``before`` is the ResNet block whose output it gets."""
+        scale, conv = self._scale(chunk, resample, before), resample.resample[1]
+        if scale is None:
+            self._summed(chunk)
+        else:
+            self._scaled_sum(chunk, scale)
         if resample.mode == "upsample3d":
-            self._double(chunk, resample.time_conv)
-        samples = len(self._summed(chunk))
-        images, conv = images_of(chunk.flow.x), resample.resample[1]
+            self._double(chunk, resample.time_conv, scale)
+        samples, images = len(chunk.flow.x), images_of(chunk.flow.x)
         del chunk.flow
         if self._decoder.runs("upsample_conv") and runs_triton("upsample_conv", images):
-            images = upsample_conv(images, conv.weight, conv.bias)
+            images = upsample_conv(images, conv.weight, conv.bias, scale=scale)
         else:
-            images = upsample_conv_ref(images, conv.weight, conv.bias)
+            images = upsample_conv_ref(images, conv.weight, conv.bias, scale)
         chunk.flow = Sum(images.permute(0, 2, 3, 1).unflatten(0, (samples, -1)))
 
-    def _double(self, chunk: Chunk, conv: Any) -> None:
+    def _scale(self, chunk: Chunk, resample: Any, before: Any) -> Tensor | None:
+        """What flows is to be multiplied by that, and the convolutions of ``resample`` to read float16; None: neither.
+
+        The clip goes through at once, for each chunk would have its own scale and the halo of another one's.
+        """
+        flow, convolutions = chunk.flow, _convolutions_of(resample)
+        if self._half is None or chunk.keep or chunk.halos or flow.residual is None or flow.residual_bias is not None:
+            return None
+        added = self._largest.get(before.conv2)
+        if added is None or not all(conv in self._largest for conv in convolutions):
+            return None
+        return scale_to_fit(flow.residual, added, convolutions)
+
+    def _scaled_sum(self, chunk: Chunk, scale: Tensor) -> None:
+        """What flows, all of it added, times ``scale``, in float16."""
+        flow = chunk.flow
+        run = rms_norm_silu if self._decoder.runs("rms_norm_silu") else rms_norm_silu_ref
+        _, scaled = run(
+            flow.x,
+            scale.expand(flow.x.shape[-1]),
+            bias=flow.bias,
+            residual=flow.residual,
+            kind="none",
+            silu=False,
+            keep=False,
+            out_dtype=torch.float16,
+        )
+        chunk.flow = Sum(scaled)
+
+    def _double(self, chunk: Chunk, conv: Any, scale: Tensor | None) -> None:
         """Every frame becomes two, but for the first of a clip, which the convolution over time never sees."""
-        x = self._summed(chunk)
+        x = chunk.flow.x
         halo, first = chunk.halos.get(conv), not chunk.halos
         frames = x[:, first:]
         if chunk.keep:
@@ -565,7 +609,8 @@ class _Decode:
         else:
             made = conv_rows(torch.cat([halo, frames], dim=1), conv)
         pairs = made[:, :count].unflatten(-1, (2, channels)).permute(0, 1, 4, 2, 3, 5)  # [B, F, 2, H, W, C]
-        torch.add(pairs, conv.bias.view(2, 1, 1, channels), out=doubled[:, first:].unflatten(1, (count, 2)))
+        bias = conv.bias if scale is None else (conv.bias * scale).to(x.dtype)
+        torch.add(pairs, bias.view(2, 1, 1, channels), out=doubled[:, first:].unflatten(1, (count, 2)))
         chunk.flow = Sum(doubled)
 
 
@@ -661,13 +706,14 @@ class _Held:
                 yield kept + pixels * self._in_resnet(frames, resnet.in_dim, resnet.out_dim)
             for upsampler in _upsamplers_of(block):
                 channels, out_channels = upsampler.dim, upsampler.resample[1].out_channels
+                read = self.half if self.whole else self.size  # bytes of a number that a convolution reads or writes
                 if upsampler.mode == "upsample3d":
                     # the frames, behind those before; those of the convolution over time, and these in their order
-                    yield kept + pixels * frames * channels * self.size * (5 if self.whole else 6)
+                    yield kept + pixels * frames * channels * read * (5 if self.whole else 6)
                     rate *= 2
                     frames = self._frames(rate)
                 # before and after the pixels are in place
-                yield kept + pixels * frames * (channels + 8 * out_channels) * self.size
+                yield kept + pixels * frames * (channels * read + 4 * out_channels * (read + self.size))
                 pixels *= 4
 
     def in_halos(self, decoder: Any) -> int:
