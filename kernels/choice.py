@@ -49,6 +49,7 @@ HOPELESS = 1.5  # times the fastest so far, after one repetition
 MARGIN = 0.03
 REPEATS = 5
 HEAD_START = 2_000_000  # GPU clocks, about a millisecond: longer than it takes to launch a call
+MOST_SETTLED = 4096  # answers that a process keeps, those asked for last; the others are read from disk again
 
 
 class Measured(NamedTuple):
@@ -109,8 +110,10 @@ def settle(op: Op, args: tuple[Any, ...], favourite: str) -> Settled | None:
             measured = _agree(digest, measured)
             reason = "; ".join(f"{name}: {problem}" for name, problem in measured.problems.items())
             _settled[digest] = Settled(measured.winner, reason)
-            _winners[(op.name, *op.key(*args).values())] = measured.winner
-        return _settled[digest]
+        settled = _settled[digest]
+        _keep(_settled, digest, settled)
+        _keep(_winners, (op.name, *op.key(*args).values()), settled.winner)
+        return settled
 
 
 def remembered() -> Iterator[tuple[str, Mapping[str, Any], Measured]]:
@@ -123,8 +126,9 @@ def remembered() -> Iterator[tuple[str, Mapping[str, Any], Measured]]:
 
 def drop(op: str | None = None) -> int:
     """Forget the answers on disk and in this process, of one op or of all; how many there were on disk."""
-    _settled.clear()
-    _winners.clear()
+    with _measuring:
+        _settled.clear()
+        _winners.clear()
     paths = _files(op or "*")
     for path in paths:
         path.unlink(missing_ok=True)
@@ -177,6 +181,14 @@ def gpu_milliseconds(run: Callable[[], object]) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end)
+
+
+def _keep(answers: dict[Any, Any], key: Any, answer: Any) -> None:
+    """Make ``answer`` the newest; where there are too many, forget the oldest."""
+    answers.pop(key, None)
+    answers[key] = answer
+    if len(answers) > MOST_SETTLED:
+        del answers[next(iter(answers))]
 
 
 def _candidates(op: Op, args: tuple[Any, ...], favourite: str) -> list[str]:

@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 LEAST_CPUS = 4  # with fewer, it would slow the calls beside it
 MOST_JOBS = 8  # at a time
+MOST_UNDER_WAY = 1024  # from which on the ended ones are forgotten that no launch has asked for
 PATIENCE_SECONDS = 30  # that a launch waits for a job that has begun
 # sys.path as it is here, and no folder before it
 _COMMAND = "import sys; sys.path[:] = sys.argv[1:]; from vidaccel.kernels.compile_worker import main; main()"
@@ -142,9 +143,16 @@ def begin(
             with torch.cuda.device(device):
                 job = _job(kernel, arguments, constants)
             if job is not None:
+                if len(under_way) >= MOST_UNDER_WAY:
+                    _forget_ended()
                 under_way[name] = _the_worker().submit(job)
         except Exception as error:  # the launch will tell, if it is an error there
             logger.debug("%s is not compiled ahead: %s", kernel.__name__, error)
+
+
+def _forget_ended() -> None:
+    for name in [name for name, future in list(under_way.items()) if future.done()]:
+        under_way.pop(name, None)
 
 
 def finish(name: Hashable) -> None:

@@ -31,6 +31,7 @@ from vidaccel.kernels.compile_cache import ensure_writable
 __all__ = ["Launch", "prepared"]
 
 DIRECT_VERSIONS = ("3.6.",)  # of Triton: those whose launcher and cache keys this file knows
+MOST_COMPILED = 64  # that a launch keeps: combinations of dtypes and alignments
 DIRECT = triton.__version__.startswith(DIRECT_VERSIONS) and torch.version.hip is None
 
 _Made = TypeVar("_Made")
@@ -133,6 +134,8 @@ class Launch:
         kernel = self._through_triton(tensors)
         # Triton compares the globals that a kernel reads at every launch.
         if kernel is not None and not self._kernel.used_global_vals:
+            if len(self._compiled) >= MOST_COMPILED:
+                self._compiled.clear()
             self._compiled[key] = _compiled(kernel)
 
     def _through_triton(self, tensors: tuple[Tensor | None, ...]) -> Any:

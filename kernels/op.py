@@ -322,9 +322,6 @@ class Op:
     def _settle(self, signature: Signature, args: tuple[Any, ...]) -> _Plan:
         plan = self._plan(args, None)
         if plan.stands:
-            if len(self._plans) >= MOST_PLANS:
-                self._plans.clear()
-                self._failed.clear()
             try:
                 if bind := self.implementations[plan.name].bind:
                     plan = plan._replace(run=bind(*args))
@@ -332,8 +329,13 @@ class Op:
                 if _stops(plan, error):
                     raise
                 return self._without(plan, signature, first_line(error))
-            self._plans[signature] = plan
+            self._keep(signature, plan)
         return plan
+
+    def _keep(self, signature: Signature, plan: _Plan) -> None:
+        if len(self._plans) >= MOST_PLANS:
+            self.forget()
+        self._plans[signature] = plan
 
     def _without(self, plan: _Plan, signature: Signature, error: str) -> _Plan:
         """The plan for ``signature`` from now on, where that of before has raised ``error``.
@@ -341,7 +343,9 @@ class Op:
         Whatever a kernel does on a new GPU, or with a new compiler, the clip goes on without it.
         """
         reason = f"{plan.name}: {error}"
-        self._plans[signature] = self._failed[signature] = plan = self._plan_of(REFERENCE, reason)
+        plan = self._plan_of(REFERENCE, reason)
+        self._keep(signature, plan)
+        self._failed[signature] = plan
         if reason not in self._told:  # the same may happen at every shape
             self._told.add(reason)
             logger.warning("%s: PyTorch runs from now on where this happens: %s", self.name, reason)

@@ -66,6 +66,8 @@ class Settings:
     constants: Constants = ()
 
 
+MOST_SETTINGS = 256  # that are kept: more than a program switches between
+
 _interned: dict[tuple[Any, ...], Settings] = {}
 
 
@@ -108,9 +110,12 @@ def _read() -> Settings:
         ),
         _overridden.get(),
     )
-    if values not in _interned:
-        _interned[values] = Settings(*values)
-    return _interned[values]
+    found = _interned.get(values)
+    if found is None:
+        if len(_interned) >= MOST_SETTINGS:
+            _interned.clear()
+        found = _interned.setdefault(values, Settings(*values))  # two threads get the same
+    return found
 
 
 @contextmanager

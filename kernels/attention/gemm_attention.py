@@ -28,7 +28,7 @@ from torch import Tensor
 
 from vidaccel.kernels.launch import Launch
 
-__all__ = ["MOST_KEYS", "SCORES_BYTES", "bind_gemm_attention"]
+__all__ = ["MOST_KEYS", "SCORES_BYTES", "attend", "bind_gemm_attention", "softmax_launch"]
 
 SCORES_BYTES = 2**27
 ROW_STEP = 128  # rows of the products' tiles
@@ -40,26 +40,39 @@ NUM_WARPS = 8
 @triton.jit
 def _softmax_kernel(
     s_ptr, p_ptr,
-    columns,
+    columns, rows, seen, step,
     scale_log2,
-    P_SCALE: tl.constexpr, BLOCK: tl.constexpr,
+    STEPS: tl.constexpr, P_SCALE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * columns
     offs = tl.arange(0, BLOCK)
     mask = offs < columns
-    s = tl.load(s_ptr + start + offs, mask=mask, other=float("-inf"))
+    there = mask
+    if STEPS:
+        there = offs < seen + tl.program_id(0) % rows // step * step
+    s = tl.load(s_ptr + start + offs, mask=there, other=float("-inf"))
     p = tl.exp2((s - tl.max(s, axis=0)) * scale_log2)
     p *= P_SCALE / tl.sum(p, axis=0)
     tl.store(p_ptr + start + offs, p.to(p_ptr.dtype.element_ty), mask=mask)
 
 
-def _softmax_launch(rows: int, columns: int, scale: float) -> Launch:
-    """Writes ``P_SCALE * softmax(s * scale, -1)`` of ``rows`` rows of float32 scores to its second tensor."""
+def softmax_launch(samples: int, rows: int, columns: int, scale: float, steps: tuple[int, int] | None = None) -> Launch:
+    """Writes ``P_SCALE * softmax(s * scale, -1)`` of float32 scores ``[samples, rows, columns]`` to its second tensor.
+
+    Args:
+        samples: Their number.
+        rows: Of a sample.
+        columns: Of a row.
+        scale: Factor of the scores, positive.
+        steps: The first so many rows of a sample see so many columns, the next so many more of both, and so on. None:
+            every row sees all.
+    """
+    step, seen = steps or (rows, columns)
     return Launch(
-        _softmax_kernel, (rows,),
-        columns,
+        _softmax_kernel, (samples * rows,),
+        columns, rows, seen, step,
         scale * math.log2(math.e),
-        P_SCALE=P_SCALE, BLOCK=triton.next_power_of_2(columns),
+        STEPS=steps is not None, P_SCALE=P_SCALE, BLOCK=triton.next_power_of_2(columns),
         num_warps=NUM_WARPS,
     )  # fmt: skip
 
@@ -69,7 +82,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.bmm(a.float(), b.float())
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax: Launch) -> None:
+def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax: Launch) -> None:
     """One head's part, ``[N, M, D]``; what it stores meanwhile is free again when it returns."""
     s = _product(q, k.mT)
     p = torch.empty_like(s, dtype=q.dtype)
@@ -110,8 +123,8 @@ def bind_gemm_attention(
     (batch, seq_q, _), seq_kv = q.shape, k.shape[1]
     work = []
     for samples, rows in _parts(batch, seq_q, seq_kv, scores_bytes):
-        count = (samples.stop - samples.start) * (rows.stop - rows.start)
-        work.append((samples, rows, _softmax_launch(count, seq_kv, scale)))
+        count = samples.stop - samples.start, rows.stop - rows.start
+        work.append((samples, rows, softmax_launch(*count, seq_kv, scale)))
 
     def run(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> Tensor:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -119,7 +132,7 @@ def bind_gemm_attention(
             q_head, k_head, v_head, out_head = head
             for samples, rows, softmax in work:
                 part = samples, rows
-                _attend(q_head[part], k_head[samples], v_head[samples], out_head[part], softmax)
+                attend(q_head[part], k_head[samples], v_head[samples], out_head[part], softmax)
         return out
 
     return run

@@ -386,7 +386,7 @@ def _default(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> s
     def serves(name: str) -> bool:
         return SPATIAL_ATTENTION.unserved(q, k, v, num_heads, scale, impl=name) is None
 
-    if q.is_cuda and _is_large(q, k) and serves("gemm"):
+    if q.is_cuda and serves("gemm"):  # PyTorch's kernel for such heads is several times slower
         return "gemm"
     if torch.compiler.is_compiling():  # Dynamo cannot ask what a backend serves, and PyTorch's choice is the same
         return REFERENCE

@@ -6,8 +6,9 @@ Channels-last memory ``[N, S, C]``; the residual and the blend are optional, alp
 PyTorch adds the bias of a cuDNN convolution in a kernel of its own, so a caller runs the convolution without it and
 leaves the bias to this op; the residual may be such an output too, with a bias still to come. The sum is computed in
 float32 and rounded once, where eager stores three sums: what is lost in a VAE's decoder by other roundings
-(``upsample_conv``) is more than made up for by that. The blend is rounded where eager's is. Fidelity: math-exact.
-Bound by memory: one or two reads and a write.
+(``upsample_conv``) is more than made up for by that. The blend is rounded where eager's is. The residual may be float32
+where the convolution's output has 16 bits: so is the sum then. Fidelity: math-exact. Bound by memory: one or two reads
+and a write.
 
 A second op returns the statistics of the result, too, for the GroupNorm that follows (``channel_statistics.py``).
 """
@@ -73,15 +74,19 @@ def conv_epilogue_ref(
     inplace: bool = False,
 ) -> Tensor:
     """The specification; nothing happens in place. Pass float64 inputs for gold values."""
-    per_channel = (-1, *(1 for _ in x.shape[2:]))
-    y = x + bias.to(x.dtype).view(per_channel)
+    per_channel, dtype = (-1, *(1 for _ in x.shape[2:])), _sum_dtype(x, residual)
+    y = x + bias.to(dtype).view(per_channel)
     if residual is not None:
         if residual_bias is not None:
-            residual = residual + residual_bias.to(x.dtype).view(per_channel)
+            residual = residual + residual_bias.to(dtype).view(per_channel)
         y = residual + y
         if mix_factor is not None:
             y = alpha_blend_ref(residual, y, mix_factor, image_only, None, spatial_is_second)
     return channels_last(y)
+
+
+def _sum_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
+    return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
 
 
 def conv_epilogue_and_statistics_ref(x: Tensor, bias: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
@@ -223,6 +228,10 @@ class _Call(NamedTuple):
     spatial_is_second: bool
     inplace: bool
 
+    def overwrites(self) -> int:
+        """Position of the argument whose memory the sum may take: x, or the residual where that is wider."""
+        return 0 if self.x.dtype == _sum_dtype(self.x, self.residual) else 2
+
     def flags(self) -> dict[str, bool]:
         return _flags(
             residual=self.residual is not None,
@@ -242,11 +251,12 @@ def _laid_out(
     image_only: Tensor | None,
 ) -> tuple[Any, ...]:
     """The tensors as the kernels read them."""
+    dtype = _sum_dtype(x, residual)
     return (
         channels_last(x),
-        bias.to(x.dtype).contiguous(),
+        bias.to(dtype).contiguous(),
         None if residual is None else channels_last(residual),
-        None if residual_bias is None else residual_bias.to(x.dtype).contiguous(),
+        None if residual_bias is None else residual_bias.to(dtype).contiguous(),
         mix_factor,
         None if image_only is None else image_only.contiguous(),
     )
@@ -261,11 +271,13 @@ def _bind(*args: Any) -> Callable[..., Tensor]:
     shape, strides, ready = call.x.shape, channels_last_strides(call.x.shape), _are_laid_out(call)
     frames = 1 if call.image_only is None else call.image_only.numel()
     launch = _launch(shape[1], call.x.numel() // frames, frames, call.flags())
+    overwritten, dtype = call.overwrites(), _sum_dtype(call.x, call.residual)
+    del call
 
     def run(*args: Any) -> Tensor:
         tensors = args[:6] if ready else _laid_out(*args[:6])
-        x, inplace = tensors[0], args[7]
-        y = x if inplace else x.new_empty_strided(shape, strides)
+        inplace = args[7]
+        y = tensors[overwritten] if inplace else tensors[0].new_empty_strided(shape, strides, dtype=dtype)
         launch(*tensors, y)
         return y
 
@@ -321,8 +333,8 @@ def _triton_with_statistics(
     return _bind_with_statistics(*args)(*args)
 
 
-def _empty_output(x: Tensor, *others: Any) -> Tensor:
-    return empty_channels_last(x)
+def _empty_output(x: Tensor, bias: Tensor, residual: Tensor | None, *others: Any) -> Tensor:
+    return x.new_empty_strided(x.shape, channels_last_strides(x.shape), dtype=_sum_dtype(x, residual))
 
 
 def _empty_outputs(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
@@ -334,20 +346,22 @@ def _reason(x: Tensor, bias: Tensor, residual: Tensor | None, *others: Any) -> s
         return "there is nothing to add to"
     if reason := device_reason(x):
         return reason
-    if residual is not None and residual.dtype != x.dtype:
-        return f"residual must have the dtype of x, {x.dtype}, got {residual.dtype}"
+    if residual is not None and residual.dtype not in (x.dtype, torch.float32):
+        return f"residual must be float32 or have the dtype of x, {x.dtype}, got {residual.dtype}"
     residual_bias, mix_factor, *_ = others
     return tensors_reason(x, bias, residual, residual_bias, mix_factor)
 
 
-def _statistics_reason(x: Tensor, *others: Any) -> str | None:
+def _statistics_reason(x: Tensor, bias: Tensor, residual: Tensor | None, *others: Any) -> str | None:
     if x.shape[1] % STATISTICS_STEP:
         return f"the kernel computes statistics of channels divisible by {STATISTICS_STEP}, got {x.shape[1]}"
-    return _reason(x, *others)
+    if residual is not None and residual.dtype != x.dtype:
+        return f"with statistics, residual must have the dtype of x, {x.dtype}, got {residual.dtype}"
+    return _reason(x, bias, residual, *others)
 
 
 def _costs(x: Tensor, bias: Tensor, residual: Tensor | None, *others: Any) -> Costs:
-    return Costs(bytes=x.nbytes * (2 if residual is None else 3))
+    return Costs(bytes=2 * x.nbytes if residual is None else x.nbytes + 2 * residual.nbytes)
 
 
 def _parts(*args: Any) -> Iterator[Part]:
@@ -443,7 +457,7 @@ CONV_EPILOGUE = Op(
     costs=_costs,
     parts=_parts,
     validate=functools.partial(_validate, "conv_epilogue"),
-    overwrites=0,
+    overwrites=lambda *args: _Call(*args).overwrites(),
     small=scaled(0, 2),  # x, residual
 )
 
@@ -479,19 +493,20 @@ def conv_epilogue(
     Args:
         x: ``[N, C, *spatial]``, 3-D to 5-D, fp16 / bf16 / fp32: a convolution's output without its bias. Read as it is
             when the channels are innermost in memory, else copied into that order first.
-        bias: ``[C]``, any float dtype; rounded to ``x.dtype`` first.
-        residual: As ``x``; None adds nothing.
+        bias: ``[C]``, any float dtype; rounded to that of the result first.
+        residual: As ``x``, or fp32; None adds nothing.
         residual_bias: ``[C]``, as ``bias``, added to ``residual`` first; None adds nothing.
         mix_factor: ``[1]``, any float dtype; None blends nothing.
         image_only: ``[B, F]`` for ``x`` ``[B, C, F, H, W]``, nonzero where a frame is a still image and only
             ``residual`` counts; None: nowhere.
         spatial_is_second: Swap the two factors of the blend, as the SVD decoder does.
-        inplace: ``x`` is not needed any more, so the result may take its memory. No promise that it does: only the
-            kernel makes use of it, and only where gradients are off and nothing is compiled.
+        inplace: ``x`` is not needed any more, so the result may take its memory; that of the residual, where only that
+            is fp32. No promise that it does: only the kernel makes use of it, and only where gradients are off and
+            nothing is compiled.
         impl: ``"triton"`` or ``"torch"``; None lets the op choose.
 
     Returns:
-        ``[N, C, *spatial]`` in ``x.dtype``, channels innermost in memory.
+        ``[N, C, *spatial]`` in the wider dtype of x and residual, channels innermost in memory.
 
     Raises:
         ValueError: A shape or device is not as above; ``residual_bias`` or ``mix_factor`` comes without ``residual``,

@@ -49,53 +49,57 @@ def _in_place(x: Tensor, factor_t: int) -> Tensor:
     return cells.reshape(samples, frames * factor_t, 2 * height, 2 * width, channels)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "rows", "frames", "height", "width", "stride_source_sample", "stride_source_frame", "stride_source_row",
-        "stride_source_pixel",
-    ],
-)  # fmt: skip
+@triton.jit(do_not_specialize=["frames", "height", "width"])
 def _depth_to_space_kernel(
     x_ptr, bias_ptr, source_ptr, y_ptr,
-    rows, frames, height, width, channels,
+    frames, height, width, channels, depth, source_step,
+    stride_x_sample, stride_y_sample,
     stride_source_sample, stride_source_frame, stride_source_row, stride_source_pixel,
-    FACTOR_T: tl.constexpr, FIRST: tl.constexpr, REPEATS: tl.constexpr,
+    FACTOR_T: tl.constexpr, ALONE: tl.constexpr, REPEATS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    dtype = y_ptr.dtype.element_ty
-    phases: tl.constexpr = 4 * FACTOR_T
-    phase = tl.program_id(0) % phases  # the programs of a tile are neighbours: its source stays in the cache
-    row = tl.program_id(0) // phases * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_c = tl.arange(0, BLOCK_C)
-    i, j, k = phase // 4, phase // 2 % 2, phase % 2
+    """A tile of pixels of one line, and those of their channels that become neighbours in one line of y.
 
-    x = row % width
-    y = row // width % height
-    frame_of_all = row // (width * height)
-    sample = frame_of_all // frames
-    frame = frame_of_all - sample * frames
-    mask_m = row < rows
-    offs_p = phase * channels + offs_c[None, :]
-    of_source = offs_p // REPEATS
-    out_frame = frame * FACTOR_T + i
-    out_frames = frames * FACTOR_T
-    if FIRST:
-        alone = frame == 0
-        mask_m = mask_m & ~(alone & (i > 0))
-        offs_p = tl.where(alone[:, None], (2 * phase) * channels + offs_c[None, :], offs_p)
-        of_source = tl.where(alone[:, None], (phase * channels + offs_c[None, :]) // (REPEATS // 2), of_source)
-        out_frame = tl.where(alone, 0, out_frame - 1)
-        out_frames -= 1
-    mask = mask_m[:, None] & (offs_c < channels)[None, :]
-    value = tl.load(x_ptr + row.to(tl.int64)[:, None] * (phases * channels) + offs_p, mask=mask).to(tl.float32)
-    bias = tl.load(bias_ptr + offs_p + tl.zeros([BLOCK_M, 1], tl.int32), mask=mask).to(dtype).to(tl.float32)
-    value = (value + bias).to(dtype).to(tl.float32)
-    pixel = sample.to(tl.int64) * stride_source_sample + frame.to(tl.int64) * stride_source_frame
-    pixel += y.to(tl.int64) * stride_source_row + x.to(tl.int64) * stride_source_pixel
-    value += tl.load(source_ptr + pixel[:, None] + of_source, mask=mask).to(tl.float32)
-    to = (sample.to(tl.int64) * out_frames + out_frame) * (2 * height) + 2 * y + j
-    to = to * (2 * width) + 2 * x + k
-    tl.store(y_ptr + to[:, None] * channels + offs_c[None, :], value, mask=mask)
+    These are two pixels of it; of an ``ALONE`` first frame one, for the channels of the other lie further on.
+    """
+    dtype = y_ptr.dtype.element_ty
+    segments: tl.constexpr = 4 if ALONE else 2 * FACTOR_T
+    segment = tl.program_id(0) % segments
+    tile = tl.program_id(0) // segments
+    line_tiles = tl.cdiv(width, BLOCK_M)
+    line = tile // line_tiles
+    plane = line // height
+    row = line - plane * height
+    sample = (plane // frames).to(tl.int64)
+    frame = (plane % frames).to(tl.int64)
+    offs_m = (tile - line * line_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_c, offs_s = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_C // REPEATS)
+    if ALONE:
+        i, j, k = 0, segment // 2, segment % 2
+        columns = channels
+    else:
+        i, j, k = segment // 2, segment % 2, 0
+        columns = 2 * channels
+    mask_m, mask_c = (offs_m < width)[:, None], offs_c < columns
+    first = segment * (2 * channels)
+
+    x_ptr += sample * stride_x_sample + (frame * height + row) * width * depth + first
+    value = tl.load(x_ptr + offs_m[:, None] * depth + offs_c[None, :], mask=mask_m & mask_c[None, :])
+    source_ptr += sample * stride_source_sample + frame * stride_source_frame + row.to(tl.int64) * stride_source_row
+    source_ptr += segment * source_step
+    source = tl.load(
+        source_ptr + offs_m[:, None] * stride_source_pixel + offs_s[None, :],
+        mask=mask_m & (offs_s < source_step)[None, :],
+    )  # [BLOCK_M, BLOCK_C // REPEATS]
+    bias = tl.load(bias_ptr + first + offs_c, mask=mask_c).to(dtype).to(tl.float32)
+    value = (value.to(tl.float32) + bias[None, :]).to(dtype).to(tl.float32)
+    if REPEATS > 1:
+        source = tl.broadcast_to(source[:, :, None], (BLOCK_M, BLOCK_C // REPEATS, REPEATS))
+        source = source.reshape(BLOCK_M, BLOCK_C)
+    value += source.to(tl.float32)
+    y_line = (frame * FACTOR_T + i) * (2 * height) + 2 * row + j
+    y_ptr += sample * stride_y_sample + (y_line * (2 * width) + k) * channels
+    tl.store(y_ptr + offs_m[:, None] * (2 * channels) + offs_c[None, :], value, mask=mask_m & mask_c[None, :])
 
 
 def _shape(x: Tensor, factor_t: int, first: bool) -> tuple[int, ...]:
@@ -104,24 +108,38 @@ def _shape(x: Tensor, factor_t: int, first: bool) -> tuple[int, ...]:
     return samples, frames * factor_t - alone, 2 * height, 2 * width, depth // (4 * factor_t)
 
 
-def _bind(x: Tensor, bias: Tensor, source: Tensor, factor_t: int, first: bool) -> Callable[..., Tensor]:
-    _, frames, height, width, depth = x.shape
-    phases, rows, shape = 4 * factor_t, x[..., 0].numel(), _shape(x, factor_t, first)
-    channels = depth // phases
-    block_c = triton.next_power_of_2(channels)
+def _launch(x: Tensor, source: Tensor, y: Tensor, factor_t: int, alone: bool) -> Launch:
+    """Of all frames of these; an ``alone`` frame takes half of its channels."""
+    samples, frames, height, width, depth = x.shape
+    channels, repeats = y.shape[-1], depth // source.shape[-1]
+    block_c = triton.next_power_of_2(channels if alone else 2 * channels)
     block_m = max(TILE // block_c, 1)
-    launch = Launch(
-        _depth_to_space_kernel, (triton.cdiv(rows, block_m) * phases,),
-        rows, frames, height, width, channels,
-        *source.stride()[:4],
-        FACTOR_T=factor_t, FIRST=first and factor_t == 2, REPEATS=depth // source.shape[-1],
+    lines = samples * frames * height * (4 if alone else 2 * factor_t)
+    return Launch(
+        _depth_to_space_kernel, (lines * triton.cdiv(width, block_m),),
+        frames, height, width, channels, depth, 2 * channels // repeats,
+        x.stride(0), y.stride(0), *source.stride()[:4],
+        FACTOR_T=factor_t, ALONE=alone, REPEATS=repeats // 2 if alone else repeats,
         BLOCK_M=block_m, BLOCK_C=block_c,
         num_warps=NUM_WARPS,
     )  # fmt: skip
 
+
+def _bind(x: Tensor, bias: Tensor, source: Tensor, factor_t: int, first: bool) -> Callable[..., Tensor]:
+    """What is returned keeps no tensor of this call alive: it outlives it."""
+    shape, alone = _shape(x, factor_t, first), int(first and factor_t == 2)
+    rows, y = (torch.empty(size, device="meta") for size in (x.shape, shape))
+    parts = []
+    if alone:
+        parts.append((slice(0, 1), _launch(rows[:, :1], source, y, 1, True)))
+    if x.shape[1] > alone:
+        parts.append((slice(alone, None), _launch(rows[:, alone:], source, y, factor_t, False)))
+
     def run(x: Tensor, bias: Tensor, source: Tensor, factor_t: int, first: bool) -> Tensor:
         y = x.new_empty(shape)
-        launch(x.contiguous(), bias.contiguous(), source, y)
+        x, bias = x.contiguous(), bias.contiguous()
+        for frames, launch in parts:  # those of x begin where those of y do: with the first or the second
+            launch(x[:, frames], bias, source[:, frames], y[:, frames])
         return y
 
     return run
@@ -142,6 +160,9 @@ def _reason(x: Tensor, bias: Tensor, source: Tensor, factor_t: int, first: bool)
         return f"source must have the dtype of x, {x.dtype}, got {source.dtype}"
     if source.stride(-1) != 1:
         return "the kernel takes a source with a last stride of 1"
+    repeats, columns = x.shape[-1] // source.shape[-1], x.shape[-1] // (2 * factor_t)
+    if repeats & (repeats - 1) or columns % repeats:
+        return f"a channel of source must serve 2^n channels of a line of y, got {repeats} of {columns}"
     return device_reason(x) or tensors_reason(x, bias, source)
 
 

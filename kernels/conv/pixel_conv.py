@@ -2,6 +2,8 @@
 
     y[b, c, f, h, w] = bias[c] + sum over (t, y, x), k of weight[c, k, t, y, x] * rows[b, f + t, h + y - Y//2, ..., k]
 
+or ``h + y`` and ``w + x`` where the rows bring their border (``bordered``): not every decoder wants zeros.
+
 Tensor cores work on 64 output channels or more at once; of three, nearly all of that is lost, and each of the 27 taps
 reads the clip again. Here every row is multiplied with all taps first, one GEMM of ``T Y X C'`` columns (81 for RGB),
 and a kernel adds up what the taps have made of the pixels around. That reads and writes about as many numbers as the
@@ -13,6 +15,7 @@ Whether it beats cuDNN is measured.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,56 +33,79 @@ from vidaccel.kernels.op import Costs, Implementation, Op, device_reason, scaled
 
 __all__ = ["PIXEL_CONV", "pixel_conv", "pixel_conv_ref"]
 
-BLOCK = 1024
+BLOCK = 512  # with twice as many, a thread holds so many numbers that few warps fit on a multiprocessor
 NUM_WARPS = 4
 MOST_CHANNELS = 16  # that one pixel has
 MOST_PRODUCTS = 2**30  # numbers that are stored between the GEMM and the sum
+GEMM_STEP = 8  # numbers that a row of a product must be a multiple of, for cuBLAS's kernels that write 16 bytes
 CUDNN_STEP = 8  # output channels that cuDNN's kernels for tensor cores want
 MEASURED_FLOPS = 1e10
 
 
-def pixel_conv_ref(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def pixel_conv_ref(rows: Tensor, weight: Tensor, bias: Tensor, bordered: bool = False) -> Tensor:
     """The specification. Pass float64 inputs for gold values."""
-    padding = 0, weight.shape[3] // 2, weight.shape[4] // 2
-    y = F.conv3d(rows.permute(0, 4, 1, 2, 3), weight.to(rows.dtype), padding=padding)
+    y = F.conv3d(rows.permute(0, 4, 1, 2, 3), weight.to(rows.dtype), padding=_zeros_around(weight, bordered))
     return (y + bias.view(-1, 1, 1, 1)).contiguous()
+
+
+def _zeros_around(weight: Tensor, bordered: bool) -> tuple[int, int, int]:
+    return (0, 0, 0) if bordered else (0, weight.shape[3] // 2, weight.shape[4] // 2)
 
 
 @triton.jit(do_not_specialize=["frames"])
 def _sum_taps_kernel(
     products_ptr, bias_ptr, y_ptr,
-    frames, height, width, stride_y_c,
-    CHANNELS: tl.constexpr, T: tl.constexpr, Y: tl.constexpr, X: tl.constexpr, BLOCK: tl.constexpr,
+    frames, height, width, pitch, stride_y_c,
+    CHANNELS: tl.constexpr, T: tl.constexpr, Y: tl.constexpr, X: tl.constexpr, BORDERED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One channel of one frame: products are ``[F + T - 1, T, Y, X, C, H * W]``."""
+    """One channel of one frame: products are ``[F + T - 1, T, Y, X, C, pitch]``, of which H * W are a frame's."""
     pixels = height * width
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     frame = (tl.program_id(1) // CHANNELS).to(tl.int64)
     channel = (tl.program_id(1) % CHANNELS).to(tl.int64)
     row, column = pixel // width, pixel % width
+    there, to, to_pixels = pixel < pixels, pixel, pixels
+    if BORDERED:  # a pixel stands for that whose first tap it is
+        to_width = width - (X - 1)
+        to_pixels = (height - (Y - 1)) * to_width
+        there = (row < height - (Y - 1)) & (column < to_width)
+        to = row * to_width + column
     acc = tl.zeros([BLOCK], dtype=tl.float32)
     for t in tl.static_range(T):
         for y in tl.static_range(Y):
             for x in tl.static_range(X):
-                above, left = row + (y - Y // 2), column + (x - X // 2)
-                inside = (pixel < pixels) & (above >= 0) & (above < height) & (left >= 0) & (left < width)
+                inside, at = there, pixel + (y * width + x)
+                if not BORDERED:
+                    above, left = row + (y - Y // 2), column + (x - X // 2)
+                    inside = there & (above >= 0) & (above < height) & (left >= 0) & (left < width)
+                    at = above * width + left
                 plane = ((frame + t) * (T * Y * X) + (t * Y + y) * X + x) * CHANNELS + channel
-                taken = tl.load(products_ptr + plane * pixels + (above * width + left), mask=inside, other=0.0)
+                taken = tl.load(products_ptr + plane * pitch + at, mask=inside, other=0.0)
                 acc += taken.to(tl.float32)
     acc = acc.to(products_ptr.dtype.element_ty).to(tl.float32) + tl.load(bias_ptr + channel).to(tl.float32)
-    tl.store(y_ptr + channel * stride_y_c + frame * pixels + pixel, acc, mask=pixel < pixels)
+    tl.store(y_ptr + channel * stride_y_c + frame * to_pixels + to, acc, mask=there)
 
 
-def _bind_taps(rows: Tensor, weight: Tensor, bias: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _bind_taps(rows: Tensor, weight: Tensor, bias: Tensor, bordered: bool) -> Callable[..., Tensor]:
     channels_in, *taps = weight.shape[1:]
     samples, _, height, width, _ = rows.shape
-    shape, pixels, planes = _shape(rows, weight), height * width, len(weight) * weight[0, 0].numel()
+    shape, pixels, planes = _shape(rows, weight, bordered), height * width, len(weight) * weight[0, 0].numel()
     around, dtype = taps[0] - 1, _dtype(rows, bias)
+    pitch = triton.cdiv(pixels, GEMM_STEP) * GEMM_STEP if pixels >= GEMM_STEP else pixels
     step = _frames_at_once(rows, planes, around)
     some = [slice(start, min(start + step, shape[2])) for start in range(0, shape[2], step)]
-    launches = {count: _launch(count, shape, taps) for count in {part.stop - part.start for part in some}}
+    launches = {
+        count: Launch(
+            _sum_taps_kernel, (triton.cdiv(pixels, BLOCK), count * shape[1]),
+            count, height, width, pitch, math.prod(shape[2:]),
+            CHANNELS=shape[1], T=taps[0], Y=taps[1], X=taps[2], BORDERED=bordered, BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+        )
+        for count in {part.stop - part.start for part in some}
+    }  # fmt: skip
 
-    def run(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def run(rows: Tensor, weight: Tensor, bias: Tensor, bordered: bool) -> Tensor:
         rows, bias = rows.contiguous(), bias.contiguous()
         y = rows.new_empty(shape, dtype=dtype)
         # [T Y X C', C], and for each frame the product [T Y X C', H W]
@@ -87,11 +113,25 @@ def _bind_taps(rows: Tensor, weight: Tensor, bias: Tensor) -> Callable[[Tensor, 
         for sample in range(samples):
             for part in some:
                 seen = rows[sample, part.start : part.stop + around].view(-1, pixels, channels_in)
-                products = torch.bmm(columns.expand(len(seen), -1, -1), seen.transpose(1, 2))
+                products = rows.new_empty(len(seen), planes, pitch)
+                _multiply(columns, seen, products)
                 launches[part.stop - part.start](products, bias, y[sample, :, part])
         return y
 
     return run
+
+
+def _multiply(columns: Tensor, seen: Tensor, products: Tensor) -> None:
+    """``columns @ seen[f].T`` of every frame, ``[F, H W, C]``, at the beginning of the rows of ``products[f]``.
+
+    Where these rows are longer, what follows is of the next frame's pixels, and unspecified in the last.
+    """
+    (frames, pixels, channels), pitch = seen.shape, products.shape[2]
+    whole = frames if pitch == pixels else frames - 1
+    long = seen.as_strided((whole, channels, pitch), (pixels * channels, 1, channels))
+    torch.bmm(columns.expand(whole, -1, -1), long, out=products[:whole])
+    if whole < frames:
+        torch.bmm(columns[None], seen[-1:].transpose(1, 2), out=products[-1:, :, :pixels])
 
 
 def _frames_at_once(rows: Tensor, planes: int, around: int) -> int:
@@ -100,32 +140,23 @@ def _frames_at_once(rows: Tensor, planes: int, around: int) -> int:
     return max(min(MOST_PRODUCTS, rows[:1].numel()) // frame - around, 1)
 
 
-def _launch(frames: int, shape: tuple[int, ...], taps: list[int]) -> Launch:
-    _, channels, every, height, width = shape
-    return Launch(
-        _sum_taps_kernel, (triton.cdiv(height * width, BLOCK), frames * channels),
-        frames, height, width, every * height * width,
-        CHANNELS=channels, T=taps[0], Y=taps[1], X=taps[2], BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
-    )  # fmt: skip
+def _taps(rows: Tensor, weight: Tensor, bias: Tensor, bordered: bool) -> Tensor:
+    return _bind_taps(rows, weight, bias, bordered)(rows, weight, bias, bordered)
 
 
-def _taps(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return _bind_taps(rows, weight, bias)(rows, weight, bias)
-
-
-def _cudnn(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _cudnn(rows: Tensor, weight: Tensor, bias: Tensor, bordered: bool) -> Tensor:
     channels = len(weight)
     filled = F.pad(weight.to(rows.dtype), (0,) * 9 + (-channels % CUDNN_STEP,))
     laid_out = filled.contiguous(memory_format=torch.channels_last_3d)
-    padding = 0, weight.shape[3] // 2, weight.shape[4] // 2
-    y = F.conv3d(rows.permute(0, 4, 1, 2, 3), laid_out, padding=padding)[:, :channels]
+    y = F.conv3d(rows.permute(0, 4, 1, 2, 3), laid_out, padding=_zeros_around(weight, bordered))[:, :channels]
     out = rows.new_empty(y.shape, dtype=_dtype(rows, bias))
     return torch.add(y, bias.view(-1, 1, 1, 1), out=out)
 
 
-def _shape(rows: Tensor, weight: Tensor) -> tuple[int, ...]:
+def _shape(rows: Tensor, weight: Tensor, bordered: bool) -> tuple[int, ...]:
     samples, frames, height, width, _ = rows.shape
+    if bordered:
+        height, width = height - weight.shape[3] + 1, width - weight.shape[4] + 1
     return samples, len(weight), frames - weight.shape[2] + 1, height, width
 
 
@@ -133,17 +164,17 @@ def _dtype(rows: Tensor, bias: Tensor) -> torch.dtype:
     return torch.promote_types(rows.dtype, bias.dtype)
 
 
-def _fake(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return rows.new_empty(_shape(rows, weight), dtype=_dtype(rows, bias))
+def _fake(rows: Tensor, weight: Tensor, bias: Tensor, bordered: bool) -> Tensor:
+    return rows.new_empty(_shape(rows, weight, bordered), dtype=_dtype(rows, bias))
 
 
-def _taps_reason(rows: Tensor, weight: Tensor, bias: Tensor) -> str | None:
+def _taps_reason(rows: Tensor, weight: Tensor, bias: Tensor, bordered: bool) -> str | None:
     if len(weight) > MOST_CHANNELS:
         return f"it is for up to {MOST_CHANNELS} channels of a pixel, got {len(weight)}"
     return _nothing_reason(rows) or device_reason(rows) or tensors_reason(rows, weight, bias)
 
 
-def _cudnn_reason(rows: Tensor, weight: Tensor, bias: Tensor) -> str | None:
+def _cudnn_reason(rows: Tensor, weight: Tensor, bias: Tensor, bordered: bool) -> str | None:
     if not rows.is_cuda or not torch.backends.cudnn.enabled:
         return f"cuDNN is for GPUs and turned on or off by PyTorch, rows is on {rows.device.type}"
     if torch.is_grad_enabled() and any(t.requires_grad for t in (rows, weight, bias)):
@@ -159,29 +190,32 @@ def _flops(rows: Tensor, weight: Tensor) -> int:
     return 2 * rows.numel() * len(weight) * weight[0, 0].numel()
 
 
-def _costs(rows: Tensor, weight: Tensor, bias: Tensor) -> Costs:
+def _costs(rows: Tensor, weight: Tensor, bias: Tensor, bordered: bool) -> Costs:
     output = rows.nbytes // max(rows.shape[-1], 1) * len(weight)
     return Costs(bytes=rows.nbytes + weight.nbytes + output, flops=_flops(rows, weight))
 
 
-def _measures(rows: Tensor, weight: Tensor, bias: Tensor) -> bool:
-    return rows.is_cuda and _taps_reason(rows, weight, bias) is None and _flops(rows, weight) >= MEASURED_FLOPS
+def _measures(rows: Tensor, weight: Tensor, bias: Tensor, bordered: bool) -> bool:
+    return (
+        rows.is_cuda and _taps_reason(rows, weight, bias, bordered) is None and _flops(rows, weight) >= MEASURED_FLOPS
+    )
 
 
-def _key(rows: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Any]:
+def _key(rows: Tensor, weight: Tensor, bias: Tensor, bordered: bool) -> dict[str, Any]:
     return {
         "dtype": str(rows.dtype),
         "shape": tuple(rows.shape),
         "weight": tuple(weight.shape),
+        "bordered": bordered,
         "cudnn": settings.current().cudnn,
     }
 
 
-def _parts(rows: Tensor, weight: Tensor, bias: Tensor) -> Iterator[Part]:
+def _parts(rows: Tensor, weight: Tensor, bias: Tensor, bordered: bool) -> Iterator[Part]:
     around = weight.shape[2] - 1
     for sample in range(len(rows)):
-        for frames in cuts(_shape(rows, weight)[2], rows[0, 0].numel()):
-            args = rows[sample : sample + 1, frames.start : frames.stop + around], weight, bias
+        for frames in cuts(_shape(rows, weight, bordered)[2], rows[0, 0].numel()):
+            args = rows[sample : sample + 1, frames.start : frames.stop + around], weight, bias, bordered
             yield Part(args, functools.partial(_part_of, sample, frames))
 
 
@@ -189,7 +223,7 @@ def _part_of(sample: int, frames: slice, outputs: tuple[Tensor, ...]) -> tuple[T
     return (outputs[0][sample : sample + 1, :, frames],)
 
 
-def _validate(rows: Tensor, weight: Tensor, bias: Tensor) -> None:
+def _validate(rows: Tensor, weight: Tensor, bias: Tensor, bordered: bool) -> None:
     name = "pixel_conv"
     require_floats(name, rows=rows, weight=weight, bias=bias)
     if rows.ndim != 5 or not rows.shape[-1]:
@@ -200,6 +234,8 @@ def _validate(rows: Tensor, weight: Tensor, bias: Tensor) -> None:
         raise ValueError(f"{name}: weight must have odd sides, got {tuple(weight.shape)}")
     if rows.shape[1] < weight.shape[2]:
         raise ValueError(f"{name}: rows must have {weight.shape[2]} frames at least, got {rows.shape[1]}")
+    if bordered and (rows.shape[2] < weight.shape[3] or rows.shape[3] < weight.shape[4]):
+        raise ValueError(f"{name}: rows with a border must be as large as weight, got {tuple(rows.shape)}")
     if bias.shape != weight.shape[:1]:
         raise ValueError(f"{name}: bias must be [{len(weight)}], got {tuple(bias.shape)}")
 
@@ -221,13 +257,17 @@ PIXEL_CONV = Op(
 )
 
 
-def pixel_conv(rows: Tensor, weight: Tensor, bias: Tensor, *, impl: str | None = None) -> Tensor:
+def pixel_conv(
+    rows: Tensor, weight: Tensor, bias: Tensor, *, bordered: bool = False, impl: str | None = None
+) -> Tensor:  # fmt: skip
     """``F.conv3d`` of rows, with zeros around each picture and none before or behind the clip, plus the bias.
 
     Args:
         rows: ``[B, F + T - 1, H, W, C]``, fp16 / bf16 / fp32: the frames that a causal convolution looks back at first.
         weight: ``[C', C, T, Y, X]``, any float dtype; rounded to that of the rows first.
         bias: ``[C']``, any float dtype.
+        bordered: Whether the pictures bring what the convolution reads around them, so that there are no zeros: rows
+            are ``[B, F + T - 1, H + Y - 1, W + X - 1, C]``.
         impl: ``"taps"``, ``"cudnn"`` or ``"torch"``; None lets the op choose.
 
     Returns:
@@ -237,5 +277,5 @@ def pixel_conv(rows: Tensor, weight: Tensor, bias: Tensor, *, impl: str | None =
         ValueError: A shape or a device is not as above; ``impl`` cannot run here.
         TypeError: A tensor is not floating-point.
     """
-    out: Tensor = PIXEL_CONV(rows, weight, bias, impl=impl)
+    out: Tensor = PIXEL_CONV(rows, weight, bias, bordered, impl=impl)
     return out

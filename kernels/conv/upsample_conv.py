@@ -18,6 +18,9 @@ The weights are added in float32 and rounded to the dtype of ``x`` once, which i
 eager has; z and y are rounded where eager rounds. A kernel adds them at every call, in one pass bound by memory: they
 may be changed in place between two calls, and nothing would tell. Fidelity: math-exact. Bound by the convolution.
 
+A convolution of float32 may work on float16 numbers: x is then ``scale`` times what it stands for, such that float16
+holds it and z, and y is float32 and scaled back.
+
 For a few shapes cuDNN has only a kernel for older tensor cores, at less than half the speed (on an H100, 32 images of
 1280 x 16 x 16: 310 TFLOP/s, where 28 of 1280 x 9 x 16 have 690), though not for half as many images. So the whole batch
 at once and one half after the other are two implementations, of which the faster is measured.
@@ -69,16 +72,21 @@ __all__ = [
 
 CELLS_BLOCK = 256  # input channels: 16 bytes of 16-bit weights for each thread of a warp
 CELLS_NUM_WARPS = 1
+BLOCK = 2048  # numbers of a line of pixels
+NUM_WARPS = 4
 CHANNEL_STEP = 8  # that output channels are divisible by
 MEASURED_FLOPS = 5e10  # of the convolution; a smaller one takes too little of a model's time
 
 
-def upsample_conv_ref(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def upsample_conv_ref(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None = None) -> Tensor:
     """The specification. Pass float64 inputs for gold values."""
     if not (x.numel() and len(weight)):
-        return _empty_output(x, weight, bias)
+        return _empty_output(x, weight, bias, scale)
     upsampled = F.interpolate(x, scale_factor=2.0, mode="nearest")
-    return channels_last(F.conv2d(upsampled, weight.to(x.dtype), bias.to(x.dtype), padding=1))
+    if scale is None:
+        return channels_last(F.conv2d(upsampled, weight.to(x.dtype), bias.to(x.dtype), padding=1))
+    z = F.conv2d(upsampled, weight.to(x.dtype), padding=1)
+    return channels_last(z.to(_dtype(x, scale)) / scale + bias.view(-1, 1, 1))
 
 
 def upsample_conv_and_statistics_ref(x: Tensor, weight: Tensor, bias: Tensor, chunk_rows: int) -> tuple[Tensor, Tensor]:
@@ -139,12 +147,36 @@ def _cells_kernel(
     _store_sums(cells_ptr, bottom, padding, channel, channels, channels_in, mask, SUM_Y=3)
 
 
-@triton.jit(do_not_specialize=["height", "width", "chunk_rows"])
+@triton.jit(do_not_specialize=["height", "width"])
 def _interleave_kernel(
+    z_ptr, bias_ptr, scale_ptr, y_ptr,
+    height, width, channels,
+    HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A line of y is what a line of cells has of it, one after the other, but for half a cell at either end."""
+    line_blocks = tl.cdiv(width * channels, BLOCK)
+    line = tl.program_id(0) // line_blocks
+    start = (tl.program_id(0) - line * line_blocks) * BLOCK
+    image = line // height
+    below = line - image * height + 1
+    cells = (image * (height // 2 + 1) + below // 2).to(tl.int64) * (width // 2 + 1)
+    offs = start + tl.arange(0, BLOCK)
+    mask = offs < width * channels
+    of_line = offs + channels
+    cell = of_line // (2 * channels)
+    z_ptr += (cells * 4 + below % 2 * 2) * channels
+    y = tl.load(z_ptr + cell * 4 * channels + of_line % (2 * channels), mask=mask, other=0.0).to(tl.float32)
+    if HAS_SCALE:
+        y *= 1.0 / tl.load(scale_ptr)
+    y += tl.load(bias_ptr + of_line % channels).to(tl.float32)
+    tl.store(y_ptr + line.to(tl.int64) * width * channels + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["height", "width", "chunk_rows"])
+def _interleave_statistics_kernel(
     z_ptr, bias_ptr, y_ptr, part_ptr,
     height, width, channels, chunk_rows,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, STAGES: tl.constexpr,
-    HAS_STATISTICS: tl.constexpr,
 ):  # fmt: skip
     pixels = height * width
     image, chunk, first_channel = locate(tl.program_id(0), channels, pixels, chunk_rows, BLOCK_C)
@@ -169,12 +201,10 @@ def _interleave_kernel(
         y = tl.load(z_ptr + z_offs, mask=mask, other=0.0).to(tl.float32) + bias
         y = y.to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + pixel.to(tl.int64) * channels + offs_c, y, mask=mask)
-        if HAS_STATISTICS:
-            y = tl.where(mask, y.to(tl.float32), 0.0)
-            mean, m2 = fold(y, mask, step, rows, mean, m2, BLOCK_R, FOLD)
-    if HAS_STATISTICS:
-        mean, m2 = merge_lanes(rows, mean, m2, BLOCK_R, FOLD)
-        store_part(part_ptr, image, chunk, first_channel, channels, pixels, chunk_rows, mean, m2)
+        y = tl.where(mask, y.to(tl.float32), 0.0)
+        mean, m2 = fold(y, mask, step, rows, mean, m2, BLOCK_R, FOLD)
+    mean, m2 = merge_lanes(rows, mean, m2, BLOCK_R, FOLD)
+    store_part(part_ptr, image, chunk, first_channel, channels, pixels, chunk_rows, mean, m2)
 
 
 def _cells_launch(weight: Tensor) -> Launch:
@@ -187,13 +217,23 @@ def _cells_launch(weight: Tensor) -> Launch:
     )  # fmt: skip
 
 
-def _interleave_launch(shape: tuple[int, ...], tiling: Tiling, statistics: bool) -> Launch:
+def _interleave_launch(shape: tuple[int, ...], scaled: bool) -> Launch:
     """For a result of this shape."""
     samples, channels, height, width = shape
     return Launch(
-        _interleave_kernel, (tiling.programs(samples, height * width, channels),),
+        _interleave_kernel, (samples * height * triton.cdiv(width * channels, BLOCK),),
+        height, width, channels,
+        HAS_SCALE=scaled, BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
+    )  # fmt: skip
+
+
+def _interleave_statistics_launch(shape: tuple[int, ...], tiling: Tiling) -> Launch:
+    samples, channels, height, width = shape
+    return Launch(
+        _interleave_statistics_kernel, (tiling.programs(samples, height * width, channels),),
         height, width, channels, tiling.chunk_rows,
-        BLOCK_R=tiling.block_r, BLOCK_C=tiling.block_c, FOLD=FOLD, STAGES=tiling.stages, HAS_STATISTICS=statistics,
+        BLOCK_R=tiling.block_r, BLOCK_C=tiling.block_c, FOLD=FOLD, STAGES=tiling.stages,
         num_warps=tiling.num_warps,
     )  # fmt: skip
 
@@ -203,75 +243,98 @@ def _shape(x: Tensor, weight: Tensor) -> tuple[int, ...]:
     return x.shape[0], weight.shape[0], 2 * x.shape[2], 2 * x.shape[3]
 
 
-def _bind(batches: int, x: Tensor, weight: Tensor, bias: Tensor, chunk_rows: int | None) -> Callable[..., Any]:
-    """Runs the images in so many batches; with ``chunk_rows``, also gives statistics."""
-    shape, statistics = _shape(x, weight), chunk_rows is not None
-    strides = channels_last_strides(shape)
-    tiling = writer_tiling(shape)
-    if chunk_rows is not None:
-        tiling = tiling._replace(chunk_rows=chunk_rows)
-    samples, channels, height, width = shape
-    cells_shape = 4 * channels, weight.shape[1], 2, 2
+def _dtype(x: Tensor, scale: Tensor | None) -> torch.dtype:
+    """The result's."""
+    return x.dtype if scale is None else torch.promote_types(x.dtype, torch.float32)
+
+
+Put = Callable[[Tensor, slice], None]  # puts the pixels of what the convolution makes of some images into place
+
+
+def _bind_cells(batches: int, x: Tensor, weight: Tensor) -> tuple[list[slice], Callable[[Tensor, Tensor, Put], None]]:
+    """The images of each batch, and what runs the convolution of them."""
+    cells_shape = 4 * weight.shape[0], weight.shape[1], 2, 2
     cells_strides = channels_last_strides(cells_shape)
     sum_taps = _cells_launch(weight)
+    samples = x.shape[0]
     step = triton.cdiv(samples, batches)
     images = [slice(start, min(start + step, samples)) for start in range(0, samples, step)]
-    launches = [_interleave_launch((some.stop - some.start, *shape[1:]), tiling, statistics) for some in images]
-    [launch, *_] = launches
-    ready = bias.dtype == x.dtype and bias.is_contiguous()
 
-    def compute(x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, parts: Tensor | None) -> None:
-        cells = weight.new_empty_strided(cells_shape, cells_strides)
+    def convolve(x: Tensor, weight: Tensor, put: Put) -> None:
+        cells = x.new_empty_strided(cells_shape, cells_strides)
         sum_taps(weight, cells)
-        bias = bias if ready else bias.to(x.dtype).contiguous()
-        if batches == 1:
-            launch(channels_last(F.conv2d(x, cells, padding=1)), bias, y, parts)
-            return
-        for some, put in zip(images, launches, strict=True):
-            z = channels_last(F.conv2d(x[some], cells, padding=1))
-            put(z, bias, y[some], None if parts is None else parts[some])
+        for some in images:
+            put(channels_last(F.conv2d(x if len(images) == 1 else x[some], cells, padding=1)), some)
 
-    def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        y = x.new_empty_strided(shape, strides)
-        compute(x, weight, bias, y, None)
+    return images, convolve
+
+
+def _bind(batches: int, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None) -> Callable[..., Tensor]:
+    """Runs the images in so many batches."""
+    shape, dtype = _shape(x, weight), _dtype(x, scale)
+    strides = channels_last_strides(shape)
+    images, convolve = _bind_cells(batches, x, weight)
+    launches = {
+        some.start: _interleave_launch((some.stop - some.start, *shape[1:]), scale is not None) for some in images
+    }
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None) -> Tensor:
+        y = x.new_empty_strided(shape, strides, dtype=dtype)
+        bias = bias.to(dtype).contiguous()
+
+        def put(z: Tensor, some: slice) -> None:
+            launches[some.start](z, bias, scale, y[some])
+
+        convolve(x, weight, put)
         return y
 
-    def run_with_statistics(x: Tensor, weight: Tensor, bias: Tensor, chunk_rows: int) -> tuple[Tensor, Tensor]:
+    return run
+
+
+def _bind_with_statistics(
+    batches: int, x: Tensor, weight: Tensor, bias: Tensor, chunk_rows: int
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    shape = _shape(x, weight)
+    samples, channels, height, width = shape
+    strides, tiling = channels_last_strides(shape), writer_tiling(shape)._replace(chunk_rows=chunk_rows)
+    images, convolve = _bind_cells(batches, x, weight)
+    launches = {
+        some.start: _interleave_statistics_launch((some.stop - some.start, *shape[1:]), tiling) for some in images
+    }
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, chunk_rows: int) -> tuple[Tensor, Tensor]:
         y = x.new_empty_strided(shape, strides)
         parts = empty_parts(x, samples, height * width, chunk_rows, channels)
-        compute(x, weight, bias, y, parts)
+        bias = bias.to(x.dtype).contiguous()
+
+        def put(z: Tensor, some: slice) -> None:
+            launches[some.start](z, bias, y[some], parts[some])
+
+        convolve(x, weight, put)
         return y, parts
 
-    return run_with_statistics if statistics else run
+    return run
 
 
-def _bind_whole(x: Tensor, weight: Tensor, bias: Tensor, chunk_rows: int | None = None) -> Callable[..., Any]:
-    return _bind(1, x, weight, bias, chunk_rows)
+def _whole(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None) -> Tensor:
+    return _bind(1, x, weight, bias, scale)(x, weight, bias, scale)
 
 
-def _bind_halves(x: Tensor, weight: Tensor, bias: Tensor, chunk_rows: int | None = None) -> Callable[..., Any]:
-    return _bind(2, x, weight, bias, chunk_rows)
-
-
-def _whole(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return _bind_whole(x, weight, bias)(x, weight, bias)
-
-
-def _halves(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return _bind_halves(x, weight, bias)(x, weight, bias)
+def _halves(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None) -> Tensor:
+    return _bind(2, x, weight, bias, scale)(x, weight, bias, scale)
 
 
 def _whole_with_statistics(x: Tensor, weight: Tensor, bias: Tensor, chunk_rows: int) -> tuple[Tensor, Tensor]:
-    return _bind_whole(x, weight, bias, chunk_rows)(x, weight, bias, chunk_rows)
+    return _bind_with_statistics(1, x, weight, bias, chunk_rows)(x, weight, bias, chunk_rows)
 
 
 def _halves_with_statistics(x: Tensor, weight: Tensor, bias: Tensor, chunk_rows: int) -> tuple[Tensor, Tensor]:
-    return _bind_halves(x, weight, bias, chunk_rows)(x, weight, bias, chunk_rows)
+    return _bind_with_statistics(2, x, weight, bias, chunk_rows)(x, weight, bias, chunk_rows)
 
 
-def _empty_output(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _empty_output(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None = None) -> Tensor:
     shape = _shape(x, weight)
-    return x.new_empty_strided(shape, channels_last_strides(shape))
+    return x.new_empty_strided(shape, channels_last_strides(shape), dtype=_dtype(x, scale))
 
 
 def _empty_outputs(x: Tensor, weight: Tensor, bias: Tensor, chunk_rows: int) -> tuple[Tensor, Tensor]:
@@ -279,33 +342,45 @@ def _empty_outputs(x: Tensor, weight: Tensor, bias: Tensor, chunk_rows: int) -> 
     return _empty_output(x, weight, bias), empty_parts(x, samples, height * width, chunk_rows, channels)
 
 
-def _reason(x: Tensor, weight: Tensor, bias: Tensor, chunk_rows: int | None = None) -> str | None:
+def _reason(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None) -> str | None:
     if not (x.numel() and len(weight)):
         return "there is nothing to multiply"
     if reason := device_reason(x):
         return reason
-    if weight.dtype != x.dtype:
-        return f"weight must have the dtype of x, {x.dtype}, got {weight.dtype}"
+    if weight.dtype != _dtype(x, scale):
+        return f"weight must have the dtype of the result, {_dtype(x, scale)}, got {weight.dtype}"
     if weight.shape[0] % CHANNEL_STEP:
         return f"the kernel takes output channels divisible by {CHANNEL_STEP}, got {weight.shape[0]}"
-    return tensors_reason(x, weight, bias)
+    return tensors_reason(x, weight, bias, scale)
 
 
 def _halves_reason(x: Tensor, *others: Any) -> str | None:
     return _reason(x, *others) if x.shape[0] > 1 else f"there are no halves of {x.shape[0]} images"
 
 
+def _statistics_reason(x: Tensor, weight: Tensor, bias: Tensor, chunk_rows: int) -> str | None:
+    return _reason(x, weight, bias, None)
+
+
+def _statistics_halves_reason(x: Tensor, weight: Tensor, bias: Tensor, chunk_rows: int) -> str | None:
+    return _halves_reason(x, weight, bias, None)
+
+
 def _flops(x: Tensor, weight: Tensor) -> int:
     return 32 * x.numel() * weight.shape[0]
 
 
-def _costs(x: Tensor, weight: Tensor, bias: Tensor, chunk_rows: int | None = None) -> Costs:
+def _costs(x: Tensor, weight: Tensor, *others: Any) -> Costs:
     output = 4 * x.nbytes // max(x.shape[1], 1) * len(weight)
     return Costs(bytes=x.nbytes + weight.nbytes + output, flops=_flops(x, weight))
 
 
 def _measures(x: Tensor, weight: Tensor, *others: Any) -> bool:
     return x.is_cuda and _halves_reason(x, weight, *others) is None and _flops(x, weight) >= MEASURED_FLOPS
+
+
+def _measures_with_statistics(x: Tensor, weight: Tensor, bias: Tensor, chunk_rows: int) -> bool:
+    return _measures(x, weight, bias, None)
 
 
 def _key(x: Tensor, weight: Tensor, *others: Any) -> dict[str, Any]:
@@ -317,9 +392,9 @@ def _key(x: Tensor, weight: Tensor, *others: Any) -> dict[str, Any]:
     }
 
 
-def _parts(x: Tensor, weight: Tensor, bias: Tensor) -> Iterator[Part]:
+def _parts(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None) -> Iterator[Part]:
     for image, channels in _images_and_channels(x, weight):
-        args = x[image], weight[channels], bias[channels]
+        args = x[image], weight[channels], bias[channels], scale
         yield Part(args, functools.partial(_of_y, image, channels))
 
 
@@ -349,22 +424,28 @@ def _images_and_channels(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, sli
             yield images, channels
 
 
-def _validate(op: str, x: Tensor, weight: Tensor, bias: Tensor, chunk_rows: int | None = None) -> None:
-    require_floats(op, x=x, weight=weight, bias=bias)
+def _validate(op: str, x: Tensor, weight: Tensor, bias: Tensor, scale: Any = None) -> None:
+    require_floats(op, x=x, weight=weight, bias=bias, scale=scale)
     if x.ndim != 4 or not x.shape[1]:
         raise ValueError(f"{op}: x must be [N, C_in, H, W] with channels, got {tuple(x.shape)}")
     if weight.ndim != 4 or weight.shape[1:] != (x.shape[1], 3, 3):
         raise ValueError(f"{op}: weight must be [C, {x.shape[1]}, 3, 3], got {tuple(weight.shape)}")
     if bias.shape != weight.shape[:1]:
         raise ValueError(f"{op}: bias must be [{weight.shape[0]}], got {tuple(bias.shape)}")
+    if scale is not None and scale.shape != (1,):
+        raise ValueError(f"{op}: scale must be [1], got {tuple(scale.shape)}")
+
+
+def _validate_with_statistics(x: Tensor, weight: Tensor, bias: Tensor, chunk_rows: int) -> None:
+    _validate("upsample_conv_and_statistics", x, weight, bias)
 
 
 UPSAMPLE_CONV = Op(
     "upsample_conv",
     reference=upsample_conv_ref,
     implementations={
-        "whole": Implementation(_whole, _reason, _bind_whole, registered=True),
-        "halves": Implementation(_halves, _halves_reason, _bind_halves, registered=True),
+        "whole": Implementation(_whole, _reason, functools.partial(_bind, 1), registered=True),
+        "halves": Implementation(_halves, _halves_reason, functools.partial(_bind, 2), registered=True),
     },
     fake=_empty_output,
     costs=_costs,
@@ -379,36 +460,47 @@ UPSAMPLE_CONV_AND_STATISTICS = Op(
     "upsample_conv_and_statistics",
     reference=upsample_conv_and_statistics_ref,
     implementations={
-        "whole": Implementation(_whole_with_statistics, _reason, _bind_whole, registered=True),
-        "halves": Implementation(_halves_with_statistics, _halves_reason, _bind_halves, registered=True),
+        "whole": Implementation(
+            _whole_with_statistics, _statistics_reason, functools.partial(_bind_with_statistics, 1), registered=True
+        ),
+        "halves": Implementation(
+            _halves_with_statistics,
+            _statistics_halves_reason,
+            functools.partial(_bind_with_statistics, 2),
+            registered=True,
+        ),
     },
     fake=_empty_outputs,
     costs=_costs,
     parts=_parts_with_statistics,
-    measures=_measures,
+    measures=_measures_with_statistics,
     key=_key,
-    validate=functools.partial(_validate, "upsample_conv_and_statistics"),
+    validate=_validate_with_statistics,
     small=scaled(0),  # x
 )
 
 
-def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor, *, impl: str | None = None) -> Tensor:
-    """``F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, bias, padding=1)``.
+def upsample_conv(
+    x: Tensor, weight: Tensor, bias: Tensor, *, scale: Tensor | None = None, impl: str | None = None
+) -> Tensor:  # fmt: skip
+    """``F.conv2d(F.interpolate(x / scale, scale_factor=2, mode="nearest"), weight, bias, padding=1)``.
 
     Args:
         x: ``[N, C_in, H, W]``, fp16 / bf16 / fp32.
-        weight: ``[C, C_in, 3, 3]``, as ``x``.
-        bias: ``[C]``, any float dtype; rounded to ``x.dtype`` first.
+        weight: ``[C, C_in, 3, 3]``, as ``x``; with a scale fp32, rounded to ``x.dtype``.
+        bias: ``[C]``, any float dtype; rounded to that of the result first.
+        scale: ``[1]``, fp32, a power of two: x, and what the convolution leaves in its dtype, are so many times what
+            they stand for. None: x is what it is.
         impl: ``"whole"``, ``"halves"`` or ``"torch"``; None lets the op choose.
 
     Returns:
-        ``[N, C, 2 H, 2 W]`` in ``x.dtype``, channels innermost in memory.
+        ``[N, C, 2 H, 2 W]`` in ``x.dtype``, with a scale in fp32; channels innermost in memory.
 
     Raises:
         ValueError: A shape or device is not as above, or ``impl`` cannot run here.
         TypeError: A tensor is not floating-point.
     """
-    return UPSAMPLE_CONV(x, weight, bias, impl=impl)
+    return UPSAMPLE_CONV(x, weight, bias, scale, impl=impl)
 
 
 def upsample_conv_and_statistics(
@@ -428,7 +520,10 @@ def compile_ahead(weight: Tensor, *, statistics: bool = False) -> None:
     channels, dtype = weight.shape[0], weight.dtype
     if channels % CHANNEL_STEP or dtype not in DTYPES:
         return
+    if not statistics:
+        _interleave_launch((1, channels, 2, 2), False).compile_ahead(weight.device, dtype, dtype, dtype, dtype)
+        return
     for side in (2, 2048):  # small images, and large ones
         shape = 1, channels, side, side
-        launch = _interleave_launch(shape, writer_tiling(shape), statistics)
-        launch.compile_ahead(weight.device, *[dtype] * 3, torch.float32 if statistics else dtype)
+        launch = _interleave_statistics_launch(shape, writer_tiling(shape))
+        launch.compile_ahead(weight.device, *[dtype] * 3, torch.float32)

@@ -92,6 +92,23 @@ def rms_norm_silu_ref(
     return z, pad_clip(y, halo, padding)
 
 
+@triton.jit
+def _channels_of(part, channels, BLOCK_C: tl.constexpr, PARTS: tl.constexpr):
+    """The channels of a part of a pixel, and which of them there are: all, where a pixel has several parts."""
+    offs = part * BLOCK_C + tl.arange(0, BLOCK_C)
+    return offs, (offs < channels) | (PARTS > 1)
+
+
+@triton.jit
+def _load_parts(ptr, channels, BLOCK_C: tl.constexpr, PARTS: tl.constexpr):
+    """A vector over channels in float32, part by part."""
+    parts = ()
+    for part in tl.static_range(PARTS):
+        offs_c, mask_c = _channels_of(part, channels, BLOCK_C, PARTS)
+        parts += (tl.load(ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32),)  # type: ignore[assignment]
+    return parts
+
+
 @triton.jit(do_not_specialize=["samples", "before", "frames", "padded_frames", "height", "width"])
 def _rms_norm_silu_kernel(
     x_ptr, gamma_ptr, bias_ptr, residual_ptr, residual_bias_ptr, scale_ptr, shift_ptr, halo_ptr, z_ptr, y_ptr,
@@ -101,18 +118,16 @@ def _rms_norm_silu_kernel(
     HAS_SHIFT: tl.constexpr, HAS_HALO: tl.constexpr,
     BORDER: tl.constexpr, FRAME_MODE: tl.constexpr, PIXEL_MODE: tl.constexpr,
     KIND: tl.constexpr, KEEP: tl.constexpr, SILU: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     y_dtype: tl.constexpr = y_ptr.dtype.element_ty
     z_dtype: tl.constexpr = tl.float32 if WIDE else y_dtype
-    offs_c = tl.arange(0, BLOCK_C)
-    mask_c = offs_c < channels
     if HAS_GAMMA:
-        gamma = tl.load(gamma_ptr + offs_c, mask=mask_c).to(tl.float32)
+        gamma = _load_parts(gamma_ptr, channels, BLOCK_C, PARTS)
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+        bias = _load_parts(bias_ptr, channels, BLOCK_C, PARTS)
     if HAS_RESIDUAL_BIAS:
-        residual_bias = tl.load(residual_bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+        residual_bias = _load_parts(residual_bias_ptr, channels, BLOCK_C, PARTS)
     tiles = padded_tiles(samples, padded_frames, height, width, BORDER, BLOCK_M)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
         sample, pixel, front, there, inner, target, within = padded_lines(
@@ -122,49 +137,60 @@ def _rms_norm_silu_kernel(
         of_clip = there
         if HAS_HALO:
             of_clip = there & ~front
-        mask = of_clip[:, None] & mask_c[None, :]
-        offs = pixel[:, None] * channels + offs_c[None, :]
-        z = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_C]
-        if HAS_BIAS:
-            z = (z + bias[None, :]).to(z_dtype).to(tl.float32)
-        if HAS_RESIDUAL:
-            residual = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-            if HAS_RESIDUAL_BIAS:
-                residual = (residual + residual_bias[None, :]).to(z_dtype).to(tl.float32)
-            z = (z + residual).to(z_dtype).to(tl.float32)
-        if KEEP:
-            tl.store(z_ptr + offs, z, mask=inner[:, None] & mask_c[None, :])
+        squares = tl.zeros([BLOCK_M, BLOCK_C], dtype=tl.float32)
+        sums = ()
+        for part in tl.static_range(PARTS):
+            offs_c, mask_c = _channels_of(part, channels, BLOCK_C, PARTS)
+            mask = of_clip[:, None] & mask_c[None, :]
+            offs = pixel[:, None] * channels + offs_c[None, :]
+            z = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_C]
+            if HAS_BIAS:
+                z = (z + bias[part][None, :]).to(z_dtype).to(tl.float32)
+            if HAS_RESIDUAL:
+                residual = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+                if HAS_RESIDUAL_BIAS:
+                    residual = (residual + residual_bias[part][None, :]).to(z_dtype).to(tl.float32)
+                z = (z + residual).to(z_dtype).to(tl.float32)
+            if KEEP:
+                tl.store(z_ptr + offs, z, mask=inner[:, None] & mask_c[None, :])
+            squares += z * z
+            sums += (z,)  # type: ignore[assignment]
         if KIND == "normalize":
-            factor = gain / tl.maximum(tl.sqrt(tl.sum(z * z, axis=1)), eps)
-            y = z * tl.where(there, factor, 0.0)[:, None]
+            factor = gain / tl.maximum(tl.sqrt(tl.sum(squares, axis=1)), eps)
         elif KIND == "mean":
-            factor = tl.rsqrt(tl.sum(z * z, axis=1) / channels + eps)
-            y = z * tl.where(there, factor, 0.0)[:, None]
-        else:
-            y = tl.where(there[:, None], z, 0.0)
-        if HAS_GAMMA:
-            y = y * gamma[None, :]
-        if HAS_SHIFT:
-            of_sample = sample.to(tl.int64) * channels + offs_c
-            scale = tl.load(scale_ptr + of_sample, mask=mask_c, other=0.0).to(tl.float32)
-            shift = tl.load(shift_ptr + of_sample, mask=mask_c, other=0.0).to(tl.float32)
-            y = tl.where(there[:, None], y * (1.0 + scale)[None, :] + shift[None, :], 0.0)
-        if SILU:
-            y = apply_silu(y, y_dtype)
-        y = y.to(y_dtype)
-        if HAS_HALO:
-            of_halo = (there & front)[:, None] & mask_c[None, :]
-            y = tl.where(front, tl.load(halo_ptr + offs, mask=of_halo, other=0.0), y)
-        tl.store(y_ptr + target[:, None] * channels + offs_c[None, :], y, mask=within[:, None] & mask_c[None, :])
+            factor = tl.rsqrt(tl.sum(squares, axis=1) / channels + eps)
+        for part in tl.static_range(PARTS):
+            offs_c, mask_c = _channels_of(part, channels, BLOCK_C, PARTS)
+            if KIND == "none":
+                y = tl.where(there[:, None], sums[part], 0.0)
+            else:
+                y = sums[part] * tl.where(there, factor, 0.0)[:, None]
+            if HAS_GAMMA:
+                y = y * gamma[part][None, :]
+            if HAS_SHIFT:
+                of_sample = sample.to(tl.int64) * channels + offs_c
+                scale = tl.load(scale_ptr + of_sample, mask=mask_c, other=0.0).to(tl.float32)
+                shift = tl.load(shift_ptr + of_sample, mask=mask_c, other=0.0).to(tl.float32)
+                y = tl.where(there[:, None], y * (1.0 + scale)[None, :] + shift[None, :], 0.0)
+            if SILU:
+                y = apply_silu(y, y_dtype)
+            y = y.to(y_dtype)
+            if HAS_HALO:
+                of_halo = (there & front)[:, None] & mask_c[None, :]
+                kept = tl.load(halo_ptr + pixel[:, None] * channels + offs_c[None, :], mask=of_halo, other=0.0)
+                y = tl.where(front, kept, y)
+            tl.store(y_ptr + target[:, None] * channels + offs_c[None, :], y, mask=within[:, None] & mask_c[None, :])
 
 
 class Tiling(NamedTuple):
-    """``programs`` programs of ``num_warps`` warps walk tiles of ``block_m`` whole pixels.
+    """``programs`` programs of ``num_warps`` warps walk tiles of ``block_m`` pixels, ``parts`` x ``block_c`` channels.
 
     ``stages - 1`` tiles are fetched ahead of the one being worked on.
     """
 
     block_m: int
+    block_c: int
+    parts: int
     programs: int
     num_warps: int
     stages: int
@@ -172,34 +198,45 @@ class Tiling(NamedTuple):
 
 TENSORS = 10  # that the kernel takes
 MAX_CHANNELS = 2048
+PARTS = (3, 5)  # that a pixel may be cut into
+LEAST_PART = 32
 TILE_BYTES = 2048
-RESIDENT_BYTES = 132 * 16 * TILE_BYTES  # sixteen small tiles on every multiprocessor of an H100 or H200
+MULTIPROCESSORS = 132  # of an H100 or H200
+RESIDENT_BYTES = 16 * TILE_BYTES  # on each of them
 
 
-def choose_tiling(block_c: int, itemsize: int, has_residual: bool) -> Tiling:
-    """For pixels of ``block_c`` numbers, a power of two, of ``itemsize`` bytes."""
-    pixel_bytes = block_c * itemsize
+def choose_tiling(channels: int, itemsize: int, has_residual: bool) -> Tiling:
+    """For pixels of so many numbers of ``itemsize`` bytes.
+
+    Tiles are powers of two. Of 96 channels, a tile of 128 would leave a quarter of all lanes idle, and these kernels
+    issue nearly as many instructions as a GPU can while it reads as fast as it can; three parts of 32 leave none.
+    """
+    block_c = channels & -channels
+    parts = channels // block_c
+    if parts not in PARTS or block_c < LEAST_PART:
+        block_c, parts = triton.next_power_of_2(channels), 1
+    pixel_bytes = parts * block_c * itemsize
     # As in add_layer_norm, where it is measured: one warp sums a pixel without waiting for another, and so small a tile
     # leaves room for many. Tiles of one input leave room for half as many again, which was measured faster than to
     # fetch one more tile ahead.
-    block_m = max(TILE_BYTES // pixel_bytes, 4 // itemsize)
+    block_m = max(triton.next_power_of_2(triton.cdiv(TILE_BYTES, pixel_bytes)), 4 // itemsize)
     resident = RESIDENT_BYTES if has_residual else RESIDENT_BYTES * 3 // 2
-    return Tiling(block_m, resident // (block_m * pixel_bytes), num_warps=1 if block_c <= 512 else 2, stages=2)
+    programs = MULTIPROCESSORS * max(resident // (block_m * pixel_bytes), 1)
+    return Tiling(block_m, block_c, parts, programs, num_warps=1 if parts * block_c <= 512 else 2, stages=2)
 
 
 def _launch(shape: Sequence[int], itemsize: int, padding: Padding, eps: float, **flags: bool | str) -> Launch:
     samples, frames, height, width, channels = shape
-    block_c = triton.next_power_of_2(channels)
-    block_m, programs, num_warps, stages = choose_tiling(block_c, itemsize, bool(flags["HAS_RESIDUAL"]))
+    tiling = choose_tiling(channels, itemsize, bool(flags["HAS_RESIDUAL"]))
     pixels = math.prod(padding.shape(shape)[:4])
     return Launch(
-        _rms_norm_silu_kernel, (min(triton.cdiv(pixels, block_m), programs),),
+        _rms_norm_silu_kernel, (min(triton.cdiv(pixels, tiling.block_m), tiling.programs),),
         samples, padding.before, frames, padding.before + frames + padding.after, height, width, channels,
         channels**0.5, eps,
         **flags,
         BORDER=padding.border, FRAME_MODE=padding.frame_mode, PIXEL_MODE=padding.pixel_mode,
-        BLOCK_M=block_m, BLOCK_C=block_c, STAGES=stages,
-        num_warps=num_warps,
+        BLOCK_M=tiling.block_m, BLOCK_C=tiling.block_c, PARTS=tiling.parts, STAGES=tiling.stages,
+        num_warps=tiling.num_warps,
     )  # fmt: skip
 
 

@@ -10,7 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vidaccel.clips.outputs import Claims, aside, check_output, check_record, fingerprint, is_done, record_path
+from vidaccel.clips.outputs import (
+    Claims,
+    aside,
+    check_output,
+    check_record,
+    comparison_path,
+    fingerprint,
+    is_done,
+    record_path,
+    recover,
+)
 from vidaccel.clips.video import write_clip
 from vidaccel.errors import UsageError
 
@@ -235,3 +245,34 @@ def test_a_run_that_was_killed_leaves_nothing_that_counts(here: Path) -> None:
     made(here / "clip.gif")
     made(here / "clip")
     assert sorted(path.name for path in here.iterdir()) == ["clip", "clip.gif", "clip.gif.json", "clip.json"]
+
+
+def test_a_killed_run_that_had_written_all_is_finished(here: Path) -> None:
+    new = {"arguments": {"steps": 2}, "comparison": {"psnr_db": 40}}
+    for name in ("clip.gif", "clip"):
+        out = here / name
+        made(out, steps=1)
+        out.rename(out.with_name(f".{out.stem}.old")) if out.is_dir() else None
+        part, compared = (path.with_name(f".{path.stem}.part{path.suffix}") for path in (out, comparison_path(out)))
+        write_clip(1 - CLIP, part, 8)
+        write_clip(CLIP, compared, 8)
+        record_path(out).write_text(json.dumps({**new, "output": fingerprint(part)}))
+        recover(out)
+        assert is_done(out, {"steps": 2})
+    assert not [path.name for path in here.iterdir() if path.name.startswith(".")]
+
+
+def test_a_killed_run_that_had_not_written_all_is_undone(here: Path) -> None:
+    out = here / "clip"
+    made(out, steps=1)
+    (out / ".DS_Store").touch()
+    out.rename(here / ".clip.old")
+    (here / ".clip.part").mkdir()
+    recover(out)
+    assert is_done(out, {"steps": 1})
+    assert sorted(path.name for path in here.iterdir()) == ["clip", "clip.json"]
+
+
+def test_there_is_nothing_to_recover_of_the_longest_name(here: Path) -> None:
+    recover(here / ("n" * 240 + ".gif"))
+    assert not list(here.iterdir())

@@ -348,7 +348,8 @@ FEATURES = [
     Feature("another .data", other_data, shows=True),
     Feature("other parameters", other_parameters, shows=True),
     Feature("other state_dict", other_state, shows=True),
-    Feature("save_pretrained, from_pretrained", _copied_by(saved_and_loaded), keeps_order=True),
+    Feature("save_pretrained, from_pretrained", _copied_by(saved_and_loaded),
+            fallback="rounded to bfloat16", keeps_order=True),
     Feature("deepcopy", _copied_by(copy.deepcopy), keeps_order=True),
     Feature("pickle", _copied_by(lambda pipe: pickle.loads(pickle.dumps(pipe))), keeps_order=True),
 ]  # fmt: skip

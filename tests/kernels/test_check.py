@@ -133,9 +133,9 @@ def test_bit_exact_is_held_to_its_bits() -> None:
 LOST_BIASES: dict[Op, Callable[..., tuple[Any, ...]]] = {
     CONV_EPILOGUE: lambda x, w, b: (x, b, x, None, None, None, False, False),
     LINEAR_GELU: lambda x, w, b: (x.permute(0, 2, 3, 1).flatten(1, 2), w[:, :, 0, 0], b, "tanh"),
-    PIXEL_CONV: lambda x, w, b: (x.permute(0, 2, 3, 1)[None], w[:, :, None].expand(-1, -1, 3, -1, -1), b),
+    PIXEL_CONV: lambda x, w, b: (x.permute(0, 2, 3, 1)[None], w[:, :, None].expand(-1, -1, 3, -1, -1), b, False),
     TEMPORAL_CONV: lambda x, w, b: (x.movedim(1, 0)[None], w[:, :, :, 0, None, None], b, None, None, None, False),
-    UPSAMPLE_CONV: lambda x, w, b: (x, w, b),
+    UPSAMPLE_CONV: lambda x, w, b: (x, w, b, None),
 }
 
 

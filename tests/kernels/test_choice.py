@@ -118,6 +118,17 @@ def test_remembered_and_drop(cache: Path, clock: Clock) -> None:
     assert choice.drop() == 2 and not list(choice.remembered())
 
 
+def test_a_process_keeps_the_answers_it_has_asked_for_last(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "MOST_SETTLED", 3)
+    op = make()
+    for size in (1, 2, 3, 1, 4, 5):
+        ran(op, torch.ones(size))
+    kept = [size for size in range(1, 6) if choice.known(op, (torch.ones(size),))]
+    assert kept == [1, 4, 5]
+    clock.asked.clear()
+    assert ran(op, torch.ones(2)) == "second" and not clock.asked, "the others are on disk"
+
+
 @pytest.mark.parametrize("name", ["gpu", "driver", "vidaccel", "torch", "triton", "cudnn", "source"])
 def test_an_answer_of_another_machine_or_version_does_not_count(cache: Path, clock: Clock, name: str) -> None:
     op = make()

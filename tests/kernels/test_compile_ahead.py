@@ -91,6 +91,14 @@ while not [found for found in cache.glob("*/*.ttir") if found.stat().st_mtime > 
     time.sleep(0.002)
 first_launch(2048)
 """
+FORGOTTEN = """
+compile_ahead.MOST_UNDER_WAY = 2
+begin(4096), begin(8192)
+while not all(job.done() for job in compile_ahead.under_way.values()):
+    time.sleep(0.002)
+begin(16384)
+assert list(compile_ahead.under_way) == [16384]
+"""
 CACHED = """
 processes[0].kill(), processes[0].wait()
 time.sleep(0.5)
@@ -102,6 +110,7 @@ for block in BLOCKS:
 def test_the_first_launch_finds_what_was_compiled(tmp_path: Path) -> None:
     script = "for block in BLOCKS: begin(block)\n" + UNTIL_COMPILED + "for block in BLOCKS: first_launch(block)\n"
     script += "started = time.time()\n" + UNDER_WAY  # a launch waits for a job that has begun
+    script += FORGOTTEN  # jobs that ended long ago and that no launch has asked for
     script += CACHED  # what is in the cache is not compiled again, and no process is started for it
     report = run(SCRIPT + script, tmp_path)
     assert report["hits"] == [True] * 4

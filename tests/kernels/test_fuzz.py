@@ -165,6 +165,16 @@ def _conv_epilogue_and_statistics(d: Drawer) -> Any:
     return *_conv_epilogue(d, shape), chunk_rows_for(shape)
 
 
+def _block_causal_attention(d: Drawer) -> Any:
+    block = d.size(4, 1)
+    x = d.size(2), block * d.size(4), d.of(288, 16, 3)
+    return d.tensor(*x), d.tensor(*x), d.tensor(*x), block
+
+
+def _channels_last_weight(d: Drawer) -> Any:
+    return d.weight(d.size(3), d.channels(), *(d.of(1, 3) for _ in range(3))), d.of(torch.float16, torch.float32)
+
+
 def _depth_to_space(d: Drawer) -> Any:
     factor_t, channels = d.of(1, 2), d.channels()
     x = d.size(2), d.size(3), d.size(3), d.size(3), 4 * factor_t * channels
@@ -266,9 +276,10 @@ def _padded_group_norm(d: Drawer) -> Any:
 
 def _pixel_conv(d: Drawer) -> Any:
     channels, taps = d.channels(), (d.of(1, 3), d.of(1, 3), d.of(1, 3))
-    out = d.of(1, 3, 4)
-    rows = d.tensor(d.size(2), taps[0] + d.number(2), d.size(4), d.size(4), channels)
-    return rows, d.weight(out, channels, *taps), d.vector(out)
+    out, bordered = d.of(1, 3, 4), d.flag()
+    height, width = (d.size(4) + bordered * (side - 1) for side in taps[1:])
+    rows = d.tensor(d.size(2), taps[0] + d.number(2), height, width, channels)
+    return rows, d.weight(out, channels, *taps), d.vector(out), bordered
 
 
 def _pixel_shuffle(d: Drawer) -> Any:
@@ -360,11 +371,11 @@ def _temporal_conv(d: Drawer) -> Any:
 def _upsample_conv(d: Drawer) -> Any:
     channels, out = d.of(16, 7, 1), d.of(8, 32, 7)
     x = d.tensor(d.size(2), channels, d.size(3), d.size(3))
-    return x, d.weight(out, channels, 3, 3), d.vector(out)
+    return x, d.weight(out, channels, 3, 3), d.vector(out), None
 
 
 def _upsample_conv_and_statistics(d: Drawer) -> Any:
-    x, weight, bias = _upsample_conv(d)
+    x, weight, bias, _ = _upsample_conv(d)
     return x, weight, bias, chunk_rows_for((len(x), len(weight), 2 * x.shape[2], 2 * x.shape[3]))
 
 

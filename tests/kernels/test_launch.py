@@ -216,6 +216,16 @@ def test_one_launch_serves_any_tensors(x: Tensor, first: int, driver: None, monk
     assert (ran[0] is ran[1]) == aligned_alike
 
 
+def test_many_alignments_push_out_one_another(driver: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vidaccel.kernels.launch.MOST_COMPILED", 1)
+    kernel = jit()
+    usual, other = tensor(), tensor(offset=1)
+    launch, _ = prepare(kernel, ARGUMENTS)
+    for each in (usual, other) * 2:
+        run_directly(launch, (each, usual), monkeypatch)
+    assert kernel.runs[0] == kernel.runs[-4] and kernel.runs[2] == kernel.runs[-2]
+
+
 def test_launches_on_the_device_of_its_tensors(driver: None, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = jit()
     launch, _ = prepare(kernel, ARGUMENTS)

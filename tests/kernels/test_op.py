@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 from collections import Counter
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor
 
 from vidaccel.kernels import choice
-from vidaccel.kernels.op import Costs, Implementation, Op, listening, note, ops
-from vidaccel.kernels.settings import allowed, constants_overridden
+from vidaccel.kernels.op import MOST_PLANS, Costs, Implementation, Op, listening, note, ops
+from vidaccel.kernels.settings import Settings, allowed, constants_overridden
 
 calls: Counter[str] = Counter()
 
@@ -245,6 +246,35 @@ def test_what_raises_is_said_once_whatever_the_shape(gradients: bool, caplog: py
             for size in (1, 2, 1, 2):
                 assert torch.equal(op(X[:size], 2), 4 * X[:size])
     assert len(caplog.records) == (1 if gradients else 2), "with gradients nothing is bound"
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("raises", [False, True])
+def test_new_sizes_for_ever_take_no_memory(gradients: bool, raises: bool, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.ERROR, "vidaccel")  # the fixture would keep the warnings
+
+    def run(x: Tensor, scale: float) -> Tensor:
+        if raises:
+            raise RuntimeError(f"no kernel for {x.shape}")
+        return 2 * x * scale
+
+    op = make(implementations={"fast": Implementation(run)})
+    x, kept = torch.zeros(3 * MOST_PLANS), []
+    with torch.set_grad_enabled(gradients):
+        for size in range(len(x)):
+            op(x[:size], 2)
+            if size % MOST_PLANS == 16:
+                kept.append(len(gc.get_objects()))
+    assert kept[-1] - kept[0] < MOST_PLANS, "objects: less than one for each size of the time between"
+
+
+def test_new_settings_for_ever_take_no_memory() -> None:
+    op = make()
+    for block in range(2000):
+        with constants_overridden(BLOCK=block):
+            op(X, 2)
+    op.forget()
+    assert sum(type(x) is Settings for x in gc.get_objects()) < 1000
 
 
 def test_what_raises_after_it_has_written_spoils_nothing() -> None:

@@ -5,13 +5,19 @@ And what it gives: the same bits each time, as the stock pipeline does.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import hashlib
 import os
+import statistics
 import subprocess
 import sys
 import tracemalloc
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -21,6 +27,7 @@ from torch import Tensor, nn
 
 from vidaccel import patch_module, patch_pipeline
 from vidaccel.clips.generation import generate
+from vidaccel.sites.plain import hook_reason
 
 PIPELINES = ("svd", "animatediff", "wan2.1-t2v-1.3b", "ltx-video-2b", "hunyuanvideo1.5-480p")
 
@@ -80,6 +87,16 @@ def test_a_restored_pipeline_keeps_nothing(name: str) -> None:
     assert tensors() == before and report.sites
 
 
+def test_classes_that_libraries_make_for_each_module_may_go() -> None:
+    kinds: WeakSet[type] = WeakSet()
+    for _ in range(1500):
+        kind = type("Parametrized", (nn.Linear,), {})
+        kinds.add(kind)
+        hook_reason(kind(1, 1))
+    gc.collect()
+    assert len(kinds) < 1100
+
+
 @pytest.mark.gpu
 def test_fifty_calls_on_a_gpu_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VIDACCEL_IMPL")
@@ -91,6 +108,79 @@ def test_fifty_calls_on_a_gpu_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> 
             gc.collect()
             allocated.append(torch.cuda.memory_allocated())
         assert allocated[0] == allocated[1]
+
+
+SIZES = ((32, 32), (16, 32), (32, 16), (16, 48), (48, 16))
+ROUNDS = 25  # of two clips each
+
+
+def in_use_after_each_round(measure: Callable[[], int], device: str = "cpu") -> list[int]:
+    """Bytes, after rounds of two whole clips, each by its own pipeline in a new thread, at one size after another."""
+    made = [tiny_synthetic_pipeline("wan2.1-t2v-1.3b") for _ in range(2)]
+
+    def clip(pipe: Any, arguments: dict[str, Any], number: int) -> None:
+        height, width = SIZES[number % len(SIZES)]
+        changed = {"height": height, "width": width, "num_frames": 5, "num_inference_steps": 2}
+        moved = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in (arguments | changed).items()}
+        generate(pipe, moved, seed=number)
+
+    found = []
+    with ExitStack() as patched:
+        for pipe, _ in made:
+            patched.enter_context(patch_pipeline(pipe.to(device)))
+        for number in range(ROUNDS):
+            with ThreadPoolExecutor(2) as pool:
+                list(pool.map(clip, *zip(*made, strict=True), [number] * 2))
+            gc.collect()
+            found.append(measure())
+    return found
+
+
+def grown(found: list[int]) -> float:
+    """From clips 11 to 20 on to the last ten: medians, for a thread that has ended may free its last memory late."""
+    return statistics.median(found[-len(SIZES) :]) - statistics.median(found[len(SIZES) : 2 * len(SIZES)])
+
+
+class Mallinfo(ctypes.Structure):
+    """What glibc tells of its heaps, of all threads."""
+
+    _fields_: ClassVar = [(name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"
+    )]  # fmt: skip
+
+
+def test_fifty_clips_leave_nothing_on_the_host() -> None:
+    """The resident set would tell less: it has what malloc keeps for threads to come, and moves by tens of MB."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        pytest.skip("needs glibc 2.33")
+    libc.mallinfo2.restype = Mallinfo
+    blocks = []
+
+    def tensors_and_all_else_in_c() -> int:
+        blocks.append(sys.getallocatedblocks())
+        heaps = libc.mallinfo2()
+        return int(heaps.uordblks + heaps.hblkhd)
+
+    found = in_use_after_each_round(tensors_and_all_else_in_c)
+    assert grown(found) < 2**18, "bytes"
+    assert grown(blocks) < 1000, "Python's objects"
+
+
+@pytest.mark.gpu
+def test_fifty_clips_leave_nothing_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VIDACCEL_IMPL")
+    reserved = []
+
+    def allocated() -> int:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        reserved.append(torch.cuda.memory_reserved())
+        return torch.cuda.memory_allocated()
+
+    found = in_use_after_each_round(allocated, "cuda")
+    assert grown(found) < 2**18
+    assert grown(reserved) < 2**23
 
 
 def digest(name: str, patched: bool) -> str:

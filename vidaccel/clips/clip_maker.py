@@ -30,8 +30,9 @@ from vidaccel.clips.outputs import (
     fingerprint,
     in_words,
     is_done,
-    json_text,
     record_path,
+    recover,
+    write_json,
 )
 from vidaccel.clips.video import write_clip
 from vidaccel.clips.video_model import VideoModel, dtype_of, find_model, load_pipeline, parameters_of_call
@@ -119,6 +120,7 @@ def _not_done(
             call_arguments(model.pipeline_class, request)
             check_output(job.out, cast(float, request.fps), args.compare)
             claims.add(job.out, args.compare)
+            recover(job.out)
             if args.overwrite or not is_done(job.out, asdict(job.request) | settings):
                 todo.append(replace(job, request=request))
             elif not args.quiet:
@@ -196,16 +198,15 @@ def _save(job: Job, clip: Clip, comparison: Comparison | None, record: dict[str,
 
 
 def _write(out: Path, job: Job, clip: Clip, comparison: Comparison | None, record: dict[str, Any]) -> None:
-    """None of the files appears before all are written."""
+    """None of the files appears before all are written; the record, by which :func:`recover` goes, appears first."""
     fps = cast(float, job.request.fps)
-    with ExitStack() as files:  # they are renamed in reverse order: the clip itself comes last
-        part = files.enter_context(aside(out))
+    with aside(out) as part:
         write_clip(clip.frames, part, fps)
-        text = json_text({**record, "output": fingerprint(part)})
-        files.enter_context(aside(record_path(out))).write_text(f"{text}\n", encoding="utf-8")
-        if comparison:
-            write_clip(comparison.side_by_side(), files.enter_context(aside(comparison_path(out))), fps)
-        elif out.exists():
+        with ExitStack() as beside:
+            if comparison:
+                write_clip(comparison.side_by_side(), beside.enter_context(aside(comparison_path(out))), fps)
+            write_json(record_path(out), {**record, "output": fingerprint(part)})
+        if not comparison and out.exists():
             discard(comparison_path(out))  # of the clip that is replaced
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "is_done",
     "json_text",
     "record_path",
+    "recover",
     "write_json",
 ]
 
@@ -227,6 +228,29 @@ def fingerprint(out: Path) -> dict[str, Any]:
     return {"files": len(files), "bytes": size, "sha256": digest.hexdigest()}
 
 
+def recover(out: Path) -> None:
+    """Finish what a killed run has left of ``out`` if its record is there already, else clear it away.
+
+    The record appears once everything is written, and before all else: a clip in waiting that it tells of is whole.
+    """
+    part, old, record = _sibling(out, "part"), _sibling(out, "old"), _record_of(out)
+    if record is not None and part.exists() and record.get("output") == fingerprint(part):
+        compared = _sibling(comparison_path(out), "part")
+        if record.get("comparison"):
+            if compared.exists():
+                compared.replace(comparison_path(out))
+        elif out.exists():
+            discard(comparison_path(out))  # of the clip that is replaced
+        _put(part, out)
+    elif old.exists() and not out.exists():
+        old.rename(out)
+    if old.exists():
+        _clear(old, out)
+    for path in _files_of(out, compare=True):
+        if os.path.lexists(left := _sibling(path, "part")):  # its name may be too long to be asked for otherwise
+            discard(left)
+
+
 def _files_of(out: Path, compare: bool) -> list[Path]:
     return [out, record_path(out), *([comparison_path(out)] if compare else [])]
 
@@ -252,34 +276,43 @@ def aside(path: Path) -> Iterator[Path]:
     discard(part)  # of a run that was killed
     try:
         yield part
-        if part.is_dir():
-            _replace_folder(path, part)
-        else:
-            with part.open("rb") as file:  # a disk that is full may say so only now
-                os.fsync(file.fileno())
-            part.replace(path)
+        _put(part, path)
     finally:
         discard(part)
+
+
+def _put(part: Path, path: Path) -> None:
+    if part.is_dir():
+        _replace_folder(path, part)
+    else:
+        with part.open("rb") as file:  # a disk that is full may say so only now
+            os.fsync(file.fileno())
+        part.replace(path)
 
 
 def _replace_folder(path: Path, part: Path) -> None:
     """Put a new folder of frames in the place of the one that may be there, and keep what else is in that."""
     old = _sibling(path, "old")
-    discard(old)
     if path.exists():
         if others := _others_in(path):
             raise OSError(f"{others[0].name} has come into it meanwhile")
+        discard(old)
         path.rename(old)
     try:
         part.replace(path)
-    except OSError:
+    except BaseException:
         if old.exists():
             old.rename(path)
         raise
     if old.exists():
-        for entry in set(old.iterdir()) - set(frames_in(old)):
-            entry.rename(path / entry.name)
-        discard(old)
+        _clear(old, path)
+
+
+def _clear(old: Path, path: Path) -> None:
+    """Remove a folder of frames, but for what is no frame, which goes to the one that has replaced it."""
+    for entry in set(old.iterdir()) - set(frames_in(old)):
+        entry.rename(path / entry.name)
+    discard(old)
 
 
 def discard(path: Path) -> None:

@@ -66,7 +66,7 @@ def hook_reason(module: nn.Module) -> str | None:
     return None
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)  # some libraries make a class for each module
 def _methods(kind: type) -> frozenset[str]:
     return frozenset(name for name in dir(kind) if callable(getattr(kind, name, None)))
 

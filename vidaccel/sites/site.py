@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 # Ops that do more than the one whose site they run at.
 SITE_OF = {
+    "block_causal_attention": "spatial_attention",
     "conv_epilogue_and_statistics": "conv_epilogue",
     "upsample_conv_and_statistics": "upsample_conv",
     "group_norm_and_sum": "group_norm_silu",

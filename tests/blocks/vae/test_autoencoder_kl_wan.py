@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from block_checks import relative_error
 from copy_checks import Copies, Held, hollow_conv3d, hollow_out
 from diffusers import AutoencoderKLWan
 from tiny_models import tiny_autoencoder_kl_wan
-from torch import Tensor
+from torch import Tensor, nn
 from vae_checks import PIXEL_FAULTS, assert_no_worse, check_fault_found, decode
 
 from vidaccel import patch_module
@@ -97,6 +99,33 @@ def test_with_the_kernels(options: dict[str, Any], device: torch.device, monkeyp
     assert ways["whole_clip"] == {"2 of 2 frames", "1 of 2 frames"}
 
 
+def convolve_as_a_gpu(exact: Any, x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Float32 is rounded to the 10 bits of TF32; all is summed in float32."""
+    operands = (x, weight)
+    if x.dtype == torch.float32:
+        bits = ((operand.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF for operand in operands)
+        operands = tuple(operand.view(torch.float32) for operand in bits)
+    return exact(*(operand.float() for operand in operands), *args, **kwargs).to(x.dtype)
+
+
+def test_float16_operands_lose_no_more_than_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does to float32, modelled on a CPU: of every frame, at most twice the error of stock's."""
+    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
+    vae, z = tiny_autoencoder_kl_wan(base_dim=16), draw(frames=3, side=4)
+    gold = decode(copy.deepcopy(vae).double(), z.double())
+    for name in ("conv2d", "conv3d"):
+        monkeypatch.setattr(F, name, functools.partial(convolve_as_a_gpu, getattr(F, name)))
+    monkeypatch.setattr(nn.Conv3d, "_conv_forward", lambda conv, x, w, b: F.conv3d(x, w, b, padding=conv.padding))
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", lambda conv, x, w, b: F.conv2d(x, w, b, padding=conv.padding))
+    stock = decode(vae, z)
+    monkeypatch.setattr(autoencoder_kl_wan, "takes_tf32", lambda clip: True)
+    with patch_module(vae, self_check=False) as report:
+        out = decode(vae, z)
+    assert not report.fallbacks, str(report)
+    assert {"float16"} in [site.implementations for site in report.sites if site.op == "half_operands"]
+    assert_no_worse(out, stock, gold)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("fit", [9, 3], ids=["whole", "chunks"])
@@ -118,6 +147,7 @@ def test_as_wide_as_released(
     assert not report.fallbacks, str(report)
     operands = {way for site in report.sites if site.op == "half_operands" for way in site.implementations}
     assert operands == {"bfloat16" if dtype == torch.bfloat16 else "float16"}
+    assert {"gemm"} in [site.implementations for site in report.sites if site.op == "spatial_attention"]
     assert_no_worse(out, stock, gold)
 
 

@@ -120,6 +120,29 @@ def test_inplace_takes_the_memory_of_x(epilogue: str, device: torch.device) -> N
     assert torch.equal(out, expected) and out.data_ptr() == x.data_ptr()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("epilogue", ["residual", "residual-with-bias"])
+@pytest.mark.parametrize("layout", [lambda x: x, lambda x: x.contiguous()], ids=["channels-last", "channels-first"])
+def test_a_float32_residual_makes_the_sum_float32(layout: Any, epilogue: str, device: torch.device) -> None:
+    x, bias, arguments = draw((2, 24, 2, 5, 7), torch.float32, device, epilogue)
+    x, arguments["residual"] = x.half(), layout(arguments["residual"])
+    expected = conv_epilogue_ref(x.float(), bias, **arguments)
+    with listening(checks=True) as events:
+        out = conv_epilogue(x, bias, **arguments)
+        residual = arguments["residual"] = arguments["residual"].clone()
+        same = conv_epilogue(x, bias, **arguments, inplace=True)
+    assert [(event.implementation, event.problem) for event in events] == [("triton", "")] * 2
+    assert events[0].costs.bytes == x.nbytes + 2 * residual.nbytes
+    assert out.dtype == torch.float32 and torch.equal(out, expected) and torch.equal(same, expected)
+
+
+@torch.no_grad()
+def test_inplace_takes_the_memory_of_the_wider_residual(device: torch.device) -> None:
+    x, bias, arguments = draw((2, 24, 2, 5, 7), torch.float32, device)
+    out = conv_epilogue(x.half(), bias, **arguments, inplace=True)
+    assert out.data_ptr() == arguments["residual"].data_ptr()
+
+
 @pytest.mark.parametrize(
     "layout",
     [
@@ -160,7 +183,7 @@ UNSERVED = pytest.mark.parametrize(
     ("dtype", "residual_dtype", "requires_grad", "reason"),
     [
         (torch.float64, torch.float64, False, "x is torch.float64"),
-        (torch.float16, torch.float32, False, "have the dtype of x, torch.float16, got torch.float32"),
+        (torch.float32, torch.float16, False, "have the dtype of x, torch.float32, got torch.float16"),
         (torch.float32, torch.float32, True, "no backward pass"),
     ],
     ids=["float64", "mixed-dtypes", "gradient"],
@@ -350,7 +373,8 @@ def compile_epilogue(target: str, epilogue: str, kernel: Any, num_warps: int, **
         target,
         kernel,
         {
-            **dict.fromkeys(["x_ptr", "bias_ptr", "y_ptr", *present], "*fp16:16"),
+            **dict.fromkeys(["bias_ptr", "y_ptr", *present], "*fp32:16" if "wide" in epilogue else "*fp16:16"),
+            **{"x_ptr": "*fp16:16"},
             **{"part_ptr": "*fp32:16", "channels": "i32:16", "frame_size": "i32:16"},
             **{"frame_rows": "i32", "chunk_rows": "i32"},
         },
@@ -365,7 +389,7 @@ def compile_epilogue(target: str, epilogue: str, kernel: Any, num_warps: int, **
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("epilogue", ["bias", "residual-with-bias", "mix-image-only"])
+@pytest.mark.parametrize("epilogue", ["bias", "residual-with-bias", "mix-image-only", "wide-residual-with-bias"])
 def test_accesses_are_16_bytes_wide(target: str, epilogue: str) -> None:
     asm = compile_epilogue(target, epilogue, op._conv_epilogue_kernel, op.NUM_WARPS, BLOCK=op.BLOCK)
     assert_no_spills(asm)

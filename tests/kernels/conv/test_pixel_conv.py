@@ -36,11 +36,11 @@ def draw(
     return rows, weight, torch.randn(channels, device=device).to(dtype)
 
 
-def assert_matches(out: Tensor, rows: Tensor, weight: Tensor, bias: Tensor) -> None:
+def assert_matches(out: Tensor, rows: Tensor, weight: Tensor, bias: Tensor, bordered: bool = False) -> None:
     with torch.backends.cudnn.flags(allow_tf32=False):
-        eager = pixel_conv_ref(rows, weight, bias)
+        eager = pixel_conv_ref(rows, weight, bias, bordered)
     assert out.is_contiguous() and out.dtype == eager.dtype
-    assert_close_to_gold(out, pixel_conv_ref(rows.double(), weight.double(), bias.double()), eager)
+    assert_close_to_gold(out, pixel_conv_ref(rows.double(), weight.double(), bias.double(), bordered), eager)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -51,6 +51,23 @@ def test_matches_reference(
 ) -> None:
     given = draw(shape, taps, dtype, device, centre)
     assert_matches(pixel_conv(*given, impl="taps"), *given)
+
+
+@pytest.mark.parametrize("impl", ["taps", "torch"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "taps"), SHAPES)
+@torch.no_grad()
+def test_a_border_that_the_rows_bring(
+    shape: tuple[int, ...], taps: tuple[int, ...], dtype: torch.dtype, impl: str, device: torch.device
+) -> None:
+    samples, frames, height, width, channels = shape
+    rows, *others = draw((samples, frames, height + taps[2] - 1, width + taps[3] - 1, channels), taps, dtype, device)
+    out = pixel_conv(rows, *others, bordered=True, impl=impl)
+    assert out.shape == (samples, taps[0], frames - taps[1] + 1, height, width)
+    assert_matches(out, rows, *others, bordered=True)
+    whole = pixel_conv_ref(rows.double(), *(t.double() for t in others))
+    inner = whole[..., taps[2] // 2 :, taps[3] // 2 :][..., :height, :width]
+    torch.testing.assert_close(pixel_conv_ref(rows.double(), *(t.double() for t in others), True), inner)
 
 
 @pytest.mark.parametrize("most", [1, 2**12, 2**14])
@@ -90,6 +107,7 @@ def test_no_tensor_outlives_its_call(device: torch.device) -> None:
         ({"rows": torch.ones(1, 1, 4, 5, 8)}, r"rows must have 3 frames at least, got 1"),
         ({"weight": torch.ones(3, 9, 3, 3, 3)}, r"weight must be \[C', 8, T, Y, X\], got"),
         ({"weight": torch.ones(3, 8, 3, 2, 3)}, r"weight must have odd sides, got"),
+        ({"rows": torch.ones(1, 3, 4, 2, 8), "bordered": True}, r"rows with a border must be as large as weight"),
         ({"bias": torch.ones(4)}, r"bias must be \[3\], got \(4,\)"),
         ({"impl": "triton"}, r"impl must be one of taps, cudnn, torch, got 'triton'"),
     ],
@@ -108,9 +126,8 @@ def test_many_channels_run_in_torch(device: torch.device) -> None:
 
 
 def test_registration(device: torch.device) -> None:
-    torch.library.opcheck(
-        PIXEL_CONV.registered["taps"], draw((1, 4, 2, 3, 8), (3, 3, 3, 3), torch.float32, device)
-    )  # fmt: skip
+    given = draw((1, 4, 3, 4, 8), (3, 3, 3, 3), torch.float32, device)
+    torch.library.opcheck(PIXEL_CONV.registered["taps"], (*given, True))
 
 
 @pytest.mark.parametrize("most", [2**23, 200], ids=["whole", "in-frames"])
@@ -125,15 +142,16 @@ def test_check(fault: str | None, most: int, device: torch.device, monkeypatch: 
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_compiles_without_spills(target: str) -> None:
+@pytest.mark.parametrize("bordered", [False, True])
+def test_compiles_without_spills(bordered: bool, target: str) -> None:
     asm = compile_for(
         target,
         op._sum_taps_kernel,
         {
             **{"products_ptr": "*bf16:16", "bias_ptr": "*bf16:16", "y_ptr": "*bf16:16"},
-            **{"frames": "i32", "height": "i32:16", "width": "i32:16", "stride_y_c": "i32:16"},
+            **{"frames": "i32", "height": "i32:16", "width": "i32:16", "pitch": "i32:16", "stride_y_c": "i32:16"},
         },
-        {"CHANNELS": 3, "T": 3, "Y": 3, "X": 3, "BLOCK": op.BLOCK},
+        {"CHANNELS": 3, "T": 3, "Y": 3, "X": 3, "BORDERED": bordered, "BLOCK": op.BLOCK},
         num_warps=op.NUM_WARPS,
     )
     assert_no_spills(asm)
@@ -143,9 +161,15 @@ def test_compiles_without_spills(target: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("impl", ["taps", "cudnn"])
 @torch.no_grad()
-def test_real_shape(impl: str, dtype: torch.dtype, device: torch.device) -> None:
-    """More than 2 ** 31 numbers; some frames are looked at."""
-    rows, weight, bias = draw((1, 83, 480, 832, 96), (3, 3, 3, 3), dtype, device)
-    out = pixel_conv(rows, weight, bias, impl=impl)
+@pytest.mark.parametrize(
+    ("shape", "bordered"), [((1, 83, 480, 832, 96), False), ((1, 123, 258, 258, 128), True)], ids=["wan2.1", "tile"]
+)
+def test_real_shape(
+    shape: tuple[int, ...], bordered: bool, impl: str, dtype: torch.dtype, device: torch.device
+) -> None:  # fmt: skip
+    """Of Wan's more than 2 ** 31 numbers; some frames are looked at."""
+    rows, weight, bias = draw(shape, (3, 3, 3, 3), dtype, device)
+    out = pixel_conv(rows, weight, bias, bordered=bordered, impl=impl)
     for frame in (0, 40, 80):
-        assert_matches(out[:, :, frame : frame + 1].contiguous(), rows[:, frame : frame + 3], weight, bias)
+        seen = rows[:, frame : frame + 3]
+        assert_matches(out[:, :, frame : frame + 1].contiguous(), seen, weight, bias, bordered)

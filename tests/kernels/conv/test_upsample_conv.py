@@ -147,6 +147,22 @@ def test_weight_changed_in_place_is_seen(device: torch.device) -> None:
     assert torch.equal(upsample_conv(x, weight, torch.zeros_like(bias), impl="whole"), 2 * before)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("impl", ["whole", "halves"])
+@pytest.mark.parametrize("shape", [(2, 16, 24, 3, 7), (3, 8, 96, 2, 11)], ids=["one-block", "several-blocks"])
+def test_a_scaled_convolution_is_float32(
+    shape: tuple[int, int, int, int, int], impl: str, device: torch.device
+) -> None:  # fmt: skip
+    """Of numbers that float16 does not hold."""
+    x, weight, bias = draw(shape, torch.float32, device)
+    for size in (2.0**18, 2.0**-26):
+        scale = torch.full([1], 1 / size, device=device)
+        gold = upsample_conv_ref(size * x.double(), weight.double(), size * bias.double())
+        out = upsample_conv(x.half(), weight, size * bias, scale=scale, impl=impl)
+        assert out.dtype == torch.float32 and out.is_contiguous(memory_format=torch.channels_last)
+        assert_close_to_gold(out, gold, upsample_conv_ref(x.half(), weight, size * bias, scale))
+
+
 @pytest.mark.parametrize("samples", [2, 3, 5])
 def test_halves_are_the_whole(samples: int, device: torch.device) -> None:
     x, weight, bias = draw((samples, 16, 24, 3, 5), torch.float32, device)
@@ -186,7 +202,7 @@ def test_empty_input(shape: tuple[int, int, int, int, int], device: torch.device
     [
         (16, torch.float64, torch.float64, False, "x is torch.float64"),
         (12, torch.float32, torch.float32, False, "divisible by 8, got 12"),
-        (16, torch.float32, torch.float16, False, "the dtype of x, torch.float32, got torch.float16"),
+        (16, torch.float32, torch.float16, False, "dtype of the result, torch.float32, got torch.float16"),
         (16, torch.float32, torch.float32, True, "no backward pass"),
     ],
     ids=["float64", "channels", "mixed-dtypes", "gradient"],
@@ -234,7 +250,7 @@ def test_rejects(change: dict[str, object], error: type[Exception], message: str
 def test_registration(impl: str, device: torch.device) -> None:
     x, weight, bias = draw((2, 5, 8, 2, 3), torch.float32, device)
     for laid_out in (x, x.contiguous()):
-        torch.library.opcheck(UPSAMPLE_CONV.registered[impl], (laid_out, weight, bias))
+        torch.library.opcheck(UPSAMPLE_CONV.registered[impl], (laid_out, weight, bias, None))
         torch.library.opcheck(UPSAMPLE_CONV_AND_STATISTICS.registered[impl], (laid_out, weight, bias, 8))
 
 
@@ -294,26 +310,40 @@ def test_compile_ahead_passes_over_what_no_kernel_serves() -> None:
             op.compile_ahead(weight, statistics=statistics)
 
 
-@pytest.mark.parametrize("statistics", [False, True], ids=["plain", "statistics"])
 @pytest.mark.parametrize("target", TARGETS)
-def test_accesses_are_16_bytes_wide(target: str, statistics: bool) -> None:
+def test_accesses_are_16_bytes_wide_with_statistics(target: str) -> None:
     tiling = writer_tiling((14, 512, 144, 256))
     asm = compile_for(
         target,
-        op._interleave_kernel,
+        op._interleave_statistics_kernel,
         {
             **dict.fromkeys(["z_ptr", "bias_ptr", "y_ptr"], "*fp16:16"),
             **{"part_ptr": "*fp32:16", "channels": "i32:16"},
             **dict.fromkeys(["height", "width", "chunk_rows"], "i32"),
         },
-        {
-            **{"BLOCK_R": tiling.block_r, "BLOCK_C": tiling.block_c, "FOLD": FOLD, "STAGES": tiling.stages},
-            "HAS_STATISTICS": statistics,
-        },
+        {"BLOCK_R": tiling.block_r, "BLOCK_C": tiling.block_c, "FOLD": FOLD, "STAGES": tiling.stages},
         num_warps=tiling.num_warps,
     )
     assert_no_spills(asm)
-    assert len(narrow_accesses(asm)) <= (4 if statistics else 2), "all but the bias and the statistics"
+    assert len(narrow_accesses(asm)) <= 4, "all but the bias and the statistics"
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_accesses_are_16_bytes_wide(target: str, scaled: bool) -> None:
+    asm = compile_for(
+        target,
+        op._interleave_kernel,
+        {
+            **{"z_ptr": "*fp16:16", "channels": "i32:16", "height": "i32", "width": "i32"},
+            **dict.fromkeys(["bias_ptr", "y_ptr"], "*fp32:16" if scaled else "*fp16:16"),
+            **({"scale_ptr": "*fp32:16"} if scaled else {}),
+        },
+        {"HAS_SCALE": scaled, "BLOCK": op.BLOCK, **({} if scaled else {"scale_ptr": None})},
+        num_warps=op.NUM_WARPS,
+    )
+    assert_no_spills(asm)
+    assert len(narrow_accesses(asm)) <= scaled, "all but the scale"
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
@@ -362,6 +392,10 @@ def test_real_shapes(shape: tuple[int, int, int, int, int], dtype: torch.dtype, 
     out = upsample_conv(x, weight, bias, impl="whole")
     gold = upsample_conv_ref(x.double(), weight.double(), bias.double())
     assert_close_to_gold(out, gold, upsample_conv_ref(x, weight, bias))
+    wide, scale = weight.float(), torch.full([1], 0.5, device=device)
+    scaled = upsample_conv(x, wide, bias, scale=scale, impl="whole")
+    gold = upsample_conv_ref(2 * x.double(), wide.double(), bias.double())
+    assert_close_to_gold(scaled, gold, upsample_conv_ref(x, wide, bias, scale))
 
 
 @pytest.mark.gpu

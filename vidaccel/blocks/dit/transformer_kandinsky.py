@@ -55,6 +55,9 @@ class KandinskyBlock(GatedResidualBlock):
     def call_reason(self, x: Tensor, *args: Any) -> str | None:
         if torch.is_autocast_enabled(x.device.type):
             return "autocast is on"
+        given = [t for t in args if isinstance(t, Tensor) and t.ndim <= 3]  # text and timestep embedding, not the rope
+        if any(len(t) != len(x) for t in given):  # stock code may broadcast them
+            return "its text, its video and its timesteps differ in batch size"
         for name in self.norms:
             if reason := parameters_reason(getattr(self, name), nn.LayerNorm, x.device):
                 return reason

@@ -155,7 +155,7 @@ class _Decode:
         del chunk.flow
         run = pixel_conv if decoder.runs("pixel_conv") else pixel_conv_ref
         conv = decoder.conv_out.conv
-        out.copy_(run(buffer, conv.weight, conv.bias)[..., 1:-1, 1:-1])  # it pads the border once more
+        out.copy_(run(buffer, conv.weight, conv.bias, bordered=True))
 
     def _add_up(self, chunk: Chunk) -> None:
         """Let what flows be the sum, with the statistics of its frames if the kernel of a norm wants them."""

@@ -4,8 +4,8 @@ Stock pads the input of every convolution by a pass of its own, takes a dozen pa
 mask row by row. Here clips are rows ``[B, F, H, W, C]`` from the first convolution to the last (``causal_clip``).
 ``rms_norm_silu`` writes a convolution's input with the frames and pixels that it repeats around it, and adds the bias
 and the residual that the convolution before has left out. ``depth_to_space`` puts the channels of an upsampler's
-convolution in place and adds the shortcut. A frame's attention sees the frames up to it, so each is a product with a
-longer part of the keys, and there is no mask.
+convolution in place and adds the shortcut. A frame's attention sees the frames up to it, by ``block_causal_attention``,
+without a mask.
 
 The first convolution and the middle, small at the size of the latents, see the whole clip; from there on, as many
 frames as memory allows go at once, each convolution's last two frames carried on to the next chunk.
@@ -43,7 +43,7 @@ from vidaccel.blocks.vae.causal_clip import (
     structure_reason,
     tell_chunk,
 )
-from vidaccel.kernels.attention.spatial_attention import spatial_attention, spatial_attention_ref
+from vidaccel.kernels.attention.block_causal_attention import block_causal_attention, block_causal_attention_ref
 from vidaccel.kernels.conv.depth_to_space import depth_to_space, depth_to_space_ref
 from vidaccel.kernels.conv.padded_clip import NO_PADDING, Padding, pad_clip
 from vidaccel.kernels.conv.pixel_conv import pixel_conv, pixel_conv_ref
@@ -173,7 +173,7 @@ class _Decode:
         del chunk.flow
         run = pixel_conv if decoder.runs("pixel_conv") else pixel_conv_ref
         conv = decoder.conv_out.conv
-        out.copy_(run(buffer, conv.weight, conv.bias)[..., 1:-1, 1:-1])  # it pads the border once more
+        out.copy_(run(buffer, conv.weight, conv.bias, bordered=True))
         return chunk.following
 
     def _written(self, chunk: Chunk, padding: Padding, gamma: Tensor | None = None, **options: Any) -> Tensor:
@@ -209,14 +209,11 @@ class _Decode:
         """Each frame attends to itself and to those before it."""
         normed = self._written(chunk, NO_PADDING, block.norm.gamma.flatten(), silu=False, keep=True)
         residual = chunk.flow.x
-        samples, frames, height, width, channels = normed.shape
+        samples, _, height, width, channels = normed.shape
         rows, pixels = normed.view(samples, -1, channels), height * width
         q, k, v = (F.linear(rows, conv.weight.flatten(1), conv.bias) for conv in (block.to_q, block.to_k, block.to_v))
-        run = spatial_attention if self._decoder.runs("spatial_attention") else spatial_attention_ref
-        attended = torch.empty_like(q)
-        for frame in range(frames):
-            start, end = frame * pixels, (frame + 1) * pixels
-            attended[:, start:end] = run(q[:, start:end], k[:, :end], v[:, :end], 1)
+        fused = self._decoder.runs("spatial_attention")
+        attended = (block_causal_attention if fused else block_causal_attention_ref)(q, k, v, pixels)
         out = F.linear(attended, block.proj_out.weight.flatten(1))
         chunk.flow = Sum(out.view(residual.shape), block.proj_out.bias, residual)
 

@@ -58,7 +58,7 @@ from vidaccel.blocks.vae.causal_clip import (
     structure_reason,
     tell_chunk,
 )
-from vidaccel.blocks.vae.half_operands import float16_convolutions, takes_tf32
+from vidaccel.blocks.vae.half_operands import float16_convolutions, scale_to_fit, takes_tf32
 from vidaccel.kernels.attention.spatial_attention import spatial_attention, spatial_attention_ref
 from vidaccel.kernels.conv.conv_epilogue import conv_epilogue, conv_epilogue_ref
 from vidaccel.kernels.conv.padded_clip import NO_PADDING, Padding
@@ -382,14 +382,16 @@ def _clip_behind(x: Tensor) -> Tensor:
 
 
 def _half_dtype(decoder: FusedWanDecoder3d, x: Tensor) -> torch.dtype | None:
-    """What the convolutions of the ResNet blocks, and the last one, are to read; None: the dtype of ``x``."""
+    """What the convolutions behind a norm are to read; None: the dtype of ``x``."""
     return torch.float16 if takes_tf32(x) and decoder.runs("half_operands") else None
 
 
 def _normed_convolutions(decoder: Any) -> Iterator[tuple[Any, Any]]:
-    """The norms and the causal convolutions that read them."""
+    """The norms and the convolutions that read them."""
     for block in (decoder.mid_block, *decoder.up_blocks):
         yield from _normed_in(block)
+    for attention in decoder.mid_block.attentions:
+        yield attention.norm, attention.to_qkv
     yield decoder.norm_out, decoder.conv_out
 
 
@@ -399,6 +401,12 @@ def _normed_in(block: Any) -> Iterator[tuple[Any, Any]]:
         yield resnet.norm2, resnet.conv2
 
 
+def _convolutions_of(resample: Any) -> list[Any]:
+    """Those of an upsampler, in the order in which they run."""
+    over_time = [resample.time_conv] if resample.mode == "upsample3d" else []
+    return [*over_time, resample.resample[1]]
+
+
 class _Decode:
     """One decode of latents by the modules of a decoder."""
 
@@ -406,11 +414,15 @@ class _Decode:
         self._decoder = decoder
         self._rate = _temporal_rate(decoder)
         self._half: dict[nn.Module, torch.dtype] | None = None  # what convolutions read; None: the latents' dtype
+        self._largest: dict[nn.Module, Tensor] = {}  # number of their outputs, of those that read float16
         half = _half_dtype(decoder, latents)
         if half is not None:
             normed = [(norm.gamma, conv) for norm, conv in _normed_convolutions(decoder)]
+            one = latents.new_ones(1)  # what upsamplers read is scaled to fit
+            normed += [(one, conv) for resample in _upsamplers(decoder) for conv in _convolutions_of(resample)]
             fit = float16_convolutions(normed)
             self._half = {conv: half if at in fit else latents.dtype for at, (_, conv) in enumerate(normed)}
+            self._largest = {normed[at][1]: largest for at, largest in fit.items()}
         self._tell_operands(latents)
 
     def _tell_operands(self, latents: Tensor) -> None:
@@ -419,12 +431,6 @@ class _Decode:
         reason = f"{too_large} convolutions whose numbers float16 may not hold read float32" if too_large else ""
         for dtype in kinds:
             note("half_operands", str(dtype).removeprefix("torch."), reason)
-
-    def _operands_of(self, conv: nn.Module | None) -> torch.dtype | None:
-        """What ``conv`` is to read; None: the dtype of the latents, as all others."""
-        if self._half is None:
-            return None
-        return torch.float32 if conv is None else self._half[conv]
 
     def run(self, latents: Tensor, halos: Halos, keep: bool) -> tuple[Tensor, Halos | None]:
         """The pixels, and what the next frames need if that is to be kept."""
@@ -469,10 +475,9 @@ class _Decode:
         out.copy_(run(buffer, decoder.conv_out.weight, decoder.conv_out.bias))
         return chunk.following
 
-    def _norm(
-        self, chunk: Chunk, norm: Any, conv: nn.Module | None, *, keep: bool, silu: bool = True
-    ) -> Tensor:  # fmt: skip
-        """What ``conv`` gets: its input and the frames before; with ``keep``, the sum is what flows on."""
+    def _norm(self, chunk: Chunk, norm: Any, conv: nn.Module, *, keep: bool, silu: bool = True) -> Tensor:
+        """What ``conv`` gets: its input, and the frames before if it looks back; with ``keep``, the sum flows on."""
+        causal = isinstance(conv, WanCausalConv3d)
         run = rms_norm_silu if self._decoder.runs("rms_norm_silu") else rms_norm_silu_ref
         flow = chunk.flow
         z, y = run(
@@ -481,30 +486,27 @@ class _Decode:
             bias=flow.bias,
             residual=flow.residual,
             residual_bias=flow.residual_bias,
-            halo=None if conv is None else chunk.halos.get(conv),
-            padding=NO_PADDING if conv is None else CAUSAL,
+            halo=chunk.halos.get(conv),
+            padding=CAUSAL if causal else NO_PADDING,
             silu=silu,
             keep=keep,
             inplace=flow.residual is None or flow.residual is not chunk.kept,
-            out_dtype=self._operands_of(conv),
+            out_dtype=None if self._half is None else self._half[conv],
         )
         flow.x, flow.bias, flow.residual, flow.residual_bias = z, None, None, None
-        if conv is not None:
+        if causal:
             chunk.keep_of(conv, y)
         return y
 
     def _summed(self, chunk: Chunk) -> Tensor:
         """What flows, all of it added."""
         flow = chunk.flow
-        if flow.bias is not None and flow.residual is not None and flow.x.dtype != flow.residual.dtype:
-            bias = flow.bias if flow.residual_bias is None else flow.bias + flow.residual_bias
-            add = torch.add if flow.residual is chunk.kept else Tensor.add_
-            chunk.flow = Sum(add(flow.residual, flow.x).add_(bias))
-        elif flow.bias is not None:
+        if flow.bias is not None:
             images = clip_of(flow.x)
             residual = None if flow.residual is None else clip_of(flow.residual)
             if self._decoder.runs("conv_epilogue"):
-                images = conv_epilogue(images, flow.bias, residual, residual_bias=flow.residual_bias, inplace=True)
+                inplace = flow.residual is None or flow.residual is not chunk.kept
+                images = conv_epilogue(images, flow.bias, residual, residual_bias=flow.residual_bias, inplace=inplace)
             else:
                 images = conv_epilogue_ref(images, flow.bias, residual, flow.residual_bias)
             chunk.flow = Sum(images.permute(0, 2, 3, 4, 1))
@@ -516,7 +518,7 @@ class _Decode:
         for resnet in block.resnets:
             self._resnet(chunk, resnet)
         for upsampler in _upsamplers_of(block):
-            self._upsample(chunk, upsampler)
+            self._upsample(chunk, upsampler, block.resnets[-1])
         if source is not None:
             _add_enlarged(self._summed(chunk), source, shortcut, first=not chunk.halos)
             chunk.kept = None
@@ -533,33 +535,65 @@ class _Decode:
         chunk.flow = Sum(conv_rows(buffer, resnet.conv2), resnet.conv2.bias, residual, residual_bias)
 
     def _attention(self, chunk: Chunk, block: Any) -> None:
-        normed = self._norm(chunk, block.norm, None, keep=True, silu=False)
+        normed, proj = self._norm(chunk, block.norm, block.to_qkv, keep=True, silu=False), block.proj
         residual = chunk.flow.x
-        samples, frames, height, width, channels = normed.shape
-        qkv = F.conv2d(images_of(normed), block.to_qkv.weight, block.to_qkv.bias)
-        rows = qkv.permute(0, 2, 3, 1).reshape(samples * frames, height * width, 3 * channels)
+        weight, bias = (parameter.to(normed.dtype) for parameter in (block.to_qkv.weight, block.to_qkv.bias))
+        rows = F.linear(normed.flatten(0, 1).flatten(1, 2), weight.flatten(1), bias)  # [B * F, H * W, 3 * C]
         run = spatial_attention if self._decoder.runs("spatial_attention") else spatial_attention_ref
         q, k, v = rows.chunk(3, dim=-1)
-        attended = run(q, k, v, 1)
-        images = attended.view(samples * frames, height, width, channels).permute(0, 3, 1, 2)
-        out = F.conv2d(images, block.proj.weight, None).permute(0, 2, 3, 1).contiguous()
-        chunk.flow = Sum(out.view(residual.shape), block.proj.bias, residual)
+        attended = run(q, k, v, 1).view(normed.shape).to(residual.dtype)
+        out = F.conv2d(images_of(attended), proj.weight, None).permute(0, 2, 3, 1).contiguous()
+        chunk.flow = Sum(out.view(residual.shape), proj.bias, residual)
 
-    def _upsample(self, chunk: Chunk, resample: Any) -> None:
+    def _upsample(self, chunk: Chunk, resample: Any, before: Any) -> None:
+        """``before`` is the ResNet block whose output it gets."""
+        scale, conv = self._scale(chunk, resample, before), resample.resample[1]
+        if scale is None:
+            self._summed(chunk)
+        else:
+            self._scaled_sum(chunk, scale)
         if resample.mode == "upsample3d":
-            self._double(chunk, resample.time_conv)
-        samples = len(self._summed(chunk))
-        images, conv = images_of(chunk.flow.x), resample.resample[1]
+            self._double(chunk, resample.time_conv, scale)
+        samples, images = len(chunk.flow.x), images_of(chunk.flow.x)
         del chunk.flow
         if self._decoder.runs("upsample_conv") and runs_triton("upsample_conv", images):
-            images = upsample_conv(images, conv.weight, conv.bias)
+            images = upsample_conv(images, conv.weight, conv.bias, scale=scale)
         else:
-            images = upsample_conv_ref(images, conv.weight, conv.bias)
+            images = upsample_conv_ref(images, conv.weight, conv.bias, scale)
         chunk.flow = Sum(images.permute(0, 2, 3, 1).unflatten(0, (samples, -1)))
 
-    def _double(self, chunk: Chunk, conv: Any) -> None:
+    def _scale(self, chunk: Chunk, resample: Any, before: Any) -> Tensor | None:
+        """What flows is to be multiplied by that, and the convolutions of ``resample`` to read float16; None: neither.
+
+        The clip goes through at once, for each chunk would have its own scale and the halo of another one's.
+        """
+        flow, convolutions = chunk.flow, _convolutions_of(resample)
+        if self._half is None or chunk.keep or chunk.halos or flow.residual is None or flow.residual_bias is not None:
+            return None
+        added = self._largest.get(before.conv2)
+        if added is None or not all(conv in self._largest for conv in convolutions):
+            return None
+        return scale_to_fit(flow.residual, added, convolutions)
+
+    def _scaled_sum(self, chunk: Chunk, scale: Tensor) -> None:
+        """What flows, all of it added, times ``scale``, in float16."""
+        flow = chunk.flow
+        run = rms_norm_silu if self._decoder.runs("rms_norm_silu") else rms_norm_silu_ref
+        _, scaled = run(
+            flow.x,
+            scale.expand(flow.x.shape[-1]),
+            bias=flow.bias,
+            residual=flow.residual,
+            kind="none",
+            silu=False,
+            keep=False,
+            out_dtype=torch.float16,
+        )
+        chunk.flow = Sum(scaled)
+
+    def _double(self, chunk: Chunk, conv: Any, scale: Tensor | None) -> None:
         """Every frame becomes two, but for the first of a clip, which the convolution over time never sees."""
-        x = self._summed(chunk)
+        x = chunk.flow.x
         halo, first = chunk.halos.get(conv), not chunk.halos
         frames = x[:, first:]
         if chunk.keep:
@@ -575,7 +609,8 @@ class _Decode:
         else:
             made = conv_rows(torch.cat([halo, frames], dim=1), conv)
         pairs = made[:, :count].unflatten(-1, (2, channels)).permute(0, 1, 4, 2, 3, 5)  # [B, F, 2, H, W, C]
-        torch.add(pairs, conv.bias.view(2, 1, 1, channels), out=doubled[:, first:].unflatten(1, (count, 2)))
+        bias = conv.bias if scale is None else (conv.bias * scale).to(x.dtype)
+        torch.add(pairs, bias.view(2, 1, 1, channels), out=doubled[:, first:].unflatten(1, (count, 2)))
         chunk.flow = Sum(doubled)
 
 
@@ -671,13 +706,14 @@ class _Held:
                 yield kept + pixels * self._in_resnet(frames, resnet.in_dim, resnet.out_dim)
             for upsampler in _upsamplers_of(block):
                 channels, out_channels = upsampler.dim, upsampler.resample[1].out_channels
+                read = self.half if self.whole else self.size  # bytes of a number that a convolution reads or writes
                 if upsampler.mode == "upsample3d":
                     # the frames, behind those before; those of the convolution over time, and these in their order
-                    yield kept + pixels * frames * channels * self.size * (5 if self.whole else 6)
+                    yield kept + pixels * frames * channels * read * (5 if self.whole else 6)
                     rate *= 2
                     frames = self._frames(rate)
                 # before and after the pixels are in place
-                yield kept + pixels * frames * (channels + 8 * out_channels) * self.size
+                yield kept + pixels * frames * (channels * read + 4 * out_channels * (read + self.size))
                 pixels *= 4
 
     def in_halos(self, decoder: Any) -> int:

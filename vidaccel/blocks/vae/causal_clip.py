@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidaccel.blocks.vae.vae import usable_bytes
+from vidaccel.kernels.conv.channels_last_weight import channels_last_weight
 from vidaccel.kernels.conv.conv_epilogue import (
     STATISTICS_STEP,
     conv_epilogue,
@@ -122,7 +123,7 @@ def conv_rows(
     if missing := -len(weight) % output_step:
         weight = F.pad(weight, (0,) * 9 + (missing,))
     height, width = weight.shape[3:]
-    laid_out = weight.to(rows.dtype).contiguous(memory_format=torch.channels_last_3d)
+    laid_out = channels_last_weight(weight, rows.dtype)
     out = F.conv3d(clip_of(rows), laid_out, None, padding=padding or (0, height // 2, width // 2))
     return out.permute(0, 2, 3, 4, 1).contiguous()
 
