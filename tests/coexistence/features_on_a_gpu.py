@@ -72,8 +72,9 @@ STREAMS = {
     "group offload by block, streams": partial(BY_BLOCK, use_stream=True),
     "group offload by leaf, streams": partial(BY_LEAF, use_stream=True),
 }
-# CUDA graphs: not of a call on the CPU, and only one call later of a model whose weights have moved since its first
-MOVED = f"an argument is on cpu|{re.escape(CHANGED)}"
+# CUDA graphs: not of a call on the CPU, and only one call later of a model whose weights have moved since its first;
+# nor of a call that waits for the GPU, or gains nothing by it
+MOVED = f"an argument is on cpu|{re.escape(CHANGED)}|capturing|the GPU is the slower one|it is no faster"
 FEATURES = [
     Feature("to(cuda)", on_the_gpu(to_the_gpu), fallback=MOVED),
     Feature("to(cuda) and back", there_and_back, fallback=MOVED),

@@ -1,10 +1,9 @@
-"""What ``cuda_graph.py`` asks of the GPU: rehearse a call, capture it, time it, and clean up if that fails."""
+"""What ``cuda_graph.py`` asks of the GPU: capture a call, time it, and clean up if that fails."""
 
 from __future__ import annotations
 
 import functools
 import time
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -43,19 +42,6 @@ class CudaCapture:
     def capturing(self) -> bool:
         """Whether somebody else is capturing what happens now."""
         return torch.cuda.is_current_stream_capturing()
-
-    def rehearse(self, run: Callable[[], Any]) -> Any:
-        """What ``run`` returns; raises if it makes the host wait for the GPU, which would break off a capture.
-
-        After this all its kernels are compiled, for the very addresses that the graph is to read from. No other thread
-        may wait for the GPU meanwhile, for the switch is the process's.
-        """
-        before = torch.cuda.get_sync_debug_mode()
-        _set_sync_debug_mode("error")
-        try:
-            return run()
-        finally:
-            _set_sync_debug_mode(before)
 
     def capture(self, run: Callable[[], Any], device: torch.device, pool: Any) -> Captured:
         """``run`` as a graph that works in ``pool``, or in a new pool if None.
@@ -141,9 +127,3 @@ def _clean_up(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream,
     with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
         torch.zeros(1, device=stream.device)
     torch.cuda.set_stream(before)
-
-
-def _set_sync_debug_mode(mode: int | str) -> None:
-    with warnings.catch_warnings():  # that it does not detect every wait: what it misses, the capture itself finds
-        warnings.simplefilter("ignore")
-        torch.cuda.set_sync_debug_mode(mode)
