@@ -310,7 +310,7 @@ def _replaced(subject: Subject, which: set[int]) -> Undo:
 
 
 def users_processors(subject: Subject) -> Undo:
-    attentions = _attentions(subject)
+    attentions = [module for module in subject.denoiser.modules() if hasattr(module, "processor")]
     kept = [attention.processor for attention in attentions]
 
     def mixed(kind: type) -> Any:
@@ -325,13 +325,21 @@ def users_processors(subject: Subject) -> Undo:
         kind = type(attention.processor)
         # one that comes from the patch stands for diffusers' own
         stock = next(base for base in kind.__mro__ if base.__module__.startswith("diffusers."))
-        attention.set_processor(mixed(stock)())
+        _set_processor(attention, mixed(stock)())
 
     def undo() -> None:
         for attention, processor in zip(attentions, kept, strict=True):
-            attention.set_processor(processor)
+            _set_processor(attention, processor)
 
     return undo
+
+
+def _set_processor(attention: Any, processor: Any) -> None:
+    """As a user can; Mochi's attention has no method for it."""
+    if hasattr(attention, "set_processor"):
+        attention.set_processor(processor)
+    else:
+        attention.processor = processor
 
 
 def wrapped_forwards(subject: Subject) -> Undo:
@@ -632,11 +640,11 @@ FEATURES = [
     Feature("another size, then the first", run=several(other_size)),
     Feature("more frames, then as many", run=several(other_frames)),
     Feature("no guidance, then guidance", needs=accepts("guidance_scale"), run=several(no_guidance),
-            fallback="differ in batch size"),
+            fallback="differ in batch size|spatial_attention: q must be"),
     Feature("two videos of a prompt", needs=accepts("num_videos_per_prompt"), run=two_videos,
-            fallback="differ in batch size"),
+            fallback="differ in batch size|spatial_attention: q must be"),
     Feature("two prompts", needs=has_a_prompt, run=two_prompts),
-    Feature("an exception, then a clip", after_an_exception),
+    Feature("an exception, then a clip", after_an_exception, fallback="which may look at the padding"),
     Feature("a wrong call, then a clip", after_a_wrong_call),
     Feature("a second pipeline of the same parts", shared),
     Feature("threads", run=in_threads),
