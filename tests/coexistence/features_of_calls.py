@@ -183,10 +183,6 @@ def attention_backend(subject: Subject) -> Undo:
 # what users hang on modules, or put in their place
 
 
-def _attentions(subject: Subject) -> list[Any]:
-    return [module for module in subject.denoiser.modules() if hasattr(module, "set_processor")]
-
-
 def _some_layers(subject: Subject, start: int = 0) -> list[nn.Module]:
     """Every third, from ``start``, of those that blocks call, and that code of ours may stand for."""
     kinds = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, RMSNorm, nn.SiLU)
@@ -310,7 +306,7 @@ def _replaced(subject: Subject, which: set[int]) -> Undo:
 
 
 def users_processors(subject: Subject) -> Undo:
-    attentions = [module for module in subject.denoiser.modules() if hasattr(module, "processor")]
+    attentions = [module for module in subject.denoiser.modules() if "processor" in vars(module)]
     kept = [attention.processor for attention in attentions]
 
     def mixed(kind: type) -> Any:
