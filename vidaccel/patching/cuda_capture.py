@@ -1,11 +1,13 @@
-"""What ``cuda_graph.py`` asks of the GPU: capture a call, time it, and clean up if that fails."""
+"""What ``cuda_graph.py`` asks of the GPU: rehearse a call, capture it, time it, and clean up if that fails."""
 
 from __future__ import annotations
 
 import functools
+import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +15,9 @@ import torch
 from vidaccel.errors import first_line
 
 __all__ = ["CaptureError", "Captured", "CudaCapture"]
+
+WAITED = "called a synchronizing CUDA operation"  # PyTorch's own words
+_one_rehearsal = threading.RLock()  # at a time, for PyTorch's switch is the process's
 
 
 class CaptureError(Exception):
@@ -42,6 +47,17 @@ class CudaCapture:
     def capturing(self) -> bool:
         """Whether somebody else is capturing what happens now."""
         return torch.cuda.is_current_stream_capturing()
+
+    def rehearse(self, run: Callable[[], Any]) -> Any:
+        """What ``run`` returns; raises if it makes the host wait for the GPU, which would break off a capture.
+
+        After this all its kernels are compiled, for the very addresses that the graph is to read from.
+        """
+        with _one_rehearsal, _told_of_waits() as waits:
+            out = run()
+        if waits:
+            raise CaptureError(WAITED)
+        return out
 
     def capture(self, run: Callable[[], Any], device: torch.device, pool: Any) -> Captured:
         """``run`` as a graph that works in ``pool``, or in a new pool if None.
@@ -127,3 +143,32 @@ def _clean_up(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream,
     with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
         torch.zeros(1, device=stream.device)
     torch.cuda.set_stream(before)
+
+
+@contextmanager
+def _told_of_waits() -> Iterator[list[str]]:
+    """A list to which every wait of this thread for the GPU adds; those of other threads pass untold."""
+    waits: list[str] = []
+    thread, shown = threading.get_ident(), warnings.showwarning
+
+    def tell(message: Any, *others: Any, **more: Any) -> None:
+        if WAITED not in str(message):
+            shown(message, *others, **more)
+        elif threading.get_ident() == thread:
+            waits.append(str(message))
+
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", WAITED)
+        warnings.showwarning = tell
+        _set_sync_debug_mode("warn")  # not "error", which other threads would be given, too
+        try:
+            yield waits
+        finally:
+            _set_sync_debug_mode(before)
+
+
+def _set_sync_debug_mode(mode: int | str) -> None:
+    with warnings.catch_warnings():  # that it does not detect every wait: what it misses, the capture itself finds
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode(mode)

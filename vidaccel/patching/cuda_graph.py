@@ -241,7 +241,7 @@ class Graphs:
             run = call.on(entry.buffers)
             if self._only_if_faster and (reason := self._launches_reason(run, device)):
                 return self._refuse(call, entry, reason)
-            out = run()  # so that all its kernels are compiled, for the very addresses that the graph is to read from
+            out = self._gpu.rehearse(run)
         except Exception as error:
             return self._refuse(call, entry, _one_line(error), warn=True)
         try:
