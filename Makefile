@@ -1,7 +1,7 @@
 # make demo       generate a clip with the bundled model, unpatched and patched, and compare the two
 # make test       every test that needs no GPU
 # make gpu-test   the tests that need one; leaves samples/benchmarks/gpu-tests.json
-# make matrix     what users do with a pipeline, on every family, before the patch and after: an hour, one table
+# make matrix     what users do with a pipeline, on every family, before the patch and after: half an hour, one table
 # make check      ruff, mypy
 # make fuzz       many random arguments for every op and pipeline; prints how to see a failure again
 # make faults     the fidelity check's record: planted faults and right variants; DEVICE=cuda for all dtypes
