@@ -2,10 +2,11 @@
 
     out[k, c, t, y, x] = weight[k, c, t, y, x], in memory [k, t, y, x, c]
 
-A weight is read where its owner keeps it, at every call, for whoever writes to it need not tell. Of a wide decoder all
-weights take a fiftieth of its time by ``Tensor.contiguous``, whose kernel reads or writes two bytes at a time, far from
-one another. Here a program turns a tile of channels and taps in shared memory. Fidelity: bit-exact, the cast included.
-Bound by memory: every number is read and written once.
+A weight is laid out anew at every call: a copy that was kept would be stale after a write through ``.data``, of which
+nobody is told. ``Tensor.contiguous`` is slow at this, because it reads or writes two bytes at a time, far from one
+another: copies took up to 49 of the 3242 ms of HunyuanVideo 1.5's decode (decoder-profiles-h200.txt). Here a program
+turns a tile of channels and taps in shared memory. Fidelity: bit-exact, the cast included. Bound by memory: every
+number is read and written once.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ __all__ = ["CHANNELS_LAST_WEIGHT", "channels_last_weight", "channels_last_weight
 TILE = 4096  # numbers that a program works on
 NUM_WARPS = 4
 MOST_TAPS = 64
-LARGE = 2**18  # numbers; fewer are copied in the time of a launch, whoever copies them
+LARGE = 2**18  # numbers; PyTorch copies a smaller weight in the time that one launch takes
 
 
 def channels_last_weight_ref(weight: Tensor, dtype: torch.dtype) -> Tensor:
