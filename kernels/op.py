@@ -511,8 +511,12 @@ def check_wishes(shortcuts: Sequence[str] = ()) -> None:
 
 
 def _stops(plan: _Plan, error: Exception) -> bool:
-    """Whether nothing can take the place of what has raised."""
-    return plan.name == REFERENCE or isinstance(error, torch.OutOfMemoryError)
+    """Whether nothing can take the place of what has raised, or nothing should: a capture is broken off, no op is."""
+    return (
+        plan.name == REFERENCE
+        or isinstance(error, torch.OutOfMemoryError)
+        or torch.cuda.is_current_stream_capturing()
+    )
 
 
 def _signature(args: tuple[Any, ...]) -> Signature:

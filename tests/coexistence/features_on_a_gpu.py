@@ -11,7 +11,6 @@ from coexistence.feature import Feature, Subject, Undo
 from coexistence.features_of_weights import HOOKED, group_offload
 from torch import Tensor
 
-from vidaccel.patching.cuda_capture import WAITED
 from vidaccel.patching.cuda_graph import CHANGED
 
 __all__ = ["FEATURES"]
@@ -75,7 +74,7 @@ STREAMS = {
 }
 # CUDA graphs: not of a call on the CPU, and only one call later of a model whose weights have moved since its first;
 # nor of a call that waits for the GPU, or gains nothing by it
-MOVED = f"an argument is on cpu|{re.escape(CHANGED)}|{WAITED}|the GPU is the slower one|it is no faster"
+MOVED = f"an argument is on cpu|{re.escape(CHANGED)}|stream is capturing|the GPU is the slower one|it is no faster"
 FEATURES = [
     Feature("to(cuda)", on_the_gpu(to_the_gpu), fallback=MOVED),
     Feature("to(cuda) and back", there_and_back, fallback=MOVED),

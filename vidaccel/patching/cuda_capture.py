@@ -1,13 +1,12 @@
-"""What ``cuda_graph.py`` asks of the GPU: rehearse a call, capture it, time it, and clean up if that fails."""
+"""What ``cuda_graph.py`` asks of the GPU: capture a call, time it, and clean up if that fails."""
 
 from __future__ import annotations
 
 import functools
 import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +15,8 @@ from vidaccel.errors import first_line
 
 __all__ = ["CaptureError", "Captured", "CudaCapture"]
 
-WAITED = "called a synchronizing CUDA operation"  # PyTorch's own words
-_one_rehearsal = threading.RLock()  # at a time, for PyTorch's switch is the process's
+# One capture at a time, and no memory given back meanwhile: stream and allocator are the process's.
+_one_capture = threading.RLock()
 
 
 class CaptureError(Exception):
@@ -48,25 +47,15 @@ class CudaCapture:
         """Whether somebody else is capturing what happens now."""
         return torch.cuda.is_current_stream_capturing()
 
-    def rehearse(self, run: Callable[[], Any]) -> Any:
-        """What ``run`` returns; raises if it makes the host wait for the GPU, which would break off a capture.
-
-        After this all its kernels are compiled, for the very addresses that the graph is to read from.
-        """
-        with _one_rehearsal, _told_of_waits() as waits:
-            out = run()
-        if waits:
-            raise CaptureError(WAITED)
-        return out
-
     def capture(self, run: Callable[[], Any], device: torch.device, pool: Any) -> Captured:
         """``run`` as a graph that works in ``pool``, or in a new pool if None.
 
         Raises:
-            CaptureError: it cannot be captured. Streams, allocator and random numbers are as before.
+            CaptureError: it cannot be captured, for it waits for the GPU, say. Streams, allocator and random numbers
+                are as before.
         """
         failure = ""
-        with torch.cuda.device(device):
+        with _one_capture, torch.cuda.device(device):
             graph = torch.cuda.CUDAGraph()
             pool = pool or torch.cuda.graph_pool_handle()
             stream, before = _capture_stream(device), torch.cuda.current_stream()
@@ -115,7 +104,8 @@ class CudaCapture:
             self._last_stream.synchronize()
 
     def give_back_memory(self) -> None:
-        torch.cuda.empty_cache()
+        with _one_capture:
+            torch.cuda.empty_cache()
 
 
 @functools.cache
@@ -143,32 +133,3 @@ def _clean_up(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream,
     with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
         torch.zeros(1, device=stream.device)
     torch.cuda.set_stream(before)
-
-
-@contextmanager
-def _told_of_waits() -> Iterator[list[str]]:
-    """A list to which every wait of this thread for the GPU adds; those of other threads pass untold."""
-    waits: list[str] = []
-    thread, shown = threading.get_ident(), warnings.showwarning
-
-    def tell(message: Any, *others: Any, **more: Any) -> None:
-        if WAITED not in str(message):
-            shown(message, *others, **more)
-        elif threading.get_ident() == thread:
-            waits.append(str(message))
-
-    before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("always", WAITED)
-        warnings.showwarning = tell
-        _set_sync_debug_mode("warn")  # not "error", which other threads would be given, too
-        try:
-            yield waits
-        finally:
-            _set_sync_debug_mode(before)
-
-
-def _set_sync_debug_mode(mode: int | str) -> None:
-    with warnings.catch_warnings():  # that it does not detect every wait: what it misses, the capture itself finds
-        warnings.simplefilter("ignore")
-        torch.cuda.set_sync_debug_mode(mode)

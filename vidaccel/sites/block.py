@@ -331,6 +331,8 @@ def _heard(
             plan.seen.postponed()
         if unsafe or isinstance(error, torch.OutOfMemoryError) or not isinstance(error, Exception):
             raise  # it may be the user's own, or an interrupt
+        if torch.cuda.is_current_stream_capturing():
+            raise  # the graph fails, not this block
         # If the arguments themselves are wrong, the original raises the error that its users know.
         out = kind.original_forward(host, *args, **kwargs)
         plan.reason = first_line(error)
