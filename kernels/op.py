@@ -41,6 +41,7 @@ __all__ = [
     "Implementation",
     "Listener",
     "Op",
+    "capturing",
     "device_reason",
     "listening",
     "note",
@@ -512,11 +513,12 @@ def check_wishes(shortcuts: Sequence[str] = ()) -> None:
 
 def _stops(plan: _Plan, error: Exception) -> bool:
     """Whether nothing can take the place of what has raised, or nothing should: a capture is broken off, no op is."""
-    return (
-        plan.name == REFERENCE
-        or isinstance(error, torch.OutOfMemoryError)
-        or torch.cuda.is_current_stream_capturing()
-    )
+    return plan.name == REFERENCE or isinstance(error, torch.OutOfMemoryError) or capturing()
+
+
+def capturing() -> bool:
+    """Whether what this thread launches goes into a CUDA graph. Asked where something has raised: it takes a while."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _signature(args: tuple[Any, ...]) -> Signature:

@@ -419,7 +419,7 @@ def test_a_failed_capture_costs_nothing_but_the_graph(
     assert graph_site(report).implementation == "not captured yet"
 
 
-def test_a_failed_rehearsal_costs_nothing_but_the_graph(tape: type[TapeCapture]) -> None:
+def test_a_failed_call_before_the_capture_costs_nothing_but_the_graph(tape: type[TapeCapture]) -> None:
     calls = itertools.count(1)  # not the model's own, which would have changed by them
 
     class Hungry(nn.Module):

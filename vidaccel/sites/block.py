@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from vidaccel.errors import first_line
 from vidaccel.kernels import settings
 from vidaccel.kernels.check import near, perturbing
-from vidaccel.kernels.op import listening, overheard
+from vidaccel.kernels.op import capturing, listening, overheard
 from vidaccel.sites.memo import Memo, Way, held, holding, once_per_call, signature
 from vidaccel.sites.plain import fingerprint, plain_reason, subtree_reason
 from vidaccel.sites.site import Fidelity, SiteGroup
@@ -331,7 +331,7 @@ def _heard(
             plan.seen.postponed()
         if unsafe or isinstance(error, torch.OutOfMemoryError) or not isinstance(error, Exception):
             raise  # it may be the user's own, or an interrupt
-        if torch.cuda.is_current_stream_capturing():
+        if capturing():
             raise  # the graph fails, not this block
         # If the arguments themselves are wrong, the original raises the error that its users know.
         out = kind.original_forward(host, *args, **kwargs)
