@@ -26,6 +26,7 @@ __all__ = [
     "rules_for",
     "served_models",
     "served_pipelines",
+    "spread_for",
     "unserved_denoiser",
     "unserved_pipeline",
     "unwrapped",
@@ -200,6 +201,15 @@ def rules_for(model: nn.Module) -> tuple[Rule, ...]:
     name = _served_class(model)
     adapter = _adapter(_FAMILY_OF_MODEL[name]) if name else {}
     return () if name is None or isinstance(adapter, str) else adapter.get(name, ())
+
+
+def spread_for(model: nn.Module) -> Any:
+    """How a denoiser's frames or tokens are spread over ranks (``SPREAD`` of its adapter), or None."""
+    name = _served_class(model)
+    if name is None or off_reason(model):
+        return None
+    adapter = import_module(f"vidaccel.pipelines.{_FAMILY_OF_MODEL[name]}")
+    return getattr(adapter, "SPREAD", {}).get(name)
 
 
 def off_reason(model: nn.Module) -> str | None:

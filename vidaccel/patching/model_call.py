@@ -8,6 +8,8 @@ forward, and deepcopy and pickle drop the slot. A call
   are the same, what was found out in earlier calls stands (``sites/memo.py``);
 * lets those who asked for it see the arguments (the text, ``blocks/unet/text_context.py``);
 * goes to a CUDA graph where one serves it (``cuda_graph.py``), else to the model.
+
+Where a clip is split over several GPUs, each rank comes here with its part of the arguments (``parallel.py``).
 """
 
 from __future__ import annotations
@@ -16,13 +18,16 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from vidaccel.kernels.settings import Fidelity, Settings, allowed, frozen
+from vidaccel.parallel.layout import layout
 from vidaccel.patching.cuda_graph import Graphs
+from vidaccel.patching.parallel import ParallelCall
 from vidaccel.patching.premises import CALL_SLOT, Premises
 from vidaccel.sites.memo import Memo, holding, preparations, watched
 
@@ -36,6 +41,7 @@ class ModelCall:
 
     Attributes:
         graphs: The model's CUDA graphs, or None.
+        parallel: How the call is split over ranks, or None.
     """
 
     def __init__(self, model: nn.Module, allow: Fidelity) -> None:
@@ -47,27 +53,32 @@ class ModelCall:
         self._settings: Settings | None = None
         self._memo = Memo()
         self.graphs: Graphs | None = None
+        self.parallel: ParallelCall | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = self._model()
         if torch.compiler.is_compiling():
             return model._call_impl(*args, **kwargs)
         with self._lock, allowed(self._allow), frozen() as settings:
-            self._settle(model, settings)
-            memo, graphs = self._memo, self.graphs
-            if way := watched():
-                memo, graphs = Memo(), None
-                memo.way, memo.hooked = way, self._memo.hooked
-            try:
-                for prepare in preparations(model):
-                    prepare(memo, args, kwargs)
-                with holding(memo):
-                    if graphs is None:
-                        return model._call_impl(*args, **kwargs)
-                    return graphs.call(model, args, kwargs)
-            finally:
-                memo.text = None  # also after an interrupt: no later call may take it for its own
-                memo.of_call.clear()
+            run = partial(self._run, model, settings)
+            return run(*args, **kwargs) if self.parallel is None else self.parallel.call(run, model, args, kwargs)
+
+    def _run(self, model: Any, settings: Settings, *args: Any, **kwargs: Any) -> Any:
+        self._settle(model, settings)
+        memo, graphs = self._memo, self.graphs
+        if way := watched():
+            memo, graphs = Memo(), None
+            memo.way, memo.hooked = way, self._memo.hooked
+        try:
+            for prepare in preparations(model):
+                prepare(memo, args, kwargs)
+            with holding(memo):
+                if graphs is None or layout() is not None:  # ranks would not all capture at the same time
+                    return model._call_impl(*args, **kwargs)
+                return graphs.call(model, args, kwargs)
+        finally:
+            memo.text = None  # also after an interrupt: no later call may take it for its own
+            memo.of_call.clear()
 
     def _settle(self, model: nn.Module, settings: Settings) -> None:
         """Forget what was found out if the model or the settings are not what they were."""
@@ -100,6 +111,8 @@ def unwrap_call(model: nn.Module) -> None:
     call = vars(model).get(CALL_SLOT)
     if isinstance(call, ModelCall):
         del vars(model)[CALL_SLOT]
+        if call.parallel is not None:
+            call.parallel.taken_away()
         if call.graphs is not None:
             call.graphs.site.taken_away()
             call.graphs.forget()

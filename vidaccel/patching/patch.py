@@ -20,6 +20,7 @@ from vidaccel.patching.cuda_capture import CudaCapture
 from vidaccel.patching.cuda_graph import Graphs, GraphSite, is_denoiser
 from vidaccel.patching.families import off_reason, reason_unserved, rules_for, unserved_denoiser, unwrapped
 from vidaccel.patching.model_call import ModelCall, wrap_call
+from vidaccel.patching.parallel import Parallel, ParallelCall, parallel_calls
 from vidaccel.patching.premises import CALL_SLOT, capture_reason
 from vidaccel.patching.report import PatchReport, path_pattern
 from vidaccel.sites.block import FusedBlock
@@ -42,6 +43,7 @@ def patch_pipeline(
     strict: bool = False,
     self_check: bool | None = None,
     cuda_graph: CudaGraph = "auto",
+    parallel: Parallel | None = None,
 ) -> PatchReport:
     """Make a diffusers video pipeline faster, in place; the clip stays the same within each site's fidelity class.
 
@@ -57,6 +59,9 @@ def patch_pipeline(
         cuda_graph: Capture the denoiser's calls as CUDA graphs, one for each kind of arguments: the same bits without
             the time that the GPU waits for launches, at the price of the memory that a call works in. "auto": where
             launches are what a call waits for. True: wherever that can be done. False: nowhere.
+        parallel: Split every clip over the ranks of a process group, which all run the same program (``torchrun``):
+            "guidance", its two halves on two ranks; "frames" of a UNet; "sequence", the tokens of a transformer;
+            "auto": guidance if the pipeline has it, then frames or tokens. None: each process by itself.
 
     Returns:
         The report: printable, restorable, usable as a context manager. Patching a patched pipeline again changes
@@ -65,10 +70,12 @@ def patch_pipeline(
     Raises:
         UsageError: No component of the pipeline belongs to a supported family; ``only``, ``skip``, ``allow`` or an
             environment variable names nothing that exists; with ``strict``, a site cannot be patched; or, with
-            ``cuda_graph=True``, no call could be captured as things are (there is no GPU, or an offload hook).
+            ``cuda_graph=True``, no call could be captured as things are (there is no GPU, or an offload hook); or, with
+            ``parallel``, the model or the number of ranks does not allow it, or there is no process group.
     """
     models, off = _models_of(pipe)
-    return _patch(models, off, only, skip, allow, strict, self_check, cuda_graph)
+    calls = {} if parallel is None else parallel_calls(pipe, parallel, _denoisers(models))
+    return _patch(models, off, only, skip, allow, strict, self_check, cuda_graph, calls)
 
 
 def patch_module(
@@ -84,7 +91,7 @@ def patch_module(
     """:func:`patch_pipeline` for those who hold only a denoiser or a VAE; paths are relative to ``model``."""
     if not isinstance(model, nn.Module) or not rules_for(unwrapped(model)):
         raise UsageError(reason_unserved(model))
-    return _patch({"": unwrapped(model)}, [], only, skip, allow, strict, self_check, cuda_graph)
+    return _patch({"": unwrapped(model)}, [], only, skip, allow, strict, self_check, cuda_graph, {})
 
 
 def check_names(pipe: Any, only: Names, skip: Names) -> None:
@@ -123,9 +130,10 @@ def _patch(
     strict: bool,
     self_check: bool | None,
     cuda_graph: CudaGraph,
+    parallel: Mapping[str, ParallelCall],
 ) -> PatchReport:
     checks = self_check_enabled() if self_check is None else self_check
-    denoisers = {name: model for name, model in models.items() if is_denoiser(model)}
+    denoisers = _denoisers(models)
     places = [place for name, model in models.items() for place in _plan(name, model, allow)]
     chosen = _selection(only, skip, [*off, *(site for place in places for site in place.sites)])
     _check_arguments(allow, cuda_graph, denoisers, [site.op for place in places for site in place.sites])
@@ -137,7 +145,7 @@ def _patch(
             _apply(place, chosen, checks, report)
         _check_strict(report, strict)
         for name, model in models.items():
-            _wrap(name, model, report, allow, checks, cuda_graph if name in denoisers else False)
+            _wrap(name, model, report, allow, checks, cuda_graph if name in denoisers else False, parallel.get(name))
         for place in places:
             if isinstance(place.module, FusedBlock):
                 place.module.compile_ahead()
@@ -147,6 +155,10 @@ def _patch(
         report.restore()
         raise
     return report
+
+
+def _denoisers(models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    return {name: model for name, model in models.items() if is_denoiser(model)}
 
 
 def _put_back(earlier: Iterable[tuple[nn.Module, Patch, list[Site]]]) -> None:
@@ -215,7 +227,13 @@ def _apply(place: _Place, chosen: Callable[[Site], bool], checks: bool, report: 
 
 
 def _wrap(
-    name: str, model: nn.Module, report: PatchReport, allow: Fidelity, checks: bool, cuda_graph: CudaGraph
+    name: str,
+    model: nn.Module,
+    report: PatchReport,
+    allow: Fidelity,
+    checks: bool,
+    cuda_graph: CudaGraph,
+    parallel: ParallelCall | None,
 ) -> None:
     """Wrap the calls of a model, or of what of it is called, and let a denoiser's be captured."""
     if not any(patch.sites for module in model.modules() for patch in patches_of(module)):
@@ -224,6 +242,10 @@ def _wrap(
     calls = {part: wrap_call(part, allow) for part in called}
     report.adopt_calls([part for part, call in calls.items() if call])
     call = calls.get(model)
+    if call is not None and parallel is not None and call.parallel is None:
+        call.parallel = parallel
+    if call is not None and call.parallel is not None:
+        report.sites += call.parallel.sites
     if call is not None and call.graphs is not None:
         report.sites.append(call.graphs.site)
     elif cuda_graph:

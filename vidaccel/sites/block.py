@@ -32,6 +32,7 @@ from vidaccel.errors import first_line
 from vidaccel.kernels import settings
 from vidaccel.kernels.check import near, perturbing
 from vidaccel.kernels.op import capturing, listening, overheard
+from vidaccel.parallel.layout import layout
 from vidaccel.sites.memo import Memo, Way, held, holding, once_per_call, signature
 from vidaccel.sites.plain import fingerprint, plain_reason, subtree_reason
 from vidaccel.sites.site import Fidelity, SiteGroup
@@ -319,7 +320,8 @@ def _heard(
     listener = overheard()
     judged = checked and not unsafe and not (listener is not None and listener.covers)
     try:
-        problem = _problem_between_ops(kind, host, sites, args, kwargs) if judged else None
+        # not where a clip is spread over ranks: the others would wait for what the corner's blocks send
+        problem = None if not judged or layout() else _problem_between_ops(kind, host, sites, args, kwargs)
         with listening(checks=checked, covers=checked and not unsafe and not problem) as events:
             out = host.fused_forward(*args, **kwargs)
         # Where a block below is at fault, it has failed by now, and this one is right.
@@ -331,8 +333,8 @@ def _heard(
             plan.seen.postponed()
         if unsafe or isinstance(error, torch.OutOfMemoryError) or not isinstance(error, Exception):
             raise  # it may be the user's own, or an interrupt
-        if capturing():
-            raise  # the graph fails, not this block
+        if capturing() or layout():
+            raise  # the graph fails, not this block; or the other ranks wait for what it was to send
         # If the arguments themselves are wrong, the original raises the error that its users know.
         out = kind.original_forward(host, *args, **kwargs)
         plan.reason = first_line(error)

@@ -1,0 +1,227 @@
+"""Classifier-free guidance on two ranks: one runs the denoiser with the text, the other one without.
+
+Where a pipeline asks for both at once, as two halves of a batch, each rank runs its half. Where it asks for one after
+the other (Wan, HunyuanVideo 1.5), the second call of a step differs from the first in its text alone, and both texts
+are those of the step before: so from the second step on, one rank runs the first call, and the other one what the
+second call will be. Should another call come instead, it is run as ever.
+
+Either way the results are gathered once a step, and both ranks have both.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from vidaccel.parallel.ranks import Ranks
+
+__all__ = ["Guidance"]
+
+Run = Callable[..., Any]
+WHOLE = ("image_rotary_emb",)  # tables of positions: the same for every sample
+UNEXPECTED = "the call was not the second half of guidance that was expected"
+
+
+class Guidance:
+    """The calls of one denoiser, split over two ranks.
+
+    Args:
+        ranks: The two.
+        count: Told the reason of every call that both run whole.
+    """
+
+    def __init__(self, ranks: Ranks, count: Callable[[str], None]) -> None:
+        self._ranks, self._count = ranks, count
+        self._pairs = _Pairs()
+
+    def call(self, run: Run, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """``run(*args, **kwargs)``, a call of ``model``, of which this rank does its half."""
+        call = _Call.of(model, args, kwargs)
+        if reason := _whole_reason(model):
+            return self._whole(run, call, reason)
+        if call.batch % self._ranks.size:
+            return self._pair(run, call)
+        if reason := call.split_reason():
+            return self._whole(run, call, reason)
+        return self._gathered(call.part(self._ranks).run(run))
+
+    def _whole(self, run: Run, call: _Call, reason: str) -> Any:
+        self._count(reason)
+        return call.run(run)
+
+    def _gathered(self, out: Any) -> Any:
+        """The samples of both ranks."""
+        return tree_map_only(Tensor, lambda x: self._ranks.gather(x, 0, len(x) * self._ranks.size), out)
+
+    def _pair(self, run: Run, call: _Call) -> Any:
+        """The result of ``call``, with that of the call behind it if it is known what that will be."""
+        found, out = self._pairs.take(call)
+        if found:
+            return out
+        if self._pairs.missed:
+            self._count(UNEXPECTED)
+        second = self._pairs.behind(call)
+        if second is None:
+            self._pairs.learn(call)
+            return call.run(run)
+        out = self._gathered((call, second)[self._ranks.rank].run(run))
+        outs = [tree_map_only(Tensor, partial(_half, rank), out) for rank in range(2)]
+        self._pairs.keep(second, outs[1])
+        return outs[0]
+
+
+def _half(number: int, x: Tensor) -> Tensor:
+    return x.chunk(2)[number]
+
+
+class _Call(NamedTuple):
+    """The arguments of a call, as they were given."""
+
+    names: tuple[str, ...]  # of those given by position
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+        names = list(inspect.signature(type(model).forward).parameters)[1:]
+        return cls(tuple(names[: len(args)]), args, kwargs)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        return {**dict(zip(self.names, self.args, strict=True)), **self.kwargs}
+
+    @property
+    def batch(self) -> int:
+        """How many samples there are: the first argument, or the first tensor, has them first."""
+        first = next((x for x in self.given.values() if isinstance(x, Tensor) and x.ndim), None)
+        return 1 if first is None else len(first)
+
+    def run(self, run: Run) -> Any:
+        return run(*self.args, **self.kwargs)
+
+    def with_given(self, given: dict[str, Any]) -> _Call:
+        return _Call(self.names, tuple(given[name] for name in self.names), {name: given[name] for name in self.kwargs})
+
+    def split_reason(self) -> str | None:
+        """Why the samples of a batch cannot be told apart, or None."""
+        for name, value in self.given.items():
+            for x in tree_flatten(value)[0]:
+                if isinstance(x, Tensor) and name not in WHOLE and x.ndim and len(x) > 1 and len(x) % self.batch:
+                    return f"{name} has {len(x)} rows, where the batch has {self.batch}"
+        return None
+
+    def part(self, ranks: Ranks) -> _Call:
+        """The same for this rank's samples; what has one row, or none, is for all."""
+        batch = self.batch
+
+        def own(x: Tensor) -> Tensor:
+            return ranks.part(x, 0) if x.ndim and len(x) % batch == 0 else x
+
+        given = self.given
+        return self.with_given(
+            {name: x if name in WHOLE else tree_map_only(Tensor, own, x) for name, x in given.items()}
+        )
+
+
+class _Kept(NamedTuple):
+    """A tensor and how often it had been written to."""
+
+    tensor: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, x: Any) -> Any:
+        return cls(x, x._version) if isinstance(x, Tensor) and not x.is_inference() else x
+
+    def is_still(self, other: Any) -> bool:
+        return other is self.tensor and other._version == self.version
+
+
+def _kept(value: Any) -> list[Any]:
+    """The leaves of an argument, to be compared with those of a later call."""
+    leaves, structure = tree_flatten(value)
+    return [structure, *map(_Kept.of, leaves)]
+
+
+def _same(kept: list[Any], value: Any) -> bool:
+    """Whether ``value`` is what was kept: the very same tensors, unchanged since."""
+    leaves, structure = tree_flatten(value)
+    if len(kept) != len(leaves) + 1 or structure != kept[0]:
+        return False
+    return all(map(_same_leaf, kept[1:], leaves))
+
+
+def _same_leaf(old: Any, new: Any) -> bool:
+    if isinstance(old, _Kept):
+        return old.is_still(new)
+    # an inference tensor does not tell when it is written to
+    return type(old) is type(new) and not isinstance(old, Tensor) and bool(old == new)
+
+
+class _Pairs:
+    """What one call tells of the one behind it.
+
+    Attributes:
+        missed: Whether the call last asked for was to be another one.
+    """
+
+    def __init__(self) -> None:
+        self.missed = False
+        self._before: dict[str, list[Any]] | None = None  # the arguments of the call before
+        self._first: dict[str, list[Any]] | None = None  # those in which the first of a pair differs from the second
+        self._second: dict[str, Any] = {}  # the same of the second
+        self._second_kept: dict[str, list[Any]] = {}
+        self._ready: tuple[dict[str, list[Any]], Any] | None = None
+
+    def take(self, call: _Call) -> tuple[bool, Any]:
+        """Whether the result of ``call`` is there already, and the result."""
+        ready, self._ready = self._ready, None
+        self.missed = ready is not None and not _all_same(ready[0], call.given)
+        if ready is None or self.missed:
+            return False, None
+        return True, ready[1]
+
+    def behind(self, call: _Call) -> _Call | None:
+        """The call that comes behind ``call``, if it is the first of a pair."""
+        given = call.given
+        first = self._first
+        if first is None or not all(name in given and _same(kept, given[name]) for name, kept in first.items()):
+            return None
+        if not _all_same(self._second_kept, self._second):
+            return None  # somebody has written to them
+        return call.with_given({**given, **self._second})
+
+    def learn(self, call: _Call) -> None:
+        """Compare ``call`` with the one before it, which may be the first of a pair."""
+        given = call.given
+        before, self._before = self._before, {name: _kept(value) for name, value in given.items()}
+        if before is None or before.keys() != given.keys():
+            return
+        other = [name for name in given if not _same(before[name], given[name])]
+        first_name = next(iter(given))
+        if other and first_name not in other:  # the same latents
+            self._first = {name: before[name] for name in other}
+            self._second = {name: given[name] for name in other}
+            self._second_kept = {name: self._before[name] for name in other}
+            self._before = None
+
+    def keep(self, call: _Call, out: Any) -> None:
+        self._ready = {name: _kept(value) for name, value in call.given.items()}, out
+
+
+def _all_same(kept: dict[str, list[Any]], given: dict[str, Any]) -> bool:
+    return kept.keys() == given.keys() and all(_same(kept[name], value) for name, value in given.items())
+
+
+def _whole_reason(model: nn.Module) -> str | None:
+    if torch.is_grad_enabled():
+        return "gradients are enabled (call it under torch.no_grad)"
+    if getattr(model, "is_cache_enabled", False):
+        return "a step cache is on, which looks at all samples of a step, one call after the other"
+    return None

@@ -1,0 +1,174 @@
+"""The processes that share one clip: what they send one another, and how they make sure that they do the same.
+
+Each runs the same program on the same arguments. Inside a model's call the work is split among them along an axis
+(halves of guidance, frames, tokens), one :class:`Ranks` each. Before every call they compare notes on their hosts
+(:class:`Agreement`): no GPU waits for that, a rank that is gone is found out there, and none goes on alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vidaccel.errors import UsageError, first_line
+
+__all__ = ["Agreement", "RankError", "Ranks", "axes_of", "join", "shares"]
+
+PATIENCE = timedelta(seconds=60)  # with a rank that does not answer
+
+
+class RankError(UsageError):
+    """The ranks cannot go on together: one is gone, or does something else than the others."""
+
+    exit_code = 1
+
+
+def join(device: torch.device) -> None:
+    """Join the process group that ``torchrun`` has prepared, unless the program has made one.
+
+    Raises:
+        UsageError: There is neither.
+    """
+    if dist.is_available() and dist.is_initialized():
+        return
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        raise UsageError("parallel: there is no process group; start with torchrun --nproc-per-node 2 (one per GPU)")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE, device_id=device if device.type == "cuda" else None)
+
+
+def shares(total: int, size: int) -> list[int]:
+    """How many of ``total`` things each of ``size`` ranks has; the first ones have one more if it does not divide."""
+    return [total // size + (rank < total % size) for rank in range(size)]
+
+
+class Ranks:
+    """The ranks along one axis: each has its share of something, in order.
+
+    Attributes:
+        rank: The place of this process among them.
+        size: How many they are.
+        sent: Bytes that this process has sent the others.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.sent = 0
+
+    def own(self, total: int) -> slice:
+        """This rank's share of ``total`` things."""
+        start = sum(shares(total, self.size)[: self.rank])
+        return slice(start, start + shares(total, self.size)[self.rank])
+
+    def part(self, x: Tensor, dim: int) -> Tensor:
+        """This rank's share of ``x`` along ``dim``, a view."""
+        own = self.own(x.shape[dim])
+        return x.narrow(dim, own.start, own.stop - own.start)
+
+    def gather(self, x: Tensor, dim: int, total: int) -> Tensor:
+        """All shares along ``dim``, which together are ``total``, in order."""
+        lengths = shares(total, self.size)
+        rows = x.movedim(dim, 0).contiguous()
+        if len(rows) < lengths[0]:  # all send the same number of rows
+            rows = torch.cat([rows, rows.new_zeros(lengths[0] - len(rows), *rows.shape[1:])])
+        out = rows.new_empty(self.size * len(rows), *rows.shape[1:])
+        _all_gather(out, rows, group=self.group)
+        self.sent += rows.nbytes * (self.size - 1)
+        if lengths[0] != lengths[-1]:
+            out = torch.cat([piece[:length] for piece, length in zip(out.chunk(self.size), lengths, strict=True)])
+        return out.movedim(0, dim)
+
+    def swap(self, x: Tensor, split: int, join: int, total: int) -> Tensor:
+        """From all of ``split`` and a share of ``join`` to a share of ``split`` and all of ``join``: an all-to-all.
+
+        ``total`` is the length of dimension ``join`` on all ranks together; the result is contiguous.
+        """
+        lengths, joined = shares(x.shape[split], self.size), shares(total, self.size)
+        shape = list(x.shape)
+        shape[split] = lengths[self.rank]
+        rest = shape.copy()
+        rest[join] = 1
+        of_one = torch.Size(rest).numel()
+        send = torch.cat([piece.reshape(-1) for piece in x.split(lengths, split)])
+        received = send.new_empty(of_one * total)
+        to_each = [send.numel() // max(x.shape[split], 1) * length for length in lengths]
+        from_each = [of_one * length for length in joined]
+        dist.all_to_all_single(received, send, from_each, to_each, group=self.group)
+        self.sent += (send.numel() - to_each[self.rank]) * send.element_size()
+        pieces = []
+        for piece, length in zip(received.split(from_each), joined, strict=True):
+            shape[join] = length
+            pieces.append(piece.view(shape))
+        return torch.cat(pieces, join)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of all ranks' ``x``, in its place."""
+        dist.all_reduce(x, group=self.group)
+        self.sent += x.nbytes
+        return x
+
+    def shift(self, x: Tensor) -> Tensor | None:
+        """What the rank before has given; None for the first rank. ``x``, of equal shape on all, goes to the next."""
+        x = x.contiguous()
+        before = torch.empty_like(x) if self.rank else None
+        transfers = []
+        if self.rank + 1 < self.size:
+            transfers.append(dist.P2POp(dist.isend, x, group=self.group, group_peer=self.rank + 1))
+            self.sent += x.nbytes
+        if before is not None:
+            transfers.append(dist.P2POp(dist.irecv, before, group=self.group, group_peer=self.rank - 1))
+        for work in dist.batch_isend_irecv(transfers):
+            work.wait()
+        return before
+
+
+class Agreement:
+    """What the hosts of all ranks tell one another before each call, over a group of their own."""
+
+    def __init__(self) -> None:
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+
+    def all(self, facts: Sequence[int]) -> list[list[int]]:
+        """The ``facts`` (of 63 bits) of every rank."""
+        own = torch.tensor(facts, dtype=torch.int64)
+        out = own.new_empty(self.size * len(own))
+        self._all(lambda: _all_gather(out, own, group=self._group))
+        found: list[list[int]] = out.view(self.size, -1).tolist()
+        return found
+
+    def objects(self, mine: Any) -> list[Any]:
+        """What every rank has given; for what is rare."""
+        out: list[Any] = [None] * self.size
+        self._all(lambda: dist.all_gather_object(out, mine, group=self._group))
+        return out
+
+    def _all(self, collective: Callable[[], Any]) -> None:
+        try:
+            collective()
+        except RuntimeError as error:  # gloo's: a connection was closed, or timed out
+            raise RankError(f"parallel: another rank is gone, or does something else ({first_line(error)})") from None
+
+
+def axes_of(world: Sequence[int]) -> list[Ranks]:
+    """One :class:`Ranks` for each axis of a mesh whose sizes are ``world``; neighbours are along the last axis."""
+    places = torch.arange(torch.Size(world).numel()).view(*world)
+    found = []
+    for axis in range(len(world)):
+        rows = places.movedim(axis, -1).reshape(-1, world[axis]).tolist()
+        group, _ = dist.new_subgroups_by_enumeration(rows, timeout=PATIENCE)
+        found.append(Ranks(group))
+    return found
+
+
+def _all_gather(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> None:
+    # the newer name, since PyTorch 2.13
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(out, x, group=group)

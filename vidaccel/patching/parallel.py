@@ -1,0 +1,206 @@
+"""One clip on several GPUs: which axis the ranks of a process group split, and what each call of a model does for it.
+
+The ranks form a mesh of one or two axes: halves of guidance, and frames (UNets) or tokens (transformers). Each axis is
+a site of the report. Before a call, the hosts of all ranks compare what they are about to do: arguments of the same
+kind, and the same sites failed; what failed on one, all switch off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import struct
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from vidaccel.errors import UsageError, nearest
+from vidaccel.parallel.guidance import Guidance
+from vidaccel.parallel.ranks import Agreement, RankError, Ranks, axes_of, join
+from vidaccel.patching.families import spread_for
+from vidaccel.sites.memo import generation
+from vidaccel.sites.rules import patches_of
+from vidaccel.sites.site import Site
+
+__all__ = ["Parallel", "ParallelCall", "parallel_calls"]
+
+Parallel = Literal["auto", "guidance", "frames", "sequence"]
+Run = Callable[..., Any]
+MOST_KINDS = 256
+PLAIN = (bool, int, float, str, type(None), torch.dtype)
+
+
+class Way(Protocol):
+    """What one axis does with a call: ``run`` it with this rank's part of the arguments, and join the results."""
+
+    def call(self, run: Run, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+
+
+class ParallelCall:
+    """The calls of one model on all ranks.
+
+    Attributes:
+        sites: One for each axis, which is passed over while its site is off.
+    """
+
+    def __init__(self, agreement: Agreement) -> None:
+        self.sites: list[Site] = []
+        self._ways: list[tuple[Site, Ranks, Way]] = []
+        self._agreement = agreement
+        self._kinds: set[int] = set()
+        self._failed = 0
+        self._generation = -1
+
+    def add(self, site: Site, ranks: Ranks, way: Way) -> None:
+        site.put_in_place(lambda: None)
+        self.sites.append(site)
+        self._ways.append((site, ranks, way))
+
+    def call(self, run: Run, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """``run(*args, **kwargs)``, a call of ``model``, split along every axis."""
+        self._agree(model, args, kwargs)
+        for site, ranks, way in reversed(self._ways):
+            if site.on:
+                site.implementations.add(f"{ranks.size} ranks")
+                run = partial(_by, way, run, model)
+        return run(*args, **kwargs)
+
+    def taken_away(self) -> None:
+        for site in self.sites:
+            site.taken_away()
+
+    def _agree(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        leaves = tree_flatten((args, kwargs))[0]
+        kind = _digest(list(map(_described, leaves)))
+        values = 0 if kind in self._kinds else _checksum(leaves)  # once: it waits for the GPU
+        self._kinds = {*self._kinds, kind} if len(self._kinds) < MOST_KINDS else {kind}
+        if self._generation != generation():
+            self._generation = generation()
+            self._failed = _digest(sorted((site.path, site.op) for site in _sites(model) if site.state == "failed"))
+        facts = self._agreement.all([kind, values, self._failed])
+        kinds, sums, failures = (set(column) for column in zip(*facts, strict=True))
+        if len(kinds) > 1:
+            raise RankError("parallel: the ranks call the denoiser with arguments of different shapes or settings")
+        if len(sums) > 1:
+            raise RankError(
+                "parallel: the ranks call the denoiser with different values; give all the same seed, and call "
+                "torch.manual_seed where a part draws without a generator"
+            )
+        if len(failures) > 1:
+            self._fail_alike(model)
+
+    def _fail_alike(self, model: nn.Module) -> None:
+        mine = {(site.path, site.op): site.reason for site in _sites(model) if site.state == "failed"}
+        for rank, theirs in enumerate(self._agreement.objects(mine)):
+            for site in _sites(model):
+                if (site.path, site.op) in theirs and site.state != "failed":
+                    site.fail(f"it failed on rank {rank}: {theirs[site.path, site.op]}")
+        self._generation = -1
+
+
+def parallel_calls(pipe: Any, mode: Parallel, models: Mapping[str, nn.Module]) -> dict[str, ParallelCall]:
+    """How the calls of each denoiser in ``models`` are split over all ranks, by its name.
+
+    Raises:
+        UsageError: There is no process group; the mode is unknown, or neither the model nor the number of ranks
+            allows it.
+    """
+    if mode not in get_args(Parallel):
+        raise UsageError(f"parallel={mode!r} is no way to split a clip{nearest(str(mode), get_args(Parallel))}")
+    if not models:
+        raise UsageError("parallel: there is no denoiser whose calls could be split")
+    join(next(next(iter(models.values())).parameters()).device)
+    axes = _axes(pipe, mode, models)
+    ranks = dict(zip(axes, axes_of(list(axes.values())), strict=True))
+    agreement = Agreement()
+    calls = {}
+    for name, model in models.items():
+        calls[name] = call = ParallelCall(agreement)
+        for axis, along in ranks.items():
+            site = Site(name, axis, "math-exact")
+            call.add(site, along, _way(axis, along, site, model))
+    return calls
+
+
+def _axes(pipe: Any, mode: Parallel, models: Mapping[str, nn.Module]) -> dict[str, int]:
+    """The size of each axis, the one whose neighbours talk most last."""
+    world = dist.get_world_size()
+    if world < 2:
+        raise UsageError("parallel: there is one rank; start with torchrun --nproc-per-node 2, or leave parallel out")
+    spread = _spread(mode, models)
+    if mode == "guidance" and world != 2:
+        raise UsageError(f'parallel="guidance" has two halves, and there are {world} ranks; parallel="auto" uses all')
+    if mode == "guidance" or (mode == "auto" and world == 2 and is_guided(pipe)):
+        return {"guidance": 2}
+    if isinstance(spread, UsageError):
+        raise spread
+    if mode == "auto" and world % 2 == 0 and is_guided(pipe):
+        return {"guidance": 2, spread: world // 2}
+    return {spread: world}
+
+
+def _spread(mode: Parallel, models: Mapping[str, nn.Module]) -> str | UsageError:
+    """What of these models can be spread over ranks, or why nothing can."""
+    kinds = {}
+    for name, model in models.items():
+        spread = spread_for(model)
+        if spread is None:
+            return UsageError(f'parallel: {type(model).__name__} can be split by parallel="guidance" alone, on 2 ranks')
+        kinds[name] = spread.axis
+    axis = next(iter(kinds.values()))
+    if mode in ("frames", "sequence") and mode != axis:
+        return UsageError(f'parallel="{mode}" does not fit {type(model).__name__}; parallel="{axis}" does')
+    return axis
+
+
+def is_guided(pipe: Any) -> bool:
+    """Whether a pipeline asks its denoiser twice a step, with the text and without, unless told otherwise."""
+    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    if getattr(getattr(denoiser, "config", None), "guidance_embeds", False):
+        return False  # distilled: the scale is an input of the model
+    if getattr(pipe, "guider", None) is not None:
+        return bool(pipe.guider.num_conditions > 1)
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    scales = [parameters[name].default for name in ("guidance_scale", "max_guidance_scale") if name in parameters]
+    return any(isinstance(scale, int | float) and scale > 1 for scale in scales)
+
+
+def _way(axis: str, ranks: Ranks, site: Site, model: nn.Module) -> Way:
+    def count(reason: str) -> None:
+        site.fallbacks[reason] += 1
+
+    if axis == "guidance":
+        return Guidance(ranks, count)
+    spread = spread_for(model)
+    assert spread is not None
+    way: Way = spread.way(ranks, count)
+    return way
+
+
+def _by(way: Way, run: Run, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return way.call(run, model, args, kwargs)
+
+
+def _sites(model: nn.Module) -> list[Site]:
+    return [site for module in model.modules() for patch in patches_of(module) for site in patch.sites]
+
+
+def _described(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return tuple(leaf.shape), str(leaf.dtype)
+    return str(leaf) if isinstance(leaf, PLAIN) else type(leaf).__name__
+
+
+def _digest(value: Any) -> int:
+    """63 bits that are the same in every process, which Python's own hash is not."""
+    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest()) >> 1
+
+
+def _checksum(leaves: list[Any]) -> int:
+    total = sum(float(x.double().sum()) for x in leaves if isinstance(x, Tensor) and x.numel())
+    return int.from_bytes(struct.pack("d", total)) >> 1
