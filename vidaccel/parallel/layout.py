@@ -35,6 +35,11 @@ class Layout:
         """Those of this rank."""
         return self.ranks.own(self.total)
 
+    @property
+    def count(self) -> int:
+        """How many this rank has."""
+        return self.own.stop - self.own.start
+
 
 _layout: ContextVar[Layout | None] = ContextVar("layout", default=None)
 
