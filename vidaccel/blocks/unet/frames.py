@@ -37,10 +37,12 @@ from vidaccel.parallel.ranks import Ranks, shares
 from vidaccel.sites.block import FusedBlock
 from vidaccel.sites.plain import stock_class
 
-__all__ = ["Frames", "by_pixels", "convolve_frames", "statistics_of_clip", "whole_clip"]
+__all__ = ["RESIDUALS", "ROWS", "Frames", "by_pixels", "convolve_frames", "statistics_of_clip", "whole_clip"]
 
 ROWS = "rows"  # dimension 0 has the frames of all samples, [B*F, ...]
 Where = int | str
+RESIDUALS = {"down_block_additional_residuals": ROWS, "mid_block_additional_residual": ROWS}  # a ControlNet's
+TEXT = "encoder_hidden_states"
 
 # What mixes frames, and where its arguments have them; the result has them where the first one does.
 MIXERS: dict[type[nn.Module], Mapping[str, Where]] = {
@@ -101,7 +103,7 @@ def statistics_of_clip(clip: Tensor, shift: Tensor | None = None) -> ChannelStat
     return found._replace(parts=parts.flatten(0, 1))
 
 
-def whole_clip(stock: type[nn.Module], host: Any, *args: Any, **kwargs: Any) -> Any:
+def whole_clip(stock: Any, host: Any, *args: Any, **kwargs: Any) -> Any:
     """``stock.forward(host, ...)``, one of :data:`MIXERS`, on the frames of all ranks; of the result, those of this."""
     over = layout("frames")
     if over is None:
@@ -119,7 +121,7 @@ def whole_clip(stock: type[nn.Module], host: Any, *args: Any, **kwargs: Any) -> 
 
 
 @cache
-def _signature(stock: type[nn.Module]) -> inspect.Signature:
+def _signature(stock: Any) -> inspect.Signature:
     return inspect.signature(stock.forward)
 
 
@@ -159,12 +161,13 @@ class _FramesWay:
 
     def __init__(self, frames: Frames, ranks: Ranks, count: Callable[[str], None]) -> None:
         self._frames, self._ranks, self._count = frames, ranks, count
+        self._text: tuple[Tensor, Any, Tensor] | None = None
 
     def call(
         self, run: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:  # fmt: skip
         """``run(*args, **kwargs)``, a call of ``model``, of which this rank does its frames."""
-        given: dict[str, Any] = dict(_signature(type(model)).bind(model, *args, **kwargs).arguments)
+        given: dict[str, Any] = dict(_signature(stock_class(model)).bind(model, *args, **kwargs).arguments)
         del given[next(iter(given))]  # self
         ranks, dim = self._ranks, self._frames.dim
         clip = given["sample"]
@@ -176,9 +179,11 @@ class _FramesWay:
             return run(*args, **kwargs)
         over = Layout("frames", ranks, total)
         for name, at in self._frames.where.items():
-            given[name] = tree_map_only(Tensor, partial(self._cut, over, batch, at), given.get(name))
-        classes = {part: _whole_class(type(part)) for part in mixers if not isinstance(part, FusedBlock)}
-        classes |= {part: _first_frame_class(type(part)) for part in firsts}
+            cut = self._cut_text if name == TEXT else self._cut
+            if name in given:
+                given[name] = tree_map_only(Tensor, partial(cut, over, batch, at), given[name])
+        classes = {part: _whole_class(stock_class(part)) for part in mixers if not isinstance(part, FusedBlock)}
+        classes |= {part: _first_frame_class(stock_class(part)) for part in firsts}
         with spread(over), _of_class(classes):
             out = run(**given)
         return tree_map_only(Tensor, lambda x: ranks.gather(x, dim, total), out)
@@ -200,6 +205,15 @@ class _FramesWay:
             return x
         return _own(over, x, at)
 
+    def _cut_text(self, over: Layout, batch: int, at: Where, x: Tensor) -> Tensor:
+        """The same object at every step of a clip: so what is known of it (``text_context.py``) stands."""
+        if x.is_inference():
+            return self._cut(over, batch, at, x)
+        stamp = x.data_ptr(), x._version, x.shape, x.stride(), x.dtype, over.total
+        if self._text is None or self._text[1] != stamp:
+            self._text = x, stamp, self._cut(over, batch, at, x)  # x, so that its address is nobody else's
+        return self._text[2]
+
 
 @contextmanager
 def _of_class(classes: Mapping[nn.Module, type[nn.Module]]) -> Iterator[None]:
@@ -215,7 +229,7 @@ def _of_class(classes: Mapping[nn.Module, type[nn.Module]]) -> Iterator[None]:
 
 
 @cache
-def _whole_class(kind: type[nn.Module]) -> type[nn.Module]:
+def _whole_class(kind: Any) -> type[nn.Module]:
     """``kind``, which mixes frames, on the whole clip."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -225,7 +239,7 @@ def _whole_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 @cache
-def _first_frame_class(kind: type[nn.Module]) -> type[nn.Module]:
+def _first_frame_class(kind: Any) -> type[nn.Module]:
     """``kind``, which is called with the first frame of what it takes for the clip, with that of the first rank."""
 
     def forward(self: Any, x: Tensor) -> Any:
