@@ -141,7 +141,10 @@ def norms_of_stock(name: str) -> dict[str, Any]:
     return compared(name, 5, norms_off)
 
 
-@pytest.mark.parametrize(("how", "name"), [*product((originals, hardly_patched), FAMILIES), (norms_of_stock, "svd")])
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [*product((originals, hardly_patched), FAMILIES), (norms_of_stock, "svd"), (norms_of_stock, "modelscope")],
+)
 def test_blocks_that_are_not_served_run_on_the_whole_clip(
     two_ranks: Team, how: Callable[[str], dict[str, Any]], name: str
 ) -> None:
@@ -159,7 +162,27 @@ def one_frame() -> dict[str, Any]:
 
 def test_what_cannot_be_split_runs_whole_and_is_counted(two_ranks: Team) -> None:
     found = assert_same(two_ranks.run(one_frame))
-    assert found["site"][2] == {"1 frames cannot be split over 2 ranks": 1}
+    assert found["site"][2] == {"the clip has fewer frames (1) than there are ranks (2)": 1}
+
+
+def several_texts() -> None:
+    pipe, given = first_call("animatediff", 4)
+    text = given["encoder_hidden_states"].clone()
+    other = 2 * text
+    changed = text.clone()
+    calls = [text, text, other, text, changed, changed]
+    stock = copy.deepcopy(pipe.unet)
+    with patch_pipeline(pipe, only="unet", parallel="frames"), torch.no_grad():
+        for number, of_this in enumerate(calls):
+            if number == len(calls) - 1:
+                changed.mul_(3)
+            arguments = given | {"encoder_hidden_states": of_this}
+            expected = stock(**arguments)[0]
+            assert torch.allclose(pipe.unet(**arguments)[0], expected, atol=1e-4), number
+
+
+def test_each_call_sees_its_own_text(two_ranks: Team) -> None:
+    two_ranks.run(several_texts)
 
 
 def replaced() -> dict[str, int]:

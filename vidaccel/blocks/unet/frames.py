@@ -44,7 +44,8 @@ Where = int | str
 RESIDUALS = {"down_block_additional_residuals": ROWS, "mid_block_additional_residual": ROWS}  # a ControlNet's
 TEXT = "encoder_hidden_states"
 
-# What mixes frames, and where its arguments have them; the result has them where the first one does.
+# What mixes frames, and where its arguments have them; the result has them where the first one does. A fused block of
+# one of these runs the original through whole_clip.
 MIXERS: dict[type[nn.Module], Mapping[str, Where]] = {
     TemporalResnetBlock: {"input_tensor": 2, "temb": 1},
     TemporalConvLayer: {"hidden_states": ROWS},
@@ -194,7 +195,7 @@ class _FramesWay:
         if getattr(model, "is_cache_enabled", False):
             return "a step cache is on, which decides by what it sees of the clip"
         if total < self._ranks.size:
-            return f"{total} frames cannot be split over {self._ranks.size} ranks"
+            return f"the clip has fewer frames ({total}) than there are ranks ({self._ranks.size})"
         replaced = next((part for part in parts if "forward" in vars(part)), None)
         if replaced is not None:
             return f"a hook replaced the forward of a {stock_class(replaced).__name__}, which mixes frames"
