@@ -11,6 +11,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from vidaccel.parallel.ranks import Ranks
 
 __all__ = ["Layout", "layout", "spread"]
@@ -45,7 +47,12 @@ _layout: ContextVar[Layout | None] = ContextVar("layout", default=None)
 
 
 def layout(what: Literal["frames", "tokens"] | None = None) -> Layout | None:
-    """The layout of the call under way in this thread, or None; of ``what``, if that is given."""
+    """The layout of the call under way in this thread, or None; of ``what``, if that is given.
+
+    None in code that Dynamo traces: what is compiled runs whole.
+    """
+    if torch.compiler.is_compiling():
+        return None
     found = _layout.get()
     return found if found is not None and what in (None, found.what) else None
 

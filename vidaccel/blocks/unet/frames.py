@@ -174,8 +174,9 @@ class _FramesWay:
         clip = given["sample"]
         batch, total = len(clip), clip.shape[dim]
         firsts = [getattr(model, name) for name in self._frames.first]
-        mixers = [part for part in model.modules() if isinstance(part, _KINDS)]
-        if reason := self._whole_reason(model, total, [*firsts, *mixers]):
+        parts = list(model.modules())
+        mixers = [part for part in parts if isinstance(part, _KINDS)]
+        if reason := self._whole_reason(model, total, [*firsts, *mixers]) or _compiled_reason(parts[1:]):
             self._count(reason)
             return run(*args, **kwargs)
         over = Layout("frames", ranks, total)
@@ -214,6 +215,13 @@ class _FramesWay:
         if self._text is None or self._text[1] != stamp:
             self._text = x, stamp, self._cut(over, batch, at, x)  # x, so that its address is nobody else's
         return self._text[2]
+
+
+def _compiled_reason(parts: list[nn.Module]) -> str | None:
+    for part in parts:
+        if part._compiled_call_impl is not None or "_orig_mod" in part._modules:
+            return f"a {stock_class(part).__name__} is compiled, and would not see the frames of other ranks"
+    return None
 
 
 @contextmanager
