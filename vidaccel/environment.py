@@ -30,13 +30,16 @@ __all__ = [
 
 
 def device_of(name: str | None) -> torch.device:
-    """The device called ``name``; for None the first GPU, else the CPU.
+    """The device called ``name``; for None the first GPU, or this process's own under ``torchrun``; else the CPU.
 
     Raises:
         UsageError: this machine has no such device.
     """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, ImportError) as error:
         raise UsageError(f"device {name!r} cannot be used here: {first_line(error)}") from error

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from vidaccel.bench.variants import COMPILED
 from vidaccel.clips.outputs import write_json
 from vidaccel.errors import first_line
+from vidaccel.parallel.team import team
 
 __all__ = [
     "Recorder",
@@ -48,7 +49,7 @@ class Recorder:
         self.record = {**head, "complete": False, "results": self.rows}
         self._path = path
         self._deadline = deadline
-        self._bar = tqdm(leave=False, disable=None)
+        self._bar = tqdm(leave=False, disable=None if team().leads else True)
 
     def measure(self, scope: str, variant: str, work: Callable[[], Row]) -> None:
         """Add the row that ``work`` returns; if it fails, or there is no time for it, a row that says so."""
@@ -77,7 +78,7 @@ class Recorder:
 
     @property
     def out_of_time(self) -> bool:
-        return time.monotonic() > self._deadline
+        return team().tell(time.monotonic() > self._deadline)
 
     def skip_for_time(self, scope: str, variant: str) -> None:
         """Add a row for what there was no time for."""
@@ -97,7 +98,8 @@ class Recorder:
         self.rows.append({"scope": scope, "variant": variant, "status": status, **row})
         add_ratios(self.rows)
         outcome = f"{row['median_ms']:.3f} ms" if status == "ok" else f"{status}: {row['reason']}"
-        self._bar.write(f"{scope}: {variant}: {outcome}", file=sys.stderr)
+        if team().leads:
+            self._bar.write(f"{scope}: {variant}: {outcome}", file=sys.stderr)
         self._bar.update()
         self._save()
 

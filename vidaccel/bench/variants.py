@@ -3,7 +3,8 @@
 A variant is ``eager``, or parts joined by ``+``: stock code and patched code take the same switches, so that the
 baseline is as strong as the user could make it. ``patched`` is ``patch_pipeline(pipe)`` as it comes, with CUDA graphs
 where it finds that they pay; ``patched+no_graph`` is without. ``compile`` compiles whole models, ``compile_blocks`` the
-denoiser's repeated blocks, as diffusers' ``compile_repeated_blocks(fullgraph=True)`` does.
+denoiser's repeated blocks, as diffusers' ``compile_repeated_blocks(fullgraph=True)`` does. Under ``torchrun`` a patched
+clip may be split over all ranks: ``guidance``, ``frames``, ``sequence``, or ``parallel`` as the patch itself chooses.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch._inductor.utils import fresh_cache
 from vidaccel.bench.settings import Settings
 from vidaccel.environment import free_memory
 from vidaccel.errors import UsageError
+from vidaccel.parallel.team import team
 from vidaccel.patching.patch import CudaGraph, patch_pipeline
 from vidaccel.patching.report import PatchReport
 
@@ -35,7 +37,8 @@ __all__ = [
     "without_benchmark",
 ]
 
-PARTS = ("channels_last", "cudnn.benchmark", "patched", "no_graph", "compile", "compile_blocks")
+SPLITS = {"guidance": "guidance", "frames": "frames", "sequence": "sequence", "parallel": "auto"}
+PARTS = ("channels_last", "cudnn.benchmark", "patched", "no_graph", "compile", "compile_blocks", *SPLITS)
 COMPILED = frozenset(["compile", "compile_blocks"])
 DEFAULT = ("eager", "patched", "compile", "patched+compile")
 # The switches that a user of torch.compile may also turn; the fastest is the baseline that counts.
@@ -52,6 +55,10 @@ def parse_variants(text: str) -> tuple[str, ...]:
             raise UsageError(f"--variants: unknown {', '.join(sorted(unknown))}; parts are eager, {', '.join(PARTS)}")
         if "no_graph" in parts and ("patched" not in parts or COMPILED & parts):
             raise UsageError(f"--variants: {name}: no_graph goes with patched, and not with compile, which has none")
+        if (split := parts & SPLITS.keys()) and (len(split) > 1 or "patched" not in parts or COMPILED & parts):
+            raise UsageError(f"--variants: {name}: one of {', '.join(SPLITS)} goes with patched, and not with compile")
+        if split and team().size == 1:
+            raise UsageError(f"--variants: {name}: there is one process; start with torchrun --nproc-per-node 2")
         if parts >= COMPILED:
             raise UsageError(f"--variants: {name}: compile and compile_blocks are alternatives")
     return tuple(dict.fromkeys(["eager", *names]))
@@ -93,7 +100,8 @@ def applied(variant: str, pipe: DiffusionPipeline, settings: Settings) -> Iterat
         report = None
         if "patched" in parts:
             graph: CudaGraph = False if {"no_graph", *COMPILED} & parts else "auto"
-            report = patch_pipeline(pipe, only=settings.only, skip=settings.skip, cuda_graph=graph)
+            split: Any = next((SPLITS[part] for part in parts if part in SPLITS), None)
+            report = patch_pipeline(pipe, only=settings.only, skip=settings.skip, cuda_graph=graph, parallel=split)
             undo.enter_context(report)
         if "compile" in parts:
             for module in modules:
