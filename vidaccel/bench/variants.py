@@ -32,6 +32,7 @@ __all__ = [
     "applied",
     "cudnn_benchmark",
     "dtype_of",
+    "is_split",
     "measured_modules",
     "parse_variants",
     "without_benchmark",
@@ -46,7 +47,10 @@ BASELINES = ("compile+cudnn.benchmark", "compile+channels_last", "compile+channe
 
 
 def parse_variants(text: str) -> tuple[str, ...]:
-    """``"eager,patched+compile"`` as names; eager always comes first, for the others are compared with it."""
+    """``"eager,patched+compile"`` as names; eager always comes first, for the others are compared with it.
+
+    But under ``torchrun``: there the first one named stands for one GPU.
+    """
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         parts = set(name.split("+"))
@@ -61,7 +65,12 @@ def parse_variants(text: str) -> tuple[str, ...]:
             raise UsageError(f"--variants: {name}: there is one process; start with torchrun --nproc-per-node 2")
         if parts >= COMPILED:
             raise UsageError(f"--variants: {name}: compile and compile_blocks are alternatives")
-    return tuple(dict.fromkeys(["eager", *names]))
+    return tuple(dict.fromkeys(["eager", *names] if team().size == 1 else names))
+
+
+def is_split(variant: str) -> bool:
+    """Whether all ranks share a call under ``variant``."""
+    return bool(SPLITS.keys() & set(variant.split("+")))
 
 
 def without_benchmark(variant: str) -> str:
