@@ -104,6 +104,19 @@ def test_a_killed_worker_changes_no_clip(jobs: Path, tmp_path: Path, capsys: pyt
     assert [clip.read_bytes() for clip in clips_in(out)] == [clip.read_bytes() for clip in clips_in(expected)]
 
 
+@pytest.mark.gpu
+def test_on_gpus_the_clips_are_those_of_one_process(
+    jobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VIDACCEL_IMPL")
+    monkeypatch.setenv("VIDACCEL_CACHE_DIR", str(tmp_path / "choices"))
+    by_ray, expected = tmp_path / "ray", tmp_path / "expected"
+    for out, engine in ((by_ray, "ray"), (expected, "process")):
+        assert main([*COMMAND, "--device", "cuda", "--jobs", str(jobs), "--out", str(out), "--engine", engine]) == 1
+    assert len(clips_in(expected)) == CLIPS and files_in(by_ray) == files_in(expected)
+    assert [clip.read_bytes() for clip in clips_in(by_ray)] == [clip.read_bytes() for clip in clips_in(expected)]
+
+
 def test_ctrl_c_ends_all_processes_and_leaves_whole_clips(
     jobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
