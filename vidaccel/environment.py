@@ -20,6 +20,7 @@ import torch
 from vidaccel.errors import UsageError, first_line
 
 __all__ = [
+    "cpu_cores",
     "device_of",
     "environment",
     "free_memory",
@@ -46,6 +47,11 @@ def device_of(name: str | None) -> torch.device:
     return device
 
 
+def cpu_cores() -> int:
+    """How many this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
     """Everything about this machine and its software that moves a figure."""
     on_gpu = device.type == "cuda"
@@ -54,7 +60,7 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, An
         "commit": commit or _commit(),
         "device": torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()} CPU",
         "cpu": _cpu(),
-        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_cores": cpu_cores(),
         "cpu_threads": torch.get_num_threads(),
         "driver": _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
         "cuda": torch.version.cuda or torch.version.hip,
