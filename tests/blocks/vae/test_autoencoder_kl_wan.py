@@ -39,12 +39,23 @@ def hollow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(F, "conv3d", hollow_conv3d)
 
 
-@pytest.mark.parametrize("fit", [9, 4, 2], ids=["whole", "halves", "pieces"])
+def in_pieces(monkeypatch: pytest.MonkeyPatch, numbers: int) -> None:
+    """Let the last up-blocks work on so many numbers at once."""
+    monkeypatch.setattr(autoencoder_kl_wan, "TILE_CHANNELS", 1)
+    monkeypatch.setattr(autoencoder_kl_wan, "MOST_NUMBERS", numbers)
+
+
+@pytest.mark.parametrize(
+    ("fit", "numbers"),
+    [(9, 2**31), (4, 2**31), (2, 2**31), (9, 700_000)],
+    ids=["whole", "halves", "quarters", "whole-in-pieces"],
+)
 @pytest.mark.parametrize("options", [{}, WAN_22], ids=["wan2.1", "wan2.2"])
 def test_memory_held(
-    options: dict[str, Any], fit: int, hollow: None, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+    options: dict[str, Any], fit: int, numbers: int, hollow: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Counted without the workspaces of convolutions, and the pixels."""
+    in_pieces(monkeypatch, numbers)
     vae, z = tiny_autoencoder_kl_wan(base_dim=16, num_res_blocks=2, **options), draw(frames=9, side=8)
     needed = decode_bytes(vae.decoder, z, fit)
     monkeypatch.setattr(causal_clip, "free_bytes", lambda _: needed)
@@ -85,12 +96,15 @@ def test_few_channels_are_no_fault(seed: int, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("options", [{}, WAN_22], ids=["wan2.1", "wan2.2"])
 def test_with_the_kernels(options: dict[str, Any], device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one go, and in chunks."""
+    """In one go, in pieces, and in chunks."""
     vae, z = tiny_autoencoder_kl_wan(base_dim=16, **options).to(device), draw(frames=2, side=1).to(device)
     with torch.backends.cudnn.flags(allow_tf32=False):
         expected = decode(vae, z)
         with patch_module(vae, self_check=False) as report:
             assert relative_error(decode(vae, z), expected) <= 1e-5
+            with pytest.MonkeyPatch.context() as patch:
+                in_pieces(patch, 0)
+                assert relative_error(decode(vae, z), expected) <= 1e-5
             monkeypatch.setattr(causal_clip, "free_bytes", lambda _: 0)
             assert relative_error(decode(vae, z), expected) <= 1e-5
     assert not report.fallbacks, str(report)

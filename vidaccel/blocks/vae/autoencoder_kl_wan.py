@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from math import ceil
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -76,6 +77,9 @@ __all__ = ["FusedWanDecoder3d", "FusedWanPostQuantConv", "decode_bytes"]
 BEFORE = 2  # frames that a causal convolution looks back at
 CAUSAL = Padding(before=BEFORE)
 CORNER_FRAMES = 3
+# Few of cuDNN's kernels take a tensor of more numbers. On an H200 the one that takes those of Wan 2.2 does 630 TFLOP/s,
+# others 760 (decoder-profiles-h200.txt). They work on tiles of 128 channels; of 96, it is the fastest.
+MOST_NUMBERS, TILE_CHANNELS = 2**31 - 1, 128
 _MARGIN = 1.1  # the allocator's rounding, the convolutions' workspaces, all that is small
 
 
@@ -414,7 +418,7 @@ def _normed_in(block: Any) -> Iterator[tuple[Any, Any]]:
 
 def _convolutions_of(resample: Any) -> list[Any]:
     """Those of an upsampler, in the order in which they run."""
-    over_time = [resample.time_conv] if resample.mode == "upsample3d" else []
+    over_time = [resample.time_conv] if _lengthens(resample) else []
     return [*over_time, resample.resample[1]]
 
 
@@ -478,13 +482,32 @@ class _Decode:
         for attention, resnet in zip(mid.attentions, mid.resnets[1:], strict=True):
             self._attention(chunk, attention)
             self._resnet(chunk, resnet)
-        for block in decoder.up_blocks:
+        first = _even_from(decoder)
+        for block in decoder.up_blocks[:first]:
+            self._up_block(chunk, block)
+        frames = out.shape[2]
+        step = _frames_of_a_piece(decoder, latents, frames)
+        if step == frames:
+            self._to_pixels(chunk, first, out)
+            return chunk.following
+        flow = chunk.flow
+        del chunk.flow
+        for start in range(0, frames, step):
+            some = slice(start, min(start + step, frames))
+            piece = Chunk(flow.some(some), {**chunk.halos, **chunk.following}, keep or some.stop < frames)
+            self._to_pixels(piece, first, out[:, :, some])
+            chunk.following |= piece.following
+        return chunk.following
+
+    def _to_pixels(self, chunk: Chunk, first: int, out: Tensor) -> None:
+        """What is left to do of a chunk, from the up-block at position ``first`` on."""
+        decoder = self._decoder
+        for block in decoder.up_blocks[first:]:
             self._up_block(chunk, block)
         buffer = self._norm(chunk, decoder.norm_out, decoder.conv_out, keep=False)
         del chunk.flow
         run = pixel_conv if decoder.runs("pixel_conv") else pixel_conv_ref
         out.copy_(run(buffer, decoder.conv_out.weight, decoder.conv_out.bias))
-        return chunk.following
 
     def _norm(self, chunk: Chunk, norm: Any, conv: nn.Module, *, keep: bool, silu: bool = True) -> Tensor:
         """What ``conv`` gets: its input, and the frames before if it looks back; with ``keep``, the sum flows on."""
@@ -570,7 +593,7 @@ class _Decode:
             self._summed(chunk)
         else:
             self._scaled_sum(chunk, scale)
-        if resample.mode == "upsample3d":
+        if _lengthens(resample):
             self._double(chunk, resample.time_conv, scale)
         samples, images = len(chunk.flow.x), images_of(chunk.flow.x)
         del chunk.flow
@@ -583,10 +606,13 @@ class _Decode:
     def _scale(self, chunk: Chunk, resample: Any, before: Any) -> Tensor | None:
         """What flows is to be multiplied by that, and the convolutions of ``resample`` to read float16; None: neither.
 
-        The clip goes through at once, for each chunk would have its own scale and the halo of another one's.
+        A convolution over time gets the clip at once, for each chunk would have its own scale and the halo of another
+        one's.
         """
         flow, convolutions = chunk.flow, _convolutions_of(resample)
-        if self._half is None or chunk.keep or chunk.halos or flow.residual is None or flow.residual_bias is not None:
+        if (chunk.keep or chunk.halos) and _lengthens(resample):
+            return None
+        if self._half is None or flow.residual is None or flow.residual_bias is not None:
             return None
         added = self._largest.get(before.conv2)
         if added is None or not all(conv in self._largest for conv in convolutions):
@@ -645,7 +671,37 @@ def _behind(halo: Tensor | None, latents: Tensor) -> Tensor:
 @once_per_call
 def _temporal_rate(decoder: Any) -> int:
     """Frames that a latent frame becomes, but for the first of a clip."""
-    return int(2 ** sum(upsampler.mode == "upsample3d" for upsampler in _upsamplers(decoder)))
+    return int(2 ** sum(map(_lengthens, _upsamplers(decoder))))
+
+
+@once_per_call
+def _even_from(decoder: Any) -> int:
+    """Position of the first up-block from which on a clip has the frames of its pixels."""
+    found = [at for at, block in enumerate(decoder.up_blocks) if any(map(_lengthens, _upsamplers_of(block)))]
+    return found[-1] + 1 if found else 0
+
+
+def _lengthens(upsampler: Any) -> bool:
+    """Whether it makes two frames of one."""
+    return bool(upsampler.mode == "upsample3d")
+
+
+def _frames_of_a_piece(decoder: Any, latents: Tensor, frames: int) -> int:
+    """How many of the frames go through the last up-blocks at once, one after the other as far as the pixels.
+
+    The halos are passed from piece to piece, so that a piece costs nothing but these.
+    """
+    first, pixels = _even_from(decoder), latents.shape[0] * latents.shape[3] * latents.shape[4]
+    numbers = 0
+    for at, block in enumerate(decoder.up_blocks):
+        widths = {width for resnet in block.resnets for width in (resnet.in_dim, resnet.out_dim)}
+        if at >= first:
+            if any(width % TILE_CHANNELS for width in widths):
+                return frames
+            numbers = max(numbers, pixels * max(widths))
+        pixels *= 4 ** len(_upsamplers_of(block))
+    most = max(MOST_NUMBERS // max(numbers, 1) - BEFORE, 1)
+    return ceil(frames / ceil(frames / most))
 
 
 def _upsamplers(decoder: Any) -> Iterator[Any]:
@@ -665,7 +721,11 @@ def decode_bytes(decoder: Any, latents: Tensor, frames: int | None = None) -> in
     """
     whole = frames is None or frames >= latents.shape[2]
     size, half = latents.element_size(), _half_dtype(decoder, latents)
-    held = _Held(frames or latents.shape[2], whole, size, size if half is None else half.itemsize)
+    frames = latents.shape[2] if frames is None else frames
+    rate = _temporal_rate(decoder)
+    made = _frames_of(frames, rate) if whole else rate * frames
+    piece = _frames_of_a_piece(decoder, latents, made)
+    held = _Held(frames, whole, size, size if half is None else half.itemsize, piece if piece < made else None)
     pixels = latents.shape[0] * latents.shape[3] * latents.shape[4]
     return int((max(held.in_layers(decoder)) + held.in_halos(decoder)) * pixels * _MARGIN)
 
@@ -679,28 +739,35 @@ class _Held:
         whole: Whether these are all; else halos come from the chunk before, and are kept for the next.
         size: Bytes of a number.
         half: Of one that a convolution of a ResNet block reads or writes.
+        piece: Frames that go through the last up-blocks at once; None: all.
     """
 
     frames: int
     whole: bool
     size: int
     half: int
+    piece: int | None
 
     def in_layers(self, decoder: Any) -> Iterator[int]:
         """For every layer, at its worst."""
-        pixels, rate, made = 1, 1, 0
-        for block in decoder.up_blocks:
-            frames, kept = self._frames(rate), 0
+        pixels, rate, made, kept_for_pieces = 1, 1, 0, 0
+        for at, block in enumerate(decoder.up_blocks):
+            frames = self._frames(rate)
+            if self.piece is not None and at >= _even_from(decoder):
+                kept_for_pieces = kept_for_pieces or made
+                frames = self.piece
+            kept = kept_for_pieces
             # what the upsampler before has made, and its shortcut; the pixels in place, and the norm of them
             yield made + pixels * block.resnets[0].in_dim * (frames * self.size + (frames + BEFORE) * self.half)
             if getattr(block, "avg_shortcut", None) is not None:
-                kept = pixels * frames * block.in_dim * self.size
+                kept += pixels * frames * block.in_dim * self.size
             for resnet in block.resnets:
                 yield kept + pixels * self._in_resnet(frames, resnet.in_dim, resnet.out_dim)
             for upsampler in _upsamplers_of(block):
                 channels, out_channels = upsampler.dim, upsampler.resample[1].out_channels
-                read = self.half if self.whole else self.size  # bytes of a number that a convolution reads or writes
-                if upsampler.mode == "upsample3d":
+                # bytes of a number that a convolution reads or writes
+                read = self.half if self.whole or not _lengthens(upsampler) else self.size
+                if _lengthens(upsampler):
                     # the frames, behind those before; those of the convolution over time, and these in their order
                     yield kept + pixels * frames * channels * read * (5 if self.whole else 6)
                     rate *= 2
@@ -711,11 +778,13 @@ class _Held:
 
     def in_halos(self, decoder: Any) -> int:
         """All of them, those of the chunk before and the next ones."""
-        if self.whole:
+        if self.whole and self.piece is None:
             return 0
+        first = _even_from(decoder) if self.whole else 0
         pixels, numbers = 1, sum(BEFORE * conv.weight.shape[1] for _, conv in _normed_in(decoder.mid_block))
-        for block in decoder.up_blocks:
-            numbers += pixels * sum(BEFORE * conv.weight.shape[1] for _, conv in _normed_in(block))
+        for at, block in enumerate(decoder.up_blocks):
+            if at >= first:
+                numbers += pixels * sum(BEFORE * conv.weight.shape[1] for _, conv in _normed_in(block))
             pixels *= 4 ** len(_upsamplers_of(block))
         return 2 * self.half * (numbers + pixels * BEFORE * decoder.conv_out.weight.shape[1])
 

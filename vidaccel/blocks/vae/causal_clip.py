@@ -12,7 +12,7 @@ import math
 import os
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from vidaccel.kernels.conv.conv_epilogue import (
     conv_epilogue_and_statistics,
     conv_epilogue_ref,
 )
+from vidaccel.kernels.conv.enlarged_clip import small_frames
 from vidaccel.kernels.norm.channel_statistics import ChannelStatistics
 from vidaccel.kernels.op import note
 from vidaccel.sites.block import SITES
@@ -72,6 +73,15 @@ class Sum:
     x_scale: Tensor | None = None
     factor_t: int = 0
     skip: int = 0
+
+    def some(self, frames: slice) -> Sum:
+        """Some of the frames, without their statistics."""
+        residual, skip = self.residual, 0
+        if residual is not None and self.factor_t:
+            residual, skip = small_frames(residual, frames, self.factor_t, self.skip)
+        elif residual is not None:
+            residual = residual[:, frames]
+        return replace(self, x=self.x[:, frames], residual=residual, statistics=None, skip=skip)
 
 
 @dataclass(eq=False)
