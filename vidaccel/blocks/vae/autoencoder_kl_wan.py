@@ -5,7 +5,10 @@ the caller passes along, so 33 convolutions are made of clones, cats and pads of
 all frames at once give the same numbers; where memory does not hold them, as many as it does, the last two frames of
 each convolution's input carried on to the next. Clips are rows ``[B, F, H, W, C]`` from the first convolution to the
 last. ``rms_norm_silu`` writes a convolution's input behind the frames that it looks back at, and adds the bias and
-the residual that the convolution before has left out.
+the residual that the convolution before has left out, and behind an upsampler puts the pixels in place.
+
+From where on a clip has all its frames, its tensors may be larger than a convolution does well with. The last up-blocks
+then work on a piece of the frames after the other, from what all of them have been given to the pixels.
 
 The caller is left as it is: it asks for frame after frame. What it passes first is a view of frame 0 of latents whose
 storage holds the clip and nothing else, so that is decoded, and the frames are handed out call by call. What has been
@@ -64,6 +67,7 @@ from vidaccel.kernels.attention.spatial_attention import spatial_attention, spat
 from vidaccel.kernels.conv.conv_epilogue import conv_epilogue, conv_epilogue_ref
 from vidaccel.kernels.conv.padded_clip import NO_PADDING, Padding
 from vidaccel.kernels.conv.pixel_conv import pixel_conv, pixel_conv_ref
+from vidaccel.kernels.conv.pixel_shuffle import pixel_shuffle, pixel_shuffle_ref
 from vidaccel.kernels.conv.upsample_conv import upsample_cells, upsample_conv_ref
 from vidaccel.kernels.norm.rms_norm_silu import compile_ahead, rms_norm_silu, rms_norm_silu_ref
 from vidaccel.kernels.op import note, runs_triton
@@ -163,6 +167,7 @@ def _frames_of(latent_frames: int, rate: int) -> int:
         "half_operands": "math-exact",
         "rms_norm_silu": "math-exact",
         "conv_epilogue": "math-exact",
+        "pixel_shuffle": "math-exact",
         "upsample_conv": "math-exact",
         "pixel_conv": "math-exact",
         "spatial_attention": "math-exact",
@@ -467,7 +472,10 @@ class _Decode:
         needs = partial(decode_bytes, decoder, latents)
         explain = partial(out_of_memory, samples, height, width)
         step = decode_in_chunks(frames, latents.device, needs, decode, explain)
-        tell_chunk(decoder, "whole_clip", step, frames)
+        made = pixel_frames(step)
+        piece = _frames_of_a_piece(decoder, latents, made)
+        then = "" if piece == made else f", {piece} of {made} in the last up-blocks"
+        tell_chunk(decoder, "whole_clip", step, frames, then)
         return pixels, halos if keep else None
 
     def _chunk(self, latents: Tensor, halos: Halos, out: Tensor, keep: bool) -> Halos:
@@ -643,18 +651,17 @@ class _Decode:
         if chunk.keep:
             before = x.new_zeros(len(x), BEFORE, *x.shape[2:]) if halo is None else halo
             chunk.keep_of(conv, torch.cat([before, frames[:, -BEFORE:]], dim=1))
-        samples, count, height, width, channels = frames.shape
+        count = frames.shape[1]
         if count == 0:
             return
-        doubled = x.new_empty(samples, first + 2 * count, height, width, channels)
-        doubled[:, :first] = x[:, :first]
-        if halo is None:  # zeros are before; those behind, which the padding brings too, are left out
-            made = conv_rows(frames, conv, padding=(BEFORE, 0, 0))
-        else:
+        if halo is not None:
             made = conv_rows(torch.cat([halo, frames], dim=1), conv)
-        pairs = made[:, :count].unflatten(-1, (2, channels)).permute(0, 1, 4, 2, 3, 5)  # [B, F, 2, H, W, C]
-        bias = conv.bias if scale is None else (conv.bias * scale).to(x.dtype)
-        torch.add(pairs, bias.view(2, 1, 1, channels), out=doubled[:, first:].unflatten(1, (count, 2)))
+        else:  # zeros are before: of one more made[:, 0], which keeps a place for the first frame; those behind are cut
+            made = conv_rows(frames, conv, padding=(BEFORE + first, 0, 0))[:, : first + count]
+        bias = conv.bias if scale is None else conv.bias * scale
+        run = pixel_shuffle if self._decoder.runs("pixel_shuffle") else pixel_shuffle_ref
+        doubled = run(made, bias, cell=(2, 1, 1), drop=int(first))
+        doubled[:, :first] = x[:, :first]
         chunk.flow = Sum(doubled)
 
 

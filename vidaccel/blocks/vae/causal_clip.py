@@ -227,11 +227,14 @@ def out_of_memory(samples: int, height: int, width: int, needed: int, free: int,
     )
 
 
-def tell_chunk(decoder: nn.Module, op: str, step: int, frames: int) -> None:
-    """Tell the report, at the site of ``op``, that ``step`` of ``frames`` latent frames went through at once."""
+def tell_chunk(decoder: nn.Module, op: str, step: int, frames: int, then: str = "") -> None:
+    """Tell the report, at the site of ``op``, that ``step`` of ``frames`` latent frames went through at once.
+
+    And what happened ``then``.
+    """
     if (memo := held()) is not None and memo.way:
         return  # it is a check
-    ran = f"{step} of {frames} frames"
+    ran = f"{step} of {frames} frames{then}"
     note(op, ran)
     sites: SiteGroup | None = getattr(decoder, SITES, None)
     if sites is not None and (site := sites.sites.get(op)):
