@@ -12,7 +12,7 @@ import math
 import os
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from vidaccel.kernels.conv.conv_epilogue import (
     conv_epilogue_and_statistics,
     conv_epilogue_ref,
 )
+from vidaccel.kernels.conv.enlarged_clip import small_frames
 from vidaccel.kernels.norm.channel_statistics import ChannelStatistics
 from vidaccel.kernels.op import note
 from vidaccel.sites.block import SITES
@@ -59,7 +60,9 @@ Halos = dict[nn.Module, Tensor]  # the last frames of the input of each convolut
 class Sum:
     """A clip of rows whose last additions are still to be done: ``x + bias + (residual + residual_bias)``.
 
-    With the statistics of every frame, where nothing is left to add and they are known.
+    With the statistics of every frame, where nothing is left to add and they are known. Behind an upsampler, x may be
+    cells, ``x_scale`` times what they stand for, and the residual small, to be enlarged by ``factor_t`` but for the
+    first ``skip`` frames: as ``rms_norm_silu`` takes them.
     """
 
     x: Tensor
@@ -67,6 +70,18 @@ class Sum:
     residual: Tensor | None = None
     residual_bias: Tensor | None = None
     statistics: ChannelStatistics | None = None
+    x_scale: Tensor | None = None
+    factor_t: int = 0
+    skip: int = 0
+
+    def some(self, frames: slice) -> Sum:
+        """Some of the frames, without their statistics."""
+        residual, skip = self.residual, 0
+        if residual is not None and self.factor_t:
+            residual, skip = small_frames(residual, frames, self.factor_t, self.skip)
+        elif residual is not None:
+            residual = residual[:, frames]
+        return replace(self, x=self.x[:, frames], residual=residual, statistics=None, skip=skip)
 
 
 @dataclass(eq=False)
@@ -212,11 +227,14 @@ def out_of_memory(samples: int, height: int, width: int, needed: int, free: int,
     )
 
 
-def tell_chunk(decoder: nn.Module, op: str, step: int, frames: int) -> None:
-    """Tell the report, at the site of ``op``, that ``step`` of ``frames`` latent frames went through at once."""
+def tell_chunk(decoder: nn.Module, op: str, step: int, frames: int, then: str = "") -> None:
+    """Tell the report, at the site of ``op``, that ``step`` of ``frames`` latent frames went through at once.
+
+    And what happened ``then``.
+    """
     if (memo := held()) is not None and memo.way:
         return  # it is a check
-    ran = f"{step} of {frames} frames"
+    ran = f"{step} of {frames} frames{then}"
     note(op, ran)
     sites: SiteGroup | None = getattr(decoder, SITES, None)
     if sites is not None and (site := sites.sites.get(op)):
