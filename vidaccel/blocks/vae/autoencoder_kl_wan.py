@@ -22,7 +22,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -63,7 +63,7 @@ from vidaccel.kernels.attention.spatial_attention import spatial_attention, spat
 from vidaccel.kernels.conv.conv_epilogue import conv_epilogue, conv_epilogue_ref
 from vidaccel.kernels.conv.padded_clip import NO_PADDING, Padding
 from vidaccel.kernels.conv.pixel_conv import pixel_conv, pixel_conv_ref
-from vidaccel.kernels.conv.upsample_conv import upsample_conv, upsample_conv_ref
+from vidaccel.kernels.conv.upsample_conv import upsample_cells, upsample_conv_ref
 from vidaccel.kernels.norm.rms_norm_silu import compile_ahead, rms_norm_silu, rms_norm_silu_ref
 from vidaccel.kernels.op import note, runs_triton
 from vidaccel.sites.block import GRADIENTS, SITES, FusedBlock, call_site, cut_corner, fuses
@@ -178,11 +178,22 @@ class FusedWanDecoder3d(FusedBlock, WanDecoder3d):
         return _structure_reason(module)
 
     def compile_ahead(self) -> None:
+        for before, block in itertools.pairwise(self.up_blocks):
+            gamma, shortcut = block.resnets[0].norm1.gamma.detach().flatten(), getattr(before, "avg_shortcut", None)
+            half = _half_dtype(self, gamma)
+            compile_ahead(
+                gamma,
+                residual=shortcut is not None,
+                x_scale=half is not None,
+                cells=True,
+                factor_t=0 if shortcut is None else shortcut.factor_t,
+                step=1 if shortcut is None else shortcut.in_channels // shortcut.out_channels,
+                keep=True,
+                out_dtype=half,
+            )
         for resnet in (*self.mid_block.resnets, *(resnet for block in self.up_blocks for resnet in block.resnets)):
             gamma, next_gamma = (norm.gamma.detach().flatten() for norm in (resnet.norm1, resnet.norm2))
             half = _half_dtype(self, gamma)
-            if half is None:
-                compile_ahead(gamma, bias=False)  # behind an upsampler
             compile_ahead(gamma, residual=True, keep=True, out_dtype=half)
             compile_ahead(next_gamma, out_dtype=half)
             if isinstance(resnet.conv_shortcut, WanCausalConv3d):
@@ -487,13 +498,16 @@ class _Decode:
             residual=flow.residual,
             residual_bias=flow.residual_bias,
             halo=chunk.halos.get(conv),
+            x_scale=flow.x_scale,
+            factor_t=flow.factor_t,
+            skip=flow.skip,
             padding=CAUSAL if causal else NO_PADDING,
             silu=silu,
             keep=keep,
             inplace=flow.residual is None or flow.residual is not chunk.kept,
             out_dtype=None if self._half is None else self._half[conv],
         )
-        flow.x, flow.bias, flow.residual, flow.residual_bias = z, None, None, None
+        chunk.flow = Sum(z)
         if causal:
             chunk.keep_of(conv, y)
         return y
@@ -514,18 +528,22 @@ class _Decode:
 
     def _up_block(self, chunk: Chunk, block: Any) -> None:
         shortcut = getattr(block, "avg_shortcut", None)
-        source = chunk.kept = None if shortcut is None else self._summed(chunk)
-        for resnet in block.resnets:
-            self._resnet(chunk, resnet)
+        for at, resnet in enumerate(block.resnets):
+            self._resnet(chunk, resnet, keep=at == 0 and shortcut is not None)
         for upsampler in _upsamplers_of(block):
             self._upsample(chunk, upsampler, block.resnets[-1])
-        if source is not None:
-            _add_enlarged(self._summed(chunk), source, shortcut, first=not chunk.halos)
+        if shortcut is not None:
+            # of the first frame of a clip, time has made one frame: the last of its cell
+            skip = 0 if chunk.halos else shortcut.factor_t - 1
+            chunk.flow = replace(chunk.flow, residual=chunk.kept, factor_t=shortcut.factor_t, skip=skip)
             chunk.kept = None
 
-    def _resnet(self, chunk: Chunk, resnet: Any) -> None:
+    def _resnet(self, chunk: Chunk, resnet: Any, keep: bool = False) -> None:
+        """With ``keep``, what it reads is kept, all of it added."""
         buffer = self._norm(chunk, resnet.norm1, resnet.conv1, keep=True)
         residual, residual_bias, shortcut = chunk.flow.x, None, resnet.conv_shortcut
+        if keep:
+            chunk.kept = residual
         if isinstance(shortcut, WanCausalConv3d):
             residual, residual_bias = conv_rows(residual, shortcut), shortcut.bias
         chunk.flow = Sum(conv_rows(buffer, resnet.conv1), resnet.conv1.bias)
@@ -557,10 +575,10 @@ class _Decode:
         samples, images = len(chunk.flow.x), images_of(chunk.flow.x)
         del chunk.flow
         if self._decoder.runs("upsample_conv") and runs_triton("upsample_conv", images):
-            images = upsample_conv(images, conv.weight, conv.bias, scale=scale)
+            made = upsample_cells(images, conv.weight)
         else:
-            images = upsample_conv_ref(images, conv.weight, conv.bias, scale)
-        chunk.flow = Sum(images.permute(0, 2, 3, 1).unflatten(0, (samples, -1)))
+            made = upsample_conv_ref(images, conv.weight, None).permute(0, 2, 3, 1)
+        chunk.flow = Sum(made.unflatten(0, (samples, -1)), conv.bias, x_scale=scale)
 
     def _scale(self, chunk: Chunk, resample: Any, before: Any) -> Tensor | None:
         """What flows is to be multiplied by that, and the convolutions of ``resample`` to read float16; None: neither.
@@ -624,33 +642,6 @@ def _behind(halo: Tensor | None, latents: Tensor) -> Tensor:
     return buffer
 
 
-def _add_enlarged(rows: Tensor, source: Tensor, shortcut: Any, first: bool) -> None:
-    """Add ``source`` ``[B, F, H, W, C']`` to what an up-block made of it, every number of it to the pixels of its cell.
-
-    Of the first frame of a clip, time has made one frame: the last of its cell.
-    """
-    factor_t, factor_s, channels = shortcut.factor_t, shortcut.factor_s, shortcut.out_channels
-    of_input = torch.arange(channels * shortcut.factor, device=source.device) // shortcut.repeats
-    of_input = of_input.view(channels, factor_t, factor_s, factor_s).permute(1, 2, 3, 0)
-    alike = shortcut.repeats == shortcut.factor  # all pixels of a cell get the same channels, in their order
-    if first:
-        cells = rows[:, :1].unflatten(1, (1, 1)).unflatten(3, (-1, factor_s)).unflatten(5, (-1, factor_s))
-        _add_to_cells(cells, source[:, :1], None if alike else of_input[-1:])
-    rows, source = rows[:, first:], source[:, first:]
-    if source.shape[1]:
-        cells = rows.unflatten(1, (-1, factor_t)).unflatten(3, (-1, factor_s)).unflatten(5, (-1, factor_s))
-        _add_to_cells(cells, source, None if alike else of_input)
-
-
-def _add_to_cells(cells: Tensor, source: Tensor, of_input: Tensor | None) -> None:
-    """``cells`` are ``[B, F, t, H, s, W, s, C]``; ``of_input`` ``[t, s, s, C]`` says which channels each gets."""
-    if of_input is None:
-        cells += source[:, :, None, :, None, :, None]
-        return
-    for t, y, x in itertools.product(*map(range, of_input.shape[:3])):
-        cells[:, :, t, :, y, :, x] += source[..., of_input[t, y, x]]
-
-
 @once_per_call
 def _temporal_rate(decoder: Any) -> int:
     """Frames that a latent frame becomes, but for the first of a clip."""
@@ -697,9 +688,11 @@ class _Held:
 
     def in_layers(self, decoder: Any) -> Iterator[int]:
         """For every layer, at its worst."""
-        pixels, rate = 1, 1
+        pixels, rate, made = 1, 1, 0
         for block in decoder.up_blocks:
             frames, kept = self._frames(rate), 0
+            # what the upsampler before has made, and its shortcut; the pixels in place, and the norm of them
+            yield made + pixels * block.resnets[0].in_dim * (frames * self.size + (frames + BEFORE) * self.half)
             if getattr(block, "avg_shortcut", None) is not None:
                 kept = pixels * frames * block.in_dim * self.size
             for resnet in block.resnets:
@@ -712,8 +705,8 @@ class _Held:
                     yield kept + pixels * frames * channels * read * (5 if self.whole else 6)
                     rate *= 2
                     frames = self._frames(rate)
-                # before and after the pixels are in place
-                yield kept + pixels * frames * (channels * read + 4 * out_channels * (read + self.size))
+                made = kept + 4 * pixels * frames * out_channels * read
+                yield made + pixels * frames * channels * read
                 pixels *= 4
 
     def in_halos(self, decoder: Any) -> int:

@@ -59,7 +59,9 @@ Halos = dict[nn.Module, Tensor]  # the last frames of the input of each convolut
 class Sum:
     """A clip of rows whose last additions are still to be done: ``x + bias + (residual + residual_bias)``.
 
-    With the statistics of every frame, where nothing is left to add and they are known.
+    With the statistics of every frame, where nothing is left to add and they are known. Behind an upsampler, x may be
+    cells, ``x_scale`` times what they stand for, and the residual small, to be enlarged by ``factor_t`` but for the
+    first ``skip`` frames: as ``rms_norm_silu`` takes them.
     """
 
     x: Tensor
@@ -67,6 +69,9 @@ class Sum:
     residual: Tensor | None = None
     residual_bias: Tensor | None = None
     statistics: ChannelStatistics | None = None
+    x_scale: Tensor | None = None
+    factor_t: int = 0
+    skip: int = 0
 
 
 @dataclass(eq=False)
