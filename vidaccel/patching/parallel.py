@@ -35,6 +35,18 @@ MOST_KINDS = 256
 PLAIN = (bool, int, float, str, type(None), torch.dtype)
 
 
+class AxisSite(Site):
+    """One axis that the calls of a model are split along.
+
+    Attributes:
+        ranks: Along it.
+    """
+
+    def __init__(self, path: str, op: str, ranks: Ranks) -> None:
+        super().__init__(path, op, "math-exact")
+        self.ranks = ranks
+
+
 class Way(Protocol):
     """What one axis does with a call: ``run`` it with this rank's part of the arguments, and join the results."""
 
@@ -49,24 +61,24 @@ class ParallelCall:
     """
 
     def __init__(self, agreement: Agreement) -> None:
-        self.sites: list[Site] = []
-        self._ways: list[tuple[Site, Ranks, Way]] = []
+        self.sites: list[AxisSite] = []
+        self._ways: list[Way] = []
         self._agreement = agreement
         self._kinds: set[int] = set()
         self._failed = 0
         self._generation = -1
 
-    def add(self, site: Site, ranks: Ranks, way: Way) -> None:
+    def add(self, site: AxisSite, way: Way) -> None:
         site.put_in_place(lambda: None)
         self.sites.append(site)
-        self._ways.append((site, ranks, way))
+        self._ways.append(way)
 
     def call(self, run: Run, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``run(*args, **kwargs)``, a call of ``model``, split along every axis."""
         self._agree(model, args, kwargs)
-        for site, ranks, way in reversed(self._ways):
+        for site, way in zip(reversed(self.sites), reversed(self._ways), strict=True):
             if site.on:
-                site.implementations.add(f"{ranks.size} ranks")
+                site.implementations.add(f"{site.ranks.size} ranks")
                 run = partial(_by, way, run, model)
         return run(*args, **kwargs)
 
@@ -116,14 +128,15 @@ def parallel_calls(pipe: Any, mode: Parallel, models: Mapping[str, nn.Module]) -
         raise UsageError("parallel: there is no denoiser whose calls could be split")
     join(next(next(iter(models.values())).parameters()).device)
     axes = _axes(pipe, mode, models)
+    _check_sizes(axes, models)
     ranks = dict(zip(axes, axes_of(list(axes.values())), strict=True))
     agreement = Agreement()
     calls = {}
     for name, model in models.items():
         calls[name] = call = ParallelCall(agreement)
         for axis, along in ranks.items():
-            site = Site(name, axis, "math-exact")
-            call.add(site, along, _way(axis, along, site, model))
+            site = AxisSite(name, axis, along)
+            call.add(site, _way(site, model))
     return calls
 
 
@@ -158,6 +171,14 @@ def _spread(mode: Parallel, models: Mapping[str, nn.Module]) -> str | UsageError
     return axis
 
 
+def _check_sizes(axes: Mapping[str, int], models: Mapping[str, nn.Module]) -> None:
+    for name, model in models.items():
+        spread = spread_for(model)
+        size = axes.get(spread.axis) if spread else None
+        if size and (reason := spread.reason(model, size)):
+            raise UsageError(f"parallel: {name}: {reason}; another number of ranks may do")
+
+
 def is_guided(pipe: Any) -> bool:
     """Whether a pipeline asks its denoiser twice a step, with the text and without, unless told otherwise."""
     denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
@@ -170,15 +191,13 @@ def is_guided(pipe: Any) -> bool:
     return any(isinstance(scale, int | float) and scale > 1 for scale in scales)
 
 
-def _way(axis: str, ranks: Ranks, site: Site, model: nn.Module) -> Way:
+def _way(site: AxisSite, model: nn.Module) -> Way:
     def count(reason: str) -> None:
         site.fallbacks[reason] += 1
 
-    if axis == "guidance":
-        return Guidance(ranks, count)
-    spread = spread_for(model)
-    assert spread is not None
-    way: Way = spread.way(ranks, count)
+    if site.op == "guidance":
+        return Guidance(site.ranks, count)
+    way: Way = spread_for(model).way(site.ranks, count)
     return way
 
 
