@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vidaccel.parallel.ranks import Ranks
+from vidaccel.parallel.ranks import Agreement, Ranks, shares
 
-__all__ = ["Frames", "Layout", "Tokens", "frames", "layout", "spread", "tokens"]
+__all__ = ["Frames", "LatentFrames", "Layout", "Tokens", "frames", "latent_frames", "layout", "spread", "tokens"]
 
 
 class Layout:
@@ -37,6 +37,31 @@ class Layout:
 
 class Frames(Layout):
     """The frames of a UNet's clip."""
+
+
+class LatentFrames(Layout):
+    """The latent frames of a clip that a causal VAE decodes: each convolution looks back at frames of the rank before.
+
+    The decoder gets all of them on every rank, and returns all pixels.
+    """
+
+    LEAST = 2  # that a rank has, which are what a convolution of the next rank looks back at
+
+    def __init__(self, ranks: Ranks, total: int, agreement: Agreement) -> None:
+        super().__init__(ranks, total)
+        self._agreement = agreement
+
+    def stretches(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Where each rank's stretch of these frames begins and ends; if they are too few, the first rank has all."""
+        size, lengths = self.ranks.size, shares(end - start, self.ranks.size)
+        if lengths[-1] < self.LEAST:
+            lengths = [end - start] + [0] * (size - 1)
+        ends = [start + sum(lengths[: rank + 1]) for rank in range(size)]
+        return list(zip([start, *ends], ends, strict=False))
+
+    def least(self, value: int) -> int:
+        """The smallest ``value`` that a rank has."""
+        return min(theirs for (theirs,) in self._agreement.all([value]))
 
 
 class Tokens(Layout):
@@ -113,6 +138,12 @@ def frames() -> Frames | None:
     """The same if frames are spread."""
     found = layout()
     return found if isinstance(found, Frames) else None
+
+
+def latent_frames() -> LatentFrames | None:
+    """The same if latent frames are spread."""
+    found = layout()
+    return found if isinstance(found, LatentFrames) else None
 
 
 def tokens() -> Tokens | None:

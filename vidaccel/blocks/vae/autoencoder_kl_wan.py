@@ -66,6 +66,8 @@ from vidaccel.kernels.conv.pixel_conv import pixel_conv, pixel_conv_ref
 from vidaccel.kernels.conv.upsample_conv import upsample_cells, upsample_conv_ref
 from vidaccel.kernels.norm.rms_norm_silu import compile_ahead, rms_norm_silu, rms_norm_silu_ref
 from vidaccel.kernels.op import note, runs_triton
+from vidaccel.parallel.layout import LatentFrames, latent_frames
+from vidaccel.parallel.ranks import Agreement, Ranks
 from vidaccel.sites.block import GRADIENTS, SITES, FusedBlock, call_site, cut_corner, fuses
 from vidaccel.sites.memo import once_per_call
 from vidaccel.sites.plain import plain_reason
@@ -240,6 +242,22 @@ class FusedWanDecoder3d(FusedBlock, WanDecoder3d):
         if torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in self.parameters())):
             return GRADIENTS
         return self.left_alone_reason(self) or self.call_reason(x, None)
+
+    def layout_for(
+        self, ranks: Ranks, agreement: Agreement, frames: int, x: Tensor, feat_cache: Any = None, feat_idx: Any = None,
+        first_chunk: bool = False,
+    ) -> LatentFrames | str:  # fmt: skip
+        """How ``frames`` latent frames, of which ``x`` is the first, are decoded on several ranks, or why they are not.
+
+        The other arguments are those of the first call.
+        """
+        if reason := self._beginning_reason(x, feat_cache, first_chunk):
+            return reason
+        if _clip_behind(x).shape[2] != frames:
+            return "its latent frames come one by one"
+        if frames < LatentFrames.LEAST * ranks.size:
+            return f"{frames} latent frames are too few for {ranks.size} ranks, {LatentFrames.LEAST} for each"
+        return LatentFrames(ranks, frames, agreement)
 
     def call_reason(self, clip: Tensor, progress: _Progress | None) -> str | None:
         if not self.runs("whole_clip"):
@@ -446,6 +464,7 @@ class _Decode:
     def run(self, latents: Tensor, halos: Halos, keep: bool) -> tuple[Tensor, Halos | None]:
         """The pixels, and what the next frames need if that is to be kept."""
         decoder, rate, begins = self._decoder, self._rate, not halos
+        over = latent_frames() if begins and not keep else None
         samples, _, frames, height, width = latents.shape
         scale = 2 ** sum(True for _ in _upsamplers(decoder))
         height, width = height * scale, width * scale
@@ -457,18 +476,30 @@ class _Decode:
 
         def decode(start: int, end: int) -> None:
             nonlocal halos
-            out = pixels[:, :, pixel_frames(start) : pixel_frames(end)]
-            halos = self._chunk(latents[:, :, start:end], halos, out, keep or end < frames)
+            out, follows = pixels[:, :, pixel_frames(start) : pixel_frames(end)], keep or end < frames
+            if over is None:
+                halos = self._chunk(latents[:, :, start:end], halos, out, follows)
+                return
+            stretches = over.stretches(start, end)
+            lengths = [pixel_frames(end) - pixel_frames(start) for start, end in stretches]
+            start, end = stretches[over.ranks.rank]
+            own = out.split(lengths, dim=2)[over.ranks.rank]
+            if start < end:
+                ranks = over.ranks if lengths[-1] else None
+                halos = self._chunk(latents[:, :, start:end], halos, own, follows, ranks)
+            out.copy_(over.ranks.gather(own, 2, out.shape[2], lengths))
 
-        needs = partial(decode_bytes, decoder, latents)
+        def needs(frames: int) -> int:
+            return decode_bytes(decoder, latents, frames if over is None else over.stretches(0, frames)[0][1])
+
         explain = partial(out_of_memory, samples, height, width)
-        step = decode_in_chunks(frames, latents.device, needs, decode, explain)
+        step = decode_in_chunks(frames, latents.device, needs, decode, explain, over)
         tell_chunk(decoder, "whole_clip", step, frames)
         return pixels, halos if keep else None
 
-    def _chunk(self, latents: Tensor, halos: Halos, out: Tensor, keep: bool) -> Halos:
+    def _chunk(self, latents: Tensor, halos: Halos, out: Tensor, keep: bool, ranks: Ranks | None = None) -> Halos:
         decoder = self._decoder
-        chunk = Chunk(Sum(latents), halos, keep)
+        chunk = Chunk(Sum(latents), halos, keep, ranks)
         buffer = _behind(halos.get(decoder.conv_in), latents)
         chunk.keep_of(decoder.conv_in, buffer)
         chunk.flow = Sum(conv_rows(buffer, decoder.conv_in), decoder.conv_in.bias)
@@ -534,7 +565,7 @@ class _Decode:
             self._upsample(chunk, upsampler, block.resnets[-1])
         if shortcut is not None:
             # of the first frame of a clip, time has made one frame: the last of its cell
-            skip = 0 if chunk.halos else shortcut.factor_t - 1
+            skip = shortcut.factor_t - 1 if chunk.begins else 0
             chunk.flow = replace(chunk.flow, residual=chunk.kept, factor_t=shortcut.factor_t, skip=skip)
             chunk.kept = None
 
@@ -591,7 +622,8 @@ class _Decode:
         added = self._largest.get(before.conv2)
         if added is None or not all(conv in self._largest for conv in convolutions):
             return None
-        return scale_to_fit(flow.residual, added, convolutions)
+        scale = scale_to_fit(flow.residual, added, convolutions)
+        return scale if chunk.ranks is None else chunk.ranks.least(scale)
 
     def _scaled_sum(self, chunk: Chunk, scale: Tensor) -> None:
         """What flows, all of it added, times ``scale``, in float16."""
@@ -612,20 +644,21 @@ class _Decode:
     def _double(self, chunk: Chunk, conv: Any, scale: Tensor | None) -> None:
         """Every frame becomes two, but for the first of a clip, which the convolution over time never sees."""
         x = chunk.flow.x
-        halo, first = chunk.halos.get(conv), not chunk.halos
-        frames = x[:, first:]
-        if chunk.keep:
-            before = x.new_zeros(len(x), BEFORE, *x.shape[2:]) if halo is None else halo
+        halo, first = chunk.halos.get(conv), chunk.begins
+        frames = buffer = x[:, first:]
+        before = x.new_zeros(len(x), BEFORE, *x.shape[2:]) if halo is None else halo
+        if looks_back := halo is not None or chunk.ranks is not None:
+            buffer = torch.cat([before, frames], dim=1)
+            chunk.keep_of(conv, buffer)
+        elif chunk.keep:
             chunk.keep_of(conv, torch.cat([before, frames[:, -BEFORE:]], dim=1))
         samples, count, height, width, channels = frames.shape
         if count == 0:
             return
         doubled = x.new_empty(samples, first + 2 * count, height, width, channels)
         doubled[:, :first] = x[:, :first]
-        if halo is None:  # zeros are before; those behind, which the padding brings too, are left out
-            made = conv_rows(frames, conv, padding=(BEFORE, 0, 0))
-        else:
-            made = conv_rows(torch.cat([halo, frames], dim=1), conv)
+        # where only zeros are before, padding brings them; those behind are left out
+        made = conv_rows(buffer, conv, padding=None if looks_back else (BEFORE, 0, 0))
         pairs = made[:, :count].unflatten(-1, (2, channels)).permute(0, 1, 4, 2, 3, 5)  # [B, F, 2, H, W, C]
         bias = conv.bias if scale is None else (conv.bias * scale).to(x.dtype)
         torch.add(pairs, bias.view(2, 1, 1, channels), out=doubled[:, first:].unflatten(1, (count, 2)))
