@@ -43,18 +43,28 @@ class LatentFrames(Layout):
     """The latent frames of a clip that a causal VAE decodes: each convolution looks back at frames of the rank before.
 
     The decoder gets all of them on every rank, and returns all pixels.
+
+    Args:
+        ranks: Over whom.
+        total: How many latent frames there are, or batches of them that are not cut.
+        least: How many of these are the frames that a convolution looks back at: every rank has as many.
+        agreement: Of the same ranks.
     """
 
-    LEAST = 2  # that a rank has, which are what a convolution of the next rank looks back at
-
-    def __init__(self, ranks: Ranks, total: int, agreement: Agreement) -> None:
+    def __init__(self, ranks: Ranks, total: int, least: int, agreement: Agreement) -> None:
         super().__init__(ranks, total)
-        self._agreement = agreement
+        self._least, self._agreement = least, agreement
+
+    @classmethod
+    def reason(cls, ranks: Ranks, total: int, least: int) -> str | None:
+        """Why so many cannot be spread, or None."""
+        few = f"{total} latent frames (or batches) are too few for {ranks.size} ranks, {least} for each"
+        return few if total < least * ranks.size else None
 
     def stretches(self, start: int, end: int) -> list[tuple[int, int]]:
         """Where each rank's stretch of these frames begins and ends; if they are too few, the first rank has all."""
         size, lengths = self.ranks.size, shares(end - start, self.ranks.size)
-        if lengths[-1] < self.LEAST:
+        if lengths[-1] < self._least:
             lengths = [end - start] + [0] * (size - 1)
         ends = [start + sum(lengths[: rank + 1]) for rank in range(size)]
         return list(zip([start, *ends], ends, strict=False))

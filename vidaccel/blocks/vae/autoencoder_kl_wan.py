@@ -52,6 +52,7 @@ from vidaccel.blocks.vae.causal_clip import (
     clip_of,
     conv_rows,
     decode_in_chunks,
+    decode_stretch,
     dropout_reason,
     images_of,
     out_of_memory,
@@ -255,9 +256,7 @@ class FusedWanDecoder3d(FusedBlock, WanDecoder3d):
             return reason
         if _clip_behind(x).shape[2] != frames:
             return "its latent frames come one by one"
-        if frames < LatentFrames.LEAST * ranks.size:
-            return f"{frames} latent frames are too few for {ranks.size} ranks, {LatentFrames.LEAST} for each"
-        return LatentFrames(ranks, frames, agreement)
+        return LatentFrames.reason(ranks, frames, BEFORE) or LatentFrames(ranks, frames, BEFORE, agreement)
 
     def call_reason(self, clip: Tensor, progress: _Progress | None) -> str | None:
         if not self.runs("whole_clip"):
@@ -475,19 +474,14 @@ class _Decode:
         pixels = latents.new_empty(samples, len(decoder.conv_out.weight), pixel_frames(frames), height, width)
 
         def decode(start: int, end: int) -> None:
-            nonlocal halos
-            out, follows = pixels[:, :, pixel_frames(start) : pixel_frames(end)], keep or end < frames
-            if over is None:
-                halos = self._chunk(latents[:, :, start:end], halos, out, follows)
-                return
-            stretches = over.stretches(start, end)
-            lengths = [pixel_frames(end) - pixel_frames(start) for start, end in stretches]
-            start, end = stretches[over.ranks.rank]
-            own = out.split(lengths, dim=2)[over.ranks.rank]
-            if start < end:
-                ranks = over.ranks if lengths[-1] else None
-                halos = self._chunk(latents[:, :, start:end], halos, own, follows, ranks)
-            out.copy_(over.ranks.gather(own, 2, out.shape[2], lengths))
+            follows = keep or end < frames
+
+            def stretch(start: int, end: int, out: Tensor, ranks: Ranks | None) -> None:
+                nonlocal halos
+                halos = self._chunk(latents[:, :, start:end], halos, out, follows, ranks)
+
+            out = pixels[:, :, pixel_frames(start) : pixel_frames(end)]
+            decode_stretch(start, end, out, pixel_frames, stretch, over)
 
         def needs(frames: int) -> int:
             return decode_bytes(decoder, latents, frames if over is None else over.stretches(0, frames)[0][1])

@@ -49,6 +49,7 @@ __all__ = [
     "conv_reason",
     "conv_rows",
     "decode_in_chunks",
+    "decode_stretch",
     "dropout_reason",
     "free_bytes",
     "images_of",
@@ -219,6 +220,35 @@ def decode_in_chunks(
             continue
         at = end
     return min(step, frames)
+
+
+def decode_stretch(
+    start: int,
+    end: int,
+    out: Tensor,
+    pixel_frames: Callable[[int], int],
+    decode: Callable[[int, int, Tensor, Ranks | None], None],
+    over: LatentFrames | None,
+) -> None:
+    """Decode a chunk of latent frames, or this rank's stretch of it; the pixels of all ranks are in ``out``.
+
+    Args:
+        start: Where the chunk begins.
+        end: Where it ends.
+        out: ``[B, C, F, H, W]``, its pixels.
+        pixel_frames: Takes a number of latent frames; how many frames so many from the first on become.
+        decode: Takes where a stretch begins and ends, its pixels, and the ranks that decode the other ones, if any.
+        over: The ranks, or None.
+    """
+    if over is None:
+        decode(start, end, out, None)
+        return
+    stretches = over.stretches(start, end)
+    lengths = [pixel_frames(end) - pixel_frames(start) for start, end in stretches]
+    own, (start, end) = out.split(lengths, dim=2)[over.ranks.rank], stretches[over.ranks.rank]
+    if start < end:
+        decode(start, end, own, over.ranks if lengths[-1] else None)
+    out.copy_(over.ranks.gather(own, 2, out.shape[2], lengths))
 
 
 def _frames_that_fit(frames: int, needs: Callable[[int], int], free: int) -> int:
