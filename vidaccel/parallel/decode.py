@@ -1,10 +1,10 @@
 """One decode of a VAE on several ranks: its tiles, the samples of its batch, or its frames.
 
 How a VAE's ``decode`` cuts latents into tiles, and joins their pixels, is its own business. So it runs twice, on every
-rank, both times with a stand-in for its decoder. The first one writes down what the decoder is asked for, and answers
-with tensors that have no numbers (``meta``). Calls of which one passes on the cache of the one before belong together,
-and are a :class:`_Part`. Each part is decoded on one rank, and sent to all others. The second stand-in hands out what
-was decoded, to be joined as ever: so the bits are those of a single decode.
+rank, both times with a stand-in for its decoder. The first one hears what the decoder is asked for, and answers with
+tensors that have no numbers (``meta``). Calls of which one passes on the cache of the one before belong together, and
+are a :class:`_Part`. Each part is decoded on one rank; while its GPU does that, the host goes on. Then all parts are
+sent to all ranks. The second stand-in hands them out, to be joined as ever: so the bits are those of a single decode.
 
 A decode that is one part is split along its frames if the decoder can do that (``layout_for``), or along its batch.
 """
@@ -12,7 +12,7 @@ A decode that is one part is split along its frames if the decoder can do that (
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -31,7 +31,7 @@ __all__ = ["Decode", "stand_in_of"]
 Run = Callable[[], Any]
 StandIn = Callable[..., Any]
 
-_stand_in: ContextVar[tuple[nn.Module, StandIn] | None] = ContextVar("stand_in", default=None)
+_stand_in: ContextVar[tuple[nn.Module, StandIn | None] | None] = ContextVar("stand_in", default=None)
 
 
 def stand_in_of(model: nn.Module) -> StandIn | None:
@@ -41,7 +41,7 @@ def stand_in_of(model: nn.Module) -> StandIn | None:
 
 
 @contextmanager
-def _standing_in(model: nn.Module, stand_in: StandIn) -> Iterator[None]:
+def _standing_in(model: nn.Module, stand_in: StandIn | None) -> Iterator[None]:
     token = _stand_in.set((model, stand_in))
     try:
         yield
@@ -66,14 +66,19 @@ class Decode:
         decode, decoder = partial(run, *args, **kwargs), model.decoder
         if reason := _whole_reason(decoder):
             return self._whole(decode, reason)
-        asked = _Asked(model)
+        asked = _Asked(model, self._ranks)
         try:
             with _standing_in(decoder, asked):
                 decode()
-        except Exception as error:  # if an argument is wrong, the decode itself will say so
+        except Exception as error:
+            if asked.decoding:
+                raise
+            # if an argument is wrong, the decode itself will say so
             return self._whole(decode, f"its tiles are not known beforehand: {first_line(error)}")
-        if len(asked.parts) != 1:
-            return _joined(decode, decoder, self._parts_apart(decoder, asked.parts))
+        if not asked.parts:
+            return self._whole(decode, "its decode does not call its decoder")
+        if len(asked.parts) > 1:
+            return _joined(decode, decoder, self._sent(asked))
         (part,) = asked.parts
         if not hasattr(decoder, "layout_for"):
             if reason := part.batch_reason(self._ranks.size):
@@ -90,25 +95,24 @@ class Decode:
         self._count(reason)
         return decode()
 
-    def _parts_apart(self, decoder: nn.Module, parts: Sequence[_Part]) -> list[Tensor]:
-        """The pixels of all calls, each part decoded on one rank."""
-        owners = _owners([part.size for part in parts], self._ranks.size)
-        mine = [at for at, owner in enumerate(owners) if owner == self._ranks.rank]
-        made = {at: parts[at].decoded(decoder) for at in mine}
+    def _sent(self, asked: _Asked) -> list[Tensor]:
+        """The pixels of all calls, each part of which one rank has decoded."""
+        asked.decode_last()
+        mine = {at: [(x.shape, x.dtype) for x in part.pixels] for at, part in enumerate(asked.parts) if part.pixels}
         kinds: dict[int, list[Any]] = {}
-        for theirs in self._agreement.objects({at: [(x.shape, x.dtype) for x in made[at]] for at in mine}):
+        for theirs in self._agreement.objects(mine):
             kinds |= theirs
         pixels: list[Tensor] = []
-        for at, (part, owner) in enumerate(zip(parts, owners, strict=True)):
+        for at, part in enumerate(asked.parts):
             shapes, (dtype, *_) = zip(*kinds[at], strict=True)
             frames = [shape[2] for shape in shapes]  # of images: rows
             samples, channels, _, *size = shapes[0]
-            if at in made:
-                pieces = made.pop(at)
-                whole = torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0].contiguous()
+            if part.pixels:
+                whole = torch.cat(part.pixels, dim=2) if len(frames) > 1 else part.pixels[0].contiguous()
+                part.pixels = []
             else:
                 whole = part.calls[0].sample.new_empty(samples, channels, sum(frames), *size, dtype=dtype)
-            self._ranks.send(whole, owner)
+            self._ranks.send(whole, part.owner)
             pixels += whole.split(frames, dim=2)
         return pixels
 
@@ -144,10 +148,18 @@ class _Call:
 
 
 class _Part:
-    """Calls of a decoder that belong together."""
+    """Calls of a decoder that belong together.
+
+    Attributes:
+        calls: One after the other.
+        owner: The rank that decodes it.
+        pixels: What it has decoded, call by call.
+    """
 
     def __init__(self) -> None:
         self.calls: list[_Call] = []
+        self.owner = 0
+        self.pixels: list[Tensor] = []
 
     @property
     def size(self) -> int:
@@ -166,40 +178,54 @@ class _Part:
             return f"a batch of {samples} is not split over {size} ranks (enable_tiling() makes tiles, which are)"
         return None
 
-    def decoded(self, decoder: nn.Module) -> list[Tensor]:
-        """The pixels of its calls."""
-        pixels, cache = [], None
+    def decode(self, decoder: nn.Module) -> None:
+        cache = None
         for call in self.calls:
             kwargs = call.kwargs
             if isinstance(kwargs.get("conv_cache"), _Call):
                 kwargs = {**kwargs, "conv_cache": cache}
             out = decoder(*call.args, **kwargs)
-            pixels.append(_pixels_of(out))
+            self.pixels.append(_pixels_of(out))
             cache = out[1] if isinstance(out, tuple) else None
-        return pixels
 
 
 class _Asked:
-    """Stands in for a decoder, and writes down what it is asked for.
+    """Stands in for a decoder, writes down what it is asked for, and has this rank decode its parts of that.
 
     Attributes:
         parts: That.
+        decoding: Whether a part is being decoded. A decode of a single part is not begun.
     """
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, vae: Any, ranks: Ranks) -> None:
         self.parts: list[_Part] = []
+        self.decoding = False
+        self._decoder, self._rank, self._work = vae.decoder, ranks.rank, [0] * ranks.size
         self._with_cache = _returns_cache(vae.decoder)
         self._channels = 3 * (getattr(vae.config, "patch_size", None) or 1) ** 2  # what a patch of pixels divides
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = _Call(args, kwargs)
         if not self.parts or not call.follows(self.parts[-1].calls[-1]):
+            if self.parts:
+                self.decode_last()
             self.parts.append(_Part())
         self.parts[-1].calls.append(call)
         sample = call.sample
         # all that is done with pixels is to cut, blend and join them, whatever their size
         pixels = torch.empty(len(sample), self._channels, *sample.shape[2:], device="meta", dtype=sample.dtype)
         return (pixels, call) if self._with_cache else pixels
+
+    def decode_last(self) -> None:
+        """Decode the last of the parts, on the rank that has the least to do so far."""
+        part, work = self.parts[-1], self._work
+        part.owner = work.index(min(work))
+        work[part.owner] += part.size
+        if part.owner == self._rank:
+            self.decoding = True
+            with _standing_in(self._decoder, None):
+                part.decode(self._decoder)
+            self.decoding = False
 
 
 def _joined(decode: Run, decoder: nn.Module, pixels: list[Tensor]) -> Any:
@@ -212,15 +238,6 @@ def _joined(decode: Run, decoder: nn.Module, pixels: list[Tensor]) -> Any:
 
     with _standing_in(decoder, hand_out):
         return decode()
-
-
-def _owners(sizes: Sequence[int], ranks: int) -> list[int]:
-    """Which rank decodes each part: the one that has the least to do so far."""
-    work, owners = [0] * ranks, []
-    for size in sizes:
-        owners.append(work.index(min(work)))
-        work[owners[-1]] += size
-    return owners
 
 
 def _pixels_of(out: Any) -> Tensor:
