@@ -13,9 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vidaccel.parallel.ranks import Ranks
+from vidaccel.parallel.ranks import Agreement, Ranks, shares
 
-__all__ = ["Frames", "Layout", "Tokens", "all_tokens", "frames", "layout", "spread", "tokens"]
+__all__ = [
+    "Frames",
+    "LatentFrames",
+    "Layout",
+    "Tokens",
+    "all_tokens",
+    "frames",
+    "latent_frames",
+    "layout",
+    "spread",
+    "tokens",
+]
 
 
 class Layout:
@@ -37,6 +48,41 @@ class Layout:
 
 class Frames(Layout):
     """The frames of a UNet's clip."""
+
+
+class LatentFrames(Layout):
+    """The latent frames of a clip that a causal VAE decodes: each convolution looks back at frames of the rank before.
+
+    The decoder gets all of them on every rank, and returns all pixels.
+
+    Args:
+        ranks: Over whom.
+        total: How many latent frames there are, or batches of them that are not cut.
+        least: How many of these are the frames that a convolution looks back at: every rank has as many.
+        agreement: Of the same ranks.
+    """
+
+    def __init__(self, ranks: Ranks, total: int, least: int, agreement: Agreement) -> None:
+        super().__init__(ranks, total)
+        self._least, self._agreement = least, agreement
+
+    @classmethod
+    def reason(cls, ranks: Ranks, total: int, least: int) -> str | None:
+        """Why so many cannot be spread, or None."""
+        few = f"{total} latent frames (or batches) are too few for {ranks.size} ranks, {least} for each"
+        return few if total < least * ranks.size else None
+
+    def stretches(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Where each rank's stretch of these frames begins and ends; if they are too few, the first rank has all."""
+        size, lengths = self.ranks.size, shares(end - start, self.ranks.size)
+        if lengths[-1] < self._least:
+            lengths = [end - start] + [0] * (size - 1)
+        ends = [start + sum(lengths[: rank + 1]) for rank in range(size)]
+        return list(zip([start, *ends], ends, strict=False))
+
+    def least(self, value: int) -> int:
+        """The smallest ``value`` that a rank has."""
+        return min(theirs for (theirs,) in self._agreement.all([value]))
 
 
 class Tokens(Layout):
@@ -113,6 +159,12 @@ def frames() -> Frames | None:
     """The same if frames are spread."""
     found = layout()
     return found if isinstance(found, Frames) else None
+
+
+def latent_frames() -> LatentFrames | None:
+    """The same if latent frames are spread."""
+    found = layout()
+    return found if isinstance(found, LatentFrames) else None
 
 
 def tokens() -> Tokens | None:

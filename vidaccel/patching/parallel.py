@@ -1,8 +1,9 @@
 """One clip on several GPUs: which axis the ranks of a process group split, and what each call of a model does for it.
 
 The ranks form a mesh of one or two axes: halves of guidance, and frames (UNets) or tokens (transformers). Each axis is
-a site of the report. Before a call, the hosts of all ranks compare what they are about to do: arguments of the same
-kind, and the same sites failed; what failed on one, all switch off.
+a site of the report. The decodes of a VAE are split over all ranks, whatever the axes are. Before a call, the hosts of
+all ranks compare what they are about to do: arguments of the same kind, and the same sites failed; what failed on one,
+all switch off.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Literal, Protocol, get_args
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from vidaccel.errors import UsageError, nearest
+from vidaccel.parallel.decode import Decode
 from vidaccel.parallel.guidance import Guidance
 from vidaccel.parallel.ranks import Agreement, RankError, Ranks, axes_of, join
 from vidaccel.patching.families import spread_for
@@ -96,11 +98,12 @@ class ParallelCall:
             self._failed = _digest(sorted((site.path, site.op) for site in _sites(model) if site.state == "failed"))
         facts = self._agreement.all([kind, values, self._failed])
         kinds, sums, failures = (set(column) for column in zip(*facts, strict=True))
+        name = type(model).__name__
         if len(kinds) > 1:
-            raise RankError("parallel: the ranks call the denoiser with arguments of different shapes or settings")
+            raise RankError(f"parallel: the ranks call {name} with arguments of different shapes or settings")
         if len(sums) > 1:
             raise RankError(
-                "parallel: the ranks call the denoiser with different values; give all the same seed, and call "
+                f"parallel: the ranks call {name} with different values; give all the same seed, and call "
                 "torch.manual_seed where a part draws without a generator"
             )
         if len(failures) > 1:
@@ -115,8 +118,10 @@ class ParallelCall:
         self._generation = -1
 
 
-def parallel_calls(pipe: Any, mode: Parallel, models: Mapping[str, nn.Module]) -> dict[str, ParallelCall]:
-    """How the calls of each denoiser in ``models`` are split over all ranks, by its name.
+def parallel_calls(
+    pipe: Any, mode: Parallel, models: Mapping[str, nn.Module], vaes: Iterable[str]
+) -> dict[str, ParallelCall]:
+    """How the calls of each denoiser in ``models``, and the decodes of ``vaes``, are split over all ranks, by name.
 
     Raises:
         UsageError: There is no process group; the mode is unknown, or neither the model nor the number of ranks
@@ -137,6 +142,11 @@ def parallel_calls(pipe: Any, mode: Parallel, models: Mapping[str, nn.Module]) -
         for axis, along in ranks.items():
             site = AxisSite(name, axis, along)
             call.add(site, _way(site, model))
+    world = Ranks(next(iter(ranks.values())).group) if len(ranks) == 1 else axes_of([agreement.size])[0]
+    for name in vaes:
+        calls[name] = call = ParallelCall(agreement)
+        site = AxisSite(name, "decode", world)
+        call.add(site, Decode(world, agreement, partial(_count, site)))
     return calls
 
 
@@ -192,13 +202,15 @@ def is_guided(pipe: Any) -> bool:
 
 
 def _way(site: AxisSite, model: nn.Module) -> Way:
-    def count(reason: str) -> None:
-        site.fallbacks[reason] += 1
-
+    count = partial(_count, site)
     if site.op == "guidance":
         return Guidance(site.ranks, count)
     way: Way = spread_for(model).way(site.ranks, count)
     return way
+
+
+def _count(site: Site, reason: str) -> None:
+    site.fallbacks[reason] += 1
 
 
 def _by(way: Way, run: Run, model: nn.Module, *args: Any, **kwargs: Any) -> Any:

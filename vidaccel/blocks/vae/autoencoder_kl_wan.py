@@ -56,6 +56,7 @@ from vidaccel.blocks.vae.causal_clip import (
     clip_of,
     conv_rows,
     decode_in_chunks,
+    decode_stretch,
     dropout_reason,
     images_of,
     out_of_memory,
@@ -71,6 +72,8 @@ from vidaccel.kernels.conv.pixel_shuffle import pixel_shuffle, pixel_shuffle_ref
 from vidaccel.kernels.conv.upsample_conv import upsample_cells, upsample_conv_ref
 from vidaccel.kernels.norm.rms_norm_silu import compile_ahead, rms_norm_silu, rms_norm_silu_ref
 from vidaccel.kernels.op import note, runs_triton
+from vidaccel.parallel.layout import LatentFrames, latent_frames
+from vidaccel.parallel.ranks import Agreement, Ranks
 from vidaccel.sites.block import GRADIENTS, SITES, FusedBlock, call_site, cut_corner, fuses
 from vidaccel.sites.memo import once_per_call
 from vidaccel.sites.plain import plain_reason
@@ -249,6 +252,20 @@ class FusedWanDecoder3d(FusedBlock, WanDecoder3d):
         if torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in self.parameters())):
             return GRADIENTS
         return self.left_alone_reason(self) or self.call_reason(x, None)
+
+    def layout_for(
+        self, ranks: Ranks, agreement: Agreement, frames: int, x: Tensor, feat_cache: Any = None, feat_idx: Any = None,
+        first_chunk: bool = False,
+    ) -> LatentFrames | str:  # fmt: skip
+        """How ``frames`` latent frames, of which ``x`` is the first, are decoded on several ranks, or why they are not.
+
+        The other arguments are those of the first call.
+        """
+        if reason := self._beginning_reason(x, feat_cache, first_chunk):
+            return reason
+        if _clip_behind(x).shape[2] != frames:
+            return "its latent frames come one by one"
+        return LatentFrames.reason(ranks, frames, BEFORE) or LatentFrames(ranks, frames, BEFORE, agreement)
 
     def call_reason(self, clip: Tensor, progress: _Progress | None) -> str | None:
         if not self.runs("whole_clip"):
@@ -455,6 +472,7 @@ class _Decode:
     def run(self, latents: Tensor, halos: Halos, keep: bool) -> tuple[Tensor, Halos | None]:
         """The pixels, and what the next frames need if that is to be kept."""
         decoder, rate, begins = self._decoder, self._rate, not halos
+        over = latent_frames() if begins and not keep else None
         samples, _, frames, height, width = latents.shape
         scale = 2 ** sum(True for _ in _upsamplers(decoder))
         height, width = height * scale, width * scale
@@ -465,22 +483,29 @@ class _Decode:
         pixels = latents.new_empty(samples, len(decoder.conv_out.weight), pixel_frames(frames), height, width)
 
         def decode(start: int, end: int) -> None:
-            nonlocal halos
-            out = pixels[:, :, pixel_frames(start) : pixel_frames(end)]
-            halos = self._chunk(latents[:, :, start:end], halos, out, keep or end < frames)
+            follows = keep or end < frames
 
-        needs = partial(decode_bytes, decoder, latents)
+            def stretch(start: int, end: int, out: Tensor, ranks: Ranks | None) -> None:
+                nonlocal halos
+                halos = self._chunk(latents[:, :, start:end], halos, out, follows, ranks)
+
+            out = pixels[:, :, pixel_frames(start) : pixel_frames(end)]
+            decode_stretch(start, end, out, pixel_frames, stretch, over)
+
+        def needs(frames: int) -> int:
+            return decode_bytes(decoder, latents, frames if over is None else over.stretches(0, frames)[0][1])
+
         explain = partial(out_of_memory, samples, height, width)
-        step = decode_in_chunks(frames, latents.device, needs, decode, explain)
+        step = decode_in_chunks(frames, latents.device, needs, decode, explain, over)
         made = pixel_frames(step)
         piece = _frames_of_a_piece(decoder, latents, made)
         then = "" if piece == made else f", {piece} of {made} in the last up-blocks"
         tell_chunk(decoder, "whole_clip", step, frames, then)
         return pixels, halos if keep else None
 
-    def _chunk(self, latents: Tensor, halos: Halos, out: Tensor, keep: bool) -> Halos:
+    def _chunk(self, latents: Tensor, halos: Halos, out: Tensor, keep: bool, ranks: Ranks | None = None) -> Halos:
         decoder = self._decoder
-        chunk = Chunk(Sum(latents), halos, keep)
+        chunk = Chunk(Sum(latents), halos, keep, ranks)
         buffer = _behind(halos.get(decoder.conv_in), latents)
         chunk.keep_of(decoder.conv_in, buffer)
         chunk.flow = Sum(conv_rows(buffer, decoder.conv_in), decoder.conv_in.bias)
@@ -495,7 +520,7 @@ class _Decode:
             self._up_block(chunk, block)
         frames = out.shape[2]
         step = _frames_of_a_piece(decoder, latents, frames)
-        if step == frames:
+        if step == frames or ranks is not None:  # the next rank waits for the last frames, which come last in pieces
             self._to_pixels(chunk, first, out)
             return chunk.following
         flow = chunk.flow
@@ -565,7 +590,7 @@ class _Decode:
             self._upsample(chunk, upsampler, block.resnets[-1])
         if shortcut is not None:
             # of the first frame of a clip, time has made one frame: the last of its cell
-            skip = 0 if chunk.halos else shortcut.factor_t - 1
+            skip = shortcut.factor_t - 1 if chunk.begins else 0
             chunk.flow = replace(chunk.flow, residual=chunk.kept, factor_t=shortcut.factor_t, skip=skip)
             chunk.kept = None
 
@@ -625,7 +650,8 @@ class _Decode:
         added = self._largest.get(before.conv2)
         if added is None or not all(conv in self._largest for conv in convolutions):
             return None
-        return scale_to_fit(flow.residual, added, convolutions)
+        scale = scale_to_fit(flow.residual, added, convolutions)
+        return scale if chunk.ranks is None else chunk.ranks.least(scale)
 
     def _scaled_sum(self, chunk: Chunk, scale: Tensor) -> None:
         """What flows, all of it added, times ``scale``, in float16."""
@@ -646,21 +672,22 @@ class _Decode:
     def _double(self, chunk: Chunk, conv: Any, scale: Tensor | None) -> None:
         """Every frame becomes two, but for the first of a clip, which the convolution over time never sees."""
         x = chunk.flow.x
-        halo, first = chunk.halos.get(conv), not chunk.halos
-        frames = x[:, first:]
-        if chunk.keep:
-            before = x.new_zeros(len(x), BEFORE, *x.shape[2:]) if halo is None else halo
+        halo, first = chunk.halos.get(conv), chunk.begins
+        frames = buffer = x[:, first:]
+        before = x.new_zeros(len(x), BEFORE + first, *x.shape[2:]) if halo is None else halo
+        if looks_back := halo is not None or chunk.ranks is not None:
+            buffer = torch.cat([before, frames], dim=1)
+            chunk.keep_of(conv, buffer)
+        elif chunk.keep:
             chunk.keep_of(conv, torch.cat([before, frames[:, -BEFORE:]], dim=1))
         count = frames.shape[1]
         if count == 0:
             return
-        if halo is not None:
-            made = conv_rows(torch.cat([halo, frames], dim=1), conv)
-        else:  # zeros are before: of one more made[:, 0], which keeps a place for the first frame; those behind are cut
-            made = conv_rows(frames, conv, padding=(BEFORE + first, 0, 0))[:, : first + count]
+        # Zeros are before the first clip's. One more of them keeps a place for its first frame; those behind are cut.
+        made = conv_rows(buffer, conv) if looks_back else conv_rows(frames, conv, padding=(BEFORE + first, 0, 0))
         bias = conv.bias if scale is None else conv.bias * scale
         run = pixel_shuffle if self._decoder.runs("pixel_shuffle") else pixel_shuffle_ref
-        doubled = run(made, bias, cell=(2, 1, 1), drop=int(first))
+        doubled = run(made[:, : first + count], bias, cell=(2, 1, 1), drop=int(first))
         doubled[:, :first] = x[:, :first]
         chunk.flow = Sum(doubled)
 
