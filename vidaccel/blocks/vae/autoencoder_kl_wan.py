@@ -7,8 +7,9 @@ each convolution's input carried on to the next. Clips are rows ``[B, F, H, W, C
 last. ``rms_norm_silu`` writes a convolution's input behind the frames that it looks back at, and adds the bias and
 the residual that the convolution before has left out, and behind an upsampler puts the pixels in place.
 
-From where on a clip has all its frames, its tensors may be larger than a convolution does well with. The last up-blocks
-then work on a piece of the frames after the other, from what all of them have been given to the pixels.
+In the last up-blocks, which leave the number of frames as it is, tensors may be too large for cuDNN's faster
+convolutions. Then these blocks and the last convolution work on some frames at a time (a piece), and the last two
+frames of each convolution's input are carried on to the next piece.
 
 The caller is left as it is: it asks for frame after frame. What it passes first is a view of frame 0 of latents whose
 storage holds the clip and nothing else, so that is decoded, and the frames are handed out call by call. What has been
