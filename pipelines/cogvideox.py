@@ -7,8 +7,10 @@ to block, and all between two products is one pass (``gated_residual_norm``, ``q
 from __future__ import annotations
 
 from vidaccel.blocks.dit.cogvideox_transformer_3d import FusedCogVideoXBlock
+from vidaccel.blocks.dit.sequence import Sequence
 from vidaccel.sites.rules import Swap
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "SPREAD"]
 
 RULES = {"CogVideoXTransformer3DModel": (Swap(FusedCogVideoXBlock),)}
+SPREAD = {"CogVideoXTransformer3DModel": Sequence("transformer_blocks")}

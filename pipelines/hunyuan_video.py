@@ -8,6 +8,7 @@ upsamples a clip, and its attention needs no mask of all pairs of tokens (``padd
 
 from __future__ import annotations
 
+from vidaccel.blocks.dit.sequence import Sequence
 from vidaccel.blocks.dit.transformer_hunyuan_video import (
     FusedHunyuanVideoSingleTransformerBlock,
     FusedHunyuanVideoTokenReplaceSingleTransformerBlock,
@@ -17,7 +18,7 @@ from vidaccel.blocks.dit.transformer_hunyuan_video import (
 from vidaccel.blocks.vae.autoencoder_kl_hunyuan_video import FusedHunyuanVideoDecoder3D
 from vidaccel.sites.rules import Swap
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "SPREAD"]
 
 _BLOCKS = (Swap(FusedHunyuanVideoTransformerBlock), Swap(FusedHunyuanVideoSingleTransformerBlock))
 
@@ -30,3 +31,4 @@ RULES = {
     ),
     "HunyuanVideoFramepackTransformer3DModel": _BLOCKS,
 }
+SPREAD = {"HunyuanVideoTransformer3DModel": Sequence("transformer_blocks", "single_transformer_blocks")}

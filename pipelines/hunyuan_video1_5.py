@@ -7,9 +7,11 @@ thirds of its time on a mask that hides nothing else; norms, modulations, gates 
 
 from __future__ import annotations
 
+from vidaccel.blocks.dit.sequence import Sequence
 from vidaccel.blocks.dit.transformer_hunyuan_video15 import FusedHunyuanVideo15TransformerBlock
 from vidaccel.sites.rules import Swap
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "SPREAD"]
 
 RULES = {"HunyuanVideo15Transformer3DModel": (Swap(FusedHunyuanVideo15TransformerBlock),)}
+SPREAD = {"HunyuanVideo15Transformer3DModel": Sequence("transformer_blocks")}

@@ -7,15 +7,17 @@ instead of once for each token (``modulation_rows``).
 
 from __future__ import annotations
 
+from vidaccel.blocks.dit.sequence import Sequence
 from vidaccel.blocks.dit.transformer_wan import FusedWanTimeTextImageEmbedding, FusedWanTransformerBlock
 from vidaccel.blocks.dit.transformer_wan_animate import FusedWanAnimateTransformerBlock
 from vidaccel.blocks.dit.transformer_wan_vace import FusedWanVACETransformerBlock
 from vidaccel.sites.rules import Swap
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "SPREAD"]
 
 RULES = {
     "WanTransformer3DModel": (Swap(FusedWanTransformerBlock), Swap(FusedWanTimeTextImageEmbedding)),
     "WanVACETransformer3DModel": (Swap(FusedWanTransformerBlock), Swap(FusedWanVACETransformerBlock)),
     "WanAnimateTransformer3DModel": (Swap(FusedWanAnimateTransformerBlock),),
 }
+SPREAD = {"WanTransformer3DModel": Sequence("blocks")}

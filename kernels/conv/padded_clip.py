@@ -143,10 +143,10 @@ def padded_lines(
     the line is one number for the tile, and costs next to nothing.
 
     Returns:
-        The sample; the pixel within all clips, or all halos where ``front`` holds; ``front``, whether the tile is in
-        the halo; ``there``, whether a pixel is copied at all, not zero; ``inner``, whether it is a pixel of the clip
-        itself, of which there is one for each; the pixel within all padded clips; ``within``, whether it is in the
-        line.
+        The sample; the frame of the clip; the pixel within the frame; the pixel within all clips, or all halos where
+        ``front`` holds; ``front``, whether the tile is in the halo; ``there``, whether a pixel is copied at all, not
+        zero; ``inner``, whether it is a pixel of the clip itself, of which there is one for each; the pixel within all
+        padded clips; ``within``, whether it is in the line.
     """
     line_width = height * width if BORDER == 0 else width + 2 * BORDER
     line_tiles = tl.cdiv(line_width, BLOCK_M)
@@ -172,10 +172,12 @@ def padded_lines(
         if PIXEL_MODE == "zeros":
             there = there & in_picture
         line_width = width
-    of_clip = sample.to(tl.int64) * frames + tl.minimum(tl.maximum(frame, 0), frames - 1)
     of_halo = sample.to(tl.int64) * before + frame + before
-    pixel = tl.where(front, of_halo, of_clip) * (height * width) + y * line_width + x
-    return sample, pixel, front, there, inner, target, within
+    frame = tl.minimum(tl.maximum(frame, 0), frames - 1)
+    of_clip = sample.to(tl.int64) * frames + frame
+    place = y * line_width + x
+    pixel = tl.where(front, of_halo, of_clip) * (height * width) + place
+    return sample, frame, place, pixel, front, there, inner, target, within
 
 
 @triton.jit

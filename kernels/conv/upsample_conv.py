@@ -12,14 +12,12 @@ read the same windows, those of ``x`` padded by one pixel, so they are the outpu
 
 which takes 4 / 9 of the multiplications and never stores the upsampled input. cuDNN runs it; a kernel here puts the
 pixels into place and adds the bias on the way, which PyTorch does in a kernel of its own, and computes the statistics
-for a norm behind it (``channel_statistics.py``). Channels-last memory.
+for a norm behind it (``channel_statistics.py``). Where that norm's kernel can read the cells z as they are
+(``enlarged_clip.py``), :func:`upsample_cells` leaves them to it, the bias too. Channels-last memory.
 
 The weights are added in float32 and rounded to the dtype of ``x`` once, which is one rounding more per product than
 eager has; z and y are rounded where eager rounds. A kernel adds them at every call, in one pass bound by memory: they
 may be changed in place between two calls, and nothing would tell. Fidelity: math-exact. Bound by the convolution.
-
-A convolution of float32 may work on float16 numbers: x is then ``scale`` times what it stands for, such that float16
-holds it and z, and y is float32 and scaled back.
 
 For a few shapes cuDNN has only a kernel for older tensor cores, at less than half the speed (on an H100, 32 images of
 1280 x 16 x 16: 310 TFLOP/s, where 28 of 1280 x 9 x 16 have 690), though not for half as many images. So the whole batch
@@ -42,6 +40,7 @@ from vidaccel.kernels import settings
 from vidaccel.kernels.arguments import require_floats
 from vidaccel.kernels.channels_last import channels_last, channels_last_strides
 from vidaccel.kernels.check import Part, cuts
+from vidaccel.kernels.conv.enlarged_clip import cells_of_rows, rows_of_cells
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.norm.channel_statistics import (
     FOLD,
@@ -61,9 +60,11 @@ from vidaccel.kernels.norm.channel_statistics import (
 from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason, scaled, tensors_reason
 
 __all__ = [
+    "UPSAMPLE_CELLS",
     "UPSAMPLE_CONV",
     "UPSAMPLE_CONV_AND_STATISTICS",
     "compile_ahead",
+    "upsample_cells",
     "upsample_conv",
     "upsample_conv_and_statistics",
     "upsample_conv_and_statistics_ref",
@@ -78,15 +79,18 @@ CHANNEL_STEP = 8  # that output channels are divisible by
 MEASURED_FLOPS = 5e10  # of the convolution; a smaller one takes too little of a model's time
 
 
-def upsample_conv_ref(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None = None) -> Tensor:
+def upsample_conv_ref(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The specification. Pass float64 inputs for gold values."""
     if not (x.numel() and len(weight)):
-        return _empty_output(x, weight, bias, scale)
+        return _empty_output(x, weight, bias)
     upsampled = F.interpolate(x, scale_factor=2.0, mode="nearest")
-    if scale is None:
-        return channels_last(F.conv2d(upsampled, weight.to(x.dtype), bias.to(x.dtype), padding=1))
-    z = F.conv2d(upsampled, weight.to(x.dtype), padding=1)
-    return channels_last(z.to(_dtype(x, scale)) / scale + bias.view(-1, 1, 1))
+    bias = None if bias is None else bias.to(x.dtype)
+    return channels_last(F.conv2d(upsampled, weight.to(x.dtype), bias, padding=1))
+
+
+def upsample_cells_ref(x: Tensor, weight: Tensor) -> Tensor:
+    """The specification; zeros where cells at the edges are of no pixel."""
+    return cells_of_rows(upsample_conv_ref(x, weight, None).permute(0, 2, 3, 1))
 
 
 def upsample_conv_and_statistics_ref(x: Tensor, weight: Tensor, bias: Tensor, chunk_rows: int) -> tuple[Tensor, Tensor]:
@@ -149,9 +153,9 @@ def _cells_kernel(
 
 @triton.jit(do_not_specialize=["height", "width"])
 def _interleave_kernel(
-    z_ptr, bias_ptr, scale_ptr, y_ptr,
+    z_ptr, bias_ptr, y_ptr,
     height, width, channels,
-    HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A line of y is what a line of cells has of it, one after the other, but for half a cell at either end."""
     line_blocks = tl.cdiv(width * channels, BLOCK)
@@ -166,8 +170,6 @@ def _interleave_kernel(
     cell = of_line // (2 * channels)
     z_ptr += (cells * 4 + below % 2 * 2) * channels
     y = tl.load(z_ptr + cell * 4 * channels + of_line % (2 * channels), mask=mask, other=0.0).to(tl.float32)
-    if HAS_SCALE:
-        y *= 1.0 / tl.load(scale_ptr)
     y += tl.load(bias_ptr + of_line % channels).to(tl.float32)
     tl.store(y_ptr + line.to(tl.int64) * width * channels + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -217,13 +219,13 @@ def _cells_launch(weight: Tensor) -> Launch:
     )  # fmt: skip
 
 
-def _interleave_launch(shape: tuple[int, ...], scaled: bool) -> Launch:
+def _interleave_launch(shape: tuple[int, ...]) -> Launch:
     """For a result of this shape."""
     samples, channels, height, width = shape
     return Launch(
         _interleave_kernel, (samples * height * triton.cdiv(width * channels, BLOCK),),
         height, width, channels,
-        HAS_SCALE=scaled, BLOCK=BLOCK,
+        BLOCK=BLOCK,
         num_warps=NUM_WARPS,
     )  # fmt: skip
 
@@ -241,11 +243,6 @@ def _interleave_statistics_launch(shape: tuple[int, ...], tiling: Tiling) -> Lau
 def _shape(x: Tensor, weight: Tensor) -> tuple[int, ...]:
     """The result's."""
     return x.shape[0], weight.shape[0], 2 * x.shape[2], 2 * x.shape[3]
-
-
-def _dtype(x: Tensor, scale: Tensor | None) -> torch.dtype:
-    """The result's."""
-    return x.dtype if scale is None else torch.promote_types(x.dtype, torch.float32)
 
 
 Put = Callable[[Tensor, slice], None]  # puts the pixels of what the convolution makes of some images into place
@@ -269,21 +266,19 @@ def _bind_cells(batches: int, x: Tensor, weight: Tensor) -> tuple[list[slice], C
     return images, convolve
 
 
-def _bind(batches: int, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None) -> Callable[..., Tensor]:
+def _bind(batches: int, x: Tensor, weight: Tensor, bias: Tensor) -> Callable[..., Tensor]:
     """Runs the images in so many batches."""
-    shape, dtype = _shape(x, weight), _dtype(x, scale)
+    shape = _shape(x, weight)
     strides = channels_last_strides(shape)
     images, convolve = _bind_cells(batches, x, weight)
-    launches = {
-        some.start: _interleave_launch((some.stop - some.start, *shape[1:]), scale is not None) for some in images
-    }
+    launches = {some.start: _interleave_launch((some.stop - some.start, *shape[1:])) for some in images}
 
-    def run(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None) -> Tensor:
-        y = x.new_empty_strided(shape, strides, dtype=dtype)
-        bias = bias.to(dtype).contiguous()
+    def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        y = x.new_empty_strided(shape, strides)
+        bias = bias.to(x.dtype).contiguous()
 
         def put(z: Tensor, some: slice) -> None:
-            launches[some.start](z, bias, scale, y[some])
+            launches[some.start](z, bias, y[some])
 
         convolve(x, weight, put)
         return y
@@ -316,12 +311,28 @@ def _bind_with_statistics(
     return run
 
 
-def _whole(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None) -> Tensor:
-    return _bind(1, x, weight, bias, scale)(x, weight, bias, scale)
+def _bind_to_cells(x: Tensor, weight: Tensor) -> Callable[..., Tensor]:
+    _, convolve = _bind_cells(1, x, weight)
+    channels = weight.shape[0]
+
+    def run(x: Tensor, weight: Tensor) -> Tensor:
+        made = []
+        convolve(x, weight, lambda z, some: made.append(z))
+        return made[0].permute(0, 2, 3, 1).unflatten(-1, (4, channels))
+
+    return run
 
 
-def _halves(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None) -> Tensor:
-    return _bind(2, x, weight, bias, scale)(x, weight, bias, scale)
+def _whole(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return _bind(1, x, weight, bias)(x, weight, bias)
+
+
+def _halves(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return _bind(2, x, weight, bias)(x, weight, bias)
+
+
+def _whole_to_cells(x: Tensor, weight: Tensor) -> Tensor:
+    return _bind_to_cells(x, weight)(x, weight)
 
 
 def _whole_with_statistics(x: Tensor, weight: Tensor, bias: Tensor, chunk_rows: int) -> tuple[Tensor, Tensor]:
@@ -332,9 +343,14 @@ def _halves_with_statistics(x: Tensor, weight: Tensor, bias: Tensor, chunk_rows:
     return _bind_with_statistics(2, x, weight, bias, chunk_rows)(x, weight, bias, chunk_rows)
 
 
-def _empty_output(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None = None) -> Tensor:
+def _empty_output(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     shape = _shape(x, weight)
-    return x.new_empty_strided(shape, channels_last_strides(shape), dtype=_dtype(x, scale))
+    return x.new_empty_strided(shape, channels_last_strides(shape))
+
+
+def _empty_cells(x: Tensor, weight: Tensor) -> Tensor:
+    samples, _, height, width = x.shape
+    return x.new_empty(samples, height + 1, width + 1, 4, len(weight))
 
 
 def _empty_outputs(x: Tensor, weight: Tensor, bias: Tensor, chunk_rows: int) -> tuple[Tensor, Tensor]:
@@ -342,16 +358,20 @@ def _empty_outputs(x: Tensor, weight: Tensor, bias: Tensor, chunk_rows: int) -> 
     return _empty_output(x, weight, bias), empty_parts(x, samples, height * width, chunk_rows, channels)
 
 
-def _reason(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None) -> str | None:
-    if not (x.numel() and len(weight)):
-        return "there is nothing to multiply"
-    if reason := device_reason(x):
+def _reason(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
+    if reason := _cells_reason(x, weight):
         return reason
-    if weight.dtype != _dtype(x, scale):
-        return f"weight must have the dtype of the result, {_dtype(x, scale)}, got {weight.dtype}"
+    if weight.dtype != x.dtype:
+        return f"weight must have the dtype of x, {x.dtype}, got {weight.dtype}"
     if weight.shape[0] % CHANNEL_STEP:
         return f"the kernel takes output channels divisible by {CHANNEL_STEP}, got {weight.shape[0]}"
-    return tensors_reason(x, weight, bias, scale)
+    return tensors_reason(x, bias)
+
+
+def _cells_reason(x: Tensor, weight: Tensor) -> str | None:
+    if not (x.numel() and len(weight)):
+        return "there is nothing to multiply"
+    return device_reason(x) or tensors_reason(x, weight)
 
 
 def _halves_reason(x: Tensor, *others: Any) -> str | None:
@@ -359,11 +379,11 @@ def _halves_reason(x: Tensor, *others: Any) -> str | None:
 
 
 def _statistics_reason(x: Tensor, weight: Tensor, bias: Tensor, chunk_rows: int) -> str | None:
-    return _reason(x, weight, bias, None)
+    return _reason(x, weight, bias)
 
 
 def _statistics_halves_reason(x: Tensor, weight: Tensor, bias: Tensor, chunk_rows: int) -> str | None:
-    return _halves_reason(x, weight, bias, None)
+    return _halves_reason(x, weight, bias)
 
 
 def _flops(x: Tensor, weight: Tensor) -> int:
@@ -380,7 +400,7 @@ def _measures(x: Tensor, weight: Tensor, *others: Any) -> bool:
 
 
 def _measures_with_statistics(x: Tensor, weight: Tensor, bias: Tensor, chunk_rows: int) -> bool:
-    return _measures(x, weight, bias, None)
+    return _measures(x, weight, bias)
 
 
 def _key(x: Tensor, weight: Tensor, *others: Any) -> dict[str, Any]:
@@ -392,10 +412,25 @@ def _key(x: Tensor, weight: Tensor, *others: Any) -> dict[str, Any]:
     }
 
 
-def _parts(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None) -> Iterator[Part]:
+def _parts(x: Tensor, weight: Tensor, bias: Tensor) -> Iterator[Part]:
     for image, channels in _images_and_channels(x, weight):
-        args = x[image], weight[channels], bias[channels], scale
+        args = x[image], weight[channels], bias[channels]
         yield Part(args, functools.partial(_of_y, image, channels))
+
+
+def _parts_to_cells(x: Tensor, weight: Tensor) -> Iterator[Part]:
+    for image, channels in _images_and_channels(x, weight):
+        args = x[image], weight[channels]
+        yield Part(args, functools.partial(_of_cells, image, channels), _all_of_cells)
+
+
+def _of_cells(image: slice, channels: slice, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return _all_of_cells((outputs[0][image][..., channels],))
+
+
+def _all_of_cells(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Without what is of no pixel."""
+    return (rows_of_cells(outputs[0]),)
 
 
 def _of_y(image: slice, channels: slice, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -424,21 +459,30 @@ def _images_and_channels(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, sli
             yield images, channels
 
 
-def _validate(op: str, x: Tensor, weight: Tensor, bias: Tensor, scale: Any = None) -> None:
-    require_floats(op, x=x, weight=weight, bias=bias, scale=scale)
+def _validate(op: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    require_floats(op, x=x, weight=weight, bias=bias)
     if x.ndim != 4 or not x.shape[1]:
         raise ValueError(f"{op}: x must be [N, C_in, H, W] with channels, got {tuple(x.shape)}")
     if weight.ndim != 4 or weight.shape[1:] != (x.shape[1], 3, 3):
         raise ValueError(f"{op}: weight must be [C, {x.shape[1]}, 3, 3], got {tuple(weight.shape)}")
-    if bias.shape != weight.shape[:1]:
+    if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{op}: bias must be [{weight.shape[0]}], got {tuple(bias.shape)}")
-    if scale is not None and scale.shape != (1,):
-        raise ValueError(f"{op}: scale must be [1], got {tuple(scale.shape)}")
 
 
 def _validate_with_statistics(x: Tensor, weight: Tensor, bias: Tensor, chunk_rows: int) -> None:
     _validate("upsample_conv_and_statistics", x, weight, bias)
 
+
+UPSAMPLE_CELLS = Op(
+    "upsample_cells",
+    reference=upsample_cells_ref,
+    implementations={"whole": Implementation(_whole_to_cells, _cells_reason, _bind_to_cells, registered=True)},
+    fake=_empty_cells,
+    costs=_costs,
+    parts=_parts_to_cells,
+    validate=functools.partial(_validate, "upsample_cells"),
+    small=scaled(0),  # x
+)
 
 UPSAMPLE_CONV = Op(
     "upsample_conv",
@@ -480,27 +524,41 @@ UPSAMPLE_CONV_AND_STATISTICS = Op(
 )
 
 
-def upsample_conv(
-    x: Tensor, weight: Tensor, bias: Tensor, *, scale: Tensor | None = None, impl: str | None = None
-) -> Tensor:  # fmt: skip
-    """``F.conv2d(F.interpolate(x / scale, scale_factor=2, mode="nearest"), weight, bias, padding=1)``.
+def upsample_cells(x: Tensor, weight: Tensor, *, impl: str | None = None) -> Tensor:
+    """:func:`upsample_conv` without its bias, the pixels where the convolution leaves them.
 
     Args:
         x: ``[N, C_in, H, W]``, fp16 / bf16 / fp32.
-        weight: ``[C, C_in, 3, 3]``, as ``x``; with a scale fp32, rounded to ``x.dtype``.
-        bias: ``[C]``, any float dtype; rounded to that of the result first.
-        scale: ``[1]``, fp32, a power of two: x, and what the convolution leaves in its dtype, are so many times what
-            they stand for. None: x is what it is.
-        impl: ``"whole"``, ``"halves"`` or ``"torch"``; None lets the op choose.
+        weight: ``[C, C_in, 3, 3]``, any float dtype; the sums of its taps are rounded to that of x.
+        impl: ``"whole"`` or ``"torch"``; None lets the op choose.
 
     Returns:
-        ``[N, C, 2 H, 2 W]`` in ``x.dtype``, with a scale in fp32; channels innermost in memory.
+        ``[N, H + 1, W + 1, 4, C]`` in ``x.dtype``, contiguous, of which ``enlarged_clip.py`` says where each pixel is.
 
     Raises:
         ValueError: A shape or device is not as above, or ``impl`` cannot run here.
         TypeError: A tensor is not floating-point.
     """
-    return UPSAMPLE_CONV(x, weight, bias, scale, impl=impl)
+    return UPSAMPLE_CELLS(x, weight, impl=impl)
+
+
+def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor, *, impl: str | None = None) -> Tensor:
+    """``F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, bias, padding=1)``.
+
+    Args:
+        x: ``[N, C_in, H, W]``, fp16 / bf16 / fp32.
+        weight: ``[C, C_in, 3, 3]``, as ``x``.
+        bias: ``[C]``, any float dtype; rounded to that of ``x`` first.
+        impl: ``"whole"``, ``"halves"`` or ``"torch"``; None lets the op choose.
+
+    Returns:
+        ``[N, C, 2 H, 2 W]`` in ``x.dtype``; channels innermost in memory.
+
+    Raises:
+        ValueError: A shape or device is not as above, or ``impl`` cannot run here.
+        TypeError: A tensor is not floating-point.
+    """
+    return UPSAMPLE_CONV(x, weight, bias, impl=impl)
 
 
 def upsample_conv_and_statistics(
@@ -521,7 +579,7 @@ def compile_ahead(weight: Tensor, *, statistics: bool = False) -> None:
     if channels % CHANNEL_STEP or dtype not in DTYPES:
         return
     if not statistics:
-        _interleave_launch((1, channels, 2, 2), False).compile_ahead(weight.device, dtype, dtype, dtype, dtype)
+        _interleave_launch((1, channels, 2, 2)).compile_ahead(weight.device, dtype, dtype, dtype)
         return
     for side in (2, 2048):  # small images, and large ones
         shape = 1, channels, side, side

@@ -19,8 +19,11 @@ two reads and writes, where eager makes 15 passes and more. ``"normalize"`` is t
 and ``HunyuanVideo15RMS_norm``, ``"mean"`` that of its ``RMSNorm``, and of LTX-2's ``PerChannelRMSNorm``, which rounds
 the mean square too.
 
+Behind an upsampler x may be the cells that its convolution leaves, and the residual a clip half as large whose numbers
+serve several pixels (``enlarged_clip``): the pixels are read where they are, and z is the first that is put into place.
+
 With ``out_dtype``, a convolution of a float32 clip may work on 16-bit numbers: y, and x if it is such a convolution's
-output, have that dtype, while sums and norm are float32 all the way.
+output, have that dtype, while sums and norm are float32 all the way. ``x_scale`` says how many times too large x is.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from torch import Tensor
 
 from vidaccel.kernels.arguments import require_floats
 from vidaccel.kernels.check import Part, pieces
+from vidaccel.kernels.conv.enlarged_clip import enlarged, pixel_in_cells, pixel_in_shortcut, rows_of_cells, small_frames
 from vidaccel.kernels.conv.padded_clip import NO_PADDING, Padding, pad_clip, padded_lines, padded_tiles, require_padding
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.norm.group_norm_silu import apply_silu
@@ -59,6 +63,9 @@ def rms_norm_silu_ref(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     halo: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    factor_t: int = 0,
+    skip: int = 0,
     padding: Padding = NO_PADDING,
     kind: str = "normalize",
     eps: float = EPS,
@@ -70,7 +77,12 @@ def rms_norm_silu_ref(
     """The specification; nothing happens in place. Pass float64 inputs for gold values, which stay float64."""
     if out_dtype is not None:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-    z = x if bias is None else x + bias.to(x.dtype)
+    if x.ndim == 6:
+        x = rows_of_cells(x)
+    z = x if x_scale is None else x / x_scale.to(x.dtype)
+    z = z if bias is None else z + bias.to(x.dtype)
+    if residual is not None and factor_t:
+        residual = enlarged(residual, x.shape[-1], x.shape[1], factor_t, skip)
     if residual is not None:
         z = z + (residual if residual_bias is None else residual + residual_bias.to(x.dtype))
     wide = z.float() if z.dtype.itemsize == 2 else z
@@ -109,13 +121,27 @@ def _load_parts(ptr, channels, BLOCK_C: tl.constexpr, PARTS: tl.constexpr):
     return parts
 
 
-@triton.jit(do_not_specialize=["samples", "before", "frames", "padded_frames", "height", "width"])
+@triton.jit
+def _one_of_two(pair, second, DTYPE: tl.constexpr):
+    """The first of two numbers that were read as one integer, or the second of them."""
+    bits: tl.constexpr = DTYPE.primitive_bitwidth
+    one = pair >> (second * bits).to(pair.dtype)
+    return one.to(tl.int16 if bits == 16 else tl.int32).to(DTYPE, bitcast=True)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "samples", "before", "frames", "padded_frames", "height", "width", "residual_frames", "skip",
+    ]
+)  # fmt: skip
 def _rms_norm_silu_kernel(
-    x_ptr, gamma_ptr, bias_ptr, residual_ptr, residual_bias_ptr, scale_ptr, shift_ptr, halo_ptr, z_ptr, y_ptr,
-    samples, before, frames, padded_frames, height, width, channels,
+    x_ptr, gamma_ptr, bias_ptr, residual_ptr, residual_bias_ptr, scale_ptr, shift_ptr, halo_ptr, x_scale_ptr,
+    z_ptr, y_ptr,
+    samples, before, frames, padded_frames, height, width, channels, residual_frames, skip,
     gain, eps,
     HAS_GAMMA: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_RESIDUAL_BIAS: tl.constexpr,
-    HAS_SHIFT: tl.constexpr, HAS_HALO: tl.constexpr,
+    HAS_SHIFT: tl.constexpr, HAS_HALO: tl.constexpr, HAS_X_SCALE: tl.constexpr,
+    CELLS: tl.constexpr, FACTOR_T: tl.constexpr, STEP: tl.constexpr,
     BORDER: tl.constexpr, FRAME_MODE: tl.constexpr, PIXEL_MODE: tl.constexpr,
     KIND: tl.constexpr, KEEP: tl.constexpr, SILU: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
@@ -128,26 +154,41 @@ def _rms_norm_silu_kernel(
         bias = _load_parts(bias_ptr, channels, BLOCK_C, PARTS)
     if HAS_RESIDUAL_BIAS:
         residual_bias = _load_parts(residual_bias_ptr, channels, BLOCK_C, PARTS)
+    if HAS_X_SCALE:
+        unscaled = 1.0 / tl.load(x_scale_ptr)
     tiles = padded_tiles(samples, padded_frames, height, width, BORDER, BLOCK_M)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
-        sample, pixel, front, there, inner, target, within = padded_lines(
+        sample, frame, place, pixel, front, there, inner, target, within = padded_lines(
             tile, before, frames, padded_frames, height, width,
             BORDER, FRAME_MODE, PIXEL_MODE, HAS_HALO, BLOCK_M,
         )  # fmt: skip
         of_clip = there
         if HAS_HALO:
             of_clip = there & ~front
+        row, column = place // width, place % width
+        of_x, of_residual, lane = pixel, pixel, place
+        if CELLS:
+            of_x = pixel_in_cells(sample.to(tl.int64) * frames + frame, row, column, height, width)
+        if FACTOR_T > 0:
+            of_residual, lane = pixel_in_shortcut(
+                sample, frame, row, column, residual_frames, height, width, skip, FACTOR_T, STEP
+            )  # fmt: skip
         squares = tl.zeros([BLOCK_M, BLOCK_C], dtype=tl.float32)
         sums = ()
         for part in tl.static_range(PARTS):
             offs_c, mask_c = _channels_of(part, channels, BLOCK_C, PARTS)
             mask = of_clip[:, None] & mask_c[None, :]
             offs = pixel[:, None] * channels + offs_c[None, :]
-            z = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_C]
+            z = tl.load(x_ptr + of_x[:, None] * channels + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
+            if HAS_X_SCALE:
+                z *= unscaled  # [BLOCK_M, BLOCK_C]
             if HAS_BIAS:
                 z = (z + bias[part][None, :]).to(z_dtype).to(tl.float32)
             if HAS_RESIDUAL:
-                residual = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+                residual = tl.load(residual_ptr + of_residual[:, None] * channels + offs_c[None, :], mask=mask, other=0)
+                if STEP == 2:  # two numbers in one, for both rows or columns of a cell
+                    residual = _one_of_two(residual, lane[:, None], z_dtype)
+                residual = residual.to(tl.float32)
                 if HAS_RESIDUAL_BIAS:
                     residual = (residual + residual_bias[part][None, :]).to(z_dtype).to(tl.float32)
                 z = (z + residual).to(z_dtype).to(tl.float32)
@@ -196,7 +237,6 @@ class Tiling(NamedTuple):
     stages: int
 
 
-TENSORS = 10  # that the kernel takes
 MAX_CHANNELS = 2048
 PARTS = (3, 5)  # that a pixel may be cut into
 LEAST_PART = 32
@@ -225,13 +265,23 @@ def choose_tiling(channels: int, itemsize: int, has_residual: bool) -> Tiling:
     return Tiling(block_m, block_c, parts, programs, num_warps=1 if parts * block_c <= 512 else 2, stages=2)
 
 
-def _launch(shape: Sequence[int], itemsize: int, padding: Padding, eps: float, **flags: bool | str) -> Launch:
+def _launch(
+    shape: Sequence[int],
+    itemsize: int,
+    padding: Padding,
+    eps: float,
+    *,
+    residual_frames: int = 0,
+    skip: int = 0,
+    **flags: bool | int | str,
+) -> Launch:  # fmt: skip
     samples, frames, height, width, channels = shape
     tiling = choose_tiling(channels, itemsize, bool(flags["HAS_RESIDUAL"]))
     pixels = math.prod(padding.shape(shape)[:4])
     return Launch(
         _rms_norm_silu_kernel, (min(triton.cdiv(pixels, tiling.block_m), tiling.programs),),
         samples, padding.before, frames, padding.before + frames + padding.after, height, width, channels,
+        residual_frames, skip,
         channels**0.5, eps,
         **flags,
         BORDER=padding.border, FRAME_MODE=padding.frame_mode, PIXEL_MODE=padding.pixel_mode,
@@ -251,6 +301,9 @@ class _Call(NamedTuple):
     scale: Tensor | None
     shift: Tensor | None
     halo: Tensor | None
+    x_scale: Tensor | None
+    factor_t: int
+    skip: int
     before: int
     after: int
     border: int
@@ -266,7 +319,20 @@ class _Call(NamedTuple):
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """In the order of the kernel's pointers."""
-        return self[:8]
+        return self[:9]
+
+    @property
+    def shape(self) -> torch.Size:
+        """``[B, F, H, W, C]``, also of cells."""
+        if self.x.ndim != 6:
+            return self.x.shape
+        samples, frames, height, width, _, channels = self.x.shape
+        return torch.Size((samples, frames, 2 * height - 2, 2 * width - 2, channels))
+
+    @property
+    def step(self) -> int:
+        """Channels of the residual for each of x."""
+        return 1 if self.residual is None else self.residual.shape[-1] // self.x.shape[-1]
 
     @property
     def padding(self) -> Padding:
@@ -274,7 +340,7 @@ class _Call(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of all but y, the halo, and x if that is narrower."""
+        """Of all but y, the halo, the scale of x, and x if that is narrower."""
         return self.x.dtype if self.out_dtype is None else torch.promote_types(self.x.dtype, torch.float32)
 
     @property
@@ -284,7 +350,7 @@ class _Call(NamedTuple):
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """What the kernel reads, in the order of its pointers."""
-        return (self.x.dtype, *[self.dtype] * 6, self.y_dtype)
+        return (self.x.dtype, *[self.dtype] * 6, self.y_dtype, torch.float32)
 
     @property
     def itemsize(self) -> int:
@@ -293,11 +359,11 @@ class _Call(NamedTuple):
 
     def overwrites(self) -> int | None:
         """Position of the argument whose memory z may take: x, or the residual where x is narrower than z."""
-        if self.x.dtype == self.dtype:
+        if self.x.dtype == self.dtype and self.x.ndim == 5:
             return 0
-        return None if self.residual is None else 3
+        return None if self.residual is None or self.factor_t else 3
 
-    def flags(self) -> dict[str, bool | str]:
+    def flags(self) -> dict[str, bool | int | str]:
         return {
             "HAS_GAMMA": self.gamma is not None,
             "HAS_BIAS": self.bias is not None,
@@ -305,6 +371,10 @@ class _Call(NamedTuple):
             "HAS_RESIDUAL_BIAS": self.residual_bias is not None,
             "HAS_SHIFT": self.shift is not None,
             "HAS_HALO": self.halo is not None,
+            "HAS_X_SCALE": self.x_scale is not None,
+            "CELLS": self.x.ndim == 6,
+            "FACTOR_T": self.factor_t,
+            "STEP": self.step,
             "KIND": self.kind,
             "KEEP": self.stores_sum(),
             "SILU": self.silu,
@@ -313,7 +383,10 @@ class _Call(NamedTuple):
 
     def stores_sum(self) -> bool:
         """Whether z is wanted, and another tensor than x."""
-        return self.keep and (self.bias is not None or self.residual is not None)
+        return self.keep and (self.x.ndim == 6 or any(t is not None for t in (self.bias, self.residual, self.x_scale)))
+
+
+_PAIRS = {2: torch.int32, 4: torch.int64}  # what holds two numbers of so many bytes
 
 
 def compile_ahead(
@@ -323,6 +396,10 @@ def compile_ahead(
     residual: bool = False,
     residual_bias: bool = False,
     halo: bool = False,
+    x_scale: bool = False,
+    cells: bool = False,
+    factor_t: int = 0,
+    step: int = 1,
     padding: Padding = NO_PADDING,
     silu: bool = True,
     keep: bool = False,
@@ -337,18 +414,28 @@ def compile_ahead(
         launch = _launch(
             (1, 1, 1, 1, gamma.numel()), itemsize, padding, EPS,
             HAS_GAMMA=True, HAS_BIAS=bias, HAS_RESIDUAL=residual, HAS_RESIDUAL_BIAS=residual_bias, HAS_SHIFT=False,
-            HAS_HALO=halo, KIND="normalize", KEEP=keep, SILU=silu, WIDE=out_dtype is not None,
+            HAS_HALO=halo, HAS_X_SCALE=x_scale, CELLS=cells, FACTOR_T=factor_t, STEP=step,
+            KIND="normalize", KEEP=keep, SILU=silu, WIDE=out_dtype is not None,
         )  # fmt: skip
         narrow = out_dtype or gamma.dtype  # also where there is no tensor, for x stands in there
-        there = False, True, bias, residual, residual_bias, False, False, False, keep, False
-        launch.compile_ahead(gamma.device, *(gamma.dtype if wide else narrow for wide in there))
+        there = False, True, bias, residual, residual_bias, False, False, False, False, keep, False
+        dtypes = [gamma.dtype if wide else narrow for wide in there]
+        if step == 2:
+            dtypes[3] = _PAIRS[gamma.itemsize]
+        if x_scale:
+            dtypes[8] = torch.float32
+        launch.compile_ahead(gamma.device, *dtypes)
 
 
 def _bind(*args: Any) -> Callable[..., list[Tensor]]:
     """What is returned keeps no tensor of this call alive: it outlives it."""
     call = _Call(*args)
-    shape, padded, stores = call.x.shape, call.padding.shape(call.x.shape), call.stores_sum()
-    launch = _launch(shape, call.itemsize, call.padding, call.eps, **call.flags())
+    shape, padded, stores = call.shape, call.padding.shape(call.shape), call.stores_sum()
+    residual_frames = call.residual.shape[1] if call.residual is not None else 0
+    launch = _launch(
+        shape, call.itemsize, call.padding, call.eps, residual_frames=residual_frames, skip=call.skip, **call.flags()
+    )  # fmt: skip
+    pairs = _PAIRS[call.dtype.itemsize] if call.step == 2 else None
     dtypes, dtype, y_dtype = call.dtypes, call.dtype, call.y_dtype
     given = zip(call.tensors, dtypes, strict=True)
     ready = all(t is None or (t.is_contiguous() and t.dtype == kind) for t, kind in given)
@@ -356,20 +443,21 @@ def _bind(*args: Any) -> Callable[..., list[Tensor]]:
     del call, given
 
     def run(*args: Any) -> list[Tensor]:
-        tensors = args[:8]
+        tensors = args[:9]
         if not ready:
             laid_out = zip(tensors, dtypes, strict=True)
             tensors = tuple(None if t is None else t.to(kind).contiguous() for t, kind in laid_out)
-        x = tensors[0]
+        x, residual = tensors[0], tensors[3]
+        read = tensors if pairs is None else (*tensors[:3], residual.view(pairs), *tensors[4:])
         y = x.new_empty(padded, dtype=y_dtype)
         if not stores:
-            launch(*tensors, None, y)
+            launch(*read, None, y)
             return [y]
         if overwritten is not None and tensors[overwritten] is args[overwritten]:
             z = tensors[overwritten]
         else:
             z = x.new_empty(shape, dtype=dtype)
-        launch(*tensors, z, y)
+        launch(*read, z, y)
         return [z, y]
 
     return run
@@ -384,6 +472,9 @@ def _triton(
     scale: Tensor | None,
     shift: Tensor | None,
     halo: Tensor | None,
+    x_scale: Tensor | None,
+    factor_t: int,
+    skip: int,
     before: int,
     after: int,
     border: int,
@@ -398,8 +489,8 @@ def _triton(
 ) -> list[Tensor]:
     """Never in place, for ``torch.compile`` is told so."""
     args = (
-        x, gamma, bias, residual, residual_bias, scale, shift, halo, before, after, border, frame_mode, pixel_mode,
-        kind, eps, silu, keep, False, out_dtype,
+        x, gamma, bias, residual, residual_bias, scale, shift, halo, x_scale, factor_t, skip,
+        before, after, border, frame_mode, pixel_mode, kind, eps, silu, keep, False, out_dtype,
     )  # fmt: skip
     return _bind(*args)(*args)
 
@@ -409,36 +500,40 @@ def _reference(*args: Any) -> list[Tensor]:
     call = _Call(*args)
     z, y = rms_norm_silu_ref(
         call.x, call.gamma, bias=call.bias, residual=call.residual, residual_bias=call.residual_bias, scale=call.scale,
-        shift=call.shift, halo=call.halo, padding=call.padding, kind=call.kind, eps=call.eps, silu=call.silu,
-        out_dtype=call.out_dtype,
+        shift=call.shift, halo=call.halo, x_scale=call.x_scale, factor_t=call.factor_t, skip=call.skip,
+        padding=call.padding, kind=call.kind, eps=call.eps, silu=call.silu, out_dtype=call.out_dtype,
     )  # fmt: skip
     return [z, y] if call.stores_sum() else [y]
 
 
 def _fake(*args: Any) -> list[Tensor]:
     call = _Call(*args)
-    y = call.x.new_empty(call.padding.shape(call.x.shape), dtype=call.y_dtype)
-    return [call.x.new_empty(call.x.shape, dtype=call.dtype), y] if call.stores_sum() else [y]
+    y = call.x.new_empty(call.padding.shape(call.shape), dtype=call.y_dtype)
+    return [call.x.new_empty(call.shape, dtype=call.dtype), y] if call.stores_sum() else [y]
 
 
 def _reason(*args: Any) -> str | None:
     call = _Call(*args)
     if call.x.shape[-1] > MAX_CHANNELS:
         return f"the kernel keeps a pixel in registers, up to C={MAX_CHANNELS}, got C={call.x.shape[-1]}"
-    if call.x.numel() == 0:
+    if math.prod(call.shape) == 0:
         return "there is nothing to normalise"
     for name, t, dtype in (("residual", call.residual, call.dtype), ("halo", call.halo, call.y_dtype)):
         if t is not None and t.dtype != dtype:
             return f"the {name} must be {dtype}, got {t.dtype}"
+    found, channels = 0 if call.residual is None else call.residual.shape[-1], call.x.shape[-1]
+    if call.factor_t and found not in (channels, 2 * channels):
+        return f"the kernel takes as many channels of the residual as of x, or twice as many, got {found}, {channels}"
     return device_reason(call.x) or tensors_reason(call.x, *call.tensors[1:])
 
 
 def _costs(*args: Any) -> Costs:
     call = _Call(*args)
     x = call.x
-    read = sum(t.nbytes for t in (x, call.residual, call.halo) if t is not None)
-    sums = x.numel() * call.dtype.itemsize * call.stores_sum()
-    return Costs(bytes=read + sums + math.prod(call.padding.shape(x.shape)) * call.y_dtype.itemsize)
+    numbers = math.prod(call.shape)
+    read = numbers * x.itemsize + sum(t.nbytes for t in (call.residual, call.halo) if t is not None)
+    sums = numbers * call.dtype.itemsize * call.stores_sum()
+    return Costs(bytes=read + sums + math.prod(call.padding.shape(call.shape)) * call.y_dtype.itemsize)
 
 
 def _parts(*args: Any) -> Iterator[Part]:
@@ -447,14 +542,16 @@ def _parts(*args: Any) -> Iterator[Part]:
     The first frames bring what lies before them, the last what lies behind.
     """
     call = _Call(*args)
-    dims = (0, 1) if call.border else (0, 1, 2)
-    for piece in pieces(call.x.shape, *dims):
+    whole_rows = call.border or call.x.ndim == 6 or call.factor_t
+    for piece in pieces(call.shape, *((0, 1) if whole_rows else (0, 1, 2))):
         samples, frames, height, *_ = piece
-        first, last = frames.start == 0, frames.stop == call.x.shape[1]
+        first, last = frames.start == 0, frames.stop == call.shape[1]
+        residual, skip = _residual_of(call, piece)
         before, after = call.before * first, call.after * last
         part = call._replace(
-            x=call.x[piece],
-            residual=None if call.residual is None else call.residual[piece],
+            x=call.x[samples, frames] if whole_rows else call.x[piece],
+            residual=residual,
+            skip=skip,
             scale=None if call.scale is None else call.scale[samples],
             shift=None if call.shift is None else call.shift[samples],
             halo=call.halo[samples, :, height] if call.halo is not None and first else None,
@@ -464,6 +561,14 @@ def _parts(*args: Any) -> Iterator[Part]:
         written = slice(frames.start + call.before - before, frames.stop + call.before + after)
         rows = slice(height.start, height.stop + 2 * call.border)
         yield Part(tuple(part), functools.partial(_part_of, piece, (samples, written, rows)), _as_frames)
+
+
+def _residual_of(call: _Call, piece: tuple[slice, ...]) -> tuple[Tensor | None, int]:
+    """What a piece of the clip reads of it, and the frames that it skips."""
+    if call.residual is None or not call.factor_t:
+        return None if call.residual is None else call.residual[piece], 0
+    samples, frames, *_ = piece
+    return small_frames(call.residual[samples], frames, call.factor_t, call.skip)
 
 
 def _part_of(piece: tuple[slice, ...], written: tuple[slice, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -478,18 +583,22 @@ def _as_frames(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def _validate(*args: Any) -> None:
     call = _Call(*args)
     name, x = "rms_norm_silu", call.x
-    names = ("x", "gamma", "bias", "residual", "residual_bias", "scale", "shift", "halo")
+    names = ("x", "gamma", "bias", "residual", "residual_bias", "scale", "shift", "halo", "x_scale")
     given = dict(zip(names, call.tensors, strict=True))
     require_floats(name, **given)
-    if x.ndim != 5 or not x.shape[-1]:
-        raise ValueError(f"{name}: x must be [B, F, H, W, C] with channels, got {tuple(x.shape)}")
+    if x.ndim not in (5, 6) or not x.shape[-1] or (x.ndim == 6 and (x.shape[4] != 4 or 0 in x.shape[2:4])):
+        raise ValueError(
+            f"{name}: x must be [B, F, H, W, C] with channels, or cells [B, F, H / 2 + 1, W / 2 + 1, 4, C], "
+            f"got {tuple(x.shape)}"
+        )
     samples, *_, channels = x.shape
     for key in ("gamma", "bias", "residual_bias", "scale", "shift"):
         vector, expected = given[key], [samples, channels] if key in ("scale", "shift") else [channels]
         if vector is not None and list(vector.shape) != expected:
             raise ValueError(f"{name}: {key} must be {expected}, got {tuple(vector.shape)}")
-    if call.residual is not None and call.residual.shape != x.shape:
-        raise ValueError(f"{name}: residual must be {tuple(x.shape)}, as x is, got {tuple(call.residual.shape)}")
+    if call.x_scale is not None and call.x_scale.shape != (1,):
+        raise ValueError(f"{name}: x_scale must be [1], got {tuple(call.x_scale.shape)}")
+    _validate_residual(name, call)
     if call.residual_bias is not None and call.residual is None:
         raise ValueError(f"{name}: residual_bias needs a residual")
     if call.out_dtype is not None and call.out_dtype not in DTYPES:
@@ -498,7 +607,29 @@ def _validate(*args: Any) -> None:
         raise ValueError(f"{name}: scale and shift come together, got one of them")
     if call.kind not in KINDS:
         raise ValueError(f"{name}: kind must be one of {', '.join(KINDS)}, got {call.kind!r}")
-    require_padding(name, x.shape, call.padding, call.halo)
+    require_padding(name, call.shape, call.padding, call.halo)
+
+
+def _validate_residual(name: str, call: _Call) -> None:
+    factor_t, skip, residual, shape = call.factor_t, call.skip, call.residual, tuple(call.shape)
+    if factor_t < 0 or not 0 <= skip < max(factor_t, 1):
+        raise ValueError(f"{name}: factor_t must be 0 or more, and skip from 0 to less, got {factor_t} and {skip}")
+    if residual is None:
+        if factor_t:
+            raise ValueError(f"{name}: factor_t needs a residual")
+        return
+    if not factor_t:
+        if residual.shape != shape:
+            raise ValueError(f"{name}: residual must be {shape}, as x is, got {tuple(residual.shape)}")
+        return
+    samples, frames, height, width, channels = shape
+    expected = samples, triton.cdiv(frames + skip, factor_t), height // 2, width // 2
+    fits = residual.ndim == 5 and residual.shape[-1] and 4 * factor_t * channels % residual.shape[-1] == 0
+    if height % 2 or width % 2 or not fits or residual.shape[:4] != expected:
+        raise ValueError(
+            f"{name}: residual must be {expected}, with channels that divide {4 * factor_t * channels}, to make "
+            f"{shape} of it, got {tuple(residual.shape)}"
+        )
 
 
 RMS_NORM_SILU = Op(
@@ -524,6 +655,9 @@ def rms_norm_silu(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     halo: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    factor_t: int = 0,
+    skip: int = 0,
     padding: Padding = NO_PADDING,
     kind: str = "normalize",
     eps: float = EPS,
@@ -536,35 +670,41 @@ def rms_norm_silu(
     """``z = x + bias + residual``; ``pad_clip(silu(F.normalize(z, dim=-1) * C**0.5 * gamma), halo, padding)``.
 
     Args:
-        x: ``[B, F, H, W, C]``, fp16 / bf16 / fp32; read through a contiguous copy if it is not contiguous.
+        x: ``[B, F, H, W, C]``, or cells ``[B, F, H / 2 + 1, W / 2 + 1, 4, C]`` as ``upsample_cells`` leaves them,
+            fp16 / bf16 / fp32; read through a contiguous copy if it is not contiguous.
         gamma: ``[C]``, any float dtype, as are all vectors; None multiplies by nothing.
         bias: ``[C]``, added to x; None adds nothing.
-        residual: ``[B, F, H, W, C]``; None adds nothing.
+        residual: ``[B, F, H, W, C]``; None adds nothing. With ``factor_t``, ``[B, F', H / 2, W / 2, C']``.
         residual_bias: ``[C]``, added to the residual first.
         scale: ``[B, C]``; the norm is multiplied by ``1 + scale``. None, with ``shift``: not modulated.
         shift: ``[B, C]``, added then.
         halo: ``[B, padding.before, H, W, C]``, the frames that come before, as ``y`` has them; None: as ``padding``
             says.
+        x_scale: ``[1]``, fp32, a power of two: x is so many times what it stands for. None: it is what it is.
+        factor_t: How many frames a frame of the residual makes, each of them twice as high and wide
+            (``kernels/conv/enlarged_clip.py``). 0: the residual is as large as x.
+        skip: How many of the first of these are left out, less than ``factor_t``.
         padding: What lies around the clip.
         kind: ``"normalize"``; ``"mean"``: ``z / sqrt(mean(z**2) + eps)``; ``"none"``: z itself.
         eps: The least norm; of ``"mean"``, what is added to the mean square.
         silu: Whether SiLU follows the norm.
         keep: Whether the sum is needed.
-        inplace: Whether the sum may be written over x; over the residual, if x is narrower than the sum.
+        inplace: Whether the sum may be written over x; over the residual, if x is narrower than the sum, or cells. Not
+            over what is smaller than the sum.
         out_dtype: That of ``y``, of which ``halo`` is too; ``x`` may be, and all else is float32. None: all have the
             dtype of ``x``.
         impl: ``"triton"`` or ``"torch"``; None lets the op choose.
 
     Returns:
         The sum ``[B, F, H, W, C]``, and the padded clip ``padding.shape(x.shape)``, both contiguous and of the dtypes
-        above. The first is ``x`` itself where nothing is added, or where ``keep`` is False.
+        above. The first is ``x`` itself where nothing is done to it before the norm, or where ``keep`` is False.
 
     Raises:
         ValueError: A shape or a device is not as above; ``impl`` cannot run here.
         TypeError: A tensor is not floating-point.
     """
     outputs = RMS_NORM_SILU(
-        x, gamma, bias, residual, residual_bias, scale, shift, halo, *padding, kind, eps, silu, keep, inplace,
-        out_dtype, impl=impl,
+        x, gamma, bias, residual, residual_bias, scale, shift, halo, x_scale, factor_t, skip, *padding,
+        kind, eps, silu, keep, inplace, out_dtype, impl=impl,
     )  # fmt: skip
     return (outputs[0] if len(outputs) == 2 else x), outputs[-1]

@@ -328,10 +328,17 @@ def _residual_projection(d: Drawer) -> Any:
 
 
 def _rms_norm_silu(d: Drawer) -> Any:
-    x = d.size(2), d.size(3), d.size(4), d.size(4), d.channels()
-    channels = x[-1]
+    factor_t, cells = d.of(0, 1, 2), d.flag()
+    sides = [side * (2 if factor_t or cells else 1) for side in (d.size(4), d.size(4))]
+    x = d.size(2), d.size(3), *sides, d.channels()
+    channels, skip = x[-1], d.number(factor_t - 1) if factor_t else 0
     out_dtype = d.of(None, torch.float16) if d.dtype == torch.float32 else None
-    residual = d.maybe(d.tensor, *x)
+    if factor_t:
+        small = x[0], -(-(x[1] + skip) // factor_t), x[2] // 2, x[3] // 2
+        residual = d.tensor(*small, channels * d.of(1, 2, 4 * factor_t))
+    else:
+        residual = d.maybe(d.tensor, *x)
+    x_scale = torch.full([1], d.of(0.25, 8.0)) if d.flag() else None
     residual_bias = None if residual is None else d.maybe(d.vector, channels)
     scale, shift = [d.vector(x[0], channels) for _ in range(2)] if d.flag() else (None, None)
     before = d.number(2)
@@ -339,7 +346,9 @@ def _rms_norm_silu(d: Drawer) -> Any:
     padding = before, d.number(2), d.number(1), d.of(*FRAME_MODES), d.of(*PIXEL_MODES)
     vectors = d.maybe(d.vector, channels), d.maybe(d.vector, channels)
     flags = d.of("normalize", "mean", "none"), 1e-6, d.flag(), d.flag(), d.flag(), out_dtype
-    return d.tensor(*x), *vectors, residual, residual_bias, scale, shift, halo, *padding, *flags
+    added = residual, residual_bias, scale, shift, halo, x_scale, factor_t, skip
+    made = (*x[:2], x[2] // 2 + 1, x[3] // 2 + 1, 4, channels) if cells else x
+    return d.tensor(*made), *vectors, *added, *padding, *flags
 
 
 def _spatial_attention(d: Drawer) -> Any:
@@ -377,11 +386,15 @@ def _temporal_conv(d: Drawer) -> Any:
 def _upsample_conv(d: Drawer) -> Any:
     channels, out = d.of(16, 7, 1), d.of(8, 32, 7)
     x = d.tensor(d.size(2), channels, d.size(3), d.size(3))
-    return x, d.weight(out, channels, 3, 3), d.vector(out), None
+    return x, d.weight(out, channels, 3, 3), d.vector(out)
+
+
+def _upsample_cells(d: Drawer) -> Any:
+    return _upsample_conv(d)[:2]
 
 
 def _upsample_conv_and_statistics(d: Drawer) -> Any:
-    x, weight, bias, _ = _upsample_conv(d)
+    x, weight, bias = _upsample_conv(d)
     return x, weight, bias, chunk_rows_for((len(x), len(weight), 2 * x.shape[2], 2 * x.shape[3]))
 
 

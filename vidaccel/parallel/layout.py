@@ -5,32 +5,40 @@ Blocks that mix what is spread (frames, tokens) ask :func:`layout`; all others s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from vidaccel.parallel.ranks import Ranks
+from vidaccel.parallel.ranks import Agreement, Ranks, shares
 
-__all__ = ["Layout", "layout", "spread"]
+__all__ = [
+    "Frames",
+    "LatentFrames",
+    "Layout",
+    "Tokens",
+    "all_tokens",
+    "frames",
+    "latent_frames",
+    "layout",
+    "spread",
+    "tokens",
+]
 
 
-@dataclass(frozen=True)
 class Layout:
     """Frames or tokens over ranks: each has a stretch of them, one after the other.
 
     Attributes:
-        what: What is spread.
         ranks: Over whom.
         total: How many there are on all ranks together.
     """
 
-    what: Literal["frames", "tokens"]
-    ranks: Ranks
-    total: int
+    def __init__(self, ranks: Ranks, total: int = 0) -> None:
+        self.ranks, self.total = ranks, total
 
     @property
     def own(self) -> slice:
@@ -43,18 +51,137 @@ class Layout:
         return self.own.stop - self.own.start
 
 
+class Frames(Layout):
+    """The frames of a UNet's clip."""
+
+
+class LatentFrames(Layout):
+    """The latent frames of a clip that a causal VAE decodes: each convolution looks back at frames of the rank before.
+
+    The decoder gets all of them on every rank, and returns all pixels.
+
+    Args:
+        ranks: Over whom.
+        total: How many latent frames there are, or batches of them that are not cut.
+        least: How many of these are the frames that a convolution looks back at: every rank has as many.
+        agreement: Of the same ranks.
+    """
+
+    def __init__(self, ranks: Ranks, total: int, least: int, agreement: Agreement) -> None:
+        super().__init__(ranks, total)
+        self._least, self._agreement = least, agreement
+
+    @classmethod
+    def reason(cls, ranks: Ranks, total: int, least: int) -> str | None:
+        """Why so many cannot be spread, or None."""
+        few = f"{total} latent frames (or batches) are too few for {ranks.size} ranks, {least} for each"
+        return few if total < least * ranks.size else None
+
+    def stretches(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Where each rank's stretch of these frames begins and ends; if they are too few, the first rank has all."""
+        size, lengths = self.ranks.size, shares(end - start, self.ranks.size)
+        if lengths[-1] < self._least:
+            lengths = [end - start] + [0] * (size - 1)
+        ends = [start + sum(lengths[: rank + 1]) for rank in range(size)]
+        return list(zip([start, *ends], ends, strict=False))
+
+    def least(self, value: int) -> int:
+        """The smallest ``value`` that a rank has."""
+        return min(theirs for (theirs,) in self._agreement.all([value]))
+
+
+class Tokens(Layout):
+    """The tokens of a transformer's video, from the first of its ``blocks`` to the last one.
+
+    Texts, tables of positions and embeddings of timesteps are whole on every rank. A block's first argument, and its
+    first output, are the tokens ``[B, S, C]``.
+    """
+
+    def __init__(self, ranks: Ranks, blocks: Sequence[nn.Module]) -> None:
+        super().__init__(ranks)
+        self._first, self._last = blocks[0], blocks[-1]
+        self._blocks = set(map(id, blocks))
+
+    def holds(self, block: Any) -> bool:
+        """Whether ``block`` is one of those whose tokens are spread."""
+        return id(block) in self._blocks
+
+    def enter(self, block: Any, x: Tensor) -> Tensor:
+        """The tokens that this rank's ``block`` works on."""
+        if block is not self._first:
+            return x
+        self.total = x.shape[1]
+        return self.ranks.part(x, 1)
+
+    def leave(self, block: Any, out: Any) -> Any:
+        """What ``block`` returns: behind the last one all tokens are on every rank."""
+        return _with_first(out, self._whole) if block is self._last else out
+
+    def run_whole(self, forward: Callable[..., Any], block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """A forward that knows nothing of ranks: on all tokens, of whose outputs each rank keeps its own."""
+        x = self._whole(x)
+        with spread(None):
+            out = forward(block, x, *args, **kwargs)
+        return _with_first(out, lambda x: self.ranks.part(x, 1))
+
+    def to_heads(self, x: Tensor, before: int = 0, behind: int = 0) -> Tensor:
+        """From own tokens and all heads ``[B, S, H*D]`` to all tokens and own heads, for attention.
+
+        The first ``before`` and the last ``behind`` tokens are those of a text, which every rank has.
+        """
+        end = x.shape[1] - behind
+        video = self.ranks.swap(x[:, before:end], split=2, join=1, total=self.total)
+        if not before and not behind:
+            return video
+        return torch.cat([self.ranks.part(x[:, :before], 2), video, self.ranks.part(x[:, end:], 2)], dim=1)
+
+    def to_tokens(self, x: Tensor, channels: int, before: int = 0, behind: int = 0) -> Tensor:
+        """The way back, to ``[B, S, channels]``."""
+        end = x.shape[1] - behind
+        video = self.ranks.swap(x[:, before:end], split=1, join=2, total=channels)
+        if not before and not behind:
+            return video
+        text = self.ranks.gather(torch.cat([x[:, :before], x[:, end:]], dim=1), 2, channels)
+        return torch.cat([text[:, :before], video, text[:, before:]], dim=1)
+
+    def _whole(self, x: Tensor) -> Tensor:
+        return self.ranks.gather(x, 1, self.total)
+
+
+def _with_first(out: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    return (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
+
+
 _layout: ContextVar[Layout | None] = ContextVar("layout", default=None)
 
 
-def layout(what: Literal["frames", "tokens"] | None = None) -> Layout | None:
-    """The layout of the call under way in this thread, or None; of ``what``, if that is given.
+def layout() -> Layout | None:
+    """The layout of the call under way in this thread, or None; Dynamo sees none."""
+    return None if torch.compiler.is_compiling() else _layout.get()
 
-    None in code that Dynamo traces: what is compiled runs whole.
-    """
-    if torch.compiler.is_compiling():
-        return None
-    found = _layout.get()
-    return found if found is not None and what in (None, found.what) else None
+
+def frames() -> Frames | None:
+    """The same if frames are spread."""
+    found = layout()
+    return found if isinstance(found, Frames) else None
+
+
+def latent_frames() -> LatentFrames | None:
+    """The same if latent frames are spread."""
+    found = layout()
+    return found if isinstance(found, LatentFrames) else None
+
+
+def tokens() -> Tokens | None:
+    """The same if tokens are spread."""
+    found = layout()
+    return found if isinstance(found, Tokens) else None
+
+
+def all_tokens(x: Tensor) -> int:
+    """How many tokens a video has of which ``x`` ``[B, S, C]`` are those of this rank."""
+    over = tokens()
+    return x.shape[1] if over is None else over.total
 
 
 @contextmanager

@@ -72,16 +72,16 @@ class Ranks:
         own = self.own(x.shape[dim])
         return x.narrow(dim, own.start, own.stop - own.start)
 
-    def gather(self, x: Tensor, dim: int, total: int) -> Tensor:
-        """All shares along ``dim``, which together are ``total``, in order."""
-        lengths = shares(total, self.size)
-        rows = x.movedim(dim, 0).contiguous()
-        if len(rows) < lengths[0]:  # all send the same number of rows
-            rows = torch.cat([rows, rows.new_zeros(lengths[0] - len(rows), *rows.shape[1:])])
-        out = rows.new_empty(self.size * len(rows), *rows.shape[1:])
+    def gather(self, x: Tensor, dim: int, total: int, lengths: Sequence[int] = ()) -> Tensor:
+        """All shares along ``dim``, which together are ``total``, in order; of ``lengths``, if they are not even."""
+        lengths = lengths or shares(total, self.size)
+        rows, most = x.movedim(dim, 0).contiguous(), max(lengths)
+        if len(rows) < most:  # all send the same number of rows
+            rows = torch.cat([rows, rows.new_zeros(most - len(rows), *rows.shape[1:])])
+        out = rows.new_empty(self.size * most, *rows.shape[1:])
         _all_gather(out, rows, group=self.group)
         self.sent += rows.nbytes * (self.size - 1)
-        if lengths[0] != lengths[-1]:
+        if min(lengths) != most:
             out = torch.cat([piece[:length] for piece, length in zip(out.chunk(self.size), lengths, strict=True)])
         return out.movedim(0, dim)
 
@@ -147,16 +147,33 @@ class Ranks:
 
         return wait
 
-    def shift(self, x: Tensor) -> Tensor | None:
-        """What the rank before has given; None for the first rank. ``x``, of equal shape on all, goes to the next."""
+    def least(self, x: Tensor) -> Tensor:
+        """The smallest of all ranks' ``x``, number by number, in its place."""
+        dist.all_reduce(x, dist.ReduceOp.MIN, group=self.group)
+        self.sent += x.nbytes
+        return x
+
+    def send(self, x: Tensor, rank: int) -> None:
+        """What ``rank`` has in the contiguous ``x`` goes to the ``x`` of all others."""
+        dist.broadcast(x, group=self.group, group_src=rank)
+        if rank == self.rank:
+            self.sent += x.nbytes * (self.size - 1)
+
+    def shift(self, x: Tensor, *, ring: bool = False) -> Tensor | None:
+        """What the rank before has given; None for the first rank. ``x``, of equal shape on all, goes to the next.
+
+        In a ``ring``, the first rank gets what the last one has given.
+        """
         x = x.contiguous()
-        before = torch.empty_like(x) if self.rank else None
+        before = torch.empty_like(x) if self.rank or ring else None
         transfers = []
-        if self.rank + 1 < self.size:
-            transfers.append(dist.P2POp(dist.isend, x, group=self.group, group_peer=self.rank + 1))
+        if self.rank + 1 < self.size or ring:
+            following = (self.rank + 1) % self.size
+            transfers.append(dist.P2POp(dist.isend, x, group=self.group, group_peer=following))
             self.sent += x.nbytes
         if before is not None:
-            transfers.append(dist.P2POp(dist.irecv, before, group=self.group, group_peer=self.rank - 1))
+            preceding = (self.rank - 1) % self.size
+            transfers.append(dist.P2POp(dist.irecv, before, group=self.group, group_peer=preceding))
         for work in dist.batch_isend_irecv(transfers):
             work.wait()
         return before

@@ -19,19 +19,21 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
 from vidaccel.kernels.settings import Fidelity, Settings, allowed, frozen
+from vidaccel.parallel.decode import stand_in_of
 from vidaccel.parallel.layout import layout
 from vidaccel.patching.cuda_graph import Graphs
 from vidaccel.patching.parallel import ParallelCall
 from vidaccel.patching.premises import CALL_SLOT, Premises
 from vidaccel.sites.memo import Memo, holding, preparations, watched
 
-__all__ = ["ModelCall", "uncompiled", "unwrap_call", "wrap_call"]
+__all__ = ["DecodeCall", "ModelCall", "uncompiled", "unwrap_call", "wrap_call", "wrap_decode"]
 
 MOST_ANSWERS = 2**16  # that a memo keeps: more than several shapes of the largest model
 
@@ -59,6 +61,8 @@ class ModelCall:
         model: Any = self._model()
         if torch.compiler.is_compiling():
             return model._call_impl(*args, **kwargs)
+        if (stand_in := stand_in_of(model)) is not None:
+            return stand_in(*args, **kwargs)
         with self._lock, allowed(self._allow), frozen() as settings:
             run = partial(self._run, model, settings)
             return run(*args, **kwargs) if self.parallel is None else self.parallel.call(run, model, args, kwargs)
@@ -106,8 +110,49 @@ def wrap_call(model: nn.Module, allow: Fidelity) -> ModelCall | None:
     return call if isinstance(call, ModelCall) else None
 
 
+class DecodeCall:
+    """Stands for the ``decode`` of a VAE, which several ranks share: pipelines call that, and not the VAE.
+
+    Attributes:
+        parallel: How they do.
+    """
+
+    def __init__(self, vae: nn.Module, parallel: ParallelCall) -> None:
+        self._vae = weakref.ref(vae)
+        self._lock = threading.RLock()
+        self.parallel = parallel
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        vae: Any = self._vae()
+        run = partial(type(vae).decode, vae)
+        if torch.compiler.is_compiling():
+            return run(*args, **kwargs)
+        with self._lock:
+            return self.parallel.call(run, vae, args, kwargs)
+
+    def __reduce__(self) -> Any:
+        """A copy decodes by itself."""
+        return _stock_decode, (self._vae(),)
+
+
+def _stock_decode(vae: Any) -> Any:
+    return MethodType(type(vae).decode, vae)
+
+
+def wrap_decode(vae: Any, parallel: ParallelCall) -> DecodeCall | None:
+    """What stands for the ``decode`` of ``vae``, put there if nothing does; None where it is somebody else's."""
+    found = vars(vae).get("decode")
+    if found is None or getattr(found, "__func__", None) is type(vae).decode:
+        found = vars(vae)["decode"] = DecodeCall(vae, parallel)
+    return found if isinstance(found, DecodeCall) else None
+
+
 def unwrap_call(model: nn.Module) -> None:
-    """Undo :func:`wrap_call`."""
+    """Undo :func:`wrap_call` and :func:`wrap_decode`."""
+    decode = vars(model).get("decode")
+    if isinstance(decode, DecodeCall):
+        del vars(model)["decode"]
+        decode.parallel.taken_away()
     call = vars(model).get(CALL_SLOT)
     if isinstance(call, ModelCall):
         del vars(model)[CALL_SLOT]

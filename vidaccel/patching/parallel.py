@@ -1,8 +1,9 @@
 """One clip on several GPUs: which axis the ranks of a process group split, and what each call of a model does for it.
 
 The ranks form a mesh of one or two axes: halves of guidance, and frames (UNets) or tokens (transformers). Each axis is
-a site of the report. Before a call, the hosts of all ranks compare what they are about to do: arguments of the same
-kind, and the same sites failed; what failed on one, all switch off.
+a site of the report. The decodes of a VAE are split over all ranks, whatever the axes are. Before a call, the hosts of
+all ranks compare what they are about to do: arguments of the same kind, and the same sites failed; what failed on one,
+all switch off.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Literal, Protocol, get_args
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from vidaccel.errors import UsageError, nearest
+from vidaccel.parallel.decode import Decode
 from vidaccel.parallel.guidance import Guidance
 from vidaccel.parallel.ranks import Agreement, RankError, Ranks, axes_of, join
 from vidaccel.patching.families import spread_for
@@ -33,6 +35,18 @@ Parallel = Literal["auto", "guidance", "frames", "sequence"]
 Run = Callable[..., Any]
 MOST_KINDS = 256
 PLAIN = (bool, int, float, str, type(None), torch.dtype)
+
+
+class AxisSite(Site):
+    """One axis that the calls of a model are split along.
+
+    Attributes:
+        ranks: Along it.
+    """
+
+    def __init__(self, path: str, op: str, ranks: Ranks) -> None:
+        super().__init__(path, op, "math-exact")
+        self.ranks = ranks
 
 
 class Way(Protocol):
@@ -49,24 +63,24 @@ class ParallelCall:
     """
 
     def __init__(self, agreement: Agreement) -> None:
-        self.sites: list[Site] = []
-        self._ways: list[tuple[Site, Ranks, Way]] = []
+        self.sites: list[AxisSite] = []
+        self._ways: list[Way] = []
         self._agreement = agreement
         self._kinds: set[int] = set()
         self._failed = 0
         self._generation = -1
 
-    def add(self, site: Site, ranks: Ranks, way: Way) -> None:
+    def add(self, site: AxisSite, way: Way) -> None:
         site.put_in_place(lambda: None)
         self.sites.append(site)
-        self._ways.append((site, ranks, way))
+        self._ways.append(way)
 
     def call(self, run: Run, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``run(*args, **kwargs)``, a call of ``model``, split along every axis."""
         self._agree(model, args, kwargs)
-        for site, ranks, way in reversed(self._ways):
+        for site, way in zip(reversed(self.sites), reversed(self._ways), strict=True):
             if site.on:
-                site.implementations.add(f"{ranks.size} ranks")
+                site.implementations.add(f"{site.ranks.size} ranks")
                 run = partial(_by, way, run, model)
         return run(*args, **kwargs)
 
@@ -84,11 +98,12 @@ class ParallelCall:
             self._failed = _digest(sorted((site.path, site.op) for site in _sites(model) if site.state == "failed"))
         facts = self._agreement.all([kind, values, self._failed])
         kinds, sums, failures = (set(column) for column in zip(*facts, strict=True))
+        name = type(model).__name__
         if len(kinds) > 1:
-            raise RankError("parallel: the ranks call the denoiser with arguments of different shapes or settings")
+            raise RankError(f"parallel: the ranks call {name} with arguments of different shapes or settings")
         if len(sums) > 1:
             raise RankError(
-                "parallel: the ranks call the denoiser with different values; give all the same seed, and call "
+                f"parallel: the ranks call {name} with different values; give all the same seed, and call "
                 "torch.manual_seed where a part draws without a generator"
             )
         if len(failures) > 1:
@@ -103,8 +118,10 @@ class ParallelCall:
         self._generation = -1
 
 
-def parallel_calls(pipe: Any, mode: Parallel, models: Mapping[str, nn.Module]) -> dict[str, ParallelCall]:
-    """How the calls of each denoiser in ``models`` are split over all ranks, by its name.
+def parallel_calls(
+    pipe: Any, mode: Parallel, models: Mapping[str, nn.Module], vaes: Iterable[str]
+) -> dict[str, ParallelCall]:
+    """How the calls of each denoiser in ``models``, and the decodes of ``vaes``, are split over all ranks, by name.
 
     Raises:
         UsageError: There is no process group; the mode is unknown, or neither the model nor the number of ranks
@@ -116,14 +133,20 @@ def parallel_calls(pipe: Any, mode: Parallel, models: Mapping[str, nn.Module]) -
         raise UsageError("parallel: there is no denoiser whose calls could be split")
     join(next(next(iter(models.values())).parameters()).device)
     axes = _axes(pipe, mode, models)
+    _check_sizes(axes, models)
     ranks = dict(zip(axes, axes_of(list(axes.values())), strict=True))
     agreement = Agreement()
     calls = {}
     for name, model in models.items():
         calls[name] = call = ParallelCall(agreement)
         for axis, along in ranks.items():
-            site = Site(name, axis, "math-exact")
-            call.add(site, along, _way(axis, along, site, model))
+            site = AxisSite(name, axis, along)
+            call.add(site, _way(site, model))
+    world = Ranks(next(iter(ranks.values())).group) if len(ranks) == 1 else axes_of([agreement.size])[0]
+    for name in vaes:
+        calls[name] = call = ParallelCall(agreement)
+        site = AxisSite(name, "decode", world)
+        call.add(site, Decode(world, agreement, partial(_count, site)))
     return calls
 
 
@@ -158,6 +181,14 @@ def _spread(mode: Parallel, models: Mapping[str, nn.Module]) -> str | UsageError
     return axis
 
 
+def _check_sizes(axes: Mapping[str, int], models: Mapping[str, nn.Module]) -> None:
+    for name, model in models.items():
+        spread = spread_for(model)
+        size = axes.get(spread.axis) if spread else None
+        if size and (reason := spread.reason(model, size)):
+            raise UsageError(f"parallel: {name}: {reason}; another number of ranks may do")
+
+
 def is_guided(pipe: Any) -> bool:
     """Whether a pipeline asks its denoiser twice a step, with the text and without, unless told otherwise."""
     denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
@@ -170,16 +201,16 @@ def is_guided(pipe: Any) -> bool:
     return any(isinstance(scale, int | float) and scale > 1 for scale in scales)
 
 
-def _way(axis: str, ranks: Ranks, site: Site, model: nn.Module) -> Way:
-    def count(reason: str) -> None:
-        site.fallbacks[reason] += 1
-
-    if axis == "guidance":
-        return Guidance(ranks, count)
-    spread = spread_for(model)
-    assert spread is not None
-    way: Way = spread.way(ranks, count)
+def _way(site: AxisSite, model: nn.Module) -> Way:
+    count = partial(_count, site)
+    if site.op == "guidance":
+        return Guidance(site.ranks, count)
+    way: Way = spread_for(model).way(site.ranks, count)
     return way
+
+
+def _count(site: Site, reason: str) -> None:
+    site.fallbacks[reason] += 1
 
 
 def _by(way: Way, run: Run, model: nn.Module, *args: Any, **kwargs: Any) -> Any:

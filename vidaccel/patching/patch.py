@@ -19,7 +19,7 @@ from vidaccel.kernels.settings import FIDELITIES, Fidelity
 from vidaccel.patching.cuda_capture import CudaCapture
 from vidaccel.patching.cuda_graph import Graphs, GraphSite, is_denoiser
 from vidaccel.patching.families import off_reason, reason_unserved, rules_for, unserved_denoiser, unwrapped
-from vidaccel.patching.model_call import ModelCall, wrap_call
+from vidaccel.patching.model_call import DecodeCall, ModelCall, wrap_call, wrap_decode
 from vidaccel.patching.parallel import Parallel, ParallelCall, parallel_calls
 from vidaccel.patching.premises import CALL_SLOT, capture_reason
 from vidaccel.patching.report import PatchReport, path_pattern
@@ -61,7 +61,8 @@ def patch_pipeline(
             launches are what a call waits for. True: wherever that can be done. False: nowhere.
         parallel: Split every clip over the ranks of a process group, which all run the same program (``torchrun``):
             "guidance", its two halves on two ranks; "frames" of a UNet; "sequence", the tokens of a transformer;
-            "auto": guidance if the pipeline has it, then frames or tokens. None: each process by itself.
+            "auto": guidance if the pipeline has it, then frames or tokens. All ranks share the decodes of its VAE,
+            too. None: each process by itself.
 
     Returns:
         The report: printable, restorable, usable as a context manager. Patching a patched pipeline again changes
@@ -74,7 +75,8 @@ def patch_pipeline(
             ``parallel``, the model or the number of ranks does not allow it, or there is no process group.
     """
     models, off = _models_of(pipe)
-    calls = {} if parallel is None else parallel_calls(pipe, parallel, _denoisers(models))
+    vaes = [name for name, model in models.items() if hasattr(model, "decode") and hasattr(model, "decoder")]
+    calls = {} if parallel is None else parallel_calls(pipe, parallel, _denoisers(models), vaes)
     return _patch(models, off, only, skip, allow, strict, self_check, cuda_graph, calls)
 
 
@@ -241,6 +243,8 @@ def _wrap(
     called = [model] if is_denoiser(model) else [part for part in model.children() if isinstance(part, nn.Module)]
     calls = {part: wrap_call(part, allow) for part in called}
     report.adopt_calls([part for part, call in calls.items() if call])
+    if not is_denoiser(model):
+        _share_decode(name, model, report, parallel)
     call = calls.get(model)
     if call is not None and parallel is not None and call.parallel is None:
         call.parallel = parallel
@@ -255,6 +259,19 @@ def _wrap(
             call.graphs = Graphs(site, checks, only_if_faster=cuda_graph == "auto")
         if CudaCapture.unavailable_reason() is None:  # without a GPU nobody expects a graph
             report.sites.append(site)
+
+
+def _share_decode(name: str, vae: Any, report: PatchReport, parallel: ParallelCall | None) -> None:
+    """Let all ranks share the decodes of a VAE, if they are to, or do already."""
+    call = vars(vae).get("decode")
+    if parallel is not None and isinstance(vars(vae.decoder).get(CALL_SLOT), ModelCall):
+        call = wrap_decode(vae, parallel)
+    if isinstance(call, DecodeCall):
+        report.adopt_calls([vae])
+        report.sites += call.parallel.sites
+    elif parallel is not None:
+        reason = "somebody has replaced its decode, or compiled its decoder"
+        report.sites.append(Site(name, "decode", "math-exact", reason))
 
 
 def _graph_reason(model: nn.Module) -> str | None:

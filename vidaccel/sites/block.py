@@ -32,7 +32,7 @@ from vidaccel.errors import first_line
 from vidaccel.kernels import settings
 from vidaccel.kernels.check import near, perturbing
 from vidaccel.kernels.op import capturing, listening, overheard
-from vidaccel.parallel.layout import layout
+from vidaccel.parallel.layout import layout, tokens
 from vidaccel.sites.memo import Memo, Way, held, holding, once_per_call, signature
 from vidaccel.sites.plain import fingerprint, plain_reason, subtree_reason
 from vidaccel.sites.site import Fidelity, SiteGroup
@@ -126,6 +126,10 @@ class Host:
         """Why this very call goes to the original forward, or None. No tensor data; Dynamo can trace it."""
         return None
 
+    def spread_reason(self, *args: Any, **kwargs: Any) -> str | None:
+        """Why this very call, whose tokens are spread over ranks, goes to the original forward, or None."""
+        return "it does not know of tokens on other ranks"
+
     def comparable(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """These arguments without what fused and original forward need not do the same with (padding)."""
         return args, kwargs
@@ -159,6 +163,8 @@ class FusedBlock(Host, nn.Module):
 
     @classmethod
     def original_forward(cls, host: Any, *args: Any, **kwargs: Any) -> Any:
+        if (over := tokens()) is not None and over.holds(host):
+            return over.run_whole(cls.original.forward, host, *args, **kwargs)
         return cls.original.forward(host, *args, **kwargs)
 
     def module_of(self, args: tuple[Any, ...]) -> nn.Module:
@@ -216,6 +222,14 @@ def fuses(original: type[nn.Module], ops: dict[str, Fidelity]) -> Callable[[Bloc
 
 def call_site(kind: type[Host], host: Any, *args: Any, **kwargs: Any) -> Any:
     """A call of ``host``, a ``kind`` or what was one: the fused forward if it serves the call, else the original."""
+    over = tokens()
+    if over is None or not over.holds(host):
+        return _call_site(kind, host, *args, **kwargs)
+    x, *others = args
+    return over.leave(host, _call_site(kind, host, over.enter(host, x), *others, **kwargs))
+
+
+def _call_site(kind: type[Host], host: Any, *args: Any, **kwargs: Any) -> Any:
     sites: SiteGroup | None = getattr(host, SITES, None)
     if sites is None:
         return kind.original_forward(host, *args, **kwargs)
@@ -225,11 +239,19 @@ def call_site(kind: type[Host], host: Any, *args: Any, **kwargs: Any) -> Any:
     memo = held()
     if memo is None:
         with holding(Memo()):
-            return call_site(kind, host, *args, **kwargs)
+            return _call_site(kind, host, *args, **kwargs)
     if memo.way:
         return memo.way(kind, host, sites, args, kwargs)
     in_data = host.path_in_data(args, kwargs)
-    question = (host, torch.is_grad_enabled(), in_data, layout(), *signature(args), *signature(kwargs.values()))
+    over = layout()
+    question = (
+        host,
+        torch.is_grad_enabled(),
+        in_data,
+        None if over is None else over.total,  # all ranks are to plan alike, whatever their own shares
+        *signature(args),
+        *signature(kwargs.values()),
+    )
     plan = memo.get(question)
     if plan is None or question[1]:
         plan = memo[question] = _plan(host, sites, question[1:], args, kwargs)
@@ -295,7 +317,12 @@ def unserved_reason(host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: 
     """Why a call of ``host`` goes to the original forward, or None."""
     if not sites.running():
         return "it is off, or failed"
-    return _gradients_reason(host, args, kwargs) or host.left_alone_reason(host) or host.call_reason(*args, **kwargs)
+    if reason := _gradients_reason(host, args, kwargs) or host.left_alone_reason(host):
+        return reason
+    over = tokens()
+    if over is not None and over.holds(host) and (reason := host.spread_reason(*args, **kwargs)):
+        return reason
+    return host.call_reason(*args, **kwargs)
 
 
 def _gradients_reason(host: Host, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

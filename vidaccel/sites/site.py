@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 SITE_OF = {
     "block_causal_attention": "spatial_attention",
     "conv_epilogue_and_statistics": "conv_epilogue",
+    "upsample_cells": "upsample_conv",
     "upsample_conv_and_statistics": "upsample_conv",
     "frame_statistics": "group_norm_silu",
     "group_norm_and_sum": "group_norm_silu",

@@ -19,10 +19,14 @@ from kernel_checks import (
 )
 from torch import Tensor
 
+from vidaccel.kernels import check
 from vidaccel.kernels.conv import upsample_conv as op
+from vidaccel.kernels.conv.enlarged_clip import cells_of_rows, rows_of_cells
 from vidaccel.kernels.conv.upsample_conv import (
+    UPSAMPLE_CELLS,
     UPSAMPLE_CONV,
     UPSAMPLE_CONV_AND_STATISTICS,
+    upsample_cells,
     upsample_conv,
     upsample_conv_and_statistics,
     upsample_conv_ref,
@@ -147,20 +151,43 @@ def test_weight_changed_in_place_is_seen(device: torch.device) -> None:
     assert torch.equal(upsample_conv(x, weight, torch.zeros_like(bias), impl="whole"), 2 * before)
 
 
+@pairwise(
+    {"offset": [pytest.param(0.0, id="centred"), pytest.param(30.0, id="off-centre")], "shape": SHAPES, "dtype": DTYPES}
+)
 @torch.no_grad()
-@pytest.mark.parametrize("impl", ["whole", "halves"])
-@pytest.mark.parametrize("shape", [(2, 16, 24, 3, 7), (3, 8, 96, 2, 11)], ids=["one-block", "several-blocks"])
-def test_a_scaled_convolution_is_float32(
-    shape: tuple[int, int, int, int, int], impl: str, device: torch.device
-) -> None:  # fmt: skip
-    """Of numbers that float16 does not hold."""
-    x, weight, bias = draw(shape, torch.float32, device)
-    for size in (2.0**18, 2.0**-26):
-        scale = torch.full([1], 1 / size, device=device)
-        gold = upsample_conv_ref(size * x.double(), weight.double(), size * bias.double())
-        out = upsample_conv(x.half(), weight, size * bias, scale=scale, impl=impl)
-        assert out.dtype == torch.float32 and out.is_contiguous(memory_format=torch.channels_last)
-        assert_close_to_gold(out, gold, upsample_conv_ref(x.half(), weight, size * bias, scale))
+def test_cells_are_the_pixels(
+    shape: tuple[int, int, int, int, int], offset: float, dtype: torch.dtype, device: torch.device
+) -> None:
+    x, weight, bias = draw(shape, dtype, device, offset)
+    expected = upsample_conv(x, weight, torch.zeros_like(bias), impl="whole").permute(0, 2, 3, 1)
+    for given in (weight, weight.float()):
+        cells = upsample_cells(x, given, impl="whole")
+        assert cells.is_contiguous() and cells.shape == (len(x), x.shape[2] + 1, x.shape[3] + 1, 4, shape[2])
+        assert torch.equal(rows_of_cells(cells), expected)
+    reference = upsample_cells(x, weight, impl="torch")
+    assert reference.is_contiguous() and reference.shape == cells.shape
+    plain = upsample_conv_ref(x, weight, torch.zeros_like(bias)).permute(0, 2, 3, 1)
+    torch.testing.assert_close(rows_of_cells(reference), plain, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("most", [2**23, 100], ids=["whole", "in-parts"])
+@pytest.mark.parametrize("fault", [None, *FAULTS])
+@torch.no_grad()
+def test_a_fault_of_cells_is_found(
+    fault: str | None, most: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "MOST_ELEMENTS", most)
+    x, weight, _ = draw((2, 16, 8, 3, 4), torch.float16, device)
+
+    def spoil(cells: Tensor) -> None:
+        if fault:
+            rows = rows_of_cells(cells).contiguous()
+            FAULTS[fault](rows)
+            cells.copy_(cells_of_rows(rows))
+
+    with planted(UPSAMPLE_CELLS, "whole", spoil), listening(checks=True) as events:
+        upsample_cells(x, weight)
+    assert [event.implementation for event in events] == ["whole"] and bool(events[0].problem) == bool(fault)
 
 
 @pytest.mark.parametrize("samples", [2, 3, 5])
@@ -202,7 +229,7 @@ def test_empty_input(shape: tuple[int, int, int, int, int], device: torch.device
     [
         (16, torch.float64, torch.float64, False, "x is torch.float64"),
         (12, torch.float32, torch.float32, False, "divisible by 8, got 12"),
-        (16, torch.float32, torch.float16, False, "dtype of the result, torch.float32, got torch.float16"),
+        (16, torch.float32, torch.float16, False, "dtype of x, torch.float32, got torch.float16"),
         (16, torch.float32, torch.float32, True, "no backward pass"),
     ],
     ids=["float64", "channels", "mixed-dtypes", "gradient"],
@@ -250,8 +277,10 @@ def test_rejects(change: dict[str, object], error: type[Exception], message: str
 def test_registration(impl: str, device: torch.device) -> None:
     x, weight, bias = draw((2, 5, 8, 2, 3), torch.float32, device)
     for laid_out in (x, x.contiguous()):
-        torch.library.opcheck(UPSAMPLE_CONV.registered[impl], (laid_out, weight, bias, None))
+        torch.library.opcheck(UPSAMPLE_CONV.registered[impl], (laid_out, weight, bias))
         torch.library.opcheck(UPSAMPLE_CONV_AND_STATISTICS.registered[impl], (laid_out, weight, bias, 8))
+        if impl in UPSAMPLE_CELLS.registered:
+            torch.library.opcheck(UPSAMPLE_CELLS.registered[impl], (laid_out, weight))
 
 
 @pytest.mark.parametrize("impl", ["whole", "halves", None])
@@ -328,22 +357,20 @@ def test_accesses_are_16_bytes_wide_with_statistics(target: str) -> None:
     assert len(narrow_accesses(asm)) <= 4, "all but the bias and the statistics"
 
 
-@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
 @pytest.mark.parametrize("target", TARGETS)
-def test_accesses_are_16_bytes_wide(target: str, scaled: bool) -> None:
+def test_accesses_are_16_bytes_wide(target: str) -> None:
     asm = compile_for(
         target,
         op._interleave_kernel,
         {
-            **{"z_ptr": "*fp16:16", "channels": "i32:16", "height": "i32", "width": "i32"},
-            **dict.fromkeys(["bias_ptr", "y_ptr"], "*fp32:16" if scaled else "*fp16:16"),
-            **({"scale_ptr": "*fp32:16"} if scaled else {}),
+            **dict.fromkeys(["z_ptr", "bias_ptr", "y_ptr"], "*fp16:16"),
+            **{"channels": "i32:16", "height": "i32", "width": "i32"},
         },
-        {"HAS_SCALE": scaled, "BLOCK": op.BLOCK, **({} if scaled else {"scale_ptr": None})},
+        {"BLOCK": op.BLOCK},
         num_warps=op.NUM_WARPS,
     )
     assert_no_spills(asm)
-    assert len(narrow_accesses(asm)) <= scaled, "all but the scale"
+    assert not narrow_accesses(asm)
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
@@ -392,10 +419,7 @@ def test_real_shapes(shape: tuple[int, int, int, int, int], dtype: torch.dtype, 
     out = upsample_conv(x, weight, bias, impl="whole")
     gold = upsample_conv_ref(x.double(), weight.double(), bias.double())
     assert_close_to_gold(out, gold, upsample_conv_ref(x, weight, bias))
-    wide, scale = weight.float(), torch.full([1], 0.5, device=device)
-    scaled = upsample_conv(x, wide, bias, scale=scale, impl="whole")
-    gold = upsample_conv_ref(2 * x.double(), wide.double(), bias.double())
-    assert_close_to_gold(scaled, gold, upsample_conv_ref(x, wide, bias, scale))
+    assert torch.equal(rows_of_cells(upsample_cells(x, weight)) + bias, out.permute(0, 2, 3, 1))
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_ltx2 import PerChannelRMSNorm
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
+from diffusers.models.autoencoders.autoencoder_kl_wan import DupUp3D, WanRMS_norm
 from diffusers.models.normalization import RMSNorm
 from kernel_checks import (
     FAULTS,
@@ -23,6 +23,7 @@ from kernel_checks import (
 from torch import Tensor
 
 from vidaccel.kernels import check
+from vidaccel.kernels.conv.enlarged_clip import rows_of_cells
 from vidaccel.kernels.conv.padded_clip import Padding
 from vidaccel.kernels.norm import rms_norm_silu as op
 from vidaccel.kernels.norm.rms_norm_silu import RMS_NORM_SILU, choose_tiling, rms_norm_silu, rms_norm_silu_ref
@@ -65,6 +66,14 @@ PADDINGS = [
     Padding(2, 1, 2, "zeros", "reflect"),
     Padding(0, 2, 1, "zeros", "zeros"),
     Padding(0, 0, 3, "zeros", "replicate"),
+]
+
+
+ENLARGED = [  # x; channels of the residual for each of x; frames that one of its frames makes, and first ones left out
+    pytest.param((2, 3, 2, 4, 42), 1, 2, 1, id="first-chunk"),
+    pytest.param((1, 4, 4, 2, 96), 1, 2, 0, id="following-chunk"),
+    pytest.param((2, 2, 2, 6, 42), 2, 1, 0, id="pixels-only"),
+    pytest.param((1, 1, 4, 4, 64), 2, 2, 1, id="one-frame"),
 ]
 
 
@@ -172,6 +181,107 @@ def test_reference_is_what_ltx_does(device: torch.device) -> None:
         per_channel = PerChannelRMSNorm(channel_dim=-1)(x.double())
         _, y = rms_norm_silu_ref(x.double(), kind="mean", eps=1e-8, silu=False)
         torch.testing.assert_close(y, per_channel)
+
+
+def draw_enlarged(
+    shape: tuple[int, ...], step: int, factor_t: int, skip: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Cells, gamma, bias, and what the residual is made of."""
+    samples, frames, height, width, channels = shape
+    cells, gamma, _ = draw((samples, frames, height // 2 + 1, width // 2 + 1, 4 * channels), dtype, device, ())
+    small = samples, -(-(frames + skip) // factor_t), height // 2, width // 2, channels * step
+    _, _, given = draw((*small[:4], channels), dtype, device, ("bias",))
+    given |= {"residual": torch.randn(small, device=device).to(dtype), "factor_t": factor_t, "skip": skip}
+    return cells.unflatten(-1, (4, channels)), gamma[:channels], given
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "step", "factor_t", "skip"), ENLARGED)
+def test_behind_an_upsampler(
+    shape: tuple[int, ...], step: int, factor_t: int, skip: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    cells, gamma, given = draw_enlarged(shape, step, factor_t, skip, dtype, device)
+    shortcut = DupUp3D(step * shape[-1], shape[-1], factor_t, 2)
+    repeated = shortcut(given["residual"].permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
+    rows = {**given, "residual": repeated[:, skip : skip + shape[1]], "factor_t": 0, "skip": 0}
+    expected = rms_norm_silu(rows_of_cells(cells), gamma, **rows, padding=CAUSAL, impl="triton")
+    for impl, keep in (("triton", True), ("torch", True), ("triton", False)):
+        z, y = rms_norm_silu(cells.clone(), gamma, **given, padding=CAUSAL, keep=keep, inplace=True, impl=impl)
+        assert torch.equal(z, expected[0] if keep else cells)
+        if impl == "triton":
+            assert torch.equal(y, expected[1])
+        assert y.is_contiguous() and z.is_contiguous()
+    assert_matches_reference(expected, rows_of_cells(cells), gamma, **rows, padding=CAUSAL)
+    x = rows_of_cells(cells).contiguous()  # in place already
+    assert all(map(torch.equal, rms_norm_silu(x, gamma, **given, padding=CAUSAL, impl="triton"), expected))
+
+
+@torch.no_grad()
+def test_a_residual_whose_channels_the_kernel_cannot_repeat_runs_in_torch(device: torch.device) -> None:
+    cells, gamma, given = draw_enlarged((1, 3, 2, 4, 42), 4, 2, 1, torch.float16, device)
+    with listening() as events:
+        outputs = rms_norm_silu(cells, gamma, **given)
+    assert [event.implementation for event in events] == ["torch"]
+    assert "as many channels of the residual as of x, or twice as many, got 168, 42" in events[0].reason
+    assert all(map(torch.equal, outputs, rms_norm_silu_ref(cells, gamma, **given)))
+
+
+@torch.no_grad()
+def test_cells_alone(device: torch.device) -> None:
+    cells, gamma, _ = draw_enlarged((2, 3, 4, 2, 64), 1, 1, 0, torch.float16, device)
+    z, y = rms_norm_silu(cells, gamma, impl="triton")
+    assert torch.equal(z, rows_of_cells(cells)) and torch.equal(y, rms_norm_silu(z, gamma, impl="triton")[1])
+
+
+@pytest.mark.parametrize(("shape", "step", "factor_t", "skip"), ENLARGED)
+@torch.no_grad()
+def test_scaled_cells_of_a_float32_clip(
+    shape: tuple[int, ...], step: int, factor_t: int, skip: int, device: torch.device
+) -> None:
+    """Of numbers that float16 does not hold."""
+    cells, gamma, given = draw_enlarged(shape, step, factor_t, skip, torch.float32, device)
+    cells = cells.half()
+    for size in (2.0**18, 2.0**-26):
+        scale = torch.full([1], 1 / size, device=device)
+        arguments: dict[str, Any] = {**given, "padding": CAUSAL, "out_dtype": torch.float16}
+        expected = rms_norm_silu_ref(cells.float() * size, gamma, **arguments)
+        with listening(checks=True) as events:
+            z, y = rms_norm_silu(cells, gamma, **arguments, x_scale=scale)
+        assert [(event.implementation, event.problem) for event in events] == [("triton", "")]
+        assert torch.equal(z, expected[0]) and z.dtype == torch.float32 and y.dtype == torch.float16
+        assert (y == expected[1]).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("most", [2**23, 700], ids=["whole", "in-frames"])
+@pytest.mark.parametrize("fault", [None, *FAULTS])
+@pytest.mark.parametrize(("shape", "step", "factor_t", "skip"), ENLARGED)
+@torch.no_grad()
+def test_what_is_wrong_behind_an_upsampler_is_found(
+    shape: tuple[int, ...],
+    step: int,
+    factor_t: int,
+    skip: int,
+    fault: str | None,
+    most: int,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(check, "MOST_ELEMENTS", most)
+    cells, gamma, given = draw_enlarged(shape, step, factor_t, skip, torch.float16, device)
+
+    def spoil(outputs: list[Tensor]) -> None:
+        if fault:
+            FAULTS[fault](outputs[0].flatten(0, 1))
+
+    frames = shape[0] * shape[1]
+    if fault == "swapped-frames" and frames < 2:
+        return
+    with planted(RMS_NORM_SILU, "triton", spoil), listening(checks=True) as events:
+        z, y = rms_norm_silu(cells, gamma, **given, padding=CAUSAL)
+    assert bool(events[0].problem) == bool(fault)
+    pixels = rows_of_cells(cells).nbytes
+    assert events[0].costs.bytes == 2 * pixels + given["residual"].nbytes + y.nbytes
+    assert torch.equal(z, rms_norm_silu_ref(cells, gamma, **given)[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -313,7 +423,12 @@ def test_unserved_input_runs_in_torch(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.ones(2, 3, 32)}, r"x must be \[B, F, H, W, C\] with channels, got \(2, 3, 32\)"),
+        ({"x": torch.ones(2, 3, 32)}, r"x must be \[B, F, H, W, C\] with channels, or cells .*, got \(2, 3, 32\)"),
+        ({"x": torch.ones(1, 2, 2, 2, 3, 32)}, r"x must be .*, got \(1, 2, 2, 2, 3, 32\)"),
+        ({"x_scale": torch.ones(2)}, r"x_scale must be \[1\], got \(2,\)"),
+        ({"factor_t": 2}, r"factor_t needs a residual"),
+        ({"factor_t": 2, "skip": 2}, r"factor_t must be 0 or more, and skip from 0 to less, got 2 and 2"),
+        ({"factor_t": 2, "residual": torch.ones(1, 1, 1, 1, 32)}, r"residual must be \(1, 1, 1, 1\), with .*, to make"),
         ({"gamma": torch.ones(31)}, r"gamma must be \[32\], got \(31,\)"),
         ({"gamma": torch.ones(32, 1, 1, 1)}, r"gamma must be \[32\], got \(32, 1, 1, 1\)"),
         ({"bias": torch.ones(1)}, r"bias must be \[32\], got \(1,\)"),
@@ -347,7 +462,14 @@ def test_rejects_integers() -> None:
 def test_registration(names: tuple[str, ...], device: torch.device) -> None:
     x, gamma, given = draw((1, 2, 2, 3, 42), torch.float32, device, names)
     tensors = map(given.get, ("bias", "residual", "residual_bias", "scale", "shift", "halo"))
-    arguments = (x, gamma, *tensors, *CAUSAL, "normalize", 1e-12, True, True, False, None)
+    arguments = (x, gamma, *tensors, None, 0, 0, *CAUSAL, "normalize", 1e-12, True, True, False, None)
+    torch.library.opcheck(RMS_NORM_SILU.registered["triton"], arguments)
+
+
+def test_registration_behind_an_upsampler(device: torch.device) -> None:
+    cells, gamma, given = draw_enlarged((1, 3, 2, 4, 42), 2, 2, 1, torch.float32, device)
+    sums = given["bias"], given["residual"], *[None] * 5, 2, 1
+    arguments = (cells, gamma, *sums, *CAUSAL, "normalize", 1e-12, True, True, False, None)
     torch.library.opcheck(RMS_NORM_SILU.registered["triton"], arguments)
 
 
@@ -445,15 +567,28 @@ def test_a_fault_is_found(
             pytest.param(("gamma", *SUM, "halo"), "bf16", PADDINGS[0], "normalize", id="hunyuan"),
             pytest.param(("scale", "shift", "bias", "residual"), "bf16", PADDINGS[1], "mean", id="ltx2"),
         ],
+        "upsampled": [
+            pytest.param(None, id="in-place"),
+            pytest.param((2, 1), id="shortcut"),
+            pytest.param((1, 2), id="shortcut-of-more-channels"),
+        ],
     }
 )
 def test_accesses_are_16_bytes_wide_and_prefetched(
-    target: str, channels: int, names: tuple[str, ...], dtype: str, padding: Padding, kind: str
+    target: str,
+    channels: int,
+    names: tuple[str, ...],
+    dtype: str,
+    padding: Padding,
+    kind: str,
+    upsampled: tuple[int, int] | None,
 ) -> None:
+    factor_t, step = upsampled if upsampled and "residual" in names else (0, 1)
     pointers = ["x_ptr", "y_ptr", *(f"{name}_ptr" for name in names), *["z_ptr"] * ("residual" in names)]
-    every = {f"{name}_ptr" for name in ("gamma", *SUM, "scale", "shift", "halo", "z")}
+    every = {f"{name}_ptr" for name in ("gamma", *SUM, "scale", "shift", "halo", "x_scale", "z")}
     mixed, dtype = dtype == "mixed", "fp32" if dtype == "mixed" else dtype
     half = dict.fromkeys(["x_ptr", "y_ptr", "halo_ptr"], "*fp16:16") if mixed else {}
+    pairs = {"residual_ptr": "*i32:16" if dtype == "bf16" else "*i64:16"} if step == 2 else {}
     tiling = choose_tiling(channels, 2 if dtype == "bf16" else 4, "residual" in names)
     flags = ("gamma", *SUM, "shift", "halo")
     asm = compile_for(
@@ -462,12 +597,15 @@ def test_accesses_are_16_bytes_wide_and_prefetched(
         {
             **dict.fromkeys(pointers, f"*{dtype}:16"),
             **half,
+            **pairs,
             **dict.fromkeys(["samples", "before", "frames", "padded_frames", "height", "width"], "i32"),
+            **dict.fromkeys(["residual_frames", "skip"], "i32"),
             **{"channels": "i32:16", "gain": "fp32", "eps": "fp32"},
         },
         {
             **dict.fromkeys(every.difference(pointers)),
             **{f"HAS_{name.upper()}": name in names for name in flags},
+            **{"HAS_X_SCALE": False, "CELLS": upsampled is not None, "FACTOR_T": factor_t, "STEP": step},
             **{"BORDER": padding.border, "FRAME_MODE": padding.frame_mode, "PIXEL_MODE": padding.pixel_mode},
             **{"KIND": kind, "KEEP": "residual" in names, "SILU": True, "WIDE": mixed},
             **{"BLOCK_M": tiling.block_m, "BLOCK_C": tiling.block_c, "PARTS": tiling.parts, "STAGES": tiling.stages},
@@ -502,3 +640,24 @@ def test_real_shapes(shape: tuple[int, ...], names: tuple[str, ...], dtype: torc
         some = slice(frame, frame + 1)
         part = {name: t[:, some] if name == "residual" else t for name, t in given.items() if name != "halo"}
         assert_matches_reference((z[:, some], y[:, 2:][:, some]), x[:, some], gamma, **part)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("shape", "step", "factor_t", "skip"),
+    [((1, 13, 352, 640, 512), 2, 1, 0), ((1, 13, 176, 320, 1024), 1, 2, 1)],
+    ids=["wan2.2-top", "wan2.2-middle"],
+)
+@torch.no_grad()
+def test_real_shapes_behind_an_upsampler(
+    shape: tuple[int, ...], step: int, factor_t: int, skip: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    cells, gamma, given = draw_enlarged(shape, step, factor_t, skip, dtype, device)
+    z, y = rms_norm_silu(cells, gamma, **given, padding=CAUSAL, impl="triton")
+    assert not y[:, :2].any()
+    for frame in (0, 1, shape[1] // 2, shape[1] - 1):
+        small, skipped = divmod(frame + skip, factor_t)
+        part = given | {"residual": given["residual"][:, small : small + 1], "skip": skipped}
+        some = slice(frame, frame + 1)
+        assert_matches_reference((z[:, some], y[:, 2:][:, some]), cells[:, some], gamma, **part)

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from vidaccel.kernels.attention.spatial_attention import spatial_attention
 from vidaccel.kernels.ffn.linear_gelu import linear_gelu
 from vidaccel.kernels.op import REFERENCE, note
+from vidaccel.parallel.layout import tokens
 from vidaccel.sites.memo import once_per_call
 from vidaccel.sites.plain import plain_reason, readable_reason
 
-__all__ = ["attend", "attention_reason", "feed_forward", "parameters_reason", "project", "qkv"]
+__all__ = ["attend", "attend_to_all", "attention_reason", "feed_forward", "parameters_reason", "project", "qkv"]
 
 
 @once_per_call
@@ -90,6 +91,31 @@ def attend(
     note("spatial_attention", str(getattr(backend or active, "value", backend or active)))
     query, key, value = (x.unflatten(2, (num_heads, -1)) for x in (q, k, v))
     return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=backend).flatten(2).type_as(q)
+
+
+def attend_to_all(
+    processor: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    num_heads: int,
+    *,
+    mask: Tensor | None = None,
+    fused: bool = True,
+    before: int = 0,
+    behind: int = 0,
+) -> Tensor:
+    """:func:`attend` of the tokens of a video to one another, wherever they are.
+
+    Where they are spread over ranks, each rank has all of them for its share of the heads while it attends (DeepSpeed
+    Ulysses, arXiv 2309.14509). The first ``before`` and the last ``behind`` tokens are those of a text.
+    """
+    over = tokens()
+    if over is None:
+        return attend(processor, q, k, v, num_heads, mask=mask, fused=fused)
+    query, key, value = (over.to_heads(x, before, behind) for x in (q, k, v))
+    out = attend(processor, query, key, value, num_heads // over.ranks.size, mask=mask, fused=fused)
+    return over.to_tokens(out, q.shape[2], before, behind)
 
 
 def project(attn: Any, out: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from vidaccel.blocks.dit.step_caches import known_to_step_caches
 from vidaccel.kernels.attention.qk_norm_rope import HeadNorm, Rope, qk_norm_rope
 from vidaccel.kernels.attention.spatial_attention import spatial_attention
 from vidaccel.kernels.op import REFERENCE, note
+from vidaccel.parallel.layout import tokens as spread_tokens
 from vidaccel.sites.block import CORNER_ROWS, MOST_WHOLE, call_site, fuses
 from vidaccel.sites.memo import once_in_call
 from vidaccel.sites.plain import plain_reason
@@ -61,6 +62,11 @@ class JointBlock(GatedResidualBlock):
             if reason := parameters_reason(norm.norm, nn.LayerNorm, hidden_states.device):
                 return reason
         return None
+
+    def spread_reason(
+        self, video: Tensor, text: Tensor, temb: Tensor, rotary: Any, attention_kwargs: Any = None
+    ) -> str | None:
+        return _foreign_reason(self.attn1, attention_kwargs or {}) or self._rope_reason(video, rotary)
 
     def corner(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         video, text, temb, rotary, *others = args
@@ -104,7 +110,13 @@ class JointBlock(GatedResidualBlock):
         query, key = self._normed_and_turned(query, key, tokens, rotary)
         # stock code asks PyTorch for its attention, whatever backend of diffusers somebody has chosen
         impl = None if self.runs("spatial_attention") else REFERENCE
-        return project(attn, spatial_attention(query, key, value, attn.heads, impl=impl))
+        over = spread_tokens()
+        if over is None:
+            return project(attn, spatial_attention(query, key, value, attn.heads, impl=impl))
+        channels = query.shape[2]
+        query, key, value = (over.to_heads(states, before=tokens) for states in (query, key, value))
+        attended = spatial_attention(query, key, value, attn.heads // over.ranks.size, impl=impl)
+        return project(attn, over.to_tokens(attended, channels, before=tokens))
 
     def _normed_and_turned(
         self, query: Tensor, key: Tensor, tokens: int, rotary: Rotary | None
@@ -118,6 +130,8 @@ class JointBlock(GatedResidualBlock):
         rope = None
         if rotary is not None:
             cos, sin = half_tables(rotary)
+            if (over := spread_tokens()) is not None:
+                cos, sin = cos[over.own], sin[over.own]
             rope = Rope("pairs", cos[None, :, None], sin[None, :, None], start=tokens)
         query, key = qk_norm_rope(query, key, attn.heads, _head_norm(attn), rope)
         return query, key

@@ -29,7 +29,7 @@ from diffusers.models.transformers.transformer_hunyuan_video import (
 )
 from torch import Tensor, nn
 
-from vidaccel.blocks.dit.attention import attend, attention_reason, feed_forward, parameters_reason
+from vidaccel.blocks.dit.attention import attend_to_all, attention_reason, feed_forward, parameters_reason
 from vidaccel.blocks.dit.gated_residual import GatedResidualBlock
 from vidaccel.blocks.dit.padded_text import cut_padding, padded, valid_length
 from vidaccel.blocks.dit.rotary import half_tables
@@ -38,6 +38,8 @@ from vidaccel.kernels.attention.qk_norm_rope import HeadNorm, Rope, SecondStream
 from vidaccel.kernels.ffn.linear_gelu import linear_gelu
 from vidaccel.kernels.ffn.residual_projection import residual_projection
 from vidaccel.kernels.op import note
+from vidaccel.parallel.layout import all_tokens
+from vidaccel.parallel.layout import tokens as tokens_over_ranks
 from vidaccel.sites.block import CORNER_ROWS, MOST_WHOLE, call_site, fuses
 from vidaccel.sites.memo import once_in_call
 from vidaccel.sites.plain import plain_reason, readable_reason
@@ -99,13 +101,14 @@ class HunyuanBlock(GatedResidualBlock):
 
     def mask_reason(self, x: Tensor, text: Tensor, mask: Tensor | None) -> str | None:
         """Why the mask of a call is none of keys, or None."""
-        if mask is None or (mask.shape == (len(x), 1, 1, x.shape[1] + text.shape[1]) and mask.dtype == torch.bool):
+        keys = all_tokens(x) + text.shape[1]
+        if mask is None or (mask.shape == (len(x), 1, 1, keys) and mask.dtype == torch.bool):
             return None
         return "its attention mask is not [B, 1, 1, S + T] of booleans"
 
     def tokens_before_text(self, x: Tensor) -> int:
         """How many keys of a call's mask stand before those of the text."""
-        return x.shape[1]
+        return all_tokens(x)
 
     def key_mask(self, x: Tensor, mask: Tensor) -> Tensor:
         """The mask of a call as attention takes it, ``[B, 1, 1, S + T]``; what padding attends to does not matter."""
@@ -114,6 +117,14 @@ class HunyuanBlock(GatedResidualBlock):
     def mask_of_ones(self, text: Tensor) -> Tensor | None:
         """A mask for a call where all of ``text`` is valid."""
         return None
+
+    def spread_reason(self, x: Tensor, text: Tensor, temb: Tensor, mask: Tensor | None, *args: Any) -> str | None:
+        if reason := self.foreign_reason() or self.mask_reason(x, text, mask):
+            return reason
+        if mask is None:
+            return None
+        length = valid_length(mask, self.tokens_before_text(x)) if self.runs("padded_text") else "padded_text is off"
+        return None if isinstance(length, int) else f"{length}, and attention keeps its mask"
 
     def path_in_data(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, text, _, mask, *_ = args
@@ -174,10 +185,21 @@ class HunyuanBlock(GatedResidualBlock):
         attn = self.attn
         return HeadNorm("rms_head", attn.norm_q.eps, attn.norm_q.weight, attn.norm_k.weight, rounding="each")
 
-    def attend(self, qkv: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+    def attend(self, qkv: Sequence[Tensor], tokens: int, mask: Tensor | None) -> Tensor:
+        """Of queries, keys and values ``[B, S + T, H*D]``, of which the first ``tokens`` are those of the video."""
         query, key, value = qkv
         attn, fused = self.attn, self.runs("spatial_attention")
-        return attend(attn.processor, query, key, value, attn.heads, mask=mask, fused=fused)
+        text = query.shape[1] - tokens
+        return attend_to_all(attn.processor, query, key, value, attn.heads, mask=mask, fused=fused, behind=text)
+
+
+def own_tables(freqs_cis: Rotary | None) -> Rotary | None:
+    """The rotary table of this rank's tokens."""
+    over = tokens_over_ranks()
+    if over is None or freqs_cis is None:
+        return freqs_cis
+    own = over.own
+    return once_in_call("own tokens", freqs_cis[0], lambda: (freqs_cis[0][own], freqs_cis[1][own]))
 
 
 def _rope(freqs_cis: Rotary, still: int = 0) -> Rope:
@@ -266,7 +288,7 @@ class TwoStreamBlock(HunyuanBlock):
                 hidden_states=x, encoder_hidden_states=text, attention_mask=mask, image_rotary_emb=freqs_cis
             )
             return out
-        joint = self.attend(self._joint(x, text, freqs_cis), mask)
+        joint = self.attend(self._joint(x, text, own_tables(freqs_cis)), tokens, mask)
         return attn.to_out[1](attn.to_out[0](joint[:, :tokens])), attn.to_add_out(joint[:, tokens:])
 
     def _joint(self, x: Tensor, text: Tensor, freqs_cis: Rotary | None) -> list[Tensor]:
@@ -336,7 +358,7 @@ class OneStreamBlock(HunyuanBlock):
                 ),
                 dim=1,
             )
-        return self.attend(self._qkv(x, tokens, freqs_cis), mask)
+        return self.attend(self._qkv(x, tokens, own_tables(freqs_cis)), tokens, mask)
 
     def _qkv(self, x: Tensor, tokens: int, freqs_cis: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
         attn = self.attn
@@ -373,7 +395,10 @@ class TokenReplaceBlock(HunyuanBlock):
     def modulation(self, norm: Any, x: Tensor, temb: Tensor, *token_replace: Any) -> Modulation:
         token_replace_emb, num_tokens = token_replace
         of_rows = torch.stack([norm.linear(norm.silu(emb)) for emb in (token_replace_emb, temb)], dim=1)
-        return of_rows.split(x.shape[2], dim=2), _rows_of_modulation(token_replace_emb, num_tokens, x.shape[1])
+        over = tokens_over_ranks()
+        before = 0 if over is None else over.own.start  # tokens on other ranks
+        rows = _rows_of_modulation(token_replace_emb, num_tokens - before, x.shape[1])
+        return of_rows.split(x.shape[2], dim=2), rows
 
 
 @known_to_step_caches

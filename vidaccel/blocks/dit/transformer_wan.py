@@ -25,8 +25,16 @@ from diffusers.models.transformers.transformer_wan import (
 )
 from torch import Tensor, nn
 
-from vidaccel.blocks.dit.attention import attend, attention_reason, feed_forward, parameters_reason, project, qkv
-from vidaccel.blocks.dit.modulation_rows import distinct_rows, keep_rows, stretches_of
+from vidaccel.blocks.dit.attention import (
+    attend,
+    attend_to_all,
+    attention_reason,
+    feed_forward,
+    parameters_reason,
+    project,
+    qkv,
+)
+from vidaccel.blocks.dit.modulation_rows import distinct_rows, keep_rows, own_rows, stretches_of
 from vidaccel.blocks.dit.rotary import half_tables
 from vidaccel.blocks.dit.step_caches import known_to_step_caches
 from vidaccel.kernels.attention.qk_norm_rope import HeadNorm, Rope, qk_norm_rope
@@ -38,6 +46,7 @@ from vidaccel.kernels.norm.gated_residual_norm import (
     norm_modulate,
 )
 from vidaccel.kernels.op import REFERENCE, note
+from vidaccel.parallel.layout import tokens
 from vidaccel.sites.block import CORNER_ROWS, MOST_WHOLE, FusedBlock, call_site, fuses
 from vidaccel.sites.site import Fidelity
 
@@ -119,6 +128,9 @@ class WanBlock(FusedBlock):
                 return reason
         return None
 
+    def spread_reason(self, hidden_states: Tensor, context: Tensor, temb: Tensor, rotary_emb: Any) -> str | None:
+        return self.self_attention_reason(hidden_states, rotary_emb)
+
     def corner(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return (args if args[0].numel() <= MOST_WHOLE else self.cut(*args)), kwargs
 
@@ -137,8 +149,10 @@ class WanBlock(FusedBlock):
         return None
 
     def rope(self, rotary_emb: Any) -> Rope:
-        """Of tables ``[1, S, 1, D]``."""
-        return Rope("pairs", *half_tables(rotary_emb))
+        """Of tables ``[1, S, 1, D]``; of this rank's tokens."""
+        over = tokens()
+        cos, sin = half_tables(rotary_emb)
+        return Rope("pairs", cos, sin) if over is None else Rope("pairs", cos[:, over.own], sin[:, over.own])
 
     def fused_forward(self, hidden_states: Tensor, context: Tensor, temb: Tensor, rotary_emb: Any) -> Tensor:
         modulation = self.modulation(temb)
@@ -146,7 +160,7 @@ class WanBlock(FusedBlock):
         return self.rest(hidden_states, self.self_attention(normed, rotary_emb), context, modulation)
 
     def modulation(self, temb: Tensor) -> Modulation:
-        distinct, rows = distinct_rows(self.by_token(temb))
+        distinct, rows = own_rows(*distinct_rows(self.by_token(temb)))
         shift, scale, gate, ff_shift, ff_scale, ff_gate = (self.scale_shift_table + distinct.float()).unbind(2)
         return Modulation(shift, scale, gate, ff_shift, ff_scale, ff_gate, rows)
 
@@ -201,7 +215,8 @@ class WanBlock(FusedBlock):
         rounding: Any = "once" if self.parts.head_norm is nn.RMSNorm else "each"
         norm = HeadNorm("rms_all", attn.norm_q.eps, attn.norm_q.weight, attn.norm_k.weight, rounding=rounding)
         query, key = qk_norm_rope(query, key, attn.heads, norm, self.rope(rotary_emb))
-        return project(attn, self.attend(attn, query, key, value, mask))
+        fused = self.runs("spatial_attention")
+        return project(attn, attend_to_all(attn.processor, query, key, value, attn.heads, mask=mask, fused=fused))
 
     def self_attention_reason(self, x: Tensor, rotary_emb: Any) -> str | None:
         """Why the first attention is called as a module, or None."""

@@ -40,7 +40,7 @@ from vidaccel.kernels.ffn.residual_projection import residual_projection
 from vidaccel.kernels.norm.add_layer_norm import RowTo
 from vidaccel.kernels.norm.add_layer_norm import compile_ahead as compile_norm_ahead
 from vidaccel.kernels.op import runs_triton
-from vidaccel.parallel.layout import layout
+from vidaccel.parallel.layout import frames
 from vidaccel.sites.block import FusedBlock, call_site, cut_corner, fuses
 from vidaccel.sites.memo import once_per_call
 from vidaccel.sites.plain import hook_reason, plain_reason, readable_reason
@@ -445,7 +445,7 @@ class TemporalSelfAttention(_TransformerBlock):
             return "a context was passed"
         if attention_kwargs:
             return "cross_attention_kwargs were passed"
-        over = layout("frames")
+        over = frames()
         num_frames = num_frames if over is None else over.total
         reasons = (self._block_reason(block, hidden_states, num_frames) for block in self.transformer_blocks)
         return next(filter(None, reasons), None)

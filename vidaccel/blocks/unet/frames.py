@@ -32,7 +32,8 @@ from torch.utils._pytree import tree_map_only
 
 from vidaccel.kernels.norm.channel_statistics import ChannelStatistics
 from vidaccel.kernels.norm.frame_statistics import frame_statistics
-from vidaccel.parallel.layout import Layout, layout, spread
+from vidaccel.parallel.layout import Frames as FramesOverRanks
+from vidaccel.parallel.layout import frames, spread
 from vidaccel.parallel.ranks import Ranks, shares
 from vidaccel.sites.block import FusedBlock
 from vidaccel.sites.plain import stock_class
@@ -65,7 +66,7 @@ _KINDS = tuple(kind for kind in MIXERS if kind is not nn.GroupNorm)
 
 def by_pixels(run: Callable[[Tensor, int], Tensor], rows: Tensor, num_frames: int) -> Tensor:
     """``run(rows, num_frames)`` for what mixes the frames of a pixel, and nothing else, of rows ``[B*F, HW, C]``."""
-    over = layout("frames")
+    over = frames()
     if over is None:
         return run(rows, num_frames)
     x = over.ranks.swap(rows.unflatten(0, (-1, num_frames)), split=2, join=1, total=over.total)
@@ -77,7 +78,7 @@ def by_pixels(run: Callable[[Tensor, int], Tensor], rows: Tensor, num_frames: in
 
 def convolve_frames(conv: Any, convolve: Callable[[Tensor], Tensor], clip: Tensor) -> Tensor:
     """``convolve(clip)`` of the whole clip ``[B, C, F, H, W]``, with the weight of ``conv``, of three frames."""
-    over = layout("frames")
+    over = frames()
     if over is None:
         return convolve(clip)
     first, last = (clip.select(2, at).flatten(2).mT for at in (0, -1))  # [B, HW, C]
@@ -95,7 +96,7 @@ def statistics_of_clip(clip: Tensor, shift: Tensor | None = None) -> ChannelStat
 
     ``shift`` is ``[B, F or 1, C]``.
     """
-    over = layout("frames") if clip.ndim == 5 else None
+    over = frames() if clip.ndim == 5 else None
     if over is None:
         return None
     shift = None if shift is None else shift.expand(-1, clip.shape[2], -1)
@@ -106,11 +107,11 @@ def statistics_of_clip(clip: Tensor, shift: Tensor | None = None) -> ChannelStat
 
 def whole_clip(stock: Any, host: Any, *args: Any, **kwargs: Any) -> Any:
     """``stock.forward(host, ...)``, one of :data:`MIXERS`, on the frames of all ranks; of the result, those of this."""
-    over = layout("frames")
+    over = frames()
     if over is None:
         return stock.forward(host, *args, **kwargs)
     where = next(where for kind, where in MIXERS.items() if issubclass(stock, kind))
-    given = _signature(stock).bind(host, *args, **kwargs).arguments
+    given = _signature(stock).bind(host, *args, **kwargs).arguments  # type: ignore[arg-type]
     for name, at in where.items():
         if given.get(name) is not None:
             given[name] = _gathered(over, given[name], at)
@@ -126,13 +127,13 @@ def _signature(stock: Any) -> inspect.Signature:
     return inspect.signature(stock.forward)
 
 
-def _gathered(over: Layout, x: Tensor, at: Where) -> Tensor:
+def _gathered(over: FramesOverRanks, x: Tensor, at: Where) -> Tensor:
     if isinstance(at, str):
         return over.ranks.gather(x.unflatten(0, (-1, over.count)), 1, over.total).flatten(0, 1)
     return over.ranks.gather(x, at, over.total)
 
 
-def _own(over: Layout, x: Tensor, at: Where) -> Tensor:
+def _own(over: FramesOverRanks, x: Tensor, at: Where) -> Tensor:
     if isinstance(at, str):
         return over.ranks.part(x.unflatten(0, (-1, over.total)), 1).flatten(0, 1)
     return over.ranks.part(x, at)
@@ -152,6 +153,10 @@ class Frames:
     dim: int
     where: Mapping[str, Where]
     first: tuple[str, ...] = ()
+
+    def reason(self, model: Any, size: int) -> str | None:
+        """Why no call of ``model`` can be spread over ``size`` ranks: there is no such reason."""
+        return None
 
     def way(self, ranks: Ranks, count: Callable[[str], None]) -> _FramesWay:
         return _FramesWay(self, ranks, count)
@@ -179,7 +184,7 @@ class _FramesWay:
         if reason := self._whole_reason(model, total, [*firsts, *mixers]) or _compiled_reason(parts[1:]):
             self._count(reason)
             return run(*args, **kwargs)
-        over = Layout("frames", ranks, total)
+        over = FramesOverRanks(ranks, total)
         for name, at in self._frames.where.items():
             cut = self._cut_text if name == TEXT else self._cut
             if name in given:
@@ -202,12 +207,12 @@ class _FramesWay:
             return f"a hook replaced the forward of a {stock_class(replaced).__name__}, which mixes frames"
         return None
 
-    def _cut(self, over: Layout, batch: int, at: Where, x: Tensor) -> Tensor:
+    def _cut(self, over: FramesOverRanks, batch: int, at: Where, x: Tensor) -> Tensor:
         if isinstance(at, str) and len(x) != batch * over.total:
             return x
         return _own(over, x, at)
 
-    def _cut_text(self, over: Layout, batch: int, at: Where, x: Tensor) -> Tensor:
+    def _cut_text(self, over: FramesOverRanks, batch: int, at: Where, x: Tensor) -> Tensor:
         """The same object at every step of a clip: so what is known of it (``text_context.py``) stands."""
         if x.is_inference():
             return self._cut(over, batch, at, x)
@@ -252,7 +257,7 @@ def _first_frame_class(kind: Any) -> type[nn.Module]:
     """``kind``, which is called with the first frame of what it takes for the clip, with that of the first rank."""
 
     def forward(self: Any, x: Tensor) -> Any:
-        over = layout("frames")
+        over = frames()
         if over is not None:
             x = over.ranks.gather(x[None], 0, over.ranks.size)[0]
         return kind.forward(self, x)

@@ -44,7 +44,7 @@ from vidaccel.kernels.conv.joined_projection import joined_projection
 from vidaccel.kernels.conv.temporal_conv import temporal_conv
 from vidaccel.kernels.norm.channel_statistics import ChannelStatistics
 from vidaccel.kernels.op import runs_triton
-from vidaccel.parallel.layout import layout
+from vidaccel.parallel.layout import frames
 from vidaccel.sites.block import FusedBlock, call_site, fuses, run_part
 from vidaccel.sites.memo import once_per_call
 from vidaccel.sites.plain import plain_reason, readable_reason
@@ -89,8 +89,8 @@ class _ConvolutionBlock(FusedBlock):
         return norms_reason(nn.GroupNorm, x, *norms) if self.runs("group_norm_silu") else None
 
     def _spread_reason(self, x: Tensor, *convs: Any) -> str | None:
-        """Why this block, whose norms and ``convs`` mix frames, needs all frames of a clip that is spread, or None."""
-        if layout("frames") is None:
+        """Why this block, whose norms and ``convs`` mix frames, needs all of a clip spread over ranks, or None."""
+        if frames() is None:
             return None
         if not self.runs("group_norm_silu"):
             return "its norms are not fused, and take all frames of the clip"
@@ -155,7 +155,7 @@ class _ConvolutionBlock(FusedBlock):
         if not self._splits_bias(conv, x):
             return (residual if shortcut is None else shortcut(residual)) + _with_bias(conv, x), None
         temporal = shortcut is None and self.runs("temporal_conv") and geometry_of(conv) == _TEMPORAL
-        if temporal and not statistics and layout("frames") is None:
+        if temporal and not statistics and frames() is None:
             return temporal_conv(x, conv.weight, conv.bias, residual, **epilogue), None
         if shortcut is not None and self._splits_bias(shortcut, residual):
             epilogue["residual_bias"] = shortcut.bias

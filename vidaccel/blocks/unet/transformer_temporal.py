@@ -25,7 +25,7 @@ from vidaccel.blocks.unet.normalization import FusedGroupNorm, as_clip, norm_and
 from vidaccel.blocks.unet.resnet import FusedAlphaBlender
 from vidaccel.blocks.unet.transformer_2d import adds_in_product
 from vidaccel.kernels.ffn.residual_projection import residual_projection
-from vidaccel.parallel.layout import layout
+from vidaccel.parallel.layout import frames
 from vidaccel.sites.block import FusedBlock, call_site, fuses, run_part
 from vidaccel.sites.site import Fidelity
 
@@ -159,7 +159,7 @@ class FusedTransformerSpatioTemporalModel(FusedBlock, TransformerSpatioTemporalM
 
     def _frame_embedding(self, num_frames: int, like: Tensor) -> Tensor:
         """``[B*F, 1, C]``: the embedding of each frame's index, once for the whole batch."""
-        over = layout("frames")
+        over = frames()
         first = 0 if over is None else over.own.start
         sinusoids = self.time_proj(torch.arange(first, first + num_frames, device=like.device)).to(like.dtype)
         return self.time_pos_embed(sinusoids).repeat(like.shape[0] // num_frames, 1)[:, None]
@@ -181,7 +181,7 @@ class FrameTransformer(TemporalSelfAttention):
     proj_out: Any
 
     def call_reason(self, hidden_states: Tensor, *args: Any) -> str | None:
-        if layout("frames") is not None and not isinstance(self.norm, FusedGroupNorm):
+        if frames() is not None and not isinstance(self.norm, FusedGroupNorm):
             return "its norm is not fused, and takes all frames of the clip"
         return super().call_reason(hidden_states, *args)
 

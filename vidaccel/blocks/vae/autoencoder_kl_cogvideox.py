@@ -45,6 +45,7 @@ from vidaccel.blocks.vae.causal_clip import (
     conv_reason,
     conv_rows,
     decode_in_chunks,
+    decode_stretch,
     dropout_reason,
     images_of,
     latents_reason,
@@ -58,6 +59,8 @@ from vidaccel.kernels.conv.pixel_conv import pixel_conv, pixel_conv_ref
 from vidaccel.kernels.conv.upsample_conv import upsample_conv, upsample_conv_and_statistics, upsample_conv_ref
 from vidaccel.kernels.norm.spatial_norm_silu import spatial_norm_silu, spatial_norm_silu_ref
 from vidaccel.kernels.op import runs_triton
+from vidaccel.parallel.layout import LatentFrames, latent_frames
+from vidaccel.parallel.ranks import Agreement, Ranks
 from vidaccel.sites.block import FusedBlock, call_site, cut_corner, fuses
 from vidaccel.sites.memo import once_per_call
 from vidaccel.sites.plain import plain_reason
@@ -198,6 +201,20 @@ class FusedCogVideoXDecoder3D(FusedBlock, CogVideoXDecoder3D):
             and not self.call_reason(sample, (), None)
         )
 
+    def layout_for(
+        self, ranks: Ranks, agreement: Agreement, frames: int, sample: Tensor, temb: Any = None, conv_cache: Any = None
+    ) -> LatentFrames | str:
+        """How ``frames`` latent frames are decoded on several ranks, or why they are not.
+
+        ``sample`` is their first batch; the other arguments are those of that call.
+        """
+        if not self._may_look_ahead(sample):
+            return self.left_alone_reason(self) or self.call_reason(sample, (), None) or "whole_clip is off, or failed"
+        _, ends = _foreseen(sample)
+        if temb is not None or ends[-1] != frames:
+            return "its batches of latent frames come one by one"
+        return LatentFrames.reason(ranks, len(ends), 1) or LatentFrames(ranks, len(ends), 1, agreement)
+
     def call_reason(self, clip: Tensor, ends: tuple[int, ...], carried: _Carried | None) -> str | None:
         return latents_reason(clip, self.conv_in.conv.weight)
 
@@ -275,6 +292,7 @@ class _Decode:
     def run(self, halos: Halos, keep: bool) -> tuple[Tensor, Halos]:
         """The pixels, and with ``keep`` what the frames behind them need."""
         decoder, latents, ends = self._decoder, self._latents, self._ends
+        over = None if halos or keep else latent_frames()
         samples, _, _, height, width = latents.shape
         upsamplers = list(_upsamplers(decoder))
         rate = 2 ** sum(upsampler.compress_time for upsampler in upsamplers)
@@ -282,20 +300,29 @@ class _Decode:
         shape = samples, len(decoder.conv_out.conv.weight), _frames_of(ends[-1], ends[0], rate), height, width
         pixels = latents.new_empty(shape)
 
+        def pixel_frames(batches: int) -> int:
+            return _frames_of(ends[batches - 1] if batches else 0, ends[0], rate)
+
         def decode(start: int, end: int) -> None:
-            nonlocal halos
-            first, last = ends[start - 1] if start else 0, ends[end - 1]
-            out = pixels[:, :, _frames_of(first, ends[0], rate) : _frames_of(last, ends[0], rate)]
-            self._rows = latents[:, :, first:last].permute(0, 2, 3, 4, 1).contiguous()
-            self._batches = ends[start] - first, ends[end - 1] - ends[end - 2] if end > 1 else last
-            self._rate = 1
-            halos = self._chunk(Chunk(Sum(self._rows), halos, keep or end < len(ends)), out)
+            follows = keep or end < len(ends)
+
+            def stretch(start: int, end: int, out: Tensor, ranks: Ranks | None) -> None:
+                nonlocal halos
+                first, last = ends[start - 1] if start else 0, ends[end - 1]
+                self._rows = latents[:, :, first:last].permute(0, 2, 3, 4, 1).contiguous()
+                self._batches = ends[start] - first, ends[end - 1] - ends[end - 2] if end > 1 else last
+                self._rate = 1
+                halos = self._chunk(Chunk(Sum(self._rows), halos, follows, ranks), out)
+
+            out = pixels[:, :, pixel_frames(start) : pixel_frames(end)]
+            decode_stretch(start, end, out, pixel_frames, stretch, over)
 
         def needs(batches: int) -> int:
-            return decode_bytes(decoder, latents, ends[batches - 1])
+            own = batches if over is None else over.stretches(0, batches)[0][1]
+            return decode_bytes(decoder, latents, ends[own - 1])
 
         explain = partial(out_of_memory, samples, height, width, frames=ends[0])
-        step = decode_in_chunks(len(ends), latents.device, needs, decode, explain)
+        step = decode_in_chunks(len(ends), latents.device, needs, decode, explain, over)
         tell_chunk(decoder, "whole_clip", ends[step - 1], ends[-1])
         return pixels, halos
 

@@ -225,7 +225,7 @@ class _Decode:
         run = depth_to_space if self._decoder.runs("depth_to_space") else depth_to_space_ref
         factor_t = 2 if upsample.add_temporal_upsample else 1
         source = CAUSAL.inner(buffer)
-        chunk.flow = Sum(run(made, conv.bias, source, factor_t=factor_t, first=not chunk.halos))
+        chunk.flow = Sum(run(made, conv.bias, source, factor_t=factor_t, first=chunk.begins))
 
 
 def _upsamplers(decoder: Any) -> Iterator[Any]:

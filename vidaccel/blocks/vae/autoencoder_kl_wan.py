@@ -5,7 +5,11 @@ the caller passes along, so 33 convolutions are made of clones, cats and pads of
 all frames at once give the same numbers; where memory does not hold them, as many as it does, the last two frames of
 each convolution's input carried on to the next. Clips are rows ``[B, F, H, W, C]`` from the first convolution to the
 last. ``rms_norm_silu`` writes a convolution's input behind the frames that it looks back at, and adds the bias and
-the residual that the convolution before has left out.
+the residual that the convolution before has left out, and behind an upsampler puts the pixels in place.
+
+In the last up-blocks, which leave the number of frames as it is, tensors may be too large for cuDNN's faster
+convolutions. Then these blocks and the last convolution work on some frames at a time (a piece), and the last two
+frames of each convolution's input are carried on to the next piece.
 
 The caller is left as it is: it asks for frame after frame. What it passes first is a view of frame 0 of latents whose
 storage holds the clip and nothing else, so that is decoded, and the frames are handed out call by call. What has been
@@ -22,8 +26,9 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from math import ceil
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -52,6 +57,7 @@ from vidaccel.blocks.vae.causal_clip import (
     clip_of,
     conv_rows,
     decode_in_chunks,
+    decode_stretch,
     dropout_reason,
     images_of,
     out_of_memory,
@@ -63,9 +69,12 @@ from vidaccel.kernels.attention.spatial_attention import spatial_attention, spat
 from vidaccel.kernels.conv.conv_epilogue import conv_epilogue, conv_epilogue_ref
 from vidaccel.kernels.conv.padded_clip import NO_PADDING, Padding
 from vidaccel.kernels.conv.pixel_conv import pixel_conv, pixel_conv_ref
-from vidaccel.kernels.conv.upsample_conv import upsample_conv, upsample_conv_ref
+from vidaccel.kernels.conv.pixel_shuffle import pixel_shuffle, pixel_shuffle_ref
+from vidaccel.kernels.conv.upsample_conv import upsample_cells, upsample_conv_ref
 from vidaccel.kernels.norm.rms_norm_silu import compile_ahead, rms_norm_silu, rms_norm_silu_ref
 from vidaccel.kernels.op import note, runs_triton
+from vidaccel.parallel.layout import LatentFrames, latent_frames
+from vidaccel.parallel.ranks import Agreement, Ranks
 from vidaccel.sites.block import GRADIENTS, SITES, FusedBlock, call_site, cut_corner, fuses
 from vidaccel.sites.memo import once_per_call
 from vidaccel.sites.plain import plain_reason
@@ -76,6 +85,9 @@ __all__ = ["FusedWanDecoder3d", "FusedWanPostQuantConv", "decode_bytes"]
 BEFORE = 2  # frames that a causal convolution looks back at
 CAUSAL = Padding(before=BEFORE)
 CORNER_FRAMES = 3
+# Few of cuDNN's kernels take a tensor of more numbers. On an H200 the one that takes those of Wan 2.2 does 630 TFLOP/s,
+# others 760 (decoder-profiles-h200.txt). They work on tiles of 128 channels; of 96, it is the fastest.
+MOST_NUMBERS, TILE_CHANNELS = 2**31 - 1, 128
 _MARGIN = 1.1  # the allocator's rounding, the convolutions' workspaces, all that is small
 
 
@@ -159,6 +171,7 @@ def _frames_of(latent_frames: int, rate: int) -> int:
         "half_operands": "math-exact",
         "rms_norm_silu": "math-exact",
         "conv_epilogue": "math-exact",
+        "pixel_shuffle": "math-exact",
         "upsample_conv": "math-exact",
         "pixel_conv": "math-exact",
         "spatial_attention": "math-exact",
@@ -178,11 +191,22 @@ class FusedWanDecoder3d(FusedBlock, WanDecoder3d):
         return _structure_reason(module)
 
     def compile_ahead(self) -> None:
+        for before, block in itertools.pairwise(self.up_blocks):
+            gamma, shortcut = block.resnets[0].norm1.gamma.detach().flatten(), getattr(before, "avg_shortcut", None)
+            half = _half_dtype(self, gamma)
+            compile_ahead(
+                gamma,
+                residual=shortcut is not None,
+                x_scale=half is not None,
+                cells=True,
+                factor_t=0 if shortcut is None else shortcut.factor_t,
+                step=1 if shortcut is None else shortcut.in_channels // shortcut.out_channels,
+                keep=True,
+                out_dtype=half,
+            )
         for resnet in (*self.mid_block.resnets, *(resnet for block in self.up_blocks for resnet in block.resnets)):
             gamma, next_gamma = (norm.gamma.detach().flatten() for norm in (resnet.norm1, resnet.norm2))
             half = _half_dtype(self, gamma)
-            if half is None:
-                compile_ahead(gamma, bias=False)  # behind an upsampler
             compile_ahead(gamma, residual=True, keep=True, out_dtype=half)
             compile_ahead(next_gamma, out_dtype=half)
             if isinstance(resnet.conv_shortcut, WanCausalConv3d):
@@ -229,6 +253,20 @@ class FusedWanDecoder3d(FusedBlock, WanDecoder3d):
         if torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in self.parameters())):
             return GRADIENTS
         return self.left_alone_reason(self) or self.call_reason(x, None)
+
+    def layout_for(
+        self, ranks: Ranks, agreement: Agreement, frames: int, x: Tensor, feat_cache: Any = None, feat_idx: Any = None,
+        first_chunk: bool = False,
+    ) -> LatentFrames | str:  # fmt: skip
+        """How ``frames`` latent frames, of which ``x`` is the first, are decoded on several ranks, or why they are not.
+
+        The other arguments are those of the first call.
+        """
+        if reason := self._beginning_reason(x, feat_cache, first_chunk):
+            return reason
+        if _clip_behind(x).shape[2] != frames:
+            return "its latent frames come one by one"
+        return LatentFrames.reason(ranks, frames, BEFORE) or LatentFrames(ranks, frames, BEFORE, agreement)
 
     def call_reason(self, clip: Tensor, progress: _Progress | None) -> str | None:
         if not self.runs("whole_clip"):
@@ -403,7 +441,7 @@ def _normed_in(block: Any) -> Iterator[tuple[Any, Any]]:
 
 def _convolutions_of(resample: Any) -> list[Any]:
     """Those of an upsampler, in the order in which they run."""
-    over_time = [resample.time_conv] if resample.mode == "upsample3d" else []
+    over_time = [resample.time_conv] if _lengthens(resample) else []
     return [*over_time, resample.resample[1]]
 
 
@@ -435,6 +473,7 @@ class _Decode:
     def run(self, latents: Tensor, halos: Halos, keep: bool) -> tuple[Tensor, Halos | None]:
         """The pixels, and what the next frames need if that is to be kept."""
         decoder, rate, begins = self._decoder, self._rate, not halos
+        over = latent_frames() if begins and not keep else None
         samples, _, frames, height, width = latents.shape
         scale = 2 ** sum(True for _ in _upsamplers(decoder))
         height, width = height * scale, width * scale
@@ -445,19 +484,29 @@ class _Decode:
         pixels = latents.new_empty(samples, len(decoder.conv_out.weight), pixel_frames(frames), height, width)
 
         def decode(start: int, end: int) -> None:
-            nonlocal halos
-            out = pixels[:, :, pixel_frames(start) : pixel_frames(end)]
-            halos = self._chunk(latents[:, :, start:end], halos, out, keep or end < frames)
+            follows = keep or end < frames
 
-        needs = partial(decode_bytes, decoder, latents)
+            def stretch(start: int, end: int, out: Tensor, ranks: Ranks | None) -> None:
+                nonlocal halos
+                halos = self._chunk(latents[:, :, start:end], halos, out, follows, ranks)
+
+            out = pixels[:, :, pixel_frames(start) : pixel_frames(end)]
+            decode_stretch(start, end, out, pixel_frames, stretch, over)
+
+        def needs(frames: int) -> int:
+            return decode_bytes(decoder, latents, frames if over is None else over.stretches(0, frames)[0][1])
+
         explain = partial(out_of_memory, samples, height, width)
-        step = decode_in_chunks(frames, latents.device, needs, decode, explain)
-        tell_chunk(decoder, "whole_clip", step, frames)
+        step = decode_in_chunks(frames, latents.device, needs, decode, explain, over)
+        made = pixel_frames(step)
+        piece = _frames_of_a_piece(decoder, latents, made)
+        then = "" if piece == made else f", {piece} of {made} in the last up-blocks"
+        tell_chunk(decoder, "whole_clip", step, frames, then)
         return pixels, halos if keep else None
 
-    def _chunk(self, latents: Tensor, halos: Halos, out: Tensor, keep: bool) -> Halos:
+    def _chunk(self, latents: Tensor, halos: Halos, out: Tensor, keep: bool, ranks: Ranks | None = None) -> Halos:
         decoder = self._decoder
-        chunk = Chunk(Sum(latents), halos, keep)
+        chunk = Chunk(Sum(latents), halos, keep, ranks)
         buffer = _behind(halos.get(decoder.conv_in), latents)
         chunk.keep_of(decoder.conv_in, buffer)
         chunk.flow = Sum(conv_rows(buffer, decoder.conv_in), decoder.conv_in.bias)
@@ -467,13 +516,32 @@ class _Decode:
         for attention, resnet in zip(mid.attentions, mid.resnets[1:], strict=True):
             self._attention(chunk, attention)
             self._resnet(chunk, resnet)
-        for block in decoder.up_blocks:
+        first = _even_from(decoder)
+        for block in decoder.up_blocks[:first]:
+            self._up_block(chunk, block)
+        frames = out.shape[2]
+        step = _frames_of_a_piece(decoder, latents, frames)
+        if step == frames or ranks is not None:  # the next rank waits for the last frames, which come last in pieces
+            self._to_pixels(chunk, first, out)
+            return chunk.following
+        flow = chunk.flow
+        del chunk.flow
+        for start in range(0, frames, step):
+            some = slice(start, min(start + step, frames))
+            piece = Chunk(flow.some(some), {**chunk.halos, **chunk.following}, keep or some.stop < frames)
+            self._to_pixels(piece, first, out[:, :, some])
+            chunk.following |= piece.following
+        return chunk.following
+
+    def _to_pixels(self, chunk: Chunk, first: int, out: Tensor) -> None:
+        """What is left to do of a chunk, from the up-block at position ``first`` on."""
+        decoder = self._decoder
+        for block in decoder.up_blocks[first:]:
             self._up_block(chunk, block)
         buffer = self._norm(chunk, decoder.norm_out, decoder.conv_out, keep=False)
         del chunk.flow
         run = pixel_conv if decoder.runs("pixel_conv") else pixel_conv_ref
         out.copy_(run(buffer, decoder.conv_out.weight, decoder.conv_out.bias))
-        return chunk.following
 
     def _norm(self, chunk: Chunk, norm: Any, conv: nn.Module, *, keep: bool, silu: bool = True) -> Tensor:
         """What ``conv`` gets: its input, and the frames before if it looks back; with ``keep``, the sum flows on."""
@@ -487,13 +555,16 @@ class _Decode:
             residual=flow.residual,
             residual_bias=flow.residual_bias,
             halo=chunk.halos.get(conv),
+            x_scale=flow.x_scale,
+            factor_t=flow.factor_t,
+            skip=flow.skip,
             padding=CAUSAL if causal else NO_PADDING,
             silu=silu,
             keep=keep,
             inplace=flow.residual is None or flow.residual is not chunk.kept,
             out_dtype=None if self._half is None else self._half[conv],
         )
-        flow.x, flow.bias, flow.residual, flow.residual_bias = z, None, None, None
+        chunk.flow = Sum(z)
         if causal:
             chunk.keep_of(conv, y)
         return y
@@ -514,18 +585,22 @@ class _Decode:
 
     def _up_block(self, chunk: Chunk, block: Any) -> None:
         shortcut = getattr(block, "avg_shortcut", None)
-        source = chunk.kept = None if shortcut is None else self._summed(chunk)
-        for resnet in block.resnets:
-            self._resnet(chunk, resnet)
+        for at, resnet in enumerate(block.resnets):
+            self._resnet(chunk, resnet, keep=at == 0 and shortcut is not None)
         for upsampler in _upsamplers_of(block):
             self._upsample(chunk, upsampler, block.resnets[-1])
-        if source is not None:
-            _add_enlarged(self._summed(chunk), source, shortcut, first=not chunk.halos)
+        if shortcut is not None:
+            # of the first frame of a clip, time has made one frame: the last of its cell
+            skip = shortcut.factor_t - 1 if chunk.begins else 0
+            chunk.flow = replace(chunk.flow, residual=chunk.kept, factor_t=shortcut.factor_t, skip=skip)
             chunk.kept = None
 
-    def _resnet(self, chunk: Chunk, resnet: Any) -> None:
+    def _resnet(self, chunk: Chunk, resnet: Any, keep: bool = False) -> None:
+        """With ``keep``, what it reads is kept, all of it added."""
         buffer = self._norm(chunk, resnet.norm1, resnet.conv1, keep=True)
         residual, residual_bias, shortcut = chunk.flow.x, None, resnet.conv_shortcut
+        if keep:
+            chunk.kept = residual
         if isinstance(shortcut, WanCausalConv3d):
             residual, residual_bias = conv_rows(residual, shortcut), shortcut.bias
         chunk.flow = Sum(conv_rows(buffer, resnet.conv1), resnet.conv1.bias)
@@ -552,28 +627,32 @@ class _Decode:
             self._summed(chunk)
         else:
             self._scaled_sum(chunk, scale)
-        if resample.mode == "upsample3d":
+        if _lengthens(resample):
             self._double(chunk, resample.time_conv, scale)
         samples, images = len(chunk.flow.x), images_of(chunk.flow.x)
         del chunk.flow
         if self._decoder.runs("upsample_conv") and runs_triton("upsample_conv", images):
-            images = upsample_conv(images, conv.weight, conv.bias, scale=scale)
+            made = upsample_cells(images, conv.weight)
         else:
-            images = upsample_conv_ref(images, conv.weight, conv.bias, scale)
-        chunk.flow = Sum(images.permute(0, 2, 3, 1).unflatten(0, (samples, -1)))
+            made = upsample_conv_ref(images, conv.weight, None).permute(0, 2, 3, 1)
+        chunk.flow = Sum(made.unflatten(0, (samples, -1)), conv.bias, x_scale=scale)
 
     def _scale(self, chunk: Chunk, resample: Any, before: Any) -> Tensor | None:
         """What flows is to be multiplied by that, and the convolutions of ``resample`` to read float16; None: neither.
 
-        The clip goes through at once, for each chunk would have its own scale and the halo of another one's.
+        A convolution over time gets the clip at once, for each chunk would have its own scale and the halo of another
+        one's.
         """
         flow, convolutions = chunk.flow, _convolutions_of(resample)
-        if self._half is None or chunk.keep or chunk.halos or flow.residual is None or flow.residual_bias is not None:
+        if (chunk.keep or chunk.halos) and _lengthens(resample):
+            return None
+        if self._half is None or flow.residual is None or flow.residual_bias is not None:
             return None
         added = self._largest.get(before.conv2)
         if added is None or not all(conv in self._largest for conv in convolutions):
             return None
-        return scale_to_fit(flow.residual, added, convolutions)
+        scale = scale_to_fit(flow.residual, added, convolutions)
+        return scale if chunk.ranks is None else chunk.ranks.least(scale)
 
     def _scaled_sum(self, chunk: Chunk, scale: Tensor) -> None:
         """What flows, all of it added, times ``scale``, in float16."""
@@ -594,23 +673,23 @@ class _Decode:
     def _double(self, chunk: Chunk, conv: Any, scale: Tensor | None) -> None:
         """Every frame becomes two, but for the first of a clip, which the convolution over time never sees."""
         x = chunk.flow.x
-        halo, first = chunk.halos.get(conv), not chunk.halos
-        frames = x[:, first:]
-        if chunk.keep:
-            before = x.new_zeros(len(x), BEFORE, *x.shape[2:]) if halo is None else halo
+        halo, first = chunk.halos.get(conv), chunk.begins
+        frames = buffer = x[:, first:]
+        before = x.new_zeros(len(x), BEFORE + first, *x.shape[2:]) if halo is None else halo
+        if looks_back := halo is not None or chunk.ranks is not None:
+            buffer = torch.cat([before, frames], dim=1)
+            chunk.keep_of(conv, buffer)
+        elif chunk.keep:
             chunk.keep_of(conv, torch.cat([before, frames[:, -BEFORE:]], dim=1))
-        samples, count, height, width, channels = frames.shape
+        count = frames.shape[1]
         if count == 0:
             return
-        doubled = x.new_empty(samples, first + 2 * count, height, width, channels)
+        # Zeros are before the first clip's. One more of them keeps a place for its first frame; those behind are cut.
+        made = conv_rows(buffer, conv) if looks_back else conv_rows(frames, conv, padding=(BEFORE + first, 0, 0))
+        bias = conv.bias if scale is None else conv.bias * scale
+        run = pixel_shuffle if self._decoder.runs("pixel_shuffle") else pixel_shuffle_ref
+        doubled = run(made[:, : first + count], bias, cell=(2, 1, 1), drop=int(first))
         doubled[:, :first] = x[:, :first]
-        if halo is None:  # zeros are before; those behind, which the padding brings too, are left out
-            made = conv_rows(frames, conv, padding=(BEFORE, 0, 0))
-        else:
-            made = conv_rows(torch.cat([halo, frames], dim=1), conv)
-        pairs = made[:, :count].unflatten(-1, (2, channels)).permute(0, 1, 4, 2, 3, 5)  # [B, F, 2, H, W, C]
-        bias = conv.bias if scale is None else (conv.bias * scale).to(x.dtype)
-        torch.add(pairs, bias.view(2, 1, 1, channels), out=doubled[:, first:].unflatten(1, (count, 2)))
         chunk.flow = Sum(doubled)
 
 
@@ -624,37 +703,40 @@ def _behind(halo: Tensor | None, latents: Tensor) -> Tensor:
     return buffer
 
 
-def _add_enlarged(rows: Tensor, source: Tensor, shortcut: Any, first: bool) -> None:
-    """Add ``source`` ``[B, F, H, W, C']`` to what an up-block made of it, every number of it to the pixels of its cell.
-
-    Of the first frame of a clip, time has made one frame: the last of its cell.
-    """
-    factor_t, factor_s, channels = shortcut.factor_t, shortcut.factor_s, shortcut.out_channels
-    of_input = torch.arange(channels * shortcut.factor, device=source.device) // shortcut.repeats
-    of_input = of_input.view(channels, factor_t, factor_s, factor_s).permute(1, 2, 3, 0)
-    alike = shortcut.repeats == shortcut.factor  # all pixels of a cell get the same channels, in their order
-    if first:
-        cells = rows[:, :1].unflatten(1, (1, 1)).unflatten(3, (-1, factor_s)).unflatten(5, (-1, factor_s))
-        _add_to_cells(cells, source[:, :1], None if alike else of_input[-1:])
-    rows, source = rows[:, first:], source[:, first:]
-    if source.shape[1]:
-        cells = rows.unflatten(1, (-1, factor_t)).unflatten(3, (-1, factor_s)).unflatten(5, (-1, factor_s))
-        _add_to_cells(cells, source, None if alike else of_input)
-
-
-def _add_to_cells(cells: Tensor, source: Tensor, of_input: Tensor | None) -> None:
-    """``cells`` are ``[B, F, t, H, s, W, s, C]``; ``of_input`` ``[t, s, s, C]`` says which channels each gets."""
-    if of_input is None:
-        cells += source[:, :, None, :, None, :, None]
-        return
-    for t, y, x in itertools.product(*map(range, of_input.shape[:3])):
-        cells[:, :, t, :, y, :, x] += source[..., of_input[t, y, x]]
-
-
 @once_per_call
 def _temporal_rate(decoder: Any) -> int:
     """Frames that a latent frame becomes, but for the first of a clip."""
-    return int(2 ** sum(upsampler.mode == "upsample3d" for upsampler in _upsamplers(decoder)))
+    return int(2 ** sum(map(_lengthens, _upsamplers(decoder))))
+
+
+@once_per_call
+def _even_from(decoder: Any) -> int:
+    """Position of the first up-block from which on a clip has the frames of its pixels."""
+    found = [at for at, block in enumerate(decoder.up_blocks) if any(map(_lengthens, _upsamplers_of(block)))]
+    return found[-1] + 1 if found else 0
+
+
+def _lengthens(upsampler: Any) -> bool:
+    """Whether it makes two frames of one."""
+    return bool(upsampler.mode == "upsample3d")
+
+
+def _frames_of_a_piece(decoder: Any, latents: Tensor, frames: int) -> int:
+    """How many of the frames go through the last up-blocks at once, one after the other as far as the pixels.
+
+    The halos are passed from piece to piece, so that a piece costs nothing but these.
+    """
+    first, pixels = _even_from(decoder), latents.shape[0] * latents.shape[3] * latents.shape[4]
+    numbers = 0
+    for at, block in enumerate(decoder.up_blocks):
+        widths = {width for resnet in block.resnets for width in (resnet.in_dim, resnet.out_dim)}
+        if at >= first:
+            if any(width % TILE_CHANNELS for width in widths):
+                return frames
+            numbers = max(numbers, pixels * max(widths))
+        pixels *= 4 ** len(_upsamplers_of(block))
+    most = max(MOST_NUMBERS // max(numbers, 1) - BEFORE, 1)
+    return ceil(frames / ceil(frames / most))
 
 
 def _upsamplers(decoder: Any) -> Iterator[Any]:
@@ -674,7 +756,11 @@ def decode_bytes(decoder: Any, latents: Tensor, frames: int | None = None) -> in
     """
     whole = frames is None or frames >= latents.shape[2]
     size, half = latents.element_size(), _half_dtype(decoder, latents)
-    held = _Held(frames or latents.shape[2], whole, size, size if half is None else half.itemsize)
+    frames = latents.shape[2] if frames is None else frames
+    rate = _temporal_rate(decoder)
+    made = _frames_of(frames, rate) if whole else rate * frames
+    piece = _frames_of_a_piece(decoder, latents, made)
+    held = _Held(frames, whole, size, size if half is None else half.itemsize, piece if piece < made else None)
     pixels = latents.shape[0] * latents.shape[3] * latents.shape[4]
     return int((max(held.in_layers(decoder)) + held.in_halos(decoder)) * pixels * _MARGIN)
 
@@ -688,41 +774,52 @@ class _Held:
         whole: Whether these are all; else halos come from the chunk before, and are kept for the next.
         size: Bytes of a number.
         half: Of one that a convolution of a ResNet block reads or writes.
+        piece: Frames that go through the last up-blocks at once; None: all.
     """
 
     frames: int
     whole: bool
     size: int
     half: int
+    piece: int | None
 
     def in_layers(self, decoder: Any) -> Iterator[int]:
         """For every layer, at its worst."""
-        pixels, rate = 1, 1
-        for block in decoder.up_blocks:
-            frames, kept = self._frames(rate), 0
+        pixels, rate, made, kept_for_pieces = 1, 1, 0, 0
+        for at, block in enumerate(decoder.up_blocks):
+            frames = self._frames(rate)
+            if self.piece is not None and at >= _even_from(decoder):
+                kept_for_pieces = kept_for_pieces or made
+                frames = self.piece
+            kept = kept_for_pieces
+            # what the upsampler before has made, and its shortcut; the pixels in place, and the norm of them
+            yield made + pixels * block.resnets[0].in_dim * (frames * self.size + (frames + BEFORE) * self.half)
             if getattr(block, "avg_shortcut", None) is not None:
-                kept = pixels * frames * block.in_dim * self.size
+                kept += pixels * frames * block.in_dim * self.size
             for resnet in block.resnets:
                 yield kept + pixels * self._in_resnet(frames, resnet.in_dim, resnet.out_dim)
             for upsampler in _upsamplers_of(block):
                 channels, out_channels = upsampler.dim, upsampler.resample[1].out_channels
-                read = self.half if self.whole else self.size  # bytes of a number that a convolution reads or writes
-                if upsampler.mode == "upsample3d":
+                # bytes of a number that a convolution reads or writes
+                read = self.half if self.whole or not _lengthens(upsampler) else self.size
+                if _lengthens(upsampler):
                     # the frames, behind those before; those of the convolution over time, and these in their order
                     yield kept + pixels * frames * channels * read * (5 if self.whole else 6)
                     rate *= 2
                     frames = self._frames(rate)
-                # before and after the pixels are in place
-                yield kept + pixels * frames * (channels * read + 4 * out_channels * (read + self.size))
+                made = kept + 4 * pixels * frames * out_channels * read
+                yield made + pixels * frames * channels * read
                 pixels *= 4
 
     def in_halos(self, decoder: Any) -> int:
         """All of them, those of the chunk before and the next ones."""
-        if self.whole:
+        if self.whole and self.piece is None:
             return 0
+        first = _even_from(decoder) if self.whole else 0
         pixels, numbers = 1, sum(BEFORE * conv.weight.shape[1] for _, conv in _normed_in(decoder.mid_block))
-        for block in decoder.up_blocks:
-            numbers += pixels * sum(BEFORE * conv.weight.shape[1] for _, conv in _normed_in(block))
+        for at, block in enumerate(decoder.up_blocks):
+            if at >= first:
+                numbers += pixels * sum(BEFORE * conv.weight.shape[1] for _, conv in _normed_in(block))
             pixels *= 4 ** len(_upsamplers_of(block))
         return 2 * self.half * (numbers + pixels * BEFORE * decoder.conv_out.weight.shape[1])
 

@@ -4,6 +4,10 @@ A clip is rows ``[B, F, H, W, C]`` from the first convolution to the last, and t
 out (its bias, the residual) are done by whatever reads it next (:class:`Sum`). A chunk of latent frames goes through
 the decoder at once (:class:`Chunk`). A causal convolution looks at frames before its own: the last frames of its input,
 its halo, are kept for the next chunk. :func:`decode_in_chunks` decodes chunks as long as memory allows.
+
+Over several ranks, each has a stretch of every chunk. All go from convolution to convolution together, and each gets
+its halo from the rank before. To decode as many frames more as all convolutions look back at would be simpler, but
+those of Wan's decoder look back at 24 latent frames, and a clip has 21.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import math
 import os
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,8 +31,11 @@ from vidaccel.kernels.conv.conv_epilogue import (
     conv_epilogue_and_statistics,
     conv_epilogue_ref,
 )
+from vidaccel.kernels.conv.enlarged_clip import small_frames
 from vidaccel.kernels.norm.channel_statistics import ChannelStatistics
 from vidaccel.kernels.op import note
+from vidaccel.parallel.layout import LatentFrames
+from vidaccel.parallel.ranks import Ranks
 from vidaccel.sites.block import SITES
 from vidaccel.sites.memo import held
 from vidaccel.sites.plain import plain_reason
@@ -43,6 +50,7 @@ __all__ = [
     "conv_reason",
     "conv_rows",
     "decode_in_chunks",
+    "decode_stretch",
     "dropout_reason",
     "free_bytes",
     "images_of",
@@ -59,7 +67,9 @@ Halos = dict[nn.Module, Tensor]  # the last frames of the input of each convolut
 class Sum:
     """A clip of rows whose last additions are still to be done: ``x + bias + (residual + residual_bias)``.
 
-    With the statistics of every frame, where nothing is left to add and they are known.
+    With the statistics of every frame, where nothing is left to add and they are known. Behind an upsampler, x may be
+    cells, ``x_scale`` times what they stand for, and the residual small, to be enlarged by ``factor_t`` but for the
+    first ``skip`` frames: as ``rms_norm_silu`` takes them.
     """
 
     x: Tensor
@@ -67,6 +77,18 @@ class Sum:
     residual: Tensor | None = None
     residual_bias: Tensor | None = None
     statistics: ChannelStatistics | None = None
+    x_scale: Tensor | None = None
+    factor_t: int = 0
+    skip: int = 0
+
+    def some(self, frames: slice) -> Sum:
+        """Some of the frames, without their statistics."""
+        residual, skip = self.residual, 0
+        if residual is not None and self.factor_t:
+            residual, skip = small_frames(residual, frames, self.factor_t, self.skip)
+        elif residual is not None:
+            residual = residual[:, frames]
+        return replace(self, x=self.x[:, frames], residual=residual, statistics=None, skip=skip)
 
 
 @dataclass(eq=False)
@@ -77,6 +99,7 @@ class Chunk:
         flow: Where they are. Held here alone, so that no caller's variable keeps a tensor longer than it is needed.
         halos: Of the chunk before; empty: this one is the first of its clip.
         keep: Whether a chunk follows.
+        ranks: That each have a stretch of it, or None.
         following: The halos that this one leaves, if a chunk follows.
         kept: A clip of rows that is needed again behind several layers, so that none of them may write over it.
     """
@@ -84,13 +107,31 @@ class Chunk:
     flow: Sum
     halos: Halos
     keep: bool
+    ranks: Ranks | None = None
     following: Halos = field(default_factory=dict)
     kept: Tensor | None = None
 
+    @property
+    def begins(self) -> bool:
+        """Whether the first frame of the clip is here."""
+        return not self.halos and (self.ranks is None or self.ranks.rank == 0)
+
     def keep_of(self, conv: nn.Module, frames: Tensor, before: int = 2) -> None:
-        """Keep the last ``before`` of the frames ``[B, F, H, W, C]`` that ``conv`` reads, its halo included."""
+        """Keep the last ``before`` of the frames ``[B, F, H, W, C]`` that ``conv`` reads, its halo included.
+
+        Over ranks, the halo of all but the first rank is written only now: the rank before has it.
+        """
+        if self.ranks is None:
+            if self.keep:
+                self.following[conv] = frames[:, -before:].clone()
+            return
+        halo = self.ranks.shift(frames[:, -before:], ring=self.keep)  # the first rank's is for the next chunk
+        if halo is None:
+            return
         if self.keep:
-            self.following[conv] = frames[:, -before:].clone()
+            self.following[conv] = halo
+        if self.ranks.rank:
+            frames[:, :before] = halo
 
 
 def images_of(rows: Tensor) -> Tensor:
@@ -157,6 +198,7 @@ def decode_in_chunks(
     needs: Callable[[int], int],
     decode: Callable[[int, int], None],
     explain: Callable[[int, int], str],
+    over: LatentFrames | None = None,
 ) -> int:
     """Decode latent frames in chunks as long as memory allows; where it runs out, in halves of those.
 
@@ -166,6 +208,7 @@ def decode_in_chunks(
         needs: Takes a number of frames; the bytes that decoding them at once takes.
         decode: Takes where a chunk begins and ends. It keeps nothing of a chunk whose decoding failed.
         explain: Takes the bytes that one frame takes and those that are free; what to say where that is too much.
+        over: The ranks that decode each chunk together: all choose the same, and none goes on in halves alone.
 
     Returns:
         How many frames the longest of the last chunks had.
@@ -173,19 +216,49 @@ def decode_in_chunks(
     Raises:
         torch.OutOfMemoryError: One frame is too much; as ``explain`` says.
     """
-    step, at = _frames_that_fit(frames, needs, free_bytes(device)), 0
+    free = free_bytes(device)
+    step, at = _frames_that_fit(frames, needs, free if over is None else over.least(max(free, 0))), 0
     while at < frames:
         end = min(at + step, frames)
         try:
             decode(at, end)
         except torch.OutOfMemoryError as error:
             traceback.clear_frames(error.__traceback__)  # they hold every tensor of the attempt
-            if end - at == 1:
+            if end - at == 1 or over is not None:
                 raise torch.OutOfMemoryError(explain(needs(1), max(free_bytes(device), 0))) from error
             step = (end - at + 1) // 2
             continue
         at = end
     return min(step, frames)
+
+
+def decode_stretch(
+    start: int,
+    end: int,
+    out: Tensor,
+    pixel_frames: Callable[[int], int],
+    decode: Callable[[int, int, Tensor, Ranks | None], None],
+    over: LatentFrames | None,
+) -> None:
+    """Decode a chunk of latent frames, or this rank's stretch of it; the pixels of all ranks are in ``out``.
+
+    Args:
+        start: Where the chunk begins.
+        end: Where it ends.
+        out: ``[B, C, F, H, W]``, its pixels.
+        pixel_frames: Takes a number of latent frames; how many frames so many from the first on become.
+        decode: Takes where a stretch begins and ends, its pixels, and the ranks that decode the other ones, if any.
+        over: The ranks, or None.
+    """
+    if over is None:
+        decode(start, end, out, None)
+        return
+    stretches = over.stretches(start, end)
+    lengths = [pixel_frames(end) - pixel_frames(start) for start, end in stretches]
+    own, (start, end) = out.split(lengths, dim=2)[over.ranks.rank], stretches[over.ranks.rank]
+    if start < end:
+        decode(start, end, own, over.ranks if lengths[-1] else None)
+    out.copy_(over.ranks.gather(own, 2, out.shape[2], lengths))
 
 
 def _frames_that_fit(frames: int, needs: Callable[[int], int], free: int) -> int:
@@ -212,11 +285,14 @@ def out_of_memory(samples: int, height: int, width: int, needed: int, free: int,
     )
 
 
-def tell_chunk(decoder: nn.Module, op: str, step: int, frames: int) -> None:
-    """Tell the report, at the site of ``op``, that ``step`` of ``frames`` latent frames went through at once."""
+def tell_chunk(decoder: nn.Module, op: str, step: int, frames: int, then: str = "") -> None:
+    """Tell the report, at the site of ``op``, that ``step`` of ``frames`` latent frames went through at once.
+
+    And what happened ``then``.
+    """
     if (memo := held()) is not None and memo.way:
         return  # it is a check
-    ran = f"{step} of {frames} frames"
+    ran = f"{step} of {frames} frames{then}"
     note(op, ran)
     sites: SiteGroup | None = getattr(decoder, SITES, None)
     if sites is not None and (site := sites.sites.get(op)):

@@ -1,0 +1,215 @@
+"""A decode on several ranks: the pixels of a single one, each rank having made its share of them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKLLTXVideo
+from ranks import Team
+from tiny_models import (
+    tiny_autoencoder_kl,
+    tiny_autoencoder_kl_cogvideox,
+    tiny_autoencoder_kl_hunyuan_video,
+    tiny_autoencoder_kl_hunyuanvideo15,
+    tiny_autoencoder_kl_mochi,
+    tiny_autoencoder_kl_wan,
+    tiny_synthetic_pipeline,
+)
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from vidaccel import patch_pipeline
+from vidaccel.blocks.vae import autoencoder_kl_wan, causal_clip
+from vidaccel.parallel.ranks import RankError
+
+
+def tiny_ltx() -> AutoencoderKLLTXVideo:
+    torch.manual_seed(0)
+    levels = {"block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
+    layers = {"layers_per_block": (1,) * 5, "decoder_layers_per_block": (1,) * 5}
+    return AutoencoderKLLTXVideo(latent_channels=4, **levels, **layers).eval()
+
+
+WAN_2_2 = {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16}
+MADE: dict[str, Callable[[], Any]] = {
+    "wan": tiny_autoencoder_kl_wan,
+    "wan2.2": lambda: tiny_autoencoder_kl_wan(**WAN_2_2),
+    "cogvideox": tiny_autoencoder_kl_cogvideox,
+    "hunyuan_video": tiny_autoencoder_kl_hunyuan_video,
+    "hunyuanvideo15": tiny_autoencoder_kl_hunyuanvideo15,
+    "mochi": tiny_autoencoder_kl_mochi,
+    "ltx": tiny_ltx,
+    "images": tiny_autoencoder_kl,
+}  # fmt: skip
+TILED = {
+    "wan": ((1, 4, 3, 5, 6), (32, 32, 16, 24)),
+    "wan2.2": ((1, 4, 3, 4, 4), (32, 32, 16, 32)),
+    "cogvideox": ((1, 4, 3, 3, 5), (16, 24, 0.5, 0.5)),
+    "hunyuan_video": ((1, 4, 3, 4, 5), (16, 16, 16, 8, 8)),
+    "hunyuanvideo15": ((1, 4, 2, 4, 5), (32, 32, 2, 2, 0.5)),
+    "mochi": ((1, 12, 2, 4, 5), (16, 16, 8, 8)),
+    "ltx": ((1, 4, 2, 4, 5), (64, 64, None, 32, 64)),
+    "images": ((2, 4, 12, 12), ()),
+}
+
+
+def latents(shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def pipeline_of(vae: Any) -> Any:
+    """Any pipeline that holds ``vae``."""
+    pipe, _ = tiny_synthetic_pipeline("wan2.1-t2v-1.3b")
+    pipe.vae = vae
+    return pipe
+
+
+def decoded(vae: Any, x: Tensor) -> tuple[Tensor, int]:
+    """The pixels, and the FLOPs of making them."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        pixels = vae.decode(x, return_dict=False)[0]
+    return pixels, counter.get_total_flops()
+
+
+def two_decodes(vae: Any, shape: tuple[int, ...]) -> dict[str, Any]:
+    """A decode by a patched VAE, and the same by all ranks together."""
+    pipe, x = pipeline_of(vae), latents(shape)
+    with patch_pipeline(pipe, only="vae", self_check=False):
+        expected, whole = decoded(vae, x)
+    report = patch_pipeline(pipe, parallel="auto", self_check=False)
+    found, own = decoded(vae, x)
+    site = next(site for site in report.sites if site.op == "decode")
+    outcome = {
+        "equal": bool(found.equal(expected)),
+        "error": float((found - expected).abs().max() / expected.abs().max()),
+        "sum": float(found.double().sum()),
+        "share": own / whole,
+        "site": (site.path, site.state, site.implementation),
+        "reasons": dict(site.fallbacks),
+    }
+    report.restore()
+    outcome["restored"] = site.state == "restored" and "decode" not in vars(vae)
+    return outcome
+
+
+def together(team: Team, function: Callable[..., dict[str, Any]], *args: Any) -> tuple[dict[str, Any], list[float]]:
+    """What all ranks say alike, and the share of the work of each."""
+    outcomes = team.run(function, *args)
+    parts = [outcome.pop("share") for outcome in outcomes]
+    assert len({outcome["sum"] for outcome in outcomes}) == 1
+    assert outcomes[0]["restored"] and outcomes[0]["error"] < 1e-5
+    assert outcomes[0]["site"] == ("vae", "active", f"{len(outcomes)} ranks")
+    return outcomes[0], parts
+
+
+def by_frames(name: str, frames: int, batch: int) -> dict[str, Any]:
+    return two_decodes(MADE[name](), (batch, 4, frames, 3, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "frames", "batch"),
+    [("wan", 4, 1), ("wan", 7, 2), ("wan2.2", 5, 1), ("cogvideox", 5, 1), ("cogvideox", 6, 2)],
+)
+def test_frames(two_ranks: Team, name: str, frames: int, batch: int) -> None:
+    found, parts = together(two_ranks, by_frames, name, frames, batch)
+    assert not found["reasons"]
+    assert max(parts) < 0.7
+
+
+def test_frames_on_four_ranks(four_ranks: Team) -> None:
+    found, parts = together(four_ranks, by_frames, "wan", 9, 1)
+    assert not found["reasons"]
+    assert max(parts) < 0.4
+
+
+def in_chunks(fit: int) -> dict[str, Any]:
+    vae, kept = tiny_autoencoder_kl_wan(), (autoencoder_kl_wan.decode_bytes, causal_clip.free_bytes)
+    try:
+        autoencoder_kl_wan.decode_bytes = lambda decoder, latents, frames: frames
+        # one rank has less memory than the others
+        causal_clip.free_bytes = lambda _: fit + torch.distributed.get_rank()
+        return two_decodes(vae, (1, 4, 9, 3, 2))
+    finally:
+        autoencoder_kl_wan.decode_bytes, causal_clip.free_bytes = kept
+
+
+@pytest.mark.parametrize("fit", [1, 2, 3])
+def test_chunks_go_by_the_least_memory_that_a_rank_has(two_ranks: Team, fit: int) -> None:
+    found, _ = together(two_ranks, in_chunks, fit)
+    assert not found["reasons"]
+
+
+@pytest.mark.parametrize(("name", "frames"), [("wan", 1), ("wan", 3), ("cogvideox", 2), ("mochi", 3)])
+def test_what_cannot_be_split_is_whole_on_every_rank(two_ranks: Team, name: str, frames: int) -> None:
+    found, parts = together(two_ranks, whole, name, frames)
+    assert found["equal"] and parts == pytest.approx([1.0, 1.0], rel=1e-4)
+    assert len(found["reasons"]) == 1
+
+
+def whole(name: str, frames: int) -> dict[str, Any]:
+    return two_decodes(MADE[name](), (1, TILED[name][0][1], frames, 2, 2))
+
+
+def tiled(name: str) -> dict[str, Any]:
+    vae, (shape, tiling) = MADE[name](), TILED[name]
+    vae.enable_tiling(*tiling)
+    return two_decodes(vae, shape)
+
+
+@pytest.mark.parametrize("name", TILED)
+def test_tiles(two_ranks: Team, name: str) -> None:
+    found, parts = together(two_ranks, tiled, name)
+    assert found["equal"] and not found["reasons"]
+    assert max(parts) < 0.75
+
+
+def images(count: int) -> dict[str, Any]:
+    return two_decodes(MADE["images"](), (count, 4, 6, 5))
+
+
+def test_images_of_a_batch(two_ranks: Team) -> None:
+    found, parts = together(two_ranks, images, 5)
+    assert not found["reasons"]
+    assert max(parts) < 0.7
+
+
+def other_latents() -> None:
+    pipe = pipeline_of(MADE["wan"]())
+    with torch.no_grad(), patch_pipeline(pipe, parallel="guidance"):
+        pipe.vae.decode(torch.full((1, 4, 4, 2, 2), float(torch.distributed.get_rank())))
+
+
+def test_other_latents_on_a_rank(two_ranks: Team) -> None:
+    for error, _ in two_ranks.outcomes(other_latents):
+        assert isinstance(error, RankError) and "AutoencoderKLWan with different values" in str(error)
+
+
+def copies() -> bool:
+    pipe, x = pipeline_of(MADE["wan"]()), latents((1, 4, 4, 2, 2))
+    expected = pipe.vae.decode(x).sample
+    with patch_pipeline(pipe, parallel="guidance"):
+        twins = [copy.deepcopy(pipe.vae), pickle.loads(pickle.dumps(pipe.vae))]
+    if torch.distributed.get_rank():
+        return True  # the other rank waits for nobody
+    return all(bool(twin.decode(x).sample.equal(expected)) for twin in twins)
+
+
+def test_a_copy_decodes_by_itself(two_ranks: Team) -> None:
+    assert two_ranks.run(copies) == [True, True]
+
+
+def recorded() -> tuple[list[str], bool]:
+    pipe, x = pipeline_of(MADE["wan"]()), latents((1, 4, 4, 2, 2))
+    with patch_pipeline(pipe, parallel="guidance") as report:
+        pixels = pipe.vae.decode(x).sample
+    return [reason for site in report.sites if site.op == "decode" for reason in site.fallbacks], pixels.requires_grad
+
+
+def test_gradients(two_ranks: Team) -> None:
+    for reasons, requires_grad in two_ranks.run(recorded):
+        assert reasons == ["gradients are enabled (call it under torch.no_grad)"] and requires_grad
