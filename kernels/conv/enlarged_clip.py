@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["cells_of_rows", "enlarged", "pixel_in_cells", "pixel_in_shortcut", "rows_of_cells"]
+__all__ = ["cells_of_rows", "enlarged", "pixel_in_cells", "pixel_in_shortcut", "rows_of_cells", "small_frames"]
 
 
 def rows_of_cells(cells: Tensor) -> Tensor:
@@ -43,6 +43,12 @@ def enlarged(small: Tensor, channels: int, frames: int, factor_t: int, skip: int
     cells = repeated.unflatten(-1, (channels, factor_t, 2, 2))
     cells = cells.permute(0, 1, 5, 2, 6, 3, 7, 4)  # [B, F', t, H / 2, 2, W / 2, 2, C]
     return cells.flatten(5, 6).flatten(3, 4).flatten(1, 2)[:, skip : skip + frames]
+
+
+def small_frames(small: Tensor, frames: slice, factor_t: int, skip: int) -> tuple[Tensor, int]:
+    """What some frames of the large clip are made of; how many of the first that it makes are left out."""
+    start, stop = frames.start + skip, frames.stop + skip
+    return small[:, start // factor_t : triton.cdiv(stop, factor_t)], start % factor_t
 
 
 @triton.jit

@@ -41,7 +41,7 @@ from torch import Tensor
 
 from vidaccel.kernels.arguments import require_floats
 from vidaccel.kernels.check import Part, pieces
-from vidaccel.kernels.conv.enlarged_clip import enlarged, pixel_in_cells, pixel_in_shortcut, rows_of_cells
+from vidaccel.kernels.conv.enlarged_clip import enlarged, pixel_in_cells, pixel_in_shortcut, rows_of_cells, small_frames
 from vidaccel.kernels.conv.padded_clip import NO_PADDING, Padding, pad_clip, padded_lines, padded_tiles, require_padding
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.norm.group_norm_silu import apply_silu
@@ -523,7 +523,7 @@ def _reason(*args: Any) -> str | None:
             return f"the {name} must be {dtype}, got {t.dtype}"
     found, channels = 0 if call.residual is None else call.residual.shape[-1], call.x.shape[-1]
     if call.factor_t and found not in (channels, 2 * channels):
-        return f"the kernel takes as many channels of the residual as of x, or twice as many, got {found} and {channels}"
+        return f"the kernel takes as many channels of the residual as of x, or twice as many, got {found}, {channels}"
     return device_reason(call.x) or tensors_reason(call.x, *call.tensors[1:])
 
 
@@ -546,11 +546,12 @@ def _parts(*args: Any) -> Iterator[Part]:
     for piece in pieces(call.shape, *((0, 1) if whole_rows else (0, 1, 2))):
         samples, frames, height, *_ = piece
         first, last = frames.start == 0, frames.stop == call.shape[1]
+        residual, skip = _residual_of(call, piece)
         before, after = call.before * first, call.after * last
         part = call._replace(
             x=call.x[samples, frames] if whole_rows else call.x[piece],
-            residual=_residual_of(call, piece),
-            skip=(frames.start + call.skip) % max(call.factor_t, 1),
+            residual=residual,
+            skip=skip,
             scale=None if call.scale is None else call.scale[samples],
             shift=None if call.shift is None else call.shift[samples],
             halo=call.halo[samples, :, height] if call.halo is not None and first else None,
@@ -562,13 +563,12 @@ def _parts(*args: Any) -> Iterator[Part]:
         yield Part(tuple(part), functools.partial(_part_of, piece, (samples, written, rows)), _as_frames)
 
 
-def _residual_of(call: _Call, piece: tuple[slice, ...]) -> Tensor | None:
-    """What a piece of the clip reads of it."""
+def _residual_of(call: _Call, piece: tuple[slice, ...]) -> tuple[Tensor | None, int]:
+    """What a piece of the clip reads of it, and the frames that it skips."""
     if call.residual is None or not call.factor_t:
-        return None if call.residual is None else call.residual[piece]
+        return None if call.residual is None else call.residual[piece], 0
     samples, frames, *_ = piece
-    start, stop = frames.start + call.skip, frames.stop + call.skip
-    return call.residual[samples, start // call.factor_t : triton.cdiv(stop, call.factor_t)]
+    return small_frames(call.residual[samples], frames, call.factor_t, call.skip)
 
 
 def _part_of(piece: tuple[slice, ...], written: tuple[slice, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -135,7 +135,7 @@ LOST_BIASES: dict[Op, Callable[..., tuple[Any, ...]]] = {
     LINEAR_GELU: lambda x, w, b: (x.permute(0, 2, 3, 1).flatten(1, 2), w[:, :, 0, 0], b, "tanh"),
     PIXEL_CONV: lambda x, w, b: (x.permute(0, 2, 3, 1)[None], w[:, :, None].expand(-1, -1, 3, -1, -1), b, False),
     TEMPORAL_CONV: lambda x, w, b: (x.movedim(1, 0)[None], w[:, :, :, 0, None, None], b, None, None, None, False),
-    UPSAMPLE_CONV: lambda x, w, b: (x, w, b, None),
+    UPSAMPLE_CONV: lambda x, w, b: (x, w, b),
 }
 
 

@@ -218,7 +218,9 @@ def test_the_other_ways_to_call(vae: AutoencoderKLWan) -> None:
     assert out.shape == clip.shape
 
 
-@pytest.mark.parametrize("op", ["whole_clip", "rms_norm_silu", "conv_epilogue", "upsample_conv", "spatial_attention"])
+@pytest.mark.parametrize(
+    "op", ["whole_clip", "rms_norm_silu", "conv_epilogue", "pixel_shuffle", "upsample_conv", "spatial_attention"]
+)
 def test_every_site_can_be_off(op: str, vae: AutoencoderKLWan) -> None:
     expected = decode(vae, draw())
     with patch_module(vae) as report:
@@ -404,7 +406,7 @@ def test_kernels_run_and_a_fault_in_one_is_found(vae: AutoencoderKLWan, monkeypa
         assert relative_error(decode(vae, latents), expected) <= EQUAL
         assert not report.fallbacks, str(report)
         kernels = {site.op for site in report.sites if site.implementations & {"triton", "whole"}}
-        assert kernels == {"rms_norm_silu", "conv_epilogue", "upsample_conv"}
+        assert kernels == {"rms_norm_silu", "conv_epilogue", "pixel_shuffle", "upsample_conv"}
     with planted(RMS_NORM_SILU, "triton", lambda out: out[-1].mul_(1.01)), patch_module(vae) as report:
         assert relative_error(decode(vae, latents), expected) <= EQUAL
         assert {site.op for site in report.sites if site.state == "failed"} == {"rms_norm_silu"}

@@ -5,7 +5,10 @@ the caller passes along, so 33 convolutions are made of clones, cats and pads of
 all frames at once give the same numbers; where memory does not hold them, as many as it does, the last two frames of
 each convolution's input carried on to the next. Clips are rows ``[B, F, H, W, C]`` from the first convolution to the
 last. ``rms_norm_silu`` writes a convolution's input behind the frames that it looks back at, and adds the bias and
-the residual that the convolution before has left out.
+the residual that the convolution before has left out, and behind an upsampler puts the pixels in place.
+
+From where on a clip has all its frames, its tensors may be larger than a convolution does well with. The last up-blocks
+then work on a piece of the frames after the other, from what all of them have been given to the pixels.
 
 The caller is left as it is: it asks for frame after frame. What it passes first is a view of frame 0 of latents whose
 storage holds the clip and nothing else, so that is decoded, and the frames are handed out call by call. What has been
@@ -20,10 +23,12 @@ Of a tile, the caller cuts out one frame, and has the 1 x 1 x 1 convolution befo
 from __future__ import annotations
 
 import itertools
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from math import ceil
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -64,6 +69,7 @@ from vidaccel.kernels.attention.spatial_attention import spatial_attention, spat
 from vidaccel.kernels.conv.conv_epilogue import conv_epilogue, conv_epilogue_ref
 from vidaccel.kernels.conv.padded_clip import NO_PADDING, Padding
 from vidaccel.kernels.conv.pixel_conv import pixel_conv, pixel_conv_ref
+from vidaccel.kernels.conv.pixel_shuffle import pixel_shuffle, pixel_shuffle_ref
 from vidaccel.kernels.conv.upsample_conv import upsample_cells, upsample_conv_ref
 from vidaccel.kernels.norm.rms_norm_silu import compile_ahead, rms_norm_silu, rms_norm_silu_ref
 from vidaccel.kernels.op import note, runs_triton
@@ -79,6 +85,9 @@ __all__ = ["FusedWanDecoder3d", "FusedWanPostQuantConv", "decode_bytes"]
 BEFORE = 2  # frames that a causal convolution looks back at
 CAUSAL = Padding(before=BEFORE)
 CORNER_FRAMES = 3
+# Few of cuDNN's kernels take a tensor of more numbers. On an H200 the one that takes those of Wan 2.2 does 630 TFLOP/s,
+# others 760 (decoder-profiles-h200.txt). They work on tiles of 128 channels; of 96, it is the fastest.
+MOST_NUMBERS, TILE_CHANNELS = 2**31 - 1, 128
 _MARGIN = 1.1  # the allocator's rounding, the convolutions' workspaces, all that is small
 
 
@@ -162,6 +171,7 @@ def _frames_of(latent_frames: int, rate: int) -> int:
         "half_operands": "math-exact",
         "rms_norm_silu": "math-exact",
         "conv_epilogue": "math-exact",
+        "pixel_shuffle": "math-exact",
         "upsample_conv": "math-exact",
         "pixel_conv": "math-exact",
         "spatial_attention": "math-exact",
@@ -431,7 +441,7 @@ def _normed_in(block: Any) -> Iterator[tuple[Any, Any]]:
 
 def _convolutions_of(resample: Any) -> list[Any]:
     """Those of an upsampler, in the order in which they run."""
-    over_time = [resample.time_conv] if resample.mode == "upsample3d" else []
+    over_time = [resample.time_conv] if _lengthens(resample) else []
     return [*over_time, resample.resample[1]]
 
 
@@ -483,12 +493,21 @@ class _Decode:
             out = pixels[:, :, pixel_frames(start) : pixel_frames(end)]
             decode_stretch(start, end, out, pixel_frames, stretch, over)
 
+        def own_of(frames: int) -> int:
+            return frames if over is None else over.stretches(0, frames)[0][1]
+
         def needs(frames: int) -> int:
-            return decode_bytes(decoder, latents, frames if over is None else over.stretches(0, frames)[0][1])
+            own = own_of(frames)
+            if over is not None and own > BEFORE and _frames_of_a_piece(decoder, latents, rate * own) < rate * own:
+                return sys.maxsize  # the first piece of a stretch would wait for the last one of the stretch before
+            return decode_bytes(decoder, latents, own)
 
         explain = partial(out_of_memory, samples, height, width)
         step = decode_in_chunks(frames, latents.device, needs, decode, explain, over)
-        tell_chunk(decoder, "whole_clip", step, frames)
+        made = pixel_frames(own_of(step))
+        piece = _frames_of_a_piece(decoder, latents, made)
+        then = "" if piece == made else f", {piece} of {made} in the last up-blocks"
+        tell_chunk(decoder, "whole_clip", step, frames, then)
         return pixels, halos if keep else None
 
     def _chunk(self, latents: Tensor, halos: Halos, out: Tensor, keep: bool, ranks: Ranks | None = None) -> Halos:
@@ -503,13 +522,32 @@ class _Decode:
         for attention, resnet in zip(mid.attentions, mid.resnets[1:], strict=True):
             self._attention(chunk, attention)
             self._resnet(chunk, resnet)
-        for block in decoder.up_blocks:
+        first = _even_from(decoder)
+        for block in decoder.up_blocks[:first]:
+            self._up_block(chunk, block)
+        frames = out.shape[2]
+        step = _frames_of_a_piece(decoder, latents, frames)
+        if step == frames or ranks is not None:
+            self._to_pixels(chunk, first, out)
+            return chunk.following
+        flow = chunk.flow
+        del chunk.flow
+        for start in range(0, frames, step):
+            some = slice(start, min(start + step, frames))
+            piece = Chunk(flow.some(some), {**chunk.halos, **chunk.following}, keep or some.stop < frames)
+            self._to_pixels(piece, first, out[:, :, some])
+            chunk.following |= piece.following
+        return chunk.following
+
+    def _to_pixels(self, chunk: Chunk, first: int, out: Tensor) -> None:
+        """What is left to do of a chunk, from the up-block at position ``first`` on."""
+        decoder = self._decoder
+        for block in decoder.up_blocks[first:]:
             self._up_block(chunk, block)
         buffer = self._norm(chunk, decoder.norm_out, decoder.conv_out, keep=False)
         del chunk.flow
         run = pixel_conv if decoder.runs("pixel_conv") else pixel_conv_ref
         out.copy_(run(buffer, decoder.conv_out.weight, decoder.conv_out.bias))
-        return chunk.following
 
     def _norm(self, chunk: Chunk, norm: Any, conv: nn.Module, *, keep: bool, silu: bool = True) -> Tensor:
         """What ``conv`` gets: its input, and the frames before if it looks back; with ``keep``, the sum flows on."""
@@ -595,7 +633,7 @@ class _Decode:
             self._summed(chunk)
         else:
             self._scaled_sum(chunk, scale)
-        if resample.mode == "upsample3d":
+        if _lengthens(resample):
             self._double(chunk, resample.time_conv, scale)
         samples, images = len(chunk.flow.x), images_of(chunk.flow.x)
         del chunk.flow
@@ -608,10 +646,13 @@ class _Decode:
     def _scale(self, chunk: Chunk, resample: Any, before: Any) -> Tensor | None:
         """What flows is to be multiplied by that, and the convolutions of ``resample`` to read float16; None: neither.
 
-        The clip goes through at once, for each chunk would have its own scale and the halo of another one's.
+        A convolution over time gets the clip at once, for each chunk would have its own scale and the halo of another
+        one's.
         """
         flow, convolutions = chunk.flow, _convolutions_of(resample)
-        if self._half is None or chunk.keep or chunk.halos or flow.residual is None or flow.residual_bias is not None:
+        if (chunk.keep or chunk.halos) and _lengthens(resample):
+            return None
+        if self._half is None or flow.residual is None or flow.residual_bias is not None:
             return None
         added = self._largest.get(before.conv2)
         if added is None or not all(conv in self._largest for conv in convolutions):
@@ -639,23 +680,21 @@ class _Decode:
         """Every frame becomes two, but for the first of a clip, which the convolution over time never sees."""
         x = chunk.flow.x
         halo, first = chunk.halos.get(conv), chunk.begins
-        frames = buffer = x[:, first:]
+        frames = x[:, first:]
         before = x.new_zeros(len(x), BEFORE, *x.shape[2:]) if halo is None else halo
-        if looks_back := halo is not None or chunk.ranks is not None:
-            buffer = torch.cat([before, frames], dim=1)
-            chunk.keep_of(conv, buffer)
-        elif chunk.keep:
-            chunk.keep_of(conv, torch.cat([before, frames[:, -BEFORE:]], dim=1))
-        samples, count, height, width, channels = frames.shape
+        read = torch.cat([before, frames[:, -BEFORE:] if first else frames], dim=1)
+        chunk.keep_of(conv, read)
+        count = frames.shape[1]
         if count == 0:
             return
-        doubled = x.new_empty(samples, first + 2 * count, height, width, channels)
+        if not first:
+            made = conv_rows(read, conv)
+        else:  # zeros are before: of one more made[:, 0], which keeps a place for the first frame; those behind are cut
+            made = conv_rows(frames, conv, padding=(BEFORE + 1, 0, 0))[:, : 1 + count]
+        bias = conv.bias if scale is None else conv.bias * scale
+        run = pixel_shuffle if self._decoder.runs("pixel_shuffle") else pixel_shuffle_ref
+        doubled = run(made, bias, cell=(2, 1, 1), drop=int(first))
         doubled[:, :first] = x[:, :first]
-        # where only zeros are before, padding brings them; those behind are left out
-        made = conv_rows(buffer, conv, padding=None if looks_back else (BEFORE, 0, 0))
-        pairs = made[:, :count].unflatten(-1, (2, channels)).permute(0, 1, 4, 2, 3, 5)  # [B, F, 2, H, W, C]
-        bias = conv.bias if scale is None else (conv.bias * scale).to(x.dtype)
-        torch.add(pairs, bias.view(2, 1, 1, channels), out=doubled[:, first:].unflatten(1, (count, 2)))
         chunk.flow = Sum(doubled)
 
 
@@ -672,7 +711,37 @@ def _behind(halo: Tensor | None, latents: Tensor) -> Tensor:
 @once_per_call
 def _temporal_rate(decoder: Any) -> int:
     """Frames that a latent frame becomes, but for the first of a clip."""
-    return int(2 ** sum(upsampler.mode == "upsample3d" for upsampler in _upsamplers(decoder)))
+    return int(2 ** sum(map(_lengthens, _upsamplers(decoder))))
+
+
+@once_per_call
+def _even_from(decoder: Any) -> int:
+    """Position of the first up-block from which on a clip has the frames of its pixels."""
+    found = [at for at, block in enumerate(decoder.up_blocks) if any(map(_lengthens, _upsamplers_of(block)))]
+    return found[-1] + 1 if found else 0
+
+
+def _lengthens(upsampler: Any) -> bool:
+    """Whether it makes two frames of one."""
+    return bool(upsampler.mode == "upsample3d")
+
+
+def _frames_of_a_piece(decoder: Any, latents: Tensor, frames: int) -> int:
+    """How many of the frames go through the last up-blocks at once, one after the other as far as the pixels.
+
+    The halos are passed from piece to piece, so that a piece costs nothing but these.
+    """
+    first, pixels = _even_from(decoder), latents.shape[0] * latents.shape[3] * latents.shape[4]
+    numbers = 0
+    for at, block in enumerate(decoder.up_blocks):
+        widths = {width for resnet in block.resnets for width in (resnet.in_dim, resnet.out_dim)}
+        if at >= first:
+            if any(width % TILE_CHANNELS for width in widths):
+                return frames
+            numbers = max(numbers, pixels * max(widths))
+        pixels *= 4 ** len(_upsamplers_of(block))
+    most = max(MOST_NUMBERS // max(numbers, 1) - BEFORE, 1)
+    return ceil(frames / ceil(frames / most))
 
 
 def _upsamplers(decoder: Any) -> Iterator[Any]:
@@ -692,7 +761,11 @@ def decode_bytes(decoder: Any, latents: Tensor, frames: int | None = None) -> in
     """
     whole = frames is None or frames >= latents.shape[2]
     size, half = latents.element_size(), _half_dtype(decoder, latents)
-    held = _Held(frames or latents.shape[2], whole, size, size if half is None else half.itemsize)
+    frames = latents.shape[2] if frames is None else frames
+    rate = _temporal_rate(decoder)
+    made = _frames_of(frames, rate) if whole else rate * frames
+    piece = _frames_of_a_piece(decoder, latents, made)
+    held = _Held(frames, whole, size, size if half is None else half.itemsize, piece if piece < made else None)
     pixels = latents.shape[0] * latents.shape[3] * latents.shape[4]
     return int((max(held.in_layers(decoder)) + held.in_halos(decoder)) * pixels * _MARGIN)
 
@@ -706,28 +779,35 @@ class _Held:
         whole: Whether these are all; else halos come from the chunk before, and are kept for the next.
         size: Bytes of a number.
         half: Of one that a convolution of a ResNet block reads or writes.
+        piece: Frames that go through the last up-blocks at once; None: all.
     """
 
     frames: int
     whole: bool
     size: int
     half: int
+    piece: int | None
 
     def in_layers(self, decoder: Any) -> Iterator[int]:
         """For every layer, at its worst."""
-        pixels, rate, made = 1, 1, 0
-        for block in decoder.up_blocks:
-            frames, kept = self._frames(rate), 0
+        pixels, rate, made, kept_for_pieces = 1, 1, 0, 0
+        for at, block in enumerate(decoder.up_blocks):
+            frames = self._frames(rate)
+            if self.piece is not None and at >= _even_from(decoder):
+                kept_for_pieces = kept_for_pieces or made
+                frames = self.piece
+            kept = kept_for_pieces
             # what the upsampler before has made, and its shortcut; the pixels in place, and the norm of them
             yield made + pixels * block.resnets[0].in_dim * (frames * self.size + (frames + BEFORE) * self.half)
             if getattr(block, "avg_shortcut", None) is not None:
-                kept = pixels * frames * block.in_dim * self.size
+                kept += pixels * frames * block.in_dim * self.size
             for resnet in block.resnets:
                 yield kept + pixels * self._in_resnet(frames, resnet.in_dim, resnet.out_dim)
             for upsampler in _upsamplers_of(block):
                 channels, out_channels = upsampler.dim, upsampler.resample[1].out_channels
-                read = self.half if self.whole else self.size  # bytes of a number that a convolution reads or writes
-                if upsampler.mode == "upsample3d":
+                # bytes of a number that a convolution reads or writes
+                read = self.half if self.whole or not _lengthens(upsampler) else self.size
+                if _lengthens(upsampler):
                     # the frames, behind those before; those of the convolution over time, and these in their order
                     yield kept + pixels * frames * channels * read * (5 if self.whole else 6)
                     rate *= 2
@@ -738,11 +818,13 @@ class _Held:
 
     def in_halos(self, decoder: Any) -> int:
         """All of them, those of the chunk before and the next ones."""
-        if self.whole:
+        if self.whole and self.piece is None:
             return 0
+        first = _even_from(decoder) if self.whole else 0
         pixels, numbers = 1, sum(BEFORE * conv.weight.shape[1] for _, conv in _normed_in(decoder.mid_block))
-        for block in decoder.up_blocks:
-            numbers += pixels * sum(BEFORE * conv.weight.shape[1] for _, conv in _normed_in(block))
+        for at, block in enumerate(decoder.up_blocks):
+            if at >= first:
+                numbers += pixels * sum(BEFORE * conv.weight.shape[1] for _, conv in _normed_in(block))
             pixels *= 4 ** len(_upsamplers_of(block))
         return 2 * self.half * (numbers + pixels * BEFORE * decoder.conv_out.weight.shape[1])
 

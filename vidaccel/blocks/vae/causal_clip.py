@@ -16,7 +16,7 @@ import math
 import os
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from vidaccel.kernels.conv.conv_epilogue import (
     conv_epilogue_and_statistics,
     conv_epilogue_ref,
 )
+from vidaccel.kernels.conv.enlarged_clip import small_frames
 from vidaccel.kernels.norm.channel_statistics import ChannelStatistics
 from vidaccel.kernels.op import note
 from vidaccel.parallel.layout import LatentFrames
@@ -79,6 +80,15 @@ class Sum:
     x_scale: Tensor | None = None
     factor_t: int = 0
     skip: int = 0
+
+    def some(self, frames: slice) -> Sum:
+        """Some of the frames, without their statistics."""
+        residual, skip = self.residual, 0
+        if residual is not None and self.factor_t:
+            residual, skip = small_frames(residual, frames, self.factor_t, self.skip)
+        elif residual is not None:
+            residual = residual[:, frames]
+        return replace(self, x=self.x[:, frames], residual=residual, statistics=None, skip=skip)
 
 
 @dataclass(eq=False)
@@ -275,11 +285,14 @@ def out_of_memory(samples: int, height: int, width: int, needed: int, free: int,
     )
 
 
-def tell_chunk(decoder: nn.Module, op: str, step: int, frames: int) -> None:
-    """Tell the report, at the site of ``op``, that ``step`` of ``frames`` latent frames went through at once."""
+def tell_chunk(decoder: nn.Module, op: str, step: int, frames: int, then: str = "") -> None:
+    """Tell the report, at the site of ``op``, that ``step`` of ``frames`` latent frames went through at once.
+
+    And what happened ``then``.
+    """
     if (memo := held()) is not None and memo.way:
         return  # it is a check
-    ran = f"{step} of {frames} frames"
+    ran = f"{step} of {frames} frames{then}"
     note(op, ran)
     sites: SiteGroup | None = getattr(decoder, SITES, None)
     if sites is not None and (site := sites.sites.get(op)):
