@@ -1,9 +1,10 @@
 """The fastest of several implementations: measured once, held against the reference, remembered on disk.
 
-One small JSON file per question, named by the hash of its key: concurrent processes never overwrite one another's
-answers, and a file is put in place whole. A file that cannot be read counts as absent, and so does one that answers
-another question or names an implementation that does not compete; a folder that cannot be written is no error. Both are
-said, once for each folder. What is read is data: a name to look up, and figures to print.
+One small JSON file per question, named by the hash of its key. A file is put in place whole. Of processes that measure
+at the same time the first to be done answers for all: those that chose differently would round differently. A file that
+cannot be read counts as absent, and so does one that answers another question or names an implementation that does not
+compete; a folder that cannot be written is no error. Both are said, once for each folder. What is read is data: a name
+to look up, and figures to print.
 
 A key holds all that an answer may depend on: the GPU, its driver, the versions of PyTorch, Triton, cuDNN and this
 project, the source of the op, and what the op itself says (:func:`remembered` and :func:`drop` are for those who want
@@ -105,8 +106,7 @@ def settle(op: Op, args: tuple[Any, ...], favourite: str) -> Settled | None:
             if measured is None:
                 if any(isinstance(x, Tensor) and x.is_cuda for x in args) and torch.cuda.is_current_stream_capturing():
                     return None
-                measured = _measure(op, args, names, favourite)
-                _save(op, key, measured)
+                measured = _save(op, key, names, _measure(op, args, names, favourite))
             measured = _agree(digest, measured)
             reason = "; ".join(f"{name}: {problem}" for name, problem in measured.problems.items())
             _settled[digest] = Settled(measured.winner, reason)
@@ -315,11 +315,12 @@ def _measured(record: Mapping[str, Any]) -> Measured:
     return Measured(str(record["winner"]), dict(record["milliseconds"]), dict(record["problems"]))
 
 
-def _save(op: Op, key: Mapping[str, Any], measured: Measured) -> None:
-    """Remember ``measured`` for the processes to come."""
+def _save(op: Op, key: Mapping[str, Any], names: Collection[str], measured: Measured) -> Measured:
+    """Remember ``measured`` for the processes to come; what counts, which is another's answer if that came first."""
     path = _path(op, key)
     if path is None:
-        return _warn_once(cache_directory(), "cannot be found without a home")
+        _warn_once(cache_directory(), "cannot be found without a home")
+        return measured
     text = json.dumps({"key": dict(key), **measured._asdict()}, indent=2)
     part = None
     try:
@@ -327,9 +328,16 @@ def _save(op: Op, key: Mapping[str, Any], measured: Measured) -> None:
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
             part = Path(file.name)
             file.write(text)
-        part.replace(path)
+        try:
+            path.hardlink_to(part)
+        except OSError:  # something is there already, or the file system has no links
+            if first := _load(op, key, names):
+                return first
+            part.replace(path)
     except OSError as error:
         _warn_once(str(path.parent.parent), f"cannot be written ({error.strerror})")
+    finally:
         if part is not None:
             with suppress(OSError):
-                part.unlink()
+                part.unlink(missing_ok=True)
+    return measured

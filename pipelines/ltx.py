@@ -9,11 +9,12 @@ for all samples (``rotary_table``); where tokens have timesteps of their own, on
 from __future__ import annotations
 
 from vidaccel.blocks.dit.normalization import FusedAdaLayerNormSingle
+from vidaccel.blocks.dit.sequence import Sequence
 from vidaccel.blocks.dit.transformer_ltx import FusedLTXVideoRotaryPosEmbed, FusedLTXVideoTransformerBlock
 from vidaccel.blocks.vae.autoencoder_kl_ltx import FusedLTXVideoDecoder3d, FusedLTXVideoEncoder3d
 from vidaccel.sites.rules import Swap
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "SPREAD"]
 
 RULES = {
     "AutoencoderKLLTXVideo": (Swap(FusedLTXVideoDecoder3d), Swap(FusedLTXVideoEncoder3d)),
@@ -23,3 +24,4 @@ RULES = {
         Swap(FusedAdaLayerNormSingle),
     ),
 }
+SPREAD = {"LTXVideoTransformer3DModel": Sequence("transformer_blocks")}

@@ -2,9 +2,17 @@
 
     python scripts/sanitize.py --out samples/benchmarks/sanitizer.json
 
-The calls are those of ``tests/kernels/test_fuzz.py`` on a GPU, a few for each op. PyTorch's allocator is told to ask
-the driver for each tensor: in its own blocks an access out of bounds would find memory of somebody else. The exit code
-is 1 if a tool found an error, a test failed, or a tool said nothing.
+The calls are those of ``tests/kernels/test_fuzz.py`` on a GPU, a few for each op, each op in a process of its own.
+PyTorch's allocator is told to ask the driver for each tensor: in its own blocks an access out of bounds would find
+memory of somebody else. What a tool reports in a kernel of PyTorch's or of a library is listed under "elsewhere".
+
+initcheck may not see what is written by TMA, and then reports whoever reads the result of a product. So a few calls
+whose writes are known run under it, too (the "controls"); and each product's result is copied by PyTorch as soon as it
+is there. A report in a kernel of ours counts as explained if it is at an address inside such a result, PyTorch's copy
+of the same result was reported, and so was the control's. ``nan-fill`` runs the calls without the sanitizer, where
+PyTorch fills new tensors with NaN: whoever reads what nobody has written gives a wrong result.
+
+The exit code is 1 if a tool found an error in a kernel of ours, a test failed, or a tool said nothing.
 """
 
 from __future__ import annotations
@@ -20,22 +28,53 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-TOOLS = ("memcheck", "racecheck", "initcheck")
+SANITIZER = ("memcheck", "racecheck", "initcheck")
+NAN_FILL = "nan-fill"
+TOOLS = (*SANITIZER, NAN_FILL)
 MISSING = (
     "sanitize: error: compute-sanitizer is not on PATH, nor in CUDA_HOME; it comes with the CUDA toolkit "
     "(apt-get install cuda-sanitizer-12-8, or conda install -c nvidia cuda-sanitizer-api)"
 )
+# Under initcheck: whether the copy of what they return is to be reported; None: that is what they find out.
+CONTROLS = {"nothing written": True, "a plain store": False, "a TMA store": None, "a product": None}
+
+
+class Report(NamedTuple):
+    """One error that a tool lists: in which kernel ("": none is named), and the address that it was at."""
+
+    kernel: str
+    address: int | None
 
 
 class Found(NamedTuple):
-    """What one tool said: how many errors, in which kernels; None where there is no summary."""
+    """What one tool said: how many errors, None where there is no summary; and those that it lists."""
 
     errors: int | None
-    kernels: dict[str, int]
+    reports: list[Report]
+
+
+class Run(NamedTuple):
+    """The calls of one op, or a control, under a tool.
+
+    Attributes:
+        name: The op or the control.
+        code: Its exit code.
+        found: What the tool said.
+        kernels: Those of ours that ran.
+        products: First and last address of each product's result.
+    """
+
+    name: str
+    code: int
+    found: Found
+    kernels: list[str]
+    products: list[tuple[int, int]]
 
 
 def main() -> int:
@@ -43,23 +82,31 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("sanitizer.json"), help="the record")
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
     parser.add_argument("--only", default="", help="ops whose name has this in it")
-    parser.add_argument("--run", type=Path, metavar="FILE", help=argparse.SUPPRESS)  # what runs under a tool
+    parser.add_argument("--jobs", type=int, default=4, help="processes at a time (default: 4)")
+    parser.add_argument("--run", nargs=3, metavar=("TOOL", "NAME", "FILE"), help=argparse.SUPPRESS)  # under a tool
     args = parser.parse_args()
     if args.run:
-        return run_calls(args.only, args.run)
+        tool, name, file = args.run
+        return run_calls(tool, name, Path(file))
     program = find_program()
-    if program is None:
+    if program is None and {*args.tools} & {*SANITIZER}:
         print(MISSING, file=sys.stderr)
         return 2
     import torch
 
+    from vidaccel.kernels.op import ops
+
     if not torch.cuda.is_available():
         print("sanitize: error: there is no GPU, and nothing else runs under compute-sanitizer", file=sys.stderr)
         return 2
-    results = [run_tool(program, tool, args.only) for tool in args.tools]
-    args.out.write_text(json.dumps({**about(program), "results": results}, indent=2) + "\n")
-    for result in results:
-        print(f"{result['tool']}: {result['verdict']} ({len(result['kernels'])} kernels, {result['seconds']} s)")
+    names = [name for name in ops() if args.only in name]
+    results = []
+    for tool in args.tools:
+        result = run_tool(program, tool, names, args.jobs)
+        counts = f"{len(result['kernels'])} kernels, {sum(result['elsewhere'].values())} errors elsewhere"
+        print(f"{tool}: {result['verdict']} ({counts}, {result['seconds']} s)", flush=True)
+        results.append(result)
+        args.out.write_text(json.dumps({**about(program), "results": results}, indent=2) + "\n")
     return 0 if all(result["verdict"] == "clean" for result in results) else 1
 
 
@@ -69,81 +116,179 @@ def find_program() -> str | None:
     return shutil.which("compute-sanitizer", path=os.pathsep.join(places))
 
 
-def run_tool(program: str, tool: str, only: str) -> dict[str, Any]:
+def run_tool(program: str | None, tool: str, names: list[str], jobs: int) -> dict[str, Any]:
     start = time.monotonic()
+    names = [*names, *(CONTROLS if tool == "initcheck" else ())]
+    with ThreadPoolExecutor(jobs) as pool:
+        runs = list(pool.map(lambda name: run_under(program, tool, name), names))
+    return {"tool": tool, **judge(tool, runs), "seconds": round(time.monotonic() - start, 1)}
+
+
+def run_under(program: str | None, tool: str, name: str) -> Run:
     with tempfile.TemporaryDirectory() as folder:
-        names = Path(folder) / "kernels.json"
-        options = [
-            "--tool",
-            tool,
-            "--target-processes",
-            "all",
-            "--print-limit",
-            "1000",
-            "--log-file",
-            f"{folder}/%p.log",
-        ]
-        calls = [sys.executable, __file__, "--only", only, "--run", str(names)]
+        told = Path(folder) / "run.json"
+        calls = [sys.executable, __file__, "--run", tool, name, str(told)]
+        options = ["--tool", tool, "--target-processes", "all", "--print-limit", "1000000", "--show-backtrace", "no"]
+        under = [program, *options, "--log-file", f"{folder}/%p.log"] if program and tool != NAN_FILL else []
         environment = os.environ | {
+            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic
             "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
             "VIDACCEL_TUNE": "0",
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         }
-        code = subprocess.run([program, *options, *calls], env=environment, cwd=ROOT, check=False).returncode
-        text = "\n".join(path.read_text(errors="replace") for path in Path(folder).glob("*.log"))
-        kernels = json.loads(names.read_text()) if names.exists() else []
-    found = parse(text)
-    return {
-        "tool": tool,
-        "verdict": verdict(found, code, kernels),
-        "errors": found.errors,
-        "errors_by_kernel": found.kernels,
-        "exit_code": code,
-        "kernels": kernels,
-        "seconds": round(time.monotonic() - start, 1),
-        "first_lines": [line for line in text.splitlines() if "SUMMARY" not in line][:40] if found.errors else [],
-    }
+        done = subprocess.run(
+            [*under, *calls], env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        found = parse("".join(path.read_text(errors="replace") for path in Path(folder).glob("*.log")))
+        run = json.loads(told.read_text()) if told.exists() else {"kernels": [], "products": []}
+    if done.returncode:
+        print(f"{tool}, {name}: exit code {done.returncode}\n{done.stdout[-3000:]}", file=sys.stderr, flush=True)
+    return Run(name, done.returncode, found, **run)
 
 
 def parse(text: str) -> Found:
     """What the log of a run, of one process or several, tells."""
-    errors = [int(count) for count in re.findall(r"ERROR SUMMARY: (\d+) error", text)]
-    hazards = [int(count) for count in re.findall(r"RACECHECK SUMMARY: (\d+) hazard", text)]
-    places = re.findall(r"=========\s+at (?:0x\w+ in )?([^\s+(]+)", text)
-    return Found(sum(errors) + sum(hazards) if errors or hazards else None, dict(Counter(places)))
+    totals = re.findall(r"^========= (?:ERROR SUMMARY: (\d+) errors?$|RACECHECK SUMMARY: (\d+) hazard)", text, re.M)
+    entries = re.split(r"^========= (?=\S)", text, flags=re.M)
+    reports = [report for entry in entries if (report := parse_entry(entry))]
+    return Found(sum(int(errors or hazards) for errors, hazards in totals) if totals else None, reports)
 
 
-def verdict(found: Found, code: int, kernels: list[str]) -> str:
-    if found.errors:
-        return f"{found.errors} errors"
-    if code:
-        return f"the calls failed (exit code {code})"
-    if found.errors is None:
-        return "no summary: the tool did not run"
-    return "clean" if kernels else "no kernel ran"
+def parse_entry(entry: str) -> Report | None:
+    """An entry of a log, or None if it tells of no error."""
+    if not re.match(r"Invalid|Uninitialized|(Error|Warning): (Race|Potential)|Program hit|Host API", entry):
+        return None
+    place = re.search(
+        r"(?:^=========\s+at (?:0x\w+ in )?|(?:Read|Write|Atomic) access at |on access by )(?:void )?([^\s+<(]+)",
+        entry.replace("(anonymous namespace)::", ""),
+        re.M,
+    )
+    address = re.search(r"(?:Address|Access to|access at) (0x\w+)", entry)
+    return Report(place[1] if place else "", int(address[1], 16) if address else None)
 
 
-def about(program: str) -> dict[str, Any]:
+def judge(tool: str, runs: Iterable[Run]) -> dict[str, Any]:
+    """The verdict on our kernels, with what was reported where."""
+    runs = list(runs)
+    kernels = {kernel for run in runs for kernel in run.kernels}
+    reported = {run.name: None if run.code else bool(run.found.reports) for run in runs if run.name in CONTROLS}
+    runs = [run for run in runs if run.name not in CONTROLS]
+    ours: dict[str, Counter[str]] = {}
+    explained: dict[str, Counter[str]] = {}
+    elsewhere: Counter[str] = Counter()
+    problems = [f"{run.name}: exit code {run.code}" for run in runs if run.code]
+    problems += [f"{run.name}: no summary: the tool did not run" for run in runs if says_nothing(tool, run)]
+    problems += [
+        f"control {name!r}: {'reported' if value else 'not reported' if value is False else 'it failed'}"
+        for name, value in reported.items()
+        if CONTROLS[name] not in (None, value)
+    ]
+    for run in runs:
+        unseen = unseen_products(run, kernels) if reported.get("a product") else []
+        for kernel, address in run.found.reports:
+            if kernel and kernel not in kernels:
+                elsewhere[kernel] += 1
+            else:
+                known = any(first <= (address or 0) <= last for first, last in unseen)
+                (explained if known else ours).setdefault(run.name, Counter())[kernel or "no kernel named"] += 1
+        if (more := (run.found.errors or 0) - len(run.found.reports)) > 0:
+            problems.append(f"{run.name}: {more} errors are not listed")
+    problems += [f"{name}: {count} errors in {kernel}" for name in ours for kernel, count in ours[name].items()]
+    if not kernels:
+        problems.append("no kernel ran")
+    return {
+        "verdict": "; ".join(problems) or "clean",
+        "errors": sum(run.found.errors or 0 for run in runs),
+        "in_our_kernels": ours,
+        "explained_by_the_controls": explained,
+        "elsewhere": elsewhere,
+        "controls_reported": reported,
+        "kernels": sorted(kernels),
+    }
+
+
+def says_nothing(tool: str, run: Run) -> bool:
+    return tool != NAN_FILL and run.found.errors is None
+
+
+def unseen_products(run: Run, kernels: set[str]) -> list[tuple[int, int]]:
+    """The results of products that the tool takes for unwritten: it has reported PyTorch's copy of them."""
+    read = [report.address for report in run.found.reports if report.address and report.kernel not in kernels]
+    return [(first, last) for first, last in run.products if any(first <= address <= last for address in read)]
+
+
+def about(program: str | None) -> dict[str, Any]:
     import torch
 
     from vidaccel.environment import environment
 
-    version = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
-    return {
-        "environment": environment(torch.device("cuda")),
-        "sanitizer": next((line for line in version.splitlines() if "ersion" in line), "unknown").strip(),
-    }
+    told = subprocess.run([program, "--version"], capture_output=True, text=True).stdout if program else ""
+    version = next((line for line in told.splitlines() if "ersion" in line), "unknown").strip()
+    return {"environment": environment(torch.device("cuda")), "sanitizer": version}
 
 
-def run_calls(only: str, names: Path) -> int:
-    """Under a tool: call every op, and write the names of the kernels that ran."""
+def run_calls(tool: str, name: str, told: Path) -> int:
+    """Under a tool: make the calls; write which kernels ran, and where the results of products lie."""
+    code, kept = (control(name), []) if name in CONTROLS else test_op(tool, name)
+    products = [(x.data_ptr(), x.data_ptr() + x.numel() * x.element_size() - 1) for x in kept if x.numel()]
+    told.write_text(json.dumps({"kernels": sorted(ran()), "products": products}))
+    return code
+
+
+def test_op(tool: str, name: str) -> tuple[int, list[Any]]:
+    """The exit code, and the results of products, which are kept so that nothing else gets their memory."""
     import pytest
+    import torch
 
-    tests = str(ROOT / "tests" / "kernels" / "test_fuzz.py")
-    chosen = " and ".join(filter(None, ("test_an_op_on_a_gpu", only)))
-    code = pytest.main([tests, "-q", "-m", "gpu", "-k", chosen, "-p", "no:cacheprovider"])
-    names.write_text(json.dumps(sorted(ran())))
-    return int(code)
+    on_gpu = torch.cuda.is_available()
+    test = f"{ROOT}/tests/kernels/test_fuzz.py::test_an_op{'_on_a_gpu' if on_gpu else ''}[{name}]"
+    options = [test, "-q", "-p", "no:cacheprovider"]
+    kept: list[Any] = []
+    if tool == NAN_FILL:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        assert torch.empty(1, device="cuda" if on_gpu else "cpu").isnan().all()
+        return int(pytest.main([*options, "-W", "ignore::UserWarning"])), kept
+    if tool != "initcheck":
+        return int(pytest.main(options)), kept
+    with keeping_products(kept):
+        return int(pytest.main(options)), kept
+
+
+def keeping_products(kept: list[Any]) -> Any:
+    """While it lasts, the result of each product and convolution is kept, and copied by PyTorch once."""
+    from torch import Tensor, float32, float64, ops
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    aten = ops.aten
+    products = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution}
+
+    class Keeping(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if func.overloadpacket in products and isinstance(out, Tensor):
+                out.to(float32 if out.dtype == float64 else float64)  # read by a kernel: another dtype
+                kept.append(out)
+            return out
+
+    return Keeping()
+
+
+def control(name: str) -> int:
+    """Have PyTorch copy what was written in a known way; under a tool that shows whether it has seen the write."""
+    import torch
+
+    from vidaccel.kernels.attention.spatial_attention import spatial_attention
+    from vidaccel.kernels.ffn.geglu import geglu
+
+    x = torch.ones(64, 64, dtype=torch.float16, device="cuda" if torch.cuda.is_available() else "cpu")
+    writes: dict[str, Callable[[], list[torch.Tensor]]] = {
+        "nothing written": lambda: [torch.empty_like(x)],
+        "a plain store": lambda: [geglu(x, impl="triton")],
+        "a TMA store": lambda: [spatial_attention(x[None], x[None], x[None], 1, impl="gluon")],
+        "a product": lambda: [torch.mm(x[:rows], x) for rows in (1, 8, 64)],
+    }
+    print([float(y.double().sum()) for y in writes[name]()])  # waits for the GPU
+    return 0
 
 
 def ran() -> set[str]:

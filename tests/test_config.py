@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 
 from vidaccel.config import (
+    adopt,
     cache_directory,
     check_environment,
     preferred_implementation,
     self_check_enabled,
     tuning_enabled,
+    variables,
 )
 from vidaccel.errors import UsageError
 from vidaccel.kernels.op import check_wishes
@@ -58,6 +60,18 @@ def test_switches_are_on(value: str | None, monkeypatch: pytest.MonkeyPatch) -> 
             monkeypatch.setenv(name, value)
     check_environment()
     assert tuning_enabled() and self_check_enabled()
+
+
+def test_another_process_adopts_what_is_set_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
+    monkeypatch.delenv("VIDACCEL_TUNE", raising=False)
+    monkeypatch.delenv("VIDACCEL_CACHE_DIR", raising=False)
+    wanted = variables()
+    assert wanted["VIDACCEL_IMPL"] == "torch" and "VIDACCEL_TUNE" not in wanted
+    monkeypatch.setenv("VIDACCEL_TUNE", "0")
+    monkeypatch.setenv("VIDACCEL_IMPL", "triton")
+    adopt(wanted)
+    assert variables() == wanted and tuning_enabled()
 
 
 def test_the_cache_has_a_default(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,41 +2,140 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "sanitize.py"
+GEGLU = ["_geglu_kernel"]
+# from runs on an H200, where no other source is named
 CLEAN = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
-WRONG = """========= Invalid __global__ read of size 4 bytes
+WRONG = """========= COMPUTE-SANITIZER
+========= Invalid __global__ read of size 4 bytes
 =========     at _geglu_kernel+0x1a0 in geglu.py:58
 =========     by thread (3,0,0) in block (0,0,0)
+=========     Access to 0x7fe77a5f1802 is out of bounds
+========= 
 ========= Invalid __global__ read of size 4 bytes
 =========     at 0x90 in _geglu_kernel
-========= ERROR SUMMARY: 2 errors
+========= ERROR SUMMARY: 12 errors
+========= ERROR SUMMARY: 10 errors were not printed. Use --print-limit option to adjust the number of printed errors
 """
-RACES = "========= RACECHECK SUMMARY: 3 hazards displayed (3 errors, 0 warnings)\n"
+RACE = """========= COMPUTE-SANITIZER
+========= Error: Race reported between Write access at fmha_cutlassF_f16_aligned_32x128_gmem_sm80(\
+PyTorchMemEffAttention::AttentionKernel<cutlass::half_t, cutlass::arch::Sm80, (bool)1, (int)32>::Params)+0xa440
+=========     and Write access at fmha_cutlassF_f16_aligned_32x128_gmem_sm80(\
+PyTorchMemEffAttention::AttentionKernel<cutlass::half_t, cutlass::arch::Sm80, (bool)1, (int)32>::Params)+0x3b30 \
+[2048 hazards]
+========= 
+========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
+"""
+COPIED = """========= Uninitialized __global__ memory read of size 2 bytes
+=========     at void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda(\
+at::TensorIteratorBase &)::[lambda() (instance 3)]::operator ()() const::[lambda(float) (instance 1)], (int)4>\
+(int, T1, T2, T4, T5, T6, T7)+0x3b0
+=========     by thread (0,0,0) in block (0,0,0)
+=========     Address 0x1000
+========= 
+"""
+READ = COPIED.replace(COPIED.splitlines()[1], "=========     at _geglu_kernel+0x3b0 in geglu.py:58")
+HOST = """========= Host API memory access error at host access to 0x7f7fcdc01200 of size 400 bytes
+=========     Uninitialized access at 0x7f7fcdc01300 on access by cudaMemcpy source
+"""  # https://github.com/Henning1/dogqc/issues/4
+COPY, FMHA = "at::native::unrolled_elementwise_kernel", "fmha_cutlassF_f16_aligned_32x128_gmem_sm80"
+
+
+@pytest.fixture(scope="module")
+def script() -> dict[str, Any]:
+    return runpy.run_path(str(SCRIPT))
+
+
+def summary(*reports: str) -> str:
+    return f"========= COMPUTE-SANITIZER\n{''.join(reports)}========= ERROR SUMMARY: {len(reports)} errors\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "errors", "reports"),
+    [
+        (CLEAN, 0, []),
+        (WRONG, 12, [("_geglu_kernel", 0x7FE77A5F1802), ("_geglu_kernel", None)]),
+        (RACE, 1, [(FMHA, None)]),
+        (CLEAN + RACE, 1, [(FMHA, None)]),
+        (summary(COPIED, READ, HOST), 3, [(COPY, 0x1000), ("_geglu_kernel", 0x1000), ("cudaMemcpy", 0x7F7FCDC01300)]),
+        ("", None, []),
+    ],
+)
+def test_what_a_log_says(script: dict[str, Any], text: str, errors: int | None, reports: list[Any]) -> None:
+    assert script["parse"](text) == (errors, reports)
 
 
 @pytest.mark.parametrize(
     ("text", "code", "kernels", "verdict"),
     [
-        (CLEAN, 0, ["_geglu_kernel"], "clean"),
-        (CLEAN + WRONG, 0, ["_geglu_kernel"], "2 errors"),
-        (RACES, 0, ["_geglu_kernel"], "3 errors"),
-        (CLEAN, 1, ["_geglu_kernel"], "the calls failed (exit code 1)"),
+        (CLEAN, 0, GEGLU, "clean"),
+        (CLEAN + WRONG, 0, GEGLU, "op: 10 errors are not listed; op: 2 errors in _geglu_kernel"),
+        (RACE, 0, GEGLU, "clean"),
+        (RACE, 0, [FMHA], f"op: 1 errors in {FMHA}"),
+        (summary("========= Program hit cudaErrorInvalidValue\n"), 0, GEGLU, "op: 1 errors in no kernel named"),
+        (summary(READ), 0, GEGLU, "op: 1 errors in _geglu_kernel"),
+        (CLEAN, 1, GEGLU, "op: exit code 1"),
         (CLEAN, 0, [], "no kernel ran"),
-        ("", 0, ["_geglu_kernel"], "no summary: the tool did not run"),
+        ("", 0, GEGLU, "op: no summary: the tool did not run"),
     ],
 )
-def test_what_a_log_says(text: str, code: int, kernels: list[str], verdict: str) -> None:
-    script = runpy.run_path(str(SCRIPT))
-    found = script["parse"](text)
-    assert script["verdict"](found, code, kernels) == verdict
-    assert found.kernels == ({"_geglu_kernel": 2} if WRONG in text else {})
+def test_the_verdict_is_about_our_kernels(
+    script: dict[str, Any], text: str, code: int, kernels: list[str], verdict: str
+) -> None:
+    result = script["judge"]("racecheck", [script["Run"]("op", code, script["parse"](text), kernels, [])])
+    assert result["verdict"] == verdict
+    assert result["elsewhere"] == ({FMHA: 1} if text == RACE and FMHA not in kernels else {})
+
+
+@pytest.mark.parametrize(
+    ("log", "product_control", "explained"),
+    [
+        ([COPIED, READ], [COPIED], True),
+        ([COPIED, READ], [], False),  # the control has shown that the tool sees what a product writes
+        ([READ], [COPIED], False),  # PyTorch's copy of this very result was not reported
+        ([COPIED, READ.replace("0x1000", "0x3000")], [COPIED], False),  # outside the product's result
+    ],
+)
+def test_what_the_controls_explain(
+    script: dict[str, Any], log: list[str], product_control: list[str], explained: bool
+) -> None:
+    def run(name: str, *reports: str, products: Any = ()) -> Any:
+        return script["Run"](name, 0, script["parse"](summary(*reports)), GEGLU, products)
+
+    op = run("op", *log, products=[(0xF00, 0x10FF)])
+    controls = [run("nothing written", COPIED), run("a plain store"), run("a product", *product_control)]
+    result = script["judge"]("initcheck", [op, *controls])
+    assert result["verdict"] == ("clean" if explained else "op: 1 errors in _geglu_kernel")
+    assert result["explained_by_the_controls"] == ({"op": {"_geglu_kernel": 1}} if explained else {})
+    assert result["elsewhere"] == ({COPY: 1} if COPIED in log else {})
+
+    blind = [op, run("nothing written"), run("a plain store", COPIED)]
+    verdict = script["judge"]("initcheck", blind)["verdict"]
+    assert "'nothing written': not reported" in verdict and "'a plain store': reported" in verdict
+
+
+def test_an_op_under_a_tool(script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of the sanitizer, a program that runs what it is given, and leaves a log."""
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(
+        f"#!{sys.executable}\nimport subprocess, sys\nfrom pathlib import Path\nat = sys.argv.index('--log-file')\n"
+        f"Path(sys.argv[at + 1].replace('%p', '1')).write_text({CLEAN!r})\n"
+        "sys.exit(subprocess.run(sys.argv[at + 2 :]).returncode)\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "1")
+    run = script["run_under"](str(program), "initcheck", "linear_gelu")
+    assert (run.name, run.code, run.found) == ("linear_gelu", 0, (0, []))
+    assert run.products and all(first <= last for first, last in run.products)
 
 
 def test_a_missing_tool_is_one_line(tmp_path: Path) -> None:

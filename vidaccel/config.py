@@ -6,16 +6,19 @@ A leaf: it imports nothing of the project but its errors, so every floor may imp
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 from vidaccel.errors import UsageError, nearest
 
 __all__ = [
+    "adopt",
     "cache_directory",
     "check_environment",
     "preferred_implementation",
     "preferred_implementations",
     "self_check_enabled",
     "tuning_enabled",
+    "variables",
 ]
 
 _NAMES = ("VIDACCEL_CACHE_DIR", "VIDACCEL_IMPL", "VIDACCEL_SELF_CHECK", "VIDACCEL_TUNE")
@@ -51,6 +54,18 @@ def cache_directory() -> str:
 def tuning_enabled() -> bool:
     """``VIDACCEL_TUNE=0``: run default implementations, measure nothing and read no earlier measurement."""
     return _switch("VIDACCEL_TUNE")
+
+
+def variables() -> dict[str, str]:
+    """What is set, for another process to :func:`adopt`."""
+    return {name: os.environ[name] for name in _NAMES if name in os.environ}
+
+
+def adopt(wanted: Mapping[str, str]) -> None:
+    """Set in this process what :func:`variables` gave in another, and nothing else."""
+    for name in _NAMES:
+        os.environ.pop(name, None)
+    os.environ.update(wanted)
 
 
 def check_environment() -> None:

@@ -20,6 +20,7 @@ import torch
 from vidaccel.errors import UsageError, first_line
 
 __all__ = [
+    "cpu_cores",
     "device_of",
     "environment",
     "free_memory",
@@ -30,17 +31,25 @@ __all__ = [
 
 
 def device_of(name: str | None) -> torch.device:
-    """The device called ``name``; for None the first GPU, else the CPU.
+    """The device called ``name``; for None the first GPU, or this process's own under ``torchrun``; else the CPU.
 
     Raises:
         UsageError: this machine has no such device.
     """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, ImportError) as error:
         raise UsageError(f"device {name!r} cannot be used here: {first_line(error)}") from error
     return device
+
+
+def cpu_cores() -> int:
+    """How many this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
@@ -51,7 +60,7 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, An
         "commit": commit or _commit(),
         "device": torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()} CPU",
         "cpu": _cpu(),
-        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_cores": cpu_cores(),
         "cpu_threads": torch.get_num_threads(),
         "driver": _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
         "cuda": torch.version.cuda or torch.version.hip,

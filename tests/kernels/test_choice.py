@@ -183,10 +183,11 @@ def _homeless(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _full(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def replace(*args: Any) -> None:
+    def no_space(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "replace", replace)
+    monkeypatch.setattr(Path, "hardlink_to", no_space)
+    monkeypatch.setattr(Path, "replace", no_space)
 
 
 @pytest.mark.parametrize("spoil", [_a_file, _read_only, _homeless, _full], ids=lambda spoil: spoil.__name__.strip("_"))
@@ -231,6 +232,30 @@ def test_the_favourite_is_beaten_by_a_margin_only() -> None:
 
     assert measured().winner == "favourite"
     assert measured(barely=0.9).winner == "barely"
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no-links"])
+def test_of_several_processes_the_first_to_be_done_answers(
+    links: bool, cache: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    op = make()
+    assert ran(op) == "second"
+    (path,) = cache.rglob("*.json")
+    answer = path.read_text().replace('"winner": "second"', '"winner": "first"')
+    choice.drop()
+
+    def while_another_is_done(run: Callable[[], Any]) -> float:
+        path.write_text(answer)
+        return clock(run)
+
+    def no_links(*args: Any) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(choice, "gpu_milliseconds", while_another_is_done)
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", no_links)
+    assert ran(op) == "first" and path.read_text() == answer
+    assert not list(cache.rglob("*.part"))
 
 
 def test_several_processes_write_one_folder(cache: Path, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:

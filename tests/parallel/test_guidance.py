@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from ranks import Team
-from tiny_models import tiny_synthetic_pipeline
+from tiny_models import tiny_svd_unet, tiny_synthetic_pipeline
 from torch import nn
 
 from vidaccel import patch_pipeline
+from vidaccel.parallel.guidance import UNEXPECTED, Guidance
+from vidaccel.parallel.ranks import axes_of
+from vidaccel.patching.parallel import is_guided
 
 BATCHED = ["svd", "animatediff", "i2vgen-xl", "modelscope", "cogvideox-5b", "ltx-video-2b", "mochi-1"]
 ONE_AFTER_THE_OTHER = ["wan2.1-t2v-1.3b", "hunyuanvideo1.5-480p"]
@@ -78,3 +83,89 @@ def test_the_clip_is_the_same_for_half_of_the_work(two_ranks: Team, name: str) -
     whole = first["alone"]["samples"]
     # of the first step, each rank runs both calls: it is not known yet that there will be a second one
     assert first["shared"]["samples"] == (whole // 2 if name in BATCHED else whole // 2 + 1)
+
+
+def halves_apart() -> tuple[bool, bool]:
+    """Whether a call has the bits of its halves, run one by one; and a clip with another text those of one process."""
+    unet = tiny_svd_unet()
+    pipe = SimpleNamespace(components={"unet": unet}, unet=unet)
+    generator = torch.Generator().manual_seed(1)
+    sample, text, ids = (torch.randn(2, *shape, generator=generator) for shape in ((3, 8, 4, 4), (1, 32), (3,)))
+    with torch.no_grad():
+        with patch_pipeline(pipe):
+            apart = [unet(sample[i : i + 1], 0.5, text[i : i + 1], ids[i : i + 1]).sample for i in range(2)]
+        with patch_pipeline(pipe, parallel="guidance"):
+            found = unet(sample, 0.5, encoder_hidden_states=text, added_time_ids=ids).sample
+    return found.equal(torch.cat(apart)), len(found) == 2
+
+
+def test_halves_have_the_bits_of_halves_run_apart(two_ranks: Team) -> None:
+    assert two_ranks.run(halves_apart) == [(True, True)] * 2
+
+
+class Sum(nn.Module):
+    """Stands for a denoiser: what it was called with, in one number."""
+
+    def forward(self, x: torch.Tensor, text: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        return (x + text) * scale
+
+
+def calls_in_turn() -> tuple[list[float], list[int], dict[str, int]]:
+    """Two clips with two texts each, calls that are no pair, and a text that is written to between two steps."""
+    model, ran, reasons = Sum(), [], Counter[str]()
+    guidance = Guidance(axes_of([2])[0], lambda reason: reasons.update([reason]))
+
+    def run(*args: Any, **kwargs: Any) -> torch.Tensor:
+        ran[-1] += 1
+        return model(*args, **kwargs)
+
+    def call(x: torch.Tensor, text: torch.Tensor, **more: Any) -> float:
+        ran.append(0)
+        out = guidance.call(run, model, (x, text), more)
+        assert out.equal(model(x, text, **more)), "every rank has the result of every call"
+        return float(out)
+
+    def numbers(value: float) -> torch.Tensor:
+        return torch.full((1, 1), value)
+
+    results = []
+    with torch.no_grad():
+        for first, second in ((10.0, 20.0), (30.0, 40.0)):
+            texts = numbers(first), numbers(second)
+            for step in range(3):
+                x = numbers(step)
+                results += [call(x, text) for text in texts]
+        texts[1].add_(1)
+        x = numbers(7.0)
+        results += [call(x, text) for text in texts]
+        x = numbers(8.0)
+        results += [call(x, texts[0]), call(x, texts[0], scale=2.0)]  # not the second text
+        x = numbers(9.0)
+        results += [call(numbers(9.0), text) for text in texts]  # equal numbers, but another tensor
+    return results, ran, dict(reasons)
+
+
+def test_only_the_second_call_of_a_pair_is_foretold(two_ranks: Team) -> None:
+    (results, ran, reasons), other = two_ranks.run(calls_in_turn)
+    assert other == (results, ran, reasons)
+    clip = [1, 1, 1, 0, 1, 0]  # of the first step both calls are run by both; then one each
+    assert ran[:12] == clip * 2 and ran[12:14] == [1, 1], "a text that was written to is no text of the step before"
+    assert reasons == {UNEXPECTED: 3}  # another scale, the call behind that, and another tensor
+
+
+@pytest.mark.parametrize(
+    ("pipeline_class", "guided"),
+    [
+        (diffusers.StableVideoDiffusionPipeline, True),
+        (diffusers.AnimateDiffPipeline, True),
+        (diffusers.WanPipeline, True),
+        (diffusers.LTXPipeline, True),
+    ],
+)
+def test_which_pipelines_are_guided(pipeline_class: type, guided: bool) -> None:
+    assert is_guided(pipeline_class.__new__(pipeline_class)) is guided
+
+
+@pytest.mark.parametrize("name", ["hunyuanvideo", "hunyuanvideo1.5-480p"])
+def test_a_distilled_model_is_not_guided(name: str) -> None:
+    assert is_guided(tiny_synthetic_pipeline(name)[0]) is (name != "hunyuanvideo")

@@ -116,6 +116,19 @@ def test_same_clip_and_exact_restore(name: str) -> None:
         assert {site.op for site in report.sites} >= {*COSMOS_OPS}
 
 
+def test_two_videos_of_one_prompt_that_the_pipeline_gives_once() -> None:
+    pipe, given = pipeline("2.0 video")
+
+    def clip() -> Tensor:
+        torch_random = torch.Generator().manual_seed(0)
+        return pipe(**given, num_videos_per_prompt=2, generator=torch_random, output_type="latent").frames
+
+    expected = clip()
+    with patch_pipeline(pipe) as report:
+        assert relative_error(clip(), expected) <= 1e-5
+        assert fallback_reasons(report) == {"its text and its video differ in batch size"}
+
+
 # blocks
 
 

@@ -23,6 +23,7 @@ from vidaccel.clips.outputs import check_record
 from vidaccel.clips.video_model import dtype_of
 from vidaccel.environment import device_of, environment
 from vidaccel.errors import UsageError, nearest
+from vidaccel.parallel.team import team
 from vidaccel.patching.patch import patch_pipeline
 
 __all__ = ["benchmark"]
@@ -33,7 +34,7 @@ _QUICK_REPEATS = 3
 def benchmark(args: argparse.Namespace, command_line: str) -> int:
     """Run the command, which the record is to show as ``command_line``; exit code 1 if a variant failed."""
     deadline = time.monotonic() + args.time_limit
-    path = Path(args.out) if args.out else None
+    path = Path(args.out) if args.out and team().leads else None
     if path:
         check_record(path)
     device = device_of(args.device)
@@ -50,6 +51,7 @@ def benchmark(args: argparse.Namespace, command_line: str) -> int:
         "subject": {name: getattr(args, name) for name in ("model", "synthetic", "op", "size") if getattr(args, name)},
         "dtype": str(dtype).removeprefix("torch."),
         "settings": asdict(settings),
+        **({"ranks": team().size} if team().size > 1 else {}),
     }
     recorder = Recorder(head, path, deadline)
     if args.op:
@@ -58,6 +60,13 @@ def benchmark(args: argparse.Namespace, command_line: str) -> int:
     else:
         _measure_pipeline(args, device, dtype, settings, recorder)
     recorder.finish()
+    if team().leads:
+        _print(recorder)
+    rows = (*recorder.rows, *recorder.record.get("new_processes", ()))
+    return 1 if any(row["status"] == "failed" for row in rows) else 0
+
+
+def _print(recorder: Recorder) -> None:
     if first := recorder.record.get("new_processes"):
         print(table(first), end="\n\n")
     print(table(recorder.rows))
@@ -69,7 +78,6 @@ def benchmark(args: argparse.Namespace, command_line: str) -> int:
         "ceilings of this run: "
         + ", ".join(f"{name} {value:.4g}" for name, value in recorder.record["ceilings"].items())
     )
-    return 1 if any(row["status"] == "failed" for row in (*recorder.rows, *(first or ()))) else 0
 
 
 def _settings(args: argparse.Namespace, device: torch.device) -> Settings:
@@ -82,6 +90,8 @@ def _settings(args: argparse.Namespace, device: torch.device) -> Settings:
             raise UsageError(f"--{name} must be at least {least}, got {getattr(args, name)}")
     if args.new_process and args.op:
         raise UsageError("--new-process means nothing to --op")
+    if team().size > 1 and (args.new_process or args.op):
+        raise UsageError("--new-process and --op are for one process, not for torchrun")
     scopes = {scope.strip() for scope in args.scope.split(",")}
     if unknown := scopes - set(SCOPES):
         raise UsageError(f"--scope: unknown {', '.join(sorted(unknown))}; scopes are {', '.join(SCOPES)}")

@@ -46,7 +46,7 @@ def measure_pipeline(
     by_scope = workloads(pipe, arguments, settings.scopes, settings.seed)
     recorder.record["patch_reports"] = {}
     recorder.record["shapes"] = {scope: workload.shapes for scope, workload in by_scope.items()}
-    yardsticks = {scope: _Yardstick(scope, settings.with_reference) for scope in by_scope}
+    yardsticks = {scope: _Yardstick(scope, settings.variants[0], settings.with_reference) for scope in by_scope}
     for code, variants in itertools.groupby(settings.variants, key=without_benchmark):
         with ExitStack() as stack:
             started = time.perf_counter()
@@ -80,7 +80,7 @@ def _measure(
     free_memory()
     first_call = time_call(workload.run, device).wall_ms / 1e3
     output = workload.output()
-    if variant == "eager":
+    if variant == settings.variants[0]:
         yardstick.adopt(output, workload)
     likeness = yardstick.compare(output)
     free_memory()  # of what the first calls left behind, which would count as reserved
@@ -109,17 +109,18 @@ def _host_ms(workload: Workload, device: torch.device, settings: Settings) -> fl
 
 
 class _Yardstick:
-    """What every variant's output in one scope is held against: eager's, and if wanted a float32 one."""
+    """What every variant's output in one scope is held against: the first one's, and if wanted a float32 one."""
 
-    def __init__(self, scope: str, with_reference: bool) -> None:
+    def __init__(self, scope: str, first: str, with_reference: bool) -> None:
         self._scope = scope
+        self._first_variant = first
         self._with_reference = with_reference
-        self._eager: Tensor | None = None
+        self._first: Tensor | None = None
         self._reference: Tensor | None = None
 
     def adopt(self, output: Tensor, workload: Workload) -> None:
-        """Take eager's output, and let its workload compute the float32 one."""
-        self._eager = output
+        """Take the first variant's output, and let its workload compute the float32 one."""
+        self._first = output
         if self._with_reference:
             try:
                 self._reference = workload.reference()
@@ -130,14 +131,14 @@ class _Yardstick:
         """Relative L2 errors, and for frames the PSNR of the worst one.
 
         Raises:
-            ArithmeticError: the output holds an infinity or a NaN where eager's holds none.
+            ArithmeticError: the output holds an infinity or a NaN where the first one's holds none.
         """
-        if self._eager is None:
+        if self._first is None:
             return {}
-        if self._eager.isfinite().all() and not output.isfinite().all():
-            raise ArithmeticError("the output is not finite, eager's is")
-        row: Row = {"bit_identical": torch.equal(output, self._eager)}
-        for name, other in (("eager", self._eager), ("reference", self._reference)):
+        if self._first.isfinite().all() and not output.isfinite().all():
+            raise ArithmeticError(f"the output is not finite, {self._first_variant}'s is")
+        row: Row = {"bit_identical": torch.equal(output, self._first)}
+        for name, other in ((self._first_variant, self._first), ("reference", self._reference)):
             if other is not None and other is not output:
                 row[f"error_to_{name}"] = relative_error(output, other)
                 if self._scope != "denoiser":

@@ -16,9 +16,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vidaccel.bench.variants import COMPILED
+from vidaccel.bench.variants import COMPILED, is_split
 from vidaccel.clips.outputs import write_json
 from vidaccel.errors import first_line
+from vidaccel.parallel.team import team
 
 __all__ = [
     "Recorder",
@@ -48,7 +49,7 @@ class Recorder:
         self.record = {**head, "complete": False, "results": self.rows}
         self._path = path
         self._deadline = deadline
-        self._bar = tqdm(leave=False, disable=None)
+        self._bar = tqdm(leave=False, disable=None if team().leads else True)
 
     def measure(self, scope: str, variant: str, work: Callable[[], Row]) -> None:
         """Add the row that ``work`` returns; if it fails, or there is no time for it, a row that says so."""
@@ -77,7 +78,7 @@ class Recorder:
 
     @property
     def out_of_time(self) -> bool:
-        return time.monotonic() > self._deadline
+        return team().tell(time.monotonic() > self._deadline)
 
     def skip_for_time(self, scope: str, variant: str) -> None:
         """Add a row for what there was no time for."""
@@ -97,7 +98,8 @@ class Recorder:
         self.rows.append({"scope": scope, "variant": variant, "status": status, **row})
         add_ratios(self.rows)
         outcome = f"{row['median_ms']:.3f} ms" if status == "ok" else f"{status}: {row['reason']}"
-        self._bar.write(f"{scope}: {variant}: {outcome}", file=sys.stderr)
+        if team().leads:
+            self._bar.write(f"{scope}: {variant}: {outcome}", file=sys.stderr)
         self._bar.update()
         self._save()
 
@@ -123,10 +125,16 @@ def add_ratios(rows: list[Row]) -> None:
     for row in rows:
         if row["status"] != "ok":
             continue
-        eager = next(
-            (r for r in rows if (r["scope"], r["variant"], r["status"]) == (row["scope"], "eager", "ok")), None
+        eager, patched = (
+            next((r for r in rows if (r["scope"], r["variant"], r["status"]) == (row["scope"], name, "ok")), None)
+            for name in ("eager", "patched")
         )
         compiled = best_compile(rows, row["scope"])
+        if is_split(row["variant"]):
+            row["speedup"] = patched["median_ms"] / row["median_ms"] if patched else None
+            if "step_ms" in row and patched:
+                row["step_speedup"] = patched["step_ms"] / row["step_ms"]
+                row["decode_speedup"] = patched["decode_ms"] / row["decode_ms"]
         row["of_eager"] = row["median_ms"] / eager["median_ms"] if eager else None
         row["of_best_compile"] = row["median_ms"] / compiled["median_ms"] if compiled else None
 
@@ -147,8 +155,11 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("p80_ms", "p80", _number(3)),
     ("of_eager", "of eager", _number(3)),
     ("of_best_compile", "of best compile", _number(3)),
+    ("speedup", "over one GPU", _number(2)),
     ("step_ms", "step ms", _number(1)),
+    ("step_speedup", "step over one GPU", _number(2)),
     ("decode_ms", "decode ms", _number(1)),
+    ("decode_speedup", "decode over one GPU", _number(2)),
     ("gb_s", "GB/s", _number(0)),
     ("of_copy_bandwidth", "of copy", _number(2)),
     ("tflop_s", "TFLOP/s", _number(2)),
@@ -165,8 +176,10 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("peak_memory_gib", "peak GiB", _number(2)),
     ("peak_reserved_gib", "reserved GiB", _number(2)),
     ("error_to_eager", "error to eager", "{:.1e}".format),
+    ("error_to_patched", "error to one GPU", "{:.1e}".format),
     ("error_to_reference", "error to reference", "{:.1e}".format),
     ("psnr_min_to_eager_db", "min PSNR dB", _number(1)),
+    ("psnr_min_to_patched_db", "min PSNR dB to one GPU", _number(1)),
     ("status", "", _unless_ok),
     ("reason", "", str),
 )

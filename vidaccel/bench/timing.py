@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from vidaccel.parallel.team import team
+
 __all__ = [
     "Call",
     "Latency",
@@ -103,7 +105,8 @@ def time_calls(
     previous: tuple[_Mark, _Mark] | None = None
     started = time.perf_counter()
     for done in range(repeats):
-        if done >= _FEWEST_REPEATS and time.perf_counter() - started > budget_seconds:
+        # ranks that share a call repeat it equally often
+        if done >= _FEWEST_REPEATS and team().tell(time.perf_counter() - started > budget_seconds):
             break
         start = _mark(device)
         call()

@@ -3,7 +3,8 @@
 A variant is ``eager``, or parts joined by ``+``: stock code and patched code take the same switches, so that the
 baseline is as strong as the user could make it. ``patched`` is ``patch_pipeline(pipe)`` as it comes, with CUDA graphs
 where it finds that they pay; ``patched+no_graph`` is without. ``compile`` compiles whole models, ``compile_blocks`` the
-denoiser's repeated blocks, as diffusers' ``compile_repeated_blocks(fullgraph=True)`` does.
+denoiser's repeated blocks, as diffusers' ``compile_repeated_blocks(fullgraph=True)`` does. Under ``torchrun`` a patched
+clip may be split over all ranks: ``guidance``, ``frames``, ``sequence``, or ``parallel`` as the patch itself chooses.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch._inductor.utils import fresh_cache
 from vidaccel.bench.settings import Settings
 from vidaccel.environment import free_memory
 from vidaccel.errors import UsageError
+from vidaccel.parallel.team import team
 from vidaccel.patching.patch import CudaGraph, patch_pipeline
 from vidaccel.patching.report import PatchReport
 
@@ -30,12 +32,14 @@ __all__ = [
     "applied",
     "cudnn_benchmark",
     "dtype_of",
+    "is_split",
     "measured_modules",
     "parse_variants",
     "without_benchmark",
 ]
 
-PARTS = ("channels_last", "cudnn.benchmark", "patched", "no_graph", "compile", "compile_blocks")
+SPLITS = {"guidance": "guidance", "frames": "frames", "sequence": "sequence", "parallel": "auto"}
+PARTS = ("channels_last", "cudnn.benchmark", "patched", "no_graph", "compile", "compile_blocks", *SPLITS)
 COMPILED = frozenset(["compile", "compile_blocks"])
 DEFAULT = ("eager", "patched", "compile", "patched+compile")
 # The switches that a user of torch.compile may also turn; the fastest is the baseline that counts.
@@ -43,7 +47,10 @@ BASELINES = ("compile+cudnn.benchmark", "compile+channels_last", "compile+channe
 
 
 def parse_variants(text: str) -> tuple[str, ...]:
-    """``"eager,patched+compile"`` as names; eager always comes first, for the others are compared with it."""
+    """``"eager,patched+compile"`` as names; eager always comes first, for the others are compared with it.
+
+    But under ``torchrun``: there the first one named stands for one GPU.
+    """
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         parts = set(name.split("+"))
@@ -52,9 +59,18 @@ def parse_variants(text: str) -> tuple[str, ...]:
             raise UsageError(f"--variants: unknown {', '.join(sorted(unknown))}; parts are eager, {', '.join(PARTS)}")
         if "no_graph" in parts and ("patched" not in parts or COMPILED & parts):
             raise UsageError(f"--variants: {name}: no_graph goes with patched, and not with compile, which has none")
+        if (split := parts & SPLITS.keys()) and (len(split) > 1 or "patched" not in parts or COMPILED & parts):
+            raise UsageError(f"--variants: {name}: one of {', '.join(SPLITS)} goes with patched, and not with compile")
+        if split and team().size == 1:
+            raise UsageError(f"--variants: {name}: there is one process; start with torchrun --nproc-per-node 2")
         if parts >= COMPILED:
             raise UsageError(f"--variants: {name}: compile and compile_blocks are alternatives")
-    return tuple(dict.fromkeys(["eager", *names]))
+    return tuple(dict.fromkeys(["eager", *names] if team().size == 1 else names))
+
+
+def is_split(variant: str) -> bool:
+    """Whether all ranks share a call under ``variant``."""
+    return bool(SPLITS.keys() & set(variant.split("+")))
 
 
 def without_benchmark(variant: str) -> str:
@@ -93,7 +109,8 @@ def applied(variant: str, pipe: DiffusionPipeline, settings: Settings) -> Iterat
         report = None
         if "patched" in parts:
             graph: CudaGraph = False if {"no_graph", *COMPILED} & parts else "auto"
-            report = patch_pipeline(pipe, only=settings.only, skip=settings.skip, cuda_graph=graph)
+            split: Any = next((SPLITS[part] for part in parts if part in SPLITS), None)
+            report = patch_pipeline(pipe, only=settings.only, skip=settings.skip, cuda_graph=graph, parallel=split)
             undo.enter_context(report)
         if "compile" in parts:
             for module in modules:

@@ -1,165 +1,108 @@
-"""What ``vidaccel generate`` does: check all, load once, make clip after clip, write each whole or not at all."""
+"""One job's clip: a model is loaded once and makes clip after clip; each is written whole or not at all."""
 
 from __future__ import annotations
 
 import argparse
-import logging
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, replace
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from tqdm import tqdm
 
 from vidaccel import patch_pipeline
-from vidaccel.clips.clip_request import RANDOM_SEED, request_from_arguments
 from vidaccel.clips.comparison import Comparison
-from vidaccel.clips.generation import Clip, call_arguments, generate, resolve
-from vidaccel.clips.jobs import Job, LineErrors, jobs_from_file, numbered_jobs
-from vidaccel.clips.outputs import (
-    Claims,
-    aside,
-    check_output,
-    comparison_path,
-    discard,
-    fingerprint,
-    in_words,
-    is_done,
-    record_path,
-    recover,
-    write_json,
-)
+from vidaccel.clips.generation import Clip, call_arguments, generate
+from vidaccel.clips.jobs import Job
+from vidaccel.clips.outputs import aside, comparison_path, discard, fingerprint, in_words, record_path, write_json
 from vidaccel.clips.video import write_clip
-from vidaccel.clips.video_model import VideoModel, dtype_of, find_model, load_pipeline, parameters_of_call
-from vidaccel.environment import device_of, environment
+from vidaccel.clips.video_model import VideoModel, load_pipeline
+from vidaccel.environment import environment
 from vidaccel.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
     from vidaccel.patching.report import PatchReport
 
-__all__ = ["make_clips"]
+__all__ = ["ClipMaker", "Setup"]
 
 
-def make_clips(args: argparse.Namespace) -> int:
-    """Run the command; the exit code is 1 if a clip failed."""
-    with _warnings_off() if args.quiet else nullcontext():
-        return _make_clips(args)
+@dataclass(frozen=True)
+class Setup:
+    """What every clip of a run is made with; it can be pickled.
+
+    Attributes:
+        model: What to load.
+        dtype: As what.
+        args: The command's options.
+        settings: What of them a clip depends on, besides its job: they go into its record.
+    """
+
+    model: VideoModel
+    dtype: torch.dtype
+    args: argparse.Namespace
+    settings: dict[str, Any]
 
 
-@contextmanager
-def _warnings_off() -> Iterator[None]:
-    """Log errors alone; of diffusers nothing, whose errors are raised as well."""
-    levels = {"vidaccel": logging.ERROR, "diffusers": logging.CRITICAL}
-    before = {name: logging.getLogger(name).level for name in levels}
-    try:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-        yield
-    finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)
+class ClipMaker:
+    """A model on its device, patched unless asked not to.
 
+    Attributes:
+        load_seconds: What loading took.
+        patch_seconds: What patching took.
+        overview: What the patch had done when the last clip was made.
+    """
 
-def _make_clips(args: argparse.Namespace) -> int:
-    if args.no_patch and (args.compare or args.only or args.skip or args.strict or args.cuda_graph):
-        raise UsageError("--no-patch leaves nothing to do for --compare, --only, --skip, --strict or --cuda-graph")
-    device = device_of(args.device)
-    dtype = dtype_of(args.dtype, device)
-    if args.cuda_graph and device.type != "cuda":
-        raise UsageError(f"--cuda-graph needs a GPU, and the device is {device}")
-    model = find_model(args.model, args.allow_pickle)
-    if not args.no_patch:
-        model.check_patchable()
-    settings = {
-        "model": model.source,
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": str(device),
-        **{name: getattr(args, name) for name in ("no_patch", "only", "skip", "compare")},
-    }
-    errors = LineErrors()
-    jobs = _not_done(_asked_for(args, model, errors), model, settings, args, errors)
-    if jobs:
-        if args.only or args.skip:
-            model.check_sites(args.only, args.skip)
+    def __init__(self, setup: Setup, device: torch.device, show_progress: bool) -> None:
+        self._args, self._settings, self._show_progress = setup.args, setup.settings, show_progress
         start = time.perf_counter()
-        pipe = load_pipeline(model, dtype, device, show_progress=not args.quiet)
+        self._pipe = load_pipeline(setup.model, setup.dtype, device, show_progress)
         loaded = time.perf_counter()
-        report = None if args.no_patch else _patch(pipe, args)
-        patched = time.perf_counter()
-        _make_all(pipe, report, jobs, args, settings, errors)
-        if not args.quiet:
-            print(f"load {loaded - start:.1f} s · patch {patched - loaded:.1f} s")
-    return 1 if errors.count else 0
+        self._report = None if self._args.no_patch else _patch(self._pipe, self._args)
+        self.load_seconds, self.patch_seconds = loaded - start, time.perf_counter() - loaded
+        self.overview = ""
+        self._versions = environment(self._pipe.device)
+        if self._report and self._args.compare:
+            self._report.restore()  # so far it was patched only to find a wrong name before the first clip
 
+    def make(self, job: Job) -> str:
+        """Make the clip of ``job`` and write it with its record; what is to be printed of it.
 
-def _asked_for(args: argparse.Namespace, model: VideoModel, errors: LineErrors) -> list[Job]:
-    asked = request_from_arguments(args)
-    request = resolve(model, asked)
-    if asked.seed == RANDOM_SEED:
-        request = replace(request, seed=RANDOM_SEED)  # each clip draws its own
-    if args.jobs is None:
-        return numbered_jobs(request, args.out, args.num_clips)
-    takes = parameters_of_call(model.pipeline_class)
-    return jobs_from_file(args.jobs, request, args.out, takes, errors, args.allow_outside)
-
-
-def _not_done(
-    jobs: list[Job], model: VideoModel, settings: dict[str, Any], args: argparse.Namespace, errors: LineErrors
-) -> list[Job]:
-    """The jobs that are left to do, each checked as far as that goes without the model's weights."""
-    todo: list[Job] = []
-    claims = Claims()
-    for job in jobs:
-        with errors.survived(job.origin):
-            request = resolve(model, job.request)
-            call_arguments(model.pipeline_class, request)
-            check_output(job.out, cast(float, request.fps), args.compare)
-            claims.add(job.out, args.compare)
-            recover(job.out)
-            if args.overwrite or not is_done(job.out, asdict(job.request) | settings):
-                todo.append(replace(job, request=request))
-            elif not args.quiet:
-                print(f"{job.out}: done already, skipped")
-    return todo
-
-
-def _make_all(
-    pipe: DiffusionPipeline,
-    report: PatchReport | None,
-    jobs: list[Job],
-    args: argparse.Namespace,
-    settings: dict[str, Any],
-    errors: LineErrors,
-) -> None:
-    versions = environment(pipe.device)
-    if report and args.compare:
-        report.restore()  # so far it was patched only to find a wrong name before the first clip
-    report_text = ""
-    for job in tqdm(jobs, desc="clips", disable=args.quiet or len(jobs) == 1):
-        with errors.survived(job.origin), ExitStack() as until_saved:
-            stock = _run(pipe, job, args) if args.compare else None
-            if stock:
-                report = until_saved.enter_context(_patch(pipe, args))
-            clip = _run(pipe, job, args)
+        Raises:
+            UsageError: it cannot be made.
+            OutputError: it cannot be written.
+        """
+        with ExitStack() as until_saved:
+            stock = self._run(job) if self._args.compare else None
+            report = until_saved.enter_context(_patch(self._pipe, self._args)) if stock else self._report
+            clip = self._run(job)
             comparison = Comparison(stock, clip) if stock else None
             record = {
-                "arguments": asdict(job.request) | settings,
+                "arguments": asdict(job.request) | self._settings,
                 "seed": job.request.seed,
-                "versions": versions,
+                "versions": self._versions,
                 "timings": asdict(clip.timings),
                 "report": report.summary() if report else None,
                 "comparison": comparison.summary() if comparison else None,
             }
             _save(job, clip, comparison, record)
-            report_text = report.overview() if report else ""  # while it is patched: it tells the present state
-            tqdm.write("\n".join([str(job.out), *_figures(job, clip, comparison, args.quiet)]))
-    if report_text and not args.quiet:
-        print(report_text)
+            self.overview = report.overview() if report else ""  # while it is patched: it tells the present state
+        return "\n".join([str(job.out), *_figures(job, clip, comparison, self._args.quiet)])
+
+    def _run(self, job: Job) -> Clip:
+        """One clip; for a comparison after a single unmeasured step, so that neither side pays for tuning and
+        compiling."""
+        arguments = call_arguments(type(self._pipe), job.request)
+        seed = cast(int, job.request.seed)
+        if self._args.compare:
+            generate(self._pipe, {**arguments, "num_inference_steps": 1}, seed)
+        clip = generate(self._pipe, arguments, seed, show_progress=self._show_progress)
+        if not np.isfinite(clip.frames).all():
+            raise UsageError(f"{job.out}: the clip is not finite, so it is not written; try another --dtype")
+        return clip
 
 
 def _figures(job: Job, clip: Clip, comparison: Comparison | None, quiet: bool) -> list[str]:
@@ -173,18 +116,6 @@ def _patch(pipe: DiffusionPipeline, args: argparse.Namespace) -> PatchReport:
     return patch_pipeline(
         pipe, only=args.only, skip=args.skip, strict=args.strict, cuda_graph=args.cuda_graph or "auto"
     )
-
-
-def _run(pipe: DiffusionPipeline, job: Job, args: argparse.Namespace) -> Clip:
-    """One clip; for a comparison after a single unmeasured step, so that neither side pays for tuning and compiling."""
-    arguments = call_arguments(type(pipe), job.request)
-    seed = cast(int, job.request.seed)
-    if args.compare:
-        generate(pipe, {**arguments, "num_inference_steps": 1}, seed)
-    clip = generate(pipe, arguments, seed, show_progress=not args.quiet)
-    if not np.isfinite(clip.frames).all():
-        raise UsageError(f"{job.out}: the clip is not finite, so it is not written; try another --dtype")
-    return clip
 
 
 def _save(job: Job, clip: Clip, comparison: Comparison | None, record: dict[str, Any]) -> None:

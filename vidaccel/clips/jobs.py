@@ -26,12 +26,13 @@ from tqdm import tqdm
 from vidaccel.clips.clip_request import RANDOM_SEED, ClipRequest
 from vidaccel.errors import OutputError, UsageError, error_line, first_line
 
-__all__ = ["Job", "LineErrors", "jobs_from_file", "numbered_jobs"]
+__all__ = ["Job", "LineErrors", "jobs_from_file", "numbered_jobs", "output_path"]
 
 logger = logging.getLogger(__name__)
 
 _KEYS = [option.name for option in fields(ClipRequest)] + ["out"]
 _PART_OF_JSON = re.compile(rf'[][{{}},]+$|\[\s*["{{[]|"({"|".join(_KEYS)})"\s*:')
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _OTHER_ENCODINGS = {
     "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),  # before UTF-16, whose mark begins like it
     "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
@@ -66,6 +67,17 @@ class LineErrors:
             self.count += 1
             reason = error if isinstance(error, UsageError) else first_line(error)
             tqdm.write(error_line(UsageError(f"{origin}: {reason}" if origin else reason)), file=sys.stderr)
+
+
+def output_path(text: str) -> Path:
+    """Where ``text`` says that a clip goes.
+
+    Raises:
+        UsageError: it is a URL.
+    """
+    if _URL.match(text):
+        raise UsageError(f"out {text!r} is a URL, and clips are written to files: mount it, and name the folder")
+    return Path(text)
 
 
 def numbered_jobs(request: ClipRequest, out: Path, count: int) -> list[Job]:
@@ -177,7 +189,7 @@ def _is_file(text: str) -> bool:
 
 
 def _own_place(text: str, folder: Path, allow_outside: bool) -> Path:
-    path = Path(text)
+    path = output_path(text)
     if allow_outside:
         return path
     try:

@@ -1,4 +1,4 @@
-"""``vidaccel generate``: its arguments. What it does is in ``clip_maker.py``, which imports torch and diffusers."""
+"""``vidaccel generate``: its arguments. What it does is in ``batch.py``, which imports torch and diffusers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import argparse
 from pathlib import Path
 
 from vidaccel.clips.clip_request import add_clip_arguments, add_model_arguments
+from vidaccel.clips.jobs import output_path
+from vidaccel.errors import nearest
 
 __all__ = ["add_arguments", "run"]
+
+_ENGINES = ("process", "ray")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=output_path,
         default=Path("clip.mp4"),
         help="mp4, gif or webp file; without a suffix a folder of PNG frames. Several clips are numbered; without a "
         "suffix, this is then the folder of their mp4 files (default: %(default)s)",
@@ -52,9 +56,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also capture the denoiser's calls as CUDA graphs: the same clip, sooner where the GPU waits for Python",
     )
     parser.add_argument("--quiet", action="store_true", help="print errors, the names of clips and comparisons alone")
+    parser.add_argument(
+        "--engine",
+        type=_engine,
+        default="process",
+        help="process makes clip after clip right here, ray those of a job file on the GPUs of a machine or cluster, "
+        "or on its CPUs (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        help="of a running Ray cluster; auto: the one on this machine (default: a new one on this machine)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="how many clips Ray makes at a time (default: one on each GPU; without GPUs, as many as fit if each has "
+        "the threads of a single process, which OMP_NUM_THREADS sets)",
+    )
+    parser.add_argument("--ray-logs", action="store_true", help="also print what Ray and its workers log")
+
+
+def _engine(name: str) -> str:
+    if name not in _ENGINES:
+        raise argparse.ArgumentTypeError(f"there is no engine {name!r}{nearest(name, _ENGINES)}")
+    return name
 
 
 def run(args: argparse.Namespace) -> int:
-    from vidaccel.clips.clip_maker import make_clips
+    from vidaccel.clips.batch import make_clips
 
     return make_clips(args)

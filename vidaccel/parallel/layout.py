@@ -15,7 +15,18 @@ from torch import Tensor, nn
 
 from vidaccel.parallel.ranks import Agreement, Ranks, shares
 
-__all__ = ["Frames", "LatentFrames", "Layout", "Tokens", "frames", "latent_frames", "layout", "spread", "tokens"]
+__all__ = [
+    "Frames",
+    "LatentFrames",
+    "Layout",
+    "Tokens",
+    "all_tokens",
+    "frames",
+    "latent_frames",
+    "layout",
+    "spread",
+    "tokens",
+]
 
 
 class Layout:
@@ -160,6 +171,12 @@ def tokens() -> Tokens | None:
     """The same if tokens are spread."""
     found = layout()
     return found if isinstance(found, Tokens) else None
+
+
+def all_tokens(x: Tensor) -> int:
+    """How many tokens a video has of which ``x`` ``[B, S, C]`` are those of this rank."""
+    over = tokens()
+    return x.shape[1] if over is None else over.total
 
 
 @contextmanager

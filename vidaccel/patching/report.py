@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from vidaccel.patching.model_call import unwrap_call
+from vidaccel.patching.parallel import AxisSite
 from vidaccel.sites.rules import Patch, patches_of
 from vidaccel.sites.site import Site
 
@@ -85,6 +86,11 @@ class PatchReport:
             "ops": ops,
             "left_alone": self._counted("left alone"),
             "failed": self._counted("failed"),
+            "parallel": [
+                {"path": site.path, "axis": site.op, "ranks": site.ranks.size, "bytes_sent": site.ranks.sent}
+                for site in self.sites
+                if isinstance(site, AxisSite)
+            ],
             "fallbacks": [
                 {"path": path, "op": op, "reason": reason, "calls": calls}
                 for (path, op, reason), calls in self.fallbacks.items()

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vidaccel.parallel.layout import tokens
 from vidaccel.sites.memo import held
 
-__all__ = ["MOST_ROWS", "Stretches", "distinct_rows", "keep_rows", "may_wait", "stretches_of"]
+__all__ = ["MOST_ROWS", "Stretches", "distinct_rows", "keep_rows", "may_wait", "own_rows", "stretches_of"]
 
 MOST_ROWS = 64  # stretches in a call, from which on each token keeps its own
 
@@ -67,6 +68,14 @@ def distinct_rows(values: Tensor) -> tuple[Tensor, Tensor | None]:
         keep_rows(values, *_distinct(values))
     _, distinct, rows = memo.of_call[_key(values)]
     return distinct, rows
+
+
+def own_rows(distinct: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The answer of :func:`distinct_rows`, found of all tokens, for those of this rank."""
+    over = tokens()
+    if over is None or (rows is None and distinct.shape[1] == 1):
+        return distinct, rows
+    return (distinct[:, over.own], None) if rows is None else (distinct, rows[over.own])
 
 
 def keep_rows(values: Tensor, distinct: Tensor, rows: Tensor | None) -> None:

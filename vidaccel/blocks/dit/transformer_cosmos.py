@@ -96,6 +96,8 @@ class FusedCosmosTransformerBlock(GatedResidualBlock, CosmosTransformerBlock):
             return "autocast is on"
         if any(t.dtype != x.dtype for t in (embedded_timestep, temb) if t is not None):
             return "tokens and timestep embedding differ in dtype"
+        if isinstance(context, Tensor) and len(context) != len(x):  # stock's attention may broadcast them
+            return "its text and its video differ in batch size"
         for norm in (self.norm1, self.norm2, self.norm3):
             if reason := plain_reason(norm, CosmosAdaLayerNormZero):
                 return reason

@@ -38,6 +38,7 @@ from vidaccel.kernels.attention.qk_norm_rope import HeadNorm, Rope, SecondStream
 from vidaccel.kernels.ffn.linear_gelu import linear_gelu
 from vidaccel.kernels.ffn.residual_projection import residual_projection
 from vidaccel.kernels.op import note
+from vidaccel.parallel.layout import all_tokens
 from vidaccel.parallel.layout import tokens as tokens_over_ranks
 from vidaccel.sites.block import CORNER_ROWS, MOST_WHOLE, call_site, fuses
 from vidaccel.sites.memo import once_in_call
@@ -190,12 +191,6 @@ class HunyuanBlock(GatedResidualBlock):
         attn, fused = self.attn, self.runs("spatial_attention")
         text = query.shape[1] - tokens
         return attend_to_all(attn.processor, query, key, value, attn.heads, mask=mask, fused=fused, behind=text)
-
-
-def all_tokens(x: Tensor) -> int:
-    """How many tokens the video has whose tokens of this rank are ``x`` ``[B, S, C]``."""
-    over = tokens_over_ranks()
-    return x.shape[1] if over is None else over.total
 
 
 def own_tables(freqs_cis: Rotary | None) -> Rotary | None:

@@ -23,13 +23,22 @@ from diffusers.models.transformers.transformer_ltx import (
 )
 from torch import Tensor, nn
 
-from vidaccel.blocks.dit.attention import attend, attention_reason, feed_forward, parameters_reason, project
-from vidaccel.blocks.dit.modulation_rows import distinct_rows
+from vidaccel.blocks.dit.attention import (
+    attend,
+    attend_to_all,
+    attention_reason,
+    feed_forward,
+    parameters_reason,
+    project,
+)
+from vidaccel.blocks.dit.modulation_rows import distinct_rows, own_rows
 from vidaccel.blocks.dit.step_caches import known_to_step_caches
 from vidaccel.blocks.dit.text_attention import Lengths, attend_to_text, valid_lengths
 from vidaccel.kernels.attention.qk_norm_rope import HeadNorm, Rope, qk_norm_rope
 from vidaccel.kernels.norm.gated_residual_norm import Norm, gated_residual, gated_residual_norm, norm_modulate
 from vidaccel.kernels.op import REFERENCE, note
+from vidaccel.parallel.layout import all_tokens
+from vidaccel.parallel.layout import tokens as tokens_over_ranks
 from vidaccel.sites.block import CORNER_ROWS, MOST_WHOLE, FusedBlock, call_site, fuses
 from vidaccel.sites.memo import once_in_call
 from vidaccel.sites.site import Fidelity
@@ -75,8 +84,8 @@ class Modulation(NamedTuple):
 
 
 def modulations(table: Tensor, temb: Tensor) -> list[Modulation]:
-    """The P parts of ``table + temb``, of ``[P, C]`` and ``[B, 1 or S, P*C]``."""
-    distinct, rows = _distinct(table, temb)
+    """The P parts of ``table + temb``, of ``[P, C]`` and ``[B, 1 or S, P*C]``; for this rank's tokens."""
+    distinct, rows = own_rows(*_distinct(table, temb))
     return [Modulation(values, rows) for values in (table + distinct).unbind(2)]
 
 
@@ -103,6 +112,8 @@ def paired_rope(tables: Tables | None, num_heads: int) -> Rope | None:
     if tables is None:
         return None
     cos, sin = (once_in_call("half", table, partial(_half, table)) for table in tables)
+    if (over := tokens_over_ranks()) is not None:
+        cos, sin = cos[:, over.own], sin[:, over.own]
     return Rope("pairs", cos.unflatten(2, (num_heads, -1)), sin.unflatten(2, (num_heads, -1)))
 
 
@@ -135,7 +146,7 @@ class LTXBlock(FusedBlock):
         if torch.is_autocast_enabled(x.device.type):
             return "autocast is on"
         for tokens, table, temb in modulated:
-            if temb.ndim != 3 or temb.shape[1] not in (1, tokens.shape[1]):
+            if temb.ndim != 3 or temb.shape[1] not in (1, all_tokens(tokens)):
                 return "its timestep embedding is not [B, 1 or S, P*C]"
             if not tokens.dtype == table.dtype == temb.dtype:
                 return "tokens and timestep embedding differ in dtype"
@@ -263,6 +274,11 @@ class FusedLTXVideoTransformerBlock(LTXBlock, LTXVideoTransformerBlock):
     def call_reason(self, hidden_states: Tensor, context: Tensor, temb: Tensor, *args: Any) -> str | None:
         return self.blocks_reason([self.norm1, self.norm2], [(hidden_states, self.scale_shift_table, temb)])
 
+    def spread_reason(
+        self, x: Tensor, context: Tensor, temb: Tensor, tables: Tables | None, mask: Tensor | None
+    ) -> str | None:
+        return self._self_attention_reason(x, tables)
+
     def path_in_data(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         _, _, temb, _, mask = args
         return self.path_of((mask,), (self.scale_shift_table, temb))
@@ -286,14 +302,19 @@ class FusedLTXVideoTransformerBlock(LTXBlock, LTXVideoTransformerBlock):
 
     def _self_attention(self, x: Tensor, tables: Tables | None) -> Tensor:
         attn: Any = self.attn1
-        reason = attention_reason(attn, LTXAttention, LTXVideoAttnProcessor)
-        if reason := reason or self.rope_reason(x, tables, attn.norm_q, attn.norm_k):
+        if reason := self._self_attention_reason(x, tables):
             self.note_called("qk_norm_rope", reason)
             return attn(hidden_states=x, encoder_hidden_states=None, image_rotary_emb=tables)
         query, key, value = attn.to_q(x), attn.to_k(x), attn.to_v(x)
         rope = paired_rope(tables, attn.heads)
         query, key = qk_norm_rope(query, key, attn.heads, head_norm(attn.norm_q, attn.norm_k), rope)
-        return project(attn, self.attend(attn, query, key, value))
+        fused = self.runs("spatial_attention")
+        return project(attn, attend_to_all(attn.processor, query, key, value, attn.heads, fused=fused))
+
+    def _self_attention_reason(self, x: Tensor, tables: Tables | None) -> str | None:
+        attn: Any = self.attn1
+        reason = attention_reason(attn, LTXAttention, LTXVideoAttnProcessor)
+        return reason or self.rope_reason(x, tables, attn.norm_q, attn.norm_k)
 
     def _cross_attention(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
         attn: Any = self.attn2

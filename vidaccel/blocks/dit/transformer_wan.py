@@ -34,7 +34,7 @@ from vidaccel.blocks.dit.attention import (
     project,
     qkv,
 )
-from vidaccel.blocks.dit.modulation_rows import distinct_rows, keep_rows, stretches_of
+from vidaccel.blocks.dit.modulation_rows import distinct_rows, keep_rows, own_rows, stretches_of
 from vidaccel.blocks.dit.rotary import half_tables
 from vidaccel.blocks.dit.step_caches import known_to_step_caches
 from vidaccel.kernels.attention.qk_norm_rope import HeadNorm, Rope, qk_norm_rope
@@ -160,10 +160,7 @@ class WanBlock(FusedBlock):
         return self.rest(hidden_states, self.self_attention(normed, rotary_emb), context, modulation)
 
     def modulation(self, temb: Tensor) -> Modulation:
-        distinct, rows = distinct_rows(self.by_token(temb))
-        if (over := tokens()) is not None:  # its tokens
-            rows = rows if rows is None else rows[over.own]
-            distinct = distinct[:, over.own] if rows is None and distinct.shape[1] > 1 else distinct
+        distinct, rows = own_rows(*distinct_rows(self.by_token(temb)))
         shift, scale, gate, ff_shift, ff_scale, ff_gate = (self.scale_shift_table + distinct.float()).unbind(2)
         return Modulation(shift, scale, gate, ff_shift, ff_scale, ff_gate, rows)
 

@@ -1,0 +1,58 @@
+"""The processes that ``torchrun`` has started to do one thing together: one of them speaks, and decides.
+
+Commands ask :func:`team`; in a process of its own there is nobody to ask, and it decides for itself.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from typing import TypeVar
+
+import torch
+
+from vidaccel.environment import device_of
+from vidaccel.parallel.ranks import Agreement, join
+
+__all__ = ["Team", "team"]
+
+Answer = TypeVar("Answer")
+
+
+class Team:
+    """This process and those beside it.
+
+    Attributes:
+        size: How many they are.
+        leads: Whether this one prints, writes and decides.
+    """
+
+    size = 1
+    leads = True
+
+    def tell(self, answer: Answer) -> Answer:
+        """What the leading process has given, on all of them; each comes here as often as the others."""
+        return answer
+
+
+class _Ranks(Team):
+    def __init__(self) -> None:
+        self._agreement = Agreement()
+        self.size = self._agreement.size
+        self.leads = self._agreement.rank == 0
+
+    def tell(self, answer: Answer) -> Answer:
+        first: Answer = self._agreement.objects(answer if self.leads else None)[0]
+        return first
+
+
+@cache
+def team() -> Team:
+    """All processes of ``torchrun``, joined now if they are not yet; else this process alone."""
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        return Team()
+    device = device_of(None)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    join(device)
+    return _Ranks()
