@@ -22,6 +22,7 @@ from tiny_models import (
 )
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from vae_checks import ran
 
 from vidaccel import patch_pipeline
 from vidaccel.blocks.vae import autoencoder_kl_wan, causal_clip
@@ -91,6 +92,7 @@ def two_decodes(vae: Any, shape: tuple[int, ...]) -> dict[str, Any]:
         "share": own / whole,
         "site": (site.path, site.state, site.implementation),
         "reasons": dict(site.fallbacks),
+        "chunks": ran(report),
     }
     report.restore()
     outcome["restored"] = site.state == "restored" and "decode" not in vars(vae)
@@ -136,6 +138,22 @@ def in_chunks(fit: int) -> dict[str, Any]:
         return two_decodes(vae, (1, 4, 9, 3, 2))
     finally:
         autoencoder_kl_wan.decode_bytes, causal_clip.free_bytes = kept
+
+
+def in_pieces() -> dict[str, Any]:
+    kept = autoencoder_kl_wan.MOST_NUMBERS, autoencoder_kl_wan.TILE_CHANNELS
+    try:
+        autoencoder_kl_wan.MOST_NUMBERS, autoencoder_kl_wan.TILE_CHANNELS = 6144 * 16, 1
+        return two_decodes(tiny_autoencoder_kl_wan(), (1, 4, 9, 4, 3))
+    finally:
+        autoencoder_kl_wan.MOST_NUMBERS, autoencoder_kl_wan.TILE_CHANNELS = kept
+
+
+def test_pieces_of_a_stretch_become_chunks_of_the_clip(two_ranks: Team) -> None:
+    found, parts = together(two_ranks, in_pieces)
+    assert not found["reasons"]
+    assert max(parts) < 0.7
+    assert found["chunks"] == {"5 of 9 frames"}
 
 
 @pytest.mark.parametrize("fit", [1, 2, 3])
