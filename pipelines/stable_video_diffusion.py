@@ -21,6 +21,7 @@ from vidaccel.blocks.unet.activations import FusedGEGLU
 from vidaccel.blocks.unet.attention import FusedBasicTransformerBlock, FusedTemporalBasicTransformerBlock
 from vidaccel.blocks.unet.attention_processor import Processor
 from vidaccel.blocks.unet.convolution import FusedFewChannelConv2d
+from vidaccel.blocks.unet.frames import Frames
 from vidaccel.blocks.unet.normalization import FusedGroupNorm
 from vidaccel.blocks.unet.resnet import (
     FusedAlphaBlender,
@@ -34,7 +35,9 @@ from vidaccel.blocks.unet.upsampling import FusedUpsample2D
 from vidaccel.blocks.vae.vae import FusedTemporalDecoder
 from vidaccel.sites.rules import ChannelsLastWeights, Swap
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "SPREAD"]
+
+SPREAD = {"UNetSpatioTemporalConditionModel": Frames(dim=1, where={"sample": 1})}
 
 _RESNET_RULES = (
     Swap(FusedSpatioTemporalResBlock),

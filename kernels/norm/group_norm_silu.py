@@ -85,13 +85,16 @@ def group_norm_silu_ref(
     segment_rows: int = 0,
     chunk_rows: int = 0,
 ) -> Tensor:
-    """The specification, which computes the statistics itself. Pass float64 inputs for gold values."""
+    """The specification, which computes the statistics unless they are of more than x. float64 for gold values."""
     if tail is not None:
         x = torch.cat([x, tail], dim=1)
     if shift is not None:
         rows = math.prod(x.shape[2:])
         per_row = shift.to(x.dtype).repeat_interleave(rows // shift.shape[1], dim=1)
         x = x + per_row.transpose(1, 2).reshape(x.shape)
+    if parts is not None and _is_of_more(parts, segment_rows, x):
+        y = _normalised(x, weight, bias, groups, eps, ChannelStatistics(parts, segment_rows, chunk_rows))
+        return channels_last(F.silu(y, inplace=True) if silu else y)
     # channels first: for the other order PyTorch's CPU kernel takes E[x^2] - mean^2, too poor to judge by
     y = F.group_norm(x.contiguous(), groups, weight.to(x.dtype), bias.to(x.dtype), eps)
     return channels_last(F.silu(y, inplace=True) if silu else y)
@@ -110,7 +113,34 @@ def group_norm_and_sum_ref(
 ) -> tuple[Tensor, Tensor]:
     """The specification. Pass float64 inputs for gold values."""
     summed = x + row.to(x.dtype).view(-1, *(1,) * (x.ndim - 2))
-    return group_norm_silu_ref(x, weight, bias, groups, eps, silu=False), channels_last(summed)
+    statistics = parts, segment_rows, chunk_rows
+    return group_norm_silu_ref(x, weight, bias, groups, eps, False, None, None, *statistics), channels_last(summed)
+
+
+def _is_of_more(parts: Tensor, segment_rows: int, x: Tensor) -> bool:
+    """Whether statistics are of more rows than x has: of a clip that x is some frames of."""
+    return len(parts) * segment_rows > len(x) * math.prod(x.shape[2:])
+
+
+def _normalised(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, statistics: ChannelStatistics
+) -> Tensor:
+    """x, normalised by the mean and variance that ``statistics`` tell of each group."""
+    parts, segment_rows, chunk_rows = statistics
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    starts = torch.arange(0, segment_rows, chunk_rows, device=x.device)
+    rows = (segment_rows - starts).clamp(max=chunk_rows).to(dtype)[:, None, None]  # of each chunk
+    # [N, segments, chunks, groups, channels of a group]
+    mean, m2 = parts.to(dtype).unflatten(0, (len(x), -1)).unflatten(-1, (groups, -1)).unbind(3)
+    total = segment_rows * mean.shape[1] * mean.shape[-1]
+    centre = (mean * rows).sum((1, 2, 4)) / total  # [N, groups]
+    deviation = mean - centre[:, None, None, :, None]
+    variance = (m2 + rows * deviation.square()).sum((1, 2, 4)) / total
+    by_group = x.to(dtype).flatten(2).unflatten(1, (groups, -1))  # [N, groups, channels of a group, rows]
+    y = (by_group - centre[..., None, None]) * (variance + eps).rsqrt()[..., None, None]
+    y = y.view(x.shape) if y.is_contiguous() else y.reshape(x.shape)
+    per_channel = -1, *(1,) * (x.ndim - 2)
+    return (y * weight.to(dtype).view(per_channel) + bias.to(dtype).view(per_channel)).to(x.dtype)
 
 
 @triton.jit
@@ -327,6 +357,10 @@ class _Call(NamedTuple):
         return self.x, self.shift, self.tail, self.weight, self.bias, self.row, self.parts
 
     @property
+    def statistics_of_more(self) -> bool:
+        return self.parts is not None and _is_of_more(self.parts, self.segment_rows, self.x)
+
+    @property
     def output_shape(self) -> tuple[int, ...]:
         return (self.x.shape[0], self.weight.shape[0], *self.x.shape[2:])
 
@@ -378,18 +412,18 @@ def _launches(
     silu: bool,
     shift_stride: int | None,
     has_row: bool,
-    known_rows: tuple[int, int] | None = None,
+    known: tuple[int, int, int] | None = None,
 ) -> _Launches:
     """``shift_stride`` is from one segment's shift to the next one's, or None where there is no shift.
 
-    ``known_rows`` are those of a segment and of a chunk in statistics that are known, or None.
+    ``known`` are the segments of a sample in statistics that are known, and the rows of a segment and of a chunk there.
     """
     samples, channels, head_channels, segments, segment_rows, groups = sizes
     has_shift = shift_stride is not None
     stats = choose_tiling(sizes.all_segments, segment_rows, channels, sizes.widest_block)
     apply = choose_apply_tiling(sizes.widest_block)
-    merged_rows, chunk_rows = known_rows or (segment_rows, stats.chunk_rows)
-    merged_segments, chunks = segments * segment_rows // merged_rows, triton.cdiv(merged_rows, chunk_rows)
+    merged_segments, merged_rows, chunk_rows = known or (segments, segment_rows, stats.chunk_rows)
+    chunks = triton.cdiv(merged_rows, chunk_rows)
     chunk_stats = chunk_stats_launch(sizes.all_segments, segment_rows, channels, head_channels, shift_stride, stats)
     group_stats = group_stats_launch(
         samples, channels, groups, eps, merged_segments, merged_rows, chunk_rows, merged_segments, merged_segments
@@ -497,8 +531,8 @@ def _prepare(call: _Call) -> Callable[..., None]:
     segments = 1 if shift is None else shift.shape[1]
     sizes = _Sizes(len(x), call.weight.shape[0], x.shape[1], segments, call.rows // segments, call.groups)
     stride = None if shift is None else shift.stride(0 if segments == 1 else 1)
-    known_rows = None if call.parts is None else (call.segment_rows, call.chunk_rows)
-    launches = _launches(sizes, call.eps, call.silu, stride, call.row is not None, known_rows)
+    known = None if call.parts is None else (len(call.parts) // len(x), call.segment_rows, call.chunk_rows)
+    launches = _launches(sizes, call.eps, call.silu, stride, call.row is not None, known)
     chunk_stats, group_stats, apply, parts_shape, norm_shape = launches
     empty, dtype, device = torch.empty, torch.float32, x.device
 
@@ -617,16 +651,17 @@ def _validate(name: str, call: _Call) -> None:
 
 
 def _validate_statistics(name: str, call: _Call, parts: Tensor) -> None:
-    if call.shift is not None or call.tail is not None:
-        raise ValueError(f"{name}: statistics are of x alone, and do not serve with a shift or a tail")
+    if call.tail is not None:
+        raise ValueError(f"{name}: statistics are of x alone, and do not serve with a tail")
     rows = f"segment_rows={call.segment_rows}, chunk_rows={call.chunk_rows}"
     if call.segment_rows < 1 or call.chunk_rows < 1 or call.rows % call.segment_rows:
         raise ValueError(f"{name}: the segments of statistics must divide the {call.rows} rows of x, got {rows}")
     segments = len(call.x) * call.rows // call.segment_rows
     shape = segments, triton.cdiv(call.segment_rows, call.chunk_rows), 2, call.x.shape[1]
-    if parts.shape != shape or parts.dtype != torch.float32:
+    segments_fit = len(parts) == segments or (len(parts) > segments and len(parts) % len(call.x) == 0)
+    if not segments_fit or parts.shape[1:] != shape[1:] or parts.dtype != torch.float32:
         raise ValueError(
-            f"{name}: parts of statistics with {rows} must be {shape} torch.float32, "
+            f"{name}: parts of statistics with {rows} must be {shape} torch.float32, or of more segments, "
             f"got {tuple(parts.shape)} {parts.dtype}"
         )
 
@@ -638,17 +673,23 @@ def _costs(call: _Call) -> Costs:
 
 
 def _cuts(call: _Call) -> Iterator[tuple[_Call, Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]]]:
-    """Calls of some groups of some samples, and where these lie in the outputs; statistics are computed anew."""
-    x, weight, bias, groups, eps, silu, shift, tail, *_, row = call
+    """Calls of some groups of some samples, and where these lie in the outputs.
+
+    Statistics are computed anew, unless they are of more than x.
+    """
+    x, weight, bias, groups, eps, silu, shift, tail, parts, segment_rows, chunk_rows, row = call
     width, head = len(weight) // groups, x.shape[1]
     for n in cuts(len(x), len(weight) * call.rows):
         for some in cuts(groups, (n.stop - n.start) * width * call.rows):
             c = slice(some.start * width, some.stop * width)
+            some_parts = None
+            if parts is not None and call.statistics_of_more:
+                some_parts = parts.unflatten(0, (len(x), -1))[n, ..., c].flatten(0, 1)
             part = _Call(
                 x[n, c], weight[c], bias[c], some.stop - some.start, eps, silu,
                 None if shift is None else shift[n, :, c],
                 None if tail is None else tail[n, max(c.start - head, 0) : max(c.stop - head, 0)],
-                *NO_STATISTICS,
+                some_parts, segment_rows, chunk_rows,
                 None if row is None else row[c],
             )  # fmt: skip
             yield part, functools.partial(_at, (n, c))
@@ -681,7 +722,7 @@ GROUP_NORM_AND_SUM = Op(
     },
     fake=lambda x, *others: (empty_channels_last(x), empty_channels_last(x)),
     costs=lambda *args: _costs(_Call.and_sum(*args)),
-    parts=lambda *args: (Part((*call[:5], call.row), of) for call, of in _cuts(_Call.and_sum(*args))),
+    parts=lambda *args: (Part((*call[:5], call.row, *call[8:11]), of) for call, of in _cuts(_Call.and_sum(*args))),
     validate=lambda *args: _validate("group_norm_and_sum", _Call.and_sum(*args)),
     small=lambda *args: (*scaled(0)(*args)[:6], *NO_STATISTICS),
 )
@@ -715,8 +756,9 @@ def group_norm_silu(
         shift: ``[N, T, C]``, added to x before the norm (time embedding, bias of the convolution before): row ``s`` of
             the ``S`` pixels of a sample takes ``shift[n, s // (S // T)]``. Rounded to ``x.dtype`` first.
         tail: Like x but for the number of its channels, which lie behind those of x (the skip connection of a UNet).
-        statistics: Of x, from the kernel that wrote it; its segments divide the rows of a sample. None: computed here.
-            Only without ``shift`` and ``tail``.
+        statistics: Of ``x + shift``, from the kernel that wrote it; its segments divide the rows of a sample. If it has
+            more segments than x, they are of a clip that x is some frames of, and which is normalised as a whole. None:
+            computed here. Only without ``tail``.
         impl: ``"triton"`` or ``"torch"``; None lets the op choose.
 
     Returns:
@@ -724,8 +766,7 @@ def group_norm_silu(
 
     Raises:
         ValueError: ``groups`` does not divide ``C``; ``weight``, ``bias``, ``shift``, ``tail`` or ``statistics`` has
-            another shape; ``T`` does not divide ``S``; there are statistics and a shift or a tail; ``impl`` cannot run
-            here.
+            another shape; ``T`` does not divide ``S``; there are statistics and a tail; ``impl`` cannot run here.
     """
     if shift is not None:
         shift = shift.to(x.dtype)

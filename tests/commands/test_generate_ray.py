@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -55,8 +55,12 @@ def clips_in(folder: Path) -> list[Path]:
 
 
 def workers() -> list[psutil.Process]:
-    below = psutil.Process().children(recursive=True)
-    return [process for process in below if "ray::ClipWorker" in " ".join(process.cmdline())]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "ray::ClipWorker" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 @contextmanager

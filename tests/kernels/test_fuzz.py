@@ -265,6 +265,12 @@ def _norm_of_clips(d: Drawer, *x: int) -> tuple[tuple[Any, ...], tuple[Any, ...]
     return (d.tensor(*x), *norm), spans
 
 
+def _frame_statistics(d: Drawer) -> Any:
+    samples, channels, frames, *sides = d.size(2), d.channels(), d.size(3), d.size(4), d.size(4)
+    shape = samples, channels, frames, *sides
+    return d.tensor(*shape), d.maybe(d.tensor, samples, frames, channels), chunk_rows_for(shape)
+
+
 def _padded_group_norm(d: Drawer) -> Any:
     x = d.size(2), d.size(4), d.size(4), d.size(4), d.channels()
     norm, spans = _norm_of_clips(d, *x)

@@ -93,7 +93,9 @@ class ClipWorker:
 
     def start(self, order: _Order) -> _Answer:
         """Load the model."""
-        return _answered(lambda: self._start(order))
+        answer = _answered(lambda: self._start(order))
+        where = f"a worker on {socket.gethostname()}"
+        return replace(answer, error=UsageError(f"{where}: {answer.error}")) if answer.error else answer
 
     def make(self, job: Job) -> _Answer:
         """Make the clip of ``job``."""
@@ -104,8 +106,7 @@ class ClipWorker:
             os.chdir(order.folder)
             order.mark.stat()
         except OSError as error:
-            reason = f"does not see {error.filename}, which all workers must: a folder of a network file system"
-            raise UsageError(f"the worker on {socket.gethostname()} {reason}") from None
+            raise UsageError(f"cannot see {error.filename}; all workers need it, in a network file system") from None
         adopt(order.settings)
         torch.set_num_threads(order.threads)
         self._maker = ClipMaker(order.setup, device_of(str(order.device)), show_progress=False)
@@ -322,6 +323,7 @@ class _Crew:
             answer = _answer_in(reference)
             if not answer.dead:
                 self._idle.append(worker)
+                self._deaths[asked.out if asked else None] = 0
                 yield asked, answer
                 continue
             ray.kill(worker)  # which may still live: Ray can lose sight of a worker, and a worker of its GPU
@@ -367,8 +369,8 @@ def _answer_in(reference: Any) -> _Answer:
     try:
         return ray.get(reference)
     except RayError as error:
-        reason = str(error).strip().splitlines()[-1]  # Ray says why in the end
-        return _Answer(error=UsageError(reason), dead=True)
+        reason = str(error).strip().splitlines()[-1]  # Ray says why in the end, and then guesses
+        return _Answer(error=UsageError(reason.partition(" Some common causes")[0]), dead=True)
 
 
 class _Tally:

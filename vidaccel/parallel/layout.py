@@ -45,6 +45,11 @@ class Layout:
         """Those of this rank."""
         return self.ranks.own(self.total)
 
+    @property
+    def count(self) -> int:
+        """How many this rank has."""
+        return self.own.stop - self.own.start
+
 
 class Frames(Layout):
     """The frames of a UNet's clip."""

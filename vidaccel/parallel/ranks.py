@@ -96,12 +96,18 @@ class Ranks:
         rest = shape.copy()
         rest[join] = 1
         of_one = torch.Size(rest).numel()
-        send = torch.cat([piece.reshape(-1) for piece in x.split(lengths, split)])
+        if torch.Size(x.shape[:split]).numel() == 1:  # the pieces lie one behind the other
+            send = x.reshape(-1)
+        else:
+            send = torch.cat([piece.reshape(-1) for piece in x.split(lengths, split)])
         received = send.new_empty(of_one * total)
         to_each = [send.numel() // max(x.shape[split], 1) * length for length in lengths]
         from_each = [of_one * length for length in joined]
         dist.all_to_all_single(received, send, from_each, to_each, group=self.group)
         self.sent += (send.numel() - to_each[self.rank]) * send.element_size()
+        if torch.Size(shape[:join]).numel() == 1:
+            shape[join] = total
+            return received.view(shape)
         pieces = []
         for piece, length in zip(received.split(from_each), joined, strict=True):
             shape[join] = length
@@ -113,6 +119,31 @@ class Ranks:
         dist.all_reduce(x, group=self.group)
         self.sent += x.nbytes
         return x
+
+    def exchange(self, first: Tensor, last: Tensor) -> Callable[[], tuple[Tensor | None, Tensor | None]]:
+        """Begin to give ``first`` to the rank before and ``last`` to the one behind, both of equal shape on all ranks.
+
+        What is returned waits for what these give: the ``last`` of the rank before and the ``first`` of the one behind,
+        or None where there is none.
+        """
+        transfers, received = [], []
+        for x, other in ((first, self.rank - 1), (last, self.rank + 1)):
+            theirs = None
+            if 0 <= other < self.size:
+                sent, theirs = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+                transfers.append(dist.P2POp(dist.isend, sent, group=self.group, group_peer=other))
+                transfers.append(dist.P2POp(dist.irecv, theirs, group=self.group, group_peer=other))
+                self.sent += sent.nbytes
+            received.append(theirs)
+        works = dist.batch_isend_irecv(transfers) if transfers else []
+
+        def wait() -> tuple[Tensor | None, Tensor | None]:
+            for work in works:
+                work.wait()
+            before, behind = received
+            return before, behind
+
+        return wait
 
     def least(self, x: Tensor) -> Tensor:
         """The smallest of all ranks' ``x``, number by number, in its place."""

@@ -243,7 +243,14 @@ def _call_site(kind: type[Host], host: Any, *args: Any, **kwargs: Any) -> Any:
     if memo.way:
         return memo.way(kind, host, sites, args, kwargs)
     in_data = host.path_in_data(args, kwargs)
-    question = (host, torch.is_grad_enabled(), in_data, *signature(args), *signature(kwargs.values()))
+    question = (
+        host,
+        torch.is_grad_enabled(),
+        in_data,
+        layout() is not None,
+        *signature(args),
+        *signature(kwargs.values()),
+    )
     plan = memo.get(question)
     if plan is None or question[1]:
         plan = memo[question] = _plan(host, sites, question[1:], args, kwargs)

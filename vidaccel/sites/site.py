@@ -21,6 +21,7 @@ SITE_OF = {
     "conv_epilogue_and_statistics": "conv_epilogue",
     "upsample_cells": "upsample_conv",
     "upsample_conv_and_statistics": "upsample_conv",
+    "frame_statistics": "group_norm_silu",
     "group_norm_and_sum": "group_norm_silu",
     "padded_group_norm": "group_norm_silu",
 }

@@ -295,7 +295,12 @@ def test_torch_implementation_returns_channels_last(device: torch.device) -> Non
         ({"statistics": ChannelStatistics(torch.ones(2, 1, 2, 32), 3, 3)}, r"must be \(4, 1, 2, 32\) torch.float32"),
         ({"statistics": ChannelStatistics(torch.ones(2, 1, 2, 32).half(), 6, 6)}, r"got \(2, 1, 2, 32\) torch.float16"),
         (
-            {"statistics": ChannelStatistics(torch.ones(2, 1, 2, 32), 6, 6), "shift": torch.ones(2, 1, 32)},
+            {
+                "statistics": ChannelStatistics(torch.ones(2, 1, 2, 32), 6, 6),
+                "tail": torch.ones(2, 8, 2, 3),
+                "weight": torch.ones(40),
+                "bias": torch.ones(40),
+            },
             "statistics are of x alone",
         ),
     ],

@@ -14,6 +14,7 @@ projected once (see ``text_context.py``).
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from vidaccel.blocks.unet.attention_processor import (
     merged_weights,
     output_layers,
 )
+from vidaccel.blocks.unet.frames import by_pixels, whole_clip
 from vidaccel.blocks.unet.normalization import add_layer_norm_module, norms_reason
 from vidaccel.blocks.unet.text_context import distinct_rows
 from vidaccel.kernels.attention.qkv_projection import qkv_projection
@@ -38,6 +40,7 @@ from vidaccel.kernels.ffn.residual_projection import residual_projection
 from vidaccel.kernels.norm.add_layer_norm import RowTo
 from vidaccel.kernels.norm.add_layer_norm import compile_ahead as compile_norm_ahead
 from vidaccel.kernels.op import runs_triton
+from vidaccel.parallel.layout import frames
 from vidaccel.sites.block import FusedBlock, call_site, cut_corner, fuses
 from vidaccel.sites.memo import once_per_call
 from vidaccel.sites.plain import hook_reason, plain_reason, readable_reason
@@ -149,6 +152,9 @@ class _TransformerBlock(FusedBlock):
 
     def _attend_frames(self, attn: Attention, hidden_states: Tensor, num_frames: int) -> Tensor:
         """Self-attention over the frames of every pixel of ``[B*F, HW, C]``."""
+        return by_pixels(partial(self._attend_own_frames, attn), hidden_states, num_frames)
+
+    def _attend_own_frames(self, attn: Attention, hidden_states: Tensor, num_frames: int) -> Tensor:
         if not self.runs("temporal_attention"):
             return _attend_by_pixel(attn, hidden_states, num_frames)
         if not torch.compiler.is_compiling():
@@ -343,7 +349,8 @@ class FusedTemporalBasicTransformerBlock(_TransformerBlock, TemporalBasicTransfo
         pixels, batch = hidden_states.shape[1], hidden_states.shape[0] // num_frames
         if context is not None and context.shape[0] == batch:
             context = context.repeat_interleave(pixels, dim=0)
-        return TemporalBasicTransformerBlock.forward(host, hidden_states, num_frames, context)
+        out: Tensor = whole_clip(TemporalBasicTransformerBlock, host, hidden_states, num_frames, context)
+        return out
 
     def corner(self, args: Any, kwargs: Any) -> Any:
         hidden_states, num_frames, context = args
@@ -438,6 +445,8 @@ class TemporalSelfAttention(_TransformerBlock):
             return "a context was passed"
         if attention_kwargs:
             return "cross_attention_kwargs were passed"
+        over = frames()
+        num_frames = num_frames if over is None else over.total
         reasons = (self._block_reason(block, hidden_states, num_frames) for block in self.transformer_blocks)
         return next(filter(None, reasons), None)
 

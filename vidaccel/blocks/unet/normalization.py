@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vidaccel.blocks.unet.frames import statistics_of_clip, whole_clip
 from vidaccel.kernels.norm.add_layer_norm import RowTo, add_layer_norm
 from vidaccel.kernels.norm.channel_statistics import ChannelStatistics
 from vidaccel.kernels.norm.group_norm_silu import compile_ahead, group_norm_and_sum, group_norm_silu
@@ -45,8 +46,10 @@ def group_norm_module(
 ) -> Tensor:
     """The fused op with a GroupNorm module's parameters; `x` is ``[N, C, *spatial]``, `shift` ``[N, T, C]``.
 
-    `tail` has further channels, which lie elsewhere; `statistics` are those of `x`, if somebody has computed them.
+    `tail` has further channels, which lie elsewhere; `statistics` are those of `x`, if somebody has computed them. Of a
+    clip whose frames are spread over ranks, they are those of the whole clip.
     """
+    statistics = statistics or statistics_of_clip(x, shift)
     return group_norm_silu(
         x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=silu, shift=shift, tail=tail, statistics=statistics
     )  # fmt: skip
@@ -93,6 +96,10 @@ class FusedGroupNorm(FusedBlock, nn.GroupNorm):
     def forward(self, input: Tensor) -> Tensor:
         return call_site(FusedGroupNorm, self, input)
 
+    @classmethod
+    def original_forward(cls, host: Any, input: Tensor) -> Tensor:
+        return whole_clip(nn.GroupNorm, host, input) if input.ndim == 5 else nn.GroupNorm.forward(host, input)
+
     def call_reason(self, input: Tensor) -> str | None:
         return readable_reason(self, nn.GroupNorm, input)
 
@@ -113,4 +120,4 @@ def norm_and_residual(norm: Any, image: Tensor, bias: Tensor) -> tuple[Tensor, T
     if not isinstance(norm, FusedGroupNorm) or not norm.serves_parent(image):
         return None
     arguments = norm.weight, norm.bias, norm.num_groups, norm.eps, bias
-    return run_part(norm, group_norm_and_sum, image, *arguments)
+    return run_part(norm, group_norm_and_sum, image, *arguments, statistics=statistics_of_clip(image))

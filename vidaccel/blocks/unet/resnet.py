@@ -15,6 +15,7 @@ math-exact, for the first product is rounded before the second is added.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ from diffusers.models.resnet import (
 from torch import Tensor, nn
 
 from vidaccel.blocks.unet.convolution import geometry_of
+from vidaccel.blocks.unet.frames import convolve_frames, whole_clip
 from vidaccel.blocks.unet.normalization import (
     as_clip,
     as_frames,
@@ -42,6 +44,7 @@ from vidaccel.kernels.conv.joined_projection import joined_projection
 from vidaccel.kernels.conv.temporal_conv import temporal_conv
 from vidaccel.kernels.norm.channel_statistics import ChannelStatistics
 from vidaccel.kernels.op import runs_triton
+from vidaccel.parallel.layout import frames
 from vidaccel.sites.block import FusedBlock, call_site, fuses, run_part
 from vidaccel.sites.memo import once_per_call
 from vidaccel.sites.plain import plain_reason, readable_reason
@@ -85,6 +88,21 @@ class _ConvolutionBlock(FusedBlock):
     def _norms_reason(self, x: Tensor, *norms: nn.Module) -> str | None:
         return norms_reason(nn.GroupNorm, x, *norms) if self.runs("group_norm_silu") else None
 
+    def _spread_reason(self, x: Tensor, *convs: Any) -> str | None:
+        """Why this block, whose norms and ``convs`` mix frames, needs all of a clip spread over ranks, or None."""
+        if frames() is None:
+            return None
+        if not self.runs("group_norm_silu"):
+            return "its norms are not fused, and take all frames of the clip"
+        if torch.is_autocast_enabled(x.device.type):
+            return "autocast chooses the dtypes of matrix products"
+        for conv in convs:
+            if reason := readable_reason(conv, nn.Conv3d, x):
+                return reason
+            if geometry_of(conv) != _TEMPORAL:
+                return "a convolution needs more frames of its neighbours than one"
+        return None
+
     def _norm_silu(
         self,
         norm: nn.GroupNorm,
@@ -115,7 +133,7 @@ class _ConvolutionBlock(FusedBlock):
     def _convolve_to_norm(self, conv: Any, x: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """``conv(x)`` and what the norm behind it is to add to that: `shift`, and perhaps the bias instead of here."""
         if not self._splits_bias(conv, x) or not self.runs("group_norm_silu"):
-            return conv(x), shift
+            return _with_bias(conv, x), shift
         bias = conv.bias.to(x.dtype)
         return _without_bias(conv, x), bias.expand(x.shape[0], 1, -1) if shift is None else shift + bias
 
@@ -135,9 +153,9 @@ class _ConvolutionBlock(FusedBlock):
         connection, both convolutions have to be such that :meth:`_splits_bias`.
         """
         if not self._splits_bias(conv, x):
-            return (residual if shortcut is None else shortcut(residual)) + conv(x), None
+            return (residual if shortcut is None else shortcut(residual)) + _with_bias(conv, x), None
         temporal = shortcut is None and self.runs("temporal_conv") and geometry_of(conv) == _TEMPORAL
-        if temporal and not statistics:
+        if temporal and not statistics and frames() is None:
             return temporal_conv(x, conv.weight, conv.bias, residual, **epilogue), None
         if shortcut is not None and self._splits_bias(shortcut, residual):
             epilogue["residual_bias"] = shortcut.bias
@@ -159,7 +177,17 @@ class _ConvolutionBlock(FusedBlock):
         return readable_reason(conv, nn.Conv2d if x.ndim == 4 else nn.Conv3d, x) is None
 
 
+def _with_bias(conv: Any, x: Tensor) -> Tensor:
+    return convolve_frames(conv, conv, x) if x.ndim == 5 else conv(x)
+
+
 def _without_bias(conv: Any, x: Tensor) -> Tensor:
+    if x.ndim == 5 and conv.kernel_size[0] > 1:
+        return convolve_frames(conv, partial(_convolve, conv), x)
+    return _convolve(conv, x)
+
+
+def _convolve(conv: Any, x: Tensor) -> Tensor:
     if conv.padding_mode != "zeros":
         return conv._conv_forward(x, conv.weight, None)
     convolve: Any = F.conv2d if x.ndim == 4 else F.conv3d
@@ -275,6 +303,15 @@ class FusedTemporalResnetBlock(_ResnetBlock, TemporalResnetBlock):
     def forward(self, input_tensor: Tensor, temb: Tensor) -> Tensor:
         return call_site(FusedTemporalResnetBlock, self, input_tensor, temb)
 
+    @classmethod
+    def original_forward(cls, host: Any, *args: Any) -> Tensor:
+        out: Tensor = whole_clip(TemporalResnetBlock, host, *args)
+        return out
+
+    def call_reason(self, input_tensor: Tensor, *args: Any, **kwargs: Any) -> str | None:
+        reason = super().call_reason(input_tensor, *args, **kwargs)
+        return reason or self._spread_reason(input_tensor, self.conv1, self.conv2)
+
     def fused_forward(self, input_tensor: Tensor, temb: Tensor | None) -> Tensor:
         out, _ = self.with_blend(input_tensor, temb)
         return out
@@ -310,11 +347,17 @@ class FusedTemporalConvLayer(_ConvolutionBlock, TemporalConvLayer):
     def forward(self, hidden_states: Tensor, num_frames: int = 1) -> Tensor:
         return call_site(FusedTemporalConvLayer, self, hidden_states, num_frames)
 
+    @classmethod
+    def original_forward(cls, host: Any, *args: Any) -> Tensor:
+        out: Tensor = whole_clip(TemporalConvLayer, host, *args)
+        return out
+
     def call_reason(self, hidden_states: Tensor, num_frames: int) -> str | None:
         for stage in self._stages():
             if reason := plain_reason(stage, nn.Sequential) or plain_reason(stage[1], nn.SiLU):
                 return reason
-        return self._norms_reason(hidden_states, *(stage[0] for stage in self._stages()))
+        norms, convs = zip(*((stage[0], stage[-1]) for stage in self._stages()), strict=True)
+        return self._norms_reason(hidden_states, *norms) or self._spread_reason(hidden_states, *convs)
 
     def fused_forward(self, hidden_states: Tensor, num_frames: int) -> Tensor:
         clip = as_clip(hidden_states, num_frames)

@@ -20,10 +20,12 @@ from vidaccel.blocks.unet.attention import (
     FusedTemporalBasicTransformerBlock,
     TemporalSelfAttention,
 )
-from vidaccel.blocks.unet.normalization import as_clip, norm_and_residual
+from vidaccel.blocks.unet.frames import by_pixels, whole_clip
+from vidaccel.blocks.unet.normalization import FusedGroupNorm, as_clip, norm_and_residual
 from vidaccel.blocks.unet.resnet import FusedAlphaBlender
 from vidaccel.blocks.unet.transformer_2d import adds_in_product
 from vidaccel.kernels.ffn.residual_projection import residual_projection
+from vidaccel.parallel.layout import frames
 from vidaccel.sites.block import FusedBlock, call_site, fuses, run_part
 from vidaccel.sites.site import Fidelity
 
@@ -72,8 +74,8 @@ class FusedTransformerSpatioTemporalModel(FusedBlock, TransformerSpatioTemporalM
     def original_forward(
         cls, host: Any, hidden_states: Tensor, context: Tensor, image_only_indicator: Tensor
     ) -> Tensor:
-        (sample,) = TransformerSpatioTemporalModel.forward(
-            host, hidden_states, context, image_only_indicator, return_dict=False
+        (sample,) = whole_clip(
+            TransformerSpatioTemporalModel, host, hidden_states, context, image_only_indicator, return_dict=False
         )
         return sample
 
@@ -157,7 +159,9 @@ class FusedTransformerSpatioTemporalModel(FusedBlock, TransformerSpatioTemporalM
 
     def _frame_embedding(self, num_frames: int, like: Tensor) -> Tensor:
         """``[B*F, 1, C]``: the embedding of each frame's index, once for the whole batch."""
-        sinusoids = self.time_proj(torch.arange(num_frames, device=like.device)).to(like.dtype)
+        over = frames()
+        first = 0 if over is None else over.own.start
+        sinusoids = self.time_proj(torch.arange(first, first + num_frames, device=like.device)).to(like.dtype)
         return self.time_pos_embed(sinusoids).repeat(like.shape[0] // num_frames, 1)[:, None]
 
 
@@ -176,6 +180,11 @@ class FrameTransformer(TemporalSelfAttention):
     proj_in: Any
     proj_out: Any
 
+    def call_reason(self, hidden_states: Tensor, *args: Any) -> str | None:
+        if frames() is not None and not isinstance(self.norm, FusedGroupNorm):
+            return "its norm is not fused, and takes all frames of the clip"
+        return super().call_reason(hidden_states, *args)
+
     def fused_forward(
         self,
         hidden_states: Tensor,
@@ -191,7 +200,7 @@ class FrameTransformer(TemporalSelfAttention):
         if self.runs("residual_projection") and adds_in_product(self.proj_out, clip):
             both = norm_and_residual(self.norm, clip, self.proj_out.bias)
         normed, with_bias = both or (self.norm(clip), None)
-        rows = self.run_blocks(self.proj_in(_frame_rows(normed)), num_frames)
+        rows = by_pixels(self.run_blocks, self.proj_in(_frame_rows(normed)), num_frames)
         if with_bias is not None:
             rows = residual_projection(rows, self.proj_out.weight.flatten(1), _frame_rows(with_bias))
             return rows.unflatten(1, (height, -1)).permute(0, 3, 1, 2)
@@ -232,5 +241,5 @@ class FusedTransformerTemporalModel(FrameTransformer, TransformerTemporalModel):
 
     @classmethod
     def original_forward(cls, host: Any, *args: Any) -> Tensor:
-        (sample,) = TransformerTemporalModel.forward(host, *args, return_dict=False)
+        (sample,) = whole_clip(TransformerTemporalModel, host, *args, return_dict=False)
         return sample

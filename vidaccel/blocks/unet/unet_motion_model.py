@@ -12,6 +12,7 @@ from diffusers.models.unets.unet_motion_model import (
 )
 from torch import Tensor
 
+from vidaccel.blocks.unet.frames import whole_clip
 from vidaccel.blocks.unet.transformer_temporal import FRAME_TRANSFORMER_OPS, FrameTransformer
 from vidaccel.blocks.unet.unet_3d_blocks import UP_BLOCK_OPS, UpBlock
 from vidaccel.sites.block import call_site, fuses
@@ -36,6 +37,11 @@ class FusedAnimateDiffTransformer3D(FrameTransformer, AnimateDiffTransformer3D):
             FusedAnimateDiffTransformer3D,
             self, hidden_states, encoder_hidden_states, timestep, class_labels, num_frames, cross_attention_kwargs,
         )  # fmt: skip
+
+    @classmethod
+    def original_forward(cls, host: Any, *args: Any) -> Tensor:
+        out: Tensor = whole_clip(AnimateDiffTransformer3D, host, *args)
+        return out
 
 
 @fuses(UpBlockMotion, UP_BLOCK_OPS)

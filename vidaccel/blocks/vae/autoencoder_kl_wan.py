@@ -7,8 +7,9 @@ each convolution's input carried on to the next. Clips are rows ``[B, F, H, W, C
 last. ``rms_norm_silu`` writes a convolution's input behind the frames that it looks back at, and adds the bias and
 the residual that the convolution before has left out, and behind an upsampler puts the pixels in place.
 
-From where on a clip has all its frames, its tensors may be larger than a convolution does well with. The last up-blocks
-then work on a piece of the frames after the other, from what all of them have been given to the pixels.
+In the last up-blocks, which leave the number of frames as it is, tensors may be too large for cuDNN's faster
+convolutions. Then these blocks and the last convolution work on some frames at a time (a piece), and the last two
+frames of each convolution's input are carried on to the next piece.
 
 The caller is left as it is: it asks for frame after frame. What it passes first is a view of frame 0 of latents whose
 storage holds the clip and nothing else, so that is decoded, and the frames are handed out call by call. What has been
@@ -527,7 +528,7 @@ class _Decode:
             self._up_block(chunk, block)
         frames = out.shape[2]
         step = _frames_of_a_piece(decoder, latents, frames)
-        if step == frames or ranks is not None:
+        if step == frames or ranks is not None:  # the next rank waits for the last frames, which come last in pieces
             self._to_pixels(chunk, first, out)
             return chunk.following
         flow = chunk.flow
@@ -680,20 +681,21 @@ class _Decode:
         """Every frame becomes two, but for the first of a clip, which the convolution over time never sees."""
         x = chunk.flow.x
         halo, first = chunk.halos.get(conv), chunk.begins
-        frames = x[:, first:]
-        before = x.new_zeros(len(x), BEFORE, *x.shape[2:]) if halo is None else halo
-        read = torch.cat([before, frames[:, -BEFORE:] if first else frames], dim=1)
-        chunk.keep_of(conv, read)
+        frames = buffer = x[:, first:]
+        before = x.new_zeros(len(x), BEFORE + first, *x.shape[2:]) if halo is None else halo
+        if looks_back := halo is not None or chunk.ranks is not None:
+            buffer = torch.cat([before, frames], dim=1)
+            chunk.keep_of(conv, buffer)
+        elif chunk.keep:
+            chunk.keep_of(conv, torch.cat([before, frames[:, -BEFORE:]], dim=1))
         count = frames.shape[1]
         if count == 0:
             return
-        if not first:
-            made = conv_rows(read, conv)
-        else:  # zeros are before: of one more made[:, 0], which keeps a place for the first frame; those behind are cut
-            made = conv_rows(frames, conv, padding=(BEFORE + 1, 0, 0))[:, : 1 + count]
+        # Zeros are before the first clip's. One more of them keeps a place for its first frame; those behind are cut.
+        made = conv_rows(buffer, conv) if looks_back else conv_rows(frames, conv, padding=(BEFORE + first, 0, 0))
         bias = conv.bias if scale is None else conv.bias * scale
         run = pixel_shuffle if self._decoder.runs("pixel_shuffle") else pixel_shuffle_ref
-        doubled = run(made, bias, cell=(2, 1, 1), drop=int(first))
+        doubled = run(made[:, : first + count], bias, cell=(2, 1, 1), drop=int(first))
         doubled[:, :first] = x[:, :first]
         chunk.flow = Sum(doubled)
 
