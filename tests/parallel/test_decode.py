@@ -18,6 +18,7 @@ from tiny_models import (
     tiny_autoencoder_kl_hunyuanvideo15,
     tiny_autoencoder_kl_mochi,
     tiny_autoencoder_kl_wan,
+    tiny_svd_pipeline,
     tiny_synthetic_pipeline,
 )
 from torch import Tensor
@@ -70,20 +71,20 @@ def pipeline_of(vae: Any) -> Any:
     return pipe
 
 
-def decoded(vae: Any, x: Tensor) -> tuple[Tensor, int]:
+def decoded(vae: Any, x: Tensor, **options: Any) -> tuple[Tensor, int]:
     """The pixels, and the FLOPs of making them."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        pixels = vae.decode(x, return_dict=False)[0]
+        pixels = vae.decode(x, return_dict=False, **options)[0]
     return pixels, counter.get_total_flops()
 
 
-def two_decodes(vae: Any, shape: tuple[int, ...]) -> dict[str, Any]:
+def two_decodes(vae: Any, shape: tuple[int, ...], **options: Any) -> dict[str, Any]:
     """A decode by a patched VAE, and the same by all ranks together."""
     pipe, x = pipeline_of(vae), latents(shape)
     with patch_pipeline(pipe, only="vae", self_check=False):
-        expected, whole = decoded(vae, x)
+        expected, whole = decoded(vae, x, **options)
     report = patch_pipeline(pipe, parallel="auto", self_check=False)
-    found, own = decoded(vae, x)
+    found, own = decoded(vae, x, **options)
     site = next(site for site in report.sites if site.op == "decode")
     outcome = {
         "equal": bool(found.equal(expected)),
@@ -184,6 +185,19 @@ def test_tiles(two_ranks: Team, name: str) -> None:
     found, parts = together(two_ranks, tiled, name)
     assert found["equal"] and not found["reasons"]
     assert max(parts) < 0.75
+
+
+def of_svd(frames: int, batch: int) -> dict[str, Any]:
+    vae = tiny_svd_pipeline().vae
+    x = latents((batch * frames, 4, 6, 5))
+    return two_decodes(vae, tuple(x.shape), num_frames=frames)
+
+
+@pytest.mark.parametrize(("frames", "batch"), [(4, 1), (5, 2), (1, 1)])
+def test_frames_of_svd(two_ranks: Team, frames: int, batch: int) -> None:
+    found, parts = together(two_ranks, of_svd, frames, batch)
+    assert len(found["reasons"]) == (frames == 1)
+    assert frames == 1 or max(parts) < 0.7
 
 
 def images(count: int) -> dict[str, Any]:
