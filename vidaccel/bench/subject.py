@@ -6,6 +6,7 @@ import argparse
 from dataclasses import fields
 from typing import Any
 
+import diffusers
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL import Image
@@ -13,7 +14,7 @@ from PIL import Image
 from vidaccel.bench.synthetic import build_pipeline, pipeline_inputs, specification
 from vidaccel.clips.clip_request import ClipRequest, pipeline_names, request_from_arguments
 from vidaccel.clips.generation import call_arguments, resolve
-from vidaccel.clips.video_model import find_model, load_pipeline
+from vidaccel.clips.video_model import find_model, load_pipeline, parameters_of_call
 from vidaccel.errors import UsageError
 
 __all__ = ["Subject", "load_subject"]
@@ -45,12 +46,14 @@ def _synthetic(args: argparse.Namespace, device: torch.device, dtype: torch.dtyp
     call = specified["call"]
     call["num_inference_steps"] = min(call["num_inference_steps"], _SYNTHETIC_STEPS)
     request = request_from_arguments(args)
+    takes = parameters_of_call(getattr(diffusers, specified["pipeline"]))
     for option in fields(request):
         value = getattr(request, option.name)
         names = pipeline_names(option.name)
         if value is None or option.name == "seed":
             continue
-        if not (taken := set(names) & call.keys()):
+        # a text or an image would come beside the random ones
+        if not (taken := set(names) & ({*call, *takes} if isinstance(value, int | float) else call.keys())):
             raise UsageError(f"--{option.name.replace('_', '-')} means nothing to --synthetic {args.synthetic}")
         call[taken.pop()] = value
     return build_pipeline(specified, device, dtype), call | pipeline_inputs(specified, device, dtype)
