@@ -19,6 +19,7 @@ from vidaccel.blocks.unet.activations import FusedGEGLU
 from vidaccel.blocks.unet.attention import FusedTextTransformerBlock
 from vidaccel.blocks.unet.attention_processor import Processor
 from vidaccel.blocks.unet.convolution import FusedFewChannelConv2d
+from vidaccel.blocks.unet.frames import RESIDUALS, ROWS, Frames
 from vidaccel.blocks.unet.normalization import FusedGroupNorm
 from vidaccel.blocks.unet.resnet import FusedResnetBlock2D
 from vidaccel.blocks.unet.text_context import TextSource
@@ -31,7 +32,9 @@ from vidaccel.blocks.unet.unet_motion_model import (
 from vidaccel.blocks.unet.upsampling import FusedUpsample2D
 from vidaccel.sites.rules import ChannelsLastWeights, Swap
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "SPREAD"]
+
+SPREAD = {"UNetMotionModel": Frames(dim=2, where={"sample": 2, "encoder_hidden_states": ROWS, **RESIDUALS})}
 
 _BLOCK_RULES = (
     Swap(FusedTransformer2DModel),

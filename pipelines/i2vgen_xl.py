@@ -8,11 +8,18 @@ from __future__ import annotations
 
 from diffusers.models.unets.unet_i2vgen_xl import I2VGenXLUNet
 
+from vidaccel.blocks.unet.frames import Frames
 from vidaccel.blocks.unet.text_context import TextSource
 from vidaccel.pipelines.unet_3d_blocks import BLOCK_RULES
 from vidaccel.sites.rules import ChannelsLastWeights
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "SPREAD"]
+
+SPREAD = {
+    "I2VGenXLUNet": Frames(
+        dim=2, where={"sample": 2, "image_latents": 2}, first=("image_latents_context_embedding",)
+    )
+}  # fmt: skip
 
 RULES = {
     "I2VGenXLUNet": (

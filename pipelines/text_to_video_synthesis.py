@@ -13,11 +13,14 @@ from __future__ import annotations
 
 from diffusers.models.unets.unet_3d_condition import UNet3DConditionModel
 
+from vidaccel.blocks.unet.frames import RESIDUALS, Frames
 from vidaccel.blocks.unet.text_context import TextSource
 from vidaccel.pipelines.unet_3d_blocks import BLOCK_RULES
 from vidaccel.sites.rules import ChannelsLastWeights
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "SPREAD"]
+
+SPREAD = {"UNet3DConditionModel": Frames(dim=2, where={"sample": 2, **RESIDUALS})}
 
 RULES = {
     "UNet3DConditionModel": (

@@ -1,12 +1,15 @@
-"""A UNet's frames on several ranks: the clip of one process, and every mixer of frames told of the others' frames."""
+"""A UNet's frames on several ranks: the result is that of one process, whatever of the UNet mixes frames."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import Team
 from tiny_models import tiny_synthetic_pipeline
 from torch import Tensor, nn
@@ -15,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 from vidaccel import patch_pipeline
 from vidaccel.patching.report import PatchReport
 
-FAMILIES = ["svd"]
+FAMILIES = ["svd", "i2vgen-xl", "animatediff", "modelscope"]
 
 
 class Reached(Exception):
@@ -58,7 +61,31 @@ def reasons(report: PatchReport) -> set[str]:
     return {reason for site in report.sites for reason in site.fallbacks}
 
 
-def compared(name: str, frames: int, **options: Any) -> dict[str, Any]:
+def as_patched(report: PatchReport) -> None:
+    """Every block serves its own frames."""
+
+
+def all_off(report: PatchReport) -> None:
+    """Blocks of ours that run the original code."""
+    for site in report.sites:
+        site.on = site.op == "frames"
+
+
+def norms_off(report: PatchReport) -> None:
+    for site in report.sites:
+        site.on = site.op != "group_norm_silu"
+
+
+def one_fails(report: PatchReport) -> None:
+    """A check on the second rank alone finds something."""
+    if dist.get_rank() == 1:
+        site = next(site for site in report.sites if site.op == "temporal_attention")
+        site.fail("it is wrong")
+
+
+def compared(
+    name: str, frames: int, change: Callable[[PatchReport], None] = as_patched, **options: Any
+) -> dict[str, Any]:
     """One call on all ranks beside one of one process, both held against stock in float64."""
     pipe, given = first_call(name, frames)
     gold = copy.deepcopy(pipe.unet).double()
@@ -68,6 +95,7 @@ def compared(name: str, frames: int, **options: Any) -> dict[str, Any]:
     with patch_pipeline(pipe, only="unet") as report:
         alone, of_one = denoised(pipe, given), reasons(report)
     report = patch_pipeline(pipe, **{"only": "unet", "parallel": "frames"} | options)
+    change(report)
     found = denoised(pipe, given)
     outcome = {
         "error": float((found - expected).abs().max()),
@@ -86,13 +114,111 @@ def assert_same(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
     first = outcomes[0]
     assert all(outcome["sum"] == first["sum"] for outcome in outcomes), "all ranks have the same result"
     assert first["error"] <= 2 * first["error of one"] + 1e-6 * first["scale"], first
-    assert first["restored"]
+    assert all(outcome["restored"] for outcome in outcomes)
     return first
 
 
-@pytest.mark.parametrize("frames", [4, 5])
-@pytest.mark.parametrize("name", FAMILIES)
+def all_served(name: str, frames: int) -> dict[str, Any]:
+    return compared(name, frames)
+
+
+@pytest.mark.parametrize(("name", "frames"), [("svd", 4), *((name, 5) for name in FAMILIES)])
 def test_the_result_is_that_of_one_process(two_ranks: Team, name: str, frames: int) -> None:
-    found = assert_same(two_ranks.run(compared, name, frames))
+    found = assert_same(two_ranks.run(all_served, name, frames))
     assert found["site"] == ("active", "2 ranks", {})
     assert found["reasons"] == set(), "every block works on its own frames"
+
+
+def originals(name: str) -> dict[str, Any]:
+    return compared(name, 5, all_off)
+
+
+def hardly_patched(name: str) -> dict[str, Any]:
+    return compared(name, 5, only="unet.conv_norm_out")
+
+
+def norms_of_stock(name: str) -> dict[str, Any]:
+    return compared(name, 5, norms_off)
+
+
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [*product((originals, hardly_patched), FAMILIES), (norms_of_stock, "svd"), (norms_of_stock, "modelscope")],
+)
+def test_blocks_that_are_not_served_run_on_the_whole_clip(
+    two_ranks: Team, how: Callable[[str], dict[str, Any]], name: str
+) -> None:
+    found = assert_same(two_ranks.run(how, name))
+    assert found["site"] == ("active", "2 ranks", {})
+    if how is originals:
+        assert found["reasons"] == {"it is off, or failed"}
+    if how is norms_of_stock:
+        assert any("all frames of the clip" in reason or "off" in reason for reason in found["reasons"])
+
+
+def one_frame() -> dict[str, Any]:
+    return compared("animatediff", 1)
+
+
+def test_what_cannot_be_split_runs_whole_and_is_counted(two_ranks: Team) -> None:
+    found = assert_same(two_ranks.run(one_frame))
+    assert found["site"][2] == {"the clip has fewer frames (1) than there are ranks (2)": 1}
+
+
+def several_texts() -> None:
+    pipe, given = first_call("animatediff", 4)
+    text = given["encoder_hidden_states"].clone()
+    other = 2 * text
+    changed = text.clone()
+    calls = [text, text, other, text, changed, changed]
+    stock = copy.deepcopy(pipe.unet)
+    with patch_pipeline(pipe, only="unet", parallel="frames"), torch.no_grad():
+        for number, of_this in enumerate(calls):
+            if number == len(calls) - 1:
+                changed.mul_(3)
+            arguments = given | {"encoder_hidden_states": of_this}
+            expected = stock(**arguments)[0]
+            assert torch.allclose(pipe.unet(**arguments)[0], expected, atol=1e-4), number
+
+
+def test_each_call_sees_its_own_text(two_ranks: Team) -> None:
+    two_ranks.run(several_texts)
+
+
+def replaced() -> dict[str, int]:
+    pipe, given = first_call("svd", 4)
+    expected = denoised(pipe, given)
+    report = patch_pipeline(pipe, only="unet", parallel="frames")
+    block = pipe.unet.mid_block.resnets[0].temporal_res_block
+    block.forward = block.forward
+    assert torch.allclose(denoised(pipe, given), expected, atol=1e-4)
+    del block.forward
+    pipe.unet.mid_block.resnets[0].compile(backend="eager")
+    assert torch.allclose(denoised(pipe, given), expected, atol=1e-4)
+    return frames_site(report)[2]
+
+
+def test_what_somebody_put_there_sees_the_whole_clip(two_ranks: Team) -> None:
+    reasons = (
+        "a hook replaced the forward of a TemporalResnetBlock, which mixes frames",
+        "a SpatioTemporalResBlock is compiled, and would not see the frames of other ranks",
+    )
+    assert two_ranks.run(replaced) == [dict.fromkeys(reasons, 1)] * 2
+
+
+def fails_on_one() -> tuple[dict[str, Any], list[str]]:
+    return compared("svd", 5, one_fails)
+
+
+def test_what_fails_on_one_rank_runs_the_original_on_both(two_ranks: Team) -> None:
+    found = assert_same(two_ranks.run(fails_on_one))
+    assert found["reasons"] == set() and found["site"][2] == {}, "the block runs without the op that failed"
+
+
+def with_guidance() -> dict[str, Any]:
+    return compared("svd", 5, parallel="auto")
+
+
+def test_frames_within_halves_of_guidance(four_ranks: Team) -> None:
+    found = assert_same(four_ranks.run(with_guidance))
+    assert found["site"] == ("active", "2 ranks", {}) and found["reasons"] == set()

@@ -51,6 +51,15 @@ def shifts() -> None:
     assert before is None if ranks.rank == 0 else before is not None and before.eq(ranks.rank - 1).all()
 
 
+def exchanges() -> None:
+    (ranks,) = axes_of([dist.get_world_size()])
+    first, last = (torch.full((2, 3), float(ranks.rank + more)).T for more in (0, 10))
+    before, behind = ranks.exchange(first, last)()
+    assert before is None if ranks.rank == 0 else before is not None and before.eq(ranks.rank + 9).all()
+    is_last = ranks.rank == ranks.size - 1
+    assert behind is None if is_last else behind is not None and behind.eq(ranks.rank + 1).all()
+
+
 def counts_what_it_sends() -> tuple[int, int]:
     (ranks,) = axes_of([2])
     ranks.gather(torch.zeros(2, 5), 0, 4)
@@ -79,6 +88,10 @@ def test_each_rank_gets_what_the_one_before_gives(two_ranks: Team) -> None:
     two_ranks.run(shifts)
 
 
+def test_neighbours_exchange(two_ranks: Team) -> None:
+    two_ranks.run(exchanges)
+
+
 def test_bytes_are_counted(two_ranks: Team) -> None:
     assert two_ranks.run(counts_what_it_sends) == [(40, 48)] * 2
 
@@ -87,6 +100,7 @@ def test_four_ranks(four_ranks: Team) -> None:
     four_ranks.run(gathers, 7)
     four_ranks.run(swaps, 7, 6)
     four_ranks.run(shifts)
+    four_ranks.run(exchanges)
     assert four_ranks.run(meshes) == [[(0, 2), (0, 1)], [(1, 3), (0, 1)], [(0, 2), (2, 3)], [(1, 3), (2, 3)]]
 
 

@@ -47,7 +47,9 @@ class ThisProcess:
         maker = ClipMaker(setup, self.device, show_progress=not quiet)
         for job in tqdm(jobs, desc="clips", disable=quiet or len(jobs) == 1):
             with errors.survived(job.origin):
-                tqdm.write(maker.make(job))
+                told = maker.make(job)
+                if team().leads:
+                    tqdm.write(told)
         if quiet:
             return
         if maker.overview:

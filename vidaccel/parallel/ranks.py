@@ -96,12 +96,14 @@ class Ranks:
         rest = shape.copy()
         rest[join] = 1
         of_one = torch.Size(rest).numel()
+        to_each = [x.numel() // max(x.shape[split], 1) * length for length in lengths]
         if torch.Size(x.shape[:split]).numel() == 1:  # the pieces lie one behind the other
             send = x.reshape(-1)
         else:
-            send = torch.cat([piece.reshape(-1) for piece in x.split(lengths, split)])
+            send = x.new_empty(x.numel())
+            for place, piece in zip(send.split(to_each), x.split(lengths, split), strict=True):
+                place.view(piece.shape).copy_(piece)
         received = send.new_empty(of_one * total)
-        to_each = [send.numel() // max(x.shape[split], 1) * length for length in lengths]
         from_each = [of_one * length for length in joined]
         dist.all_to_all_single(received, send, from_each, to_each, group=self.group)
         self.sent += (send.numel() - to_each[self.rank]) * send.element_size()

@@ -38,12 +38,15 @@ from vidaccel.parallel.ranks import Ranks, shares
 from vidaccel.sites.block import FusedBlock
 from vidaccel.sites.plain import stock_class
 
-__all__ = ["Frames", "by_pixels", "convolve_frames", "statistics_of_clip", "whole_clip"]
+__all__ = ["RESIDUALS", "ROWS", "Frames", "by_pixels", "convolve_frames", "statistics_of_clip", "whole_clip"]
 
 ROWS = "rows"  # dimension 0 has the frames of all samples, [B*F, ...]
 Where = int | str
+RESIDUALS = {"down_block_additional_residuals": ROWS, "mid_block_additional_residual": ROWS}  # a ControlNet's
+TEXT = "encoder_hidden_states"
 
-# What mixes frames, and where its arguments have them; the result has them where the first one does.
+# What mixes frames, and where its arguments have them; the result has them where the first one does. A fused block of
+# one of these runs the original through whole_clip.
 MIXERS: dict[type[nn.Module], Mapping[str, Where]] = {
     TemporalResnetBlock: {"input_tensor": 2, "temb": 1},
     TemporalConvLayer: {"hidden_states": ROWS},
@@ -102,13 +105,13 @@ def statistics_of_clip(clip: Tensor, shift: Tensor | None = None) -> ChannelStat
     return found._replace(parts=parts.flatten(0, 1))
 
 
-def whole_clip(stock: type[nn.Module], host: Any, *args: Any, **kwargs: Any) -> Any:
+def whole_clip(stock: Any, host: Any, *args: Any, **kwargs: Any) -> Any:
     """``stock.forward(host, ...)``, one of :data:`MIXERS`, on the frames of all ranks; of the result, those of this."""
     over = frames()
     if over is None:
         return stock.forward(host, *args, **kwargs)
     where = next(where for kind, where in MIXERS.items() if issubclass(stock, kind))
-    given = _signature(stock).bind(host, *args, **kwargs).arguments  # type: ignore[arg-type]
+    given = _signature(stock).bind(host, *args, **kwargs).arguments
     for name, at in where.items():
         if given.get(name) is not None:
             given[name] = _gathered(over, given[name], at)
@@ -164,26 +167,30 @@ class _FramesWay:
 
     def __init__(self, frames: Frames, ranks: Ranks, count: Callable[[str], None]) -> None:
         self._frames, self._ranks, self._count = frames, ranks, count
+        self._text: tuple[Tensor, Any, Tensor] | None = None
 
     def call(
         self, run: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:  # fmt: skip
         """``run(*args, **kwargs)``, a call of ``model``, of which this rank does its frames."""
-        given: dict[str, Any] = dict(_signature(type(model)).bind(model, *args, **kwargs).arguments)  # type: ignore[arg-type]
+        given: dict[str, Any] = dict(_signature(stock_class(model)).bind(model, *args, **kwargs).arguments)
         del given[next(iter(given))]  # self
         ranks, dim = self._ranks, self._frames.dim
         clip = given["sample"]
         batch, total = len(clip), clip.shape[dim]
         firsts = [getattr(model, name) for name in self._frames.first]
-        mixers = [part for part in model.modules() if isinstance(part, _KINDS)]
-        if reason := self._whole_reason(model, total, [*firsts, *mixers]):
+        parts = list(model.modules())
+        mixers = [part for part in parts if isinstance(part, _KINDS)]
+        if reason := self._whole_reason(model, total, [*firsts, *mixers]) or _compiled_reason(parts[1:]):
             self._count(reason)
             return run(*args, **kwargs)
         over = FramesOverRanks(ranks, total)
         for name, at in self._frames.where.items():
-            given[name] = tree_map_only(Tensor, partial(self._cut, over, batch, at), given.get(name))
-        classes = {part: _whole_class(type(part)) for part in mixers if not isinstance(part, FusedBlock)}  # type: ignore[arg-type]
-        classes |= {part: _first_frame_class(type(part)) for part in firsts}  # type: ignore[arg-type]
+            cut = self._cut_text if name == TEXT else self._cut
+            if name in given:
+                given[name] = tree_map_only(Tensor, partial(cut, over, batch, at), given[name])
+        classes = {part: _whole_class(stock_class(part)) for part in mixers if not isinstance(part, FusedBlock)}
+        classes |= {part: _first_frame_class(stock_class(part)) for part in firsts}
         with spread(over), _of_class(classes):
             out = run(**given)
         return tree_map_only(Tensor, lambda x: ranks.gather(x, dim, total), out)
@@ -194,7 +201,7 @@ class _FramesWay:
         if getattr(model, "is_cache_enabled", False):
             return "a step cache is on, which decides by what it sees of the clip"
         if total < self._ranks.size:
-            return f"{total} frames cannot be split over {self._ranks.size} ranks"
+            return f"the clip has fewer frames ({total}) than there are ranks ({self._ranks.size})"
         replaced = next((part for part in parts if "forward" in vars(part)), None)
         if replaced is not None:
             return f"a hook replaced the forward of a {stock_class(replaced).__name__}, which mixes frames"
@@ -204,6 +211,22 @@ class _FramesWay:
         if isinstance(at, str) and len(x) != batch * over.total:
             return x
         return _own(over, x, at)
+
+    def _cut_text(self, over: FramesOverRanks, batch: int, at: Where, x: Tensor) -> Tensor:
+        """The same object at every step of a clip: so what is known of it (``text_context.py``) stands."""
+        if x.is_inference():
+            return self._cut(over, batch, at, x)
+        stamp = x.data_ptr(), x._version, x.shape, x.stride(), x.dtype, over.total
+        if self._text is None or self._text[1] != stamp:
+            self._text = x, stamp, self._cut(over, batch, at, x)  # x, so that its address is nobody else's
+        return self._text[2]
+
+
+def _compiled_reason(parts: list[nn.Module]) -> str | None:
+    for part in parts:
+        if part._compiled_call_impl is not None or "_orig_mod" in part._modules:
+            return f"a {stock_class(part).__name__} is compiled, and would not see the frames of other ranks"
+    return None
 
 
 @contextmanager
