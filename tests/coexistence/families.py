@@ -62,7 +62,7 @@ FAMILIES: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
     "LTX": partial(_synthetic, "ltx-video-2b"),
     "LTX-2": partial(_synthetic, "ltx-2"),
     "Mochi": partial(_synthetic, "mochi-1"),
-    "Wan 2.1": partial(_synthetic, "wan2.1-t2v-1.3b"),
+    "Wan 2.1": partial(_synthetic, "wan2.1-t2v-1.3b", num_frames=5),
     "Wan 2.2 A14B": partial(_synthetic, "wan2.2-t2v-a14b"),
     "Wan VACE": partial(_synthetic, "wan2.1-vace-1.3b"),
     # not Allegro: its VAE decodes whole tiles of 320 pixels, and leaves a tiny clip black

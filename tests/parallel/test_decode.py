@@ -18,10 +18,12 @@ from tiny_models import (
     tiny_autoencoder_kl_hunyuanvideo15,
     tiny_autoencoder_kl_mochi,
     tiny_autoencoder_kl_wan,
+    tiny_svd_pipeline,
     tiny_synthetic_pipeline,
 )
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from vae_checks import ran
 
 from vidaccel import patch_pipeline
 from vidaccel.blocks.vae import autoencoder_kl_wan, causal_clip
@@ -69,20 +71,22 @@ def pipeline_of(vae: Any) -> Any:
     return pipe
 
 
-def decoded(vae: Any, x: Tensor) -> tuple[Tensor, int]:
+def decoded(vae: Any, x: Tensor, **options: Any) -> tuple[Tensor, int]:
     """The pixels, and the FLOPs of making them."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        pixels = vae.decode(x, return_dict=False)[0]
+        pixels = vae.decode(x, return_dict=False, **options)[0]
     return pixels, counter.get_total_flops()
 
 
-def two_decodes(vae: Any, shape: tuple[int, ...]) -> dict[str, Any]:
+def two_decodes(
+    vae: Any, shape: tuple[int, ...], *, skip: str | None = None, checks: bool = False, **options: Any
+) -> dict[str, Any]:
     """A decode by a patched VAE, and the same by all ranks together."""
     pipe, x = pipeline_of(vae), latents(shape)
-    with patch_pipeline(pipe, only="vae", self_check=False):
-        expected, whole = decoded(vae, x)
-    report = patch_pipeline(pipe, parallel="auto", self_check=False)
-    found, own = decoded(vae, x)
+    with patch_pipeline(pipe, only="vae", skip=skip, self_check=False):
+        expected, whole = decoded(vae, x, **options)
+    report = patch_pipeline(pipe, parallel="auto", skip=skip, self_check=checks)
+    found, own = decoded(vae, x, **options)
     site = next(site for site in report.sites if site.op == "decode")
     outcome = {
         "equal": bool(found.equal(expected)),
@@ -91,6 +95,8 @@ def two_decodes(vae: Any, shape: tuple[int, ...]) -> dict[str, Any]:
         "share": own / whole,
         "site": (site.path, site.state, site.implementation),
         "reasons": dict(site.fallbacks),
+        "chunks": ran(report),
+        "failed": [site.path for site in report.sites if site.state == "failed"],
     }
     report.restore()
     outcome["restored"] = site.state == "restored" and "decode" not in vars(vae)
@@ -138,6 +144,22 @@ def in_chunks(fit: int) -> dict[str, Any]:
         autoencoder_kl_wan.decode_bytes, causal_clip.free_bytes = kept
 
 
+def in_pieces() -> dict[str, Any]:
+    kept = autoencoder_kl_wan.MOST_NUMBERS, autoencoder_kl_wan.TILE_CHANNELS
+    try:
+        autoencoder_kl_wan.MOST_NUMBERS, autoencoder_kl_wan.TILE_CHANNELS = 6144 * 16, 1
+        return two_decodes(tiny_autoencoder_kl_wan(), (1, 4, 9, 4, 3))
+    finally:
+        autoencoder_kl_wan.MOST_NUMBERS, autoencoder_kl_wan.TILE_CHANNELS = kept
+
+
+def test_pieces_of_a_stretch_become_chunks_of_the_clip(two_ranks: Team) -> None:
+    found, parts = together(two_ranks, in_pieces)
+    assert not found["reasons"]
+    assert max(parts) < 0.7
+    assert found["chunks"] == {"5 of 9 frames"}
+
+
 @pytest.mark.parametrize("fit", [1, 2, 3])
 def test_chunks_go_by_the_least_memory_that_a_rank_has(two_ranks: Team, fit: int) -> None:
     found, _ = together(two_ranks, in_chunks, fit)
@@ -166,6 +188,60 @@ def test_tiles(two_ranks: Team, name: str) -> None:
     found, parts = together(two_ranks, tiled, name)
     assert found["equal"] and not found["reasons"]
     assert max(parts) < 0.75
+
+
+def of_svd(frames: int, batch: int, skip: str | None = None) -> dict[str, Any]:
+    return two_decodes(tiny_svd_pipeline().vae, (batch * frames, 4, 6, 5), skip=skip, num_frames=frames)
+
+
+@pytest.mark.parametrize(("frames", "batch"), [(4, 1), (5, 2)])
+def test_frames_of_svd(two_ranks: Team, frames: int, batch: int) -> None:
+    found, parts = together(two_ranks, of_svd, frames, batch)
+    assert not found["reasons"]
+    assert max(parts) < 0.7
+
+
+@pytest.mark.parametrize(
+    ("frames", "skip", "reason"),
+    [
+        (1, None, "1 frames are too few for 2 ranks"),
+        (4, "decode_memory", "its decoder mixes the frames of a batch, and is not patched"),
+        (4, "group_norm_silu", None),
+        (4, "conv_epilogue", None),
+    ],
+)
+def test_svd_with_less_to_split_or_to_patch(two_ranks: Team, frames: int, skip: str | None, reason: str | None) -> None:
+    found, _ = together(two_ranks, of_svd, frames, 1, skip)
+    assert list(found["reasons"]) == ([reason] if reason else [])
+
+
+def checked(name: str) -> dict[str, Any]:
+    if name == "svd":
+        return two_decodes(tiny_svd_pipeline().vae, (3, 4, 4, 4), checks=True, num_frames=3)
+    return two_decodes(MADE[name](), (1, 4, 5, 2, 2), checks=True)
+
+
+@pytest.mark.parametrize("name", ["wan", "svd"])
+def test_a_decode_that_is_checked(two_ranks: Team, name: str) -> None:
+    found, _ = together(two_ranks, checked, name)
+    assert not found["reasons"] and not found["failed"]
+
+
+def failed_on_one() -> list[Any]:
+    pipe, x = pipeline_of(MADE["wan"]()), latents((1, 4, 4, 2, 2))
+    report = patch_pipeline(pipe, parallel="auto", self_check=False)
+    whole_clip, decode = (next(site for site in report.sites if site.op == op) for op in ("whole_clip", "decode"))
+    if torch.distributed.get_rank():
+        whole_clip.fail("it is wrong here")
+    pixels, _ = decoded(pipe.vae, x)
+    report.restore()
+    return [whole_clip.reason, list(decode.fallbacks), float(pixels.sum()) == float(decoded(pipe.vae, x)[0].sum())]
+
+
+def test_what_failed_on_one_rank_fails_on_all(two_ranks: Team) -> None:
+    first, second = two_ranks.run(failed_on_one)
+    assert first[0] == "it failed on rank 1: it is wrong here" and second[0] == "it is wrong here"
+    assert first[1:] == second[1:] == [["whole_clip is off, or failed"], True]
 
 
 def images(count: int) -> dict[str, Any]:

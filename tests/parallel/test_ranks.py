@@ -47,8 +47,25 @@ def swaps(frames: int, pixels: int) -> None:
 
 def shifts() -> None:
     (ranks,) = axes_of([dist.get_world_size()])
-    before = ranks.shift(torch.full((2, 3), float(ranks.rank)).T)
-    assert before is None if ranks.rank == 0 else before is not None and before.eq(ranks.rank - 1).all()
+    x = torch.full((2, 3), float(ranks.rank)).T
+    for given in (0, 10):
+        before = ranks.shift(x + given)
+        assert before is None if ranks.rank == 0 else before is not None and before.eq(ranks.rank - 1 + given).all()
+    before = ranks.shift(x, ring=True)
+    assert before is not None and before.eq((ranks.rank - 1) % ranks.size).all()
+    ranks.shift(x)
+    ranks.settle()
+
+
+def reduces_and_sends() -> None:
+    (ranks,) = axes_of([dist.get_world_size()])
+    assert ranks.least(torch.tensor([3.0 + ranks.rank, 3.0 - ranks.rank])).tolist() == [3.0, 4.0 - ranks.size]
+    x = torch.full((2, 3), float(ranks.rank))
+    ranks.send(x, 1)
+    assert x.eq(1).all()
+    lengths = [3, *([0] * (ranks.size - 2)), 2]
+    mine = whole(2, 5, 3).split(lengths, dim=1)[ranks.rank]
+    assert ranks.gather(mine, 1, 5, lengths).equal(whole(2, 5, 3))
 
 
 def exchanges() -> None:
@@ -101,6 +118,7 @@ def test_four_ranks(four_ranks: Team) -> None:
     four_ranks.run(swaps, 7, 6)
     four_ranks.run(shifts)
     four_ranks.run(exchanges)
+    four_ranks.run(reduces_and_sends)
     assert four_ranks.run(meshes) == [[(0, 2), (0, 1)], [(1, 3), (0, 1)], [(0, 2), (2, 3)], [(1, 3), (2, 3)]]
 
 

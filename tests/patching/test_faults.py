@@ -102,14 +102,14 @@ def test_an_implementation_that_raises(
         raise error
 
     def make(op: Op) -> Implementation:
-        run = Raises(op, error, 1 if when == "first" else 8)
+        run = Raises(op, error, 1 if when == "first" else 3)
         return Implementation(run, bind=bind if when == "bound" else None)
 
     with mode(unet):
         expected = called(unet)
         plant(make)
         with patch_module(unet) as report, caplog.at_level(logging.WARNING, "vidaccel"):
-            for _ in range(10):
+            for _ in range(5):
                 assert relative_error(called(unet), expected) <= 1e-5
             assert rows(report) and all("planted: " in reason for reason in rows(report)), str(report)
             assert "fell back in" in str(report) and "planted: " in str(report)

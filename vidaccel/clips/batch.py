@@ -20,6 +20,7 @@ from vidaccel.clips.outputs import Claims, check_output, is_done, recover
 from vidaccel.clips.video_model import VideoModel, dtype_of, find_model, parameters_of_call
 from vidaccel.environment import device_of
 from vidaccel.errors import UsageError, first_line
+from vidaccel.parallel.team import check_parallel, team
 
 __all__ = ["make_clips"]
 
@@ -46,7 +47,9 @@ class ThisProcess:
         maker = ClipMaker(setup, self.device, show_progress=not quiet)
         for job in tqdm(jobs, desc="clips", disable=quiet or len(jobs) == 1):
             with errors.survived(job.origin):
-                tqdm.write(maker.make(job))
+                told = maker.make(job)
+                if team().leads:
+                    tqdm.write(told)
         if quiet:
             return
         if maker.overview:
@@ -55,7 +58,7 @@ class ThisProcess:
 
 
 def make_clips(args: argparse.Namespace) -> int:
-    """Run the command; the exit code is 1 if a clip failed."""
+    """Run the command; the exit code is 1 if a clip failed. All processes of ``torchrun`` make each clip together."""
     with _warnings_off() if args.quiet else nullcontext():
         return _make_clips(args)
 
@@ -76,6 +79,8 @@ def _warnings_off() -> Iterator[None]:
 
 def _make_clips(args: argparse.Namespace) -> int:
     _check_options(args)
+    leads = team().leads
+    args.quiet |= not leads  # one process of several speaks, and says what is left to do
     model = find_model(args.model, args.allow_pickle)
     if not args.no_patch:
         model.check_patchable()
@@ -87,11 +92,11 @@ def _make_clips(args: argparse.Namespace) -> int:
         settings = {
             "model": model.source,
             "dtype": str(dtype).removeprefix("torch."),
-            "device": str(device),
+            "device": str(device) if team().size == 1 else device.type,
             **{name: getattr(args, name) for name in ("no_patch", "only", "skip", "compare")},
         }
         errors = LineErrors()
-        jobs = _not_done(_asked_for(args, model, errors), model, settings, args, errors)
+        jobs = team().tell(_not_done(_asked_for(args, model, errors), model, settings, args, errors) if leads else [])
         if jobs:
             if args.only or args.skip:
                 model.check_sites(args.only, args.skip)
@@ -100,9 +105,14 @@ def _make_clips(args: argparse.Namespace) -> int:
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    if args.no_patch and (args.compare or args.only or args.skip or args.strict or args.cuda_graph):
-        raise UsageError("--no-patch leaves nothing to do for --compare, --only, --skip, --strict or --cuda-graph")
+    if args.no_patch and (args.compare or args.only or args.skip or args.strict or args.cuda_graph or args.parallel):
+        raise UsageError(
+            "--no-patch leaves nothing to do for --compare, --only, --skip, --strict, --cuda-graph or --parallel"
+        )
+    check_parallel(args)
     if args.engine == "ray":
+        if team().size > 1:
+            raise UsageError("--engine ray starts its own processes: run it without torchrun")
         if args.jobs is None:
             raise UsageError("--engine ray makes the clips of a job file; give it with --jobs")
         if args.workers is not None and args.workers < 1:

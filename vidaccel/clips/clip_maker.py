@@ -23,6 +23,7 @@ from vidaccel.clips.video import write_clip
 from vidaccel.clips.video_model import VideoModel, load_pipeline
 from vidaccel.environment import environment
 from vidaccel.errors import OutputError, UsageError
+from vidaccel.parallel.team import parallel_of, team
 
 if TYPE_CHECKING:
     from vidaccel.patching.report import PatchReport
@@ -88,7 +89,8 @@ class ClipMaker:
                 "report": report.summary() if report else None,
                 "comparison": comparison.summary() if comparison else None,
             }
-            _save(job, clip, comparison, record)
+            if team().leads:
+                _save(job, clip, comparison, record)
             self.overview = report.overview() if report else ""  # while it is patched: it tells the present state
         return "\n".join([str(job.out), *_figures(job, clip, comparison, self._args.quiet)])
 
@@ -114,7 +116,12 @@ def _figures(job: Job, clip: Clip, comparison: Comparison | None, quiet: bool) -
 
 def _patch(pipe: DiffusionPipeline, args: argparse.Namespace) -> PatchReport:
     return patch_pipeline(
-        pipe, only=args.only, skip=args.skip, strict=args.strict, cuda_graph=args.cuda_graph or "auto"
+        pipe,
+        only=args.only,
+        skip=args.skip,
+        strict=args.strict,
+        cuda_graph=args.cuda_graph or "auto",
+        parallel=parallel_of(args),
     )
 
 

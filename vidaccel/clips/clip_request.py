@@ -15,6 +15,7 @@ __all__ = [
     "ClipRequest",
     "add_clip_arguments",
     "add_model_arguments",
+    "add_parallel_argument",
     "option_called",
     "pipeline_names",
     "request_from_arguments",
@@ -134,6 +135,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="also load weights that are not safetensors: only from an author you trust, such a file can run any code",
     )
     parser.add_argument("--device", help="cuda, cuda:1, cpu, ... (default: the first GPU, else the CPU)")
+
+
+def add_parallel_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--parallel",
+        choices=("auto", "guidance", "frames", "sequence"),
+        help="how torchrun's processes, one for each GPU, split every clip: the halves of guidance, a UNet's frames or "
+        "a transformer's tokens (default: auto under torchrun)",
+    )
 
 
 def add_clip_arguments(parser: argparse.ArgumentParser) -> None:

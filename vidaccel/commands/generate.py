@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vidaccel.clips.clip_request import add_clip_arguments, add_model_arguments
+from vidaccel.clips.clip_request import add_clip_arguments, add_model_arguments, add_parallel_argument
 from vidaccel.clips.jobs import output_path
 from vidaccel.errors import nearest
 
@@ -55,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also capture the denoiser's calls as CUDA graphs: the same clip, sooner where the GPU waits for Python",
     )
+    add_parallel_argument(parser)
     parser.add_argument("--quiet", action="store_true", help="print errors, the names of clips and comparisons alone")
     parser.add_argument(
         "--engine",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from vidaccel.clips.clip_request import add_clip_arguments, add_model_arguments
+from vidaccel.clips.clip_request import add_clip_arguments, add_model_arguments, add_parallel_argument
 from vidaccel.commands.psnr import add_output_arguments, decibels
 
 __all__ = ["add_arguments", "run"]
@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--controls", nargs="+", metavar="NAME", help="changes of equal maths to try (default: all that apply)"
     )
     parser.add_argument("--compile-control", action="store_true", help="also try torch.compile as one, which is slow")
+    add_parallel_argument(parser)
     add_output_arguments(parser)
 
 

@@ -12,13 +12,16 @@ from vidaccel.environment import device_of
 from vidaccel.fidelity.comparison import compare
 from vidaccel.fidelity.output import check_files, put_out
 from vidaccel.fidelity.table import comparison_lines
+from vidaccel.parallel.team import check_parallel, parallel_of, team
 
 __all__ = ["validate"]
 
 
 def validate(args: argparse.Namespace) -> int:
     """Run the command; exit code 1 if the clips are not the same clip."""
-    check_files(args)
+    check_parallel(args)
+    if team().leads:
+        check_files(args)
     device = device_of(args.device)
     dtype = dtype_of(args.dtype, device)
     model = find_model(args.model, args.allow_pickle)
@@ -26,10 +29,10 @@ def validate(args: argparse.Namespace) -> int:
     model.check_sites(args.only, args.skip)
     request = resolve(model, request_from_arguments(args))
     arguments = call_arguments(model.pipeline_class, request)
-    pipe = load_pipeline(model, dtype, device, show_progress=True)
+    pipe = load_pipeline(model, dtype, device, show_progress=team().leads)
     comparison = compare(
         pipe,
-        {"only": args.only, "skip": args.skip, "strict": args.strict},
+        {"only": args.only, "skip": args.skip, "strict": args.strict, "parallel": parallel_of(args)},
         seed=request.seed or 0,
         margin_db=args.margin,
         min_psnr_db=args.min_psnr,
@@ -38,8 +41,11 @@ def validate(args: argparse.Namespace) -> int:
         blame=True if args.blame else "on failure",
         controls=args.controls,
         compile_control=args.compile_control,
+        progress=team().leads,
         **arguments,
     )
+    if not team().leads:
+        return 0  # the leading one's exit code counts
     summary = comparison.summary()
     record = {"command": "validate", "model": model.source, "request": asdict(request)}
     record |= {"dtype": str(dtype).removeprefix("torch."), **summary}

@@ -174,6 +174,8 @@ class _Part:
         """Why its samples cannot be decoded on so many ranks, or None."""
         if len(self.calls) > 1:
             return "a clip that is decoded piece by piece is not split (enable_tiling() makes tiles, which are)"
+        if self.calls[0].kwargs.get("num_frames", 1) > 1:
+            return "its decoder mixes the frames of a batch, and is not patched"
         if (samples := len(self.calls[0].sample)) < size:
             return f"a batch of {samples} is not split over {size} ranks (enable_tiling() makes tiles, which are)"
         return None

@@ -61,6 +61,8 @@ class Ranks:
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.sent = 0
+        self._giving: list[dist.Work] = []
+        self._given: Tensor | None = None  # alive until it is taken
 
     def own(self, total: int) -> slice:
         """This rank's share of ``total`` things."""
@@ -162,21 +164,33 @@ class Ranks:
     def shift(self, x: Tensor, *, ring: bool = False) -> Tensor | None:
         """What the rank before has given; None for the first rank. ``x``, of equal shape on all, goes to the next.
 
-        In a ``ring``, the first rank gets what the last one has given.
+        In a ``ring``, the first rank gets what the last one has given. Outside of one, nobody waits until the next rank
+        has taken what it gets, before the next call or :meth:`settle`: so the first rank runs ahead a little, and the
+        others find what they need there already.
         """
-        x = x.contiguous()
-        before = torch.empty_like(x) if self.rank or ring else None
-        transfers = []
-        if self.rank + 1 < self.size or ring:
-            following = (self.rank + 1) % self.size
-            transfers.append(dist.P2POp(dist.isend, x, group=self.group, group_peer=following))
-            self.sent += x.nbytes
+        self.settle()
+        sent = x.clone(memory_format=torch.contiguous_format)  # x need not stay until it is taken
+        before = torch.empty_like(sent) if self.rank or ring else None
+        give, take = [], []
         if before is not None:
-            preceding = (self.rank - 1) % self.size
-            transfers.append(dist.P2POp(dist.irecv, before, group=self.group, group_peer=preceding))
-        for work in dist.batch_isend_irecv(transfers):
+            take = [dist.P2POp(dist.irecv, before, group=self.group, group_peer=(self.rank - 1) % self.size)]
+        if self.rank + 1 < self.size or ring:
+            give = [dist.P2POp(dist.isend, sent, group=self.group, group_peer=(self.rank + 1) % self.size)]
+            self.sent += sent.nbytes
+        if ring:  # at once: each would wait for the one before
+            give, take = [], give + take
+        taking = dist.batch_isend_irecv(take) if take else []
+        self._giving = dist.batch_isend_irecv(give) if give else []
+        self._given = sent
+        for work in taking:
             work.wait()
         return before
+
+    def settle(self) -> None:
+        """Wait until the next rank has taken what :meth:`shift` gives it: the GPU does, not the host."""
+        for work in self._giving:
+            work.wait()
+        self._giving, self._given = [], None
 
 
 class Agreement:

@@ -5,16 +5,18 @@ Commands ask :func:`team`; in a process of its own there is nobody to ask, and i
 
 from __future__ import annotations
 
+import argparse
 import os
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from vidaccel.environment import device_of
+from vidaccel.errors import UsageError
 from vidaccel.parallel.ranks import Agreement, join
 
-__all__ = ["Team", "team"]
+__all__ = ["Team", "check_parallel", "parallel_of", "team"]
 
 Answer = TypeVar("Answer")
 
@@ -56,3 +58,14 @@ def team() -> Team:
         torch.cuda.set_device(device)
     join(device)
     return _Ranks()
+
+
+def parallel_of(args: argparse.Namespace) -> Any:
+    """What ``args`` ask ``patch_pipeline(parallel=...)`` for: under ``torchrun`` always something."""
+    return args.parallel or ("auto" if team().size > 1 else None)
+
+
+def check_parallel(args: argparse.Namespace) -> None:
+    """Raise if there is nobody to split a clip with, before anything is loaded."""
+    if args.parallel and team().size == 1:
+        raise UsageError("--parallel: there is one process; start with torchrun --nproc-per-node 2 -m vidaccel")

@@ -111,7 +111,7 @@ def whole_clip(stock: Any, host: Any, *args: Any, **kwargs: Any) -> Any:
     if over is None:
         return stock.forward(host, *args, **kwargs)
     where = next(where for kind, where in MIXERS.items() if issubclass(stock, kind))
-    given = _signature(stock).bind(host, *args, **kwargs).arguments  # type: ignore[arg-type]
+    given = _signature(stock).bind(host, *args, **kwargs).arguments
     for name, at in where.items():
         if given.get(name) is not None:
             given[name] = _gathered(over, given[name], at)

@@ -24,6 +24,7 @@ Of a tile, the caller cuts out one frame, and has the 1 x 1 x 1 convolution befo
 from __future__ import annotations
 
 import itertools
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -493,12 +494,18 @@ class _Decode:
             out = pixels[:, :, pixel_frames(start) : pixel_frames(end)]
             decode_stretch(start, end, out, pixel_frames, stretch, over)
 
+        def own_of(frames: int) -> int:
+            return frames if over is None else over.stretches(0, frames)[0][1]
+
         def needs(frames: int) -> int:
-            return decode_bytes(decoder, latents, frames if over is None else over.stretches(0, frames)[0][1])
+            own = own_of(frames)
+            if over is not None and own > BEFORE and _frames_of_a_piece(decoder, latents, rate * own) < rate * own:
+                return sys.maxsize  # the first piece of a stretch would wait for the last one of the stretch before
+            return decode_bytes(decoder, latents, own)
 
         explain = partial(out_of_memory, samples, height, width)
         step = decode_in_chunks(frames, latents.device, needs, decode, explain, over)
-        made = pixel_frames(step)
+        made = pixel_frames(own_of(step))
         piece = _frames_of_a_piece(decoder, latents, made)
         then = "" if piece == made else f", {piece} of {made} in the last up-blocks"
         tell_chunk(decoder, "whole_clip", step, frames, then)

@@ -258,6 +258,7 @@ def decode_stretch(
     own, (start, end) = out.split(lengths, dim=2)[over.ranks.rank], stretches[over.ranks.rank]
     if start < end:
         decode(start, end, own, over.ranks if lengths[-1] else None)
+        over.ranks.settle()
     out.copy_(over.ranks.gather(own, 2, out.shape[2], lengths))
 
 

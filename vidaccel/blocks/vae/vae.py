@@ -16,17 +16,20 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_temporal_decoder import TemporalDecoder
 from diffusers.models.autoencoders.vae import Decoder
-from diffusers.models.resnet import ResnetBlock2D, SpatioTemporalResBlock
+from diffusers.models.resnet import ResnetBlock2D, SpatioTemporalResBlock, TemporalResnetBlock
 from diffusers.models.unets.unet_2d_blocks import UpDecoderBlock2D
 from diffusers.models.unets.unet_3d_blocks import UpBlockTemporalDecoder
 from torch import Tensor, nn
 
+from vidaccel.blocks.unet.frames import convolve_frames
 from vidaccel.blocks.unet.normalization import FusedGroupNorm, group_norm_module
 from vidaccel.blocks.unet.resnet import FusedResnetBlock2D, FusedSpatioTemporalResBlock
 from vidaccel.blocks.unet.upsampling import FusedUpsample2D
 from vidaccel.kernels.norm.channel_statistics import ChannelStatistics
 from vidaccel.kernels.op import runs_triton
-from vidaccel.sites.block import FusedBlock, call_site, cut_corner, fuses, run_part
+from vidaccel.parallel.layout import Frames, frames, spread
+from vidaccel.parallel.ranks import Agreement, Ranks
+from vidaccel.sites.block import SITES, FusedBlock, call_site, cut_corner, fuses, run_part, unserved_reason
 from vidaccel.sites.memo import once_per_call
 from vidaccel.sites.plain import plain_reason, stock_class
 
@@ -143,8 +146,34 @@ class FusedTemporalDecoder(_Decoder, TemporalDecoder):
     def forward(self, sample: Tensor, image_only_indicator: Tensor, num_frames: int = 1) -> Tensor:
         return call_site(FusedTemporalDecoder, self, sample, image_only_indicator, num_frames)
 
+    @classmethod
+    def original_forward(cls, host: Any, *args: Any, **kwargs: Any) -> Any:
+        with spread(None):  # every rank decodes all frames
+            return super().original_forward(host, *args, **kwargs)
+
+    def layout_for(
+        self, ranks: Ranks, agreement: Agreement, latent_frames: int, sample: Tensor, image_only_indicator: Tensor,
+        num_frames: int = 1,
+    ) -> Frames | str:  # fmt: skip
+        """How the frames of such a call are decoded on several ranks, or why they are not."""
+        if reason := unserved_reason(self, getattr(self, SITES), (sample, image_only_indicator, num_frames), {}):
+            return reason
+        mixers = [part for part in self.modules() if stock_class(part) is TemporalResnetBlock]
+        if not all(isinstance(part, FusedBlock) for part in mixers):
+            return "a block that mixes frames is not patched"
+        if plain_reason(self.time_conv_out, nn.Conv3d) or self.time_conv_out.kernel_size != (3, 1, 1):
+            return "its last convolution is not one over three frames"
+        if num_frames < ranks.size:
+            return f"{num_frames} frames are too few for {ranks.size} ranks"
+        return Frames(ranks, num_frames)
+
     def fused_forward(self, sample: Tensor, image_only_indicator: Tensor, num_frames: int) -> Tensor:
-        return self.explained(self._decode, sample, image_only_indicator, num_frames)
+        over = frames()
+        if over is None:
+            return self.explained(self._decode, sample, image_only_indicator, num_frames)
+        own = over.ranks.part(sample.unflatten(0, (-1, num_frames)), 1).flatten(0, 1)
+        pixels = self.explained(self._decode, own, over.ranks.part(image_only_indicator, 1), over.count)
+        return over.ranks.gather(pixels.unflatten(0, (-1, over.count)), 1, num_frames).flatten(0, 1)
 
     def _decode(self, sample: Tensor, image_only_indicator: Tensor, num_frames: int) -> Tensor:
         dtype = next(self.up_blocks.parameters()).dtype
@@ -153,7 +182,7 @@ class FusedTemporalDecoder(_Decoder, TemporalDecoder):
             image_only_indicator,
         )
         sample = sample.unflatten(0, (-1, num_frames)).transpose(1, 2)  # [B, C, F, H, W]
-        return self.time_conv_out(sample).transpose(1, 2).flatten(0, 1)
+        return convolve_frames(self.time_conv_out, self.time_conv_out, sample).transpose(1, 2).flatten(0, 1)
 
 
 @once_per_call
