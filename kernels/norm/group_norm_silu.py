@@ -85,7 +85,7 @@ def group_norm_silu_ref(
     segment_rows: int = 0,
     chunk_rows: int = 0,
 ) -> Tensor:
-    """The specification, which computes statistics itself unless they are of more than x. float64 for gold values."""
+    """The specification, which computes the statistics unless they are of more than x. float64 for gold values."""
     if tail is not None:
         x = torch.cat([x, tail], dim=1)
     if shift is not None:
@@ -682,15 +682,14 @@ def _cuts(call: _Call) -> Iterator[tuple[_Call, Callable[[tuple[Tensor, ...]], t
     for n in cuts(len(x), len(weight) * call.rows):
         for some in cuts(groups, (n.stop - n.start) * width * call.rows):
             c = slice(some.start * width, some.stop * width)
-            statistics: tuple[Tensor | None, int, int] = NO_STATISTICS
+            some_parts = None
             if parts is not None and call.statistics_of_more:
                 some_parts = parts.unflatten(0, (len(x), -1))[n, ..., c].flatten(0, 1)
-                statistics = some_parts, segment_rows, chunk_rows
             part = _Call(
                 x[n, c], weight[c], bias[c], some.stop - some.start, eps, silu,
                 None if shift is None else shift[n, :, c],
                 None if tail is None else tail[n, max(c.start - head, 0) : max(c.stop - head, 0)],
-                *statistics,
+                some_parts, segment_rows, chunk_rows,
                 None if row is None else row[c],
             )  # fmt: skip
             yield part, functools.partial(_at, (n, c))

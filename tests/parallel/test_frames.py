@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -10,14 +11,27 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from block_checks import all_fused, frozen, fused, relative_error
+from diffusers.models.resnet import SpatioTemporalResBlock, TemporalConvLayer
 from ranks import Team
 from tiny_models import tiny_synthetic_pipeline
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from vidaccel import patch_pipeline
+from vidaccel.blocks.unet.resnet import (
+    FusedAlphaBlender,
+    FusedResnetBlock2D,
+    FusedSpatioTemporalResBlock,
+    FusedTemporalConvLayer,
+    FusedTemporalResnetBlock,
+)
+from vidaccel.parallel.layout import Frames as FramesOverRanks
+from vidaccel.parallel.layout import spread
+from vidaccel.parallel.ranks import axes_of
 from vidaccel.patching.report import PatchReport
 
+RESNETS = FusedResnetBlock2D, FusedTemporalResnetBlock, FusedAlphaBlender, FusedSpatioTemporalResBlock
 FAMILIES = ["svd", "i2vgen-xl", "animatediff", "modelscope"]
 
 
@@ -163,6 +177,39 @@ def one_frame() -> dict[str, Any]:
 def test_what_cannot_be_split_runs_whole_and_is_counted(two_ranks: Team) -> None:
     found = assert_same(two_ranks.run(one_frame))
     assert found["site"][2] == {"the clip has fewer frames (1) than there are ranks (2)": 1}
+
+
+def by_kernels() -> tuple[float, list[str]]:
+    """Two blocks of SVD in Triton's interpreter, where biases and blends are in kernels of ours."""
+    (ranks,) = axes_of([dist.get_world_size()])
+    torch.manual_seed(0)
+    resnet = frozen(SpatioTemporalResBlock(32, 32, temb_channels=16, merge_factor=0.7))
+    convolutions = frozen(TemporalConvLayer(32, norm_num_groups=4))
+    frames, batch = 5, 2
+    x, temb = torch.randn(batch, frames, 32, 4, 3), torch.randn(batch, frames, 16)
+    still = torch.zeros(batch, frames)
+
+    def run(x: Tensor, temb: Tensor, still: Tensor) -> Tensor:
+        images = x.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        images = resnet(images, temb.flatten(0, 1), still)
+        return convolutions(images, num_frames=x.shape[1]).unflatten(0, x.shape[:2])
+
+    expected = run(x, temb, still)
+    wished = os.environ.pop("VIDACCEL_IMPL")
+    try:
+        with all_fused(resnet, *RESNETS), fused(convolutions, FusedTemporalConvLayer) as sites:
+            with spread(FramesOverRanks(ranks, frames)):
+                found = run(*(ranks.part(given, 1) for given in (x, temb, still)))
+            ran = sorted(f"{op} {site.state} {site.implementation}" for op, site in sites.items())
+    finally:
+        os.environ["VIDACCEL_IMPL"] = wished
+    return relative_error(ranks.gather(found, 1, frames), expected), ran
+
+
+def test_kernels_on_a_part_of_the_clip(two_ranks: Team) -> None:
+    for error, ran in two_ranks.run(by_kernels):
+        assert error < 1e-6
+        assert {"group_norm_silu active triton", "conv_epilogue active triton"} <= set(ran)
 
 
 def several_texts() -> None:

@@ -243,11 +243,12 @@ def _call_site(kind: type[Host], host: Any, *args: Any, **kwargs: Any) -> Any:
     if memo.way:
         return memo.way(kind, host, sites, args, kwargs)
     in_data = host.path_in_data(args, kwargs)
+    over = layout()
     question = (
         host,
         torch.is_grad_enabled(),
         in_data,
-        layout() is not None,
+        None if over is None else over.total,  # all ranks are to plan alike, whatever their own shares
         *signature(args),
         *signature(kwargs.values()),
     )

@@ -89,7 +89,7 @@ class _ConvolutionBlock(FusedBlock):
         return norms_reason(nn.GroupNorm, x, *norms) if self.runs("group_norm_silu") else None
 
     def _spread_reason(self, x: Tensor, *convs: Any) -> str | None:
-        """Why this block, whose norms and ``convs`` mix frames, needs all frames of a clip that is spread, or None."""
+        """Why this block, whose norms and ``convs`` mix frames, needs all of a clip spread over ranks, or None."""
         if frames() is None:
             return None
         if not self.runs("group_norm_silu"):
