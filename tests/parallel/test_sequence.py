@@ -137,6 +137,32 @@ def test_it_can_be_switched_off(two_ranks: Team) -> None:
         assert outcome["sites"] == {"sequence": ("off", "not run yet")} and outcome["sent"] == {"sequence": 0}
 
 
+def compiled() -> tuple[list[str], str]:
+    """What is said of a transformer that was compiled before it was patched, and of one that is compiled later."""
+    lines = []
+    for compile in (lambda pipe: pipe.transformer.compile(backend="eager"), wrap_transformer):
+        pipe, _ = tiny_synthetic_pipeline("wan2.1-t2v-1.3b")
+        compile(pipe)
+        with pytest.raises(UsageError) as raised:
+            patch_pipeline(pipe, parallel="sequence")
+        lines.append(str(raised.value))
+    pipe, _ = tiny_synthetic_pipeline("wan2.1-t2v-1.3b")
+    report = patch_pipeline(pipe, parallel="sequence")
+    pipe.transformer.compile(backend="eager")
+    (site,) = [site for site in report.sites if site.op == "sequence"]
+    return lines, site.reason
+
+
+def wrap_transformer(pipe: Any) -> None:
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+
+
+def test_what_is_compiled_is_not_split(two_ranks: Team) -> None:
+    for lines, reason in two_ranks.run(compiled):
+        assert all("the transformer is compiled" in line for line in lines)
+        assert "compiled, or replaced, after it was patched" in reason
+
+
 @pytest.mark.parametrize("name", ["wan2.1-t2v-1.3b", "cogvideox-5b"])
 def test_guidance_and_tokens_on_four_ranks(four_ranks: Team, name: str) -> None:
     outcomes = four_ranks.run(two_clips, name, "auto")

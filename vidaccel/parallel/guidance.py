@@ -39,6 +39,7 @@ class Guidance:
     def __init__(self, ranks: Ranks, count: Callable[[str], None]) -> None:
         self._ranks, self._count = ranks, count
         self._pairs = _Pairs()
+        self._parts: dict[str, tuple[list[Any], Any]] = {}  # by name: an argument of the call before, and the own half
 
     def call(self, run: Run, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``run(*args, **kwargs)``, a call of ``model``, of which this rank does its half."""
@@ -49,7 +50,27 @@ class Guidance:
             return self._pair(run, call)
         if reason := call.split_reason():
             return self._whole(run, call, reason)
-        return self._gathered(call.part(self._ranks).run(run))
+        return self._gathered(call.with_given(self._own(call)).run(run))
+
+    def _own(self, call: _Call) -> dict[str, Any]:
+        """The arguments for this rank's samples; what has one row, or none, is for all.
+
+        Of what is the same as in the call before (the text), so is the half: blocks know it again.
+        """
+        batch = call.batch
+
+        def half(x: Tensor) -> Tensor:
+            return self._ranks.part(x, 0) if x.ndim and len(x) % batch == 0 else x
+
+        own: dict[str, Any] = {}
+        for name, value in call.given.items():
+            before = self._parts.get(name)
+            if before is not None and _same(before[0], value):
+                own[name] = before[1]
+            else:
+                own[name] = value if name in WHOLE else tree_map_only(Tensor, half, value)
+        self._parts = {name: (_kept(value), own[name]) for name, value in call.given.items()}
+        return own
 
     def _whole(self, run: Run, call: _Call, reason: str) -> Any:
         self._count(reason)
@@ -115,18 +136,6 @@ class _Call(NamedTuple):
                 if isinstance(x, Tensor) and name not in WHOLE and x.ndim and len(x) > 1 and len(x) % self.batch:
                     return f"{name} has {len(x)} rows, where the batch has {self.batch}"
         return None
-
-    def part(self, ranks: Ranks) -> _Call:
-        """The same for this rank's samples; what has one row, or none, is for all."""
-        batch = self.batch
-
-        def own(x: Tensor) -> Tensor:
-            return ranks.part(x, 0) if x.ndim and len(x) % batch == 0 else x
-
-        given = self.given
-        return self.with_given(
-            {name: x if name in WHOLE else tree_map_only(Tensor, own, x) for name, x in given.items()}
-        )
 
 
 class _Kept(NamedTuple):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vidaccel.parallel.ranks import Agreement, Ranks, shares
+from vidaccel.parallel.ranks import Agreement, Ranks, copy_wide, shares
 
 __all__ = [
     "Frames",
@@ -124,25 +124,50 @@ class Tokens(Layout):
             out = forward(block, x, *args, **kwargs)
         return _with_first(out, lambda x: self.ranks.part(x, 1))
 
-    def to_heads(self, x: Tensor, before: int = 0, behind: int = 0) -> Tensor:
+    def to_heads(self, *given: Tensor, before: int = 0, behind: int = 0) -> list[Tensor]:
         """From own tokens and all heads ``[B, S, H*D]`` to all tokens and own heads, for attention.
 
-        The first ``before`` and the last ``behind`` tokens are those of a text, which every rank has.
+        The first ``before`` and the last ``behind`` tokens are those of a text, which every rank has. While one tensor
+        is sent, the next one is made ready.
         """
-        end = x.shape[1] - behind
-        video = self.ranks.swap(x[:, before:end], split=2, join=1, total=self.total)
-        if not before and not behind:
-            return video
-        return torch.cat([self.ranks.part(x[:, :before], 2), video, self.ranks.part(x[:, end:], 2)], dim=1)
+        begun = [self._begin_to_heads(x, before, behind) for x in given]
+        for _, work in begun:
+            work.wait()
+        return [out for out, _ in begun]
+
+    def _begin_to_heads(self, x: Tensor, before: int, behind: int) -> tuple[Tensor, Any]:
+        ranks, end = self.ranks, x.shape[1] - behind
+        batch, _, channels = x.shape
+        own = channels // ranks.size
+        send = x.new_empty(ranks.size, end - before, batch, own)
+        copy_wide(send, x[:, before:end].unflatten(2, (ranks.size, own)).permute(2, 1, 0, 3))
+        out = x.new_empty(before + self.total + behind, batch, own)
+        of_token = batch * own
+        from_each = [tokens * of_token for tokens in shares(self.total, ranks.size)]
+        received = out[before : before + self.total].view(-1)
+        work = ranks.begin_all_to_all(received, send.view(-1), from_each, [send[0].numel()] * ranks.size)
+        out = out.transpose(0, 1)
+        out[:, :before] = ranks.part(x[:, :before], 2)
+        out[:, before + self.total :] = ranks.part(x[:, end:], 2)
+        return out, work
 
     def to_tokens(self, x: Tensor, channels: int, before: int = 0, behind: int = 0) -> Tensor:
         """The way back, to ``[B, S, channels]``."""
-        end = x.shape[1] - behind
-        video = self.ranks.swap(x[:, before:end], split=1, join=2, total=channels)
-        if not before and not behind:
-            return video
-        text = self.ranks.gather(torch.cat([x[:, :before], x[:, end:]], dim=1), 2, channels)
-        return torch.cat([text[:, :before], video, text[:, before:]], dim=1)
+        ranks, end = self.ranks, x.shape[1] - behind
+        batch, _, own = x.shape
+        send = x[:, before:end].transpose(0, 1).reshape(-1)
+        here, of_token = self.count, batch * own
+        received = send.new_empty(ranks.size * here * of_token)
+        to_each = [tokens * of_token for tokens in shares(self.total, ranks.size)]
+        work = ranks.begin_all_to_all(received, send, [here * of_token] * ranks.size, to_each)
+        out = x.new_empty(batch, before + here + behind, channels)
+        if before or behind:
+            text = ranks.gather(torch.cat([x[:, :before], x[:, end:]], dim=1), 2, channels)
+            out[:, :before], out[:, before + here :] = text[:, :before], text[:, before:]
+        work.wait()
+        video = out[:, before : before + here].unflatten(2, (ranks.size, own))
+        copy_wide(video, received.view(ranks.size, here, batch, own).permute(2, 1, 0, 3))
+        return out
 
     def _whole(self, x: Tensor) -> Tensor:
         return self.ranks.gather(x, 1, self.total)

@@ -6,8 +6,10 @@ each rule does to each module it matches; the report holds every site and the wa
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -76,6 +78,8 @@ def patch_pipeline(
     """
     models, off = _models_of(pipe)
     vaes = [name for name, model in models.items() if hasattr(model, "decode") and hasattr(model, "decoder")]
+    if parallel is not None:
+        _check_uncompiled(pipe, _denoisers(models))
     calls = {} if parallel is None else parallel_calls(pipe, parallel, _denoisers(models), vaes)
     return _patch(models, off, only, skip, allow, strict, self_check, cuda_graph, calls)
 
@@ -157,6 +161,13 @@ def _patch(
         report.restore()
         raise
     return report
+
+
+def _check_uncompiled(pipe: Any, denoisers: Mapping[str, nn.Module]) -> None:
+    for name, model in denoisers.items():
+        compiled = not isinstance(vars(model).get(CALL_SLOT), ModelCall | None)
+        if compiled or hasattr(pipe.components[name], "_orig_mod"):
+            raise UsageError(f"parallel: the {name} is compiled, and what is compiled is not split over ranks")
 
 
 def _denoisers(models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -248,6 +259,8 @@ def _wrap(
     call = calls.get(model)
     if call is not None and parallel is not None and call.parallel is None:
         call.parallel = parallel
+        for axis in parallel.sites:
+            axis.put_in_place(partial(_replaced_reason, weakref.ref(model)))
     if call is not None and call.parallel is not None:
         report.sites += call.parallel.sites
     if call is not None and call.graphs is not None:
@@ -259,6 +272,14 @@ def _wrap(
             call.graphs = Graphs(site, checks, only_if_faster=cuda_graph == "auto")
         if CudaCapture.unavailable_reason() is None:  # without a GPU nobody expects a graph
             report.sites.append(site)
+
+
+def _replaced_reason(model: weakref.ref[nn.Module]) -> str | None:
+    """Why the calls of a model are not split any more, or None."""
+    there = model()
+    if there is None or isinstance(vars(there).get(CALL_SLOT), ModelCall):
+        return None
+    return "its call was compiled, or replaced, after it was patched"
 
 
 def _share_decode(name: str, vae: Any, report: PatchReport, parallel: ParallelCall | None) -> None:

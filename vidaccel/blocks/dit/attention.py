@@ -113,7 +113,7 @@ def attend_to_all(
     over = tokens()
     if over is None:
         return attend(processor, q, k, v, num_heads, mask=mask, fused=fused)
-    query, key, value = (over.to_heads(x, before, behind) for x in (q, k, v))
+    query, key, value = over.to_heads(q, k, v, before=before, behind=behind)
     out = attend(processor, query, key, value, num_heads // over.ranks.size, mask=mask, fused=fused)
     return over.to_tokens(out, q.shape[2], before, behind)
 

@@ -114,7 +114,7 @@ class JointBlock(GatedResidualBlock):
         if over is None:
             return project(attn, spatial_attention(query, key, value, attn.heads, impl=impl))
         channels = query.shape[2]
-        query, key, value = (over.to_heads(states, before=tokens) for states in (query, key, value))
+        query, key, value = over.to_heads(query, key, value, before=tokens)
         attended = spatial_attention(query, key, value, attn.heads // over.ranks.size, impl=impl)
         return project(attn, over.to_tokens(attended, channels, before=tokens))
 
