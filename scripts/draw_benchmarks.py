@@ -52,12 +52,15 @@ def draw(records: list[dict[str, Any]]) -> str:
 
 def _tables(device: str, records: list[dict[str, Any]]) -> list[str]:
     here = [record for record in records if record["environment"]["device"] == device]
-    pipelines = [record for record in here if "op" not in record["subject"]]
+    split = [record for record in here if "ranks" in record]
+    pipelines = [record for record in here if "op" not in record["subject"] and record not in split]
     ops = [record for record in here if "op" in record["subject"]]
     labels = Counter(_call(record, scope) for record in pipelines for scope in _scopes(record))
     calls = _table(_CALL_COLUMNS, (row for record in pipelines for row in _call_rows(record, labels)))
     kernels = _table(_OP_COLUMNS, (row for record in ops for row in _op_rows(record)))
-    return list(filter(None, (f"On one {device}:", calls, kernels)))
+    over_ranks = _table(_SPLIT_COLUMNS, (row for record in split for row in _split_rows(record)))
+    several = f"On several {device}, each clip split over all:" if over_ranks else ""
+    return list(filter(None, (f"On one {device}:" if calls or kernels else "", calls, kernels, several, over_ranks)))
 
 
 def placed(drawn: str, text: str) -> str:
@@ -93,6 +96,38 @@ _OP_COLUMNS = (
     "of matmul rate",
     "gained by prefetch",
 )
+
+
+_SPLIT_COLUMNS = (
+    "call",
+    "GPUs",
+    "variant",
+    "median",
+    "x one GPU",
+    "step: x one GPU",
+    "decode: x one GPU",
+    "sent by each GPU",
+    "peak memory",
+    "relative error to one GPU",
+)
+
+
+def _split_rows(record: dict[str, Any]) -> Iterator[list[str]]:
+    for scope in _scopes(record):
+        call = _call(record, scope)
+        for row in record["results"]:
+            if row["scope"] == scope and row["status"] == "ok":
+                yield [
+                    call,
+                    str(record["ranks"]) if row["variant"] != "patched" else "1",
+                    row["variant"],
+                    _milliseconds(row),
+                    *(_shown(row, name, "{:.2f}") for name in ("speedup", "step_speedup", "decode_speedup")),
+                    _shown(row, "sent_gb", "{:.3g} GB"),
+                    _shown(row, "peak_memory_gib", "{:.1f} GiB"),
+                    _shown(row, "error_to_patched", "{:.1e}"),
+                ]
+                call = ""
 
 
 def _call(record: dict[str, Any], scope: str) -> str:

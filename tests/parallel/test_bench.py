@@ -31,6 +31,7 @@ def test_a_clip_split_over_ranks_is_a_variant(tmp_path: Path) -> None:
     for variant, axis in (("patched+sequence", "sequence"), ("patched+parallel", "guidance")):
         assert rows["end-to-end", variant]["step_speedup"] > 0
         assert rows["end-to-end", variant]["error_to_patched"] < 1e-4
+        assert rows["end-to-end", variant]["sent_gb"] > 0
         sites = {site["axis"]: site for site in record["patch_reports"][variant]["parallel"]}
         assert set(sites) == {axis, "decode"} and sites[axis]["ranks"] == 2 and sites[axis]["bytes_sent"] > 0
     assert done.stdout.count("median ms") == 1, "one process prints"

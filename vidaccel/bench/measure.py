@@ -18,11 +18,12 @@ from torch import Tensor
 from vidaccel.bench.record import Recorder, Row
 from vidaccel.bench.settings import Settings
 from vidaccel.bench.timing import time_call, time_calls
-from vidaccel.bench.variants import applied, cudnn_benchmark, dtype_of, without_benchmark
+from vidaccel.bench.variants import applied, cudnn_benchmark, dtype_of, is_split, without_benchmark
 from vidaccel.bench.workloads import PipelineWorkload, Workload, workloads
 from vidaccel.environment import free_memory, peak_memory_gib, peak_reserved_gib, reset_peak_memory
 from vidaccel.errors import first_line
 from vidaccel.fidelity.metrics import psnr, relative_error
+from vidaccel.patching.report import PatchReport
 
 __all__ = ["measure_pipeline"]
 
@@ -62,7 +63,9 @@ def measure_pipeline(
                     for scope, workload in by_scope.items():
                         # A whole pipeline that comes after its parts finds them warm.
                         start_up = prepared if scope != "end-to-end" or len(by_scope) == 1 else None
-                        work = partial(_measure, workload, yardsticks[scope], variant, device, settings, start_up)
+                        work = partial(
+                            _measure, workload, yardsticks[scope], variant, device, settings, start_up, report
+                        )
                         recorder.measure(scope, variant, work)
                 if report is not None:
                     recorder.record["patch_reports"][variant] = report.summary()
@@ -76,6 +79,7 @@ def _measure(
     device: torch.device,
     settings: Settings,
     start_up: float | None,
+    report: PatchReport | None,
 ) -> Row:
     free_memory()
     first_call = time_call(workload.run, device).wall_ms / 1e3
@@ -85,9 +89,12 @@ def _measure(
     likeness = yardstick.compare(output)
     free_memory()  # of what the first calls left behind, which would count as reserved
     reset_peak_memory(device)
+    sent = report.bytes_sent if report else 0
     latency = time_calls(
         workload.run, device, repeats=settings.repeats, warmup=settings.warmup, budget_seconds=settings.budget_seconds
     )
+    if report and is_split(variant):
+        likeness["sent_gb"] = (report.bytes_sent - sent) / (settings.warmup + latency.repeats) / 1e9
     parts, memory, reserved = workload.parts(), peak_memory_gib(device), peak_reserved_gib(device)
     return {
         **latency._asdict(),

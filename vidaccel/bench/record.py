@@ -165,6 +165,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("tflop_s", "TFLOP/s", _number(2)),
     ("of_matmul_rate", "of matmul", _number(2)),
     ("bound", "bound by", str),
+    ("sent_gb", "GB sent", "{:.3g}".format),
     ("host_ms", "host ms", _number(2)),
     ("caches", "caches", str),
     ("first_call_s", "first call s", _number(2)),

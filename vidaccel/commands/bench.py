@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 
 from vidaccel.bench.affinity import pinned
@@ -84,7 +85,8 @@ def _command_line(args: argparse.Namespace) -> str:
     """The command with the options that were given, but for where its record went."""
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    words = ["vidaccel", "bench"]
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    words = ["vidaccel", "bench"] if ranks == "1" else ["torchrun", "--nproc-per-node", ranks, "-m", "vidaccel", "bench"]
     for name, default in vars(parser.parse_args([])).items():
         value = getattr(args, name)
         if value == default or name in ("out", "commit", "note"):

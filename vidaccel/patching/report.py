@@ -48,6 +48,12 @@ class PatchReport:
         """How many calls of a site went another way than planned: ``{(path, op, reason): calls}``."""
         return {(site.path, site.op, reason): calls for site in self.sites for reason, calls in site.fallbacks.items()}
 
+    @property
+    def bytes_sent(self) -> int:
+        """What this process has sent to other ranks so far, for clips that are split over them."""
+        ranks = {site.ranks for site in self.sites if isinstance(site, AxisSite)}
+        return sum(along.sent for along in ranks)
+
     def restore(self) -> None:
         """Put every patched module back as it was: same classes, same processors, same memory order, same bits out."""
         self.undo_patches()
