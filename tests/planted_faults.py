@@ -81,7 +81,7 @@ def _wrong_scale(reference: Callable[..., Any], args: tuple[Any, ...]) -> Any:
 
 def _sixteen_bit_sums(reference: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     """A convolution that is added up in half precision: in bfloat16 for bfloat16, else in float16."""
-    x, weight, bias, last = args  # the rows of a part of the statistics; or a scale, or None
+    x, weight, bias, *rows = args  # of a part of the statistics, if it returns any
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float16
     total = bias.to(dtype)[None, :, None, None]
     padded = F.pad(F.interpolate(x, scale_factor=2.0).to(dtype), (1, 1, 1, 1))
@@ -90,7 +90,7 @@ def _sixteen_bit_sums(reference: Callable[..., Any], args: tuple[Any, ...]) -> A
         pixels = padded[:, channel, None, row : row + height, column : column + width]
         total = total + pixels * weight[:, channel, row, column].to(dtype)[None, :, None, None]
     y = channels_last(total.to(x.dtype))
-    return (y, channel_statistics_ref(y, last)) if isinstance(last, int) else y
+    return (y, channel_statistics_ref(y, *rows)) if rows else y
 
 
 def _before_lora(weight: Tensor) -> Tensor:

@@ -125,10 +125,11 @@ def test_ctrl_c_ends_all_processes_and_leaves_whole_clips(
     jobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, rays = tmp_path / "out", set[psutil.Process]()
+    others = set(psutil.Process().children(recursive=True))
 
     def interrupt() -> bool:
         if clips_in(out):
-            rays.update(psutil.Process().children(recursive=True))
+            rays.update(set(psutil.Process().children(recursive=True)) - others)
             os.kill(os.getpid(), signal.SIGINT)
         return bool(rays)
 

@@ -48,7 +48,7 @@ def test_validate_holds_a_split_clip_against_stock(tmp_path: Path) -> None:
     record = tmp_path / "record.json"
     done = torchrun("validate", "--quick", "--controls", "other roundings", "--json", str(record), *SMALL)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(record.read_text())["passed"]
+    assert json.loads(record.read_text())["verdict"]["passed"]
     assert done.stdout.count("PASS") == 1
 
 

@@ -153,7 +153,7 @@ def main(folder: Path) -> None:
     told["kernels read-only"] = [clips.play(NOWHERE, usable[1])]
     told["choices read-only"] = [clips.play(usable[0], NOWHERE)]
     replace = os.replace
-    os.replace = full  # both put their files in place with it
+    os.replace = os.link = full  # one of these puts a file in place
     told["kernels full"] = [clips.play(folder / "full", usable[1])]
     told["choices full"] = [clips.play(usable[0], folder / "full choices")]
     os.replace = replace

@@ -86,7 +86,9 @@ def _command_line(args: argparse.Namespace) -> str:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     ranks = os.environ.get("WORLD_SIZE", "1")
-    words = ["vidaccel", "bench"] if ranks == "1" else ["torchrun", "--nproc-per-node", ranks, "-m", "vidaccel", "bench"]
+    words = (
+        ["vidaccel", "bench"] if ranks == "1" else ["torchrun", "--nproc-per-node", ranks, "-m", "vidaccel", "bench"]
+    )
     for name, default in vars(parser.parse_args([])).items():
         value = getattr(args, name)
         if value == default or name in ("out", "commit", "note"):

@@ -215,6 +215,8 @@ class WanBlock(FusedBlock):
         rounding: Any = "once" if self.parts.head_norm is nn.RMSNorm else "each"
         norm = HeadNorm("rms_all", attn.norm_q.eps, attn.norm_q.weight, attn.norm_k.weight, rounding=rounding)
         query, key = qk_norm_rope(query, key, attn.heads, norm, self.rope(rotary_emb))
+        if tokens() is None:
+            return project(attn, self.attend(attn, query, key, value, mask))
         fused = self.runs("spatial_attention")
         return project(attn, attend_to_all(attn.processor, query, key, value, attn.heads, mask=mask, fused=fused))
 
