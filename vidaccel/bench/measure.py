@@ -44,7 +44,8 @@ def measure_pipeline(
         settings: How to measure.
         recorder: Also receives the shapes and, per patched variant, the patch report.
     """
-    by_scope = workloads(pipe, arguments, settings.scopes, settings.seed)
+    split = any(map(is_split, settings.variants))
+    by_scope = workloads(pipe, arguments, settings.scopes, settings.seed, whole_decode=split)
     recorder.record["patch_reports"] = {}
     recorder.record["shapes"] = {scope: workload.shapes for scope, workload in by_scope.items()}
     yardsticks = {scope: _Yardstick(scope, settings.variants[0], settings.with_reference) for scope in by_scope}

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from vidaccel.bench.variants import measured_modules
 from vidaccel.clips.generation import Timings, generate
+from vidaccel.patching.model_call import DecodeCall
 
 __all__ = ["SCOPES", "ModuleCall", "ModuleWorkload", "PipelineWorkload", "Workload", "workloads"]
 
@@ -58,22 +59,28 @@ class ModuleCall(NamedTuple):
 
 
 class _WholeDecode(nn.Module):
-    """A VAE whose decoder is called for some frames at a time, with a cache in between: its decode is timed instead."""
+    """The decode of a VAE, which is timed where its decoder alone says too little.
+
+    That is called for some frames at a time, with a cache in between; or ranks share the decode, and not the decoder.
+    """
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
 
-    def forward(self, z: Tensor) -> Tensor:
-        decoded: Tensor = type(self.vae).decode(self.vae, z, return_dict=False)[0]
+    def forward(self, z: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        shared = vars(self.vae).get("decode")  # not the stand-in, which calls this
+        decode = shared if isinstance(shared, DecodeCall) else partial(type(self.vae).decode, self.vae)
+        decoded: Tensor = decode(z, *args, **kwargs, return_dict=False)[0]
         return decoded
 
     @contextmanager
     def standing_in(self) -> Iterator[None]:
         """Let the VAE's decode be a call of this module, so that hooks on it hear of that."""
 
-        def decode(z: Tensor, return_dict: bool = True) -> Any:
-            return DecoderOutput(self(z)) if return_dict else (self(z),)
+        def decode(z: Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+            decoded = self(z, *args, **kwargs)
+            return DecoderOutput(decoded) if return_dict else (decoded,)
 
         self.vae.decode = decode
         try:
@@ -186,12 +193,12 @@ class PipelineWorkload:
 
 
 def workloads(
-    pipe: DiffusionPipeline, arguments: dict[str, Any], scopes: tuple[str, ...], seed: int
+    pipe: DiffusionPipeline, arguments: dict[str, Any], scopes: tuple[str, ...], seed: int, whole_decode: bool = False
 ) -> dict[str, Workload]:
-    """What there is to time in each of ``scopes``."""
+    """What there is to time in each of ``scopes``; of the VAE its decoder, or the ``whole_decode``."""
     end_to_end = PipelineWorkload(pipe, arguments, seed)
     modules = {name: module for name, module in measured_modules(pipe).items() if name in scopes}
-    if "vae" in modules and _decodes_by_frame(modules["vae"]):
+    if "vae" in modules and (whole_decode or _decodes_by_frame(modules["vae"])):
         modules["vae"] = _WholeDecode(pipe.vae)
     calls = _recorded_calls(modules, end_to_end.output) if modules else {}
     made: dict[str, Workload] = {name: ModuleWorkload(modules[name], calls[name], seed) for name in modules}
