@@ -60,7 +60,7 @@ def _tables(device: str, records: list[dict[str, Any]]) -> list[str]:
     kernels = _table(_OP_COLUMNS, (row for record in ops for row in _op_rows(record)))
     over_ranks = _table(_SPLIT_COLUMNS, (row for record in split for row in _split_rows(record)))
     several = f"On several {device}, each clip split over all:" if over_ranks else ""
-    return list(filter(None, (f"On one {device}:" if calls or kernels else "", calls, kernels, several, over_ranks)))
+    return list(filter(None, (f"On one {device}:" if pipelines or ops else "", calls, kernels, several, over_ranks)))
 
 
 def placed(drawn: str, text: str) -> str:
