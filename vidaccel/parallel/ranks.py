@@ -20,7 +20,9 @@ from vidaccel.errors import UsageError, first_line
 
 __all__ = ["Agreement", "RankError", "Ranks", "axes_of", "copy_wide", "join", "shares"]
 
-PATIENCE = timedelta(seconds=60)  # with a rank that does not answer
+# With a rank that loads, compiles or measures longer than the others. One that is gone is found out at once: its
+# connections close, and torchrun ends the others.
+PATIENCE = timedelta(minutes=10)
 
 
 class RankError(UsageError):
