@@ -17,7 +17,7 @@ from vidaccel.errors import UsageError
 def test_a_clip_split_over_ranks_is_a_variant(tmp_path: Path) -> None:
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "vidaccel", "bench"),
-        *("--synthetic", "wan2.1-t2v-1.3b", "--size", "tiny", "--device", "cpu", "--no-reference"),
+        *("--synthetic", "wan2.1-t2v-1.3b", "--size", "tiny", "--device", "cpu", "--no-reference", "--frames", "17"),
         *("--scope", "denoiser,vae,end-to-end", "--variants", "patched,patched+sequence,patched+parallel"),
         *("--out", str(tmp_path / "record.json")),
     ]
