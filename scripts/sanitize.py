@@ -6,11 +6,11 @@ The calls are those of ``tests/kernels/test_fuzz.py`` on a GPU, a few for each o
 PyTorch's allocator is told to ask the driver for each tensor: in its own blocks an access out of bounds would find
 memory of somebody else. What a tool reports in a kernel of PyTorch's or of a library is listed under "elsewhere".
 
-initcheck may not see what is written by TMA, and then reports whoever reads the result of a product. So a few calls
-whose writes are known run under it, too (the "controls"); and each product's result is copied by PyTorch as soon as it
-is there. A report in a kernel of ours counts as explained if it is at an address inside such a result, PyTorch's copy
-of the same result was reported, and so was the control's. ``nan-fill`` runs the calls without the sanitizer, where
-PyTorch fills new tensors with NaN: whoever reads what nobody has written gives a wrong result.
+initcheck may not see what TMA writes. It would then report every kernel that reads the result of a product. So a few
+calls whose writes are known run under it, too (the "controls"), and PyTorch copies each product's result as soon as it
+is there. A report in a kernel of ours counts as explained if three things hold: its address is inside such a result,
+PyTorch's copy of that result was reported, and the control's copy was. ``nan-fill`` runs the calls without the
+sanitizer, with NaN in all new tensors: a kernel that reads memory which nobody has written gives a wrong result.
 
 The exit code is 1 if a tool found an error in a kernel of ours, a test failed, or a tool said nothing.
 """

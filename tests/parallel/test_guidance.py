@@ -103,6 +103,30 @@ def test_halves_have_the_bits_of_halves_run_apart(two_ranks: Team) -> None:
     assert two_ranks.run(halves_apart) == [(True, True)] * 2
 
 
+class Positions(nn.Module):
+    """Has arguments that are for all samples, and one that nobody knows."""
+
+    def forward(self, x: torch.Tensor, indices_frames: torch.Tensor, strange: Any = None) -> torch.Tensor:
+        out = x * indices_frames.sum()
+        return out if strange is None else out + strange.sum()
+
+
+def with_positions() -> tuple[bool, bool, dict[str, int]]:
+    model, reasons = Positions(), Counter[str]()
+    guidance = Guidance(axes_of([2])[0], lambda reason: reasons.update([reason]))
+    x = torch.arange(2.0)[:, None]
+    with torch.no_grad():
+        two, four = (guidance.call(model, model, (x, torch.arange(float(n))), {}) for n in (2, 4))
+        whole = guidance.call(model, model, (x, torch.ones(2), torch.arange(4.0)), {})
+    right = two.equal(model(x, torch.arange(2.0))) and four.equal(model(x, torch.arange(4.0)))
+    return right, whole.equal(model(x, torch.ones(2), torch.arange(4.0))), dict(reasons)
+
+
+def test_what_is_for_all_samples_is_not_cut(two_ranks: Team) -> None:
+    reasons = {"strange has 4 rows, where the batch has 2": 1}
+    assert two_ranks.run(with_positions) == [(True, True, reasons)] * 2
+
+
 class Sum(nn.Module):
     """Stands for a denoiser: what it was called with, in one number."""
 

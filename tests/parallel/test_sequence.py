@@ -109,7 +109,7 @@ def test_tokens_need_not_divide_by_the_ranks(two_ranks: Team, name: str) -> None
         ("hunyuanvideo1.5-480p", ("padded_text",), "", "padded_text is off, and attention keeps its mask"),
         ("cogvideox-5b", ("qk_norm_rope",), "", "it is off, or failed"),
         ("wan2.1-t2v-1.3b", ("transformer.blocks.1",), "", "a block is not patched"),
-        ("wan2.1-t2v-1.3b", (), "hook", "a block has a hook, which may look at its tokens"),
+        ("wan2.1-t2v-1.3b", (), "hook", "a hook, or a processor of somebody's own, may look at all tokens"),
         ("wan2.1-t2v-1.3b", (), "cache", "a step cache is on, which looks at the tokens between blocks"),
     ],
 )

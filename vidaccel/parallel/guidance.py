@@ -24,7 +24,14 @@ from vidaccel.parallel.ranks import Ranks
 __all__ = ["Guidance"]
 
 Run = Callable[..., Any]
-WHOLE = ("image_rotary_emb",)  # tables of positions: the same for every sample
+POSITIONS = ("rotary", "rope", "indices")  # what an argument is called that is the same for every sample
+# What may have a row for each frame of each sample; anything else with more rows than samples is not understood.
+OF_FRAMES = (
+    "encoder_hidden_states",
+    "added_cond_kwargs",
+    "down_block_additional_residuals",
+    "mid_block_additional_residual",
+)
 UNEXPECTED = "the call was not the second half of guidance that was expected"
 
 
@@ -68,7 +75,7 @@ class Guidance:
             if before is not None and _same(before[0], value):
                 own[name] = before[1]
             else:
-                own[name] = value if name in WHOLE else tree_map_only(Tensor, half, value)
+                own[name] = value if is_whole(name) else tree_map_only(Tensor, half, value)
         self._parts = {name: (_kept(value), own[name]) for name, value in call.given.items()}
         return own
 
@@ -95,6 +102,11 @@ class Guidance:
         outs = [tree_map_only(Tensor, partial(_half, rank), out) for rank in range(2)]
         self._pairs.keep(second, outs[1])
         return outs[0]
+
+
+def is_whole(name: str) -> bool:
+    """Whether an argument is a table of positions."""
+    return any(word in name for word in POSITIONS)
 
 
 def _half(number: int, x: Tensor) -> Tensor:
@@ -131,10 +143,13 @@ class _Call(NamedTuple):
 
     def split_reason(self) -> str | None:
         """Why the samples of a batch cannot be told apart, or None."""
+        batch = self.batch
         for name, value in self.given.items():
             for x in tree_flatten(value)[0]:
-                if isinstance(x, Tensor) and name not in WHOLE and x.ndim and len(x) > 1 and len(x) % self.batch:
-                    return f"{name} has {len(x)} rows, where the batch has {self.batch}"
+                if not isinstance(x, Tensor) or is_whole(name) or x.ndim == 0 or len(x) in (1, batch):
+                    continue
+                if name not in OF_FRAMES or len(x) % batch:
+                    return f"{name} has {len(x)} rows, where the batch has {batch}"
         return None
 
 

@@ -167,9 +167,8 @@ class Ranks:
     def shift(self, x: Tensor, *, ring: bool = False) -> Tensor | None:
         """What the rank before has given; None for the first rank. ``x``, of equal shape on all, goes to the next.
 
-        In a ``ring``, the first rank gets what the last one has given. Outside of one, nobody waits until the next rank
-        has taken what it gets, before the next call or :meth:`settle`: so the first rank runs ahead a little, and the
-        others find what they need there already.
+        In a ``ring``, the first rank gets what the last one has given. Otherwise a rank does not wait until the next
+        has received ``x``: the next call does, or :meth:`settle`. So the first rank is a little ahead of the others.
         """
         self.settle()
         sent = x.clone(memory_format=torch.contiguous_format)  # x need not stay until it is taken

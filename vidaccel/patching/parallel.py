@@ -34,6 +34,10 @@ __all__ = ["Parallel", "ParallelCall", "parallel_calls"]
 Parallel = Literal["auto", "guidance", "frames", "sequence"]
 Run = Callable[..., Any]
 MOST_KINDS = 256
+LOOKED_AT = {
+    axis: f"a hook, or a processor of somebody's own, may look at all {what}"
+    for axis, what in (("frames", "frames"), ("sequence", "tokens"))
+}
 PLAIN = (bool, int, float, str, type(None), torch.dtype)
 
 
@@ -77,9 +81,11 @@ class ParallelCall:
 
     def call(self, run: Run, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``run(*args, **kwargs)``, a call of ``model``, split along every axis."""
-        self._agree(model, args, kwargs)
+        looked_at = self._agree(model, args, kwargs)
         for site, way in zip(reversed(self.sites), reversed(self._ways), strict=True):
-            if site.on:
+            if site.on and looked_at and site.op in LOOKED_AT:
+                site.fallbacks[LOOKED_AT[site.op]] += 1
+            elif site.on:
                 site.implementations.add(f"{site.ranks.size} ranks")
                 run = partial(_by, way, run, model)
         return run(*args, **kwargs)
@@ -88,16 +94,18 @@ class ParallelCall:
         for site in self.sites:
             site.taken_away()
 
-    def _agree(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _agree(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether somebody's code, on any rank, may look at what is inside the model, and expects all of it."""
         leaves = tree_flatten((args, kwargs))[0]
-        kind = _digest(list(map(_described, leaves)))
+        settings = torch.is_grad_enabled(), getattr(model, "is_cache_enabled", False), [site.on for site in self.sites]
+        kind = _digest((settings, list(map(_described, leaves))))
         values = 0 if kind in self._kinds else _checksum(leaves)  # once: it waits for the GPU
         self._kinds = {*self._kinds, kind} if len(self._kinds) < MOST_KINDS else {kind}
         if self._generation != generation():
             self._generation = generation()
             self._failed = _digest(sorted((site.path, site.op) for site in _sites(model) if site.state == "failed"))
-        facts = self._agreement.all([kind, values, self._failed])
-        kinds, sums, failures = (set(column) for column in zip(*facts, strict=True))
+        facts = self._agreement.all([kind, values, self._failed, _is_looked_at(model)])
+        kinds, sums, failures, looked_at = (set(column) for column in zip(*facts, strict=True))
         name = type(model).__name__
         if len(kinds) > 1:
             raise RankError(f"parallel: the ranks call {name} with arguments of different shapes or settings")
@@ -108,6 +116,7 @@ class ParallelCall:
             )
         if len(failures) > 1:
             self._fail_alike(model)
+        return any(looked_at)
 
     def _fail_alike(self, model: nn.Module) -> None:
         mine = {(site.path, site.op): site.reason for site in _sites(model) if site.state == "failed"}
@@ -215,6 +224,17 @@ def _count(site: Site, reason: str) -> None:
 
 def _by(way: Way, run: Run, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return way.call(run, model, args, kwargs)
+
+
+def _is_looked_at(model: nn.Module) -> bool:
+    """Whether a layer has a hook, or a processor that is neither ours nor diffusers'."""
+    for layer in model.modules():
+        if layer is not model and (layer._forward_hooks or layer._forward_pre_hooks):
+            return True
+        processor = vars(layer).get("processor")
+        if processor is not None and type(processor).__module__.partition(".")[0] not in ("diffusers", "vidaccel"):
+            return True
+    return False
 
 
 def _sites(model: nn.Module) -> list[Site]:
