@@ -12,12 +12,17 @@ is there. A report in a kernel of ours counts as explained if three things hold:
 PyTorch's copy of that result was reported, and the control's copy was. ``nan-fill`` runs the calls without the
 sanitizer, with NaN in all new tensors: a kernel that reads memory which nobody has written gives a wrong result.
 
+racecheck may not understand how Triton sends the warps of a specialised kernel to their partitions: numbers in shared
+memory, with barriers around them. Its control is a kernel whose partitions share nothing. A race counts as explained if
+that kernel was reported, and if all accesses are in lines before the partitions: they have left the function by then.
+
 The exit code is 1 if a tool found an error in a kernel of ours, a test failed, or a tool said nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import pkgutil
@@ -41,15 +46,22 @@ MISSING = (
     "sanitize: error: compute-sanitizer is not on PATH, nor in CUDA_HOME; it comes with the CUDA toolkit "
     "(apt-get install cuda-sanitizer-12-8, or conda install -c nvidia cuda-sanitizer-api)"
 )
-# Under initcheck: whether the copy of what they return is to be reported; None: that is what they find out.
-CONTROLS = {"nothing written": True, "a plain store": False, "a TMA store": None, "a product": None}
+# Whether they are to be reported (under initcheck: PyTorch's copy of what they return); None: they find that out.
+CONTROLS: dict[str, dict[str, bool | None]] = {
+    "initcheck": {"nothing written": True, "a plain store": False, "a TMA store": None, "a product": None},
+    "racecheck": {"partitions that share nothing": None},
+}
 
 
 class Report(NamedTuple):
-    """One error that a tool lists: in which kernel ("": none is named), and the address that it was at."""
+    """One error that a tool lists: in which kernel ("": none is named), at which address, in which lines of the source.
+
+    The errors of a launch that did not fit into the tool's buffer are one report without address or lines.
+    """
 
     kernel: str
-    address: int | None
+    address: int | None = None
+    lines: tuple[int, ...] = ()
 
 
 class Found(NamedTuple):
@@ -66,14 +78,14 @@ class Run(NamedTuple):
         name: The op or the control.
         code: Its exit code.
         found: What the tool said.
-        kernels: Those of ours that ran.
+        kernels: Those of ours that ran; for one whose warps part, the first and last line of what they do before.
         products: First and last address of each product's result.
     """
 
     name: str
     code: int
     found: Found
-    kernels: list[str]
+    kernels: dict[str, tuple[int, int] | None]
     products: list[tuple[int, int]]
 
 
@@ -118,7 +130,7 @@ def find_program() -> str | None:
 
 def run_tool(program: str | None, tool: str, names: list[str], jobs: int) -> dict[str, Any]:
     start = time.monotonic()
-    names = [*names, *(CONTROLS if tool == "initcheck" else ())]
+    names = [*names, *CONTROLS.get(tool, ())]
     with ThreadPoolExecutor(jobs) as pool:
         runs = list(pool.map(lambda name: run_under(program, tool, name), names))
     return {"tool": tool, **judge(tool, runs), "seconds": round(time.monotonic() - start, 1)}
@@ -129,6 +141,7 @@ def run_under(program: str | None, tool: str, name: str) -> Run:
         told = Path(folder) / "run.json"
         calls = [sys.executable, __file__, "--run", tool, name, str(told)]
         options = ["--tool", tool, "--target-processes", "all", "--print-limit", "1000000", "--show-backtrace", "no"]
+        options += ["--force-blocking-launches", "yes"]  # what overflows the buffer is of one launch
         under = [program, *options, "--log-file", f"{folder}/%p.log"] if program and tool != NAN_FILL else []
         environment = os.environ | {
             "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic
@@ -140,7 +153,7 @@ def run_under(program: str | None, tool: str, name: str) -> Run:
             [*under, *calls], env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         found = parse("".join(path.read_text(errors="replace") for path in Path(folder).glob("*.log")))
-        run = json.loads(told.read_text()) if told.exists() else {"kernels": [], "products": []}
+        run = json.loads(told.read_text()) if told.exists() else {"kernels": {}, "products": []}
     if done.returncode:
         print(f"{tool}, {name}: exit code {done.returncode}\n{done.stdout[-3000:]}", file=sys.stderr, flush=True)
     return Run(name, done.returncode, found, **run)
@@ -149,30 +162,33 @@ def run_under(program: str | None, tool: str, name: str) -> Run:
 def parse(text: str) -> Found:
     """What the log of a run, of one process or several, tells."""
     totals = re.findall(r"^========= (?:ERROR SUMMARY: (\d+) errors?$|RACECHECK SUMMARY: (\d+) hazard)", text, re.M)
-    entries = re.split(r"^========= (?=\S)", text, flags=re.M)
-    reports = [report for entry in entries if (report := parse_entry(entry))]
+    reports: list[Report] = []
+    for entry in re.split(r"^========= (?=\S)", text, flags=re.M):
+        if entry.startswith("Warning: Error buffer overflow"):  # in the launch whose errors it follows
+            reports.append(Report(reports[-1].kernel if reports else ""))
+        elif re.match(r"Invalid|Uninitialized|(Error|Warning): (Race|Potential)|Program hit|Host API", entry):
+            reports.append(parse_entry(entry.replace("(anonymous namespace)::", "")))
     return Found(sum(int(errors or hazards) for errors, hazards in totals) if totals else None, reports)
 
 
-def parse_entry(entry: str) -> Report | None:
-    """An entry of a log, or None if it tells of no error."""
-    if not re.match(r"Invalid|Uninitialized|(Error|Warning): (Race|Potential)|Program hit|Host API", entry):
-        return None
+def parse_entry(entry: str) -> Report:
     place = re.search(
         r"(?:^=========\s+at (?:0x\w+ in )?|(?:Read|Write|Atomic) access at |on access by )(?:void )?([^\s+<(]+)",
-        entry.replace("(anonymous namespace)::", ""),
+        entry,
         re.M,
     )
     address = re.search(r"(?:Address|Access to|access at) (0x\w+)", entry)
-    return Report(place[1] if place else "", int(address[1], 16) if address else None)
+    lines = re.findall(r"\+0x\w+ in \S+\.py:(\d+)", entry)
+    return Report(place[1] if place else "", int(address[1], 16) if address else None, tuple(map(int, lines)))
 
 
 def judge(tool: str, runs: Iterable[Run]) -> dict[str, Any]:
     """The verdict on our kernels, with what was reported where."""
     runs = list(runs)
+    controls = CONTROLS.get(tool, {})
+    reported = {run.name: None if run.code else bool(run.found.reports) for run in runs if run.name in controls}
+    runs = [run for run in runs if run.name not in controls]
     kernels = {kernel for run in runs for kernel in run.kernels}
-    reported = {run.name: None if run.code else bool(run.found.reports) for run in runs if run.name in CONTROLS}
-    runs = [run for run in runs if run.name not in CONTROLS]
     ours: dict[str, Counter[str]] = {}
     explained: dict[str, Counter[str]] = {}
     elsewhere: Counter[str] = Counter()
@@ -181,16 +197,17 @@ def judge(tool: str, runs: Iterable[Run]) -> dict[str, Any]:
     problems += [
         f"control {name!r}: {'reported' if value else 'not reported' if value is False else 'it failed'}"
         for name, value in reported.items()
-        if CONTROLS[name] not in (None, value)
+        if controls[name] not in (None, value) or value is None
     ]
     for run in runs:
         unseen = unseen_products(run, kernels) if reported.get("a product") else []
-        for kernel, address in run.found.reports:
-            if kernel and kernel not in kernels:
-                elsewhere[kernel] += 1
+        for report in run.found.reports:
+            if report.kernel and report.kernel not in kernels:
+                elsewhere[report.kernel] += 1
             else:
-                known = any(first <= (address or 0) <= last for first, last in unseen)
-                (explained if known else ours).setdefault(run.name, Counter())[kernel or "no kernel named"] += 1
+                known = any(first <= (report.address or 0) <= last for first, last in unseen)
+                known |= bool(reported.get("partitions that share nothing")) and is_before_partitions(report, run)
+                (explained if known else ours).setdefault(run.name, Counter())[report.kernel or "no kernel named"] += 1
         if (more := (run.found.errors or 0) - len(run.found.reports)) > 0:
             problems.append(f"{run.name}: {more} errors are not listed")
     problems += [f"{name}: {count} errors in {kernel}" for name in ours for kernel, count in ours[name].items()]
@@ -217,6 +234,11 @@ def unseen_products(run: Run, kernels: set[str]) -> list[tuple[int, int]]:
     return [(first, last) for first, last in run.products if any(first <= address <= last for address in read)]
 
 
+def is_before_partitions(report: Report, run: Run) -> bool:
+    first, last = run.kernels.get(report.kernel) or (0, 0)
+    return bool(report.lines) and all(first <= line <= last for line in report.lines)
+
+
 def about(program: str | None) -> dict[str, Any]:
     import torch
 
@@ -229,9 +251,9 @@ def about(program: str | None) -> dict[str, Any]:
 
 def run_calls(tool: str, name: str, told: Path) -> int:
     """Under a tool: make the calls; write which kernels ran, and where the results of products lie."""
-    code, kept = (control(name), []) if name in CONTROLS else test_op(tool, name)
+    code, kept = (control(name), []) if name in CONTROLS.get(tool, ()) else test_op(tool, name)
     products = [(x.data_ptr(), x.data_ptr() + x.numel() * x.element_size() - 1) for x in kept if x.numel()]
-    told.write_text(json.dumps({"kernels": sorted(ran()), "products": products}))
+    told.write_text(json.dumps({"kernels": ran(), "products": products}))
     return code
 
 
@@ -274,8 +296,12 @@ def keeping_products(kept: list[Any]) -> Any:
 
 
 def control(name: str) -> int:
-    """Have PyTorch copy what was written in a known way; under a tool that shows whether it has seen the write."""
+    """Do what is known to be right, or wrong: whether a tool reports it shows what the tool sees.
+
+    Under initcheck PyTorch copies what was written in some way.
+    """
     import torch
+    from specialised_warps import run_partitions  # beside this script
 
     from vidaccel.kernels.attention.spatial_attention import spatial_attention
     from vidaccel.kernels.ffn.geglu import geglu
@@ -286,24 +312,32 @@ def control(name: str) -> int:
         "a plain store": lambda: [geglu(x, impl="triton")],
         "a TMA store": lambda: [spatial_attention(x[None], x[None], x[None], 1, impl="gluon")],
         "a product": lambda: [torch.mm(x[:rows], x) for rows in (1, 8, 64)],
+        "partitions that share nothing": lambda: [run_partitions(programs) for programs in (1, 2, 200)],
     }
     print([float(y.double().sum()) for y in writes[name]()])  # waits for the GPU
     return 0
 
 
-def ran() -> set[str]:
-    """The kernels that this process has compiled or loaded."""
+def ran() -> dict[str, tuple[int, int] | None]:
+    """The kernels that this process has compiled or loaded; see ``Run``."""
     import vidaccel.kernels
 
-    found = set()
+    found = {}
     for kind in ("norm", "attention", "conv", "ffn"):
         for module in pkgutil.iter_modules([f"{path}/{kind}" for path in vidaccel.kernels.__path__]):
             if file := sys.modules.get(f"vidaccel.kernels.{kind}.{module.name}"):
                 kernels = (x for x in vars(file).values() if hasattr(x, "device_caches"))
                 found |= {
-                    kernel.__name__ for kernel in kernels if any(cache[0] for cache in kernel.device_caches.values())
+                    kernel.__name__: lines_before_partitions(kernel.fn)
+                    for kernel in kernels
+                    if any(cache[0] for cache in kernel.device_caches.values())
                 }
-    return found
+    return dict(sorted(found.items()))
+
+
+def lines_before_partitions(function: Callable[..., None]) -> tuple[int, int] | None:
+    lines, first = inspect.getsourcelines(function)
+    return (first, first + len(lines) - 1) if any("gl.warp_specialize(" in line for line in lines) else None
 
 
 if __name__ == "__main__":

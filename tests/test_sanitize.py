@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "sanitize.py"
-GEGLU = ["_geglu_kernel"]
+GEGLU = {"_geglu_kernel": None}
 # from runs on an H200, where no other source is named
 CLEAN = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
 WRONG = """========= COMPUTE-SANITIZER
@@ -35,6 +35,12 @@ PyTorchMemEffAttention::AttentionKernel<cutlass::half_t, cutlass::arch::Sm80, (b
 ========= 
 ========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
 """
+WARPS = """========= Error: Race reported between Read access at attention+0x100 in spatial_attention_gluon.py:270
+=========     and Write access at attention+0xc080 in spatial_attention_gluon.py:270 [3 hazards]
+=========     and Write access at attention+0x11330 in spatial_attention_gluon.py:289 [2 hazards]
+========= 
+========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
+"""
 COPIED = """========= Uninitialized __global__ memory read of size 2 bytes
 =========     at void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda(\
 at::TensorIteratorBase &)::[lambda() (instance 3)]::operator ()() const::[lambda(float) (instance 1)], (int)4>\
@@ -44,6 +50,9 @@ at::TensorIteratorBase &)::[lambda() (instance 3)]::operator ()() const::[lambda
 ========= 
 """
 READ = COPIED.replace(COPIED.splitlines()[1], "=========     at _geglu_kernel+0x3b0 in geglu.py:58")
+DROPPED = """========= Warning: Error buffer overflow has been detected. Some records have been dropped
+========= 
+"""
 HOST = """========= Host API memory access error at host access to 0x7f7fcdc01200 of size 400 bytes
 =========     Uninitialized access at 0x7f7fcdc01300 on access by cudaMemcpy source
 """  # https://github.com/Henning1/dogqc/issues/4
@@ -63,10 +72,17 @@ def summary(*reports: str) -> str:
     ("text", "errors", "reports"),
     [
         (CLEAN, 0, []),
-        (WRONG, 12, [("_geglu_kernel", 0x7FE77A5F1802), ("_geglu_kernel", None)]),
-        (RACE, 1, [(FMHA, None)]),
-        (CLEAN + RACE, 1, [(FMHA, None)]),
-        (summary(COPIED, READ, HOST), 3, [(COPY, 0x1000), ("_geglu_kernel", 0x1000), ("cudaMemcpy", 0x7F7FCDC01300)]),
+        (WRONG, 12, [("_geglu_kernel", 0x7FE77A5F1802, (58,)), ("_geglu_kernel", None, ())]),
+        (RACE, 1, [(FMHA, None, ())]),
+        (CLEAN + RACE, 1, [(FMHA, None, ())]),
+        (WARPS, 1, [("attention", None, (270, 270, 289))]),
+        (
+            summary(COPIED, READ, HOST),
+            3,
+            [(COPY, 0x1000, ()), ("_geglu_kernel", 0x1000, (58,)), ("cudaMemcpy", 0x7F7FCDC01300, ())],
+        ),
+        (summary(COPIED, DROPPED, READ), 3, [(COPY, 0x1000, ()), (COPY, None, ()), ("_geglu_kernel", 0x1000, (58,))]),
+        (summary(DROPPED), 1, [("", None, ())]),
         ("", None, []),
     ],
 )
@@ -80,20 +96,24 @@ def test_what_a_log_says(script: dict[str, Any], text: str, errors: int | None, 
         (CLEAN, 0, GEGLU, "clean"),
         (CLEAN + WRONG, 0, GEGLU, "op: 10 errors are not listed; op: 2 errors in _geglu_kernel"),
         (RACE, 0, GEGLU, "clean"),
-        (RACE, 0, [FMHA], f"op: 1 errors in {FMHA}"),
+        (RACE, 0, {FMHA: None}, f"op: 1 errors in {FMHA}"),
         (summary("========= Program hit cudaErrorInvalidValue\n"), 0, GEGLU, "op: 1 errors in no kernel named"),
         (summary(READ), 0, GEGLU, "op: 1 errors in _geglu_kernel"),
         (CLEAN, 1, GEGLU, "op: exit code 1"),
-        (CLEAN, 0, [], "no kernel ran"),
+        (summary(COPIED, DROPPED), 0, GEGLU, "clean"),
+        (summary(READ, DROPPED), 0, GEGLU, "op: 2 errors in _geglu_kernel"),
+        (summary(DROPPED), 0, GEGLU, "op: 1 errors in no kernel named"),
+        (CLEAN, 0, {}, "no kernel ran"),
         ("", 0, GEGLU, "op: no summary: the tool did not run"),
     ],
 )
 def test_the_verdict_is_about_our_kernels(
-    script: dict[str, Any], text: str, code: int, kernels: list[str], verdict: str
+    script: dict[str, Any], text: str, code: int, kernels: dict[str, None], verdict: str
 ) -> None:
     result = script["judge"]("racecheck", [script["Run"]("op", code, script["parse"](text), kernels, [])])
     assert result["verdict"] == verdict
-    assert result["elsewhere"] == ({FMHA: 1} if text == RACE and FMHA not in kernels else {})
+    elsewhere = {RACE: {FMHA: 1}, summary(COPIED, DROPPED): {COPY: 2}}.get(text, {})
+    assert result["elsewhere"] == {name: count for name, count in elsewhere.items() if name not in kernels}
 
 
 @pytest.mark.parametrize(
@@ -121,6 +141,37 @@ def test_what_the_controls_explain(
     blind = [op, run("nothing written"), run("a plain store", COPIED)]
     verdict = script["judge"]("initcheck", blind)["verdict"]
     assert "'nothing written': not reported" in verdict and "'a plain store': reported" in verdict
+
+
+@pytest.mark.parametrize(
+    ("control", "lines", "explained"),
+    [
+        (WARPS, (270, 310), True),
+        (CLEAN, (270, 310), False),  # the control has shown that the tool understands how warps part
+        (WARPS, (270, 288), False),  # one access is in a partition
+        (WARPS, None, False),  # the kernel's warps do not part
+    ],
+)
+def test_races_before_warps_part(
+    script: dict[str, Any], control: str, lines: tuple[int, int] | None, explained: bool
+) -> None:
+    runs = [
+        script["Run"]("op", 0, script["parse"](WARPS), {"attention": lines}, []),
+        script["Run"]("partitions that share nothing", 0, script["parse"](control), {}, []),
+    ]
+    result = script["judge"]("racecheck", runs)
+    assert result["verdict"] == ("clean" if explained else "op: 1 errors in attention")
+    assert result["explained_by_the_controls"] == ({"op": {"attention": 1}} if explained else {})
+
+
+def test_the_lines_before_warps_part(script: dict[str, Any]) -> None:
+    gluon = pytest.importorskip("vidaccel.kernels.attention.spatial_attention_gluon")
+    source = Path(gluon.__file__).read_text().splitlines()
+    first, last = script["lines_before_partitions"](gluon.spatial_attention_gluon_kernel.fn)
+    lines = source[first - 1 : last]
+    assert lines[0].startswith("@gluon.jit") and lines[1].startswith("def spatial_attention_gluon_kernel(")
+    assert lines[-1] == "        )" and not source[last].strip()
+    assert script["lines_before_partitions"](gluon._consumer.fn) is None
 
 
 def test_an_op_under_a_tool(script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
