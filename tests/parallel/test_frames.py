@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from block_checks import all_fused, frozen, fused, relative_error
+from denoiser_calls import denoised, first_call
 from diffusers.models.resnet import SpatioTemporalResBlock, TemporalConvLayer
 from ranks import Team
-from tiny_models import tiny_synthetic_pipeline
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from vidaccel import patch_pipeline
@@ -33,33 +33,6 @@ from vidaccel.patching.report import PatchReport
 
 RESNETS = FusedResnetBlock2D, FusedTemporalResnetBlock, FusedAlphaBlender, FusedSpatioTemporalResBlock
 FAMILIES = ["svd", "i2vgen-xl", "animatediff", "modelscope"]
-
-
-class Reached(Exception):
-    """The UNet's first call."""
-
-
-def first_call(name: str, frames: int) -> tuple[Any, dict[str, Any]]:
-    """A pipeline, and what it gives its UNet first."""
-    pipe, call = tiny_synthetic_pipeline(name)
-    found: dict[str, Any] = {}
-
-    def keep(unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.update(zip(("sample", "timestep"), args, strict=False), **kwargs)
-        raise Reached
-
-    hook = pipe.unet.register_forward_pre_hook(keep, with_kwargs=True)
-    torch.manual_seed(0)  # I2VGenXL's VAE draws from the default generator
-    try:
-        pipe(**call | {"num_frames": frames}, generator=torch.Generator().manual_seed(3), output_type="latent")
-    except Reached:
-        hook.remove()
-    return pipe, found
-
-
-def denoised(pipe: Any, given: dict[str, Any]) -> Tensor:
-    with torch.no_grad():
-        return pipe.unet(**given)[0]
 
 
 def in_double(x: Tensor) -> Tensor:

@@ -13,6 +13,9 @@ A call that comes through ``model_call.py`` goes one of three ways:
 If anything that a graph takes for granted has changed (``premises.py``), all graphs are dropped, and from then on a
 kind is captured when it is seen for the second time: what changes at every call is never captured. What cannot be
 captured runs as ever, and the report counts why. While a graph lives, the memory that the call works in stays reserved.
+
+Where several ranks make a call together, what they send one another is in the graph. So all capture and replay the same
+call, or none does: before each, their hosts compare what they have. Times are those of the slowest (:class:`Shared`).
 """
 
 from __future__ import annotations
@@ -30,11 +33,13 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_on
 
 from vidaccel.errors import first_line
 from vidaccel.kernels import settings
+from vidaccel.parallel.layout import Layout
+from vidaccel.parallel.ranks import Agreement
 from vidaccel.patching.cuda_capture import Captured, CaptureError, CudaCapture
 from vidaccel.patching.premises import capture_reason
 from vidaccel.sites.site import Site
 
-__all__ = ["GraphSite", "Graphs", "is_denoiser"]
+__all__ = ["GraphSite", "Graphs", "Shared", "is_denoiser"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +52,32 @@ FIRST_AUDIT, AUDIT_GROWTH = 64, 8
 PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size)
 
 CHANGED = "the model has changed since the call before (weights, adapters, processors or settings)"
+OFF = "it is switched off, or somebody else is capturing"
+APART = "the ranks have not captured the same calls"
+ELSEWHERE = "another rank cannot capture it, or its replay is not the same"
 VALUES_CHANGE = "Python values among the arguments keep changing (a time step is best passed as a tensor)"
+
+
+@dataclass(frozen=True)
+class Shared:
+    """That several ranks make a call together.
+
+    Attributes:
+        over: How what it works on lies over them.
+        agreement: Of the same ranks, or more.
+    """
+
+    over: Layout
+    agreement: Agreement
+
+    def all_alike(self, *facts: int) -> bool:
+        theirs = self.agreement.all(facts)
+        return all(other == theirs[0] for other in theirs)
+
+    def slowest(self, *milliseconds: float) -> list[float]:
+        """The most that each of these takes on any rank."""
+        theirs = self.agreement.all([round(1e3 * time) for time in milliseconds])
+        return [max(times) / 1e3 for times in zip(*theirs, strict=True)]
 
 
 class GraphSite(Site):
@@ -72,10 +102,11 @@ class _Call:
         self.leaves, self.structure = tree_flatten((args, kwargs))
         self.tensors = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
 
-    def kind(self) -> _Kind:
+    def kind(self, shared: Shared | None) -> _Kind:
         tensors = tuple((x.shape, x.stride(), x.dtype, x.device) for x in self.tensors)
         plain = tuple(... if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in self.leaves)
-        return _Kind(self.structure, tensors, (*plain, settings.current()))
+        over = shared and (type(shared.over), shared.over.total)  # a whole clip may look like a part of another
+        return _Kind(self.structure, tensors, (*plain, settings.current(), over))
 
     def on(self, buffers: list[Tensor]) -> Callable[[], Any]:
         """The same call with ``buffers`` for its tensors."""
@@ -99,12 +130,17 @@ class _Kind:
 
 @dataclass(eq=False)
 class _Entry:
-    """One kind of call: seen, captured, or refused for good (``reason``)."""
+    """One kind of call: seen, captured, or refused for good (``reason``).
+
+    Ranks that have the same entries have made them in the same order (``number``).
+    """
 
     kind: _Kind
+    number: int
     reason: str = ""
     graph: Captured | None = None
     buffers: list[Tensor] = field(default_factory=list)
+    sent: int = 0  # by a replay, to other ranks
     replays: int = 0
     audit: int = field(default_factory=lambda: FIRST_AUDIT)
 
@@ -130,17 +166,33 @@ class Graphs:
         self._entries: list[_Entry] = []  # the one used last comes last
         self._model_reason: str | None = None
         self._has_changed = False
+        self._made = 0
+        self._shared: Shared | None = None
 
-    def call(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call of ``model``, by its graph if there is one."""
+    def call(
+        self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], shared: Shared | None = None
+    ) -> Any:  # fmt: skip
+        """A call of ``model``, which ranks may make together, by its graph if there is one."""
+        self._shared = shared
         if not self.site.on or self._gpu.capturing():
+            self._all_alike(OFF, None)  # the others wait to hear that
             return model._call_impl(*args, **kwargs)
         call = _Call(model, args, kwargs)
         if self._model_reason is None:
             self._model_reason = capture_reason(model) or ""
-        if reason := self._model_reason or self._call_reason(call):
+        reason = self._model_reason or self._call_reason(call)
+        entry = None
+        if reason is None:
+            kind = call.kind(shared)
+            entry = next((entry for entry in self._entries if entry.kind == kind), None)
+            reason = entry.reason if entry else self._values_reason(kind)
+        if not self._all_alike(reason, entry):
+            self.forget()
+            self._has_changed = True
+            reason = APART
+        if reason:
             return self._fall_back(call, reason)
-        return self._serve(call)
+        return self._first_of_kind(call) if entry is None else self._serve(call, entry)
 
     def changed(self) -> None:
         """The model is not what it was: drop all graphs."""
@@ -154,7 +206,18 @@ class Graphs:
             self._gpu.wait()
             self._entries = []
             self._gpu.give_back_memory()
-        self._entries, self._model_reason = [], None
+        self._entries, self._model_reason, self._made = [], None, 0
+
+    def _all_alike(self, reason: str, entry: _Entry | None) -> bool:
+        """Whether all ranks are about to do the same."""
+        if self._shared is None:
+            return True
+        place = (entry.number, entry.graph is not None, entry.replays) if entry else (-1, 0, 0)
+        return self._shared.all_alike(bool(reason), self._has_changed, *place)
+
+    def _values_reason(self, kind: _Kind) -> str:
+        alike = sum(kind.differs_in_values(entry.kind) for entry in self._entries)
+        return VALUES_CHANGE if alike >= MAX_VALUES_PER_SHAPE else ""
 
     def _call_reason(self, call: _Call) -> str | None:
         """Why this very call is neither captured nor replayed, or None."""
@@ -174,23 +237,17 @@ class Graphs:
         strange = next((leaf for leaf in call.leaves if not isinstance(leaf, (Tensor, *PLAIN))), None)
         return None if strange is None else f"an argument is a {type(strange).__name__}"
 
-    def _serve(self, call: _Call) -> Any:
-        kind = call.kind()
-        entry = next((entry for entry in self._entries if entry.kind == kind), None)
-        if entry is None:
-            if sum(kind.differs_in_values(entry.kind) for entry in self._entries) >= MAX_VALUES_PER_SHAPE:
-                return self._fall_back(call, VALUES_CHANGE)
-            return self._first_of_kind(call)
+    def _serve(self, call: _Call, entry: _Entry) -> Any:
         self._entries.remove(entry)
         self._entries.append(entry)
-        if entry.reason:
-            return self._fall_back(call, entry.reason)
         self._gpu.follow_last_stream(call.tensors[0].device)
         if entry.graph is None:
             out = self._capture(call, entry)
             return call.run() if out is None else out
         entry.fill(call.tensors)
         entry.graph.replay()
+        if self._shared is not None:
+            self._shared.over.ranks.sent += entry.sent
         entry.replays += 1
         if entry.replays == entry.audit:
             entry.audit *= AUDIT_GROWTH
@@ -201,8 +258,9 @@ class Graphs:
         """The call without its graph, which is dropped if the replay just made differs."""
         assert entry.graph is not None
         out = call.run()
-        if not _same_bits(entry.graph.outputs, out):
-            self._drop(entry, "a later replay differs in some bits from the call")
+        differs = "" if _same_bits(entry.graph.outputs, out) else "a later replay differs in some bits from the call"
+        if reason := self._on_any(differs):
+            self._drop(entry, reason)
         return out
 
     def _fall_back(self, call: _Call, reason: str) -> Any:
@@ -210,15 +268,17 @@ class Graphs:
         return call.run()
 
     def _first_of_kind(self, call: _Call) -> Any:
-        kind = call.kind()  # before the model may write to its arguments
+        kind = call.kind(self._shared)  # before the model may write to its arguments
         versions = _versions(call.tensors)
         out = call.run()
-        entry = _Entry(kind)
+        entry = _Entry(kind, self._made)
+        self._made += 1
         strange = next((leaf for leaf in tree_leaves(out) if not isinstance(leaf, (Tensor, *PLAIN))), None)
         if _versions(call.tensors) != versions:
             entry.reason = "it writes to its arguments"
         elif strange is not None:
             entry.reason = f"it returns a {type(strange).__name__}"
+        entry.reason = self._on_any(entry.reason)
         if len(self._entries) == MAX_KINDS:
             self._gpu.wait()
             del self._entries[0]
@@ -235,29 +295,59 @@ class Graphs:
             What the call returns; None if it did not get as far.
         """
         device = call.tensors[0].device
+        failure = ""
         try:
             entry.buffers = [_buffer_like(x) for x in call.tensors]
             entry.fill(call.tensors)
-            run = call.on(entry.buffers)
+        except Exception as error:
+            failure = _one_line(error)
+        if reason := self._on_any(failure):
+            return self._refuse(call, entry, reason, warn=True)
+        run = call.on(entry.buffers)
+        try:
             if self._only_if_faster and (reason := self._launches_reason(run, device)):
                 return self._refuse(call, entry, reason)
             out = run()  # what is still to compile or to choose for these addresses, a capture could not do
         except Exception as error:
+            if self._shared is not None:  # the others are in the middle of it
+                raise
             return self._refuse(call, entry, _one_line(error), warn=True)
         try:
-            # one pool for all: no two replays run at the same time, and what they return is copied at once
-            pool = next((other.graph.pool for other in self._entries if other.graph), None)
-            entry.graph = self._gpu.capture(run, device, pool)
-            if reason := self._graph_reason(entry.graph, run, out, device):
-                self._drop(entry, reason)
-            else:
-                self.site.implementations.add("cuda graph")
-        except Exception as error:
-            self._drop(entry, _one_line(error))
-        except BaseException:  # an interrupt: nobody has checked this graph
-            entry.graph = None
-            raise
+            reason = self._on_any(self._captured(run, entry, device))
+            reason = reason or self._on_any(self._replay_reason(entry.graph, out))
+            reason = reason or self._gain_reason(entry.graph, run, device)
+        except BaseException as error:
+            if self._shared is not None or not isinstance(error, Exception):  # nobody has checked this graph
+                entry.graph = None
+                raise
+            reason = _one_line(error)
+        if reason:
+            self._drop(entry, reason)
+        else:
+            self.site.implementations.add("cuda graph")
         return out
+
+    def _captured(self, run: Callable[[], Any], entry: _Entry, device: torch.device) -> str:
+        """Capture ``run``; why that failed, or "".
+
+        One pool serves all graphs: no two replays run at the same time, and what they return is copied at once.
+        """
+        pool = next((other.graph.pool for other in self._entries if other.graph), None)
+        ranks = self._shared.over.ranks if self._shared else None
+        sent = ranks.sent if ranks else 0
+        try:
+            entry.graph = self._gpu.capture(run, device, pool)
+        except Exception as error:
+            return _one_line(error)
+        if ranks is not None:
+            entry.sent, ranks.sent = ranks.sent - sent, sent
+        return ""
+
+    def _on_any(self, reason: str) -> str:
+        """``reason``, or that another rank has one; "" if none has."""
+        if self._shared is not None and not self._shared.all_alike(bool(reason)):
+            return reason or ELSEWHERE
+        return reason
 
     def _refuse(self, call: _Call, entry: _Entry, reason: str, warn: bool = False) -> None:
         entry.reason, entry.buffers = reason, []
@@ -273,24 +363,33 @@ class Graphs:
         entry.graph, entry.buffers = None, []
         self._gpu.give_back_memory()
 
-    def _launches_reason(self, run: Callable[[], Any], device: torch.device) -> str | None:
-        """Why saving the launches of ``run`` would gain nothing, or None."""
-        queueing, total = self._gpu.queueing_milliseconds(run, device)
+    def _launches_reason(self, run: Callable[[], Any], device: torch.device) -> str:
+        """Why saving the launches of ``run`` would gain nothing, or ""."""
+        queueing, total = self._slowest(*self._gpu.queueing_milliseconds(run, device))
         if queueing >= HOST_BOUND * total:
-            return None
+            return ""
         return f"the GPU is the slower one: launching takes {queueing:.1f} ms of {total:.1f}"
 
-    def _graph_reason(self, graph: Captured, run: Callable[[], Any], expected: Any, device: torch.device) -> str | None:
-        """Why the graph just captured is of no use, or None."""
+    def _replay_reason(self, graph: Captured | None, expected: Any) -> str:
+        """Why the graph just captured does not do what the call does, or ""."""
+        assert graph is not None
         if self._checks:
             graph.replay()
             if not _same_bits(graph.outputs, expected):
                 return "a replay differs in some bits from the call that was captured"
+        return ""
+
+    def _gain_reason(self, graph: Captured | None, run: Callable[[], Any], device: torch.device) -> str:
+        """Why the graph just captured is of no use, or ""."""
+        assert graph is not None
         if self._only_if_faster:
-            launches, replay = (self._gpu.milliseconds(way, device) for way in (run, graph.replay))
+            launches, replay = self._slowest(*(self._gpu.milliseconds(way, device) for way in (run, graph.replay)))
             if replay > WORTH_IT * launches:
                 return f"it is no faster: {replay:.1f} ms, separate launches {launches:.1f} ms"
-        return None
+        return ""
+
+    def _slowest(self, *milliseconds: float) -> list[float]:
+        return self._shared.slowest(*milliseconds) if self._shared else [*milliseconds]
 
 
 def _same_bits(outputs: Any, expected: Any) -> bool:

@@ -28,7 +28,7 @@ from torch import nn
 from vidaccel.kernels.settings import Fidelity, Settings, allowed, frozen
 from vidaccel.parallel.decode import stand_in_of
 from vidaccel.parallel.layout import layout
-from vidaccel.patching.cuda_graph import Graphs
+from vidaccel.patching.cuda_graph import Graphs, Shared
 from vidaccel.patching.parallel import ParallelCall
 from vidaccel.patching.premises import CALL_SLOT, Premises
 from vidaccel.sites.memo import Memo, holding, preparations, watched
@@ -77,9 +77,11 @@ class ModelCall:
             for prepare in preparations(model):
                 prepare(memo, args, kwargs)
             with holding(memo):
-                if graphs is None or layout() is not None:  # ranks would not all capture at the same time
+                over, parallel = layout(), self.parallel
+                if graphs is None or (over is not None and parallel is None):
                     return model._call_impl(*args, **kwargs)
-                return graphs.call(model, args, kwargs)
+                shared = Shared(over, parallel.agreement) if over is not None and parallel is not None else None
+                return graphs.call(model, args, kwargs, shared)
         finally:
             memo.text = None  # also after an interrupt: no later call may take it for its own
             memo.of_call.clear()

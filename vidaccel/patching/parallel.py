@@ -64,12 +64,13 @@ class ParallelCall:
 
     Attributes:
         sites: One for each axis, which is passed over while its site is off.
+        agreement: Of all ranks.
     """
 
     def __init__(self, agreement: Agreement) -> None:
         self.sites: list[AxisSite] = []
         self._ways: list[Way] = []
-        self._agreement = agreement
+        self.agreement = agreement
         self._kinds: set[int] = set()
         self._failed = 0
         self._generation = -1
@@ -104,7 +105,7 @@ class ParallelCall:
         if self._generation != generation():
             self._generation = generation()
             self._failed = _digest(sorted((site.path, site.op) for site in _sites(model) if site.state == "failed"))
-        facts = self._agreement.all([kind, values, self._failed, _is_looked_at(model)])
+        facts = self.agreement.all([kind, values, self._failed, _is_looked_at(model)])
         kinds, sums, failures, looked_at = (set(column) for column in zip(*facts, strict=True))
         name = type(model).__name__
         if len(kinds) > 1:
@@ -120,7 +121,7 @@ class ParallelCall:
 
     def _fail_alike(self, model: nn.Module) -> None:
         mine = {(site.path, site.op): site.reason for site in _sites(model) if site.state == "failed"}
-        for rank, theirs in enumerate(self._agreement.objects(mine)):
+        for rank, theirs in enumerate(self.agreement.objects(mine)):
             for site in _sites(model):
                 if (site.path, site.op) in theirs and site.state != "failed":
                     site.fail(f"it failed on rank {rank}: {theirs[site.path, site.op]}")
