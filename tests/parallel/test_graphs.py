@@ -5,7 +5,10 @@ Without a GPU the call itself takes the place of its graph: on the same buffers,
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -199,6 +202,27 @@ def whole_and_in_part() -> list[bool]:
 
 def test_a_part_is_not_taken_for_a_whole_clip(two_ranks: Team) -> None:
     assert two_ranks.run(whole_and_in_part) == [[True] * 4] * 2
+
+
+@pytest.mark.parametrize("end", ["dist.destroy_process_group()", "dist.distributed_c10d.destroy_process_group()", ""])
+def test_graphs_go_before_the_process_group(end: str, tmp_path: Path) -> None:
+    program = f"""
+import torch.distributed as dist
+from vidaccel.parallel.farewell import forget_before_groups_end
+
+class Graphs:
+    def forget(self):
+        print("forgotten in a group" if dist.is_initialized() else "forgotten too late")
+
+dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
+graphs, gone = Graphs(), Graphs()
+forget_before_groups_end(graphs)
+forget_before_groups_end(gone)
+del gone
+{end}
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "forgotten in a group\n"
 
 
 @pytest.mark.gpu

@@ -33,6 +33,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_on
 
 from vidaccel.errors import first_line
 from vidaccel.kernels import settings
+from vidaccel.parallel.farewell import forget_before_groups_end
 from vidaccel.parallel.layout import Layout
 from vidaccel.parallel.ranks import Agreement
 from vidaccel.patching.cuda_capture import Captured, CaptureError, CudaCapture
@@ -335,6 +336,8 @@ class Graphs:
         pool = next((other.graph.pool for other in self._entries if other.graph), None)
         ranks = self._shared.over.ranks if self._shared else None
         sent = ranks.sent if ranks else 0
+        if ranks is not None:
+            forget_before_groups_end(self)
         try:
             entry.graph = self._gpu.capture(run, device, pool)
         except Exception as error:
