@@ -1,5 +1,6 @@
 # make demo       generate a clip with the bundled model, unpatched and patched, and compare the two
-# make test       every test that needs no GPU
+# make test       what to run at every change: six minutes on two cores, without a GPU
+# make slow-test  the other tests without a GPU: several processes, whole models compiled, many clips; as long again
 # make gpu-test   the tests that need one; leaves samples/benchmarks/gpu-tests.json
 # make matrix     what users do with a pipeline, on every family, before the patch and after: half an hour, one table
 # make check      ruff, mypy
@@ -14,13 +15,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test gpu-test matrix check fuzz faults versions sanitize benchmarks clean
+.PHONY: demo test slow-test gpu-test matrix check fuzz faults versions sanitize benchmarks clean
 
 demo: $(READY)
 	$(BIN)/vidaccel generate --compare --overwrite --out demo/clip.mp4
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m "not gpu and not slow"
+
+slow-test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m "slow and not gpu"
 
 gpu-test: $(READY)
 	$(BIN)/pytest -v -m "gpu and not fuzz" --gpu-record samples/benchmarks/gpu-tests.json

@@ -174,6 +174,7 @@ def test_the_lines_before_warps_part(script: dict[str, Any]) -> None:
     assert script["lines_before_partitions"](gluon._consumer.fn) is None
 
 
+@pytest.mark.slow
 def test_an_op_under_a_tool(script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of the sanitizer, a program that runs what it is given, and leaves a log."""
     program = tmp_path / "compute-sanitizer"

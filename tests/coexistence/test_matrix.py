@@ -16,7 +16,10 @@ from coexistence.feature import Feature
 from coexistence.features import FEATURES
 from coexistence.matrix import ORDERS, outcome
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of PEFT, accelerate, the quantisers: not ours, which we only log
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),  # of PEFT, accelerate, the quantisers: not ours, which we only log
+]
 
 # One transformer, whose cells take a third of a second, each feature in one of the orders; of the UNets, only what has
 # no like there.

@@ -88,6 +88,7 @@ def rows(record: Record) -> dict[tuple[str, str], Record]:
     return {(row["scope"], row["variant"]): row for row in record["results"]}
 
 
+@pytest.mark.slow
 def test_dry_run_of_all_scopes(tiny_bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     code, record = tiny_bench("--variants", "patched")
     assert code == 0 and record["complete"]
@@ -168,6 +169,7 @@ def test_interrupted_keeps_what_is_measured(bench: Bench, backend: Callable[...,
     assert not record["complete"] and [row["variant"] for row in record["results"]] == ["eager"]
 
 
+@pytest.mark.slow
 def test_neighbours_share_their_compiled_code_and_must_be_finite(
     tiny_bench: Bench, backend: Callable[..., None]
 ) -> None:
@@ -182,6 +184,7 @@ def test_neighbours_share_their_compiled_code_and_must_be_finite(
         assert row["of_best_compile"] == row["median_ms"] / compiled["median_ms"]
 
 
+@pytest.mark.slow
 def test_a_decoder_that_is_called_frame_by_frame_is_timed_as_a_whole() -> None:
     pipe, arguments = tiny_synthetic_pipeline("wan2.1-t2v-1.3b")
     arguments |= {"num_frames": 5, "num_inference_steps": 1}  # one frame of latents, then another
@@ -249,6 +252,7 @@ def test_first_calls(plain_pytorch: None) -> None:
     assert min(clip["calls_ms"]) > min(denoiser["calls_ms"])
 
 
+@pytest.mark.slow
 def test_each_variant_in_a_process_of_its_own(tiny_bench: Bench) -> None:
     before = dict(os.environ)
     code, record = tiny_bench("--scope", "denoiser", "--variants", "eager", "--new-process")
@@ -278,6 +282,7 @@ def test_fewer_cores(bench: Bench) -> None:
 MEASURED_OPS = sorted(CASES.keys() & ops().keys())
 
 
+@pytest.mark.slow
 def test_ops_dry_run(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VIDACCEL_IMPL")
     code, record = bench("--op", "all", "--size", "tiny", "--compile-backend", "eager")
@@ -612,6 +617,7 @@ def test_cudnn_tries_its_algorithms_for_a_convolution_that_has_run(device: torch
     assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32) == before
 
 
+@pytest.mark.slow
 def test_records_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain_pytorch: None) -> None:
     name, skipped = "svd-xt-vae", ("--skip", "compile", "new-process")
 

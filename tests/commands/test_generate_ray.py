@@ -18,6 +18,8 @@ import torch
 
 from vidaccel.cli import main
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "samples" / "models" / "svd-tiny-scenes"
 SMALL = ("--height", "32", "--width", "32", "--frames", "2", "--steps", "2", "--device", "cpu", "--quiet")

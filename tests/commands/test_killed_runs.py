@@ -15,9 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from vidaccel.cli import main
 from vidaccel.clips import clip_maker
 from vidaccel.clips.outputs import fingerprint, record_path
+
+pytestmark = pytest.mark.slow
 
 JOBS = [{"out": "one.gif"}, {"out": "frames"}, {"out": "deep/two.gif", "seed": 5}]
 SMALL = ("--height", "32", "--width", "32", "--frames", "2", "--steps", "1", "--device", "cpu", "--quiet", "--no-patch")

@@ -199,6 +199,7 @@ def test_transformers_and_causal_decoders(name: str) -> None:
     assert {site.path.split(".")[0] for site in comparison.blame or ()} >= {"transformer"}
 
 
+@pytest.mark.slow
 def test_sites_of_a_compiled_model_are_looked_at() -> None:
     pipe, call = tiny_synthetic_pipeline("cogvideox-2b")
     pipe.transformer.compile(backend="eager")

@@ -24,6 +24,7 @@ def page_of(comparison: Comparison) -> str:
 
 @pytest.mark.parametrize("width", [1280, 800])
 @pytest.mark.parametrize("passed", [True, False], ids=["pass", "fail"])
+@pytest.mark.slow
 def test_in_a_browser(passed: bool, width: int, tmp_path: Path) -> None:
     (first, later, last), console = look_at(page_of(example_comparison(passed=passed, frames=12)), tmp_path, width)
     assert console == []

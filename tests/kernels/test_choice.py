@@ -299,6 +299,7 @@ def rank(number: int, folder: str, store: str) -> list[str]:
     return [event.implementation for event in events]
 
 
+@pytest.mark.slow
 def test_all_ranks_of_a_group_choose_alike(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     commands = [[sys.executable, __file__, str(number), str(tmp_path), str(tmp_path / "store")] for number in range(2)]

@@ -15,7 +15,10 @@ import pytest
 from vidaccel.kernels import compile_ahead
 from vidaccel.kernels.launch import DIRECT
 
-pytestmark = pytest.mark.skipif(not DIRECT, reason="nothing is compiled ahead with this version of Triton")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not DIRECT, reason="nothing is compiled ahead with this version of Triton"),
+]
 
 # A user's script, without ``if __name__ == "__main__"``, on a machine with a Hopper GPU and four CPUs.
 SCRIPT = """

@@ -328,6 +328,7 @@ def test_an_op_that_overwrites_an_argument_is_checked_on_what_that_was(right: bo
 
 
 @pytest.mark.usefixtures("cache")
+@pytest.mark.slow
 def test_registered_implementations_compile_in_one_graph() -> None:
     def run(x: Tensor, scale: float) -> Tensor:
         return (x + x) * scale

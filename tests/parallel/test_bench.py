@@ -13,6 +13,8 @@ import pytest
 from vidaccel.bench.variants import parse_variants
 from vidaccel.errors import UsageError
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_clip_split_over_ranks_is_a_variant(tmp_path: Path) -> None:
     command = [

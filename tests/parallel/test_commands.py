@@ -14,6 +14,8 @@ from ranks import Team
 from vidaccel.cli import main
 from vidaccel.clips.frames import read_frames
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["--device", "cpu", "--dtype", "float32", "--frames", "5", "--steps", "2"]
 
 

@@ -29,6 +29,8 @@ from vidaccel import patch_pipeline
 from vidaccel.blocks.vae import autoencoder_kl_wan, causal_clip
 from vidaccel.parallel.ranks import RankError
 
+pytestmark = pytest.mark.slow
+
 
 def tiny_ltx() -> AutoencoderKLLTXVideo:
     torch.manual_seed(0)

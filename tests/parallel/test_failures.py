@@ -17,6 +17,8 @@ from tiny_models import tiny_svd_unet
 from vidaccel import patch_pipeline
 from vidaccel.parallel.ranks import Agreement, RankError
 
+pytestmark = pytest.mark.slow
+
 
 def call_with_other(what: str) -> str:
     """What a call of a UNet raises that is another one on the last rank."""

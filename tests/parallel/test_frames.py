@@ -31,6 +31,8 @@ from vidaccel.parallel.layout import spread
 from vidaccel.parallel.ranks import axes_of
 from vidaccel.patching.report import PatchReport
 
+pytestmark = pytest.mark.slow
+
 RESNETS = FusedResnetBlock2D, FusedTemporalResnetBlock, FusedAlphaBlender, FusedSpatioTemporalResBlock
 FAMILIES = ["svd", "i2vgen-xl", "animatediff", "modelscope"]
 

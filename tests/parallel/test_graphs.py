@@ -26,6 +26,8 @@ from vidaccel.patching import cuda_graph, patch
 from vidaccel.patching.cuda_capture import Captured, CaptureError, CudaCapture
 from vidaccel.patching.report import PatchReport
 
+pytestmark = pytest.mark.slow
+
 
 class AgainCapture(CudaCapture):
     """Does for the CPU what CudaCapture does for a GPU."""

@@ -21,6 +21,8 @@ from vidaccel.parallel.guidance import UNEXPECTED, Guidance
 from vidaccel.parallel.ranks import axes_of
 from vidaccel.patching.parallel import is_guided
 
+pytestmark = pytest.mark.slow
+
 BATCHED = ["svd", "animatediff", "i2vgen-xl", "modelscope", "cogvideox-5b", "ltx-video-2b", "mochi-1"]
 ONE_AFTER_THE_OTHER = ["wan2.1-t2v-1.3b", "hunyuanvideo1.5-480p"]
 STEPS = 3

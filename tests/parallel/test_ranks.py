@@ -12,6 +12,8 @@ from ranks import Team
 from vidaccel.errors import UsageError
 from vidaccel.parallel.ranks import Agreement, axes_of, join, shares
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(("total", "size"), list(product((0, 1, 5, 8), (1, 2, 3))))
 def test_shares_are_even_but_for_one(total: int, size: int) -> None:

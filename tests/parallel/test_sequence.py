@@ -15,6 +15,8 @@ from tiny_models import tiny_synthetic_pipeline
 from vidaccel import patch_pipeline
 from vidaccel.errors import UsageError
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = [
     "wan2.1-t2v-1.3b",
     "wan2.1-i2v-14b",

@@ -28,6 +28,8 @@ from vidaccel.kernels.compile_cache import ensure_writable
 from vidaccel.kernels.ffn.geglu import _geglu_kernel
 from vidaccel.kernels.op import Implementation, Op, ops
 
+pytestmark = pytest.mark.slow
+
 NOWHERE = "/proc/vidaccel"  # where not even root can write
 SAID = {
     "usable": "",

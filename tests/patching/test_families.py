@@ -197,6 +197,7 @@ for script in {scripts}:
 """
 
 
+@pytest.mark.slow
 def test_every_family_is_imported_by_itself_and_breaks_by_itself() -> None:
     """When one of its models is met, and when another diffusers has removed a class."""
     without = [

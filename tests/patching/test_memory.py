@@ -31,6 +31,8 @@ from vidaccel import patch_module, patch_pipeline
 from vidaccel.clips.generation import generate
 from vidaccel.sites.plain import hook_reason
 
+pytestmark = pytest.mark.slow
+
 ONE_LEVEL = {  # with attention in the middle
     "down_block_types": ("DownBlockMotion",),
     "up_block_types": ("UpBlockMotion",),

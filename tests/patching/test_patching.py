@@ -604,6 +604,7 @@ def test_patched_pipeline_copies_saves_and_loads(pipe: StableVideoDiffusionPipel
     assert np.abs(clip(loaded) - clip(twin)).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_patched_denoiser_compiles_in_one_graph() -> None:
     """Of one level, whose attention is in the middle: the kinds of blocks are compiled one by one elsewhere."""
     one_level = {"down_block_types": ("DownBlockSpatioTemporal",), "up_block_types": ("UpBlockSpatioTemporal",)}

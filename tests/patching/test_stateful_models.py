@@ -101,6 +101,7 @@ def three_steps(unet: Any) -> tuple[list[Tensor], Tensor]:
 
 @pytest.mark.parametrize(("change", "only"), CHANGES, ids=lambda x: getattr(x, "__name__", ""))
 @pytest.mark.parametrize("change_first", [True, False], ids=["change, patch", "patch, change"])
+@pytest.mark.slow
 def test_same_outputs_checked_or_not(change: Change, only: list[str] | None, change_first: bool) -> None:
     stock = tiny_motion_unet()
     plain, _ = three_steps(copy.deepcopy(stock))

@@ -123,6 +123,7 @@ def test_a_step_cache(first: str) -> None:
     check_cache(build, call, "pyramid attention broadcast", first)
 
 
+@pytest.mark.slow
 def test_a_patched_model_compiles_in_one_graph() -> None:
     check_compiled(build(), call)
 

@@ -276,6 +276,7 @@ def test_ip_adapter_after_patching_falls_back(unet: UNetMotionModel) -> None:
         assert _relative_error(out, block(rows, encoder_hidden_states=text)) <= 1e-5
 
 
+@pytest.mark.slow
 def test_patched_denoiser_compiles_in_one_graph() -> None:
     """Of one level: the kinds of blocks are compiled one by one elsewhere."""
     one_level = {"down_block_types": ("DownBlockMotion",), "up_block_types": ("UpBlockMotion",)}

@@ -117,6 +117,7 @@ def test_bad_latents_raise_what_the_stock_vae_raises(vae: AutoencoderKL, latents
     assert outcomes[0] == outcomes[1]
 
 
+@pytest.mark.slow
 def test_compiles_in_one_graph(vae: AutoencoderKL) -> None:
     patch_module(vae)
     expected = decode(vae)

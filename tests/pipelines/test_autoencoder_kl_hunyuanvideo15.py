@@ -220,6 +220,7 @@ def test_bad_latents_raise_what_the_stock_vae_raises(latents: Tensor, vae: Autoe
     check_bad_latents(vae, latents)
 
 
+@pytest.mark.slow
 def test_kernels_run_and_a_fault_in_one_is_found(
     vae: AutoencoderKLHunyuanVideo15, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -398,6 +398,7 @@ def test_bad_latents_raise_what_the_stock_vae_raises(latents: Tensor, vae: Autoe
     check_bad_latents(vae, latents)
 
 
+@pytest.mark.slow
 def test_kernels_run_and_a_fault_in_one_is_found(vae: AutoencoderKLWan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VIDACCEL_IMPL")
     latents = draw(frames=2, height=2)

@@ -57,6 +57,7 @@ def test_each_op_off() -> None:
     check_each_op_off(transformer(), call)
 
 
+@pytest.mark.slow
 def test_patched_model_compiles_in_one_graph() -> None:
     check_compiled(transformer(num_layers=1), call)
 

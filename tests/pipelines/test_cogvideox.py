@@ -265,6 +265,7 @@ def test_arguments_for_the_attention_go_there() -> None:
 # torch.compile, half precision
 
 
+@pytest.mark.slow
 def test_a_patched_model_compiles_in_one_graph() -> None:
     check_compiled(build(), call)
 

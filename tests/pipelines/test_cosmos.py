@@ -249,6 +249,7 @@ def test_a_mask_of_the_text() -> None:
 # torch.compile, half precision
 
 
+@pytest.mark.slow
 def test_a_patched_model_compiles_in_one_graph() -> None:
     check_compiled(build("1.0"), call)
 

@@ -108,6 +108,7 @@ def test_a_changed_model(change: Callable[[Any], None], first: str) -> None:
 # torch.compile, half precision
 
 
+@pytest.mark.slow
 def test_a_patched_model_compiles_in_one_graph() -> None:
     check_compiled(build(), call)
 

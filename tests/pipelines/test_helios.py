@@ -87,6 +87,7 @@ def test_amplified_history_goes_to_diffusers() -> None:
     assert fallback_reasons(report) == {"it amplifies the keys of its history"}
 
 
+@pytest.mark.slow
 def test_patched_model_compiles_in_one_graph() -> None:
     check_compiled(transformer(num_layers=1), call)
 

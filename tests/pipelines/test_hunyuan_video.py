@@ -477,10 +477,12 @@ def test_with_the_kernels(
 
 
 @pytest.mark.parametrize("name", ["1.0", "token_replace"])
+@pytest.mark.slow
 def test_a_patched_model_compiles_in_one_graph(name: str) -> None:
     check_compiled(build(name), run)
 
 
+@pytest.mark.slow
 def test_patched_blocks_of_1_5_compile() -> None:
     """The model itself does not: stock code asks whether the image is zero."""
     model = build("1.5")

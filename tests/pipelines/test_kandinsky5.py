@@ -148,6 +148,7 @@ def test_a_step_cache(first: str) -> None:
 # torch.compile, half precision
 
 
+@pytest.mark.slow
 def test_a_patched_model_compiles_in_one_graph() -> None:
     check_compiled(build(torch.bfloat16), call)
 

@@ -107,6 +107,7 @@ def test_a_feed_forward_in_chunks() -> None:
     assert fallback_reasons(check_same(model, call)) == {"its feed-forward works in chunks"}
 
 
+@pytest.mark.slow
 def test_a_patched_model_compiles_in_one_graph() -> None:
     check_compiled(build(), call)
 

@@ -614,6 +614,7 @@ def test_with_the_kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(("name", "timesteps"), [("ltx", "of an image and a video"), ("ltx2.3", "of samples")])
+@pytest.mark.slow
 def test_a_patched_model_compiles_in_one_graph(name: str, timesteps: str) -> None:
     check_compiled(build(name, num_layers=1), lambda model: run(model, timesteps=timesteps))
 

@@ -194,6 +194,7 @@ def test_step_caches(name: str, first: str) -> None:
 # torch.compile, half precision
 
 
+@pytest.mark.slow
 def test_a_patched_model_compiles_in_one_graph() -> None:
     check_compiled(build(), call)
 

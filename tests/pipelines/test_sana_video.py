@@ -111,6 +111,7 @@ def test_a_foreign_processor(first: str) -> None:
     check_changed(build, call, foreign_processor, first)
 
 
+@pytest.mark.slow
 def test_a_patched_model_compiles_in_one_graph() -> None:
     check_compiled(build(), call)
 

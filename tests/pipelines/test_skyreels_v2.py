@@ -118,6 +118,7 @@ def test_each_op_off(call: Any) -> None:
 
 
 @pytest.mark.parametrize("call", [call, call_forcing])
+@pytest.mark.slow
 def test_patched_model_compiles_in_one_graph(call: Any) -> None:
     check_compiled(transformer(num_layers=1), call)
 

@@ -64,5 +64,6 @@ def test_with_the_kernels(unet: nn.Module) -> None:
     check_kernels(unet, unet_call, ops)
 
 
+@pytest.mark.slow
 def test_patched_unet_compiles_in_one_graph(unet: nn.Module, plain_pytorch: None) -> None:
     check_compiled(unet, unet_call)

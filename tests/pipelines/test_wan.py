@@ -174,15 +174,18 @@ def test_with_the_kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("name", ["wan2.1-i2v-14b", "wan2.1-vace-1.3b"])
+@pytest.mark.slow
 def test_patched_model_compiles_in_one_graph(name: str) -> None:
     options = {"vace_layers": [0]} if "vace" in name else {}
     check_compiled(transformer(name, num_layers=1, **options), call)
 
 
+@pytest.mark.slow
 def test_animate_compiles_in_one_graph() -> None:
     check_compiled(tiny_transformer("WanAnimateTransformer3DModel", ANIMATE | {"num_layers": 1}), call)
 
 
+@pytest.mark.slow
 def test_compiled_for_more_than_one_size() -> None:
     model = transformer("wan2.1-t2v-1.3b", num_layers=1)
     sizes: list[dict[str, Any]] = [{}, {"size": (3, 6, 6)}, {"size": (5, 6, 8)}, {"size": (5, 6, 8), "batch": 2}]
@@ -193,6 +196,7 @@ def test_compiled_for_more_than_one_size() -> None:
             assert relative_error(call(compiled, **size), out) <= 1e-5
 
 
+@pytest.mark.slow
 def test_timesteps_of_tokens_compile_in_one_graph() -> None:
     check_compiled(transformer("wan2.2-ti2v-5b", num_layers=1), lambda model: call(model, timestep=first_frame()))
 

@@ -392,6 +392,7 @@ def test_frames_off_by_one_are_found(case: Case, monkeypatch: pytest.MonkeyPatch
 
 @EVERY_BLOCK
 @torch.no_grad()
+@pytest.mark.slow
 def test_compiles_in_one_graph(case: Case) -> None:
     module = make(case)
     expected = call(case, module)

@@ -409,6 +409,7 @@ def test_other_skips_do_as_before() -> None:
 
 
 @ALL_KINDS
+@pytest.mark.slow
 def test_compiles_in_one_graph(kind: type[nn.Module], device: torch.device) -> None:
     block = make(kind).to(device)
     expected = call(block)

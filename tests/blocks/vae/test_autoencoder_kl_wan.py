@@ -95,6 +95,7 @@ def test_few_channels_are_no_fault(seed: int, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("options", [{}, WAN_22], ids=["wan2.1", "wan2.2"])
+@pytest.mark.slow
 def test_with_the_kernels(options: dict[str, Any], device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one go, in pieces, and in chunks."""
     vae, z = tiny_autoencoder_kl_wan(base_dim=16, **options).to(device), draw(frames=2, side=1).to(device)

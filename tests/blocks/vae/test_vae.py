@@ -266,6 +266,7 @@ def test_chunks_and_dtype_flips_of_svd(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @VAES
+@pytest.mark.slow
 def test_decoder_compiles_in_one_graph(
     make: Callable[[], nn.Module], decode: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
