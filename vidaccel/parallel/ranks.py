@@ -246,7 +246,7 @@ def axes_of(world: Sequence[int]) -> list[Ranks]:
 
 
 def _options() -> Any:
-    """What is sent goes first: else it waits until a convolution, begun at the same time, leaves it a multiprocessor."""
+    """What is sent goes first: else it waits until a convolution that began at the same time leaves it room."""
     if dist.get_backend() != "nccl":
         return None
     return dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
