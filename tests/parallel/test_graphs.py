@@ -170,8 +170,16 @@ def graphed_but_one_fails() -> dict[str, Any]:
     return graphed(fails_on=1)
 
 
+def graphed_but_one_changes() -> dict[str, Any]:
+    return graphed(changes_on_one)
+
+
+def graphed_but_one_off() -> dict[str, Any]:
+    return graphed(off_on_one)
+
+
 def test_what_changes_on_one_is_captured_anew_on_all(two_ranks: Team) -> None:
-    first, second = two_ranks.run(graphed, changes_on_one)
+    first, second = two_ranks.run(graphed_but_one_changes)
     for outcome in (first, second):
         assert outcome["right"] == [True] * 5 and outcome["fallbacks"][cuda_graph.APART] == 1
         assert outcome["implementation"] == "cuda graph"
@@ -180,7 +188,7 @@ def test_what_changes_on_one_is_captured_anew_on_all(two_ranks: Team) -> None:
 
 
 def test_one_without_graphs_takes_them_from_all(two_ranks: Team) -> None:
-    first, second = two_ranks.run(graphed, off_on_one)
+    first, second = two_ranks.run(graphed_but_one_off)
     for outcome in (first, second):
         assert outcome["right"] == [True] * 5 and outcome["replays"] == 2
     assert first["fallbacks"] == {cuda_graph.APART: 3} and cuda_graph.APART not in second["fallbacks"]
