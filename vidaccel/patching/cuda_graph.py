@@ -173,18 +173,23 @@ class Graphs:
     def call(
         self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], shared: Shared | None = None
     ) -> Any:  # fmt: skip
-        """A call of ``model``, which ranks may make together, by its graph if there is one."""
+        """A call of ``model``, which ranks may make together (``shared``), by its graph if there is one."""
         self._shared = shared
-        if not self.site.on or self._gpu.capturing():
+        try:
+            if self.site.on and not self._gpu.capturing():
+                return self._call(_Call(model, args, kwargs))
             self._all_alike(OFF, None)  # the others wait to hear that
             return model._call_impl(*args, **kwargs)
-        call = _Call(model, args, kwargs)
+        finally:
+            self._shared = None  # it may refer to the model
+
+    def _call(self, call: _Call) -> Any:
         if self._model_reason is None:
-            self._model_reason = capture_reason(model) or ""
+            self._model_reason = capture_reason(call.model) or ""
         reason = self._model_reason or self._call_reason(call)
         entry = None
         if reason is None:
-            kind = call.kind(shared)
+            kind = call.kind(self._shared)
             entry = next((entry for entry in self._entries if entry.kind == kind), None)
             reason = entry.reason if entry else self._values_reason(kind)
         if not self._all_alike(reason, entry):
