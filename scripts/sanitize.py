@@ -141,7 +141,7 @@ def run_under(program: str | None, tool: str, name: str) -> Run:
         told = Path(folder) / "run.json"
         calls = [sys.executable, __file__, "--run", tool, name, str(told)]
         options = ["--tool", tool, "--target-processes", "all", "--print-limit", "1000000", "--show-backtrace", "no"]
-        options += ["--force-blocking-launches", "yes"]  # what overflows the buffer is of one launch
+        options += ["--force-blocking-launches"]  # what overflows the buffer is of one launch
         under = [program, *options, "--log-file", f"{folder}/%p.log"] if program and tool != NAN_FILL else []
         environment = os.environ | {
             "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic
