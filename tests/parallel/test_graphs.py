@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from cpu_capture import CpuCapture
 from denoiser_calls import denoised, first_call
 from ranks import Team
 from torch import Tensor
@@ -29,20 +30,12 @@ from vidaccel.patching.report import PatchReport
 pytestmark = pytest.mark.slow
 
 
-class AgainCapture(CudaCapture):
+class AgainCapture(CpuCapture):
     """Does for the CPU what CudaCapture does for a GPU."""
 
-    device_type = "cpu"
     replays = 0
     fails_on: int | None = None  # the rank
     launches_are_slow_on: int | None = None
-
-    @staticmethod
-    def unavailable_reason() -> None:
-        return None
-
-    def capturing(self) -> bool:
-        return False
 
     def capture(self, run: Callable[[], Any], device: torch.device, pool: Any) -> Captured:
         outputs = run()
@@ -61,9 +54,6 @@ class AgainCapture(CudaCapture):
 
         return Captured(replay, outputs, pool or object())
 
-    def follow_last_stream(self, device: torch.device) -> None:
-        pass
-
     def milliseconds(self, run: Callable[[], Any], device: torch.device) -> float:
         run()
         return 1.0 if isinstance(run, cuda_graph.partial) else 0.5  # the call; its graph
@@ -71,12 +61,6 @@ class AgainCapture(CudaCapture):
     def queueing_milliseconds(self, run: Callable[[], Any], device: torch.device) -> tuple[float, float]:
         run()
         return (1.0 if self.launches_are_slow_on == dist.get_rank() else 0.1), 1.0
-
-    def wait(self) -> None:
-        pass
-
-    def give_back_memory(self) -> None:
-        pass
 
 
 def nothing(report: PatchReport) -> None:

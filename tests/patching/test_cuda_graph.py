@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cpu_capture import CpuCapture
 from diffusers import StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig, inject_adapter_in_model
@@ -36,7 +37,7 @@ from vidaccel import patch_module, patch_pipeline
 from vidaccel.blocks.unet import resnet
 from vidaccel.errors import UsageError
 from vidaccel.patching import cuda_graph, patch
-from vidaccel.patching.cuda_capture import Captured, CaptureError, CudaCapture
+from vidaccel.patching.cuda_capture import Captured, CaptureError
 from vidaccel.patching.cuda_graph import Graphs, GraphSite
 from vidaccel.patching.model_call import wrap_call
 from vidaccel.patching.report import PatchReport
@@ -69,19 +70,11 @@ class Tape(TorchDispatchMode):
                     old.copy_(new)
 
 
-class TapeCapture(CudaCapture):
+class TapeCapture(CpuCapture):
     """Does for the CPU what CudaCapture does for a GPU, and counts it."""
 
-    device_type = "cpu"
     captures = replays = 0
     pools: set[int]
-
-    @staticmethod
-    def unavailable_reason() -> None:
-        return None
-
-    def capturing(self) -> bool:
-        return False
 
     def capture(self, run: Callable[[], Any], device: torch.device, pool: Any) -> Captured:
         with Tape() as tape:
@@ -95,23 +88,6 @@ class TapeCapture(CudaCapture):
         pool = pool or object()
         TapeCapture.pools.add(id(pool))
         return Captured(replay, outputs, pool)
-
-    def follow_last_stream(self, device: torch.device) -> None:
-        pass
-
-    def milliseconds(self, run: Callable[[], Any], device: torch.device) -> float:
-        run()
-        return 1.0
-
-    def queueing_milliseconds(self, run: Callable[[], Any], device: torch.device) -> tuple[float, float]:
-        run()
-        return 1.0, 1.0
-
-    def wait(self) -> None:
-        pass
-
-    def give_back_memory(self) -> None:
-        pass
 
 
 @pytest.fixture(autouse=True)
