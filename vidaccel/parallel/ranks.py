@@ -237,16 +237,9 @@ def axes_of(world: Sequence[int]) -> list[Ranks]:
     found = []
     for axis in range(len(world)):
         rows = places.movedim(axis, -1).reshape(-1, world[axis]).tolist()
-        group, _ = dist.new_subgroups_by_enumeration(rows, timeout=PATIENCE, pg_options=_options())
+        group, _ = dist.new_subgroups_by_enumeration(rows, timeout=PATIENCE)
         found.append(Ranks(group))
     return found
-
-
-def _options() -> Any:
-    """What is sent goes first: else it waits until a convolution that began at the same time leaves it room."""
-    if dist.get_backend() != "nccl":
-        return None
-    return dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
 
 
 def _all_gather(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> None:
