@@ -19,11 +19,13 @@ __all__ = [
     "Frames",
     "LatentFrames",
     "Layout",
+    "PixelRows",
     "Tokens",
     "all_tokens",
     "frames",
     "latent_frames",
     "layout",
+    "pixel_rows",
     "spread",
     "tokens",
 ]
@@ -55,10 +57,20 @@ class Frames(Layout):
     """The frames of a UNet's clip."""
 
 
-class LatentFrames(Layout):
-    """The latent frames of a clip that a causal VAE decodes: each convolution looks back at frames of the rank before.
+class _Decoded(Layout):
+    """What a VAE decodes: it gets all latents on every rank, and returns all pixels."""
 
-    The decoder gets all of them on every rank, and returns all pixels.
+    def __init__(self, ranks: Ranks, total: int, agreement: Agreement) -> None:
+        super().__init__(ranks, total)
+        self._agreement = agreement
+
+    def least(self, value: int) -> int:
+        """The smallest ``value`` that a rank has."""
+        return min(theirs for (theirs,) in self._agreement.all([value]))
+
+
+class LatentFrames(_Decoded):
+    """The latent frames of a clip that a causal VAE decodes: each convolution looks back at frames of the rank before.
 
     Args:
         ranks: Over whom.
@@ -68,8 +80,8 @@ class LatentFrames(Layout):
     """
 
     def __init__(self, ranks: Ranks, total: int, least: int, agreement: Agreement) -> None:
-        super().__init__(ranks, total)
-        self._least, self._agreement = least, agreement
+        super().__init__(ranks, total, agreement)
+        self._least = least
 
     @classmethod
     def reason(cls, ranks: Ranks, total: int, least: int) -> str | None:
@@ -85,9 +97,42 @@ class LatentFrames(Layout):
         ends = [start + sum(lengths[: rank + 1]) for rank in range(size)]
         return list(zip([start, *ends], ends, strict=False))
 
-    def least(self, value: int) -> int:
-        """The smallest ``value`` that a rank has."""
-        return min(theirs for (theirs,) in self._agreement.all([value]))
+
+class PixelRows(_Decoded):
+    """The rows of the pictures that a VAE decodes; each row of latents becomes several, as many at any one layer.
+
+    A rank has the same stretch of all pictures: a convolution needs a row of the rank above and one of that below,
+    however long the clip is.
+
+    Args:
+        ranks: Over whom, from top to bottom.
+        total: How many rows the latents have.
+        agreement: Of the same ranks.
+    """
+
+    @classmethod
+    def reason(cls, ranks: Ranks, total: int) -> str | None:
+        """Why so many cannot be spread, or None."""
+        return f"{total} rows of latents are too few for {ranks.size} ranks" if total < ranks.size else None
+
+    @property
+    def counts(self) -> list[int]:
+        """How many each rank has, the first ones at most one more than the others."""
+        return shares(self.total, self.ranks.size)
+
+    def part(self, x: Tensor, dim: int) -> Tensor:
+        """This rank's share of ``x``, whose dimension ``dim`` is all rows, a view."""
+        of_one, own = x.shape[dim] // self.total, self.own
+        return x.narrow(dim, own.start * of_one, self.count * of_one)
+
+    def largest_part(self, x: Tensor, dim: int) -> Tensor:
+        """The share of the rank that has most: what all ranks are to reckon with."""
+        return x.narrow(dim, 0, self.counts[0] * (x.shape[dim] // self.total))
+
+    def gather(self, x: Tensor, dim: int) -> Tensor:
+        """All of what each rank has a share of, along the dimension ``dim`` of rows."""
+        of_one = x.shape[dim] // self.count
+        return self.ranks.gather(x, dim, self.total * of_one, [count * of_one for count in self.counts])
 
 
 class Tokens(Layout):
@@ -195,6 +240,12 @@ def latent_frames() -> LatentFrames | None:
     """The same if latent frames are spread."""
     found = layout()
     return found if isinstance(found, LatentFrames) else None
+
+
+def pixel_rows() -> PixelRows | None:
+    """The same if the rows of pictures are spread."""
+    found = layout()
+    return found if isinstance(found, PixelRows) else None
 
 
 def tokens() -> Tokens | None:

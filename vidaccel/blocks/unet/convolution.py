@@ -10,7 +10,9 @@ from vidaccel.kernels.conv.padded_channels import padded_channels
 from vidaccel.sites.block import FusedBlock, call_site, fuses
 from vidaccel.sites.plain import readable_reason
 
-__all__ = ["FusedFewChannelConv2d", "geometry_of"]
+__all__ = ["PLAIN_3X3", "FusedFewChannelConv2d", "geometry_of"]
+
+PLAIN_3X3 = (3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros"
 
 
 def geometry_of(convolution: Any) -> tuple[Any, ...]:

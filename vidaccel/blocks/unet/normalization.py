@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vidaccel.blocks.pixel_rows import statistics_of_pictures, whole_pictures
 from vidaccel.blocks.unet.frames import statistics_of_clip, whole_clip
 from vidaccel.kernels.norm.add_layer_norm import RowTo, add_layer_norm
 from vidaccel.kernels.norm.channel_statistics import ChannelStatistics
@@ -47,9 +48,9 @@ def group_norm_module(
     """The fused op with a GroupNorm module's parameters; `x` is ``[N, C, *spatial]``, `shift` ``[N, T, C]``.
 
     `tail` has further channels, which lie elsewhere; `statistics` are those of `x`, if somebody has computed them. Of a
-    clip whose frames are spread over ranks, they are those of the whole clip.
+    clip whose frames, or rows of pixels, are spread over ranks, they are made those of the whole clip.
     """
-    statistics = statistics or statistics_of_clip(x, shift)
+    statistics = statistics_of_pictures(x, shift, statistics or statistics_of_clip(x, shift))
     return group_norm_silu(
         x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=silu, shift=shift, tail=tail, statistics=statistics
     )  # fmt: skip
@@ -98,7 +99,9 @@ class FusedGroupNorm(FusedBlock, nn.GroupNorm):
 
     @classmethod
     def original_forward(cls, host: Any, input: Tensor) -> Tensor:
-        return whole_clip(nn.GroupNorm, host, input) if input.ndim == 5 else nn.GroupNorm.forward(host, input)
+        if input.ndim == 5:
+            return whole_clip(nn.GroupNorm, host, input)
+        return whole_pictures(nn.GroupNorm.forward, host, input)
 
     def call_reason(self, input: Tensor) -> str | None:
         return readable_reason(self, nn.GroupNorm, input)

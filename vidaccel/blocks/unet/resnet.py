@@ -29,7 +29,8 @@ from diffusers.models.resnet import (
 )
 from torch import Tensor, nn
 
-from vidaccel.blocks.unet.convolution import geometry_of
+from vidaccel.blocks.pixel_rows import convolve_rows, whole_pictures
+from vidaccel.blocks.unet.convolution import PLAIN_3X3, geometry_of
 from vidaccel.blocks.unet.frames import convolve_frames, whole_clip
 from vidaccel.blocks.unet.normalization import (
     as_clip,
@@ -44,7 +45,7 @@ from vidaccel.kernels.conv.joined_projection import joined_projection
 from vidaccel.kernels.conv.temporal_conv import temporal_conv
 from vidaccel.kernels.norm.channel_statistics import ChannelStatistics
 from vidaccel.kernels.op import runs_triton
-from vidaccel.parallel.layout import frames
+from vidaccel.parallel.layout import frames, pixel_rows
 from vidaccel.sites.block import FusedBlock, call_site, fuses, run_part
 from vidaccel.sites.memo import once_per_call
 from vidaccel.sites.plain import plain_reason, readable_reason
@@ -88,19 +89,20 @@ class _ConvolutionBlock(FusedBlock):
     def _norms_reason(self, x: Tensor, *norms: nn.Module) -> str | None:
         return norms_reason(nn.GroupNorm, x, *norms) if self.runs("group_norm_silu") else None
 
-    def _spread_reason(self, x: Tensor, *convs: Any) -> str | None:
-        """Why this block, whose norms and ``convs`` mix frames, needs all of a clip spread over ranks, or None."""
-        if frames() is None:
+    def _spread_reason(self, x: Tensor, kind: type[nn.Conv2d | nn.Conv3d], *convs: Any) -> str | None:
+        """Why this block, whose norms and ``convs`` of a ``kind`` mix what is spread over ranks, needs all of it."""
+        if pixel_rows() is None and (frames() is None or kind is nn.Conv2d):
             return None
         if not self.runs("group_norm_silu"):
             return "its norms are not fused, and take all frames of the clip"
         if torch.is_autocast_enabled(x.device.type):
             return "autocast chooses the dtypes of matrix products"
+        plain = PLAIN_3X3 if kind is nn.Conv2d else _TEMPORAL
         for conv in convs:
-            if reason := readable_reason(conv, nn.Conv3d, x):
+            if reason := readable_reason(conv, kind, x):
                 return reason
-            if geometry_of(conv) != _TEMPORAL:
-                return "a convolution needs more frames of its neighbours than one"
+            if geometry_of(conv) != plain:
+                return "a convolution needs more of its neighbours than a frame or a row"
         return None
 
     def _norm_silu(
@@ -178,13 +180,13 @@ class _ConvolutionBlock(FusedBlock):
 
 
 def _with_bias(conv: Any, x: Tensor) -> Tensor:
-    return convolve_frames(conv, conv, x) if x.ndim == 5 else conv(x)
+    return convolve_frames(conv, conv, x) if x.ndim == 5 else convolve_rows(conv, conv, x)
 
 
 def _without_bias(conv: Any, x: Tensor) -> Tensor:
     if x.ndim == 5 and conv.kernel_size[0] > 1:
         return convolve_frames(conv, partial(_convolve, conv), x)
-    return _convolve(conv, x)
+    return convolve_rows(conv, partial(_convolve, conv), x)
 
 
 def _convolve(conv: Any, x: Tensor) -> Tensor:
@@ -261,14 +263,14 @@ class FusedResnetBlock2D(_ResnetBlock, ResnetBlock2D):
 
     @classmethod
     def original_forward(cls, host: Any, x: Tensor, *args: Any, skip: Tensor | None = None, **kwargs: Any) -> Tensor:
-        return ResnetBlock2D.forward(host, _whole(x, skip), *args, **kwargs)
+        return whole_pictures(ResnetBlock2D.forward, host, _whole(x, skip), *args, **kwargs)
 
     def call_reason(
         self, input_tensor: Tensor, temb: Tensor | None, *args: Any, skip: Tensor | None = None, **kwargs: Any
     ) -> str | None:
         if args or kwargs:
             return "deprecated arguments beyond the time embedding were passed"
-        return super().call_reason(input_tensor)
+        return super().call_reason(input_tensor) or self._spread_reason(input_tensor, nn.Conv2d, self.conv1, self.conv2)
 
     def fused_forward(self, x: Tensor, temb: Tensor | None, skip: Tensor | None = None) -> Tensor:
         out, _ = self.with_statistics(x, temb, skip, statistics=False)
@@ -305,12 +307,12 @@ class FusedTemporalResnetBlock(_ResnetBlock, TemporalResnetBlock):
 
     @classmethod
     def original_forward(cls, host: Any, *args: Any) -> Tensor:
-        out: Tensor = whole_clip(TemporalResnetBlock, host, *args)
+        out: Tensor = whole_pictures(partial(whole_clip, TemporalResnetBlock), host, *args)
         return out
 
     def call_reason(self, input_tensor: Tensor, *args: Any, **kwargs: Any) -> str | None:
         reason = super().call_reason(input_tensor, *args, **kwargs)
-        return reason or self._spread_reason(input_tensor, self.conv1, self.conv2)
+        return reason or self._spread_reason(input_tensor, nn.Conv3d, self.conv1, self.conv2)
 
     def fused_forward(self, input_tensor: Tensor, temb: Tensor | None) -> Tensor:
         out, _ = self.with_blend(input_tensor, temb)
@@ -357,7 +359,7 @@ class FusedTemporalConvLayer(_ConvolutionBlock, TemporalConvLayer):
             if reason := plain_reason(stage, nn.Sequential) or plain_reason(stage[1], nn.SiLU):
                 return reason
         norms, convs = zip(*((stage[0], stage[-1]) for stage in self._stages()), strict=True)
-        return self._norms_reason(hidden_states, *norms) or self._spread_reason(hidden_states, *convs)
+        return self._norms_reason(hidden_states, *norms) or self._spread_reason(hidden_states, nn.Conv3d, *convs)
 
     def fused_forward(self, hidden_states: Tensor, num_frames: int) -> Tensor:
         clip = as_clip(hidden_states, num_frames)

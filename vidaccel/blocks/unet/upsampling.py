@@ -7,17 +7,17 @@ from typing import Any
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from vidaccel.blocks.unet.convolution import geometry_of
+from vidaccel.blocks.pixel_rows import upsampled_by_rows, whole_pictures
+from vidaccel.blocks.unet.convolution import PLAIN_3X3, geometry_of
 from vidaccel.kernels.conv.upsample_conv import compile_ahead, upsample_conv, upsample_conv_and_statistics
 from vidaccel.kernels.norm.channel_statistics import ChannelStatistics
 from vidaccel.kernels.op import runs_triton
+from vidaccel.parallel.layout import pixel_rows
 from vidaccel.sites.block import FusedBlock, call_site, cut_corner, fuses
 from vidaccel.sites.memo import once_per_call
 from vidaccel.sites.plain import plain_reason, readable_reason
 
 __all__ = ["FusedUpsample2D"]
-
-_PLAIN_3X3 = (3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros"
 
 
 @fuses(Upsample2D, {"upsample_conv": "math-exact"})
@@ -40,6 +40,10 @@ class FusedUpsample2D(FusedBlock, Upsample2D):
     def forward(self, hidden_states: Tensor, output_size: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
         return call_site(FusedUpsample2D, self, hidden_states, output_size, *args, **kwargs)
 
+    @classmethod
+    def original_forward(cls, host: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return whole_pictures(Upsample2D.forward, host, *args, **kwargs)
+
     def call_reason(self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> str | None:
         if args or kwargs:
             return "deprecated arguments beyond the output size were passed"
@@ -50,13 +54,18 @@ class FusedUpsample2D(FusedBlock, Upsample2D):
         return _configuration_reason(self) or readable_reason(self.conv, nn.Conv2d, hidden_states)
 
     def fused_forward(self, hidden_states: Tensor, output_size: Any = None) -> Tensor:
-        if not runs_triton("upsample_conv", hidden_states):
-            return Upsample2D.forward(self, hidden_states, output_size)
-        # The weights are added up at every call: fusing LoRA into one leaves its address and its version as they were.
-        return upsample_conv(hidden_states, self.conv.weight, self.conv.bias)
+        def upsample(x: Tensor) -> Tensor:
+            if not runs_triton("upsample_conv", x):
+                return Upsample2D.forward(self, x, output_size)
+            # The weights are added up at every call: fusing LoRA into one leaves its address and version as they were.
+            return upsample_conv(x, self.conv.weight, self.conv.bias)
+
+        return upsampled_by_rows(self.conv.weight, upsample, hidden_states)
 
     def with_statistics(self, hidden_states: Tensor) -> tuple[Tensor, ChannelStatistics | None]:
         """The fused forward, and what a GroupNorm behind it needs to know of the result, for a fused parent."""
+        if pixel_rows() is not None:  # its first and last row are not done yet when the statistics are computed
+            return self.fused_forward(hidden_states), None
         return upsample_conv_and_statistics(hidden_states, self.conv.weight, self.conv.bias)
 
     def corner(self, args: Any, kwargs: Any) -> Any:
@@ -74,7 +83,5 @@ def _configuration_reason(upsampler: Any) -> str | None:
     if not isinstance(conv, nn.Conv2d):
         return plain_reason(conv, nn.Conv2d)
     return (
-        None
-        if geometry_of(conv) == _PLAIN_3X3 and conv.bias is not None
-        else "its convolution is not a plain 3 x 3 one"
+        None if geometry_of(conv) == PLAIN_3X3 and conv.bias is not None else "its convolution is not a plain 3 x 3 one"
     )

@@ -24,7 +24,6 @@ Of a tile, the caller cuts out one frame, and has the 1 x 1 x 1 convolution befo
 from __future__ import annotations
 
 import itertools
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -51,6 +50,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
+from vidaccel.blocks.pixel_rows import convolve_rows, upsampled_by_rows, upsampled_cells_by_rows
 from vidaccel.blocks.vae.causal_clip import (
     Chunk,
     Halos,
@@ -58,7 +58,6 @@ from vidaccel.blocks.vae.causal_clip import (
     clip_of,
     conv_rows,
     decode_in_chunks,
-    decode_stretch,
     dropout_reason,
     images_of,
     out_of_memory,
@@ -74,7 +73,7 @@ from vidaccel.kernels.conv.pixel_shuffle import pixel_shuffle, pixel_shuffle_ref
 from vidaccel.kernels.conv.upsample_conv import upsample_cells, upsample_conv_ref
 from vidaccel.kernels.norm.rms_norm_silu import compile_ahead, rms_norm_silu, rms_norm_silu_ref
 from vidaccel.kernels.op import note, runs_triton
-from vidaccel.parallel.layout import LatentFrames, latent_frames
+from vidaccel.parallel.layout import PixelRows, pixel_rows
 from vidaccel.parallel.ranks import Agreement, Ranks
 from vidaccel.sites.block import GRADIENTS, SITES, FusedBlock, call_site, cut_corner, fuses
 from vidaccel.sites.memo import once_per_call
@@ -258,7 +257,7 @@ class FusedWanDecoder3d(FusedBlock, WanDecoder3d):
     def layout_for(
         self, ranks: Ranks, agreement: Agreement, frames: int, x: Tensor, feat_cache: Any = None, feat_idx: Any = None,
         first_chunk: bool = False,
-    ) -> LatentFrames | str:  # fmt: skip
+    ) -> PixelRows | str:  # fmt: skip
         """How ``frames`` latent frames, of which ``x`` is the first, are decoded on several ranks, or why they are not.
 
         The other arguments are those of the first call.
@@ -267,7 +266,7 @@ class FusedWanDecoder3d(FusedBlock, WanDecoder3d):
             return reason
         if _clip_behind(x).shape[2] != frames:
             return "its latent frames come one by one"
-        return LatentFrames.reason(ranks, frames, BEFORE) or LatentFrames(ranks, frames, BEFORE, agreement)
+        return PixelRows.reason(ranks, x.shape[3]) or PixelRows(ranks, x.shape[3], agreement)
 
     def call_reason(self, clip: Tensor, progress: _Progress | None) -> str | None:
         if not self.runs("whole_clip"):
@@ -452,6 +451,7 @@ class _Decode:
     def __init__(self, decoder: FusedWanDecoder3d, latents: Tensor) -> None:
         self._decoder = decoder
         self._rate = _temporal_rate(decoder)
+        self._most = latents  # or the rows of them that the rank with most has, by which all ranks reckon
         self._half: dict[nn.Module, torch.dtype] | None = None  # what convolutions read; None: the latents' dtype
         self._largest: dict[nn.Module, Tensor] = {}  # number of their outputs, of those that read float16
         half = _half_dtype(decoder, latents)
@@ -474,8 +474,10 @@ class _Decode:
     def run(self, latents: Tensor, halos: Halos, keep: bool) -> tuple[Tensor, Halos | None]:
         """The pixels, and what the next frames need if that is to be kept."""
         decoder, rate, begins = self._decoder, self._rate, not halos
-        over = latent_frames() if begins and not keep else None
         samples, _, frames, height, width = latents.shape
+        over, own = pixel_rows(), latents
+        if over is not None:
+            own, self._most = over.part(latents, 3), over.largest_part(latents, 3)
         scale = 2 ** sum(True for _ in _upsamplers(decoder))
         height, width = height * scale, width * scale
 
@@ -485,35 +487,26 @@ class _Decode:
         pixels = latents.new_empty(samples, len(decoder.conv_out.weight), pixel_frames(frames), height, width)
 
         def decode(start: int, end: int) -> None:
-            follows = keep or end < frames
+            nonlocal halos
+            out = whole = pixels[:, :, pixel_frames(start) : pixel_frames(end)]
+            if over is not None:
+                out = over.part(whole, 3)
+            halos = self._chunk(own[:, :, start:end], halos, out, keep or end < frames)
+            if over is not None:
+                whole.copy_(over.gather(out, 3))
 
-            def stretch(start: int, end: int, out: Tensor, ranks: Ranks | None) -> None:
-                nonlocal halos
-                halos = self._chunk(latents[:, :, start:end], halos, out, follows, ranks)
-
-            out = pixels[:, :, pixel_frames(start) : pixel_frames(end)]
-            decode_stretch(start, end, out, pixel_frames, stretch, over)
-
-        def own_of(frames: int) -> int:
-            return frames if over is None else over.stretches(0, frames)[0][1]
-
-        def needs(frames: int) -> int:
-            own = own_of(frames)
-            if over is not None and own > BEFORE and _frames_of_a_piece(decoder, latents, rate * own) < rate * own:
-                return sys.maxsize  # the first piece of a stretch would wait for the last one of the stretch before
-            return decode_bytes(decoder, latents, own)
-
+        needs = partial(decode_bytes, decoder, self._most)
         explain = partial(out_of_memory, samples, height, width)
         step = decode_in_chunks(frames, latents.device, needs, decode, explain, over)
-        made = pixel_frames(own_of(step))
-        piece = _frames_of_a_piece(decoder, latents, made)
+        made = pixel_frames(step)
+        piece = _frames_of_a_piece(decoder, self._most, made)
         then = "" if piece == made else f", {piece} of {made} in the last up-blocks"
         tell_chunk(decoder, "whole_clip", step, frames, then)
         return pixels, halos if keep else None
 
-    def _chunk(self, latents: Tensor, halos: Halos, out: Tensor, keep: bool, ranks: Ranks | None = None) -> Halos:
+    def _chunk(self, latents: Tensor, halos: Halos, out: Tensor, keep: bool) -> Halos:
         decoder = self._decoder
-        chunk = Chunk(Sum(latents), halos, keep, ranks)
+        chunk = Chunk(Sum(latents), halos, keep)
         buffer = _behind(halos.get(decoder.conv_in), latents)
         chunk.keep_of(decoder.conv_in, buffer)
         chunk.flow = Sum(conv_rows(buffer, decoder.conv_in), decoder.conv_in.bias)
@@ -527,8 +520,8 @@ class _Decode:
         for block in decoder.up_blocks[:first]:
             self._up_block(chunk, block)
         frames = out.shape[2]
-        step = _frames_of_a_piece(decoder, latents, frames)
-        if step == frames or ranks is not None:  # the next rank waits for the last frames, which come last in pieces
+        step = _frames_of_a_piece(decoder, self._most, frames)
+        if step == frames:
             self._to_pixels(chunk, first, out)
             return chunk.following
         flow = chunk.flow
@@ -547,8 +540,8 @@ class _Decode:
             self._up_block(chunk, block)
         buffer = self._norm(chunk, decoder.norm_out, decoder.conv_out, keep=False)
         del chunk.flow
-        run = pixel_conv if decoder.runs("pixel_conv") else pixel_conv_ref
-        out.copy_(run(buffer, decoder.conv_out.weight, decoder.conv_out.bias))
+        conv, run = decoder.conv_out, pixel_conv if decoder.runs("pixel_conv") else pixel_conv_ref
+        out.copy_(convolve_rows(conv, lambda _: run(buffer, conv.weight, conv.bias), clip_of(buffer)))
 
     def _norm(self, chunk: Chunk, norm: Any, conv: nn.Module, *, keep: bool, silu: bool = True) -> Tensor:
         """What ``conv`` gets: its input, and the frames before if it looks back; with ``keep``, the sum flows on."""
@@ -622,7 +615,10 @@ class _Decode:
         weight, bias = (parameter.to(normed.dtype) for parameter in (block.to_qkv.weight, block.to_qkv.bias))
         rows = F.linear(normed.flatten(0, 1).flatten(1, 2), weight.flatten(1), bias)  # [B * F, H * W, 3 * C]
         run = spatial_attention if self._decoder.runs("spatial_attention") else spatial_attention_ref
-        q, k, v = rows.chunk(3, dim=-1)
+        q, others = rows[..., : len(proj.bias)], rows[..., len(proj.bias) :]
+        if (over := pixel_rows()) is not None:
+            others = over.gather(others, 1)
+        k, v = others.chunk(2, dim=-1)
         attended = run(q, k, v, 1).view(normed.shape).to(residual.dtype)
         out = F.conv2d(images_of(attended), proj.weight, None).permute(0, 2, 3, 1).contiguous()
         chunk.flow = Sum(out.view(residual.shape), proj.bias, residual)
@@ -639,9 +635,10 @@ class _Decode:
         samples, images = len(chunk.flow.x), images_of(chunk.flow.x)
         del chunk.flow
         if self._decoder.runs("upsample_conv") and runs_triton("upsample_conv", images):
-            made = upsample_cells(images, conv.weight)
+            made = upsampled_cells_by_rows(conv.weight, lambda x: upsample_cells(x, conv.weight), images)
         else:
-            made = upsample_conv_ref(images, conv.weight, None).permute(0, 2, 3, 1)
+            made = upsampled_by_rows(conv.weight, lambda x: upsample_conv_ref(x, conv.weight, None), images)
+            made = made.permute(0, 2, 3, 1)
         chunk.flow = Sum(made.unflatten(0, (samples, -1)), conv.bias, x_scale=scale)
 
     def _scale(self, chunk: Chunk, resample: Any, before: Any) -> Tensor | None:
@@ -659,7 +656,8 @@ class _Decode:
         if added is None or not all(conv in self._largest for conv in convolutions):
             return None
         scale = scale_to_fit(flow.residual, added, convolutions)
-        return scale if chunk.ranks is None else chunk.ranks.least(scale)
+        over = pixel_rows()
+        return scale if over is None else over.ranks.least(scale)
 
     def _scaled_sum(self, chunk: Chunk, scale: Tensor) -> None:
         """What flows, all of it added, times ``scale``, in float16."""
@@ -683,7 +681,7 @@ class _Decode:
         halo, first = chunk.halos.get(conv), chunk.begins
         frames = buffer = x[:, first:]
         before = x.new_zeros(len(x), BEFORE + first, *x.shape[2:]) if halo is None else halo
-        if looks_back := halo is not None or chunk.ranks is not None:
+        if halo is not None:
             buffer = torch.cat([before, frames], dim=1)
             chunk.keep_of(conv, buffer)
         elif chunk.keep:
@@ -692,6 +690,7 @@ class _Decode:
         if count == 0:
             return
         # Zeros are before the first clip's. One more of them keeps a place for its first frame; those behind are cut.
+        looks_back = halo is not None
         made = conv_rows(buffer, conv) if looks_back else conv_rows(frames, conv, padding=(BEFORE + first, 0, 0))
         bias = conv.bias if scale is None else conv.bias * scale
         run = pixel_shuffle if self._decoder.runs("pixel_shuffle") else pixel_shuffle_ref

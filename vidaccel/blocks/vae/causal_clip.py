@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidaccel.blocks.pixel_rows import convolve_rows
 from vidaccel.blocks.vae.vae import usable_bytes
 from vidaccel.kernels.conv.channels_last_weight import channels_last_weight
 from vidaccel.kernels.conv.conv_epilogue import (
@@ -34,7 +35,7 @@ from vidaccel.kernels.conv.conv_epilogue import (
 from vidaccel.kernels.conv.enlarged_clip import small_frames
 from vidaccel.kernels.norm.channel_statistics import ChannelStatistics
 from vidaccel.kernels.op import note
-from vidaccel.parallel.layout import LatentFrames
+from vidaccel.parallel.layout import LatentFrames, PixelRows
 from vidaccel.parallel.ranks import Ranks
 from vidaccel.sites.block import SITES
 from vidaccel.sites.memo import held
@@ -165,7 +166,12 @@ def conv_rows(
         weight = F.pad(weight, (0,) * 9 + (missing,))
     height, width = weight.shape[3:]
     laid_out = channels_last_weight(weight, rows.dtype)
-    out = F.conv3d(clip_of(rows), laid_out, None, padding=padding or (0, height // 2, width // 2))
+    padding = padding or (0, height // 2, width // 2)
+
+    def convolve(clip: Tensor) -> Tensor:
+        return F.conv3d(clip, laid_out, None, padding=padding)
+
+    out = convolve_rows(laid_out, convolve, clip_of(rows))
     return out.permute(0, 2, 3, 4, 1).contiguous()
 
 
@@ -198,7 +204,7 @@ def decode_in_chunks(
     needs: Callable[[int], int],
     decode: Callable[[int, int], None],
     explain: Callable[[int, int], str],
-    over: LatentFrames | None = None,
+    over: LatentFrames | PixelRows | None = None,
 ) -> int:
     """Decode latent frames in chunks as long as memory allows; where it runs out, in halves of those.
 

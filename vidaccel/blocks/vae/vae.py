@@ -21,13 +21,15 @@ from diffusers.models.unets.unet_2d_blocks import UpDecoderBlock2D
 from diffusers.models.unets.unet_3d_blocks import UpBlockTemporalDecoder
 from torch import Tensor, nn
 
+from vidaccel.blocks.pixel_rows import convolve_rows
+from vidaccel.blocks.unet.convolution import PLAIN_3X3, geometry_of
 from vidaccel.blocks.unet.frames import convolve_frames
 from vidaccel.blocks.unet.normalization import FusedGroupNorm, group_norm_module
 from vidaccel.blocks.unet.resnet import FusedResnetBlock2D, FusedSpatioTemporalResBlock
 from vidaccel.blocks.unet.upsampling import FusedUpsample2D
 from vidaccel.kernels.norm.channel_statistics import ChannelStatistics
 from vidaccel.kernels.op import runs_triton
-from vidaccel.parallel.layout import Frames, frames, spread
+from vidaccel.parallel.layout import Frames, PixelRows, pixel_rows, spread
 from vidaccel.parallel.ranks import Agreement, Ranks
 from vidaccel.sites.block import SITES, FusedBlock, call_site, cut_corner, fuses, run_part, unserved_reason
 from vidaccel.sites.memo import once_per_call
@@ -72,7 +74,7 @@ class _Decoder(FusedBlock):
                 sample, statistics = block(sample, None), None
             else:
                 sample, statistics = block(sample, image_only_indicator=indicator), None
-        return self.conv_out(self._norm_out(sample, statistics))
+        return convolve_rows(self.conv_out, self.conv_out, self._norm_out(sample, statistics))
 
     def _norm_out(self, sample: Tensor, statistics: ChannelStatistics | None) -> Tensor:
         norm, activation = self.conv_norm_out, self.conv_act
@@ -148,41 +150,78 @@ class FusedTemporalDecoder(_Decoder, TemporalDecoder):
 
     @classmethod
     def original_forward(cls, host: Any, *args: Any, **kwargs: Any) -> Any:
-        with spread(None):  # every rank decodes all frames
+        with spread(None):  # every rank decodes all pixels
             return super().original_forward(host, *args, **kwargs)
 
     def layout_for(
         self, ranks: Ranks, agreement: Agreement, latent_frames: int, sample: Tensor, image_only_indicator: Tensor,
         num_frames: int = 1,
-    ) -> Frames | str:  # fmt: skip
-        """How the frames of such a call are decoded on several ranks, or why they are not."""
+    ) -> PixelRows | str:  # fmt: skip
+        """How the pictures of such a call are decoded on several ranks, or why they are not."""
         if reason := unserved_reason(self, getattr(self, SITES), (sample, image_only_indicator, num_frames), {}):
             return reason
-        mixers = [part for part in self.modules() if stock_class(part) is TemporalResnetBlock]
-        if not all(isinstance(part, FusedBlock) for part in mixers):
-            return "a block that mixes frames is not patched"
-        if plain_reason(self.time_conv_out, nn.Conv3d) or self.time_conv_out.kernel_size != (3, 1, 1):
-            return "its last convolution is not one over three frames"
-        if num_frames < ranks.size:
-            return f"{num_frames} frames are too few for {ranks.size} ranks"
-        return Frames(ranks, num_frames)
+        return _pixel_rows_reason(self) or PixelRows.reason(ranks, sample.shape[2]) or PixelRows(
+            ranks, sample.shape[2], agreement
+        )  # fmt: skip
 
     def fused_forward(self, sample: Tensor, image_only_indicator: Tensor, num_frames: int) -> Tensor:
-        over = frames()
-        if over is None:
-            return self.explained(self._decode, sample, image_only_indicator, num_frames)
-        own = over.ranks.part(sample.unflatten(0, (-1, num_frames)), 1).flatten(0, 1)
-        pixels = self.explained(self._decode, own, over.ranks.part(image_only_indicator, 1), over.count)
-        return over.ranks.gather(pixels.unflatten(0, (-1, over.count)), 1, num_frames).flatten(0, 1)
+        run = self._decode if pixel_rows() is None else self._decode_rows
+        return self.explained(run, sample, image_only_indicator, num_frames)
 
     def _decode(self, sample: Tensor, image_only_indicator: Tensor, num_frames: int) -> Tensor:
+        # handed over without a name of its own, which would keep it alive
+        return self._to_pixels(self._middle(sample, image_only_indicator), image_only_indicator, num_frames)
+
+    def _decode_rows(self, sample: Tensor, image_only_indicator: Tensor, num_frames: int) -> Tensor:
+        """Up to the first up-block by frames, if there are enough: its attention is within one. Then by rows."""
+        over = pixel_rows()
+        assert over is not None
+        ranks = over.ranks
+        if num_frames < ranks.size:
+            with spread(None):
+                middle = over.part(self._middle(sample, image_only_indicator), 2)
+        else:
+            by_frames = Frames(ranks, num_frames)
+            with spread(by_frames):
+                own = ranks.part(sample.unflatten(0, (-1, num_frames)), 1).flatten(0, 1)
+                middle = self._middle(own, ranks.part(image_only_indicator, 1))
+            middle = middle.permute(0, 2, 3, 1).unflatten(0, (-1, by_frames.count))  # [B, F, H, W, C]
+            middle = ranks.swap(middle, split=2, join=1, total=num_frames).flatten(0, 1).permute(0, 3, 1, 2)
+        return over.gather(self._to_pixels(middle, image_only_indicator, num_frames), 2)
+
+    def _middle(self, sample: Tensor, image_only_indicator: Tensor) -> Tensor:
         dtype = next(self.up_blocks.parameters()).dtype
-        sample = self.upsample(  # handed over without a name of its own, which would keep it alive
-            self.mid_block(self.conv_in(sample), image_only_indicator=image_only_indicator).to(dtype),
-            image_only_indicator,
-        )
+        return self.mid_block(self.conv_in(sample), image_only_indicator=image_only_indicator).to(dtype)
+
+    def _to_pixels(self, sample: Tensor, image_only_indicator: Tensor, num_frames: int) -> Tensor:
+        sample = self.upsample(sample, image_only_indicator)
         sample = sample.unflatten(0, (-1, num_frames)).transpose(1, 2)  # [B, C, F, H, W]
         return convolve_frames(self.time_conv_out, self.time_conv_out, sample).transpose(1, 2).flatten(0, 1)
+
+
+def _pixel_rows_reason(decoder: Any) -> str | None:
+    """Why the up-blocks of a fused decoder cannot work on some rows of pixels, or None."""
+    if any(not _only_calls_its_layers(block) for block in decoder.up_blocks):
+        return "an up-block is not a plain one"
+    mixers = [part for part in decoder.modules() if stock_class(part) is TemporalResnetBlock]
+    if not all(isinstance(part, FusedBlock) for part in mixers):
+        return "a block that mixes frames is not patched"
+    layers = [layer for block in decoder.up_blocks for layer in (*block.resnets, *(block.upsamplers or ()))]
+    for layer in layers:
+        parts = (layer.spatial_res_block, layer.temporal_res_block) if hasattr(layer, "spatial_res_block") else (layer,)
+        if not all(isinstance(part, FusedBlock) for part in parts):
+            return "a block that mixes pixels is not patched"
+        if any(getattr(getattr(part, "conv_shortcut", None), "kernel_size", (1, 1)) != (1, 1) for part in parts):
+            return "a convolution on a residual is not a 1x1 one"
+        if any("group_norm_silu" in part.ops and not part.runs("group_norm_silu") for part in parts):
+            return "its norms are not fused"
+    if not isinstance(decoder.conv_norm_out, FusedGroupNorm):
+        return "its last norm is not patched"
+    if plain_reason(decoder.conv_out, nn.Conv2d) or geometry_of(decoder.conv_out) != PLAIN_3X3:
+        return "its last convolution is not a plain 3 x 3 one"
+    if plain_reason(decoder.time_conv_out, nn.Conv3d) or decoder.time_conv_out.kernel_size != (3, 1, 1):
+        return "its last convolution is not one over three frames"
+    return None
 
 
 @once_per_call
