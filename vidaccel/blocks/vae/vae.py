@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -165,38 +166,34 @@ class FusedTemporalDecoder(_Decoder, TemporalDecoder):
         )  # fmt: skip
 
     def fused_forward(self, sample: Tensor, image_only_indicator: Tensor, num_frames: int) -> Tensor:
-        run = self._decode if pixel_rows() is None else self._decode_rows
-        return self.explained(run, sample, image_only_indicator, num_frames)
+        return self.explained(self._decode, sample, image_only_indicator, num_frames)
 
     def _decode(self, sample: Tensor, image_only_indicator: Tensor, num_frames: int) -> Tensor:
-        # handed over without a name of its own, which would keep it alive
-        return self._to_pixels(self._middle(sample, image_only_indicator), image_only_indicator, num_frames)
-
-    def _decode_rows(self, sample: Tensor, image_only_indicator: Tensor, num_frames: int) -> Tensor:
-        """Up to the first up-block by frames, if there are enough: its attention is within one. Then by rows."""
         over = pixel_rows()
-        assert over is not None
-        ranks = over.ranks
-        if num_frames < ranks.size:
-            with spread(None):
-                middle = over.part(self._middle(sample, image_only_indicator), 2)
-        else:
-            by_frames = Frames(ranks, num_frames)
-            with spread(by_frames):
-                own = ranks.part(sample.unflatten(0, (-1, num_frames)), 1).flatten(0, 1)
-                middle = self._middle(own, ranks.part(image_only_indicator, 1))
-            middle = middle.permute(0, 2, 3, 1).unflatten(0, (-1, by_frames.count))  # [B, F, H, W, C]
-            middle = ranks.swap(middle, split=2, join=1, total=num_frames).flatten(0, 1).permute(0, 3, 1, 2)
-        return over.gather(self._to_pixels(middle, image_only_indicator, num_frames), 2)
+        middle = self._middle if over is None else partial(self._middle_rows, over)
+        # handed over without a name of its own, which would keep it alive
+        sample = self.upsample(middle(sample, image_only_indicator), image_only_indicator)
+        sample = sample.unflatten(0, (-1, num_frames)).transpose(1, 2)  # [B, C, F, H, W]
+        sample = convolve_frames(self.time_conv_out, self.time_conv_out, sample).transpose(1, 2).flatten(0, 1)
+        return sample if over is None else over.gather(sample, 2)
 
     def _middle(self, sample: Tensor, image_only_indicator: Tensor) -> Tensor:
+        """What the first up-block gets."""
         dtype = next(self.up_blocks.parameters()).dtype
         return self.mid_block(self.conv_in(sample), image_only_indicator=image_only_indicator).to(dtype)
 
-    def _to_pixels(self, sample: Tensor, image_only_indicator: Tensor, num_frames: int) -> Tensor:
-        sample = self.upsample(sample, image_only_indicator)
-        sample = sample.unflatten(0, (-1, num_frames)).transpose(1, 2)  # [B, C, F, H, W]
-        return convolve_frames(self.time_conv_out, self.time_conv_out, sample).transpose(1, 2).flatten(0, 1)
+    def _middle_rows(self, over: PixelRows, sample: Tensor, image_only_indicator: Tensor) -> Tensor:
+        """This rank's rows of that, made by frames, if there are enough: its attention is within one."""
+        ranks, num_frames = over.ranks, image_only_indicator.shape[-1]
+        if num_frames < ranks.size:
+            with spread(None):
+                return over.part(self._middle(sample, image_only_indicator), 2)
+        by_frames = Frames(ranks, num_frames)
+        with spread(by_frames):
+            own = ranks.part(sample.unflatten(0, (-1, num_frames)), 1).flatten(0, 1)
+            made = self._middle(own, ranks.part(image_only_indicator, 1))
+        made = made.permute(0, 2, 3, 1).unflatten(0, (-1, by_frames.count))  # [B, F, H, W, C]
+        return ranks.swap(made, split=2, join=1, total=num_frames).flatten(0, 1).permute(0, 3, 1, 2)
 
 
 def _pixel_rows_reason(decoder: Any) -> str | None:
