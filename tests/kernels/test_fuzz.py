@@ -175,6 +175,12 @@ def _channels_last_weight(d: Drawer) -> Any:
     return d.weight(d.size(3), d.channels(), *(d.of(1, 3) for _ in range(3))), d.of(torch.float16, torch.float32)
 
 
+def _clip_conv(d: Drawer) -> Any:
+    channels, taps = d.of(32, 96, d.channels()), (d.of(1, 3), *d.of((3, 3), (1, 3)))
+    rows = d.tensor(d.size(2), taps[0] + d.number(2), d.size(4), d.size(4), channels)
+    return rows, d.weight(d.of(96, 4), channels, *taps)
+
+
 def _depth_to_space(d: Drawer) -> Any:
     factor_t, channels = d.of(1, 2), d.channels()
     x = d.size(2), d.size(3), d.size(3), d.size(3), 4 * factor_t * channels

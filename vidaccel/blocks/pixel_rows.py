@@ -31,17 +31,17 @@ Convolve = Callable[[Tensor], Tensor]
 
 
 def convolve_rows(conv: Any, convolve: Convolve, x: Tensor) -> Tensor:
-    """``convolve(x)``, a convolution by ``conv`` or its weight, with zeros around each picture and stride 1.
+    """``convolve(x)``, a convolution by the weight of ``conv``, with zeros around each picture and stride 1.
 
     Args:
-        conv: The weight is ``[C', C, 3, 3]``, or ``[C', C, T, 3, 3]`` without zeros in time; or of one row of taps.
+        conv: Its weight is ``[C', C, 3, 3]``, or ``[C', C, T, 3, 3]`` without zeros in time; or of one row of taps.
         convolve: Takes ``x``; what it returns is written to.
         x: ``[N, C, H, W]`` or ``[N, C, F, H, W]``.
     """
     over = pixel_rows()
     if over is None:
         return convolve(x)
-    weight = conv if isinstance(conv, Tensor) else conv.weight
+    weight = conv.weight
     if weight.shape[-2] == 1:
         return convolve(x)
     wait = _neighbours(over, x)

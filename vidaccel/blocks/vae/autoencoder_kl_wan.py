@@ -171,6 +171,7 @@ def _frames_of(latent_frames: int, rate: int) -> int:
         "half_operands": "math-exact",
         "rms_norm_silu": "math-exact",
         "conv_epilogue": "math-exact",
+        "clip_conv": "math-exact",
         "pixel_shuffle": "math-exact",
         "upsample_conv": "math-exact",
         "pixel_conv": "math-exact",
@@ -603,11 +604,13 @@ class _Decode:
             chunk.kept = residual
         if isinstance(shortcut, WanCausalConv3d):
             residual, residual_bias = conv_rows(residual, shortcut), shortcut.bias
-        chunk.flow = Sum(conv_rows(buffer, resnet.conv1), resnet.conv1.bias)
+        fused = self._decoder.runs("clip_conv")
+        chunk.flow = Sum(conv_rows(buffer, resnet.conv1, fused=fused), resnet.conv1.bias)
         del buffer
         buffer = self._norm(chunk, resnet.norm2, resnet.conv2, keep=False)
         del chunk.flow
-        chunk.flow = Sum(conv_rows(buffer, resnet.conv2), resnet.conv2.bias, residual, residual_bias)
+        made = conv_rows(buffer, resnet.conv2, fused=fused)
+        chunk.flow = Sum(made, resnet.conv2.bias, residual, residual_bias)
 
     def _attention(self, chunk: Chunk, block: Any) -> None:
         normed, proj = self._norm(chunk, block.norm, block.to_qkv, keep=True, silu=False), block.proj

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from vidaccel.blocks.pixel_rows import convolve_rows
 from vidaccel.blocks.vae.vae import usable_bytes
 from vidaccel.kernels.conv.channels_last_weight import channels_last_weight
+from vidaccel.kernels.conv.clip_conv import clip_conv
 from vidaccel.kernels.conv.conv_epilogue import (
     STATISTICS_STEP,
     conv_epilogue,
@@ -146,7 +147,7 @@ def clip_of(rows: Tensor) -> Tensor:
 
 
 def conv_rows(
-    rows: Tensor, conv: Any, *, output_step: int = 1, padding: tuple[int, int, int] | None = None
+    rows: Tensor, conv: Any, *, fused: bool = False, padding: tuple[int, int, int] | None = None
 ) -> Tensor:  # fmt: skip
     """The convolution of rows ``[B, F, H, W, C]`` by the weight of ``conv``, ``[C', C, T, Y, X]``, without its bias.
 
@@ -155,24 +156,21 @@ def conv_rows(
     Args:
         rows: They begin with the frames that the convolution looks back at.
         conv: Has a ``weight``; its stride and dilation are 1.
-        output_step: C' is filled up to a multiple of that, with zeros.
+        fused: Whether a kernel of ours may do it.
         padding: Zeros at either end of time, height and width. None: none in time, what keeps the size in space.
 
     Returns:
         ``[B, F', H', W', C']``, contiguous.
     """
-    weight = conv.weight
-    if missing := -len(weight) % output_step:
-        weight = F.pad(weight, (0,) * 9 + (missing,))
-    height, width = weight.shape[3:]
-    laid_out = channels_last_weight(weight, rows.dtype)
-    padding = padding or (0, height // 2, width // 2)
 
     def convolve(clip: Tensor) -> Tensor:
-        return F.conv3d(clip, laid_out, None, padding=padding)
+        if fused:
+            return clip_of(clip_conv(clip.permute(0, 2, 3, 4, 1), conv.weight))
+        height, width = conv.weight.shape[3:]
+        weight = channels_last_weight(conv.weight, clip.dtype)
+        return F.conv3d(clip, weight, None, padding=padding or (0, height // 2, width // 2))
 
-    out = convolve_rows(laid_out, convolve, clip_of(rows))
-    return out.permute(0, 2, 3, 4, 1).contiguous()
+    return convolve_rows(conv, convolve, clip_of(rows)).permute(0, 2, 3, 4, 1).contiguous()
 
 
 def added_up(flow: Sum, *, fused: bool, statistics: bool) -> Sum:

@@ -200,7 +200,7 @@ def _pixel_rows_reason(decoder: Any) -> str | None:
     """Why the up-blocks of a fused decoder cannot work on some rows of pixels, or None."""
     if any(not _only_calls_its_layers(block) for block in decoder.up_blocks):
         return "an up-block is not a plain one"
-    mixers = [part for part in decoder.modules() if stock_class(part) is TemporalResnetBlock]
+    mixers = [part for part in decoder.mid_block.modules() if stock_class(part) is TemporalResnetBlock]
     if not all(isinstance(part, FusedBlock) for part in mixers):
         return "a block that mixes frames is not patched"
     layers = [layer for block in decoder.up_blocks for layer in (*block.resnets, *(block.upsamplers or ()))]

@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+from kernel_checks import FAULTS, assert_close_to_gold, assert_no_spills, compile_for, planted
+from torch import Tensor
+
+from vidaccel.kernels.conv import clip_conv as op
+from vidaccel.kernels.conv.clip_conv import CLIP_CONV, clip_conv, clip_conv_ref
+from vidaccel.kernels.op import listening
+
+# samples, frames, height and width of the output; channels; frames that the convolution sees
+SHAPES = [
+    pytest.param((1, 4, 16, 16, 96, 3), id="one-tile-a-frame"),
+    pytest.param((2, 3, 13, 37, 96, 3), id="odd-sides"),
+    pytest.param((1, 1, 1, 1, 32, 1), id="one-pixel"),
+    pytest.param((3, 2, 40, 5, 64, 2), id="narrow"),
+    pytest.param((1, 2, 17, 33, 192, 3), id="wide-channels"),
+]
+Shape = tuple[int, int, int, int, int, int]
+
+
+def draw(shape: Shape, device: torch.device, dtype: torch.dtype, channels_out: int = 96) -> tuple[Tensor, Tensor]:
+    samples, frames, height, width, channels, seen = shape
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(samples, frames + seen - 1, height, width, channels, generator=generator)
+    weight = torch.randn(channels_out, channels, seen, 3, 3, generator=generator) * (9 * seen * channels) ** -0.5
+    return rows.to(device, dtype), weight.to(device, dtype)
+
+
+def skip_unless_served(rows: Tensor, weight: Tensor) -> None:
+    if reason := CLIP_CONV.unserved(rows, weight, impl="gluon"):
+        pytest.skip(reason)
+
+
+def assert_right(out: Tensor, rows: Tensor, weight: Tensor) -> None:
+    gold = clip_conv_ref(rows.double().cpu(), weight.double().cpu()).to(out.device)
+    assert_close_to_gold(out, gold, clip_conv_ref(rows, weight))
+
+
+@pytest.mark.parametrize("impl", [None, "library", "torch"])
+def test_a_convolution_without_its_bias(impl: str | None, device: torch.device) -> None:
+    rows, weight = draw((2, 3, 5, 6, 8, 3), device, torch.float32, channels_out=10)
+    padded = F.pad(rows, (0, 0, 1, 1, 1, 1))
+    expected = torch.zeros(2, 3, 5, 6, 10, device=device, dtype=torch.float64)
+    for t, y, x in torch.cartesian_prod(*(torch.arange(3),) * 3).tolist():
+        expected += padded[:, t : t + 3, y : y + 5, x : x + 6].double() @ weight[:, :, t, y, x].T.double()
+    out = clip_conv(rows, weight, impl=impl)
+    assert out.is_contiguous() and out.dtype == torch.float32
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_weight_is_rounded_to_the_rows(device: torch.device) -> None:
+    rows, weight = draw((1, 2, 4, 4, 8, 3), device, torch.float16, channels_out=4)
+    precise = weight.float() * 1.0001
+    assert torch.equal(clip_conv(rows, precise), clip_conv(rows, precise.half()))
+
+
+def test_without_pixels(device: torch.device) -> None:
+    rows, weight = draw((0, 2, 4, 4, 8, 3), device, torch.float32)
+    assert clip_conv(rows, weight).shape == (0, 2, 4, 4, 96)
+
+
+@pytest.mark.parametrize("fault", [None, *FAULTS])
+@torch.no_grad()
+def test_a_fault_is_found(fault: str | None, device: torch.device) -> None:
+    rows, weight = draw((2, 3, 6, 6, 8, 3), device, torch.float32)
+
+    def spoil(out: Tensor) -> None:
+        if fault:
+            FAULTS[fault](out.flatten(0, 1))
+
+    with planted(CLIP_CONV, "library", spoil), listening(checks=True) as events:
+        out = clip_conv(rows, weight)
+    torch.testing.assert_close(out, clip_conv_ref(rows, weight))
+    assert [bool(event.problem) for event in events if event.op == "clip_conv"] == [fault is not None]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda rows, weight: (rows.float(), weight.float()), "takes float16 and bfloat16, rows is torch.float32"),
+        (lambda rows, weight: (rows, weight[:95]), r"C'=96, C in steps of 32 and 3 x 3 taps, got \(95, 64, 3, 3, 3\)"),
+        (lambda rows, weight: (rows[..., :48].contiguous(), weight[:, :48]), r"got \(96, 48, 3, 3, 3\)"),
+        (lambda rows, weight: (rows, weight[..., :1]), r"got \(96, 64, 3, 3, 1\)"),
+        (lambda rows, weight: (rows.transpose(2, 3), weight), "TMA takes contiguous rows"),
+        (lambda rows, weight: (rows[:, :, :0], weight), "there is nothing to multiply"),
+    ],
+)
+def test_what_the_kernel_does_not_serve(change: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(op, "GLUON_VERSIONS", (triton.__version__,))
+    rows, weight = change(*draw((1, 2, 4, 4, 64, 3), torch.device("cpu"), torch.float16))
+    found = op._gluon_reason(rows, weight)
+    assert found is not None and re.search(reason, found)
+
+
+@pytest.mark.parametrize(
+    ("rows", "weight", "message"),
+    [
+        ((2, 3, 4, 5), (1, 4, 1, 3, 3), r"rows must be \[B, F, H, W, C\] with channels, got \(2, 3, 4, 5\)"),
+        ((1, 3, 4, 5, 6), (1, 4, 1, 3, 3), r"weight must be \[C', 6, T, Y, X\], got \(1, 4, 1, 3, 3\)"),
+        ((1, 3, 4, 5, 6), (1, 6, 1, 2, 3), r"weight must have odd sides, got \(1, 6, 1, 2, 3\)"),
+        ((1, 2, 4, 5, 6), (1, 6, 3, 3, 3), r"rows must have 3 frames at least, got 2"),
+    ],
+)
+def test_rejects(rows: tuple[int, ...], weight: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=f"clip_conv: {message}"):
+        clip_conv(torch.ones(rows), torch.ones(weight))
+
+
+@pytest.mark.skipif(not triton.__version__.startswith(op.GLUON_VERSIONS), reason="another Gluon")
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_products_overlap_and_nothing_spills(dtype: str) -> None:
+    gluon = pytest.importorskip("vidaccel.kernels.conv.clip_conv_gluon")
+
+    def descriptor(*block: int) -> str:
+        of = gluon.gl.float16 if dtype == "fp16" else gluon.gl.bfloat16
+        return f"tensordesc<{dtype}{list(block)},{gluon.gl.NVMMASharedLayout.get_default_for(list(block), of)!r}>"
+
+    pixels = 1, gluon.ROWS, gluon.COLUMNS
+    asm = compile_for(
+        "sm_90",
+        gluon.clip_conv_gluon_kernel,
+        {
+            "rows_desc": descriptor(*pixels, gluon.BLOCK_K),
+            "wide_weight_desc": descriptor(64, gluon.BLOCK_K),
+            "narrow_weight_desc": descriptor(32, gluon.BLOCK_K),
+            "wide_out_desc": descriptor(*pixels, 64),
+            "narrow_out_desc": descriptor(*pixels, 32),
+            **dict.fromkeys(("num_tiles", "frames", "across", "down"), "i32"),
+        },
+        {"TAPS": 27, "CHUNKS": 3, "STAGES": gluon.STAGES, "REGISTERS": gluon.REGISTERS},
+    )
+    assert "UTMALDG" in asm["sass"] and "UTMASTG" in asm["sass"] and "USETMAXREG" in asm["sass"]
+    # three of each consumer: a wait behind every product would mean that they are serialised
+    assert asm["sass"].count("WARPGROUP.DEPBAR") <= 6 < asm["sass"].count("HGMMA")
+    assert_no_spills(asm)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_kernel(shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
+    """Against a race the same input many times: every run has the same bits."""
+    rows, weight = draw(shape, device, dtype)
+    skip_unless_served(rows, weight)
+    out = clip_conv(rows, weight, impl="gluon")
+    assert out.is_contiguous()
+    assert_right(out, rows, weight)
+    for _ in range(20):
+        assert torch.equal(clip_conv(rows, weight, impl="gluon"), out)
+
+
+@pytest.mark.gpu
+def test_more_tiles_than_programs(device: torch.device) -> None:
+    rows, weight = draw((2, 21, 70, 90, 96, 3), device, torch.bfloat16)
+    skip_unless_served(rows, weight)
+    out = clip_conv(rows, weight, impl="gluon")
+    gold = clip_conv_ref(rows.double(), weight.double())
+    assert_close_to_gold(out, gold, clip_conv_ref(rows, weight))
+
+
+@pytest.mark.gpu
+def test_nothing_is_written_beyond_the_output(device: torch.device) -> None:
+    rows, weight = draw((1, 3, 19, 21, 96, 3), device, torch.float16)
+    skip_unless_served(rows, weight)
+    from vidaccel.kernels.conv.clip_conv_gluon import prepare
+
+    memory = torch.full((3, 1, 3, 19, 21, 96), 77.0, dtype=rows.dtype, device=device)
+    laid_out = weight.contiguous(memory_format=torch.channels_last_3d)
+    prepare(tuple(rows.shape), 3, rows.dtype, device)(rows, laid_out, memory[1])
+    assert (memory[::2] == 77).all()
+    assert_right(memory[1], rows, weight)
+
+
+@pytest.mark.gpu
+def test_addresses_that_tma_does_not_take(device: torch.device) -> None:
+    rows, weight = draw((1, 2, 9, 8, 32, 3), device, torch.float16)
+    skip_unless_served(rows, weight)
+    memory = rows.new_empty(rows.numel() + 1)[1:].view(rows.shape).copy_(rows)
+    assert memory.data_ptr() % 16
+    assert torch.equal(clip_conv(memory, weight, impl="gluon"), clip_conv(rows, weight, impl="gluon"))
+
+
+@pytest.mark.gpu
+def test_nan_reaches_its_neighbours_only(device: torch.device) -> None:
+    rows, weight = draw((1, 4, 20, 20, 96, 3), device, torch.float16)
+    skip_unless_served(rows, weight)
+    rows[0, 3, 10, 11, 5] = float("nan")
+    spoilt = clip_conv(rows, weight, impl="gluon").isnan().any(-1)[0].nonzero()
+    assert {tuple(at) for at in spoilt.tolist()} == {
+        (f, y, x) for f in (1, 2, 3) for y in (9, 10, 11) for x in (10, 11, 12)
+    }
+
+
+@pytest.mark.gpu
+def test_a_clip_of_more_than_2_31_numbers(device: torch.device) -> None:
+    rows = torch.randn(1, 59, 480, 832, 96, device=device, dtype=torch.bfloat16)
+    _, weight = draw((1, 1, 1, 1, 96, 3), device, torch.bfloat16)
+    skip_unless_served(rows, weight)
+    out = clip_conv(rows, weight)
+    for f in (0, 56):
+        some = rows[:, f : f + 3]
+        assert_close_to_gold(
+            out[:, f : f + 1], clip_conv_ref(some.double(), weight.double()), clip_conv_ref(some, weight)
+        )
+
+
+@pytest.mark.gpu
+def test_registration(device: torch.device) -> None:
+    rows, weight = draw((1, 2, 8, 8, 32, 3), device, torch.float16)
+    skip_unless_served(rows, weight)
+    torch.library.opcheck(CLIP_CONV.registered["gluon"], (rows, weight))
