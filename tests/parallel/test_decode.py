@@ -242,7 +242,7 @@ def test_a_block_that_goes_the_original_way_gets_whole_pictures(two_ranks: Team)
 def test_svd_on_four_ranks(four_ranks: Team) -> None:
     found, parts = together(four_ranks, of_svd, 5, 1, 10)
     assert not found["reasons"]
-    assert max(parts) < 0.4
+    assert max(parts) < 0.5  # 3 of 10 rows, and all of the mid-block
 
 
 @pytest.mark.parametrize(

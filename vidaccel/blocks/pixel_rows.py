@@ -125,19 +125,25 @@ def statistics_of_pictures(
     over = pixel_rows()
     if over is None:
         return given
-    samples = len(x)
-    if given is None or len(set(over.counts)) > 1:  # segments are of the same size on all ranks: a latent row each
+    samples, even = len(x), len(set(over.counts)) == 1
+    if given is None or not even:  # segments are of the same size on all ranks: a latent row each
         given = _statistics_by_rows(over, x, shift)
-    segments = [count * (len(given.parts) // samples) // over.count for count in over.counts]
-    parts = over.ranks.gather(given.parts.unflatten(0, (samples, -1)), 1, sum(segments), segments)
+    by_sample = given.parts.unflatten(0, (samples, -1))
+    if even:
+        parts = over.ranks.gather_parts(by_sample).transpose(0, 1).flatten(1, 2)
+    else:
+        segments = [count * by_sample.shape[1] // over.count for count in over.counts]
+        parts = over.ranks.gather(by_sample, 1, sum(segments), segments)
     return given._replace(parts=parts.flatten(0, 1))
 
 
 def _statistics_by_rows(over: PixelRows, x: Tensor, shift: Tensor | None) -> ChannelStatistics:
     clip = x if x.ndim == 5 else x.unsqueeze(2)
     frames, rows = clip.shape[2], over.count
-    if shift is not None:
-        shift = shift.expand(-1, frames, -1).repeat_interleave(rows, 1)
+    if shift is not None and shift.shape[1] == 1:
+        shift = shift.expand(-1, frames * rows, -1)
+    elif shift is not None:
+        shift = shift.repeat_interleave(rows, 1)
     segments = clip.unflatten(3, (rows, -1)).flatten(2, 3)  # [N, C, F * latent rows, rows of pixels, W]
     return frame_statistics(segments, shift=shift, most_frames=frames * max(over.counts))
 

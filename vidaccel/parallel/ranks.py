@@ -76,15 +76,20 @@ class Ranks:
         own = self.own(x.shape[dim])
         return x.narrow(dim, own.start, own.stop - own.start)
 
+    def gather_parts(self, x: Tensor) -> Tensor:
+        """``[size, ...]``: the ``x`` of every rank, of equal shape on all."""
+        out = x.new_empty(self.size, *x.shape)
+        _all_gather(out.flatten(0, 1), x.contiguous(), group=self.group)
+        self.sent += x.nbytes * (self.size - 1)
+        return out
+
     def gather(self, x: Tensor, dim: int, total: int, lengths: Sequence[int] = ()) -> Tensor:
         """All shares along ``dim``, which together are ``total``, in order; of ``lengths``, if they are not even."""
         lengths = lengths or shares(total, self.size)
         rows, most = x.movedim(dim, 0).contiguous(), max(lengths)
         if len(rows) < most:  # all send the same number of rows
             rows = torch.cat([rows, rows.new_zeros(most - len(rows), *rows.shape[1:])])
-        out = rows.new_empty(self.size * most, *rows.shape[1:])
-        _all_gather(out, rows, group=self.group)
-        self.sent += rows.nbytes * (self.size - 1)
+        out = self.gather_parts(rows).flatten(0, 1)
         if min(lengths) != most:
             out = torch.cat([piece[:length] for piece, length in zip(out.chunk(self.size), lengths, strict=True)])
         return out.movedim(0, dim)
@@ -245,4 +250,5 @@ def axes_of(world: Sequence[int]) -> list[Ranks]:
 def _all_gather(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> None:
     # the newer name, since PyTorch 2.13
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(out, x, group=group)
+    # On a stream of NCCL's, as all else that is sent: to send from one stream, then from another, costs hosts more.
+    gather(out, x, group=group, async_op=True).wait()

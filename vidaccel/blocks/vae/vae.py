@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_temporal_decoder import TemporalDecoder
 from diffusers.models.autoencoders.vae import Decoder
-from diffusers.models.resnet import ResnetBlock2D, SpatioTemporalResBlock, TemporalResnetBlock
+from diffusers.models.resnet import ResnetBlock2D, SpatioTemporalResBlock
 from diffusers.models.unets.unet_2d_blocks import UpDecoderBlock2D
 from diffusers.models.unets.unet_3d_blocks import UpBlockTemporalDecoder
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from vidaccel.blocks.unet.resnet import FusedResnetBlock2D, FusedSpatioTemporalR
 from vidaccel.blocks.unet.upsampling import FusedUpsample2D
 from vidaccel.kernels.norm.channel_statistics import ChannelStatistics
 from vidaccel.kernels.op import runs_triton
-from vidaccel.parallel.layout import Frames, PixelRows, pixel_rows, spread
+from vidaccel.parallel.layout import PixelRows, pixel_rows, spread
 from vidaccel.parallel.ranks import Agreement, Ranks
 from vidaccel.sites.block import SITES, FusedBlock, call_site, cut_corner, fuses, run_part, unserved_reason
 from vidaccel.sites.memo import once_per_call
@@ -170,8 +170,8 @@ class FusedTemporalDecoder(_Decoder, TemporalDecoder):
 
     def _decode(self, sample: Tensor, image_only_indicator: Tensor, num_frames: int) -> Tensor:
         over = pixel_rows()
-        middle = self._middle if over is None else partial(self._middle_rows, over)
         # handed over without a name of its own, which would keep it alive
+        middle = self._middle if over is None else partial(self._middle_rows, over)
         sample = self.upsample(middle(sample, image_only_indicator), image_only_indicator)
         sample = sample.unflatten(0, (-1, num_frames)).transpose(1, 2)  # [B, C, F, H, W]
         sample = convolve_frames(self.time_conv_out, self.time_conv_out, sample).transpose(1, 2).flatten(0, 1)
@@ -183,26 +183,20 @@ class FusedTemporalDecoder(_Decoder, TemporalDecoder):
         return self.mid_block(self.conv_in(sample), image_only_indicator=image_only_indicator).to(dtype)
 
     def _middle_rows(self, over: PixelRows, sample: Tensor, image_only_indicator: Tensor) -> Tensor:
-        """This rank's rows of that, made by frames, if there are enough: its attention is within one."""
-        ranks, num_frames = over.ranks, image_only_indicator.shape[-1]
-        if num_frames < ranks.size:
-            with spread(None):
-                return over.part(self._middle(sample, image_only_indicator), 2)
-        by_frames = Frames(ranks, num_frames)
-        with spread(by_frames):
-            own = ranks.part(sample.unflatten(0, (-1, num_frames)), 1).flatten(0, 1)
-            made = self._middle(own, ranks.part(image_only_indicator, 1))
-        made = made.permute(0, 2, 3, 1).unflatten(0, (-1, by_frames.count))  # [B, F, H, W, C]
-        return ranks.swap(made, split=2, join=1, total=num_frames).flatten(0, 1).permute(0, 3, 1, 2)
+        """This rank's rows of that.
+
+        Every rank makes all of it: its pixels are a 64th of all, its attention is between all of a frame, and what
+        ranks would tell one another costs more of their hosts' time than it saves of the GPUs'.
+        """
+        with spread(None):
+            middle = self._middle(sample, image_only_indicator)
+        return over.part(middle, 2).contiguous(memory_format=torch.channels_last)
 
 
 def _pixel_rows_reason(decoder: Any) -> str | None:
     """Why the up-blocks of a fused decoder cannot work on some rows of pixels, or None."""
     if any(not _only_calls_its_layers(block) for block in decoder.up_blocks):
         return "an up-block is not a plain one"
-    mixers = [part for part in decoder.mid_block.modules() if stock_class(part) is TemporalResnetBlock]
-    if not all(isinstance(part, FusedBlock) for part in mixers):
-        return "a block that mixes frames is not patched"
     layers = [layer for block in decoder.up_blocks for layer in (*block.resnets, *(block.upsamplers or ()))]
     for layer in layers:
         parts = (layer.spatial_res_block, layer.temporal_res_block) if hasattr(layer, "spatial_res_block") else (layer,)
