@@ -1,4 +1,4 @@
-"""One decode of a VAE on several ranks: its tiles, the samples of its batch, or its frames.
+"""One decode of a VAE on several ranks: its tiles, the samples of its batch, its rows of pixels, or its frames.
 
 How a VAE's ``decode`` cuts latents into tiles, and joins their pixels, is its own business. So it runs twice, on every
 rank, both times with a stand-in for its decoder. The first one hears what the decoder is asked for, and answers with
@@ -6,7 +6,8 @@ tensors that have no numbers (``meta``). Calls of which one passes on the cache 
 are a :class:`_Part`. Each part is decoded on one rank; while its GPU does that, the host goes on. Then all parts are
 sent to all ranks. The second stand-in hands them out, to be joined as ever: so the bits are those of a single decode.
 
-A decode that is one part is split along its frames if the decoder can do that (``layout_for``), or along its batch.
+A decode that is one part is split along its rows of pixels or its frames if the decoder can do that (``layout_for``),
+or along its batch.
 """
 
 from __future__ import annotations

@@ -70,29 +70,23 @@ class _Decoded(Layout):
 
 
 class LatentFrames(_Decoded):
-    """The latent frames of a clip that a causal VAE decodes: each convolution looks back at frames of the rank before.
+    """Batches of latent frames that a causal VAE decodes: each convolution looks back at frames of the rank before.
 
     Args:
         ranks: Over whom.
-        total: How many latent frames there are, or batches of them that are not cut.
-        least: How many of these are the frames that a convolution looks back at: every rank has as many.
+        total: How many batches there are, each of as many frames as a convolution looks back at, or more.
         agreement: Of the same ranks.
     """
 
-    def __init__(self, ranks: Ranks, total: int, least: int, agreement: Agreement) -> None:
-        super().__init__(ranks, total, agreement)
-        self._least = least
-
     @classmethod
-    def reason(cls, ranks: Ranks, total: int, least: int) -> str | None:
+    def reason(cls, ranks: Ranks, total: int) -> str | None:
         """Why so many cannot be spread, or None."""
-        few = f"{total} latent frames (or batches) are too few for {ranks.size} ranks, {least} for each"
-        return few if total < least * ranks.size else None
+        return f"{total} batches of latent frames are too few for {ranks.size} ranks" if total < ranks.size else None
 
     def stretches(self, start: int, end: int) -> list[tuple[int, int]]:
-        """Where each rank's stretch of these frames begins and ends; if they are too few, the first rank has all."""
+        """Where each rank's stretch of these batches begins and ends; if they are too few, the first rank has all."""
         size, lengths = self.ranks.size, shares(end - start, self.ranks.size)
-        if lengths[-1] < self._least:
+        if not lengths[-1]:
             lengths = [end - start] + [0] * (size - 1)
         ends = [start + sum(lengths[: rank + 1]) for rank in range(size)]
         return list(zip([start, *ends], ends, strict=False))

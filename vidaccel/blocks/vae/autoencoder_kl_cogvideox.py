@@ -213,7 +213,7 @@ class FusedCogVideoXDecoder3D(FusedBlock, CogVideoXDecoder3D):
         _, ends = _foreseen(sample)
         if temb is not None or ends[-1] != frames:
             return "its batches of latent frames come one by one"
-        return LatentFrames.reason(ranks, len(ends), 1) or LatentFrames(ranks, len(ends), 1, agreement)
+        return LatentFrames.reason(ranks, len(ends)) or LatentFrames(ranks, len(ends), agreement)
 
     def call_reason(self, clip: Tensor, ends: tuple[int, ...], carried: _Carried | None) -> str | None:
         return latents_reason(clip, self.conv_in.conv.weight)

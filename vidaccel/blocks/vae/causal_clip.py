@@ -5,9 +5,9 @@ out (its bias, the residual) are done by whatever reads it next (:class:`Sum`). 
 the decoder at once (:class:`Chunk`). A causal convolution looks at frames before its own: the last frames of its input,
 its halo, are kept for the next chunk. :func:`decode_in_chunks` decodes chunks as long as memory allows.
 
-Over several ranks, each has a stretch of every chunk. All go from convolution to convolution together, and each gets
-its halo from the rank before. To decode as many frames more as all convolutions look back at would be simpler, but
-those of Wan's decoder look back at 24 latent frames, and a clip has 21.
+Over several ranks, each has some rows of every picture (Wan; ``pixel_rows.py``), or a stretch of every chunk's frames
+(CogVideoX, whose norms take the statistics of a few frames). Then all go from convolution to convolution together, and
+each gets its halo from the rank before.
 """
 
 from __future__ import annotations
