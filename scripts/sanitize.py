@@ -2,7 +2,8 @@
 
     python scripts/sanitize.py --out samples/benchmarks/sanitizer.json
 
-The calls are those of ``tests/kernels/test_fuzz.py`` on a GPU, a few for each op, each op in a process of its own.
+The calls are those of ``tests/kernels/test_fuzz.py`` on a GPU, a few for each op, each op in a process of its own. That
+a kernel did not run is a problem like an error in it.
 PyTorch's allocator is told to ask the driver for each tensor: in its own blocks an access out of bounds would find
 memory of somebody else. What a tool reports in a kernel of PyTorch's or of a library is listed under "elsewhere".
 
@@ -114,7 +115,7 @@ def main() -> int:
     names = [name for name in ops() if args.only in name]
     results = []
     for tool in args.tools:
-        result = run_tool(program, tool, names, args.jobs)
+        result = run_tool(program, tool, names, args.jobs, set() if args.only else every_kernel())
         counts = f"{len(result['kernels'])} kernels, {sum(result['elsewhere'].values())} errors elsewhere"
         print(f"{tool}: {result['verdict']} ({counts}, {result['seconds']} s)", flush=True)
         results.append(result)
@@ -128,12 +129,18 @@ def find_program() -> str | None:
     return shutil.which("compute-sanitizer", path=os.pathsep.join(places))
 
 
-def run_tool(program: str | None, tool: str, names: list[str], jobs: int) -> dict[str, Any]:
+def every_kernel() -> set[str]:
+    """All kernels that there are, by their names in ``kernels/``."""
+    texts = (path.read_text(encoding="utf-8") for path in (ROOT / "kernels").rglob("*.py"))
+    return {name for text in texts for name in re.findall(r"^def (\w+_kernel)\(", text, re.M)}
+
+
+def run_tool(program: str | None, tool: str, names: list[str], jobs: int, kernels: set[str]) -> dict[str, Any]:
     start = time.monotonic()
     names = [*names, *CONTROLS.get(tool, ())]
     with ThreadPoolExecutor(jobs) as pool:
         runs = list(pool.map(lambda name: run_under(program, tool, name), names))
-    return {"tool": tool, **judge(tool, runs), "seconds": round(time.monotonic() - start, 1)}
+    return {"tool": tool, **judge(tool, runs, kernels), "seconds": round(time.monotonic() - start, 1)}
 
 
 def run_under(program: str | None, tool: str, name: str) -> Run:
@@ -182,8 +189,8 @@ def parse_entry(entry: str) -> Report:
     return Report(place[1] if place else "", int(address[1], 16) if address else None, tuple(map(int, lines)))
 
 
-def judge(tool: str, runs: Iterable[Run]) -> dict[str, Any]:
-    """The verdict on our kernels, with what was reported where."""
+def judge(tool: str, runs: Iterable[Run], expected: Iterable[str] = ()) -> dict[str, Any]:
+    """The verdict on our kernels, of which the ``expected`` are to have run, with what was reported where."""
     runs = list(runs)
     controls = CONTROLS.get(tool, {})
     reported = {run.name: None if run.code else bool(run.found.reports) for run in runs if run.name in controls}
@@ -213,6 +220,8 @@ def judge(tool: str, runs: Iterable[Run]) -> dict[str, Any]:
     problems += [f"{name}: {count} errors in {kernel}" for name in ours for kernel, count in ours[name].items()]
     if not kernels:
         problems.append("no kernel ran")
+    elif missing := sorted({*expected} - kernels):
+        problems.append(f"did not run: {', '.join(missing)}")
     return {
         "verdict": "; ".join(problems) or "clean",
         "errors": sum(run.found.errors or 0 for run in runs),
@@ -263,8 +272,8 @@ def test_op(tool: str, name: str) -> tuple[int, list[Any]]:
     import torch
 
     on_gpu = torch.cuda.is_available()
-    test = f"{ROOT}/tests/kernels/test_fuzz.py::test_an_op{'_on_a_gpu' if on_gpu else ''}[{name}]"
-    options = [test, "-q", "-p", "no:cacheprovider"]
+    which = f"test_an_op{'_on_a_gpu' if on_gpu else ''}[{name}] or test_large{'_on_a_gpu' if on_gpu else ''}[{name}]"
+    options = [f"{ROOT}/tests/kernels/test_fuzz.py", "-k", which, "-q", "-p", "no:cacheprovider"]
     kept: list[Any] = []
     if tool == NAN_FILL:
         torch.use_deterministic_algorithms(True, warn_only=True)

@@ -104,13 +104,15 @@ def test_what_a_log_says(script: dict[str, Any], text: str, errors: int | None, 
         (summary(READ, DROPPED), 0, GEGLU, "op: 2 errors in _geglu_kernel"),
         (summary(DROPPED), 0, GEGLU, "op: 1 errors in no kernel named"),
         (CLEAN, 0, {}, "no kernel ran"),
+        (CLEAN, 0, {"_matmul_kernel": None}, "did not run: _geglu_kernel"),
         ("", 0, GEGLU, "op: no summary: the tool did not run"),
     ],
 )
 def test_the_verdict_is_about_our_kernels(
     script: dict[str, Any], text: str, code: int, kernels: dict[str, None], verdict: str
 ) -> None:
-    result = script["judge"]("racecheck", [script["Run"]("op", code, script["parse"](text), kernels, [])])
+    expected = ["_geglu_kernel"] if "did not run" in verdict else []
+    result = script["judge"]("racecheck", [script["Run"]("op", code, script["parse"](text), kernels, [])], expected)
     assert result["verdict"] == verdict
     elsewhere = {RACE: {FMHA: 1}, summary(COPIED, DROPPED): {COPY: 2}}.get(text, {})
     assert result["elsewhere"] == {name: count for name, count in elsewhere.items() if name not in kernels}
@@ -162,6 +164,11 @@ def test_races_before_warps_part(
     result = script["judge"]("racecheck", runs)
     assert result["verdict"] == ("clean" if explained else "op: 1 errors in attention")
     assert result["explained_by_the_controls"] == ({"op": {"attention": 1}} if explained else {})
+
+
+def test_every_kernel_is_known(script: dict[str, Any]) -> None:
+    found = script["every_kernel"]()
+    assert {"_geglu_kernel", "spatial_attention_gluon_kernel", "clip_conv_gluon_kernel"} <= found
 
 
 def test_the_lines_before_warps_part(script: dict[str, Any]) -> None:

@@ -364,7 +364,7 @@ def _spatial_attention(d: Drawer) -> Any:
 
 
 def _spatial_norm_silu(d: Drawer) -> Any:
-    latents = d.size(2), d.size(2), d.size(2), d.size(2), d.of(16, 8, 7, 1)
+    latents = d.size(2), d.size(2), d.size(2), d.size(2), d.of(32, 8, 7, 1)
     rate, scale, first = d.of(1, 2), d.of(1, 2, 4), d.of(0, 1)
     frames = first + rate * (latents[1] - first)  # of an odd number, the first has its own latents
     x = latents[0], max(frames, 0), scale * latents[2], scale * latents[3], latents[4]
@@ -511,6 +511,46 @@ def test_what_was_found_once(found: str) -> None:
 def test_an_op_on_a_gpu(name: str, data: st.DataObject) -> None:
     with torch.no_grad():
         check(ops()[name], STRATEGIES[name](Drawer(data, torch.device("cuda"))))
+
+
+def _large(device: torch.device, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, torch.float16)
+
+
+def _large_linear_geglu(device: torch.device) -> tuple[Any, ...]:
+    return _large(device, 2, 65, 64), _large(device, 256, 64) / 8, _large(device, 256)
+
+
+def _large_spatial_attention(device: torch.device) -> tuple[Any, ...]:
+    return *(_large(device, 2, 70, 128) for _ in range(3)), 2, 0.125
+
+
+def _large_spatial_norm_silu(device: torch.device) -> tuple[Any, ...]:
+    norm = _large(device, 1, 5, 4, 6, 64), _large(device, 64), _large(device, 64), 2, 1e-6
+    of_latents = (_large(device, 1, 3, 2, 3, 64) for _ in range(2))
+    return *norm, *of_latents, _large(device, 64), _large(device, 1, 2, 4, 6, 64), 2, 3, 2, True, None, 0, 0
+
+
+# For kernels that want more than is drawn, or that few examples pass by: ``make sanitize`` is to run all.
+LARGE: dict[str, Callable[[torch.device], tuple[Any, ...]]] = {
+    "linear_geglu": _large_linear_geglu,
+    "spatial_attention": _large_spatial_attention,
+    "spatial_norm_silu": _large_spatial_norm_silu,
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large(name: str) -> None:
+    with torch.no_grad():
+        check(ops()[name], LARGE[name](torch.device("cpu")))
+
+
+@pytest.mark.gpu
+@pytest.mark.fuzz
+@pytest.mark.parametrize("name", LARGE)
+def test_large_on_a_gpu(name: str) -> None:
+    with torch.no_grad():
+        check(ops()[name], LARGE[name](torch.device("cuda")))
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
