@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import sys
+import time
 from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
@@ -25,6 +26,7 @@ COMMANDS = {
     "env": ("vidaccel.commands.env", "print devices and versions, for bug reports and records"),
 }
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EPIPE)
+FIRST_SPEAKS_SECONDS = 3.0  # torchrun looks at its processes ten times a second
 INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended
 
 
@@ -47,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UsageError as error:
+        _let_the_first_rank_speak()
         print(error_line(error), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
@@ -60,6 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             problem = f"cannot write {error.filename or 'any more'}: {error.strerror}"
             print(error_line(OutputError(problem)), file=sys.stderr)
         return OutputError.exit_code
+
+
+def _let_the_first_rank_speak() -> None:
+    """What is wrong on all ranks is said once: torchrun ends the others as soon as the first one has said it."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(FIRST_SPEAKS_SECONDS)
 
 
 def _give_up_output() -> None:

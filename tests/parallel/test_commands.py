@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
+from subprocess import run
 
 import numpy as np
 import pytest
@@ -55,6 +57,13 @@ def test_validate_holds_a_split_clip_against_stock(two_ranks: Team, tmp_path: Pa
     assert code == 0 and silent == (0, "")
     assert json.loads(record.read_text())["verdict"]["passed"]
     assert printed.count("PASS") == 1
+
+
+def test_what_is_wrong_on_all_ranks_is_said_once(tmp_path: Path) -> None:
+    torchrun = sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
+    words = "-m", "vidaccel", "generate", "--parallel", "framse", "--out", str(tmp_path / "clip.mp4")
+    done = run([*torchrun, *words], capture_output=True, text=True)
+    assert done.returncode and done.stderr.count("vidaccel: error:") == 1, done.stderr
 
 
 def test_parallel_without_torchrun_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
