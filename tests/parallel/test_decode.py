@@ -216,27 +216,67 @@ def test_svd(two_ranks: Team, frames: int, batch: int, height: int) -> None:
     assert max(parts) < 0.75  # 3 of 5 rows, and a lone frame's mid-block twice
 
 
-class OwnSiLU(torch.nn.SiLU):
-    """Somebody's own, so that a block that calls it goes the original way."""
-
-
-class OwnConv2d(torch.nn.Conv2d):
-    pass
-
-
-def of_svd_with_own_parts() -> dict[str, Any]:
+def of_svd_with_other_parts() -> dict[str, Any]:
     vae = tiny_svd_pipeline().vae
     block = vae.decoder.up_blocks[0]
-    block.resnets[0].spatial_res_block.nonlinearity = OwnSiLU()
-    block.resnets[1].temporal_res_block.nonlinearity = OwnSiLU()
-    block.upsamplers[0].conv.__class__ = OwnConv2d
+    block.resnets[0].spatial_res_block.nonlinearity = torch.nn.Mish()
+    block.resnets[1].temporal_res_block.nonlinearity = torch.nn.Mish()
     return two_decodes(vae, (4, 4, 7, 5), num_frames=4)
 
 
+def changed_when_patched() -> tuple[float, float]:
+    """The error, and the share of the work, where an upsampler no longer serves its call."""
+    vae, x = tiny_svd_pipeline().vae, latents((4, 4, 7, 5))
+    with patch_pipeline(pipeline_of(vae), parallel="auto", self_check=False):
+        vae.decoder.up_blocks[0].upsamplers[0].conv.padding_mode = "circular"
+        found, own = decoded(vae, x, num_frames=4)
+    expected, whole = decoded(vae, x, num_frames=4)
+    return float((found - expected).abs().max() / expected.abs().max()), own / whole
+
+
+def test_an_upsampler_that_goes_the_original_way_gets_whole_pictures(two_ranks: Team) -> None:
+    for error, share in two_ranks.run(changed_when_patched):
+        assert error < 1e-5 and 0.55 < share < 0.9
+
+
 def test_a_block_that_goes_the_original_way_gets_whole_pictures(two_ranks: Team) -> None:
-    found, parts = together(two_ranks, of_svd_with_own_parts)
+    found, parts = together(two_ranks, of_svd_with_other_parts)
     assert not found["reasons"]
     assert 0.6 < max(parts) < 0.9
+
+
+class MixesPixels(torch.nn.Module):
+    """In place of a layer that looks at one pixel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.mean((2, 3), keepdim=True)
+
+
+def looked_at(how: str) -> dict[str, Any]:
+    vae = tiny_svd_pipeline().vae
+    if how == "layer":
+        vae.decoder.conv_act = MixesPixels()
+    elif how == "hook":
+        mixes = MixesPixels()
+        vae.decoder.up_blocks[0].resnets[0].register_forward_hook(lambda layer, args, out: mixes(out))
+    else:
+        mixer = vae.decoder.up_blocks[0].resnets[0].spatial_res_block.nonlinearity
+        mixer.forward = lambda x: x * x.mean((2, 3), keepdim=True)
+    return two_decodes(vae, (4, 4, 6, 5), num_frames=4)
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("layer", "a MixesPixels of somebody's own, or hooked by somebody, may look at all pixels"),
+        ("hook", "a hook, or a processor of somebody's own, may look at all pixels"),
+        ("forward", "a SiLU of somebody's own, or hooked by somebody, may look at all pixels"),
+    ],
+)
+def test_what_may_look_at_all_pixels_gets_them(two_ranks: Team, how: str, reason: str) -> None:
+    outcomes = two_ranks.run(looked_at, how)
+    for outcome in outcomes:
+        assert outcome["equal"] and list(outcome["reasons"]) == [reason]
 
 
 def test_svd_on_four_ranks(four_ranks: Team) -> None:

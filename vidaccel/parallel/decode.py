@@ -29,6 +29,8 @@ from vidaccel.parallel.ranks import Agreement, Ranks
 
 __all__ = ["Decode", "stand_in_of"]
 
+OURS = ("torch", "diffusers", "vidaccel")
+
 Run = Callable[[], Any]
 StandIn = Callable[..., Any]
 
@@ -86,7 +88,9 @@ class Decode:
                 return self._whole(decode, reason)
             return _joined(decode, decoder, self._batch_apart(decoder, part.calls[0]))
         first = part.calls[0]
-        over = decoder.layout_for(self._ranks, self._agreement, part.frames, *first.args, **first.kwargs)
+        over = _foreign_reason(decoder) or decoder.layout_for(
+            self._ranks, self._agreement, part.frames, *first.args, **first.kwargs
+        )
         if isinstance(over, str):
             return self._whole(decode, over)
         with spread(over):
@@ -243,6 +247,14 @@ def _joined(decode: Run, decoder: nn.Module, pixels: list[Tensor]) -> Any:
         return decode()
 
 
+def _foreign_reason(decoder: nn.Module) -> str | None:
+    """Why the frames or pixels of a picture should not be apart, or None: nobody knows what others' layers look at."""
+    for layer in decoder.modules():
+        if type(layer).__module__.partition(".")[0] not in OURS or "forward" in vars(layer):
+            return f"a {type(layer).__name__} of somebody's own, or hooked by somebody, may look at all pixels"
+    return None
+
+
 def _pixels_of(out: Any) -> Tensor:
     pixels: Tensor = out[0] if isinstance(out, tuple) else out
     return pixels
@@ -255,8 +267,6 @@ def _returns_cache(decoder: nn.Module) -> bool:
 def _whole_reason(decoder: nn.Module) -> str | None:
     if torch.is_grad_enabled():
         return "gradients are enabled (call it under torch.no_grad)"
-    if decoder._forward_hooks or decoder._forward_pre_hooks:
-        return "its decoder has forward hooks, which may look at all of its calls"
     if any(getattr(part, "per_channel_scale1", None) is not None for part in decoder.modules()):
         return "its decoder adds noise, which is drawn call by call"
     return None

@@ -36,7 +36,7 @@ Run = Callable[..., Any]
 MOST_KINDS = 256
 LOOKED_AT = {
     axis: f"a hook, or a processor of somebody's own, may look at all {what}"
-    for axis, what in (("frames", "frames"), ("sequence", "tokens"))
+    for axis, what in (("frames", "frames"), ("sequence", "tokens"), ("decode", "pixels"))
 }
 PLAIN = (bool, int, float, str, type(None), torch.dtype)
 

@@ -34,8 +34,11 @@ def draw(shape: Shape, device: torch.device, dtype: torch.dtype, channels_out: i
 
 
 def skip_unless_served(rows: Tensor, weight: Tensor) -> None:
-    if reason := CLIP_CONV.unserved(rows, weight, impl="gluon"):
+    """Where the kernel is not for this machine; anything else that it may say here is a failure."""
+    reason = CLIP_CONV.unserved(rows, weight, impl="gluon")
+    if reason and ("Hopper" in reason or "Triton" in reason):
         pytest.skip(reason)
+    assert not reason
 
 
 def assert_right(out: Tensor, rows: Tensor, weight: Tensor) -> None:
