@@ -7,11 +7,11 @@ a kernel did not run is a problem like an error in it.
 PyTorch's allocator is told to ask the driver for each tensor: in its own blocks an access out of bounds would find
 memory of somebody else. What a tool reports in a kernel of PyTorch's or of a library is listed under "elsewhere".
 
-initcheck may not see what TMA writes. It would then report every kernel that reads the result of a product. So a few
-calls whose writes are known run under it, too (the "controls"), and PyTorch copies each product's result as soon as it
-is there. A report in a kernel of ours counts as explained if three things hold: its address is inside such a result,
-PyTorch's copy of that result was reported, and the control's copy was. ``nan-fill`` runs the calls without the
-sanitizer, with NaN in all new tensors: a kernel that reads memory which nobody has written gives a wrong result.
+initcheck may not see what TMA writes, and would then report every kernel that reads the result of a product. So under
+it a kernel of PyTorch's writes each such result anew: that is reported, "elsewhere", and not what ours reads. A few
+calls whose writes are known run under it, too (the "controls"): they show what it sees. ``nan-fill`` runs the calls
+without the sanitizer, with NaN in all new tensors: a kernel that reads memory which nobody has written gives a wrong
+result.
 
 racecheck may not understand how Triton sends the warps of a specialised kernel to their partitions: numbers in shared
 memory, with barriers around them. Its control is a kernel whose partitions share nothing. A race counts as explained if
@@ -36,6 +36,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,13 +56,12 @@ CONTROLS: dict[str, dict[str, bool | None]] = {
 
 
 class Report(NamedTuple):
-    """One error that a tool lists: in which kernel ("": none is named), at which address, in which lines of the source.
+    """One error that a tool lists: in which kernel ("": none is named), in which lines of the source.
 
-    The errors of a launch that did not fit into the tool's buffer are one report without address or lines.
+    The errors of a launch that did not fit into the tool's buffer are one report without lines.
     """
 
     kernel: str
-    address: int | None = None
     lines: tuple[int, ...] = ()
 
 
@@ -80,14 +80,12 @@ class Run(NamedTuple):
         code: Its exit code.
         found: What the tool said.
         kernels: Those of ours that ran; for one whose warps part, the first and last line of what they do before.
-        products: First and last address of each product's result.
     """
 
     name: str
     code: int
     found: Found
     kernels: dict[str, tuple[int, int] | None]
-    products: list[tuple[int, int]]
 
 
 def main() -> int:
@@ -160,10 +158,10 @@ def run_under(program: str | None, tool: str, name: str) -> Run:
             [*under, *calls], env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         found = parse("".join(path.read_text(errors="replace") for path in Path(folder).glob("*.log")))
-        run = json.loads(told.read_text()) if told.exists() else {"kernels": {}, "products": []}
+        kernels = json.loads(told.read_text()) if told.exists() else {}
     if done.returncode:
         print(f"{tool}, {name}: exit code {done.returncode}\n{done.stdout[-3000:]}", file=sys.stderr, flush=True)
-    return Run(name, done.returncode, found, **run)
+    return Run(name, done.returncode, found, kernels)
 
 
 def parse(text: str) -> Found:
@@ -184,9 +182,8 @@ def parse_entry(entry: str) -> Report:
         entry,
         re.M,
     )
-    address = re.search(r"(?:Address|Access to|access at) (0x\w+)", entry)
     lines = re.findall(r"\+0x\w+ in \S+\.py:(\d+)", entry)
-    return Report(place[1] if place else "", int(address[1], 16) if address else None, tuple(map(int, lines)))
+    return Report(place[1] if place else "", tuple(map(int, lines)))
 
 
 def judge(tool: str, runs: Iterable[Run], expected: Iterable[str] = ()) -> dict[str, Any]:
@@ -207,13 +204,11 @@ def judge(tool: str, runs: Iterable[Run], expected: Iterable[str] = ()) -> dict[
         if controls[name] not in (None, value) or value is None
     ]
     for run in runs:
-        unseen = unseen_products(run, kernels) if reported.get("a product") else []
         for report in run.found.reports:
             if report.kernel and report.kernel not in kernels:
                 elsewhere[report.kernel] += 1
             else:
-                known = any(first <= (report.address or 0) <= last for first, last in unseen)
-                known |= bool(reported.get("partitions that share nothing")) and is_before_partitions(report, run)
+                known = bool(reported.get("partitions that share nothing")) and is_before_partitions(report, run)
                 (explained if known else ours).setdefault(run.name, Counter())[report.kernel or "no kernel named"] += 1
         if (more := (run.found.errors or 0) - len(run.found.reports)) > 0:
             problems.append(f"{run.name}: {more} errors are not listed")
@@ -237,12 +232,6 @@ def says_nothing(tool: str, run: Run) -> bool:
     return tool != NAN_FILL and run.found.errors is None
 
 
-def unseen_products(run: Run, kernels: set[str]) -> list[tuple[int, int]]:
-    """The results of products that the tool takes for unwritten: it has reported PyTorch's copy of them."""
-    read = [report.address for report in run.found.reports if report.address and report.kernel not in kernels]
-    return [(first, last) for first, last in run.products if any(first <= address <= last for address in read)]
-
-
 def is_before_partitions(report: Report, run: Run) -> bool:
     first, last = run.kernels.get(report.kernel) or (0, 0)
     return bool(report.lines) and all(first <= line <= last for line in report.lines)
@@ -259,49 +248,42 @@ def about(program: str | None) -> dict[str, Any]:
 
 
 def run_calls(tool: str, name: str, told: Path) -> int:
-    """Under a tool: make the calls; write which kernels ran, and where the results of products lie."""
-    code, kept = (control(name), []) if name in CONTROLS.get(tool, ()) else test_op(tool, name)
-    products = [(x.data_ptr(), x.data_ptr() + x.numel() * x.element_size() - 1) for x in kept if x.numel()]
-    told.write_text(json.dumps({"kernels": ran(), "products": products}))
+    """Under a tool: make the calls, and write which kernels ran."""
+    code = control(name) if name in CONTROLS.get(tool, ()) else test_op(tool, name)
+    told.write_text(json.dumps(ran()))
     return code
 
 
-def test_op(tool: str, name: str) -> tuple[int, list[Any]]:
-    """The exit code, and the results of products, which are kept so that nothing else gets their memory."""
+def test_op(tool: str, name: str) -> int:
     import pytest
     import torch
 
     on_gpu = torch.cuda.is_available()
     which = f"test_an_op{'_on_a_gpu' if on_gpu else ''}[{name}] or test_large{'_on_a_gpu' if on_gpu else ''}[{name}]"
     options = [f"{ROOT}/tests/kernels/test_fuzz.py", "-k", which, "-q", "-p", "no:cacheprovider"]
-    kept: list[Any] = []
     if tool == NAN_FILL:
         torch.use_deterministic_algorithms(True, warn_only=True)
         assert torch.empty(1, device="cuda" if on_gpu else "cpu").isnan().all()
-        return int(pytest.main([*options, "-W", "ignore::UserWarning"])), kept
-    if tool != "initcheck":
-        return int(pytest.main(options)), kept
-    with keeping_products(kept):
-        return int(pytest.main(options)), kept
+        options += ["-W", "ignore::UserWarning"]
+    with products_written_anew() if tool == "initcheck" else nullcontext():
+        return int(pytest.main(options))
 
 
-def keeping_products(kept: list[Any]) -> Any:
-    """While it lasts, the result of each product and convolution is kept, and copied by PyTorch once."""
-    from torch import Tensor, float32, float64, ops
+def products_written_anew() -> AbstractContextManager[Any]:
+    """While it lasts, the result of each product and convolution is what a kernel of PyTorch's has written."""
+    from torch import Tensor, ops
     from torch.utils._python_dispatch import TorchDispatchMode
 
     aten = ops.aten
     products = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution}
 
-    class Keeping(TorchDispatchMode):
+    class WrittenAnew(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
-            if func.overloadpacket in products and isinstance(out, Tensor):
-                out.to(float32 if out.dtype == float64 else float64)  # read by a kernel: another dtype
-                kept.append(out)
-            return out
+            # times one, for a plain copy would be no kernel
+            return out.mul(1) if func.overloadpacket in products and isinstance(out, Tensor) else out
 
-    return Keeping()
+    return WrittenAnew()
 
 
 def control(name: str) -> int:
