@@ -221,6 +221,7 @@ def rows_of_all_kinds() -> bool:
             found = [net(**given, timestep=timestep).mid_block_res_sample for timestep in timesteps]
             with pytest.raises(RuntimeError, match="must match"):
                 net(**given | {"controlnet_cond": given["controlnet_cond"][:3]}, timestep=7)
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in found), "as those of one process"
     return all(torch.allclose(*pair, atol=1e-5) for pair in zip(found, expected, strict=True))
 
 

@@ -1,6 +1,7 @@
 """A clip whose frames lie on several ranks: what mixes frames gets what it needs of the others.
 
-Each rank runs the UNet on a stretch of the clip's frames. Most layers look at one frame at a time, and need not know.
+Each rank runs the UNet, and its ControlNet, on a stretch of the clip's frames. Most layers look at one frame at a time,
+and need not know.
 
 * Attention over frames: an all-to-all gives each rank all frames of its share of the pixels, and another one takes the
   result back (:func:`by_pixels`).
@@ -129,14 +130,23 @@ def _signature(stock: Any) -> inspect.Signature:
 
 def _gathered(over: FramesOverRanks, x: Tensor, at: Where) -> Tensor:
     if isinstance(at, str):
-        return over.ranks.gather(x.unflatten(0, (-1, over.count)), 1, over.total).flatten(0, 1)
+        return _in_memory_order(
+            x, lambda rows: over.ranks.gather(rows.unflatten(0, (-1, over.count)), 1, over.total).flatten(0, 1)
+        )
     return over.ranks.gather(x, at, over.total)
 
 
 def _own(over: FramesOverRanks, x: Tensor, at: Where) -> Tensor:
     if isinstance(at, str):
-        return over.ranks.part(x.unflatten(0, (-1, over.total)), 1).flatten(0, 1)
+        return _in_memory_order(x, lambda rows: over.ranks.part(rows.unflatten(0, (-1, over.total)), 1).flatten(0, 1))
     return over.ranks.part(x, at)
+
+
+def _in_memory_order(x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """``change(x)`` of rows, with the channels last in memory if those of ``x`` are."""
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return change(x.movedim(1, -1)).movedim(-1, 1)
+    return change(x)
 
 
 @dataclass(frozen=True)
