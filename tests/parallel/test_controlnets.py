@@ -128,7 +128,7 @@ def assert_same(outcomes: list[dict[str, Any]], whole: dict[str, dict[str, int]]
         assert outcome["sum"] == first["sum"], "all ranks have the same clip"
         assert outcome["whole"] == whole
         assert outcome["restored"]
-    assert first["error"] < 1e-5 < 1e-2 < first["controlled"], first
+    assert first["error"] < 1e-4 < 1e-2 < first["controlled"], first
     return [(outcome["ran"]["unet"], outcome["ran"]["controlnet"]) for outcome in outcomes]
 
 
