@@ -34,7 +34,21 @@ from vidaccel.sites.rules import ChannelsLastWeights, Swap
 
 __all__ = ["RULES", "SPREAD"]
 
-SPREAD = {"UNetMotionModel": Frames(dim=2, where={"sample": 2, "encoder_hidden_states": ROWS, **RESIDUALS})}
+_OF_PICTURES = (
+    "sample", "timestep", "encoder_hidden_states", "controlnet_cond", "class_labels", "timestep_cond",
+    "attention_mask", "added_cond_kwargs",
+)  # fmt: skip
+_PICTURES = Frames(dim=ROWS, where=dict.fromkeys(_OF_PICTURES, ROWS))
+
+SPREAD = {
+    "UNetMotionModel": Frames(dim=2, where={"sample": 2, "encoder_hidden_states": ROWS, **RESIDUALS}),
+    "ControlNetModel": _PICTURES,
+    "MultiControlNetModel": _PICTURES,
+    "SparseControlNetModel": Frames(
+        dim=ROWS,
+        where={"sample": 2, "encoder_hidden_states": ROWS, "controlnet_cond": 2, "conditioning_mask": 2},
+    ),
+}
 
 _BLOCK_RULES = (
     Swap(FusedTransformer2DModel),

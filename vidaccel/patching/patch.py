@@ -62,9 +62,9 @@ def patch_pipeline(
             the time that the GPU waits for launches, at the price of the memory that a call works in. "auto": where
             launches are what a call waits for. True: wherever that can be done. False: nowhere.
         parallel: Split every clip over the ranks of a process group, which all run the same program (``torchrun``):
-            "guidance", its two halves on two ranks; "frames" of a UNet; "sequence", the tokens of a transformer;
-            "auto": guidance if the pipeline has it, then frames or tokens. All ranks share the decodes of its VAE,
-            too. None: each process by itself.
+            "guidance", its two halves on two ranks; "frames" of a UNet and its ControlNet; "sequence", the tokens of a
+            transformer; "auto": guidance if the pipeline has it, then frames or tokens. All ranks share the decodes of
+            its VAE, too. None: each process by itself.
 
     Returns:
         The report: printable, restorable, usable as a context manager. Patching a patched pipeline again changes

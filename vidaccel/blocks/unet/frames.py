@@ -1,6 +1,7 @@
 """A clip whose frames lie on several ranks: what mixes frames gets what it needs of the others.
 
-Each rank runs the UNet on a stretch of the clip's frames. Most layers look at one frame at a time, and need not know.
+Each rank runs the UNet, and its ControlNet, on a stretch of the clip's frames. Most layers look at one frame at a time,
+and need not know.
 
 * Attention over frames: an all-to-all gives each rank all frames of its share of the pixels, and another one takes the
   result back (:func:`by_pixels`).
@@ -28,7 +29,7 @@ from diffusers.models.transformers.transformer_temporal import TransformerSpatio
 from diffusers.models.unets.unet_i2vgen_xl import I2VGenXLTransformerTemporalEncoder
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from vidaccel.kernels.norm.channel_statistics import ChannelStatistics
 from vidaccel.kernels.norm.frame_statistics import frame_statistics
@@ -129,28 +130,38 @@ def _signature(stock: Any) -> inspect.Signature:
 
 def _gathered(over: FramesOverRanks, x: Tensor, at: Where) -> Tensor:
     if isinstance(at, str):
-        return over.ranks.gather(x.unflatten(0, (-1, over.count)), 1, over.total).flatten(0, 1)
+        return _in_memory_order(
+            x, lambda rows: over.ranks.gather(rows.unflatten(0, (-1, over.count)), 1, over.total).flatten(0, 1)
+        )
     return over.ranks.gather(x, at, over.total)
 
 
 def _own(over: FramesOverRanks, x: Tensor, at: Where) -> Tensor:
     if isinstance(at, str):
-        return over.ranks.part(x.unflatten(0, (-1, over.total)), 1).flatten(0, 1)
+        return _in_memory_order(x, lambda rows: over.ranks.part(rows.unflatten(0, (-1, over.total)), 1).flatten(0, 1))
     return over.ranks.part(x, at)
+
+
+def _in_memory_order(x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """``change(x)`` of rows, with the channels last in memory if those of ``x`` are."""
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return change(x.movedim(1, -1)).movedim(-1, 1)
+    return change(x)
 
 
 @dataclass(frozen=True)
 class Frames:
-    """How a UNet's clip is spread over ranks; ``SPREAD`` of a family's adapter.
+    """How the clip of a UNet, or of its ControlNet, is spread over ranks; ``SPREAD`` of a family's adapter.
 
     Attributes:
         dim: Where the result has frames.
-        where: The arguments that have frames, and where. Those with :data:`ROWS` may also have a row per sample.
+        where: The arguments that have frames, or one for all, and where. A text with :data:`ROWS` may also have a row
+            per sample. A ``sample`` with :data:`ROWS` is pictures, which have nothing to do with one another.
         first: Modules, children of the UNet, that look at the clip's first frame alone.
     """
 
     axis: ClassVar = "frames"
-    dim: int
+    dim: Where
     where: Mapping[str, Where]
     first: tuple[str, ...] = ()
 
@@ -163,7 +174,7 @@ class Frames:
 
 
 class _FramesWay:
-    """The calls of one UNet, its frames split over ranks."""
+    """The calls of one model, its frames split over ranks."""
 
     def __init__(self, frames: Frames, ranks: Ranks, count: Callable[[str], None]) -> None:
         self._frames, self._ranks, self._count = frames, ranks, count
@@ -173,18 +184,22 @@ class _FramesWay:
         self, run: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:  # fmt: skip
         """``run(*args, **kwargs)``, a call of ``model``, of which this rank does its frames."""
-        given: dict[str, Any] = dict(_signature(stock_class(model)).bind(model, *args, **kwargs).arguments)
+        kind: Any = stock_class(model)
+        if kind.forward.__module__.partition(".")[0] != "diffusers":
+            self._count(f"{kind.__name__} has a forward of its own, which may mix frames")
+            return run(*args, **kwargs)
+        given: dict[str, Any] = dict(_signature(kind).bind(model, *args, **kwargs).arguments)
         del given[next(iter(given))]  # self
-        ranks, dim = self._ranks, self._frames.dim
-        clip = given["sample"]
-        batch, total = len(clip), clip.shape[dim]
+        at, clip = self._frames.where["sample"], given["sample"]
+        batch, total = (1, len(clip)) if isinstance(at, str) else (len(clip), clip.shape[at])
         firsts = [getattr(model, name) for name in self._frames.first]
         parts = list(model.modules())
         mixers = [part for part in parts if isinstance(part, _KINDS)]
-        if reason := self._whole_reason(model, total, [*firsts, *mixers]) or _compiled_reason(parts[1:]):
+        reason = self._whole_reason(model, total, [*firsts, *mixers]) or self._frames_reason(given, batch, total)
+        if reason := reason or _compiled_reason(parts[1:]):
             self._count(reason)
             return run(*args, **kwargs)
-        over = FramesOverRanks(ranks, total)
+        over = FramesOverRanks(self._ranks, total)
         for name, at in self._frames.where.items():
             cut = self._cut_text if name == TEXT else self._cut
             if name in given:
@@ -193,7 +208,7 @@ class _FramesWay:
         classes |= {part: _first_frame_class(stock_class(part)) for part in firsts}
         with spread(over), _of_class(classes):
             out = run(**given)
-        return tree_map_only(Tensor, lambda x: ranks.gather(x, dim, total), out)
+        return tree_map_only(Tensor, partial(_gathered, over, at=self._frames.dim), out)
 
     def _whole_reason(self, model: nn.Module, total: int, parts: list[nn.Module]) -> str | None:
         if torch.is_grad_enabled():
@@ -207,10 +222,19 @@ class _FramesWay:
             return f"a hook replaced the forward of a {stock_class(replaced).__name__}, which mixes frames"
         return None
 
+    def _frames_reason(self, given: Mapping[str, Any], batch: int, total: int) -> str | None:
+        """What has another number of frames: the original raises, where a rank's share may happen to fit."""
+        for name, at in self._frames.where.items():
+            dim, most = _along(at, batch, total)
+            allowed = {1, batch, most} if name == TEXT else {1, most}
+            for x in tree_leaves(given.get(name)):
+                if isinstance(x, Tensor) and x.ndim and x.shape[dim] not in allowed:
+                    return f"{name} has {x.shape[dim]} frames, where the clip has {most}"
+        return None
+
     def _cut(self, over: FramesOverRanks, batch: int, at: Where, x: Tensor) -> Tensor:
-        if isinstance(at, str) and len(x) != batch * over.total:
-            return x
-        return _own(over, x, at)
+        dim, most = _along(at, batch, over.total)
+        return _own(over, x, at) if x.ndim and x.shape[dim] == most else x
 
     def _cut_text(self, over: FramesOverRanks, batch: int, at: Where, x: Tensor) -> Tensor:
         """The same object at every step of a clip: so what is known of it (``text_context.py``) stands."""
@@ -220,6 +244,11 @@ class _FramesWay:
         if self._text is None or self._text[1] != stamp:
             self._text = x, stamp, self._cut(over, batch, at, x)  # x, so that its address is nobody else's
         return self._text[2]
+
+
+def _along(at: Where, batch: int, total: int) -> tuple[int, int]:
+    """The dimension that has frames, and how long it is."""
+    return (0, batch * total) if isinstance(at, str) else (at, total)
 
 
 def _compiled_reason(parts: list[nn.Module]) -> str | None:
