@@ -73,7 +73,8 @@ def test_a_wrong_kernel_fails_and_is_blamed(
     assert validate("--json", "-") == 1
     record = json.loads(capsys.readouterr().out)
     worst = record["blame"][0]
-    assert worst["op"] == "group_norm_silu" and worst["ratio"] > 1 and worst["path"].endswith(".norm")
+    # all its sites are as wrong, and which is worst depends on the CPU
+    assert worst["op"] == "group_norm_silu" and worst["ratio"] > 1 and "norm" in worst["path"].rpartition(".")[2]
     assert worst["path"] in worst["skip"]
 
 
