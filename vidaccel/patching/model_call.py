@@ -29,9 +29,9 @@ from vidaccel.kernels.settings import Fidelity, Settings, allowed, frozen
 from vidaccel.parallel.decode import stand_in_of
 from vidaccel.parallel.layout import layout
 from vidaccel.patching.cuda_graph import Graphs, Shared
-from vidaccel.patching.parallel import ParallelCall
+from vidaccel.patching.parallel import ParallelCall, is_looked_at
 from vidaccel.patching.premises import CALL_SLOT, Premises
-from vidaccel.sites.memo import Memo, holding, preparations, watched
+from vidaccel.sites.memo import Memo, generation, holding, preparations, watched
 
 __all__ = ["DecodeCall", "ModelCall", "uncompiled", "unwrap_call", "wrap_call", "wrap_decode"]
 
@@ -54,6 +54,7 @@ class ModelCall:
         self._premises: Premises | None = None
         self._settings: Settings | None = None
         self._memo = Memo()
+        self._looked_at = False
         self.graphs: Graphs | None = None
         self.parallel: ParallelCall | None = None
 
@@ -64,11 +65,15 @@ class ModelCall:
         if (stand_in := stand_in_of(model)) is not None:
             return stand_in(*args, **kwargs)
         with self._lock, allowed(self._allow), frozen() as settings:
+            self._settle(model, settings)
             run = partial(self._run, model, settings)
-            return run(*args, **kwargs) if self.parallel is None else self.parallel.call(run, model, args, kwargs)
+            if self.parallel is None:
+                return run(*args, **kwargs)
+            return self.parallel.call(run, model, args, kwargs, self._looked_at)
 
     def _run(self, model: Any, settings: Settings, *args: Any, **kwargs: Any) -> Any:
-        self._settle(model, settings)
+        if self._premises is None or self._premises.generation != generation():
+            self._settle(model, settings)  # what failed on another rank has just been switched off here
         memo, graphs = self._memo, self.graphs
         if way := watched():
             memo, graphs = Memo(), None
@@ -102,6 +107,7 @@ class ModelCall:
         self._premises, self._settings = Premises(model), settings
         layers = (layer for layer in model.modules() if layer is not model)
         self._memo.hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+        self._looked_at = is_looked_at(model)
 
 
 def wrap_call(model: nn.Module, allow: Fidelity) -> ModelCall | None:
@@ -130,7 +136,7 @@ class DecodeCall:
         if torch.compiler.is_compiling():
             return run(*args, **kwargs)
         with self._lock:
-            return self.parallel.call(run, vae, args, kwargs)
+            return self.parallel.call(run, vae, args, kwargs, is_looked_at(vae))
 
     def __reduce__(self) -> Any:
         """A copy decodes by itself."""

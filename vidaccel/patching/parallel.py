@@ -29,7 +29,7 @@ from vidaccel.sites.memo import generation
 from vidaccel.sites.rules import patches_of
 from vidaccel.sites.site import Site
 
-__all__ = ["Parallel", "ParallelCall", "parallel_calls"]
+__all__ = ["Parallel", "ParallelCall", "is_looked_at", "parallel_calls"]
 
 Parallel = Literal["auto", "guidance", "frames", "sequence"]
 Run = Callable[..., Any]
@@ -80,9 +80,12 @@ class ParallelCall:
         self.sites.append(site)
         self._ways.append(way)
 
-    def call(self, run: Run, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """``run(*args, **kwargs)``, a call of ``model``, split along every axis."""
-        looked_at = self._agree(model, args, kwargs)
+    def call(self, run: Run, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], looked_at: bool) -> Any:
+        """``run(*args, **kwargs)``, a call of ``model``, split along every axis.
+
+        ``looked_at``: whether somebody's code may look at what is inside the model here, and expects all of it.
+        """
+        looked_at = self._agree(model, args, kwargs, looked_at)
         for site, way in zip(reversed(self.sites), reversed(self._ways), strict=True):
             if site.on and looked_at and site.op in LOOKED_AT:
                 site.fallbacks[LOOKED_AT[site.op]] += 1
@@ -95,8 +98,8 @@ class ParallelCall:
         for site in self.sites:
             site.taken_away()
 
-    def _agree(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether somebody's code, on any rank, may look at what is inside the model, and expects all of it."""
+    def _agree(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], looked_at: bool) -> bool:
+        """Whether the model is looked at on any rank."""
         leaves = tree_flatten((args, kwargs))[0]
         settings = torch.is_grad_enabled(), getattr(model, "is_cache_enabled", False), [site.on for site in self.sites]
         kind = _digest((settings, list(map(_described, leaves))))
@@ -105,8 +108,8 @@ class ParallelCall:
         if self._generation != generation():
             self._generation = generation()
             self._failed = _digest(sorted((site.path, site.op) for site in _sites(model) if site.state == "failed"))
-        facts = self.agreement.all([kind, values, self._failed, _is_looked_at(model)])
-        kinds, sums, failures, looked_at = (set(column) for column in zip(*facts, strict=True))
+        facts = self.agreement.all([kind, values, self._failed, looked_at])
+        kinds, sums, failures, looked = (set(column) for column in zip(*facts, strict=True))
         name = type(model).__name__
         if len(kinds) > 1:
             raise RankError(f"parallel: the ranks call {name} with arguments of different shapes or settings")
@@ -117,7 +120,7 @@ class ParallelCall:
             )
         if len(failures) > 1:
             self._fail_alike(model)
-        return any(looked_at)
+        return any(looked)
 
     def _fail_alike(self, model: nn.Module) -> None:
         mine = {(site.path, site.op): site.reason for site in _sites(model) if site.state == "failed"}
@@ -227,7 +230,7 @@ def _by(way: Way, run: Run, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return way.call(run, model, args, kwargs)
 
 
-def _is_looked_at(model: nn.Module) -> bool:
+def is_looked_at(model: nn.Module) -> bool:
     """Whether a layer has a hook, or a processor that is neither ours nor diffusers'."""
     for layer in model.modules():
         if layer is not model and (layer._forward_hooks or layer._forward_pre_hooks):

@@ -39,12 +39,16 @@ def capture_reason(model: nn.Module) -> str | None:
 
 
 class Premises:
-    """How ``model`` is now."""
+    """How ``model`` is now.
+
+    Attributes:
+        generation: Of the plans that its blocks are run by (``sites/memo.py``).
+    """
 
     def __init__(self, model: nn.Module) -> None:
         # Nothing here refers to the model itself, which refers to this: it is to go as soon as nobody else uses it.
         self._model = weakref.ref(model)
-        self._generation = generation()
+        self.generation = generation()
         self._own = _own_attributes(model)
         modules = list(model.modules())
         self._modules = modules[1:]
@@ -74,7 +78,7 @@ class Premises:
         assert model is not None
         try:
             return (
-                self._generation == generation()
+                self.generation == generation()
                 and self._own == _own_attributes(model)
                 and self._classes == list(map(type, self._modules))
                 and self._counts == list(map(len, self._attributes))
