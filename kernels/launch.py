@@ -28,7 +28,7 @@ from triton.runtime import JITFunction
 from vidaccel.kernels import compile_ahead, settings
 from vidaccel.kernels.compile_cache import ensure_writable
 
-__all__ = ["Launch", "prepared"]
+__all__ = ["Launch", "multiprocessors", "prepared"]
 
 DIRECT_VERSIONS = ("3.6.",)  # of Triton: those whose launcher and cache keys this file knows
 MOST_COMPILED = 64  # that a launch keeps: combinations of dtypes and alignments
@@ -45,6 +45,12 @@ def prepared(make: Callable[..., _Made]) -> Callable[..., _Made]:
         return make(*args)
 
     return lambda *args: kept(settings.overridden_constants(), *args)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has; 1 where kernels are interpreted."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 class _Compiled(NamedTuple):

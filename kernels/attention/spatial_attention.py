@@ -39,6 +39,7 @@ from vidaccel.kernels.arguments import require_floats
 from vidaccel.kernels.attention.alignment import aligned_rows
 from vidaccel.kernels.attention.gemm_attention import MOST_KEYS, bind_gemm_attention
 from vidaccel.kernels.check import Part, cuts
+from vidaccel.kernels.hopper import gluon_reason, on_hopper
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.op import REFERENCE, Costs, Implementation, Op, device_reason, tensors_reason
 
@@ -53,7 +54,6 @@ __all__ = [
 
 HEAD_DIMS = range(32, 161, 8)  # of the Triton kernel
 FUSED_HEAD_DIM = 256  # the widest that flash attention takes, anybody's
-GLUON_VERSIONS = ("3.6.", "3.7.")  # Triton's; Gluon changes from release to release
 FA3_MODULES = ("flash_attn_interface", "fa3_fwd_interface")
 FOR_HOPPER = frozenset(["fa3", "gluon", "gemm"])
 MEASURED_KEYS = 81  # fewer keys and values, as a text has, leave nothing to win
@@ -255,10 +255,6 @@ def _fa3_module() -> ModuleType | None:
     return importlib.import_module(found) if found else None
 
 
-def _on_hopper(x: Tensor) -> bool:
-    return x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] == 9
-
-
 def _backend(run: Callable[..., Tensor], can_use: Callable[..., bool], competes: bool = True) -> Implementation:
     """A fused backend of PyTorch's, where PyTorch itself, with the flags that the user has set, would take it."""
 
@@ -277,7 +273,7 @@ def _backend(run: Callable[..., Tensor], can_use: Callable[..., bool], competes:
 
 
 def _fa3_reason(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> str | None:
-    if not _on_hopper(q):
+    if not on_hopper(q):
         return "FlashAttention-3 needs a Hopper GPU"
     if _fa3_module() is None:
         return f"none of {', '.join(FA3_MODULES)} is installed"
@@ -285,10 +281,8 @@ def _fa3_reason(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -
 
 
 def _gluon_reason(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> str | None:
-    if not _on_hopper(q):
-        return "the kernel is for Hopper GPUs"
-    if not triton.__version__.startswith(GLUON_VERSIONS):
-        return f"the kernel is written for Triton {' or '.join(GLUON_VERSIONS)}*, this is {triton.__version__}"
+    if reason := gluon_reason(q):
+        return reason
     from vidaccel.kernels.attention.spatial_attention_gluon import HEAD_DIMS as GLUON_HEAD_DIMS
 
     head_dim = q.shape[2] // num_heads
@@ -390,14 +384,14 @@ def _default(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> s
         return "gemm"
     if torch.compiler.is_compiling():  # Dynamo cannot ask what a backend serves, and PyTorch's choice is the same
         return REFERENCE
-    return "cudnn" if _on_hopper(q) and serves("cudnn") else REFERENCE
+    return "cudnn" if on_hopper(q) and serves("cudnn") else REFERENCE
 
 
 def _beaten(serving: Set[str], q: Tensor, *others: Any) -> set[str]:
     beaten = set()
     if not serving.isdisjoint(FOR_HOPPER):
         beaten.add("triton")
-    if _on_hopper(q) and not serving.isdisjoint(("gluon", "cudnn")):
+    if on_hopper(q) and not serving.isdisjoint(("gluon", "cudnn")):
         beaten.add("flash")  # PyTorch's is FlashAttention-2
     return beaten
 

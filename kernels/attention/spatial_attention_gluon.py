@@ -21,18 +21,15 @@ consumers that take turns to issue (by mbarriers or named barriers), queries rea
 the products alone run at 787 TFLOP/s (head_dim 128), with k and v loaded once at 689, as it is at about 650: what is
 left is the softmax. The record: samples/benchmarks/attention-variants-h200.json.
 
-Who waits for whom (every barrier completes a phase per use; a wait names the parity of the phase it waits for, and a
-wait for the odd parity of a fresh barrier passes at once):
+Who waits for whom: blocks of k and of v pass through a ring each, see ``gluon_parts.py``. A consumer's tile of q has a
+place of its own, filled once a tile, with two barriers used in the same way.
 
-* ``q_ready[c]``, ``k_ready[s]``, ``v_ready[s]``: the producer announces a tile's bytes, TMA completes the phase when
-  they have arrived, consumers wait. One arrival a phase: the announcement.
+* ``q_ready[c]``, ``k_ready[s]``, ``v_ready[s]``: one arrival a phase, the producer's announcement.
 * ``q_free[c]``: consumer c arrives once a tile, after its last product that reads q. One arrival a phase.
-* ``k_free[s]``, ``v_free[s]``: each consumer arrives when its products that read the block have finished; the producer
-  waits before it overwrites the block. ``CONSUMERS`` arrivals a phase, so none can run a whole ring ahead of another.
+* ``k_free[s]``, ``v_free[s]``: ``CONSUMERS`` arrivals a phase, so none can run a whole ring ahead of another.
 
-The n-th block of a program lies in stage ``n % STAGES`` and belongs to phase ``n // STAGES`` of that stage's barriers:
-consumers wait for parity ``n // STAGES & 1`` of "ready", the producer for the opposite one of "free". TMA and wgmma
-read and write through the same proxy, so only the output tile, which threads write and TMA reads, needs a fence.
+TMA and wgmma read and write through the same proxy, so only the output tile, which threads write and TMA reads, needs a
+fence.
 
 Sources: FlashAttention-3 (https://arxiv.org/abs/2407.08608).
 """
@@ -58,11 +55,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from vidaccel.kernels.gluon_parts import (
+    CONSUMER_REGISTERS,
+    barriers,
+    matrix,
+    release,
+    shared_layout,
+    sums_layout,
+    tiles,
+    wait_free,
+    wait_ready,
+)
+from vidaccel.kernels.launch import multiprocessors
+
 __all__ = ["HEAD_DIMS", "Config", "bind", "choose_config", "gluon_configs", "spatial_attention_gluon_kernel"]
 
 HEAD_DIMS = range(8, 129, 8)  # TMA takes strides of whole 16 bytes
 CONSUMER_ROWS = 64  # what one wgmma takes
-DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
 @gluon.jit
@@ -70,12 +79,6 @@ def _place(tile, tiles_per_head, num_heads, TILE_ROWS: gl.constexpr):
     """Batch entry, first row and head of a tile; tiles of one head are neighbours, so its k and v stay in L2."""
     head = tile // tiles_per_head
     return head // num_heads, tile % tiles_per_head * TILE_ROWS, head % num_heads
-
-
-@gluon.jit
-def _matrix(tile):
-    """A tile in shared memory, ``[1, rows, 1, channels]``, as a matrix."""
-    return tile.reshape([tile.shape[1], tile.shape[3]])
 
 
 @gluon.jit
@@ -143,10 +146,10 @@ def _load(desc, batch, row, head, ready, target):
 
 
 @gluon.jit
-def _producer(load, CONSUMERS: gl.constexpr, STAGES: gl.constexpr):
-    descs, tiles, ready, free, sizes, kv_batch_step = load
+def _producer(load, CONSUMERS: gl.constexpr):
+    descs, smem, ready, free, sizes, kv_batch_step = load
     q_desc, k_desc, v_desc = descs
-    q_smem, k_smem, v_smem = tiles
+    q_smem, k_smem, v_smem = smem
     q_ready, k_ready, v_ready = ready
     q_free, k_free, v_free = free
     num_tiles, tiles_per_head, num_heads, blocks = sizes
@@ -163,21 +166,19 @@ def _producer(load, CONSUMERS: gl.constexpr, STAGES: gl.constexpr):
         for block in range(blocks + 1):  # in the order of use: k runs one block ahead of v
             n = tiles_done * blocks + block
             if block < blocks:
-                stage = n % STAGES
-                mbarrier.wait(k_free.index(stage), (n // STAGES & 1) ^ 1)
+                stage = wait_free(k_free, n)
                 start = (blocks - 1 - block) * BLOCK_N
                 _load(k_desc, kv_batch, start, head, k_ready.index(stage), k_smem.index(stage))
             if block > 0:
-                stage = (n - 1) % STAGES
-                mbarrier.wait(v_free.index(stage), ((n - 1) // STAGES & 1) ^ 1)
+                stage = wait_free(v_free, n - 1)
                 start = (blocks - block) * BLOCK_N
                 _load(v_desc, kv_batch, start, head, v_ready.index(stage), v_smem.index(stage))
 
 
 @gluon.jit
-def _consumer(work, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr):
-    out_desc, out_smem, tiles, ready, free, sizes, seq_kv, scale_log2 = work
-    q_smem, k_smem, v_smem = tiles
+def _consumer(work, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
+    out_desc, out_smem, smem, ready, free, sizes, seq_kv, scale_log2 = work
+    q_smem, k_smem, v_smem = smem
     q_ready, k_ready, v_ready = ready
     q_free, k_free, v_free = free
     num_tiles, tiles_per_head, num_heads, blocks = sizes
@@ -185,23 +186,22 @@ def _consumer(work, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.
     ROWS: gl.constexpr = out_desc.block_shape[1]
     HEAD_DIM: gl.constexpr = out_desc.block_shape[3]  # padded
     BLOCK_N: gl.constexpr = k_smem.shape[2]
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    STAGES: gl.constexpr = k_smem.shape[0]
+    SCORES: gl.constexpr = sums_layout(BLOCK_N)
+    OUTPUT: gl.constexpr = sums_layout(HEAD_DIM)
     PROBABILITIES: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
 
-    q = _matrix(q_smem.index(CONSUMER))
+    q = matrix(q_smem.index(CONSUMER))
     out = out_smem.index(CONSUMER)
     zeros = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, SCORES)
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         tiles_done = tile // gl.num_programs(0)
         n = tiles_done * blocks
         mbarrier.wait(q_ready.index(CONSUMER), tiles_done & 1)
-        stage = n % STAGES
-        mbarrier.wait(k_ready.index(stage), n // STAGES & 1)
-        k = _matrix(k_smem.index(stage))
+        k = matrix(k_smem.index(wait_ready(k_ready, n)))
         s = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=(s,))  # [ROWS, BLOCK_N]
-        mbarrier.arrive(k_free.index(stage))
+        release(k_free, n)
         offs_n = (blocks - 1) * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
         s = gl.where((offs_n < seq_kv)[None, :], s, float("-inf"))
         m_i = gl.max(s, 1) * scale_log2
@@ -212,15 +212,15 @@ def _consumer(work, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.
 
         for block in range(1, blocks):
             n = tiles_done * blocks + block - 1
-            k_stage, v_stage = (n + 1) % STAGES, n % STAGES
-            mbarrier.wait(k_ready.index(k_stage), (n + 1) // STAGES & 1)
-            k = _matrix(k_smem.index(k_stage))
+            k_stage, v_stage = (n + 1) % STAGES, n % STAGES  # before the waits, which nothing is moved across
+            wait_ready(k_ready, n + 1)
+            k = matrix(k_smem.index(k_stage))
             s = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
-            mbarrier.wait(v_ready.index(v_stage), n // STAGES & 1)
-            v = _matrix(v_smem.index(v_stage))
+            wait_ready(v_ready, n)
+            v = matrix(v_smem.index(v_stage))
             acc = warpgroup_mma(p, v, acc, is_async=True)
             s = warpgroup_mma_wait(1, deps=(s,))
-            mbarrier.arrive(k_free.index(k_stage))
+            release(k_free, n + 1)
             m_new = gl.maximum(m_i, gl.max(s, 1) * scale_log2)
             alpha = gl.exp2(m_i - m_new)
             m_i = m_new
@@ -229,41 +229,25 @@ def _consumer(work, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.
             l_i = _finished(l_i * alpha_i + _parted_sums(p_next))
             # p is among the dependencies because the product reads it from registers until now
             acc, p = warpgroup_mma_wait(0, deps=(acc, p))
-            mbarrier.arrive(v_free.index(v_stage))
+            release(v_free, n)
             alpha = gl.convert_layout(alpha, gl.SliceLayout(1, OUTPUT))[:, None]
             acc = _rescaled(acc, alpha, ROWS * HEAD_DIM // 128)
             p = gl.convert_layout(p_next.to(dtype), PROBABILITIES)
         mbarrier.arrive(q_free.index(CONSUMER))
 
         n = (tiles_done + 1) * blocks - 1
-        stage = n % STAGES
-        mbarrier.wait(v_ready.index(stage), n // STAGES & 1)
-        v = _matrix(v_smem.index(stage))
+        v = matrix(v_smem.index(wait_ready(v_ready, n)))
         acc = warpgroup_mma(p, v, acc, is_async=True)
         acc, p = warpgroup_mma_wait(0, deps=(acc, p))
-        mbarrier.arrive(v_free.index(stage))
+        release(v_free, n)
         acc = acc * gl.convert_layout(1.0 / gl.sum(l_i, 1), gl.SliceLayout(1, OUTPUT))[:, None]
         tma.store_wait(0)  # of the tile before
-        _matrix(out).store(acc.to(dtype))
+        matrix(out).store(acc.to(dtype))
         fence_async_shared()
         batch, row, head = _place(tile, tiles_per_head, num_heads, CONSUMERS * ROWS)
         place = [batch, row + CONSUMER * ROWS, head, 0]
         tma.async_copy_shared_to_global(out_desc, place, out)  # clips rows and channels past the end
     tma.store_wait(0)
-
-
-@gluon.jit
-def _tiles(desc, COUNT: gl.constexpr):
-    SHAPE: gl.constexpr = [COUNT, 1, desc.block_shape[1], 1, desc.block_shape[3]]
-    return gl.allocate_shared_memory(desc.dtype, SHAPE, desc.layout)
-
-
-@gluon.jit
-def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(COUNT):
-        mbarrier.init(barriers.index(i), count=ARRIVALS)
-    return barriers
 
 
 @gluon.jit(do_not_specialize=["num_tiles", "tiles_per_head", "num_heads", "seq_kv", "kv_batch_step"])
@@ -278,20 +262,20 @@ def spatial_attention_gluon_kernel(
     The descriptors see ``[B, S, H, D]`` in blocks ``[1, rows, 1, D padded]``. ``kv_batch_step`` is 0 where all batch
     entries share one k and v (whose descriptors then have a batch of 1), else 1.
     """
-    tiles = (_tiles(q_desc, CONSUMERS), _tiles(k_desc, STAGES), _tiles(v_desc, STAGES))
-    out_smem = _tiles(out_desc, CONSUMERS)
-    ready = (_barriers(CONSUMERS, 1), _barriers(STAGES, 1), _barriers(STAGES, 1))
-    free = (_barriers(CONSUMERS, 1), _barriers(STAGES, CONSUMERS), _barriers(STAGES, CONSUMERS))
+    smem = (tiles(q_desc, CONSUMERS), tiles(k_desc, STAGES), tiles(v_desc, STAGES))
+    out_smem = tiles(out_desc, CONSUMERS)
+    ready = (barriers(CONSUMERS, 1), barriers(STAGES, 1), barriers(STAGES, 1))
+    free = (barriers(CONSUMERS, 1), barriers(STAGES, CONSUMERS), barriers(STAGES, CONSUMERS))
     fence_async_shared()
     sizes = (num_tiles, tiles_per_head, num_heads, gl.cdiv(seq_kv, k_desc.block_shape[1]))
-    work = (out_desc, out_smem, tiles, ready, free, sizes, seq_kv, scale_log2)
-    load = ((q_desc, k_desc, v_desc), tiles, ready, free, sizes, kv_batch_step)
+    work = (out_desc, out_smem, smem, ready, free, sizes, seq_kv, scale_log2)
+    load = ((q_desc, k_desc, v_desc), smem, ready, free, sizes, kv_batch_step)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consumer, (work, 0, CONSUMERS, STAGES)),
-                (_consumer, (work, 1, CONSUMERS, STAGES)),
-                (_producer, (load, CONSUMERS, STAGES)),
+                (_consumer, (work, 0, CONSUMERS)),
+                (_consumer, (work, 1, CONSUMERS)),
+                (_producer, (load, CONSUMERS)),
             ],
             [4, 1],
             [REGISTERS, 24],
@@ -300,10 +284,10 @@ def spatial_attention_gluon_kernel(
         gl.static_assert(CONSUMERS == 3)
         gl.warp_specialize(
             [
-                (_consumer, (work, 0, CONSUMERS, STAGES)),
-                (_consumer, (work, 1, CONSUMERS, STAGES)),
-                (_consumer, (work, 2, CONSUMERS, STAGES)),
-                (_producer, (load, CONSUMERS, STAGES)),
+                (_consumer, (work, 0, CONSUMERS)),
+                (_consumer, (work, 1, CONSUMERS)),
+                (_consumer, (work, 2, CONSUMERS)),
+                (_producer, (load, CONSUMERS)),
             ],
             [4, 4, 1],
             [REGISTERS, REGISTERS, 24],
@@ -322,8 +306,8 @@ class Config(NamedTuple):
 
     @property
     def registers(self) -> int:
-        """Of every consumer's threads: what is left of 65536 by a producer warpgroup that keeps 24."""
-        return 240 if self.consumers == 2 else 160
+        """Of every consumer's threads."""
+        return CONSUMER_REGISTERS[self.consumers]
 
 
 def choose_config(head_dim: int) -> Config:
@@ -362,7 +346,7 @@ def bind(
     k_layout, v_layout = (_layout(x, x.stride(), num_heads, config.columns) for x in (k, v))
     out_layout = _layout(q, (seq_q * channels, channels), num_heads, CONSUMER_ROWS)
     launch = functools.partial(
-        spatial_attention_gluon_kernel[(min(num_tiles, _multiprocessors(q.device)),)],
+        spatial_attention_gluon_kernel[(min(num_tiles, multiprocessors(q.device)),)],
         num_tiles=num_tiles, tiles_per_head=tiles_per_head, num_heads=num_heads, seq_kv=seq_kv,
         kv_batch_step=0 if shared_kv else 1,
         scale_log2=scale * math.log2(math.e),
@@ -389,10 +373,5 @@ def _layout(x: Tensor, strides: tuple[int, ...], num_heads: int, rows: int) -> t
     block = [1, rows, 1, _padded(head_dim)]
     # the stride of a batch of one is anything, 0 where it was expanded
     batch_stride = strides[0] if batch > 1 else seq * strides[1]
-    layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[x.dtype])
-    return [batch, seq, num_heads, head_dim], [batch_stride, strides[1], head_dim, 1], block, layout
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    strides_of_heads = [batch_stride, strides[1], head_dim, 1]
+    return [batch, seq, num_heads, head_dim], strides_of_heads, block, shared_layout(block, x.dtype)

@@ -16,20 +16,18 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from vidaccel.kernels.arguments import require_floats
 from vidaccel.kernels.check import Part, cuts
 from vidaccel.kernels.conv.channels_last_weight import channels_last_weight
+from vidaccel.kernels.hopper import aligned, gluon_reason, on_hopper
 from vidaccel.kernels.op import Costs, Implementation, Op, scaled, tensors_reason
 
 __all__ = ["CLIP_CONV", "clip_conv", "clip_conv_ref"]
 
-GLUON_VERSIONS = ("3.6.", "3.7.")  # Triton's; Gluon changes from release to release
 CHANNELS, BLOCK_K = 96, 32
 TAPS = 3, 3
-ALIGNMENT = 16  # bytes, of what TMA takes
 
 
 def clip_conv_ref(rows: Tensor, weight: Tensor) -> Tensor:
@@ -54,9 +52,7 @@ def _bind(rows: Tensor, weight: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
 
     def run(rows: Tensor, weight: Tensor) -> Tensor:
         out = rows.new_empty(shape)
-        weight = channels_last_weight(weight, rows.dtype)
-        # a view may start anywhere, and where it does is no part of a signature
-        rows, weight = (t if t.data_ptr() % ALIGNMENT == 0 else t.clone() for t in (rows, weight))
+        rows, weight = aligned(rows, channels_last_weight(weight, rows.dtype))
         launch(rows, weight, out)
         return out
 
@@ -67,21 +63,14 @@ def _gluon(rows: Tensor, weight: Tensor) -> Tensor:
     return _bind(rows, weight)(rows, weight)
 
 
-@torch.compiler.assume_constant_result
-def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] == 9
-
-
 def _pays(rows: Tensor, weight: Tensor) -> bool:
     """Elsewhere nobody expects the kernel."""
-    return rows.is_cuda and _is_hopper(rows.device) and len(weight) == CHANNELS and rows.dtype != torch.float32
+    return on_hopper(rows) and len(weight) == CHANNELS and rows.dtype != torch.float32
 
 
 def _gluon_reason(rows: Tensor, weight: Tensor) -> str | None:
-    if not rows.is_cuda or not _is_hopper(rows.device):
-        return "the kernel is for Hopper GPUs"
-    if not triton.__version__.startswith(GLUON_VERSIONS):
-        return f"the kernel is written for Triton {' or '.join(GLUON_VERSIONS)}*, this is {triton.__version__}"
+    if reason := gluon_reason(rows):
+        return reason
     if rows.dtype not in (torch.float16, torch.bfloat16):
         return f"the kernel takes float16 and bfloat16, rows is {rows.dtype}"
     if not rows.is_contiguous():

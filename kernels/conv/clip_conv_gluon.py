@@ -16,17 +16,13 @@ in the time that the tensor cores need, and TMA writes 57. What was tried on an 
 pixels from registers (less to read, more to wait for), and sums of three frames at once while frames are streamed past
 them (a third of the loads for pixels, three times those for weights). Neither is faster.
 
-Who waits for whom, as in ``linear_geglu_gluon.py``: the n-th step of a program lies in stage ``n % STAGES`` and belongs
-to phase ``n // STAGES`` of two barriers. ``ready``: TMA completes it, consumers wait. ``free``: both consumers arrive
-when their products that read the stage have finished, the producer waits before it fills it anew.
+Who waits for whom: there is one ring, see ``gluon_parts.py``. Every step is of both consumers, so two arrivals free it.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import triton
@@ -40,7 +36,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from vidaccel.kernels.gluon_parts import (
+    CONSUMER_REGISTERS,
+    barriers,
+    described,
+    matrix,
+    release,
+    sums_layout,
+    tiles,
+    wait_free,
+    wait_ready,
+)
+from vidaccel.kernels.launch import multiprocessors
 
 __all__ = ["BLOCK_K", "CHANNELS", "clip_conv_gluon_kernel", "prepare"]
 
@@ -50,14 +58,7 @@ BLOCK_K = 32  # channels of a step: 64 bytes of a pixel
 ROWS, COLUMNS = 8, 16  # pixels of a consumer's half of a tile
 CONSUMERS = gl.constexpr(2)
 STAGES = 8  # what fits into 227 KiB beside the output
-REGISTERS = 240  # of a consumer's threads: what is left of 65536 by a producer warpgroup that keeps 24
-DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
-
-
-@gluon.jit
-def _matrix(tile):
-    """A tile in shared memory, ``[1, rows, columns, channels]``, as a matrix."""
-    return tile.reshape([tile.shape[1] * tile.shape[2], tile.shape[3]])
+REGISTERS = CONSUMER_REGISTERS[CONSUMERS.value]
 
 
 @gluon.jit
@@ -69,7 +70,7 @@ def _place(tile, frames, across, down, ROWS: gl.constexpr, COLUMNS: gl.constexpr
 
 
 @gluon.jit
-def _producer(load, TAPS: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr):
+def _producer(load, TAPS: gl.constexpr, CHUNKS: gl.constexpr):
     descs, smem, ready, free, sizes = load
     rows_desc, wide_desc, narrow_desc = descs
     rows_smem, wide_smem, narrow_smem = smem
@@ -79,6 +80,7 @@ def _producer(load, TAPS: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constex
     BLOCK_K: gl.constexpr = rows_desc.block_shape[3]
     PIXELS: gl.constexpr = CONSUMERS * rows_desc.block_type.nbytes
     WEIGHTS: gl.constexpr = wide_desc.block_type.nbytes + narrow_desc.block_type.nbytes
+    STAGES: gl.constexpr = free.shape[0]
 
     n = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
@@ -88,7 +90,7 @@ def _producer(load, TAPS: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constex
             place = plane + tap // 9, y + tap % 9 // 3 - 1, x + tap % 3 - 1
             for chunk in gl.static_range(CHUNKS):
                 stage, k = n % STAGES, (tap * CHUNKS + chunk) * BLOCK_K
-                mbarrier.wait(free.index(stage), (n // STAGES & 1) ^ 1)
+                wait_free(free, n)
                 mbarrier.expect(ready.index(stage), PIXELS + WEIGHTS)
                 for consumer in gl.static_range(CONSUMERS):
                     start = [place[0], place[1] + consumer * ROWS, place[2], chunk * BLOCK_K]
@@ -103,69 +105,45 @@ def _producer(load, TAPS: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constex
 def _multiply(smem, stage, wide, narrow, CONSUMER: gl.constexpr):
     """Begin to add the products of a step."""
     rows_smem, wide_smem, narrow_smem = smem
-    pixels = _matrix(rows_smem.index(CONSUMERS * stage + CONSUMER))
+    pixels = matrix(rows_smem.index(CONSUMERS * stage + CONSUMER))
     wide = warpgroup_mma(pixels, wide_smem.index(stage).permute((1, 0)), wide, is_async=True)
     narrow = warpgroup_mma(pixels, narrow_smem.index(stage).permute((1, 0)), narrow, is_async=True)
     return wide, narrow
 
 
 @gluon.jit
-def _consumer(
-    work, CONSUMER: gl.constexpr, TAPS: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr
-):  # fmt: skip
+def _consumer(work, CONSUMER: gl.constexpr, TAPS: gl.constexpr, CHUNKS: gl.constexpr):
     descs, smem, out_smem, ready, free, sizes = work
     wide_desc, narrow_desc = descs
     wide_out, narrow_out = out_smem[0].index(CONSUMER), out_smem[1].index(CONSUMER)
     num_tiles, frames, across, down = sizes
     ROWS: gl.constexpr = wide_desc.block_shape[1]
     COLUMNS: gl.constexpr = wide_desc.block_shape[2]
-    WIDE_SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE, 16])
-    NARROW_SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, NARROW, 16])
 
     n = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        wide = gl.zeros([ROWS * COLUMNS, WIDE], gl.float32, WIDE_SUMS)
-        narrow = gl.zeros([ROWS * COLUMNS, NARROW], gl.float32, NARROW_SUMS)
-        mbarrier.wait(ready.index(n % STAGES), n // STAGES & 1)
-        wide, narrow = _multiply(smem, n % STAGES, wide, narrow, CONSUMER)
+        wide = gl.zeros([ROWS * COLUMNS, WIDE], gl.float32, sums_layout(WIDE))
+        narrow = gl.zeros([ROWS * COLUMNS, NARROW], gl.float32, sums_layout(NARROW))
+        wide, narrow = _multiply(smem, wait_ready(ready, n), wide, narrow, CONSUMER)
         wide, narrow = warpgroup_mma_wait(2, deps=(wide, narrow))  # waits for nothing, makes them tensors
         for _ in range(1, TAPS * CHUNKS):
             n += 1
-            mbarrier.wait(ready.index(n % STAGES), n // STAGES & 1)
-            wide, narrow = _multiply(smem, n % STAGES, wide, narrow, CONSUMER)
+            wide, narrow = _multiply(smem, wait_ready(ready, n), wide, narrow, CONSUMER)
             wide, narrow = warpgroup_mma_wait(2, deps=(wide, narrow))  # the two of the step before have finished
-            mbarrier.arrive(free.index((n - 1) % STAGES))
+            release(free, n - 1)
         wide, narrow = warpgroup_mma_wait(0, deps=(wide, narrow))
-        mbarrier.arrive(free.index(n % STAGES))
+        release(free, n)
         n += 1
 
         sample, frame, y, x = _place(tile, frames, across, down, CONSUMERS * ROWS, COLUMNS)
         plane, y = sample * frames + frame, y + CONSUMER * ROWS
         tma.store_wait(0)  # of the tile before
-        _matrix(wide_out).store(wide.to(wide_desc.dtype))
-        _matrix(narrow_out).store(narrow.to(narrow_desc.dtype))
+        matrix(wide_out).store(wide.to(wide_desc.dtype))
+        matrix(narrow_out).store(narrow.to(narrow_desc.dtype))
         fence_async_shared()
         tma.async_copy_shared_to_global(wide_desc, [plane, y, x, 0], wide_out)  # clips pixels past the edges
         tma.async_copy_shared_to_global(narrow_desc, [plane, y, x, WIDE], narrow_out)
     tma.store_wait(0)
-
-
-@gluon.constexpr_function
-def _several(count, shape):
-    return [count, *shape]
-
-
-@gluon.jit
-def _tiles(desc, COUNT: gl.constexpr):
-    return gl.allocate_shared_memory(desc.dtype, _several(COUNT, desc.block_shape), desc.layout)
-
-
-@gluon.jit
-def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(COUNT):
-        mbarrier.init(barriers.index(i), count=ARRIVALS)
-    return barriers
 
 
 @gluon.jit(do_not_specialize=["num_tiles", "frames", "across", "down"])
@@ -180,18 +158,18 @@ def clip_conv_gluon_kernel(
     ``[B * F, H, W, 96]``. ``TAPS`` is 9 T, ``CHUNKS`` the steps that make up C; ``across`` and ``down`` count the tiles
     of a frame.
     """
-    smem = (_tiles(rows_desc, CONSUMERS * STAGES), _tiles(wide_weight_desc, STAGES), _tiles(narrow_weight_desc, STAGES))
-    out_smem = (_tiles(wide_out_desc, CONSUMERS), _tiles(narrow_out_desc, CONSUMERS))
-    ready, free = _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS)
+    smem = (tiles(rows_desc, CONSUMERS * STAGES), tiles(wide_weight_desc, STAGES), tiles(narrow_weight_desc, STAGES))
+    out_smem = (tiles(wide_out_desc, CONSUMERS), tiles(narrow_out_desc, CONSUMERS))
+    ready, free = barriers(STAGES, 1), barriers(STAGES, CONSUMERS)
     fence_async_shared()
     sizes = (num_tiles, frames, across, down)
     work = ((wide_out_desc, narrow_out_desc), smem, out_smem, ready, free, sizes)
     load = ((rows_desc, wide_weight_desc, narrow_weight_desc), smem, ready, free, sizes)
     gl.warp_specialize(
         [
-            (_consumer, (work, 0, TAPS, CHUNKS, STAGES)),
-            (_consumer, (work, 1, TAPS, CHUNKS, STAGES)),
-            (_producer, (load, TAPS, CHUNKS, STAGES)),
+            (_consumer, (work, 0, TAPS, CHUNKS)),
+            (_consumer, (work, 1, TAPS, CHUNKS)),
+            (_producer, (load, TAPS, CHUNKS)),
         ],
         [4, 1],
         [REGISTERS, 24],
@@ -213,15 +191,14 @@ def prepare(
     frames = padded_frames - frames_seen + 1
     across, down = triton.cdiv(width, COLUMNS), triton.cdiv(height, CONSUMERS.value * ROWS)
     num_tiles = samples * frames * across * down
-    programs = min(num_tiles, _multiprocessors(device))
+    programs = min(num_tiles, multiprocessors(device))
     taps = 9 * frames_seen
     pixels = [1, ROWS, COLUMNS]
-    described = functools.partial(_descriptors, dtype=DTYPES[dtype])
-    rows_of = described([samples * padded_frames, height, width, channels], [*pixels, BLOCK_K])
-    weights_of = [described([CHANNELS, taps * channels], [part.value, BLOCK_K]) for part in (WIDE, NARROW)]
+    rows_of = described([samples * padded_frames, height, width, channels], [*pixels, BLOCK_K], dtype)
+    weights_of = [described([CHANNELS, taps * channels], [part.value, BLOCK_K], dtype) for part in (WIDE, NARROW)]
     outs_of = [
-        described([samples * frames, height, width, CHANNELS], [*pixels, part.value]) for part in (WIDE, NARROW)
-    ]  # fmt: skip
+        described([samples * frames, height, width, CHANNELS], [*pixels, part.value], dtype) for part in (WIDE, NARROW)
+    ]
     kernel = functools.partial(
         clip_conv_gluon_kernel[(programs,)],
         num_tiles=num_tiles, frames=frames, across=across, down=down,
@@ -234,15 +211,3 @@ def prepare(
             kernel(rows_of(rows), *(of(weight) for of in weights_of), *(of(out) for of in outs_of))
 
     return launch
-
-
-def _descriptors(shape: list[int], block: list[int], dtype: Any) -> Callable[[Tensor], TensorDescriptor]:
-    """What describes the memory of a dense tensor as one of this shape to TMA, which moves it block by block."""
-    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
-    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-    return lambda x: TensorDescriptor(x, shape, strides, block, layout)
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -17,21 +17,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from vidaccel.kernels.arguments import require_one_dtype
 from vidaccel.kernels.check import Part, cuts
 from vidaccel.kernels.ffn.geglu import geglu, geglu_ref
+from vidaccel.kernels.hopper import aligned, gluon_reason
 from vidaccel.kernels.op import Costs, Implementation, Op, tensors_reason
 
 __all__ = ["LINEAR_GEGLU", "TWO_STEP", "linear_geglu", "linear_geglu_ref"]
 
 TWO_STEP = "two-step"
-GLUON_VERSIONS = ("3.6.", "3.7.")  # Triton's; Gluon changes from release to release
-GLUON = triton.__version__.startswith(GLUON_VERSIONS)
 MEASURED_PRODUCTS = 4e9  # M * K * D; fewer take too little of a model's time
-ALIGNMENT = 16  # bytes: of the rows that TMA takes
 
 
 def linear_geglu_ref(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -51,8 +48,7 @@ def _bind(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[..., Tensor]:
 
     def run(x, weight, bias):
         out = x.new_empty(shape)
-        # a view may start anywhere, and where it does is no part of a signature
-        x, weight, bias = (t if t.data_ptr() % ALIGNMENT == 0 else t.clone() for t in (x, weight, bias))
+        x, weight, bias = aligned(x, weight, bias)
         launch(x, weight, bias, out)
         return out
 
@@ -63,16 +59,9 @@ def _gluon(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return _bind(x, weight, bias)(x, weight, bias)
 
 
-@torch.compiler.assume_constant_result
-def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] == 9
-
-
 def _gluon_reason(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
-    if not x.is_cuda or not _is_hopper(x.device):
-        return "the kernel is for Hopper GPUs"
-    if not GLUON:
-        return f"the kernel is written for Triton {' or '.join(GLUON_VERSIONS)}*, this is {triton.__version__}"
+    if reason := gluon_reason(x):
+        return reason
     if torch.is_autocast_enabled("cuda"):
         return "autocast decides the dtype of a linear layer"
     if x.dtype not in (torch.float16, torch.bfloat16):

@@ -18,15 +18,12 @@ The epilogue takes 13 instructions for each output: 3 for the rounding, and for 
 10, of which one goes to the special function unit: the logarithm of the normal distribution's tail is so smooth that a
 polynomial of degree 6 gives GELU to 1/50 of float16's rounding, and small ones better than ``1 + erf`` does.
 
-Who waits for whom. Every barrier completes a phase per use. A wait names the parity of the phase it waits for and
-passes while the barrier is in a phase of the other parity, so whoever waits for a phase has to know that the one before
-it is complete and the one after it is not; before the first phase, a wait for the odd parity passes.
+Who waits for whom. Steps of x pass through a ring, columns of W through one of a single stage, see ``gluon_parts.py``.
+A wait names no more than the parity of a phase, so whoever waits for one has to know that the phase before it is
+complete and the one after it is not.
 
-* ``x_ready[s]``: the producer announces a step's bytes, TMA completes the phase when they have arrived, the consumer
-  whose tile it is waits. One arrival a phase: the announcement.
-* ``x_free[s]``: that consumer arrives when its products that read the step have finished; the producer waits before it
-  overwrites the step. One arrival a phase. The n-th step of a program lies in stage ``n % STAGES`` and belongs to phase
-  ``n // STAGES``: consumers wait for that parity of "ready", the producer for the opposite one of "free".
+* ``x_ready[s]``: the consumer whose tile it is waits. One arrival a phase: the producer's announcement.
+* ``x_free[s]``: that consumer's arrival is the only one of a phase.
 * ``turns[c]``: consumer c waits before each of its tiles until the other one has seen every step of the tile before
   arrive. More than a hint: it is how c knows that the phases of ``x_ready`` before its own are complete, those of steps
   that it never looks at. None is two phases ahead either: a stage is only filled anew when its step has been used.
@@ -44,10 +41,8 @@ write through the same proxy, so only the output tile, which threads write and T
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -62,18 +57,28 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from vidaccel.kernels.gluon_parts import (
+    CONSUMER_REGISTERS,
+    barriers,
+    described,
+    release,
+    sums_layout,
+    tiles,
+    wait_free,
+    wait_ready,
+)
+from vidaccel.kernels.launch import multiprocessors
 
 __all__ = ["Config", "choose_config", "gluon_configs", "linear_geglu_gluon_kernel", "prepare"]
 
 TILE_ROWS = 64  # what one wgmma takes
 BLOCK_K = 64  # 128 bytes of a row: the widest swizzle
 CONSUMERS = gl.constexpr(2)
-REGISTERS = 240  # of a consumer's threads: what is left of 65536 by a producer warpgroup that keeps 24
+REGISTERS = CONSUMER_REGISTERS[CONSUMERS.value]
 OUT_COLUMNS = 64  # the same of the output: wider tiles leave in parts, through one buffer
 SHARED_MEMORY = 226 * 1024  # of a block's 227 KiB; the rest is for barriers
 STAGES = range(3, 9)
-DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 # log2 of the tail of the normal distribution from 0 to TAIL_END, where nothing is left of it: the least error of GELU
 # against float16's step
@@ -133,7 +138,7 @@ def _run(num_tiles):
 
 
 @gluon.jit
-def _producer(load, STAGES: gl.constexpr):
+def _producer(load):
     x_desc, w_desc, x_smem, w_smem, ready, free, num_tiles, tiles_per_column = load
     x_ready, w_ready = ready
     x_free, w_free = free
@@ -149,16 +154,14 @@ def _producer(load, STAGES: gl.constexpr):
         row, channel = _place(tile, tiles_per_column, COLUMNS, ROWS)
         column = tile // tiles_per_column
         if column != loaded:
-            entered = column - first // tiles_per_column
-            mbarrier.wait(w_free.index(0), (entered & 1) ^ 1)
+            wait_free(w_free, column - first // tiles_per_column)
             mbarrier.expect(w_ready.index(0), STEPS * w_desc.block_type.nbytes)
             for step in gl.static_range(STEPS):
                 target = w_smem.index(step)
                 tma.async_copy_global_to_shared(w_desc, [0, channel, step * BLOCK_K], w_ready.index(0), target)
             loaded = column
         for step in range(STEPS):
-            stage = n % STAGES
-            mbarrier.wait(x_free.index(stage), (n // STAGES & 1) ^ 1)
+            stage = wait_free(x_free, n)
             mbarrier.expect(x_ready.index(stage), x_desc.block_type.nbytes)
             target = x_smem.index(stage)
             tma.async_copy_global_to_shared(x_desc, [row, step * BLOCK_K], x_ready.index(stage), target)
@@ -176,7 +179,7 @@ def _write(value, gate, out, out_desc, row, channel):
 
 
 @gluon.jit
-def _consumer(work, CONSUMER: gl.constexpr, STAGES: gl.constexpr):
+def _consumer(work, CONSUMER: gl.constexpr):
     out_desc, bias_ptr, dim, x_smem, w_smem, out_smem, ready, free, turns, num_tiles, tiles_per_column = work
     x_ready, w_ready = ready
     x_free, w_free = free
@@ -185,9 +188,9 @@ def _consumer(work, CONSUMER: gl.constexpr, STAGES: gl.constexpr):
     STEPS: gl.constexpr = w_smem.shape[0]
     COLUMNS: gl.constexpr = w_smem.shape[2]
     BLOCK_K: gl.constexpr = w_smem.shape[3]
-    BOTH: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * COLUMNS, 16])
-    HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
-    QUARTER: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS // 2, 16])
+    BOTH: gl.constexpr = sums_layout(2 * COLUMNS)
+    HALF: gl.constexpr = sums_layout(COLUMNS)
+    QUARTER: gl.constexpr = sums_layout(COLUMNS // 2)
 
     first, end = _run(num_tiles)
     first_column = first // tiles_per_column
@@ -200,30 +203,30 @@ def _consumer(work, CONSUMER: gl.constexpr, STAGES: gl.constexpr):
         bias = gl.load(bias_ptrs + channel)  # long before it is needed
         entered = tile // tiles_per_column - first_column
         if entered > left:
-            mbarrier.wait(w_ready.index(0), left & 1)  # had it no tile there, it has not waited yet
-            mbarrier.arrive(w_free.index(0))
+            wait_ready(w_ready, left)  # had it no tile there, it has not waited yet
+            release(w_free, left)
             left = entered
-        mbarrier.wait(w_ready.index(0), entered & 1)
+        wait_ready(w_ready, entered)
 
         acc = bias.to(gl.float32)[None, :].broadcast_to([ROWS, 2 * COLUMNS])
         # consumer 0 has the first turn without being given it
         mbarrier.wait(turns.index(CONSUMER), ((tile - first) // CONSUMERS & 1) ^ (1 if CONSUMER == 0 else 0))
 
         n = (tile - first) * STEPS
-        mbarrier.wait(x_ready.index(n % STAGES), n // STAGES & 1)
+        x = x_smem.index(wait_ready(x_ready, n))
         w = w_smem.index(0).reshape([2 * COLUMNS, BLOCK_K])
-        acc = warpgroup_mma(x_smem.index(n % STAGES), w.permute((1, 0)), acc, is_async=True)
+        acc = warpgroup_mma(x, w.permute((1, 0)), acc, is_async=True)
         acc = warpgroup_mma_wait(1, deps=(acc,))  # waits for nothing, makes it a tensor
         for step in range(1, STEPS):
             n += 1
-            mbarrier.wait(x_ready.index(n % STAGES), n // STAGES & 1)
+            x = x_smem.index(wait_ready(x_ready, n))
             w = w_smem.index(step).reshape([2 * COLUMNS, BLOCK_K])
-            acc = warpgroup_mma(x_smem.index(n % STAGES), w.permute((1, 0)), acc, is_async=True)
+            acc = warpgroup_mma(x, w.permute((1, 0)), acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=(acc,))
-            mbarrier.arrive(x_free.index((n - 1) % STAGES))
+            release(x_free, n - 1)
         mbarrier.arrive(turns.index(1 - CONSUMER))
         acc = warpgroup_mma_wait(0, deps=(acc,))  # [ROWS, 2 * COLUMNS], value before gate
-        mbarrier.arrive(x_free.index(n % STAGES))
+        release(x_free, n)
 
         value, gate = _halves(acc, HALF)
         if COLUMNS == OUT_COLUMNS:
@@ -235,16 +238,8 @@ def _consumer(work, CONSUMER: gl.constexpr, STAGES: gl.constexpr):
             _write(left_value, left_gate, out, out_desc, row, channel)
             _write(right_value, right_gate, out, out_desc, row, channel + OUT_COLUMNS)
     if (end - 1) // tiles_per_column - first_column > left:
-        mbarrier.arrive(w_free.index(0))
+        release(w_free, left)
     tma.store_wait(0)
-
-
-@gluon.jit
-def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(COUNT):
-        mbarrier.init(barriers.index(i), count=ARRIVALS)
-    return barriers
 
 
 @gluon.jit(do_not_specialize=["num_tiles", "tiles_per_column"])
@@ -258,24 +253,16 @@ def linear_geglu_gluon_kernel(
     The descriptors see x as ``[M, K]``, W as ``[2, D, K]`` (value, gate) and the output as ``[M, D]``; ``STEPS`` blocks
     make up K.
     """
-    ROWS: gl.constexpr = out_desc.block_shape[0]
-    OUT_COLUMNS: gl.constexpr = out_desc.block_shape[1]
-    COLUMNS: gl.constexpr = w_desc.block_shape[1]
-    BLOCK_K: gl.constexpr = x_desc.block_shape[1]
-    x_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES, ROWS, BLOCK_K], x_desc.layout)
-    w_smem = gl.allocate_shared_memory(w_desc.dtype, [STEPS, 2, COLUMNS, BLOCK_K], w_desc.layout)
-    out_smem = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, ROWS, OUT_COLUMNS], out_desc.layout)
-    ready = (_barriers(STAGES, 1), _barriers(1, 1))
-    free = (_barriers(STAGES, 1), _barriers(1, CONSUMERS))
-    turns = _barriers(CONSUMERS, 1)
+    x_smem, w_smem, out_smem = tiles(x_desc, STAGES), tiles(w_desc, STEPS), tiles(out_desc, CONSUMERS)
+    ready = (barriers(STAGES, 1), barriers(1, 1))
+    free = (barriers(STAGES, 1), barriers(1, CONSUMERS))
+    turns = barriers(CONSUMERS, 1)
     fence_async_shared()
     work = (out_desc, bias_ptr, dim, x_smem, w_smem, out_smem, ready, free, turns, num_tiles, tiles_per_column)
     load = (x_desc, w_desc, x_smem, w_smem, ready, free, num_tiles, tiles_per_column)
     gl.warp_specialize(
-        [(_consumer, (work, 0, STAGES)), (_consumer, (work, 1, STAGES)), (_producer, (load, STAGES))],
-        [4, 1],
-        [REGISTERS, 24],
-    )
+        [(_consumer, (work, 0)), (_consumer, (work, 1)), (_producer, (load,))], [4, 1], [REGISTERS, 24]
+    )  # fmt: skip
 
 
 class Config(NamedTuple):
@@ -347,10 +334,10 @@ def prepare(
     columns = dim // config.columns
     tiles_per_column = triton.cdiv(rows, TILE_ROWS)
     num_tiles = columns * tiles_per_column
-    programs = min(num_tiles, _programs(columns, _multiprocessors(device), config.aligned))
+    programs = min(num_tiles, _programs(columns, multiprocessors(device), config.aligned))
     kernel = linear_geglu_gluon_kernel[(programs,)]
     x_of, weight_of, out_of = (
-        _descriptors(shape, block, DTYPES[dtype])
+        described(shape, block, dtype)
         for shape, block in (
             ([rows, in_features], [TILE_ROWS, BLOCK_K]),
             ([2, dim, in_features], [2, config.columns, BLOCK_K]),
@@ -366,15 +353,3 @@ def prepare(
             )  # fmt: skip
 
     return launch
-
-
-def _descriptors(shape: list[int], block: list[int], dtype: Any) -> Callable[[Tensor], TensorDescriptor]:
-    """What describes a contiguous tensor of this shape to TMA, which moves it block by block."""
-    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
-    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-    return lambda x: TensorDescriptor(x, shape, strides, block, layout)
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

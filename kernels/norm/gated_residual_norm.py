@@ -39,7 +39,7 @@ from torch import Tensor
 from vidaccel.kernels import settings
 from vidaccel.kernels.arguments import require_floats
 from vidaccel.kernels.check import Part, cuts, piece_of
-from vidaccel.kernels.launch import Launch
+from vidaccel.kernels.launch import Launch, multiprocessors
 from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason, one_or, scaled, tensors_reason
 
 __all__ = [
@@ -442,11 +442,6 @@ def _strides(tensor: Tensor | None, samples: int) -> tuple[int, int]:
     return of_sample if len(tensor) == samples > 1 else 0, of_row if tensor.shape[1] > 1 else 0
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 def _launch(call: _Call) -> Launch:
     samples, tokens, channels = call.x.shape
     row_of, modulation, each = _row_of(call), _modulation(call), call.rounding == "each"
@@ -458,7 +453,7 @@ def _launch(call: _Call) -> Launch:
     fetched_bytes = sum(channels * t.itemsize for t in fetched if t is not None)
     tiling = choose_tiling(channels, held + parameters, fetched_bytes, LANES)
     programs = dict(settings.overridden_constants()).get("PROGRAMS", tiling.programs)
-    programs = max(programs * _multiprocessors(call.x.device) // samples, 1)
+    programs = max(programs * multiprocessors(call.x.device) // samples, 1)
     return Launch(
         _gated_residual_norm_kernel, (samples, min(programs, tokens)),
         tokens,

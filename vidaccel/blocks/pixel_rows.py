@@ -39,16 +39,9 @@ def convolve_rows(conv: Any, convolve: Convolve, x: Tensor) -> Tensor:
         x: ``[N, C, H, W]`` or ``[N, C, F, H, W]``.
     """
     over = pixel_rows()
-    if over is None:
+    if over is None or conv.weight.shape[-2] == 1:
         return convolve(x)
-    weight = conv.weight
-    if weight.shape[-2] == 1:
-        return convolve(x)
-    wait = _neighbours(over, x)
-    out = convolve(x)
-    for row, added in _additions(weight, wait()):
-        out.narrow(-2, row % out.shape[-2], 1).add_(added)
-    return out
+    return _with_neighbours(over, conv.weight, convolve, x)
 
 
 def upsampled_by_rows(weight: Tensor, upsample: Convolve, x: Tensor) -> Tensor:
@@ -62,11 +55,7 @@ def upsampled_by_rows(weight: Tensor, upsample: Convolve, x: Tensor) -> Tensor:
     over = pixel_rows()
     if over is None:
         return upsample(x)
-    wait = _neighbours(over, x)
-    out = upsample(x)
-    for row, added in _additions(weight, _widened(wait())):
-        out.narrow(-2, row % out.shape[-2], 1).add_(added)
-    return out
+    return _with_neighbours(over, weight, upsample, x, times=2)
 
 
 def upsampled_cells_by_rows(weight: Tensor, upsample: Convolve, x: Tensor) -> Tensor:
@@ -74,30 +63,41 @@ def upsampled_cells_by_rows(weight: Tensor, upsample: Convolve, x: Tensor) -> Te
     over = pixel_rows()
     if over is None:
         return upsample(x)
-    wait = _neighbours(over, x)
+    wait = _neighbours(over, x, times=2)
     cells = upsample(x)
-    for row, added in _additions(weight, _widened(wait())):
+    for row, added in _additions(weight, wait()):
         line = F.pad(added.squeeze(2).mT, (0, 0, 1, 1)).unflatten(1, (-1, 2))  # [N, W + 1, 2, C']
         pair = slice(2, 4) if row == 0 else slice(0, 2)  # a lower pixel of the first cells, an upper one of the last
         cells[:, row, :, pair] += line
     return cells
 
 
-def _neighbours(over: PixelRows, x: Tensor) -> Callable[[], tuple[Tensor | None, Tensor | None]]:
-    """Begin to send the first and the last row; what is returned waits for the rows above and below, or None."""
+def _with_neighbours(over: PixelRows, weight: Tensor, convolve: Convolve, x: Tensor, times: int = 1) -> Tensor:
+    """``convolve(x)``, and what the rows above and below add to its first and last row."""
+    wait = _neighbours(over, x, times)
+    out = convolve(x)
+    for row, added in _additions(weight, wait()):
+        out.narrow(-2, row % out.shape[-2], 1).add_(added)
+    return out
+
+
+def _neighbours(over: PixelRows, x: Tensor, times: int) -> Callable[[], tuple[Tensor | None, Tensor | None]]:
+    """Begin to send the first and the last row; what is returned waits for the rows above and below, or None.
+
+    Each of their pixels stands there ``times`` times.
+    """
     rows = x.movedim(1, -1)  # [N, H, W, C]: as they lie in memory
     arrived = over.ranks.exchange(rows.narrow(-3, 0, 1), rows.narrow(-3, x.shape[-2] - 1, 1))
 
     def wait() -> tuple[Tensor | None, Tensor | None]:
-        above, below = (None if row is None else row.movedim(-1, 1) for row in arrived())
+        above, below = (None if row is None else _widened(row.movedim(-1, 1), times) for row in arrived())
         return above, below
 
     return wait
 
 
-def _widened(rows: tuple[Tensor | None, Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
-    above, below = (None if row is None else row.repeat_interleave(2, -1) for row in rows)
-    return above, below
+def _widened(row: Tensor, times: int) -> Tensor:
+    return row if times == 1 else row.repeat_interleave(times, -1)
 
 
 def _additions(weight: Tensor, rows: tuple[Tensor | None, Tensor | None]) -> list[tuple[int, Tensor]]:

@@ -25,6 +25,7 @@ from vidaccel.kernels.attention.spatial_attention import (
     spatial_attention_ref,
 )
 from vidaccel.kernels.check import MOST_ELEMENTS
+from vidaccel.kernels.hopper import GLUON
 from vidaccel.kernels.op import Implementation, listening
 
 DTYPES = [torch.float16]
@@ -428,7 +429,7 @@ def compile_gluon(head_dim: int, config: Any) -> dict[str, str]:
     )
 
 
-@pytest.mark.skipif(not triton.__version__.startswith(op.GLUON_VERSIONS), reason="another Gluon")
+@pytest.mark.skipif(not GLUON, reason="another Gluon")
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_gluon_kernel_overlaps_products_with_the_softmax(head_dim: int) -> None:
     from vidaccel.kernels.attention.spatial_attention_gluon import choose_config

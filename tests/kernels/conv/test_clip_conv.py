@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import triton
 from kernel_checks import FAULTS, assert_close_to_gold, assert_no_spills, compile_for, planted
 from torch import Tensor
 
 from vidaccel.kernels.conv import clip_conv as op
 from vidaccel.kernels.conv.clip_conv import CLIP_CONV, clip_conv, clip_conv_ref
+from vidaccel.kernels.hopper import GLUON
 from vidaccel.kernels.op import listening
 
 # samples, frames, height and width of the output; channels; frames that the convolution sees
@@ -96,9 +96,7 @@ def test_a_fault_is_found(fault: str | None, device: torch.device) -> None:
     ],
 )
 def test_what_the_kernel_does_not_serve(change: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(op, "_is_hopper", lambda device: True)
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    monkeypatch.setattr(op, "GLUON_VERSIONS", (triton.__version__,))
+    monkeypatch.setattr(op, "gluon_reason", lambda rows: None)
     rows, weight = change(*draw((1, 2, 4, 4, 64, 3), torch.device("cpu"), torch.float16))
     found = op._gluon_reason(rows, weight)
     assert found is not None and re.search(reason, found)
@@ -118,7 +116,7 @@ def test_rejects(rows: tuple[int, ...], weight: tuple[int, ...], message: str) -
         clip_conv(torch.ones(rows), torch.ones(weight))
 
 
-@pytest.mark.skipif(not triton.__version__.startswith(op.GLUON_VERSIONS), reason="another Gluon")
+@pytest.mark.skipif(not GLUON, reason="another Gluon")
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_products_overlap_and_nothing_spills(dtype: str) -> None:
     gluon = pytest.importorskip("vidaccel.kernels.conv.clip_conv_gluon")

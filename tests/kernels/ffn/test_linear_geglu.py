@@ -15,7 +15,8 @@ from torch import Tensor
 
 from vidaccel.kernels import check, choice
 from vidaccel.kernels.ffn.geglu import geglu
-from vidaccel.kernels.ffn.linear_geglu import GLUON, LINEAR_GEGLU, TWO_STEP, linear_geglu, linear_geglu_ref
+from vidaccel.kernels.ffn.linear_geglu import LINEAR_GEGLU, TWO_STEP, linear_geglu, linear_geglu_ref
+from vidaccel.kernels.hopper import GLUON
 from vidaccel.kernels.op import listening
 
 

@@ -470,7 +470,7 @@ COMPILED = [
 @pytest.mark.parametrize(("target", "model"), COMPILED)
 def test_accesses_are_16_bytes_wide_and_prefetched(target: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op, "LANES", TARGETS[target].warp_size)
-    monkeypatch.setattr(op, "_multiprocessors", lambda device: 2)  # one for each sample
+    monkeypatch.setattr(op, "multiprocessors", lambda device: 2)  # one for each sample
     launch, asm = compiled(target, WIDTHS[model], MODELS[model])
     assert_no_spills(asm)
     # the row of the modulation that a token takes is one number

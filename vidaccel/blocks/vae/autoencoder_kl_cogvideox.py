@@ -62,7 +62,6 @@ from vidaccel.kernels.op import runs_triton
 from vidaccel.parallel.layout import LatentFrames, latent_frames
 from vidaccel.parallel.ranks import Agreement, Ranks
 from vidaccel.sites.block import FusedBlock, call_site, cut_corner, fuses
-from vidaccel.sites.memo import once_per_call
 from vidaccel.sites.plain import plain_reason
 
 __all__ = ["FusedCogVideoXDecoder3D", "decode_bytes"]
@@ -167,7 +166,7 @@ class FusedCogVideoXDecoder3D(FusedBlock, CogVideoXDecoder3D):
 
     @classmethod
     def left_alone_reason(cls, module: Any) -> str | None:
-        return _structure_reason(module)
+        return structure_reason(module, _reasons)
 
     def forward(
         self, sample: Tensor, temb: Tensor | None = None, conv_cache: dict[str, Tensor] | None = None
@@ -486,12 +485,6 @@ def _channels_held(decoder: Any) -> Iterator[int]:
                 yield pixels * 3 * channels  # the frames, and each twice
                 pixels *= 2
     yield pixels * 3 * decoder.conv_out.conv.in_channels
-
-
-@once_per_call
-def _structure_reason(decoder: Any) -> str | None:
-    """Why the decoder is not made of what is done here in one go, or None."""
-    return structure_reason(decoder, _reasons(decoder))
 
 
 def _reasons(decoder: Any) -> Iterator[str | None]:

@@ -53,7 +53,6 @@ from vidaccel.kernels.norm.padded_group_norm import padded_group_norm, padded_gr
 from vidaccel.kernels.norm.rms_norm_silu import rms_norm_silu, rms_norm_silu_ref
 from vidaccel.kernels.op import runs_triton
 from vidaccel.sites.block import FusedBlock, call_site, cut_corner, fuses
-from vidaccel.sites.memo import once_per_call
 from vidaccel.sites.plain import plain_reason
 
 __all__ = ["FusedHunyuanVideoDecoder3D", "decode_bytes"]
@@ -88,7 +87,7 @@ class FusedHunyuanVideoDecoder3D(FusedBlock, HunyuanVideoDecoder3D):
 
     @classmethod
     def left_alone_reason(cls, module: Any) -> str | None:
-        return _structure_reason(module)
+        return structure_reason(module, _reasons)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
@@ -246,12 +245,6 @@ def _channels_held(decoder: Any) -> Iterator[int]:
             pixels *= 8 if upsampler.upsample_factor[0] == 2 else 4
             yield pixels * 2 * conv.out_channels  # before and after the pixels are in place
     yield pixels * 3 * decoder.conv_out.conv.in_channels
-
-
-@once_per_call
-def _structure_reason(decoder: Any) -> str | None:
-    """Why the decoder is not made of what is done here in one go, or None."""
-    return structure_reason(decoder, _reasons(decoder))
 
 
 def _reasons(decoder: Any) -> Iterator[str | None]:

@@ -49,7 +49,6 @@ from vidaccel.kernels.conv.padded_clip import NO_PADDING, Padding, pad_clip
 from vidaccel.kernels.conv.pixel_conv import pixel_conv, pixel_conv_ref
 from vidaccel.kernels.norm.rms_norm_silu import compile_ahead, rms_norm_silu, rms_norm_silu_ref
 from vidaccel.sites.block import FusedBlock, call_site, cut_corner, fuses
-from vidaccel.sites.memo import once_per_call
 from vidaccel.sites.plain import plain_reason
 
 __all__ = ["FusedHunyuanVideo15Decoder3D", "decode_bytes"]
@@ -82,7 +81,7 @@ class FusedHunyuanVideo15Decoder3D(FusedBlock, HunyuanVideo15Decoder3D):
 
     @classmethod
     def left_alone_reason(cls, module: Any) -> str | None:
-        return _structure_reason(module)
+        return structure_reason(module, _reasons)
 
     def compile_ahead(self) -> None:
         begin = partial(compile_ahead, padding=CAUSAL)
@@ -268,12 +267,6 @@ def _channels_held(decoder: Any) -> Iterator[int]:
             yield pixels * (conv.in_channels + 2 * conv.out_channels)
             pixels *= 8 if upsampler.add_temporal_upsample else 4
     yield pixels * 3 * decoder.conv_out.conv.in_channels
-
-
-@once_per_call
-def _structure_reason(decoder: Any) -> str | None:
-    """Why the decoder is not made of what is done here in one go, or None."""
-    return structure_reason(decoder, _reasons(decoder))
 
 
 def _reasons(decoder: Any) -> Iterator[str | None]:

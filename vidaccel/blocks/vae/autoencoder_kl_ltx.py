@@ -41,7 +41,6 @@ from vidaccel.kernels.norm.rms_norm_silu import rms_norm_silu, rms_norm_silu_ref
 from vidaccel.kernels.op import DTYPES, note
 from vidaccel.kernels.settings import Fidelity
 from vidaccel.sites.block import FusedBlock, call_site, cut_corner, fuses
-from vidaccel.sites.memo import once_per_call
 from vidaccel.sites.plain import plain_reason, stock_class
 
 __all__ = [
@@ -89,7 +88,7 @@ class _RowsCoder(FusedBlock):
 
     @classmethod
     def left_alone_reason(cls, module: Any) -> str | None:
-        return _structure_reason(module, cls.family)
+        return structure_reason(module, _reasons, cls.family)
 
     def input_reason(self, x: Tensor) -> str | None:
         if not self.runs("channels_last"):
@@ -475,12 +474,6 @@ def _out_of_memory(what: str, needed: int, x: Tensor) -> str:
         f"{slicing}vae.use_framewise_decoding = True takes some frames at a time (here and in an encode), "
         "vae.enable_tiling() smaller pictures; the arguments of the latter set how large both are"
     )
-
-
-@once_per_call
-def _structure_reason(coder: Any, family: Family) -> str | None:
-    """Why a decoder or an encoder is not made of what is done here, or None."""
-    return structure_reason(coder, _reasons(coder, family))
 
 
 def _reasons(coder: Any, family: Family) -> Iterator[str | None]:

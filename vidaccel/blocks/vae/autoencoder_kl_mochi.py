@@ -48,7 +48,6 @@ from vidaccel.kernels.norm.padded_group_norm import padded_group_norm, padded_gr
 from vidaccel.kernels.norm.rms_norm_silu import rms_norm_silu, rms_norm_silu_ref
 from vidaccel.kernels.op import runs_triton
 from vidaccel.sites.block import FusedBlock, call_site, cut_corner, fuses
-from vidaccel.sites.memo import once_per_call
 from vidaccel.sites.plain import plain_reason
 
 __all__ = ["FusedMochiDecoder3D", "decode_bytes"]
@@ -81,7 +80,7 @@ class FusedMochiDecoder3D(FusedBlock, MochiDecoder3D):
 
     @classmethod
     def left_alone_reason(cls, module: Any) -> str | None:
-        return _structure_reason(module)
+        return structure_reason(module, _reasons)
 
     def forward(self, hidden_states: Tensor, conv_cache: dict[str, Tensor] | None = None) -> Tensor:
         if torch.compiler.is_compiling():
@@ -223,12 +222,6 @@ def _channels_held(decoder: Any) -> Iterator[int]:
         if isinstance(block, MochiUpBlock3D):
             projected = block.proj.out_features
             yield area * rate * (projected + max(block.proj.in_features, projected))  # behind or before it is in place
-
-
-@once_per_call
-def _structure_reason(decoder: Any) -> str | None:
-    """Why the decoder is not made of what is done here in one go, or None."""
-    return structure_reason(decoder, _reasons(decoder))
 
 
 def _reasons(decoder: Any) -> Iterator[str | None]:

@@ -189,7 +189,7 @@ class FusedWanDecoder3d(FusedBlock, WanDecoder3d):
 
     @classmethod
     def left_alone_reason(cls, module: Any) -> str | None:
-        return _structure_reason(module)
+        return structure_reason(module, _reasons)
 
     def compile_ahead(self) -> None:
         for before, block in itertools.pairwise(self.up_blocks):
@@ -842,12 +842,6 @@ class _Held:
             return width_out * (clip + padded)
         first = width_in * (frames * self.size + padded) + width_out * clip  # beside the convolution of the residual
         return max(first, width_out * (clip + padded))
-
-
-@once_per_call
-def _structure_reason(decoder: Any) -> str | None:
-    """Why the decoder is not made of what is done here in one go, or None."""
-    return structure_reason(decoder, _reasons(decoder))
 
 
 def _reasons(decoder: Any) -> Iterator[str | None]:

@@ -39,7 +39,7 @@ from vidaccel.kernels.op import note
 from vidaccel.parallel.layout import LatentFrames, PixelRows
 from vidaccel.parallel.ranks import Ranks
 from vidaccel.sites.block import SITES
-from vidaccel.sites.memo import held
+from vidaccel.sites.memo import held, once_per_call
 from vidaccel.sites.plain import plain_reason
 from vidaccel.sites.site import SiteGroup
 
@@ -314,15 +314,17 @@ def latents_reason(latents: Tensor, weight: Tensor) -> str | None:
     return None if found == expected else f"the latents are {found}, the weights {expected}"
 
 
-def structure_reason(coder: nn.Module, reasons: Iterable[str | None]) -> str | None:
+@once_per_call
+def structure_reason(coder: nn.Module, reasons: Callable[..., Iterable[str | None]], *of: Any) -> str | None:
     """Why ``coder`` is not made of what is done here in one go, or None.
 
     Args:
         coder: A decoder or encoder.
-        reasons: Of its parts, one by one; to read them may fail with an ``AttributeError``, which is a reason, too.
+        reasons: Takes it and ``of``; those of its parts, one by one. To read them may fail with an ``AttributeError``,
+            which is a reason, too.
     """
     try:
-        reason = next(filter(None, reasons), None)
+        reason = next(filter(None, reasons(coder, *of)), None)
     except AttributeError as error:
         return f"it is not built as expected: {error}"
     if reason:
