@@ -192,9 +192,7 @@ class FusedLTX2VideoTransformerBlock(LTXBlock, LTX2VideoTransformerBlock):
 
     def spread_reason(self, *args: Any) -> str | None:
         call = _Call(*args)
-        if self._is_perturbed(call):
-            return "its self-attention is perturbed"
-        if reason := self._self_attention_reason(self.attn1, call.hidden_states, call.video_rotary_emb):
+        if reason := self._spread_self_attention_reason(call):
             return reason
         if not call.use_a2v_cross_attention:
             return None
@@ -203,10 +201,11 @@ class FusedLTX2VideoTransformerBlock(LTXBlock, LTX2VideoTransformerBlock):
     def path_in_data(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = _Call(*args)
         table = self.video_a2v_cross_attn_scale_shift_table
-        return self.path_of(
+        path = self.path_of(
             (call.encoder_attention_mask, call.audio_encoder_attention_mask),
             (self.scale_shift_table, call.temb), (table[:4], call.temb_ca_scale_shift), (table[4:], call.temb_ca_gate),
         )  # fmt: skip
+        return path, self._is_perturbed(call) and _all_perturbed(call)
 
     def corner(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = _Call(*args)
@@ -316,10 +315,18 @@ class FusedLTX2VideoTransformerBlock(LTXBlock, LTX2VideoTransformerBlock):
         return self._project(attn, x, attended)
 
     def _is_perturbed(self, call: _Call) -> bool:
-        """Whether values may stand for self-attention."""
+        """Whether values stand for self-attention, in some samples or in all."""
         if not self.perturbed_attn:
             return False
         return call.perturbation_mask is not None or not (call.all_perturbed is None or call.all_perturbed is False)
+
+    def _spread_self_attention_reason(self, call: _Call) -> str | None:
+        """Why self-attention of the video needs all tokens to be called with, or None."""
+        if not self._is_perturbed(call):
+            return self._self_attention_reason(self.attn1, call.hidden_states, call.video_rotary_emb)
+        if reason := self._foreign_reason(self.attn1):
+            return reason
+        return None if _all_perturbed(call) else "values stand for self-attention in some samples"
 
     def _self_attention_reason(self, attn: Any, x: Tensor, tables: Tables | None) -> str | None:
         """Why a self-attention has to be called, or None."""
@@ -393,6 +400,12 @@ class FusedLTX2VideoTransformerBlock(LTXBlock, LTX2VideoTransformerBlock):
             gates = 2.0 * torch.sigmoid(attn.to_gate_logits(x))  # [B, S, H]
             out = (out.unflatten(2, (attn.heads, -1)) * gates.unsqueeze(-1)).flatten(2)
         return project(attn, out)
+
+
+def _all_perturbed(call: _Call) -> bool:
+    """Whether they do in all samples: stock code asks the same, of a tensor on the CPU."""
+    answer = call.all_perturbed
+    return bool(torch.all(call.perturbation_mask == 0) if answer is None else answer)
 
 
 def _modulated_text(text: Tensor, table: Tensor, temb: Tensor | None) -> Tensor:
