@@ -12,9 +12,16 @@ import tiny_pipelines
 import torch
 import torch.distributed as dist
 from coexistence.families import FAMILIES as TINY
-from diffusers import EDMEulerScheduler, FirstBlockCacheConfig, SkyReelsV2DiffusionForcingPipeline
+from diffusers import (
+    EDMEulerScheduler,
+    FirstBlockCacheConfig,
+    HunyuanVideoFramepackPipeline,
+    HunyuanVideoImageToVideoPipeline,
+    SkyReelsV2DiffusionForcingPipeline,
+)
 from ranks import Team
 from tiny_models import tiny_relative, tiny_synthetic_pipeline
+from torch.utils._pytree import tree_leaves
 from transformer_checks import tiny_transformer
 
 from vidaccel import patch_pipeline
@@ -47,6 +54,16 @@ def cosmos_1() -> tiny_pipelines.Made:
     )  # fmt: skip
 
 
+def framepack() -> tiny_pipelines.Made:
+    pipe, call = tiny_pipelines.hunyuan_image_to_video(HunyuanVideoFramepackPipeline, **tiny_pipelines.FRAMEPACK)
+    return pipe, call | {"latent_window_size": 2}
+
+
+def token_replace() -> tiny_pipelines.Made:
+    config = {"image_condition_type": "token_replace"}
+    return tiny_pipelines.hunyuan_image_to_video(HunyuanVideoImageToVideoPipeline, **config)
+
+
 def skyreels_forcing(**arguments: Any) -> tiny_pipelines.Made:
     transformer = tiny_transformer("SkyReelsV2Transformer3DModel", tiny_pipelines.SKYREELS)
     pipe, call = tiny_relative("wan2.1-t2v-1.3b", SkyReelsV2DiffusionForcingPipeline, transformer=transformer)
@@ -61,7 +78,9 @@ RELATIVES: dict[str, Callable[[], tiny_pipelines.Made]] = {
     "cosmos-1": cosmos_1,
     "cosmos-2": TINY["Cosmos 2"],
     "easyanimate": tiny_pipelines.easyanimate,
+    "framepack": framepack,
     "helios": tiny_pipelines.helios,
+    "hunyuanvideo-i2v": token_replace,
     "skyreels-v2": tiny_pipelines.skyreels,
     "skyreels-v2-forcing": skyreels_forcing,
     "skyreels-v2-causal": partial(skyreels_forcing, ar_step=1, causal_block_size=2),
@@ -78,7 +97,7 @@ def clip(pipe: Any, call: dict[str, Any]) -> np.ndarray[Any, Any]:
     """The latents of a clip, and of its sound, if it has one."""
     torch.manual_seed(0)
     out = pipe(**call, generator=torch.Generator().manual_seed(3), output_type="latent")
-    parts = [out.frames, getattr(out, "audio", None)]
+    parts = tree_leaves((out.frames, getattr(out, "audio", None)))
     return np.concatenate([part.float().numpy().ravel() for part in parts if part is not None])
 
 
@@ -144,7 +163,7 @@ def test_the_clip_is_the_same(two_ranks: Team, name: str) -> None:
     assert min(sent) > 0
 
 
-ODD = {
+ODD: dict[str, dict[str, Any]] = {
     "wan2.1-t2v-1.3b": {"height": 16},
     "hunyuanvideo1.5-480p": {"height": 16},
     "cogvideox-5b": {"height": 16},
@@ -154,13 +173,15 @@ ODD = {
     "mochi-1": {"height": 16, "num_frames": 13},
     "allegro": {"height": 16, "num_frames": 12},
     "anyflow": {"height": 16},
-    "chronoedit": {"height": 16, "num_frames": 9},
+    "chronoedit": {
+        "height": 16, "num_frames": 9, "enable_temporal_reasoning": True, "num_temporal_reasoning_steps": 1,
+    },
     "consisid": {"height": 16},
     "cosmos-2": {"height": 16},
     "easyanimate": {"height": 16, "num_frames": 9},
     "skyreels-v2": {"height": 16},
     "skyreels-v2-causal": {"height": 16, "num_frames": 9, "causal_block_size": 1},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ODD)
