@@ -18,13 +18,7 @@ from diffusers.models.normalization import CogVideoXLayerNormZero
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 from torch import Tensor, nn
 
-from vidaccel.blocks.dit.attention import (
-    attention_reason,
-    feed_forward,
-    over_heads,
-    parameters_reason,
-    project,
-)
+from vidaccel.blocks.dit.attention import attention_reason, feed_forward, over_heads, parameters_reason, project
 from vidaccel.blocks.dit.gated_residual import GatedResidualBlock
 from vidaccel.blocks.dit.joint_streams import joined
 from vidaccel.blocks.dit.rotary import half_tables

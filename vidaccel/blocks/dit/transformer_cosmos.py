@@ -21,13 +21,7 @@ from diffusers.models.transformers.transformer_cosmos import (
 )
 from torch import Tensor, nn
 
-from vidaccel.blocks.dit.attention import (
-    attend,
-    attend_to_all,
-    attention_reason,
-    parameters_reason,
-    project,
-)
+from vidaccel.blocks.dit.attention import attend, attend_to_all, attention_reason, parameters_reason, project
 from vidaccel.blocks.dit.gated_residual import GatedResidualBlock, norm_heads
 from vidaccel.blocks.dit.modulation_rows import own_rows, stretches_of
 from vidaccel.kernels.attention.qk_norm_rope import HeadNorm, Rope, qk_norm_rope

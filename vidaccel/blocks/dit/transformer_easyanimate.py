@@ -20,13 +20,7 @@ from diffusers.models.transformers.transformer_easyanimate import (
 )
 from torch import Tensor, nn
 
-from vidaccel.blocks.dit.attention import (
-    attention_reason,
-    feed_forward,
-    over_heads,
-    parameters_reason,
-    project,
-)
+from vidaccel.blocks.dit.attention import attention_reason, feed_forward, over_heads, parameters_reason, project
 from vidaccel.blocks.dit.gated_residual import GatedResidualBlock
 from vidaccel.blocks.dit.rotary import half_tables
 from vidaccel.kernels.attention.qk_norm_rope import HeadNorm, Rope, SecondStream, qk_norm_rope

@@ -23,13 +23,7 @@ from diffusers.models.transformers.transformer_ltx import (
 )
 from torch import Tensor, nn
 
-from vidaccel.blocks.dit.attention import (
-    attend_to_all,
-    attention_reason,
-    feed_forward,
-    parameters_reason,
-    project,
-)
+from vidaccel.blocks.dit.attention import attend_to_all, attention_reason, feed_forward, parameters_reason, project
 from vidaccel.blocks.dit.modulation_rows import distinct_rows, own_rows
 from vidaccel.blocks.dit.step_caches import known_to_step_caches
 from vidaccel.blocks.dit.text_attention import Lengths, attend_to_text, valid_lengths
