@@ -205,7 +205,7 @@ class FusedLTX2VideoTransformerBlock(LTXBlock, LTX2VideoTransformerBlock):
             (call.encoder_attention_mask, call.audio_encoder_attention_mask),
             (self.scale_shift_table, call.temb), (table[:4], call.temb_ca_scale_shift), (table[4:], call.temb_ca_gate),
         )  # fmt: skip
-        return path, self._is_perturbed(call) and _all_perturbed(call)
+        return path, self._is_perturbed(call), _all_perturbed(call)
 
     def corner(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = _Call(*args)
@@ -404,8 +404,9 @@ class FusedLTX2VideoTransformerBlock(LTXBlock, LTX2VideoTransformerBlock):
 
 def _all_perturbed(call: _Call) -> bool:
     """Whether they do in all samples: stock code asks the same, of a tensor on the CPU."""
-    answer = call.all_perturbed
-    return bool(torch.all(call.perturbation_mask == 0) if answer is None else answer)
+    if call.all_perturbed is not None:
+        return bool(call.all_perturbed)
+    return call.perturbation_mask is not None and not call.perturbation_mask.any()
 
 
 def _modulated_text(text: Tensor, table: Tensor, temb: Tensor | None) -> Tensor:
