@@ -6,9 +6,11 @@ fastest attention runs (``spatial_attention``).
 
 from __future__ import annotations
 
+from vidaccel.blocks.dit.sequence import Sequence
 from vidaccel.blocks.dit.transformer_allegro import FusedAllegroTransformerBlock
 from vidaccel.sites.rules import Swap
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "SPREAD"]
 
 RULES = {"AllegroTransformer3DModel": (Swap(FusedAllegroTransformerBlock),)}
+SPREAD = {"AllegroTransformer3DModel": Sequence("transformer_blocks")}

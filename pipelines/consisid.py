@@ -6,8 +6,10 @@ What the family offers is what CogVideoX does; the attention to the face between
 from __future__ import annotations
 
 from vidaccel.blocks.dit.consisid_transformer_3d import FusedConsisIDBlock
+from vidaccel.blocks.dit.sequence import Sequence
 from vidaccel.sites.rules import Swap
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "SPREAD"]
 
 RULES = {"ConsisIDTransformer3DModel": (Swap(FusedConsisIDBlock),)}
+SPREAD = {"ConsisIDTransformer3DModel": Sequence("transformer_blocks")}

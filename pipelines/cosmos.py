@@ -7,11 +7,13 @@ are given, the modulation is made once for each different timestep instead of on
 
 from __future__ import annotations
 
+from vidaccel.blocks.dit.sequence import Sequence
 from vidaccel.blocks.dit.transformer_cosmos import FusedCosmosTransformerBlock
 from vidaccel.sites.rules import Swap
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "SPREAD"]
 
 _BLOCKS = (Swap(FusedCosmosTransformerBlock),)
 
 RULES = {"CosmosTransformer3DModel": _BLOCKS, "CosmosControlNetModel": _BLOCKS}
+SPREAD = {"CosmosTransformer3DModel": Sequence("transformer_blocks")}

@@ -6,9 +6,11 @@ What the family offers: all between two products is one pass (``gated_residual_n
 
 from __future__ import annotations
 
+from vidaccel.blocks.dit.sequence import Sequence
 from vidaccel.blocks.dit.transformer_easyanimate import FusedEasyAnimateTransformerBlock
 from vidaccel.sites.rules import Swap
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "SPREAD"]
 
 RULES = {"EasyAnimateTransformer3DModel": (Swap(FusedEasyAnimateTransformerBlock),)}
+SPREAD = {"EasyAnimateTransformer3DModel": Sequence("transformer_blocks")}

@@ -31,4 +31,5 @@ RULES = {
     ),
     "HunyuanVideoFramepackTransformer3DModel": _BLOCKS,
 }
-SPREAD = {"HunyuanVideoTransformer3DModel": Sequence("transformer_blocks", "single_transformer_blocks")}
+_TOKENS = Sequence("transformer_blocks", "single_transformer_blocks")
+SPREAD = {"HunyuanVideoTransformer3DModel": _TOKENS, "HunyuanVideoFramepackTransformer3DModel": _TOKENS}

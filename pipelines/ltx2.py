@@ -9,11 +9,12 @@ the video is LTX-Video's but for its padding by reflection, which ``rms_norm_sil
 
 from __future__ import annotations
 
+from vidaccel.blocks.dit.sequence import Sequence
 from vidaccel.blocks.dit.transformer_ltx2 import FusedLTX2AdaLayerNormSingle, FusedLTX2VideoTransformerBlock
 from vidaccel.blocks.vae.autoencoder_kl_ltx2 import FusedLTX2VideoDecoder3d, FusedLTX2VideoEncoder3d
 from vidaccel.sites.rules import Swap
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "SPREAD"]
 
 # those that take the timesteps of video tokens
 PER_TOKEN = "time_embed", "av_cross_attn_video_scale_shift", "av_cross_attn_video_a2v_gate"
@@ -23,5 +24,10 @@ RULES = {
     "LTX2VideoTransformer3DModel": (
         Swap(FusedLTX2VideoTransformerBlock),
         Swap(FusedLTX2AdaLayerNormSingle, names=PER_TOKEN),
+    ),
+}
+SPREAD = {
+    "LTX2VideoTransformer3DModel": Sequence(
+        "transformer_blocks", heads=("num_attention_heads", "audio_num_attention_heads")
     ),
 }

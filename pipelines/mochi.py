@@ -8,13 +8,15 @@ pass each (``gated_residual_norm``, ``qk_norm_rope``). The VAE's decoder never p
 
 from __future__ import annotations
 
+from vidaccel.blocks.dit.sequence import Sequence
 from vidaccel.blocks.dit.transformer_mochi import FusedMochiTransformerBlock
 from vidaccel.blocks.vae.autoencoder_kl_mochi import FusedMochiDecoder3D
 from vidaccel.sites.rules import Swap
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "SPREAD"]
 
 RULES = {
     "AutoencoderKLMochi": (Swap(FusedMochiDecoder3D),),
     "MochiTransformer3DModel": (Swap(FusedMochiTransformerBlock),),
 }
+SPREAD = {"MochiTransformer3DModel": Sequence("transformer_blocks")}

@@ -25,15 +25,19 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     HeliosPipeline,
     HeliosScheduler,
+    HunyuanVideo15ImageToVideoPipeline,
+    HunyuanVideoFramepackTransformer3DModel,
+    HunyuanVideoTransformer3DModel,
     Kandinsky5T2VPipeline,
     LattePipeline,
     SanaVideoPipeline,
     SkyReelsV2Pipeline,
 )
 from diffusers.pipelines.consisid.pipeline_consisid import ConsisIDPipeline  # the top level has it with OpenCV only
-from tiny_models import tiny_autoencoder_kl, tiny_autoencoder_kl_wan, tiny_relative
+from tiny_models import tiny_autoencoder_kl, tiny_autoencoder_kl_wan, tiny_relative, tiny_synthetic_pipeline, tiny_video
 from torch import Tensor, nn
 from transformer_checks import tiny_transformer
+from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
 __all__ = [
     "ALLEGRO",
@@ -42,12 +46,14 @@ __all__ = [
     "CONSISID",
     "COSMOS",
     "EASYANIMATE",
+    "FRAMEPACK",
     "HELIOS",
     "KANDINSKY",
     "LATTE",
     "SANA_VIDEO",
     "SKYREELS",
     "Guardrail",
+    "Made",
     "allegro",
     "anyflow",
     "chronoedit",
@@ -57,6 +63,7 @@ __all__ = [
     "cosmos_vae",
     "easyanimate",
     "helios",
+    "hunyuan_image_to_video",
     "kandinsky",
     "latte",
     "sana_video",
@@ -85,6 +92,8 @@ COSMOS = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "
 EASYANIMATE = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "patch_size": 2,
                "num_layers": 2, "mmdit_layers": 1, "time_embed_dim": 8, "text_embed_dim": 12,
                "after_norm": True}  # fmt: skip
+FRAMEPACK = {"kind": HunyuanVideoFramepackTransformer3DModel, "has_image_proj": True, "image_proj_dim": 8,
+             "has_clean_x_embedder": True}  # fmt: skip
 KANDINSKY = {"in_visual_dim": 4, "out_visual_dim": 4, "in_text_dim": 12, "in_text_dim2": 6, "time_dim": 8,
              "model_dim": 32, "ff_dim": 24, "num_text_blocks": 1, "num_visual_blocks": 2,
              "axes_dims": (4, 6, 6)}  # fmt: skip
@@ -193,6 +202,28 @@ def helios(**options: Any) -> Made:
     scheduler = HeliosScheduler(stages=1, stage_range=[0, 1], use_dynamic_shifting=True)
     pipe, call = tiny_relative("wan2.1-t2v-1.3b", HeliosPipeline, transformer=transformer, scheduler=scheduler)
     return pipe, call | {"history_sizes": [4, 2, 1], "num_latent_frames_per_chunk": 3, "num_frames": 18}
+
+
+def hunyuan_image_to_video(pipeline_class: type[Any], **config: Any) -> Made:
+    """Of the parts of the text-to-video pipeline, with a transformer of another configuration, or another ``kind``."""
+    is_1_5 = pipeline_class is HunyuanVideo15ImageToVideoPipeline
+    pipe, call = tiny_synthetic_pipeline("hunyuanvideo1.5-480p" if is_1_5 else "hunyuanvideo")
+    parts = dict(pipe.components)
+    if config:
+        kind = config.pop("kind", HunyuanVideoTransformer3DModel)
+        parts["transformer"] = frozen(kind(**dict(parts["transformer"].config) | config))
+    for part in ("image_processor", "image_encoder", "feature_extractor"):
+        if part in pipeline_class.__init__.__annotations__:
+            parts[part] = None
+    if "image_encoder" in parts:
+        vision = SiglipVisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+                                    image_size=28, patch_size=14)  # fmt: skip
+        parts["image_encoder"] = SiglipVisionModel(vision).eval()
+        parts["feature_extractor"] = SiglipImageProcessor(size={"height": 28, "width": 28})
+    texts = {name: value for name, value in call.items() if isinstance(value, Tensor)}
+    shape = {} if is_1_5 else {"height": 32, "width": 32}
+    given = {"image": tiny_video(1, 32, 32)[0], "num_frames": 5, "num_inference_steps": 2}
+    return _quiet(pipeline_class(**parts)), texts | shape | given
 
 
 def kandinsky(pipeline_class: type[Any] = Kandinsky5T2VPipeline) -> Made:

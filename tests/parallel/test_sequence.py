@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny_pipelines
 import torch
 import torch.distributed as dist
-from diffusers import FirstBlockCacheConfig
+from coexistence.families import FAMILIES as TINY
+from diffusers import (
+    EDMEulerScheduler,
+    FirstBlockCacheConfig,
+    HunyuanVideoFramepackPipeline,
+    HunyuanVideoImageToVideoPipeline,
+    SkyReelsV2DiffusionForcingPipeline,
+)
 from ranks import Team
-from tiny_models import tiny_synthetic_pipeline
+from tiny_models import tiny_relative, tiny_synthetic_pipeline
+from torch.utils._pytree import tree_leaves
+from transformer_checks import tiny_transformer
 
 from vidaccel import patch_pipeline
 from vidaccel.errors import UsageError
+from vidaccel.patching.families import spread_for
 
 pytestmark = pytest.mark.slow
 
@@ -27,20 +40,72 @@ FAMILIES = [
     "cogvideox-5b",
     "cogvideox-2b",
     "ltx-video-2b",
+    "ltx-2",
+    "ltx-2.3",
+    "mochi-1",
 ]
 
 
+def cosmos_1() -> tiny_pipelines.Made:
+    """Which adds an embedding of places to its tokens."""
+    vae, config = tiny_pipelines.cosmos_vae(), {"extra_pos_embed_type": "learnable"}
+    return tiny_pipelines.cosmos(
+        "cosmos_text2world", "CosmosTextToWorldPipeline", vae, EDMEulerScheduler(), config, {}
+    )  # fmt: skip
+
+
+def framepack() -> tiny_pipelines.Made:
+    pipe, call = tiny_pipelines.hunyuan_image_to_video(HunyuanVideoFramepackPipeline, **tiny_pipelines.FRAMEPACK)
+    return pipe, call | {"latent_window_size": 2}
+
+
+def token_replace() -> tiny_pipelines.Made:
+    config = {"image_condition_type": "token_replace"}
+    return tiny_pipelines.hunyuan_image_to_video(HunyuanVideoImageToVideoPipeline, **config)
+
+
+def skyreels_forcing(**arguments: Any) -> tiny_pipelines.Made:
+    transformer = tiny_transformer("SkyReelsV2Transformer3DModel", tiny_pipelines.SKYREELS)
+    pipe, call = tiny_relative("wan2.1-t2v-1.3b", SkyReelsV2DiffusionForcingPipeline, transformer=transformer)
+    return pipe, call | {"prompt": None, "base_num_frames": 17, "num_frames": 13} | arguments
+
+
+RELATIVES: dict[str, Callable[[], tiny_pipelines.Made]] = {
+    "allegro": tiny_pipelines.allegro,
+    "anyflow": tiny_pipelines.anyflow,
+    "chronoedit": tiny_pipelines.chronoedit,
+    "consisid": tiny_pipelines.consisid,
+    "cosmos-1": cosmos_1,
+    "cosmos-2": TINY["Cosmos 2"],
+    "easyanimate": tiny_pipelines.easyanimate,
+    "framepack": framepack,
+    "helios": tiny_pipelines.helios,
+    "hunyuanvideo-i2v": token_replace,
+    "skyreels-v2": tiny_pipelines.skyreels,
+    "skyreels-v2-forcing": skyreels_forcing,
+    "skyreels-v2-causal": partial(skyreels_forcing, ar_step=1, causal_block_size=2),
+}
+
+
+def made(name: str) -> tiny_pipelines.Made:
+    if name == "helios-amplified":
+        return tiny_pipelines.helios(is_amplify_history=True)
+    return RELATIVES[name]() if name in RELATIVES else tiny_synthetic_pipeline(name)
+
+
 def clip(pipe: Any, call: dict[str, Any]) -> np.ndarray[Any, Any]:
+    """The latents of a clip, and of its sound, if it has one."""
     torch.manual_seed(0)
     out = pipe(**call, generator=torch.Generator().manual_seed(3), output_type="latent")
-    return out.frames.float().numpy()
+    parts = tree_leaves((out.frames, getattr(out, "audio", None)))
+    return np.concatenate([part.float().numpy().ravel() for part in parts if part is not None])
 
 
 def two_clips(
     name: str, mode: str, skip: tuple[str, ...] = (), change: str = "", more: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """A clip by each rank alone, then one by all: how much they differ, and what the report says."""
-    pipe, call = tiny_synthetic_pipeline(name)
+    pipe, call = made(name)
     call |= {"num_inference_steps": 2, **(more or {})}
     with patch_pipeline(pipe, only="transformer*"):
         expected = clip(pipe, call)
@@ -58,7 +123,7 @@ def two_clips(
         "sum": float(found.sum()),
     }
     report.restore()
-    fresh = tiny_synthetic_pipeline(name)[0]
+    fresh = made(name)[0]
     if change != "hook":
         outcome["restored"] = bool((clip(pipe, call) == clip(fresh, call)).all())
     return outcome
@@ -88,20 +153,120 @@ def switch_off(pipe: Any, report: Any) -> None:
 CHANGES = {change.__name__: change for change in (hook, cache, fail_on_the_second, switch_off)}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *RELATIVES])
 def test_the_clip_is_the_same(two_ranks: Team, name: str) -> None:
     first, second = two_ranks.run(two_clips, name, "sequence")
+    sent = [outcome.pop("sent")["sequence"] for outcome in (first, second)]
     assert first == second, "both ranks have the same clip, and say the same"
     assert first["error"] < 1e-4 and first["restored"] and not first["failed"]
     assert first["sites"] == {"sequence": ("active", "2 ranks")} and not first["fallbacks"]
-    assert first["sent"]["sequence"] > 0
+    assert min(sent) > 0
 
 
-@pytest.mark.parametrize("name", ["wan2.1-t2v-1.3b", "hunyuanvideo1.5-480p", "cogvideox-5b", "ltx-video-2b"])
+ODD: dict[str, dict[str, Any]] = {
+    "wan2.1-t2v-1.3b": {"height": 16},
+    "hunyuanvideo1.5-480p": {"height": 16},
+    "cogvideox-5b": {"height": 16},
+    "ltx-video-2b": {"height": 32, "num_frames": 17},
+    "ltx-2": {"height": 32, "num_frames": 17},
+    "ltx-2.3": {"height": 32, "num_frames": 17},
+    "mochi-1": {"height": 16, "num_frames": 13},
+    "allegro": {"height": 16, "num_frames": 12},
+    "anyflow": {"height": 16},
+    "chronoedit": {
+        "height": 16, "num_frames": 9, "enable_temporal_reasoning": True, "num_temporal_reasoning_steps": 1,
+    },
+    "consisid": {"height": 16},
+    "cosmos-2": {"height": 16},
+    "easyanimate": {"height": 16, "num_frames": 9},
+    "skyreels-v2": {"height": 16},
+    "skyreels-v2-causal": {"height": 16, "num_frames": 9, "causal_block_size": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
 def test_tokens_need_not_divide_by_the_ranks(two_ranks: Team, name: str) -> None:
-    nine_tokens = {"height": 32, "num_frames": 17} if name == "ltx-video-2b" else {"height": 16}
-    for outcome in two_ranks.run(two_clips, name, "sequence", (), "", nine_tokens):
+    first, second = two_ranks.run(two_clips, name, "sequence", (), "", ODD[name])
+    assert first["sent"] != second["sent"], "one has a token more"
+    for outcome in (first, second):
         assert outcome["error"] < 1e-4 and not outcome["fallbacks"]
+
+
+def first_call(pipe: Any, call: dict[str, Any]) -> dict[str, Any]:
+    """What the transformer is called with first."""
+    calls: list[dict[str, Any]] = []
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda module, args, given: calls.append(given), with_kwargs=True
+    )  # fmt: skip
+    clip(pipe, call)
+    hook.remove()
+    return calls[0]
+
+
+def residuals(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Of a ControlNet."""
+    pipe.transformer.register_to_config(controlnet_block_every_n=1)
+    batch, _, frames, height, width = given["hidden_states"].shape
+    shape = batch, frames * height * width // 4, 32
+    return {"block_controlnet_hidden_states": [noise(*shape, seed=seed) for seed in range(2)]}
+
+
+def mask_of_video(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
+    batch, tokens, _ = given["hidden_states"].shape
+    return {"video_self_attention_mask": (noise(batch, tokens, tokens) > 0).float()}
+
+
+def mask_of_text(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
+    return {"encoder_attention_mask": (torch.arange(8) < torch.tensor([[5], [3]])).long()}
+
+
+def half_perturbed(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
+    return {"spatio_temporal_guidance_blocks": [1], "perturbation_mask": torch.tensor([0.0, 1.0])}
+
+
+def isolated(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
+    return {"isolate_modalities": True}
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+MORE = {more.__name__: more for more in (residuals, mask_of_video, mask_of_text, half_perturbed, isolated)}
+
+
+def two_calls(name: str, more: str) -> tuple[float, set[str]]:
+    """How much a transformer's outputs, alone and by all ranks, differ when it is given more than pipelines give it."""
+    pipe, call = made(name)
+    given = first_call(pipe, call)
+    given |= MORE[more](pipe, given) | {"return_dict": False}
+    with torch.no_grad(), patch_pipeline(pipe, only="transformer*"):
+        expected = pipe.transformer(**given)
+    with torch.no_grad(), patch_pipeline(pipe, only="transformer*", parallel="sequence") as report:
+        found = pipe.transformer(**given)
+    errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)]
+    return max(errors), {reason for *_, reason in report.fallbacks}
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "fallbacks"),
+    [
+        ("cosmos-2", "residuals", set()),
+        ("ltx-2", "mask_of_video", set()),
+        ("ltx-2", "mask_of_text", set()),
+        ("ltx-2", "isolated", set()),
+        ("ltx-2.3", "half_perturbed", {"values stand for self-attention in some samples"}),
+    ],
+)
+def test_what_pipelines_seldom_give(two_ranks: Team, name: str, more: str, fallbacks: set[str]) -> None:
+    for error, reasons in two_ranks.run(two_calls, name, more):
+        assert error < 1e-4 and reasons == fallbacks
+
+
+def test_the_heads_of_the_sound_are_to_divide_too() -> None:
+    model = tiny_synthetic_pipeline("ltx-2")[0].transformer
+    model.register_to_config(num_attention_heads=4)
+    assert spread_for(model).reason(model, 4) == "its 2 heads do not divide by 4"
 
 
 @pytest.mark.parametrize(
@@ -110,6 +275,12 @@ def test_tokens_need_not_divide_by_the_ranks(two_ranks: Team, name: str) -> None
         ("wan2.1-t2v-1.3b", ("qk_norm_rope",), "", "qk_norm_rope is off, or failed"),
         ("hunyuanvideo1.5-480p", ("padded_text",), "", "padded_text is off, and attention keeps its mask"),
         ("cogvideox-5b", ("qk_norm_rope",), "", "it is off, or failed"),
+        ("cosmos-2", ("qk_norm_rope",), "", "qk_norm_rope is off, or failed"),
+        ("easyanimate", ("qk_norm_rope",), "", "qk_norm_rope is off, or failed"),
+        ("allegro", ("spatial_attention",), "", "it is off, or failed"),
+        ("helios-amplified", (), "", "it amplifies the keys of its history"),
+        ("ltx-2", ("qk_norm_rope",), "", "qk_norm_rope is off, or failed"),
+        ("mochi-1", ("padded_text",), "", "padded_text is off, or failed"),
         ("wan2.1-t2v-1.3b", ("transformer.blocks.1",), "", "a block is not patched"),
         ("wan2.1-t2v-1.3b", (), "hook", "a hook, or a processor of somebody's own, may look at all tokens"),
         ("wan2.1-t2v-1.3b", (), "cache", "a step cache is on, which looks at the tokens between blocks"),
@@ -123,8 +294,9 @@ def test_what_cannot_be_spread_runs_on_all_tokens(
         assert fallback in {reason for _, reason in outcome["fallbacks"]}
 
 
-def test_attention_by_the_dispatcher_of_diffusers(two_ranks: Team) -> None:
-    for outcome in two_ranks.run(two_clips, "wan2.1-t2v-1.3b", "sequence", ("spatial_attention",)):
+@pytest.mark.parametrize("name", ["wan2.1-t2v-1.3b", "skyreels-v2-causal", "cosmos-2", "ltx-2"])
+def test_attention_by_the_dispatcher_of_diffusers(two_ranks: Team, name: str) -> None:
+    for outcome in two_ranks.run(two_clips, name, "sequence", ("spatial_attention",)):
         assert outcome["error"] < 1e-4 and not outcome["fallbacks"] and outcome["sent"]["sequence"]
 
 
@@ -165,7 +337,7 @@ def test_what_is_compiled_is_not_split(two_ranks: Team) -> None:
         assert "compiled, or replaced, after it was patched" in reason
 
 
-@pytest.mark.parametrize("name", ["wan2.1-t2v-1.3b", "cogvideox-5b"])
+@pytest.mark.parametrize("name", ["wan2.1-t2v-1.3b", "cogvideox-5b", "mochi-1", "ltx-2", "skyreels-v2"])
 def test_guidance_and_tokens_on_four_ranks(four_ranks: Team, name: str) -> None:
     outcomes = four_ranks.run(two_clips, name, "auto")
     for outcome in outcomes:
@@ -176,7 +348,7 @@ def test_guidance_and_tokens_on_four_ranks(four_ranks: Team, name: str) -> None:
 
 def refused(name: str, mode: str) -> str:
     try:
-        patch_pipeline(tiny_synthetic_pipeline(name)[0], parallel=mode)
+        patch_pipeline(made(name)[0], parallel=mode)
     except UsageError as error:
         return str(error)
     return ""
@@ -189,7 +361,9 @@ def refused(name: str, mode: str) -> str:
         ("wan2.1-t2v-1.3b", "guidance", 'two halves, and there are 4 ranks; parallel="auto"'),
         ("wan2.1-t2v-1.3b", "frames", 'does not fit WanTransformer3DModel; parallel="sequence" does'),
         ("wan2.1-t2v-1.3b", "sequences", "did you mean sequence?"),
-        ("mochi-1", "sequence", 'parallel="guidance" alone, on 2 ranks'),
+        ("mochi-1", "sequence", "2 heads do not divide by 4"),
+        ("skyreels-v2", "sequence", "2 heads do not divide by 4"),
+        ("wan2.1-vace-1.3b", "sequence", 'parallel="guidance" alone, on 2 ranks'),
     ],
 )
 def test_what_no_number_of_ranks_can_do_is_said_in_one_line(four_ranks: Team, name: str, mode: str, says: str) -> None:

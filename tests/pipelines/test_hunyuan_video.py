@@ -26,10 +26,9 @@ from diffusers import (
     attention_backend,
 )
 from family_checks import check_clip, check_compiled, check_kernels
-from PIL import Image
 from tiny_models import tiny_synthetic_pipeline
+from tiny_pipelines import FRAMEPACK, hunyuan_image_to_video
 from torch import Tensor, nn
-from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
 from vidaccel import patch_module, patch_pipeline
 from vidaccel.bench.synthetic import specification
@@ -141,33 +140,6 @@ def test_the_full_model_has_the_size_of_the_released_one(name: str, parameters: 
     assert sum(p.numel() for p in made["transformer"].parameters()) == parameters
 
 
-def text_of(call: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in call.items() if isinstance(value, Tensor)} | {"num_inference_steps": 2}
-
-
-def image_to_video(pipeline_class: type[Any], *, size: int = 32, **config: Any) -> tuple[Any, dict[str, Any]]:
-    """A tiny pipeline of the parts of the text-to-video one, with a transformer of another configuration."""
-    is_1_5 = pipeline_class is HunyuanVideo15ImageToVideoPipeline
-    pipe, call = tiny_synthetic_pipeline("hunyuanvideo1.5-480p" if is_1_5 else "hunyuanvideo")
-    parts = dict(pipe.components)
-    if config:
-        kind = config.pop("kind", HunyuanVideoTransformer3DModel)
-        parts["transformer"] = frozen(kind(**dict(parts["transformer"].config) | config))
-    for part in ("image_processor", "image_encoder", "feature_extractor"):
-        if part in pipeline_class.__init__.__annotations__:
-            parts[part] = None
-    if "image_encoder" in parts:
-        vision = SiglipVisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-                                    image_size=28, patch_size=14)  # fmt: skip
-        parts["image_encoder"] = SiglipVisionModel(vision).eval()
-        parts["feature_extractor"] = SiglipImageProcessor(size={"height": 28, "width": 28})
-    pipe = pipeline_class(**parts)
-    pipe.set_progress_bar_config(disable=True)
-    image = Image.effect_noise((size, size), 80).convert("RGB")
-    shape = {} if is_1_5 else {"height": size, "width": size}
-    return pipe, text_of(call) | shape | {"image": image, "num_frames": 5}
-
-
 PIPELINES: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "1.5": (HunyuanVideo15ImageToVideoPipeline, {}),
     "token_replace": (HunyuanVideoImageToVideoPipeline, {"image_condition_type": "token_replace"}),
@@ -176,18 +148,14 @@ PIPELINES: dict[str, tuple[type[Any], dict[str, Any]]] = {
         {"image_condition_type": "latent_concat", "in_channels": 9, "guidance_embeds": False},
     ),
     "skyreels": (HunyuanSkyreelsImageToVideoPipeline, {"in_channels": 8}),
-    "framepack": (
-        HunyuanVideoFramepackPipeline,
-        {"kind": HunyuanVideoFramepackTransformer3DModel, "has_image_proj": True, "image_proj_dim": 8,
-         "has_clean_x_embedder": True},
-    ),
-}  # fmt: skip
+    "framepack": (HunyuanVideoFramepackPipeline, FRAMEPACK),
+}
 
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_every_pipeline_makes_the_same_clip(name: str) -> None:
     pipeline_class, config = PIPELINES[name]
-    pipe, call = image_to_video(pipeline_class, **config)
+    pipe, call = hunyuan_image_to_video(pipeline_class, **config)
     if name == "framepack":
         call |= {"latent_window_size": 2}
     check_clip(pipe, call)

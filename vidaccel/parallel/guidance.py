@@ -33,6 +33,7 @@ OF_FRAMES = (
     "mid_block_additional_residual",
 )
 UNEXPECTED = "the call was not the second half of guidance that was expected"
+UNPAIRED = "it is not known what the other half will be: both do not get the same latents, or there is no guidance"
 
 
 class Guidance:
@@ -46,6 +47,7 @@ class Guidance:
     def __init__(self, ranks: Ranks, count: Callable[[str], None]) -> None:
         self._ranks, self._count = ranks, count
         self._pairs = _Pairs()
+        self._unpaired = 0  # calls in a row; of a clip's first step, two are
         self._parts: dict[str, tuple[list[Any], Any]] = {}  # by name: an argument of the call before, and the own half
 
     def call(self, run: Run, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -96,8 +98,12 @@ class Guidance:
             self._count(UNEXPECTED)
         second = self._pairs.behind(call)
         if second is None:
+            self._unpaired += 1
+            if self._unpaired > 2:
+                self._count(UNPAIRED)
             self._pairs.learn(call)
             return call.run(run)
+        self._unpaired = 0
         out = self._gathered((call, second)[self._ranks.rank].run(run))
         outs = [tree_map_only(Tensor, partial(_half, rank), out) for rank in range(2)]
         self._pairs.keep(second, outs[1])

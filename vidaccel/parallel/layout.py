@@ -25,9 +25,11 @@ __all__ = [
     "frames",
     "latent_frames",
     "layout",
+    "own_tokens",
     "pixel_rows",
     "spread",
     "tokens",
+    "tokens_before",
 ]
 
 
@@ -252,6 +254,18 @@ def all_tokens(x: Tensor) -> int:
     """How many tokens a video has of which ``x`` ``[B, S, C]`` are those of this rank."""
     over = tokens()
     return x.shape[1] if over is None else over.total
+
+
+def tokens_before() -> int:
+    """How many tokens of a video are on the ranks before this one."""
+    over = tokens()
+    return 0 if over is None else over.own.start
+
+
+def own_tokens(x: Tensor, dim: int) -> Tensor:
+    """Of ``x``, which has all tokens of a video along ``dim``, those of this rank; a view."""
+    over = tokens()
+    return x if over is None else x.narrow(dim, over.own.start, over.count)
 
 
 @contextmanager

@@ -127,7 +127,7 @@ class Host:
         return None
 
     def spread_reason(self, *args: Any, **kwargs: Any) -> str | None:
-        """Why this very call, whose tokens are spread over ranks, goes to the original forward, or None."""
+        """Why a call that would be served goes to the original forward where its tokens are spread, or None."""
         return "it does not know of tokens on other ranks"
 
     def comparable(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -319,10 +319,10 @@ def unserved_reason(host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: 
         return "it is off, or failed"
     if reason := _gradients_reason(host, args, kwargs) or host.left_alone_reason(host):
         return reason
-    over = tokens()
-    if over is not None and over.holds(host) and (reason := host.spread_reason(*args, **kwargs)):
+    if reason := host.call_reason(*args, **kwargs):
         return reason
-    return host.call_reason(*args, **kwargs)
+    over = tokens()
+    return host.spread_reason(*args, **kwargs) if over is not None and over.holds(host) else None
 
 
 def _gradients_reason(host: Host, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

@@ -7,6 +7,8 @@ the fastest kernel. Where the user has chosen one of diffusers' attention backen
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +24,20 @@ from vidaccel.parallel.layout import tokens
 from vidaccel.sites.memo import once_per_call
 from vidaccel.sites.plain import plain_reason, readable_reason
 
-__all__ = ["attend", "attend_to_all", "attention_reason", "feed_forward", "parameters_reason", "project", "qkv"]
+__all__ = [
+    "Attention",
+    "attend",
+    "attend_to_all",
+    "attention_reason",
+    "feed_forward",
+    "over_heads",
+    "parameters_reason",
+    "project",
+    "qkv",
+    "whole_over_heads",
+]
+
+Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # of queries, keys, values and how many heads they have
 
 
 @once_per_call
@@ -105,17 +120,35 @@ def attend_to_all(
     before: int = 0,
     behind: int = 0,
 ) -> Tensor:
-    """:func:`attend` of the tokens of a video to one another, wherever they are.
+    """:func:`attend` as :func:`over_heads` does it."""
+    attention = partial(attend, processor, mask=mask, fused=fused)
+    return over_heads(attention, q, k, v, num_heads, before=before, behind=behind)
+
+
+def over_heads(
+    attention: Attention, q: Tensor, k: Tensor, v: Tensor, num_heads: int, *, before: int = 0, behind: int = 0
+) -> Tensor:
+    """``attention(q, k, v, num_heads)`` of the tokens of a video to one another, wherever they are.
 
     Where they are spread over ranks, each rank has all of them for its share of the heads while it attends (DeepSpeed
     Ulysses, arXiv 2309.14509). The first ``before`` and the last ``behind`` tokens are those of a text.
     """
     over = tokens()
     if over is None:
-        return attend(processor, q, k, v, num_heads, mask=mask, fused=fused)
+        return attention(q, k, v, num_heads)
     query, key, value = over.to_heads(q, k, v, before=before, behind=behind)
-    out = attend(processor, query, key, value, num_heads // over.ranks.size, mask=mask, fused=fused)
+    out = attention(query, key, value, num_heads // over.ranks.size)
     return over.to_tokens(out, q.shape[2], before, behind)
+
+
+def whole_over_heads(attention: Attention, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+    """The same of queries that every rank has, all of them, to the tokens of a video, wherever these are."""
+    over = tokens()
+    if over is None:
+        return attention(q, k, v, num_heads)
+    key, value = over.to_heads(k, v)
+    out = attention(over.ranks.part(q, 2), key, value, num_heads // over.ranks.size)
+    return over.ranks.gather(out, 2, q.shape[2])
 
 
 def project(attn: Any, out: Tensor) -> Tensor:

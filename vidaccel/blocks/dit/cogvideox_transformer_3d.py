@@ -8,6 +8,7 @@ of its stream: 16 passes.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from diffusers.models.normalization import CogVideoXLayerNormZero
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 from torch import Tensor, nn
 
-from vidaccel.blocks.dit.attention import attention_reason, feed_forward, parameters_reason, project
+from vidaccel.blocks.dit.attention import attention_reason, feed_forward, over_heads, parameters_reason, project
 from vidaccel.blocks.dit.gated_residual import GatedResidualBlock
 from vidaccel.blocks.dit.joint_streams import joined
 from vidaccel.blocks.dit.rotary import half_tables
@@ -25,7 +26,7 @@ from vidaccel.blocks.dit.step_caches import known_to_step_caches
 from vidaccel.kernels.attention.qk_norm_rope import HeadNorm, Rope, qk_norm_rope
 from vidaccel.kernels.attention.spatial_attention import spatial_attention
 from vidaccel.kernels.op import REFERENCE, note
-from vidaccel.parallel.layout import tokens as spread_tokens
+from vidaccel.parallel.layout import own_tokens
 from vidaccel.sites.block import CORNER_ROWS, MOST_WHOLE, call_site, fuses
 from vidaccel.sites.memo import once_in_call
 from vidaccel.sites.plain import plain_reason
@@ -110,13 +111,8 @@ class JointBlock(GatedResidualBlock):
         query, key = self._normed_and_turned(query, key, tokens, rotary)
         # stock code asks PyTorch for its attention, whatever backend of diffusers somebody has chosen
         impl = None if self.runs("spatial_attention") else REFERENCE
-        over = spread_tokens()
-        if over is None:
-            return project(attn, spatial_attention(query, key, value, attn.heads, impl=impl))
-        channels = query.shape[2]
-        query, key, value = over.to_heads(query, key, value, before=tokens)
-        attended = spatial_attention(query, key, value, attn.heads // over.ranks.size, impl=impl)
-        return project(attn, over.to_tokens(attended, channels, before=tokens))
+        attention = partial(spatial_attention, impl=impl)
+        return project(attn, over_heads(attention, query, key, value, attn.heads, before=tokens))
 
     def _normed_and_turned(
         self, query: Tensor, key: Tensor, tokens: int, rotary: Rotary | None
@@ -129,9 +125,7 @@ class JointBlock(GatedResidualBlock):
             return query, key
         rope = None
         if rotary is not None:
-            cos, sin = half_tables(rotary)
-            if (over := spread_tokens()) is not None:
-                cos, sin = cos[over.own], sin[over.own]
+            cos, sin = (own_tokens(table, 0) for table in half_tables(rotary))
             rope = Rope("pairs", cos[None, :, None], sin[None, :, None], start=tokens)
         query, key = qk_norm_rope(query, key, attn.heads, _head_norm(attn), rope)
         return query, key

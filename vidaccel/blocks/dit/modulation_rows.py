@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vidaccel.parallel.layout import tokens
+from vidaccel.parallel.layout import own_tokens
 from vidaccel.sites.memo import held
 
 __all__ = ["MOST_ROWS", "Stretches", "distinct_rows", "keep_rows", "may_wait", "own_rows", "stretches_of"]
@@ -72,10 +72,9 @@ def distinct_rows(values: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def own_rows(distinct: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The answer of :func:`distinct_rows`, found of all tokens, for those of this rank."""
-    over = tokens()
-    if over is None or (rows is None and distinct.shape[1] == 1):
-        return distinct, rows
-    return (distinct[:, over.own], None) if rows is None else (distinct, rows[over.own])
+    if rows is not None:
+        return distinct, own_tokens(rows, 0)
+    return (distinct if distinct.shape[1] == 1 else own_tokens(distinct, 1)), None
 
 
 def keep_rows(values: Tensor, distinct: Tensor, rows: Tensor | None) -> None:

@@ -23,17 +23,20 @@ class Sequence:
 
     Args:
         lists: The names of the lists that its blocks are in, in their order.
+        heads: What its configuration calls the numbers of heads of the attentions that ranks share.
     """
 
     axis = "sequence"
 
-    def __init__(self, *lists: str) -> None:
-        self._lists = lists
+    def __init__(self, *lists: str, heads: tuple[str, ...] = ("num_attention_heads",)) -> None:
+        self._lists, self._heads = lists, heads
 
     def reason(self, model: Any, size: int) -> str | None:
         """Why ``model`` cannot be spread over ``size`` ranks, or None."""
-        heads = model.config.num_attention_heads
-        return f"its {heads} heads do not divide by {size}" if heads % size else None
+        for heads in (model.config[name] for name in self._heads):
+            if heads % size:
+                return f"its {heads} heads do not divide by {size}"
+        return None
 
     def way(self, ranks: Ranks, count: Callable[[str], None]) -> _Way:
         return _Way(self._lists, ranks, count)

@@ -15,9 +15,10 @@ from diffusers.models.transformers.transformer_allegro import AllegroTransformer
 from torch import Tensor
 
 from vidaccel.blocks.dit.ada_norm_single import AdaNormSingleBlock, plain_attention_reason
-from vidaccel.blocks.dit.attention import feed_forward, project
+from vidaccel.blocks.dit.attention import feed_forward, over_heads, project
 from vidaccel.kernels.attention.spatial_attention import spatial_attention
 from vidaccel.kernels.op import REFERENCE, note
+from vidaccel.parallel.layout import own_tokens
 from vidaccel.sites.block import CORNER_ROWS, MOST_WHOLE, call_site, fuses
 from vidaccel.sites.site import Fidelity
 
@@ -59,6 +60,9 @@ class FusedAllegroTransformerBlock(AdaNormSingleBlock, AllegroTransformerBlock):
             return "its tokens are not [B, S, C]"
         return self.norms_reason(x, temb)
 
+    def spread_reason(self, x: Tensor, text: Any, temb: Tensor, mask: Tensor | None, *args: Any) -> str | None:
+        return self._self_attention_reason(mask)
+
     def corner(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, text, temb, mask, text_mask, rotary = args
         if x.numel() <= MOST_WHOLE:
@@ -84,19 +88,27 @@ class FusedAllegroTransformerBlock(AdaNormSingleBlock, AllegroTransformerBlock):
 
     def _self_attention(self, x: Tensor, mask: Tensor | None, rotary: Rotary | None) -> Tensor:
         attn = self.attn1
-        reason = None if self.runs("spatial_attention") else "it is off, or failed"
-        reason = reason or ("its attention is masked" if mask is not None else None)
-        if reason := reason or plain_attention_reason(attn, AllegroAttnProcessor2_0):
+        if reason := self._self_attention_reason(mask):
             note("spatial_attention", REFERENCE, reason)
             out: Tensor = attn(x, encoder_hidden_states=None, attention_mask=mask, image_rotary_emb=rotary)
             return out
         query, key = (_turned(project_in(x), attn.heads, rotary) for project_in in (attn.to_q, attn.to_k))
-        return project(attn, spatial_attention(query, key, attn.to_v(x), attn.heads))
+        return project(attn, over_heads(spatial_attention, query, key, attn.to_v(x), attn.heads))
+
+    def _self_attention_reason(self, mask: Tensor | None) -> str | None:
+        """Why self-attention has to be called, or None."""
+        if not self.runs("spatial_attention"):
+            return "it is off, or failed"
+        if mask is not None:
+            return "its attention is masked"
+        return plain_attention_reason(self.attn1, AllegroAttnProcessor2_0)
 
 
 def _turned(x: Tensor, num_heads: int, rotary: Rotary | None) -> Tensor:
     """Rows ``[B, S, H*D]``."""
     if rotary is None:
         return x
+    tables, places = rotary
     heads = x.unflatten(2, (num_heads, -1)).transpose(1, 2)
-    return apply_rotary_emb_allegro(heads, *rotary).transpose(1, 2).flatten(2)
+    own_places = [own_tokens(place, 1) for place in places]
+    return apply_rotary_emb_allegro(heads, tables, own_places).transpose(1, 2).flatten(2)

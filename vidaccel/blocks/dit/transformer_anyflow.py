@@ -21,6 +21,7 @@ from torch import Tensor
 from vidaccel.blocks.dit.step_caches import known_to_step_caches
 from vidaccel.blocks.dit.transformer_wan import WAN_OPS, Parts, WanBlock, first_tokens
 from vidaccel.kernels.attention.qk_norm_rope import Rope
+from vidaccel.parallel.layout import own_tokens
 from vidaccel.sites.block import CORNER_ROWS, call_site, fuses
 from vidaccel.sites.memo import once_in_call
 
@@ -79,7 +80,7 @@ class FusedAnyFlowTransformerBlock(AnyFlowBlock, AnyFlowTransformerBlock):
     def rope(self, rotary_emb: Any) -> Rope:
         angles = rotary_emb["query"]
         cos, sin = once_in_call("cos and sin", angles, lambda: _tables(angles))
-        return Rope("pairs", cos, sin)
+        return Rope("pairs", own_tokens(cos, 1), own_tokens(sin, 1))
 
     def call_self_attention(self, x: Tensor, rotary_emb: Any, mask: Any, *args: Any) -> Tensor:
         return self.attn1(hidden_states=x, rotary_emb=rotary_emb, attention_mask=mask)

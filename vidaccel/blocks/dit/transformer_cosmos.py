@@ -21,11 +21,12 @@ from diffusers.models.transformers.transformer_cosmos import (
 )
 from torch import Tensor, nn
 
-from vidaccel.blocks.dit.attention import attend, attention_reason, parameters_reason, project
+from vidaccel.blocks.dit.attention import attend, attend_to_all, attention_reason, parameters_reason, project
 from vidaccel.blocks.dit.gated_residual import GatedResidualBlock, norm_heads
-from vidaccel.blocks.dit.modulation_rows import stretches_of
+from vidaccel.blocks.dit.modulation_rows import own_rows, stretches_of
 from vidaccel.kernels.attention.qk_norm_rope import HeadNorm, Rope, qk_norm_rope
 from vidaccel.kernels.op import REFERENCE, note
+from vidaccel.parallel.layout import own_tokens
 from vidaccel.sites.block import CORNER_ROWS, MOST_WHOLE, call_site, fuses
 from vidaccel.sites.memo import once_in_call
 from vidaccel.sites.plain import plain_reason
@@ -105,6 +106,11 @@ class FusedCosmosTransformerBlock(GatedResidualBlock, CosmosTransformerBlock):
                 return reason
         return None
 
+    def spread_reason(
+        self, x: Tensor, context: Any, embedded_timestep: Tensor, temb: Any, rotary: Rotary | None, *args: Any
+    ) -> str | None:
+        return self._self_attention_reason(x, rotary)
+
     def path_in_data(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         _, _, embedded_timestep, temb, *_ = args
         return self._timesteps(embedded_timestep, temb).embedded.shape[1]
@@ -135,13 +141,13 @@ class FusedCosmosTransformerBlock(GatedResidualBlock, CosmosTransformerBlock):
     ) -> Tensor | tuple[Tensor, Tensor]:
         if self.before_proj is not None:
             x = self.before_proj(x) + latents
-        timesteps = self._timesteps(embedded_timestep, temb)
+        timesteps = _own(self._timesteps(embedded_timestep, temb))
         rows = timesteps.rows
         shift, scale, gate = _modulation(self.norm1, timesteps)
         if extra_pos_emb is None:
             normed = self.modulate(self.norm1.norm, x, scale, shift, rows)
         else:
-            x, normed = self.add_norm(x, extra_pos_emb, None, self.norm1.norm, scale, shift, rows)
+            x, normed = self.add_norm(x, own_tokens(extra_pos_emb, 1), None, self.norm1.norm, scale, shift, rows)
         attended = self._self_attention(normed, rotary)
         shift, scale, cross_gate = _modulation(self.norm2, timesteps)
         x, normed = self.add_norm(x, attended, gate, self.norm2.norm, scale, shift, rows)
@@ -150,7 +156,7 @@ class FusedCosmosTransformerBlock(GatedResidualBlock, CosmosTransformerBlock):
         x, normed = self.add_norm(x, attended, cross_gate, self.norm3.norm, scale, shift, rows)
         x = self.add(x, self.ff(normed), gate, rows)
         if controlnet_residual is not None:
-            x += controlnet_residual
+            x += own_tokens(controlnet_residual, 1)
         return x if self.after_proj is None else (x, self.after_proj(x))
 
     def _timesteps(self, embedded: Tensor, added: Tensor | None) -> _Timesteps:
@@ -170,7 +176,8 @@ class FusedCosmosTransformerBlock(GatedResidualBlock, CosmosTransformerBlock):
         query, key, value = attn.to_q(x), attn.to_k(x), attn.to_v(x)
         norm = HeadNorm("rms_head", attn.norm_q.eps, attn.norm_q.weight, attn.norm_k.weight, rounding="each")
         query, key = qk_norm_rope(query, key, attn.heads, norm, _rope(rotary))
-        return project(attn, self._attend(attn, query, key, value))
+        fused = self.runs("spatial_attention")
+        return project(attn, attend_to_all(attn.processor, query, key, value, attn.heads, fused=fused))
 
     def _self_attention_reason(self, x: Tensor, rotary: Rotary | None) -> str | None:
         """Why self-attention has to be called, or None."""
@@ -192,17 +199,14 @@ class FusedCosmosTransformerBlock(GatedResidualBlock, CosmosTransformerBlock):
             return out
         query, key, value = attn.to_q(x), attn.to_k(context), attn.to_v(context)
         query, key = self._normed(attn, attn.norm_q, query), _stock_norm(attn, attn.norm_k, key)
-        return project(attn, self._attend(attn, query, key, value, mask))
+        fused = self.runs("spatial_attention")
+        return project(attn, attend(attn.processor, query, key, value, attn.heads, mask=mask, fused=fused))
 
     def _normed(self, attn: Any, norm: Any, x: Tensor) -> Tensor:
         """Each head of the queries ``[B, S, H*D]`` normed; rounded once, stock code does so twice."""
         if not self.runs("gated_residual_norm") or _norm_reason(norm, x):
             return _stock_norm(attn, norm, x)
         return norm_heads(norm, x, attn.heads)
-
-    def _attend(self, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        fused = self.runs("spatial_attention")
-        return attend(attn.processor, query, key, value, attn.heads, mask=mask, fused=fused)
 
 
 def _distinct(embedded: Tensor, added: Tensor | None) -> _Timesteps:
@@ -216,6 +220,13 @@ def _distinct(embedded: Tensor, added: Tensor | None) -> _Timesteps:
         return _Timesteps(embedded, added, None)
     rows = stretches.rows if len(stretches.starts) > 1 else None
     return _Timesteps(embedded[:, stretches.starts], None if added is None else added[:, stretches.starts], rows)
+
+
+def _own(timesteps: _Timesteps) -> _Timesteps:
+    """Those of this rank's tokens."""
+    embedded, rows = own_rows(timesteps.embedded, timesteps.rows)
+    added = None if timesteps.added is None else own_rows(timesteps.added, timesteps.rows)[0]
+    return _Timesteps(embedded, added, rows)
 
 
 def _modulation(norm: Any, timesteps: _Timesteps) -> tuple[Tensor, ...]:
@@ -241,5 +252,5 @@ def _stock_norm(attn: Any, norm: Any, x: Tensor) -> Tensor:
 def _rope(rotary: Rotary | None) -> Rope | None:
     if rotary is None:
         return None
-    cos, sin = (table[None, :, None, : table.shape[1] // 2] for table in rotary)
+    cos, sin = (own_tokens(table, 0)[None, :, None, : table.shape[1] // 2] for table in rotary)
     return Rope("halves", cos, sin)

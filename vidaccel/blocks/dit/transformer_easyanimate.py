@@ -20,12 +20,13 @@ from diffusers.models.transformers.transformer_easyanimate import (
 )
 from torch import Tensor, nn
 
-from vidaccel.blocks.dit.attention import attention_reason, feed_forward, parameters_reason, project
+from vidaccel.blocks.dit.attention import attention_reason, feed_forward, over_heads, parameters_reason, project
 from vidaccel.blocks.dit.gated_residual import GatedResidualBlock
 from vidaccel.blocks.dit.rotary import half_tables
 from vidaccel.kernels.attention.qk_norm_rope import HeadNorm, Rope, SecondStream, qk_norm_rope
 from vidaccel.kernels.attention.spatial_attention import spatial_attention
 from vidaccel.kernels.op import REFERENCE, note
+from vidaccel.parallel.layout import own_tokens
 from vidaccel.sites.block import CORNER_ROWS, MOST_WHOLE, call_site, fuses
 from vidaccel.sites.memo import once_in_call
 from vidaccel.sites.plain import plain_reason
@@ -79,6 +80,9 @@ class FusedEasyAnimateTransformerBlock(GatedResidualBlock, EasyAnimateTransforme
                 return reason
         return None
 
+    def spread_reason(self, x: Tensor, text: Tensor, temb: Tensor, rotary: Rotary | None) -> str | None:
+        return self._attention_reason(x, rotary)
+
     def corner(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, text, temb, rotary = args
         if x.numel() <= MOST_WHOLE:
@@ -117,7 +121,7 @@ class FusedEasyAnimateTransformerBlock(GatedResidualBlock, EasyAnimateTransforme
         query, key, value = self._joint(x, text, rotary)
         # stock code asks PyTorch for its attention, whatever backend of diffusers somebody has chosen
         impl = None if self.runs("spatial_attention") else REFERENCE
-        joint = spatial_attention(query, key, value, attn.heads, impl=impl)
+        joint = over_heads(partial(spatial_attention, impl=impl), query, key, value, attn.heads, before=tokens)
         text = joint[:, :tokens]
         return project(attn, joint[:, tokens:]), text if attn.add_q_proj is None else attn.to_add_out(text)
 
@@ -164,7 +168,7 @@ def _rope(rotary: Rotary | None, start: int, device: torch.device) -> Rope | Non
     """The tables, which stock code makes on the CPU and brings over in every block, are brought over once in a call."""
     if rotary is None:
         return None
-    cos, sin = half_tables((_here(rotary[0], device), _here(rotary[1], device)))
+    cos, sin = (own_tokens(table, 0) for table in half_tables((_here(rotary[0], device), _here(rotary[1], device))))
     return Rope("pairs", cos[None, :, None], sin[None, :, None], start=start)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from vidaccel.blocks.dit.step_caches import known_to_step_caches
 from vidaccel.blocks.dit.transformer_wan import WAN_OPS, Parts, WanBlock
 from vidaccel.kernels.attention.qk_norm_rope import Rope
+from vidaccel.parallel.layout import all_tokens, own_tokens, tokens_before
 from vidaccel.sites.block import CORNER_ROWS, call_site, fuses
 from vidaccel.sites.memo import once_in_call
 
@@ -62,7 +63,7 @@ class FusedHeliosTransformerBlock(WanBlock, HeliosTransformerBlock):
 
     def rope(self, rotary_emb: Tensor) -> Rope:
         cos, sin = once_in_call("cos and sin", rotary_emb, lambda: _half_tables(rotary_emb))
-        return Rope("pairs", cos, sin)
+        return Rope("pairs", own_tokens(cos, 1), own_tokens(sin, 1))
 
     def self_attention_reason(self, x: Tensor, rotary_emb: Tensor) -> str | None:
         if reason := super().self_attention_reason(x, rotary_emb):
@@ -72,7 +73,8 @@ class FusedHeliosTransformerBlock(WanBlock, HeliosTransformerBlock):
     def cross_attention(self, x: Tensor, context: Tensor, clip_tokens: int) -> Tensor:
         if not self.guidance_cross_attn:
             return super().cross_attention(x, context, clip_tokens)
-        history = x.shape[1] - clip_tokens
+        history = all_tokens(x) - clip_tokens - tokens_before()
+        history = min(max(history, 0), x.shape[1])
         return F.pad(super().cross_attention(x[:, history:], context, clip_tokens), (0, 0, history, 0))
 
     def fused_forward(  # type: ignore[override]

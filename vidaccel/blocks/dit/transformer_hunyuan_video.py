@@ -38,8 +38,7 @@ from vidaccel.kernels.attention.qk_norm_rope import HeadNorm, Rope, SecondStream
 from vidaccel.kernels.ffn.linear_gelu import linear_gelu
 from vidaccel.kernels.ffn.residual_projection import residual_projection
 from vidaccel.kernels.op import note
-from vidaccel.parallel.layout import all_tokens
-from vidaccel.parallel.layout import tokens as tokens_over_ranks
+from vidaccel.parallel.layout import all_tokens, own_tokens, tokens_before
 from vidaccel.sites.block import CORNER_ROWS, MOST_WHOLE, call_site, fuses
 from vidaccel.sites.memo import once_in_call
 from vidaccel.sites.plain import plain_reason, readable_reason
@@ -195,11 +194,10 @@ class HunyuanBlock(GatedResidualBlock):
 
 def own_tables(freqs_cis: Rotary | None) -> Rotary | None:
     """The rotary table of this rank's tokens."""
-    over = tokens_over_ranks()
-    if over is None or freqs_cis is None:
-        return freqs_cis
-    own = over.own
-    return once_in_call("own tokens", freqs_cis[0], lambda: (freqs_cis[0][own], freqs_cis[1][own]))
+    if freqs_cis is None:
+        return None
+    cos, sin = freqs_cis
+    return once_in_call("own tokens", cos, lambda: (own_tokens(cos, 0), own_tokens(sin, 0)))
 
 
 def _rope(freqs_cis: Rotary, still: int = 0) -> Rope:
@@ -395,9 +393,7 @@ class TokenReplaceBlock(HunyuanBlock):
     def modulation(self, norm: Any, x: Tensor, temb: Tensor, *token_replace: Any) -> Modulation:
         token_replace_emb, num_tokens = token_replace
         of_rows = torch.stack([norm.linear(norm.silu(emb)) for emb in (token_replace_emb, temb)], dim=1)
-        over = tokens_over_ranks()
-        before = 0 if over is None else over.own.start  # tokens on other ranks
-        rows = _rows_of_modulation(token_replace_emb, num_tokens - before, x.shape[1])
+        rows = _rows_of_modulation(token_replace_emb, num_tokens - tokens_before(), x.shape[1])
         return of_rows.split(x.shape[2], dim=2), rows
 
 

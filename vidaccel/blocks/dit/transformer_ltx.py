@@ -23,22 +23,14 @@ from diffusers.models.transformers.transformer_ltx import (
 )
 from torch import Tensor, nn
 
-from vidaccel.blocks.dit.attention import (
-    attend,
-    attend_to_all,
-    attention_reason,
-    feed_forward,
-    parameters_reason,
-    project,
-)
+from vidaccel.blocks.dit.attention import attend_to_all, attention_reason, feed_forward, parameters_reason, project
 from vidaccel.blocks.dit.modulation_rows import distinct_rows, own_rows
 from vidaccel.blocks.dit.step_caches import known_to_step_caches
 from vidaccel.blocks.dit.text_attention import Lengths, attend_to_text, valid_lengths
 from vidaccel.kernels.attention.qk_norm_rope import HeadNorm, Rope, qk_norm_rope
 from vidaccel.kernels.norm.gated_residual_norm import Norm, gated_residual, gated_residual_norm, norm_modulate
 from vidaccel.kernels.op import REFERENCE, note
-from vidaccel.parallel.layout import all_tokens
-from vidaccel.parallel.layout import tokens as tokens_over_ranks
+from vidaccel.parallel.layout import all_tokens, own_tokens
 from vidaccel.sites.block import CORNER_ROWS, MOST_WHOLE, FusedBlock, call_site, fuses
 from vidaccel.sites.memo import once_in_call
 from vidaccel.sites.site import Fidelity
@@ -83,9 +75,14 @@ class Modulation(NamedTuple):
         return self.values if self.rows is None else self.values[:, self.rows]
 
 
-def modulations(table: Tensor, temb: Tensor) -> list[Modulation]:
-    """The P parts of ``table + temb``, of ``[P, C]`` and ``[B, 1 or S, P*C]``; for this rank's tokens."""
-    distinct, rows = own_rows(*_distinct(table, temb))
+def modulations(table: Tensor, temb: Tensor, *, whole: bool = False) -> list[Modulation]:
+    """The P parts of ``table + temb``, of ``[P, C]`` and ``[B, 1 or S, P*C]``.
+
+    They are for this rank's tokens, or for all if those are ``whole`` on every rank.
+    """
+    distinct, rows = _distinct(table, temb)
+    if not whole:
+        distinct, rows = own_rows(distinct, rows)
     return [Modulation(values, rows) for values in (table + distinct).unbind(2)]
 
 
@@ -107,13 +104,16 @@ def together(*given: Modulation | None) -> tuple[list[Tensor | None], Tensor | N
     return [None if m is None else m.values.expand(-1, count, -1) for m in given], shared
 
 
-def paired_rope(tables: Tables | None, num_heads: int) -> Rope | None:
-    """The rotary embedding by tables ``[B, S, H*D]``, which hold every angle twice; they are halved once in a call."""
+def paired_rope(tables: Tables | None, num_heads: int, *, whole: bool = False) -> Rope | None:
+    """The rotary embedding by tables ``[B, S, H*D]``, which hold every angle twice; they are halved once in a call.
+
+    It is for this rank's tokens, or for all if those are ``whole`` on every rank.
+    """
     if tables is None:
         return None
     cos, sin = (once_in_call("half", table, partial(_half, table)) for table in tables)
-    if (over := tokens_over_ranks()) is not None:
-        cos, sin = cos[:, over.own], sin[:, over.own]
+    if not whole:
+        cos, sin = own_tokens(cos, 1), own_tokens(sin, 1)
     return Rope("pairs", cos.unflatten(2, (num_heads, -1)), sin.unflatten(2, (num_heads, -1)))
 
 
@@ -135,18 +135,18 @@ def first_tokens(x: Tensor, tokens: int) -> Tensor:
 class LTXBlock(FusedBlock):
     """What the blocks of LTX-Video and of LTX-2 do alike."""
 
-    def blocks_reason(self, norms: list[Any], modulated: list[tuple[Tensor, Tensor, Tensor]]) -> str | None:
+    def blocks_reason(self, norms: list[Any], modulated: list[tuple[Tensor, int, Tensor, Tensor]]) -> str | None:
         """Why a call goes to the original forward, or None.
 
         Args:
             norms: That are fused with what is around them.
-            modulated: Tokens with the table and the embedding that they are modulated by.
+            modulated: Tokens, how many they are on all ranks, the table and the embedding that they are modulated by.
         """
         x = modulated[0][0]
         if torch.is_autocast_enabled(x.device.type):
             return "autocast is on"
-        for tokens, table, temb in modulated:
-            if temb.ndim != 3 or temb.shape[1] not in (1, all_tokens(tokens)):
+        for tokens, count, table, temb in modulated:
+            if temb.ndim != 3 or temb.shape[1] not in (1, count):
                 return "its timestep embedding is not [B, 1 or S, P*C]"
             if not tokens.dtype == table.dtype == temb.dtype:
                 return "tokens and timestep embedding differ in dtype"
@@ -232,10 +232,6 @@ class LTXBlock(FusedBlock):
         for left_to_it in (op, "spatial_attention"):
             note(left_to_it, REFERENCE, reason)
 
-    def attend(self, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        fused = self.runs("spatial_attention")
-        return attend(attn.processor, query, key, value, attn.heads, mask=mask, fused=fused)
-
     def attend_to_text(self, attn: Any, x: Tensor, text: Tensor, mask: Tensor | None, lengths: Lengths) -> Tensor:
         """``[B, S, H*D]`` of ``x`` ``[B, S, C]`` and a text ``[B, T, C']``, before the last projection."""
         query, key, value = attn.to_q(x), attn.to_k(text), attn.to_v(text)
@@ -272,7 +268,8 @@ class FusedLTXVideoTransformerBlock(LTXBlock, LTXVideoTransformerBlock):
         )  # fmt: skip
 
     def call_reason(self, hidden_states: Tensor, context: Tensor, temb: Tensor, *args: Any) -> str | None:
-        return self.blocks_reason([self.norm1, self.norm2], [(hidden_states, self.scale_shift_table, temb)])
+        modulated = hidden_states, all_tokens(hidden_states), self.scale_shift_table, temb
+        return self.blocks_reason([self.norm1, self.norm2], [modulated])
 
     def spread_reason(
         self, x: Tensor, context: Tensor, temb: Tensor, tables: Tables | None, mask: Tensor | None

@@ -7,11 +7,14 @@ its queries and one for its keys, and both leave the same pass. 175 passes over 
 The queries of one stream and its keys for the other have the same shape and the same rotary table, though they belong
 to two attentions: so they are normed and turned together.
 
+Where tokens are spread over ranks, they are those of the video; the sound, which has few, is whole on every rank.
+
 In 2.3 the heads of an attention have gates, and cross-attention to the text is modulated, and gated, by the timestep.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +27,15 @@ from diffusers.models.transformers.transformer_ltx2 import (
 )
 from torch import Tensor
 
-from vidaccel.blocks.dit.attention import attention_reason, feed_forward, project
+from vidaccel.blocks.dit.attention import (
+    Attention,
+    attend,
+    attention_reason,
+    feed_forward,
+    over_heads,
+    project,
+    whole_over_heads,
+)
 from vidaccel.blocks.dit.normalization import TimestepModulation
 from vidaccel.blocks.dit.text_attention import Lengths, head_mask
 from vidaccel.blocks.dit.transformer_ltx import (
@@ -38,6 +49,7 @@ from vidaccel.blocks.dit.transformer_ltx import (
     paired_rope,
 )
 from vidaccel.kernels.attention.qk_norm_rope import Rope, qk_norm_rope
+from vidaccel.parallel.layout import all_tokens, own_tokens
 from vidaccel.sites.block import CORNER_ROWS, MOST_WHOLE, call_site, fuses
 
 __all__ = ["FusedLTX2AdaLayerNormSingle", "FusedLTX2VideoTransformerBlock"]
@@ -92,6 +104,7 @@ class _Stream(NamedTuple):
         self_mask: Of self-attention.
         rotary_emb: Of self-attention.
         cross_rotary_emb: Of attention between the streams.
+        whole: Whether every rank has all its tokens.
     """
 
     attn1: Any
@@ -107,6 +120,7 @@ class _Stream(NamedTuple):
     self_mask: Tensor | None
     rotary_emb: Tables | None
     cross_rotary_emb: Tables | None
+    whole: bool
 
 
 @fuses(LTX2VideoTransformerBlock, LTX_OPS)
@@ -167,22 +181,31 @@ class FusedLTX2VideoTransformerBlock(LTXBlock, LTX2VideoTransformerBlock):
         return self.blocks_reason(
             [*self._video_norms(), *self._audio_norms()],
             [
-                (x, self.scale_shift_table, call.temb),
-                (x, tables[0], call.temb_ca_scale_shift),
-                (x, tables[0], call.temb_ca_gate),
-                (audio, self.audio_scale_shift_table, call.temb_audio),
-                (audio, tables[1], call.temb_ca_audio_scale_shift),
-                (audio, tables[1], call.temb_ca_audio_gate),
+                (x, all_tokens(x), self.scale_shift_table, call.temb),
+                (x, all_tokens(x), tables[0], call.temb_ca_scale_shift),
+                (x, all_tokens(x), tables[0], call.temb_ca_gate),
+                (audio, audio.shape[1], self.audio_scale_shift_table, call.temb_audio),
+                (audio, audio.shape[1], tables[1], call.temb_ca_audio_scale_shift),
+                (audio, audio.shape[1], tables[1], call.temb_ca_audio_gate),
             ],
         )
+
+    def spread_reason(self, *args: Any) -> str | None:
+        call = _Call(*args)
+        if reason := self._spread_self_attention_reason(call):
+            return reason
+        if not call.use_a2v_cross_attention:
+            return None
+        return self._pair_reason(call.ca_video_rotary_emb, call.ca_audio_rotary_emb, call.hidden_states)
 
     def path_in_data(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = _Call(*args)
         table = self.video_a2v_cross_attn_scale_shift_table
-        return self.path_of(
+        path = self.path_of(
             (call.encoder_attention_mask, call.audio_encoder_attention_mask),
             (self.scale_shift_table, call.temb), (table[:4], call.temb_ca_scale_shift), (table[4:], call.temb_ca_gate),
         )  # fmt: skip
+        return path, self._is_perturbed(call), _all_perturbed(call)
 
     def corner(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = _Call(*args)
@@ -224,18 +247,18 @@ class FusedLTX2VideoTransformerBlock(LTXBlock, LTX2VideoTransformerBlock):
         tables, audio_tables = self.video_a2v_cross_attn_scale_shift_table, self.audio_a2v_cross_attn_scale_shift_table
         # in both, attention from audio to video comes first: queries of the video, keys of the audio
         cross = modulations(tables[:4], call.temb_ca_scale_shift)
-        audio_cross = modulations(audio_tables[:4], call.temb_ca_audio_scale_shift)
+        audio_cross = modulations(audio_tables[:4], call.temb_ca_audio_scale_shift, whole=True)
         video = _Stream(
             self.attn1, self.attn2, self.ff, self._video_norms(),
             modulations(self.scale_shift_table, call.temb), cross, modulations(tables[4:], call.temb_ca_gate)[0],
-            text, masks[0], lengths, call.self_attention_mask, call.video_rotary_emb, call.ca_video_rotary_emb,
+            text, masks[0], lengths, call.self_attention_mask, call.video_rotary_emb, call.ca_video_rotary_emb, False,
         )  # fmt: skip
         audio = _Stream(
             self.audio_attn1, self.audio_attn2, self.audio_ff, self._audio_norms(),
-            modulations(self.audio_scale_shift_table, call.temb_audio),
-            [*audio_cross[2:], *audio_cross[:2]], modulations(audio_tables[4:], call.temb_ca_audio_gate)[0],
+            modulations(self.audio_scale_shift_table, call.temb_audio, whole=True),
+            [*audio_cross[2:], *audio_cross[:2]], modulations(audio_tables[4:], call.temb_ca_audio_gate, whole=True)[0],
             audio_text, masks[1], audio_lengths, call.audio_self_attention_mask,
-            call.audio_rotary_emb, call.ca_audio_rotary_emb,
+            call.audio_rotary_emb, call.ca_audio_rotary_emb, True,
         )  # fmt: skip
         return video, audio
 
@@ -279,16 +302,46 @@ class FusedLTX2VideoTransformerBlock(LTXBlock, LTX2VideoTransformerBlock):
         arguments: dict[str, Any] = {"encoder_hidden_states": None, "query_rotary_emb": tables, "attention_mask": mask}
         if self.perturbed_attn:
             arguments |= {"perturbation_mask": call.perturbation_mask, "all_perturbed": call.all_perturbed}
-            if call.perturbation_mask is not None or not (call.all_perturbed is None or call.all_perturbed is False):
+            if self._is_perturbed(call):
                 return attn(hidden_states=x, **arguments)  # values stand for attention: there is no query to norm
-        reason = self._foreign_reason(attn) or self.rope_reason(x, tables, attn.norm_q, attn.norm_k)
-        if reason := reason or _tables_reason(attn, tables, tables):
+        if reason := self._self_attention_reason(attn, x, tables):
             self.note_called("qk_norm_rope", reason)
             return attn(hidden_states=x, **arguments)
         query, key, value = attn.to_q(x), attn.to_k(x), attn.to_v(x)
-        heads, rope = _rope(attn, tables)
+        heads, rope = _rope(attn, tables, stream.whole)
         query, key = qk_norm_rope(query, key, heads, head_norm(attn.norm_q, attn.norm_k), rope)
-        return self._project(attn, x, self.attend(attn, query, key, value, head_mask(attn, mask, key)))
+        attention = partial(self._attend_masked, attn, mask)
+        attended = (attention if stream.whole else partial(over_heads, attention))(query, key, value, attn.heads)
+        return self._project(attn, x, attended)
+
+    def _is_perturbed(self, call: _Call) -> bool:
+        """Whether values stand for self-attention, in some samples or in all."""
+        if not self.perturbed_attn:
+            return False
+        return call.perturbation_mask is not None or not (call.all_perturbed is None or call.all_perturbed is False)
+
+    def _spread_self_attention_reason(self, call: _Call) -> str | None:
+        """Why self-attention of the video needs all tokens to be called with, or None."""
+        if not self._is_perturbed(call):
+            return self._self_attention_reason(self.attn1, call.hidden_states, call.video_rotary_emb)
+        if reason := self._foreign_reason(self.attn1):
+            return reason
+        return None if _all_perturbed(call) else "values stand for self-attention in some samples"
+
+    def _self_attention_reason(self, attn: Any, x: Tensor, tables: Tables | None) -> str | None:
+        """Why a self-attention has to be called, or None."""
+        reason = self._foreign_reason(attn) or self.rope_reason(x, tables, attn.norm_q, attn.norm_k)
+        return reason or _tables_reason(attn, tables, tables)
+
+    def _attend_masked(
+        self, attn: Any, mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor, num_heads: int
+    ) -> Tensor:
+        mask = head_mask(attn, mask, key)
+        mask = None if mask is None else mask[:, :num_heads]  # that of one head is that of all
+        return self._attention(attn, mask)(query, key, value, num_heads)
+
+    def _attention(self, attn: Any, mask: Tensor | None = None) -> Attention:
+        return partial(attend, attn.processor, mask=mask, fused=self.runs("spatial_attention"))
 
     def _text_attention(self, stream: _Stream, x: Tensor) -> Tensor:
         attn = stream.attn2
@@ -306,9 +359,9 @@ class FusedLTX2VideoTransformerBlock(LTXBlock, LTX2VideoTransformerBlock):
         """What video finds in audio, and audio in video, from the inputs of their queries and their keys."""
         a2v, v2a = self.audio_to_video_attn, self.video_to_audio_attn
         (video_query, video_key), (audio_query, audio_key) = of_video, of_audio
-        if reason := self._pair_reason(video, audio, video_query):
+        tables, audio_tables = video.cross_rotary_emb, audio.cross_rotary_emb
+        if reason := self._pair_reason(tables, audio_tables, video_query):
             self.note_called("qk_norm_rope", reason)
-            tables, audio_tables = video.cross_rotary_emb, audio.cross_rotary_emb
             return (
                 a2v(
                     video_query, encoder_hidden_states=audio_key,
@@ -319,27 +372,27 @@ class FusedLTX2VideoTransformerBlock(LTXBlock, LTX2VideoTransformerBlock):
                     query_rotary_emb=audio_tables, key_rotary_emb=tables, attention_mask=None,
                 ),
             )  # fmt: skip
-        q, k = _turned(a2v, video_query, v2a, video_key, video.cross_rotary_emb)
-        audio_q, audio_k = _turned(v2a, audio_query, a2v, audio_key, audio.cross_rotary_emb)
-        from_audio = self.attend(a2v, q, audio_k, a2v.to_v(audio_key))
-        from_video = self.attend(v2a, audio_q, k, v2a.to_v(video_key))
+        q, k = _turned(a2v, video_query, v2a, video_key, tables, whole=False)
+        audio_q, audio_k = _turned(v2a, audio_query, a2v, audio_key, audio_tables, whole=True)
+        from_audio = self._attention(a2v)(q, audio_k, a2v.to_v(audio_key), a2v.heads)
+        from_video = whole_over_heads(self._attention(v2a), audio_q, k, v2a.to_v(video_key), v2a.heads)
         return self._project(a2v, video_query, from_audio), self._project(v2a, audio_query, from_video)
 
-    def _pair_reason(self, video: _Stream, audio: _Stream, x: Tensor) -> str | None:
+    def _pair_reason(self, tables: Tables | None, audio_tables: Tables | None, x: Tensor) -> str | None:
         """Why attention between the streams has to be called, or None."""
         a2v, v2a = self.audio_to_video_attn, self.video_to_audio_attn
         for attn in (a2v, v2a):
             if reason := self._foreign_reason(attn):
                 return reason
         norms = a2v.norm_q, v2a.norm_k, v2a.norm_q, a2v.norm_k
-        for tables, pair in ((video.cross_rotary_emb, norms[:2]), (audio.cross_rotary_emb, norms[2:])):
-            if reason := self.rope_reason(x, tables, *pair):
+        for of_stream, pair in ((tables, norms[:2]), (audio_tables, norms[2:])):
+            if reason := self.rope_reason(x, of_stream, *pair):
                 return reason
             if pair[0].eps != pair[1].eps:
                 return "the norms of its queries and keys differ in eps"
         if a2v.rope_type != v2a.rope_type:
             return "its rotary embeddings differ in kind"
-        return _tables_reason(a2v, video.cross_rotary_emb, audio.cross_rotary_emb)
+        return _tables_reason(a2v, tables, audio_tables)
 
     def _project(self, attn: Any, x: Tensor, out: Tensor) -> Tensor:
         """``out`` ``[B, S, H*D]`` times the gates of its heads, which ``x`` has opened, and projected."""
@@ -347,6 +400,13 @@ class FusedLTX2VideoTransformerBlock(LTXBlock, LTX2VideoTransformerBlock):
             gates = 2.0 * torch.sigmoid(attn.to_gate_logits(x))  # [B, S, H]
             out = (out.unflatten(2, (attn.heads, -1)) * gates.unsqueeze(-1)).flatten(2)
         return project(attn, out)
+
+
+def _all_perturbed(call: _Call) -> bool:
+    """Whether they do in all samples: stock code asks the same, of a tensor on the CPU."""
+    if call.all_perturbed is not None:
+        return bool(call.all_perturbed)
+    return call.perturbation_mask is not None and not call.perturbation_mask.any()
 
 
 def _modulated_text(text: Tensor, table: Tensor, temb: Tensor | None) -> Tensor:
@@ -369,17 +429,17 @@ def _tables_reason(attn: Any, tables: Tables | None, others: Tables | None) -> s
     return None
 
 
-def _rope(attn: Any, tables: Tables | None) -> tuple[int, Rope | None]:
+def _rope(attn: Any, tables: Tables | None, whole: bool) -> tuple[int, Rope | None]:
     """The rotary embedding by ``tables``, and the number of heads that those are for."""
     if tables is None or attn.rope_type == "interleaved":
-        return attn.heads, paired_rope(tables, attn.heads)
-    cos, sin = tables  # [B, H, S, D/2]
+        return attn.heads, paired_rope(tables, attn.heads, whole=whole)
+    cos, sin = (table if whole else own_tokens(table, 2) for table in tables)  # [B, H, S, D/2]
     return cos.shape[1], Rope("halves", cos.transpose(1, 2), sin.transpose(1, 2))
 
 
-def _turned(of_query: Any, x: Tensor, of_key: Any, y: Tensor, tables: Tables | None) -> list[Tensor]:
+def _turned(of_query: Any, x: Tensor, of_key: Any, y: Tensor, tables: Tables | None, *, whole: bool) -> list[Tensor]:
     """The queries of one attention and the keys of another, for which one stream has the same rotary table."""
-    heads, rope = _rope(of_query, tables)
+    heads, rope = _rope(of_query, tables, whole)
     return qk_norm_rope(of_query.to_q(x), of_key.to_k(y), heads, head_norm(of_query.norm_q, of_key.norm_k), rope)
 
 

@@ -9,7 +9,8 @@ ones of video and text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -24,13 +25,14 @@ from diffusers.models.transformers.transformer_mochi import (
 )
 from torch import Tensor, nn
 
-from vidaccel.blocks.dit.attention import attention_reason, parameters_reason, project
+from vidaccel.blocks.dit.attention import attention_reason, over_heads, parameters_reason, project
 from vidaccel.blocks.dit.padded_text import padded, valid_lengths
 from vidaccel.blocks.dit.step_caches import known_to_step_caches
 from vidaccel.kernels.attention.qk_norm_rope import HeadNorm, Rope, SecondStream, qk_norm_rope
 from vidaccel.kernels.attention.spatial_attention import spatial_attention
 from vidaccel.kernels.norm.gated_residual_norm import Norm, gated_residual, gated_residual_norm, norm_modulate
 from vidaccel.kernels.op import REFERENCE, note
+from vidaccel.parallel.layout import own_tokens
 from vidaccel.sites.block import CORNER_ROWS, MOST_WHOLE, FusedBlock, call_site, fuses
 from vidaccel.sites.plain import plain_reason
 from vidaccel.sites.site import Fidelity
@@ -102,6 +104,10 @@ class FusedMochiTransformerBlock(FusedBlock, MochiTransformerBlock):
         for norm in modulated:
             yield norm, MochiModulatedRMSNorm
 
+    def spread_reason(self, x: Tensor, text: Tensor, temb: Tensor, mask: Tensor, *args: Any) -> str | None:
+        lengths = self._lengths(mask)
+        return lengths if isinstance(lengths, str) else None
+
     def path_in_data(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         _, text, _, mask, *_ = args
         return valid_lengths(mask) if self.runs("padded_text") and mask.shape == text.shape[:2] else None
@@ -167,17 +173,20 @@ class FusedMochiTransformerBlock(FusedBlock, MochiTransformerBlock):
 
     def _without_padding(self, text: Tensor, mask: Tensor) -> tuple[Tensor, Lengths | None]:
         """The text up to the longest of the batch, and how long each is; None: attention has to be called."""
-        reason = attention_reason(self.attn1, MochiAttention, MochiAttnProcessor2_0)
-        if reason is None and not self.runs("padded_text"):
-            reason = "padded_text is off, or failed"
-        if reason is None and torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return text, None
-        lengths = reason or valid_lengths(mask)
+        lengths = self._lengths(mask)
         if not isinstance(lengths, str):
             return text[:, : _longest(lengths)], lengths
         for op in ("padded_text", "qk_norm_rope", "spatial_attention"):
             note(op, REFERENCE, lengths)
         return text, None
+
+    def _lengths(self, mask: Tensor) -> Lengths | str:
+        """How long each text is, or why attention has to be called."""
+        if reason := attention_reason(self.attn1, MochiAttention, MochiAttnProcessor2_0):
+            return reason
+        return valid_lengths(mask) if self.runs("padded_text") else "padded_text is off, or failed"
 
     def _attention(
         self, x: Tensor, text: Tensor, mask: Tensor, lengths: Lengths | None, rotary: Rotary | None
@@ -188,13 +197,16 @@ class FusedMochiTransformerBlock(FusedBlock, MochiTransformerBlock):
                 hidden_states=x, encoder_hidden_states=text, image_rotary_emb=rotary, attention_mask=mask
             )
             return out
-        joint = self._attend(self._joint(x, text, rotary), tokens, lengths)
+        query, key, value = self._joint(x, text, rotary)
+        attend = partial(self._attend, lengths=lengths)
+        joint = over_heads(attend, query, key, value, attn.heads, behind=text.shape[1])
         text = joint[:, tokens:]
         return project(attn, joint[:, :tokens]), text if self.context_pre_only else attn.to_add_out(text)
 
     def _joint(self, x: Tensor, text: Tensor, rotary: Rotary | None) -> list[Tensor]:
         """Queries, keys and values ``[B, S + T, H*D]``."""
         attn = self.attn1
+        rotary = None if rotary is None else (own_tokens(rotary[0], 0), own_tokens(rotary[1], 0))
         query, key, value = attn.to_q(x), attn.to_k(x), attn.to_v(x)
         second = attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)
         if reason := self._rope_reason(x, rotary):
@@ -218,13 +230,12 @@ class FusedMochiTransformerBlock(FusedBlock, MochiTransformerBlock):
                 return reason
         return "its norms differ in eps" if len({norm.eps for norm in norms}) > 1 else None
 
-    def _attend(self, qkv: Sequence[Tensor], tokens: int, lengths: Lengths) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, heads: int, *, lengths: Lengths) -> Tensor:
         """``[B, S + T, H*D]``, zero behind the valid tokens of each text."""
         # stock code asks PyTorch for its attention, whatever backend of diffusers somebody has chosen
         impl = None if self.runs("spatial_attention") else REFERENCE
-        query, key, value = qkv
-        heads, longest = self.attn1.heads, query.shape[1] - tokens
-        if set(lengths) == {longest}:
+        tokens = query.shape[1] - _longest(lengths)
+        if set(lengths) == {_longest(lengths)}:
             return spatial_attention(query, key, value, heads, impl=impl)
         out = torch.zeros_like(query)
         for length, group in groupby(range(len(lengths)), lengths.__getitem__):

@@ -53,11 +53,15 @@ class FusedSkyReelsV2TransformerBlock(WanBlock, SkyReelsV2TransformerBlock):
         temb = temb[:, :, :CORNER_ROWS] if temb.ndim == 4 else temb
         return x, context, temb, tables, None if mask is None else mask[..., :CORNER_ROWS, :CORNER_ROWS]
 
-    def attend(self, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    def attend(
+        self, attn: Any, query: Tensor, key: Tensor, value: Tensor, num_heads: int, mask: Tensor | None = None
+    ) -> Tensor:
         attend = super().attend
         if mask is None or not self.runs("spatial_attention") or (prefixes := attended_prefixes(mask)) is None:
-            return attend(attn, query, key, value, mask)
-        return torch.cat([attend(attn, query[:, queries], key[:, :n], value[:, :n]) for queries, n in prefixes], dim=1)
+            return attend(attn, query, key, value, num_heads, mask)
+        return torch.cat(
+            [attend(attn, query[:, queries], key[:, :n], value[:, :n], num_heads) for queries, n in prefixes], dim=1
+        )
 
     def fused_forward(  # type: ignore[override]
         self, hidden_states: Tensor, context: Tensor, temb: Tensor, rotary_emb: Any, mask: Tensor | None

@@ -13,6 +13,7 @@ Other models have copies of this block, made of copies of its parts: they are se
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -27,9 +28,9 @@ from torch import Tensor, nn
 
 from vidaccel.blocks.dit.attention import (
     attend,
-    attend_to_all,
     attention_reason,
     feed_forward,
+    over_heads,
     parameters_reason,
     project,
     qkv,
@@ -46,7 +47,7 @@ from vidaccel.kernels.norm.gated_residual_norm import (
     norm_modulate,
 )
 from vidaccel.kernels.op import REFERENCE, note
-from vidaccel.parallel.layout import tokens
+from vidaccel.parallel.layout import own_tokens
 from vidaccel.sites.block import CORNER_ROWS, MOST_WHOLE, FusedBlock, call_site, fuses
 from vidaccel.sites.site import Fidelity
 
@@ -128,7 +129,9 @@ class WanBlock(FusedBlock):
                 return reason
         return None
 
-    def spread_reason(self, hidden_states: Tensor, context: Tensor, temb: Tensor, rotary_emb: Any) -> str | None:
+    def spread_reason(
+        self, hidden_states: Tensor, context: Tensor, temb: Tensor, rotary_emb: Any, *args: Any
+    ) -> str | None:
         return self.self_attention_reason(hidden_states, rotary_emb)
 
     def corner(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -150,9 +153,8 @@ class WanBlock(FusedBlock):
 
     def rope(self, rotary_emb: Any) -> Rope:
         """Of tables ``[1, S, 1, D]``; of this rank's tokens."""
-        over = tokens()
         cos, sin = half_tables(rotary_emb)
-        return Rope("pairs", cos, sin) if over is None else Rope("pairs", cos[:, over.own], sin[:, over.own])
+        return Rope("pairs", own_tokens(cos, 1), own_tokens(sin, 1))
 
     def fused_forward(self, hidden_states: Tensor, context: Tensor, temb: Tensor, rotary_emb: Any) -> Tensor:
         modulation = self.modulation(temb)
@@ -215,10 +217,7 @@ class WanBlock(FusedBlock):
         rounding: Any = "once" if self.parts.head_norm is nn.RMSNorm else "each"
         norm = HeadNorm("rms_all", attn.norm_q.eps, attn.norm_q.weight, attn.norm_k.weight, rounding=rounding)
         query, key = qk_norm_rope(query, key, attn.heads, norm, self.rope(rotary_emb))
-        if tokens() is None:
-            return project(attn, self.attend(attn, query, key, value, mask))
-        fused = self.runs("spatial_attention")
-        return project(attn, attend_to_all(attn.processor, query, key, value, attn.heads, mask=mask, fused=fused))
+        return project(attn, over_heads(partial(self.attend, attn, mask=mask), query, key, value, attn.heads))
 
     def self_attention_reason(self, x: Tensor, rotary_emb: Any) -> str | None:
         """Why the first attention is called as a module, or None."""
@@ -246,9 +245,9 @@ class WanBlock(FusedBlock):
             image, context = context.split([context.shape[1] - TEXT_TOKENS, TEXT_TOKENS], dim=1)
         query, key, value = qkv(attn, x, context)
         query, key = attn.norm_q(query), attn.norm_k(key)
-        out = self.attend(attn, query, key, value)
+        out = self.attend(attn, query, key, value, attn.heads)
         if image is not None:
-            out = out + self.attend(attn, query, *_image_keys_values(attn, image))
+            out = out + self.attend(attn, query, *_image_keys_values(attn, image), attn.heads)
         return project(attn, out)
 
     def _takes_image(self) -> bool:
@@ -257,9 +256,9 @@ class WanBlock(FusedBlock):
     def call_cross_attention(self, x: Tensor, context: Tensor, *args: Any) -> Tensor:
         return self.attn2(x, context, None, None, *args)
 
-    def attend(self, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any = None) -> Tensor:
+    def attend(self, attn: Any, query: Tensor, key: Tensor, value: Tensor, num_heads: int, mask: Any = None) -> Tensor:
         fused = self.runs("spatial_attention")
-        return attend(attn.processor, query, key, value, attn.heads, mask=mask, fused=fused)
+        return attend(attn.processor, query, key, value, num_heads, mask=mask, fused=fused)
 
 
 def first_tokens(temb: Tensor) -> Tensor:
