@@ -17,7 +17,7 @@ from tiny_models import tiny_svd_unet, tiny_synthetic_pipeline
 from torch import nn
 
 from vidaccel import patch_pipeline
-from vidaccel.parallel.guidance import UNEXPECTED, Guidance
+from vidaccel.parallel.guidance import UNEXPECTED, UNPAIRED, Guidance
 from vidaccel.parallel.ranks import axes_of
 from vidaccel.patching.parallel import is_guided
 
@@ -177,6 +177,22 @@ def test_only_the_second_call_of_a_pair_is_foretold(two_ranks: Team) -> None:
     clip = [1, 1, 1, 0, 1, 0]  # of the first step both calls are run by both; then one each
     assert ran[:12] == clip * 2 and ran[12:14] == [1, 1], "a text that was written to is no text of the step before"
     assert reasons == {UNEXPECTED: 3}  # another scale, the call behind that, and another tensor
+
+
+def calls_with_latents_of_their_own() -> dict[str, int]:
+    """Three steps as Cosmos makes them of a picture: for each text the latents are joined anew."""
+    reasons = Counter[str]()
+    guidance = Guidance(axes_of([2])[0], lambda reason: reasons.update([reason]))
+    model, texts = Sum(), torch.tensor([[[1.0]], [[2.0]]])
+    with torch.no_grad():
+        for step in range(3):
+            for text in texts:
+                guidance.call(model, model, (torch.full((1, 1), float(step)), text), {})
+    return dict(reasons)
+
+
+def test_calls_that_are_no_pairs_are_counted(two_ranks: Team) -> None:
+    assert two_ranks.run(calls_with_latents_of_their_own) == [{UNPAIRED: 4}] * 2  # all but those of the first step
 
 
 @pytest.mark.parametrize(
