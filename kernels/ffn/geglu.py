@@ -5,10 +5,12 @@
 Rows of ``2 D`` numbers, value before gate (Shazeer 2020, https://arxiv.org/abs/2002.05202). Computed in float32; the
 GELU is rounded to the input dtype before the product, where eager PyTorch stores it. Fidelity: math-exact (it is the
 device's erf that decides the last place). Bound by memory: reads ``2 D``, writes ``D``; eager moves ``5 D``.
+``swiglu.py`` is the same with SiLU.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch.nn.functional as F
@@ -20,7 +22,7 @@ from vidaccel.kernels.check import Part, row_parts
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.op import Costs, Implementation, Op, device_reason, tensors_reason
 
-__all__ = ["GEGLU", "geglu", "geglu_ref"]
+__all__ = ["GEGLU", "gated_op", "geglu", "geglu_ref"]
 
 BLOCK = 2048
 NUM_WARPS = 4
@@ -36,6 +38,7 @@ def geglu_ref(x: Tensor) -> Tensor:
 def _geglu_kernel(
     x_ptr, y_ptr,
     dim, size,
+    ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     # blocks of the output may begin and end inside a row, so that no lane is idle whatever D is
@@ -48,13 +51,17 @@ def _geglu_kernel(
     mask = offs_y < size
     value = tl.load(x_ptr + offs_x, mask=mask).to(tl.float32)
     gate = tl.load(x_ptr + offs_x + dim, mask=mask).to(tl.float32)
-    gelu = gate * 0.5 * (1.0 + tl.math.erf(gate * 0.7071067811865476))
-    tl.store(y_ptr + offs_y, value * gelu.to(y_ptr.dtype.element_ty).to(tl.float32), mask=mask)
+    if ACTIVATION == "gelu":
+        gate = gate * 0.5 * (1.0 + tl.math.erf(gate * 0.7071067811865476))
+    else:
+        gate = gate / (1.0 + tl.exp(-gate))
+    tl.store(y_ptr + offs_y, value * gate.to(y_ptr.dtype.element_ty).to(tl.float32), mask=mask)
 
 
-def _bind(x: Tensor) -> Callable[[Tensor], Tensor]:
+def _bind(x: Tensor, *, activation: str) -> Callable[[Tensor], Tensor]:
     size, dim = x.numel() // 2, x.shape[-1] // 2
-    launch = Launch(_geglu_kernel, (triton.cdiv(size, BLOCK),), dim, size, BLOCK=BLOCK, num_warps=NUM_WARPS)
+    grid, options = (triton.cdiv(size, BLOCK),), {"BLOCK": BLOCK, "num_warps": NUM_WARPS}
+    launch = Launch(_geglu_kernel, grid, dim, size, ACTIVATION=activation, **options)
 
     def run(x: Tensor) -> Tensor:
         y = _empty_output(x)
@@ -62,10 +69,6 @@ def _bind(x: Tensor) -> Callable[[Tensor], Tensor]:
         return y
 
     return run
-
-
-def _triton(x: Tensor) -> Tensor:
-    return _bind(x)(x)
 
 
 def _empty_output(x: Tensor) -> Tensor:
@@ -87,22 +90,32 @@ def _parts(x: Tensor) -> Iterator[Part]:
         yield Part((rows,), of)
 
 
-def _validate(x: Tensor) -> None:
+def _validate(x: Tensor, *, name: str) -> None:
     if x.ndim == 0 or x.shape[-1] % 2:
-        raise ValueError(f"geglu: x must be [..., 2 * D], got {tuple(x.shape)}")
+        raise ValueError(f"{name}: x must be [..., 2 * D], got {tuple(x.shape)}")
     if not x.is_floating_point():
-        raise TypeError(f"geglu: x must be floating-point, got {x.dtype}")
+        raise TypeError(f"{name}: x must be floating-point, got {x.dtype}")
 
 
-GEGLU = Op(
-    "geglu",
-    reference=geglu_ref,
-    implementations={"triton": Implementation(_triton, _reason, _bind, registered=True)},
-    fake=_empty_output,
-    costs=_costs,
-    parts=_parts,
-    validate=_validate,
-)
+def gated_op(name: str, activation: str, reference: Callable[[Tensor], Tensor]) -> Op:
+    """The product of value and ``activation`` (``"gelu"``, ``"silu"``) of gate."""
+    bind = functools.partial(_bind, activation=activation)
+
+    def run(x: Tensor) -> Tensor:
+        return bind(x)(x)
+
+    return Op(
+        name,
+        reference=reference,
+        implementations={"triton": Implementation(run, _reason, bind, registered=True)},
+        fake=_empty_output,
+        costs=_costs,
+        parts=_parts,
+        validate=functools.partial(_validate, name=name),
+    )
+
+
+GEGLU = gated_op("geglu", "gelu", geglu_ref)
 
 
 def geglu(x: Tensor, *, impl: str | None = None) -> Tensor:

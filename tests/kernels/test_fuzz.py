@@ -214,6 +214,9 @@ def _geglu(d: Drawer) -> Any:
     return (d.tensor(*[d.size(4) for _ in range(d.size(3))], 2 * d.channels()),)
 
 
+_swiglu = _geglu
+
+
 def _group_norm(d: Drawer) -> Any:
     shape = _image_or_clip(d)
     return d.tensor(*shape), d.vector(shape[1]), d.vector(shape[1]), d.of(1, math.gcd(4, shape[1]), shape[1]), 1e-5

@@ -193,6 +193,10 @@ CASES: dict[str, dict[str, Arguments]] = {
         "animatediff level 0": {"x": (32, 4096, 2560)},
         TINY: {"x": (2, 3, 32)},
     },
+    "swiglu": {
+        "mochi": {"x": (2, 6360, 16384)},
+        TINY: {"x": (2, 3, 32)},
+    },
     "group_norm_silu": {
         "svd level 0, frames together": _norm(2, 320, 14, 72, 128),
         "svd level 0, frames apart": _norm(28, 320, 72, 128),

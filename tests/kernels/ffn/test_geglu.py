@@ -123,9 +123,12 @@ def test_compiles_fullgraph(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_accesses_are_16_bytes_wide(target: str) -> None:
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+def test_accesses_are_16_bytes_wide(target: str, activation: str) -> None:
     signature = {"x_ptr": "*fp16:16", "y_ptr": "*fp16:16", "dim": "i32:16", "size": "i32:16"}
-    asm = compile_for(target, op._geglu_kernel, signature, {"BLOCK": op.BLOCK}, num_warps=op.NUM_WARPS)
+    asm = compile_for(
+        target, op._geglu_kernel, signature, {"ACTIVATION": activation, "BLOCK": op.BLOCK}, num_warps=op.NUM_WARPS
+    )
     assert_no_spills(asm)
     assert not narrow_accesses(asm)
 

@@ -12,13 +12,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers.models.activations import GELU
+from diffusers.models.activations import GELU, SwiGLU
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from torch import Tensor, nn
 
 from vidaccel.kernels.attention.spatial_attention import spatial_attention
 from vidaccel.kernels.ffn.linear_gelu import linear_gelu
+from vidaccel.kernels.ffn.swiglu import swiglu
 from vidaccel.kernels.op import REFERENCE, note
 from vidaccel.parallel.layout import tokens
 from vidaccel.sites.memo import once_per_call
@@ -30,6 +31,7 @@ __all__ = [
     "attend_to_all",
     "attention_reason",
     "feed_forward",
+    "gated_feed_forward",
     "over_heads",
     "parameters_reason",
     "project",
@@ -183,3 +185,26 @@ def _feed_forward_reason(ff: Any, device: torch.device) -> str | None:
     if dropout.training and dropout.p:
         return "dropout is on"
     return readable_reason(first.proj, nn.Linear, torch.empty(0, device=device), with_bias=False)
+
+
+def gated_feed_forward(ff: Any, x: Tensor, *, fused: bool = True) -> Tensor:
+    """``ff(x)``, where ``fused`` with value times SiLU of gate in one pass behind its first product."""
+    if not fused:
+        return ff(x)
+    if reason := _gated_reason(ff):
+        note("swiglu", REFERENCE, reason)
+        return ff(x)
+    first, *others = ff.net
+    out = swiglu(first.proj(x))
+    for layer in others:
+        out = layer(out)
+    return out
+
+
+@once_per_call
+def _gated_reason(ff: Any) -> str | None:
+    """Why ``ff`` does not begin with SwiGLU."""
+    if reason := plain_reason(ff, FeedForward):
+        return reason
+    first = ff.net[0]
+    return plain_reason(first, SwiGLU) or plain_reason(first.activation, nn.SiLU)

@@ -25,7 +25,7 @@ from diffusers.models.transformers.transformer_mochi import (
 )
 from torch import Tensor, nn
 
-from vidaccel.blocks.dit.attention import attention_reason, over_heads, parameters_reason, project
+from vidaccel.blocks.dit.attention import attention_reason, gated_feed_forward, over_heads, parameters_reason, project
 from vidaccel.blocks.dit.padded_text import padded, valid_lengths
 from vidaccel.blocks.dit.step_caches import known_to_step_caches
 from vidaccel.kernels.attention.qk_norm_rope import HeadNorm, Rope, SecondStream, qk_norm_rope
@@ -44,6 +44,7 @@ MOCHI_OPS: dict[str, Fidelity] = {
     "gated_residual_norm": "math-exact",
     "qk_norm_rope": "math-exact",
     "spatial_attention": "math-exact",
+    "swiglu": "math-exact",
 }
 
 Lengths = tuple[int, ...]  # valid tokens of each text
@@ -136,12 +137,12 @@ class FusedMochiTransformerBlock(FusedBlock, MochiTransformerBlock):
         text_normed = self._modulate(text, self.norm1_context.norm, of_text[0])
         attended, text_attended = self._attention(normed, text_normed, mask, lengths, rotary)
         x, normed = self._add_norm(x, attended, self.norm2, gate, self.norm3, ff_scale)
-        x = self._add(x, self.ff(normed), self.norm4, ff_gate)
+        x = self._add(x, self._feed_forward(self.ff, normed), self.norm4, ff_gate)
         if self.context_pre_only:
             return x, encoder_hidden_states
         _, gate, ff_scale, ff_gate = of_text
         text, normed = self._add_norm(text, text_attended, self.norm2_context, gate, self.norm3_context, ff_scale)
-        text = self._add(text, self.ff_context(normed), self.norm4_context, ff_gate)
+        text = self._add(text, self._feed_forward(self.ff_context, normed), self.norm4_context, ff_gate)
         return x, padded(text, encoder_hidden_states.shape[1])
 
     def _modulate(self, x: Tensor, norm: Any, scale: Tensor) -> Tensor:
@@ -170,6 +171,9 @@ class FusedMochiTransformerBlock(FusedBlock, MochiTransformerBlock):
     def _fuses_sum(self, x: Tensor, branch: Tensor) -> bool:
         # stock code's sum of two dtypes has the wider one, the op's has that of x
         return self.runs("gated_residual_norm") and branch.dtype == x.dtype
+
+    def _feed_forward(self, ff: Any, x: Tensor) -> Tensor:
+        return gated_feed_forward(ff, x, fused=self.runs("swiglu"))
 
     def _without_padding(self, text: Tensor, mask: Tensor) -> tuple[Tensor, Lengths | None]:
         """The text up to the longest of the batch, and how long each is; None: attention has to be called."""
@@ -200,8 +204,9 @@ class FusedMochiTransformerBlock(FusedBlock, MochiTransformerBlock):
         query, key, value = self._joint(x, text, rotary)
         attend = partial(self._attend, lengths=lengths)
         joint = over_heads(attend, query, key, value, attn.heads, behind=text.shape[1])
-        text = joint[:, tokens:]
-        return project(attn, joint[:, :tokens]), text if self.context_pre_only else attn.to_add_out(text)
+        # in one piece: of several samples apart, the product would leave the bias to a pass of its own
+        video, text = joint[:, :tokens].contiguous(), joint[:, tokens:]
+        return project(attn, video), text if self.context_pre_only else attn.to_add_out(text)
 
     def _joint(self, x: Tensor, text: Tensor, rotary: Rotary | None) -> list[Tensor]:
         """Queries, keys and values ``[B, S + T, H*D]``."""
@@ -237,11 +242,13 @@ class FusedMochiTransformerBlock(FusedBlock, MochiTransformerBlock):
         tokens = query.shape[1] - _longest(lengths)
         if set(lengths) == {_longest(lengths)}:
             return spatial_attention(query, key, value, heads, impl=impl)
-        out = torch.zeros_like(query)
+        out = torch.empty_like(query)
         for length, group in groupby(range(len(lengths)), lengths.__getitem__):
             samples = list(group)
-            valid = slice(samples[0], samples[-1] + 1), slice(tokens + length)
-            out[valid] = spatial_attention(query[valid], key[valid], value[valid], heads, impl=impl)
+            rows, valid = slice(samples[0], samples[-1] + 1), slice(tokens + length)
+            q, k, v = (t[rows, valid] for t in (query, key, value))
+            out[rows, valid] = spatial_attention(q, k, v, heads, impl=impl)
+            out[rows, tokens + length :] = 0
         return out
 
 
