@@ -54,11 +54,12 @@ triton.knobs.compilation.listener = lambda *, cache_hit=False, **_: hits.append(
 
 def begin(block):
     dtypes = (torch.float16, torch.float16)
-    compile_ahead.begin(block, kernel, torch.device("cuda", 0), (*dtypes, 320, 64000), dict(BLOCK=block, num_warps=4))
+    options = dict(ACTIVATION="gelu", BLOCK=block, num_warps=4)
+    compile_ahead.begin(block, kernel, torch.device("cuda", 0), (*dtypes, 320, 64000), options)
 
 def first_launch(block):
     compile_ahead.finish(block)
-    kernel.warmup(torch.float16, torch.float16, 320, 64000, BLOCK=block, num_warps=4, grid=(1,))
+    kernel.warmup(torch.float16, torch.float16, 320, 64000, ACTIVATION="gelu", BLOCK=block, num_warps=4, grid=(1,))
 
 BLOCKS = (256, 512, 1024)
 """
@@ -177,7 +178,8 @@ compile_ahead.available_cpus = lambda: 4
 hits, processes = [], []
 triton.knobs.compilation.listener = lambda *, cache_hit=False, **_: hits.append(cache_hit)
 x, y = torch.randn(64, 640, device="cuda").half(), torch.empty(64, 320, device="cuda").half()
-launches = [Launch(_geglu_kernel, (y.numel() // b,), 320, y.numel(), BLOCK=b, num_warps=4) for b in BLOCKS]
+options = {"ACTIVATION": "gelu", "num_warps": 4}
+launches = [Launch(_geglu_kernel, (y.numel() // b,), 320, y.numel(), BLOCK=b, **options) for b in BLOCKS]
 for launch in launches:
     launch.compile_ahead(x.device, x.dtype, y.dtype)
 """

@@ -7,6 +7,10 @@ import torch
 import triton
 import triton.language as tl
 
+pytestmark = pytest.mark.skipif(
+    not triton.__version__.startswith("3.6."), reason="made faster is Triton 3.6's; 3.8's reduces along an axis only"
+)
+
 
 @triton.jit
 def _larger(value, place, other, other_place):

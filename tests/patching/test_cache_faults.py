@@ -72,6 +72,9 @@ def test_nothing_falls_back(played: dict[str, Any], case: str) -> None:
 def test_pytorch_runs_instead(played: dict[str, Any], case: str) -> None:
     (clip,) = played[case]
     assert clip["same"] and not clip["half_written"]
+    if case == "kernels corrupt" and not triton.__version__.startswith(("3.6.", "3.7.")):
+        assert not clip["reasons"] and not clip["warnings"]  # Triton 3.8 compiles such a kernel anew
+        return
     assert clip["reasons"] and all(reason.startswith(FELL_BACK[case]) for reason in clip["reasons"])
     assert clip["warnings"] and all(FELL_BACK[case] in warning for warning in clip["warnings"])
     assert len(clip["warnings"]) == len({warning.partition(":")[0] for warning in clip["warnings"]}), "one for each op"
@@ -95,8 +98,11 @@ def plant(op: Op) -> Op:
 
     def run(*args: Any) -> Any:
         ensure_writable()
-        signature = {"x_ptr": "*fp16", "y_ptr": "*fp16", "dim": "i32", "size": "i32", "BLOCK": "constexpr"}
-        source = ASTSource(_geglu_kernel, signature, {"BLOCK": 128})
+        constants = {"ACTIVATION": "gelu", "BLOCK": 128}
+        signature = {"x_ptr": "*fp16", "y_ptr": "*fp16", "dim": "i32", "size": "i32"} | dict.fromkeys(
+            constants, "constexpr"
+        )
+        source = ASTSource(_geglu_kernel, signature, constants)
         triton.compile(source, target=GPUTarget("cuda", 90, 32))
         return measured(*args)
 

@@ -237,6 +237,12 @@ def test_parameters_of_another_dtype(device: torch.device) -> None:
 def test_empty_input(shape: tuple[int, ...], device: torch.device) -> None:
     x, weight, bias, _ = draw(shape, torch.float16, device)
     head, tail = cut(x, 32)
+    try:
+        torch.nn.functional.group_norm(x, GROUPS)
+    except RuntimeError:  # PyTorch 2.14's, of no pixels
+        with pytest.raises(RuntimeError):
+            group_norm_silu(x, weight, bias, GROUPS, EPS)
+        return
     for out in (
         group_norm_silu(x, weight, bias, GROUPS, EPS),
         group_norm_silu(head, weight, bias, GROUPS, EPS, tail=tail),

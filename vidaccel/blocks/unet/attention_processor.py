@@ -203,7 +203,7 @@ def attend(attn: Any, hidden_states: Tensor, context: Tensor | None = None) -> T
 @once_per_call
 def _call_reason(attn: Any) -> str | None:
     """Why only a call of ``attn`` will do, or None."""
-    if type(attn.processor) is not FusedAttnProcessor2_0:
+    if not isinstance(attn.processor, FusedAttnProcessor2_0):
         return "its processor is somebody else's"
     return plain_reason(attn, Attention)
 
@@ -213,7 +213,9 @@ def attention_reason(attn: Any) -> str | None:
     """Why code that calls ``attn``'s projections itself would not do what ``attn`` does, or None."""
     if reason := plain_reason(attn, Attention):
         return reason
-    if type(attn.processor) not in (AttnProcessor2_0, FusedAttnProcessor2_0):
+    # in this order: Dynamo takes type(x) for x.__class__, which of ours is that of diffusers'
+    fused = isinstance(attn.processor, FusedAttnProcessor2_0)
+    if not fused and type(attn.processor) is not AttnProcessor2_0:
         return f"it has a processor of its own, {type(attn.processor).__name__}"
     return None
 
