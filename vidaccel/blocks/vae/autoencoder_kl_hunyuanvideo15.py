@@ -110,70 +110,21 @@ class FusedHunyuanVideo15Decoder3D(FusedBlock, HunyuanVideo15Decoder3D):
         return _Decode(self).run(hidden_states)
 
 
-class _Decode:
-    """One decode of latents by the modules of a decoder."""
+class _Rows:
+    """What a decode has in common with an encode."""
 
-    def __init__(self, decoder: FusedHunyuanVideo15Decoder3D) -> None:
-        self._decoder = decoder
-        self._norm_op = rms_norm_silu if decoder.runs("rms_norm_silu") else rms_norm_silu_ref
+    def __init__(self, coder: Any) -> None:
+        self._coder = coder
+        self._norm_op = rms_norm_silu if coder.runs("rms_norm_silu") else rms_norm_silu_ref
 
-    def run(self, latents: Tensor) -> Tensor:
-        decoder = self._decoder
-        samples, _, frames, height, width = latents.shape
-        upsamplers = list(_upsamplers(decoder))
-        rate = 2 ** sum(upsampler.add_temporal_upsample for upsampler in upsamplers)
-        height, width = height * 2 ** len(upsamplers), width * 2 ** len(upsamplers)
-
-        def pixel_frames(latent_frames: int) -> int:
-            return 1 + rate * (latent_frames - 1) if latent_frames else 0
-
-        channels = len(decoder.conv_out.conv.weight)
-        pixels = latents.new_empty(samples, channels, pixel_frames(frames), height, width)
-        halos: Halos = {}
-        middle: Tensor | None = None
-
-        def decode(start: int, end: int) -> None:
-            nonlocal halos, middle
-            if middle is None:
-                middle = self._middle(latents)
-            chunk = Chunk(Sum(middle[:, start:end]), halos, end < frames)
-            halos = self._up(chunk, pixels[:, :, pixel_frames(start) : pixel_frames(end)])
-
-        needs = partial(decode_bytes, decoder, latents)
-        explain = partial(out_of_memory, samples, height, width)
-        step = decode_in_chunks(frames, latents.device, needs, decode, explain)
-        tell_chunk(decoder, "whole_clip", step, frames)
-        return pixels
-
-    def _middle(self, latents: Tensor) -> Tensor:
-        """What the up-blocks get of the whole clip."""
-        decoder = self._decoder
-        rows = latents.permute(0, 2, 3, 4, 1)
-        conv = decoder.conv_in.conv
-        summed = conv_rows(pad_clip(rows, None, CAUSAL), conv, padding=UNPADDED)
-        chunk = Chunk(Sum(summed, conv.bias, rows.repeat_interleave(decoder.repeat, -1)), {}, False)
-        del summed
-        mid = decoder.mid_block
+    def _mid(self, chunk: Chunk) -> None:
+        """The blocks in the middle, which see the whole clip."""
+        mid = self._coder.mid_block
         self._resnet(chunk, mid.resnets[0])
         for attention, resnet in zip(mid.attentions, mid.resnets[1:], strict=True):
             if attention is not None:
                 self._attention(chunk, attention)
             self._resnet(chunk, resnet)
-        return self._written(chunk, NO_PADDING, kind="none", silu=False)
-
-    def _up(self, chunk: Chunk, out: Tensor) -> Halos:
-        decoder = self._decoder
-        for block in decoder.up_blocks:
-            for resnet in block.resnets:
-                self._resnet(chunk, resnet)
-            for upsampler in block.upsamplers or ():
-                self._upsample(chunk, upsampler)
-        buffer = self._input_of(chunk, decoder.conv_out, decoder.norm_out)
-        del chunk.flow
-        run = pixel_conv if decoder.runs("pixel_conv") else pixel_conv_ref
-        conv = decoder.conv_out.conv
-        out.copy_(run(buffer, conv.weight, conv.bias, bordered=True))
-        return chunk.following
 
     def _written(self, chunk: Chunk, padding: Padding, gamma: Tensor | None = None, **options: Any) -> Tensor:
         """What flows, added, normed and padded; with ``keep``, the sum is what flows on."""
@@ -211,17 +162,74 @@ class _Decode:
         samples, _, height, width, channels = normed.shape
         rows, pixels = normed.view(samples, -1, channels), height * width
         q, k, v = (F.linear(rows, conv.weight.flatten(1), conv.bias) for conv in (block.to_q, block.to_k, block.to_v))
-        fused = self._decoder.runs("spatial_attention")
+        fused = self._coder.runs("spatial_attention")
         attended = (block_causal_attention if fused else block_causal_attention_ref)(q, k, v, pixels)
         out = F.linear(attended, block.proj_out.weight.flatten(1))
         chunk.flow = Sum(out.view(residual.shape), block.proj_out.bias, residual)
+
+
+class _Decode(_Rows):
+    """One decode of latents by the modules of a decoder."""
+
+    def run(self, latents: Tensor) -> Tensor:
+        decoder = self._coder
+        samples, _, frames, height, width = latents.shape
+        upsamplers = list(_upsamplers(decoder))
+        rate = 2 ** sum(upsampler.add_temporal_upsample for upsampler in upsamplers)
+        height, width = height * 2 ** len(upsamplers), width * 2 ** len(upsamplers)
+
+        def pixel_frames(latent_frames: int) -> int:
+            return 1 + rate * (latent_frames - 1) if latent_frames else 0
+
+        channels = len(decoder.conv_out.conv.weight)
+        pixels = latents.new_empty(samples, channels, pixel_frames(frames), height, width)
+        halos: Halos = {}
+        middle: Tensor | None = None
+
+        def decode(start: int, end: int) -> None:
+            nonlocal halos, middle
+            if middle is None:
+                middle = self._middle(latents)
+            chunk = Chunk(Sum(middle[:, start:end]), halos, end < frames)
+            halos = self._up(chunk, pixels[:, :, pixel_frames(start) : pixel_frames(end)])
+
+        needs = partial(decode_bytes, decoder, latents)
+        explain = partial(out_of_memory, samples, height, width)
+        step = decode_in_chunks(frames, latents.device, needs, decode, explain)
+        tell_chunk(decoder, "whole_clip", step, frames)
+        return pixels
+
+    def _middle(self, latents: Tensor) -> Tensor:
+        """What the up-blocks get of the whole clip."""
+        decoder = self._coder
+        rows = latents.permute(0, 2, 3, 4, 1)
+        conv = decoder.conv_in.conv
+        summed = conv_rows(pad_clip(rows, None, CAUSAL), conv, padding=UNPADDED)
+        chunk = Chunk(Sum(summed, conv.bias, rows.repeat_interleave(decoder.repeat, -1)), {}, False)
+        del summed
+        self._mid(chunk)
+        return self._written(chunk, NO_PADDING, kind="none", silu=False)
+
+    def _up(self, chunk: Chunk, out: Tensor) -> Halos:
+        decoder = self._coder
+        for block in decoder.up_blocks:
+            for resnet in block.resnets:
+                self._resnet(chunk, resnet)
+            for upsampler in block.upsamplers or ():
+                self._upsample(chunk, upsampler)
+        buffer = self._input_of(chunk, decoder.conv_out, decoder.norm_out)
+        del chunk.flow
+        run = pixel_conv if decoder.runs("pixel_conv") else pixel_conv_ref
+        conv = decoder.conv_out.conv
+        out.copy_(run(buffer, conv.weight, conv.bias, bordered=True))
+        return chunk.following
 
     def _upsample(self, chunk: Chunk, upsample: Any) -> None:
         buffer = self._input_of(chunk, upsample.conv)
         del chunk.flow
         conv = upsample.conv.conv
         made = conv_rows(buffer, conv, padding=UNPADDED)
-        run = depth_to_space if self._decoder.runs("depth_to_space") else depth_to_space_ref
+        run = depth_to_space if self._coder.runs("depth_to_space") else depth_to_space_ref
         factor_t = 2 if upsample.add_temporal_upsample else 1
         source = CAUSAL.inner(buffer)
         chunk.flow = Sum(run(made, conv.bias, source, factor_t=factor_t, first=chunk.begins))
@@ -270,18 +278,7 @@ def _channels_held(decoder: Any) -> Iterator[int]:
 
 
 def _reasons(decoder: Any) -> Iterator[str | None]:
-    yield plain_reason(decoder.conv_act, nn.SiLU)
-    yield _causal_reason(decoder.conv_in)
-    mid = decoder.mid_block
-    yield plain_reason(mid, HunyuanVideo15MidBlock)
-    for attention in mid.attentions:
-        if attention is not None:
-            yield plain_reason(attention, HunyuanVideo15AttnBlock)
-            yield _norm_reason(attention.norm)
-            for conv in (attention.to_q, attention.to_k, attention.to_v, attention.proj_out):
-                yield conv_reason(conv, nn.Conv3d, (1,) * 3, (0,) * 3)
-    for resnet in mid.resnets:
-        yield from _resnet_reasons(resnet)
+    yield from _reasons_of_both(decoder)
     for block in decoder.up_blocks:
         yield plain_reason(block, HunyuanVideo15UpBlock3D)
         for resnet in block.resnets:
@@ -292,8 +289,24 @@ def _reasons(decoder: Any) -> Iterator[str | None]:
             conv = upsampler.conv.conv
             if conv.out_channels % conv.in_channels or (upsampler.add_temporal_upsample and upsampler.repeats % 2):
                 yield "the channels of a shortcut do not fit those of its upsampler"
-    yield _norm_reason(decoder.norm_out)
-    yield _causal_reason(decoder.conv_out)
+
+
+def _reasons_of_both(coder: Any) -> Iterator[str | None]:
+    """Those of what a decoder has in common with an encoder."""
+    yield plain_reason(coder.conv_act, nn.SiLU)
+    yield _causal_reason(coder.conv_in)
+    mid = coder.mid_block
+    yield plain_reason(mid, HunyuanVideo15MidBlock)
+    for attention in mid.attentions:
+        if attention is not None:
+            yield plain_reason(attention, HunyuanVideo15AttnBlock)
+            yield _norm_reason(attention.norm)
+            for conv in (attention.to_q, attention.to_k, attention.to_v, attention.proj_out):
+                yield conv_reason(conv, nn.Conv3d, (1,) * 3, (0,) * 3)
+    for resnet in mid.resnets:
+        yield from _resnet_reasons(resnet)
+    yield _norm_reason(coder.norm_out)
+    yield _causal_reason(coder.conv_out)
 
 
 def _resnet_reasons(resnet: Any) -> Iterator[str | None]:
