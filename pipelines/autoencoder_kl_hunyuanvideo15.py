@@ -7,9 +7,12 @@ left are the convolutions and a pass or two around each.
 
 from __future__ import annotations
 
-from vidaccel.blocks.vae.autoencoder_kl_hunyuanvideo15 import FusedHunyuanVideo15Decoder3D
+from vidaccel.blocks.vae.autoencoder_kl_hunyuanvideo15 import (
+    FusedHunyuanVideo15Decoder3D,
+    FusedHunyuanVideo15Encoder3D,
+)
 from vidaccel.sites.rules import Swap
 
 __all__ = ["RULES"]
 
-RULES = {"AutoencoderKLHunyuanVideo15": (Swap(FusedHunyuanVideo15Decoder3D),)}
+RULES = {"AutoencoderKLHunyuanVideo15": (Swap(FusedHunyuanVideo15Encoder3D), Swap(FusedHunyuanVideo15Decoder3D))}

@@ -1,4 +1,4 @@
-"""What the tests of decoders of causal VAEs share."""
+"""What the tests of decoders and encoders of causal VAEs share."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ __all__ = [
     "check_gradients",
     "check_halves",
     "decode",
+    "encode",
     "out_of_memory_beyond",
     "ran",
     "reasons",
@@ -36,8 +37,17 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
     return vae.decode(latents).sample
 
 
+@torch.no_grad()
+def encode(vae: Any, clip: Tensor) -> Tensor:
+    """The mean of the latents and the logarithm of their variance."""
+    return vae.encode(clip).latent_dist.parameters
+
+
+CODERS = {decode: "decoder", encode: "encoder"}
+
+
 def ran(report: PatchReport) -> set[str]:
-    """How many frames went through decoders at once."""
+    """How many frames went through decoders or encoders at once."""
     return {way for site in report.sites if site.op == "whole_clip" for way in site.implementations}
 
 
@@ -70,24 +80,31 @@ class Lora(nn.Module):
         return (1.5 * out[0], *out[1:]) if isinstance(out, tuple) else 1.5 * out
 
 
-def check_changed_child(vae: Any, latents: Tensor, change: Callable[[Any], None], when: str, reason: str) -> None:
-    """A decoder runs a child that was changed ``"before"`` or ``"after"`` patching, and says so."""
+def check_changed_child(
+    vae: Any,
+    latents: Tensor,
+    change: Callable[[Any], None],
+    when: str,
+    reason: str,
+    run: Callable[[Any, Tensor], Tensor] = decode,
+) -> None:
+    """The coder that ``run`` calls runs a child that was changed ``"before"`` or ``"after"`` patching, and says so."""
     if when == "before":
         change(vae)
     report = patch_module(vae)
     if when == "after":
-        decode(vae, latents)
+        run(vae, latents)
         change(vae)
     torch.manual_seed(0)
-    out = decode(vae, latents)
+    out = run(vae, latents)
     if when == "after":
         assert reason in reasons(report)
     else:
-        left = [site for site in report.sites if site.path == "decoder"]
+        left = [site for site in report.sites if site.path == CODERS[run]]
         assert left and all(site.state == "left alone" and reason in site.reason for site in left)
     report.restore()
     torch.manual_seed(0)
-    assert torch.equal(out, decode(vae, latents))
+    assert torch.equal(out, run(vae, latents))
 
 
 def assert_no_worse(out: Tensor, stock: Tensor, gold: Tensor) -> None:
@@ -97,14 +114,16 @@ def assert_no_worse(out: Tensor, stock: Tensor, gold: Tensor) -> None:
         assert error <= 2 * own
 
 
-def check_halves(vae: Any, latents: Tensor, dtype: torch.dtype) -> None:
+def check_halves(
+    vae: Any, latents: Tensor, dtype: torch.dtype, run: Callable[[Any, Tensor], Tensor] = decode
+) -> None:  # fmt: skip
     """Beside float64, patched and stock."""
     vae.to(dtype)
     latents = latents.to(dtype)
-    gold = decode(copy.deepcopy(vae).double(), latents.double())
-    stock = decode(vae, latents)
+    gold = run(copy.deepcopy(vae).double(), latents.double())
+    stock = run(vae, latents)
     with patch_module(vae) as report:
-        out = decode(vae, latents)
+        out = run(vae, latents)
         assert not report.fallbacks, str(report)
     assert_no_worse(out, stock, gold)
 
@@ -150,10 +169,17 @@ def _zeroed_frame(pixels: Tensor) -> Tensor:
 PIXEL_FAULTS = {"swapped-frames": _swapped_frames, "gain": _gain, "zeroed-frame": _zeroed_frame}
 
 
-def check_fault_found(vae: Any, latents: Tensor, kind: Any, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is wrong with the pixels of the fused decoder ``kind`` is seen, and stock's are returned."""
-    expected, right = decode(vae, latents), kind.fused_forward
+def check_fault_found(
+    vae: Any,
+    latents: Tensor,
+    kind: Any,
+    fault: str,
+    monkeypatch: pytest.MonkeyPatch,
+    run: Callable[[Any, Tensor], Tensor] = decode,
+) -> None:
+    """What is wrong with what the fused ``kind`` makes when ``run`` is seen, and stock's is returned."""
+    expected, right = run(vae, latents), kind.fused_forward
     monkeypatch.setattr(kind, "fused_forward", lambda *args: PIXEL_FAULTS[fault](right(*args)))
     with patch_module(vae) as report:
-        assert relative_error(decode(vae, latents), expected) <= 1e-5
-        assert {site.state for site in report.sites if site.path == "decoder"} == {"failed"}
+        assert relative_error(run(vae, latents), expected) <= 1e-5
+        assert {site.state for site in report.sites if site.path == CODERS[run]} == {"failed"}

@@ -1,41 +1,40 @@
-"""HunyuanVideo 1.5's decoder: the memory that it holds, what a check of it finds, and the released width."""
+"""HunyuanVideo 1.5's decoder and encoder: the memory that they hold, what a check finds, and the released width."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from block_checks import relative_error
-from copy_checks import Held, hollow_out
+from copy_checks import Held, hollow_conv3d, hollow_out
 from diffusers import AutoencoderKLHunyuanVideo15
 from tiny_models import tiny_autoencoder_kl_hunyuanvideo15
 from torch import Tensor
-from vae_checks import PIXEL_FAULTS, assert_no_worse, check_fault_found, decode
+from vae_checks import PIXEL_FAULTS, assert_no_worse, check_fault_found, decode, encode
 
 from vidaccel import patch_module
 from vidaccel.blocks.vae import causal_clip
-from vidaccel.blocks.vae.autoencoder_kl_hunyuanvideo15 import FusedHunyuanVideo15Decoder3D, decode_bytes
+from vidaccel.blocks.vae.autoencoder_kl_hunyuanvideo15 import (
+    FusedHunyuanVideo15Decoder3D,
+    FusedHunyuanVideo15Encoder3D,
+    decode_bytes,
+    encode_bytes,
+)
 
 
 def draw(frames: int, side: int, channels: int = 4) -> Tensor:
     return torch.randn(1, channels, frames, side, side, generator=torch.Generator().manual_seed(0))
 
 
+def draw_clip(frames: int, side: int) -> Tensor:
+    return draw(frames, side, channels=3)
+
+
 @pytest.mark.parametrize("fit", [7, 4, 2], ids=["whole", "halves", "pieces"])
 def test_memory_held(fit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted without the workspaces of convolutions, and the pixels."""
     hollow_out(monkeypatch)
-
-    def conv3d(
-        x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: tuple[int, ...] = (0, 0, 0), *_: Any
-    ) -> Tensor:
-        found = zip(x.shape[2:], padding, weight.shape[2:], strict=True)
-        sides = [size + 2 * edge - taps + 1 for size, edge, taps in found]
-        return torch.empty(len(x), *sides, len(weight)).permute(0, 4, 1, 2, 3)
-
-    monkeypatch.setattr(F, "conv3d", conv3d)
+    monkeypatch.setattr(F, "conv3d", hollow_conv3d)
     vae, z = tiny_autoencoder_kl_hunyuanvideo15(block_out_channels=(16, 16, 32, 32, 32)), draw(7, 6)
     needed = decode_bytes(vae.decoder, z, fit)
     monkeypatch.setattr(causal_clip, "free_bytes", lambda _: needed)
@@ -45,6 +44,35 @@ def test_memory_held(fit: int, monkeypatch: pytest.MonkeyPatch) -> None:
             decode(vae, z)
     assert f"{fit} of 7 frames" in {way for site in report.sites for way in site.implementations}
     assert 0.6 * needed <= held.most - pixels.nbytes <= needed
+
+
+@pytest.mark.parametrize(
+    ("frames", "fit"), [(7, 7), (7, 4), (7, 2), (1, 1)], ids=["whole", "halves", "pieces", "image"]
+)
+def test_memory_held_by_an_encode(frames: int, fit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted without the workspaces of convolutions; no more than stock holds."""
+    options = {"block_out_channels": (16, 16, 32, 32, 32), "layers_per_block": 2}
+    vae, clip = tiny_autoencoder_kl_hunyuanvideo15(**options), draw_clip(4 * frames - 3, 64)
+    with Held() as stock:
+        encode(vae, clip)
+    hollow_out(monkeypatch)
+    monkeypatch.setattr(F, "conv3d", hollow_conv3d)
+    needed = encode_bytes(vae.encoder, clip, fit)
+    monkeypatch.setattr(causal_clip, "free_bytes", lambda _: needed)
+    with patch_module(vae, self_check=False) as report:
+        encode(vae, clip)
+        with Held() as held:
+            encode(vae, clip)
+    assert f"{fit} of {frames} frames" in {way for site in report.sites for way in site.implementations}
+    assert 0.6 * needed <= held.most <= needed
+    assert held.most <= stock.most
+
+
+@pytest.mark.parametrize("fault", PIXEL_FAULTS)
+def test_what_the_encoder_does_wrong_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
+    vae, clip = tiny_autoencoder_kl_hunyuanvideo15(), draw_clip(9, 32)
+    check_fault_found(vae, clip, FusedHunyuanVideo15Encoder3D, fault, monkeypatch, encode)
 
 
 @pytest.mark.parametrize("fault", PIXEL_FAULTS)
@@ -61,7 +89,7 @@ def test_with_the_kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch)
     vae, z = tiny_autoencoder_kl_hunyuanvideo15().to(device), draw(3, 2).to(device)
     with torch.backends.cudnn.flags(allow_tf32=False):
         expected = decode(vae, z)
-        with patch_module(vae, self_check=False) as report:
+        with patch_module(vae, only="decoder", self_check=False) as report:
             assert relative_error(decode(vae, z), expected) <= 1e-5
             monkeypatch.setattr(causal_clip, "free_bytes", lambda _: 0)
             assert relative_error(decode(vae, z), expected) <= 1e-5
@@ -87,7 +115,40 @@ def test_as_wide_as_released(
     stock = decode(vae, z)
     needed = decode_bytes(vae.decoder, z, fit)
     monkeypatch.setattr(causal_clip, "free_bytes", lambda _: needed)
-    with patch_module(vae) as report:
+    with patch_module(vae, only="decoder") as report:
         out = decode(vae, z)
         assert not report.fallbacks and {site.state for site in report.sites} == {"active"}, str(report)
     assert_no_worse(out, stock, gold)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("fit", [3, 1], ids=["whole", "chunks"])
+def test_encoder_as_wide_as_released(
+    fit: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error of every frame of the latents to float64, beside stock's, and the memory that it takes."""
+    with torch.device(device):
+        torch.manual_seed(0)
+        vae, clip = AutoencoderKLHunyuanVideo15().eval(), torch.rand(1, 3, 9, 96, 128) * 2 - 1
+    gold = encode(vae.double(), clip.double())
+    vae, clip = vae.to(dtype), clip.to(dtype)
+    stock, of_stock = encode(vae, clip), peak(vae, clip)
+    needed = encode_bytes(vae.encoder, clip, fit)
+    monkeypatch.setattr(causal_clip, "free_bytes", lambda _: needed)
+    with patch_module(vae, only="encoder") as report:
+        out = encode(vae, clip)
+        assert not report.fallbacks and {site.state for site in report.sites} == {"active"}, str(report)
+        assert f"{fit} of 3 frames" in {way for site in report.sites for way in site.implementations}
+        assert "triton" in {way for site in report.sites for way in site.implementations}
+        encode(vae, clip)  # the weights are in their order for good
+        assert peak(vae, clip) <= of_stock
+    assert_no_worse(out, stock, gold)
+
+
+def peak(vae: AutoencoderKLHunyuanVideo15, clip: Tensor) -> int:
+    """Bytes that an encode takes at its worst beyond those held before."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    encode(vae, clip)
+    return torch.cuda.max_memory_allocated() - before

@@ -279,14 +279,16 @@ def free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def out_of_memory(samples: int, height: int, width: int, needed: int, free: int, frames: int = 1) -> str:
+def out_of_memory(
+    samples: int, height: int, width: int, needed: int, free: int, frames: int = 1, verb: str = "decode"
+) -> str:
     """What the stock error leaves out, of ``samples`` clips of this size, of which ``frames`` at least go at once."""
     least = "one latent frame" if frames == 1 else f"{frames} latent frames"
-    slicing = "vae.enable_slicing() decodes one clip at a time, " if samples > 1 else ""
+    slicing = f"vae.enable_slicing() {verb}s one clip at a time, " if samples > 1 else ""
     return (
-        f"out of memory while decoding {least} of {samples} clips of {width} x {height} pixels: "
+        f"out of memory while {verb[:-1]}ing {least} of {samples} clips of {width} x {height} pixels: "
         f"it takes about {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free; "
-        f"{slicing}vae.enable_tiling() decodes smaller pictures"
+        f"{slicing}vae.enable_tiling() {verb}s smaller pictures"
     )
 
 
@@ -304,14 +306,14 @@ def tell_chunk(decoder: nn.Module, op: str, step: int, frames: int, then: str = 
         site.implementations.add(ran)  # also where nobody listens: memory may be another from clip to clip
 
 
-def latents_reason(latents: Tensor, weight: Tensor) -> str | None:
-    """Why latents are not what a decoder whose first convolution has this ``weight`` can take, or None."""
+def latents_reason(latents: Tensor, weight: Tensor, what: str = "latents") -> str | None:
+    """Why latents, or ``what`` they are, are not what a coder whose first convolution has this ``weight`` takes."""
     if torch.is_autocast_enabled(latents.device.type):
         return "autocast is on"
     if latents.ndim != 5 or latents.shape[1] != weight.shape[1] or not latents.numel():
-        return f"the latents are not [B, {weight.shape[1]}, F, H, W]"
+        return f"the {what} are not [B, {weight.shape[1]}, F, H, W]"
     found, expected = ((x.dtype, x.device) for x in (latents, weight))
-    return None if found == expected else f"the latents are {found}, the weights {expected}"
+    return None if found == expected else f"the {what} are {found}, the weights {expected}"
 
 
 @once_per_call
