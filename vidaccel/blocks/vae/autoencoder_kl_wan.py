@@ -96,39 +96,47 @@ class _Progress:
     """What has been decoded of a clip; stands first in the caller's cache of features.
 
     Attributes:
+        made: Takes a number of latent frames; how many frames the first so many become.
         latents: ``[B, C, F, H, W]``, all that have been decoded: a copy of our own.
         halos: What the convolutions need to go on behind the last of them; None: not kept, or stock has gone on.
         cache: The same as stock keeps it; None where stock has decoded nothing.
         asked: The latents that the caller is to ask for, frame by frame; None where nothing was decoded ahead.
         ahead: ``[B, C, F, H, W]``, their pixels.
         frames: How many latent frames have been handed out.
+        start: How many frames had been handed out when ``ahead`` was made.
         version: Of ``asked``; None in inference mode, where tensors have none.
     """
 
+    made: Callable[[int], int]
     latents: Tensor | None = None
     halos: Halos | None = None
     cache: list[Any] | None = None
     asked: Tensor | None = None
     ahead: Tensor | None = None
     frames: int = 0
+    start: int = 0
     version: int | None = None
 
     def expects(self, x: Tensor) -> bool:
         """Whether ``x`` is the next of the latents that were decoded ahead, unchanged since."""
-        if self.asked is None or self.latents is None or x.ndim != 5:
-            return False
-        following = self.asked[:, :, self.frames : self.frames + x.shape[2]]
-        if (
-            x.shape != following.shape
-            or x.stride() != following.stride()
-            or x.data_ptr() != following.data_ptr()
-            or x.dtype != following.dtype
-            or x.device != following.device
-        ):
+        if self.ahead is None or self.latents is None or not self.lies_next(x):
             return False
         if self.version is None:
             return torch.equal(x, self.latents[:, :, self.frames : self.frames + x.shape[2]])
         return x._version == self.version
+
+    def lies_next(self, x: Tensor) -> bool:
+        """Whether ``x`` is where the next of the latents that the caller is to ask for are."""
+        if self.asked is None or x.ndim != 5:
+            return False
+        following = self.asked[:, :, self.frames : self.frames + x.shape[2]]
+        return (
+            x.shape == following.shape
+            and x.stride() == following.stride()
+            and x.data_ptr() == following.data_ptr()
+            and x.dtype == following.dtype
+            and x.device == following.device
+        )
 
     def decoded(self, clip: Tensor) -> None:
         """``clip`` has been decoded, behind what was before."""
@@ -136,27 +144,29 @@ class _Progress:
         self.latents = latents if self.latents is None else torch.cat([self.latents, latents], dim=2)
 
     def look_ahead(self, clip: Tensor, pixels: Tensor) -> None:
-        """``clip`` was decoded, of which the caller has asked for nothing yet."""
-        self.asked, self.ahead = clip, pixels
+        """``pixels`` were made of those of ``clip`` that the caller has not asked for yet, or of the first of them."""
+        self.asked, self.ahead, self.start = clip, pixels, self.made(self.frames)
         self.version = None if clip.is_inference() else clip._version
 
     def take(self, frames: int) -> Tensor:
         """The pixels of the next latent frames."""
         assert self.ahead is not None and self.asked is not None
-        every, start = self.asked.shape[2], self.frames
-        rate = (self.ahead.shape[2] - 1) // (every - 1)
+        begin, end = (self.made(count) - self.start for count in (self.frames, self.frames + frames))
         self.frames += frames
-        pixels = self.ahead[:, :, _frames_of(start, rate) : _frames_of(self.frames, rate)].contiguous()
-        if self.frames == every:
-            self.asked = self.ahead = None
+        pixels = self.ahead[:, :, begin:end].contiguous()
+        if end == self.ahead.shape[2]:
+            self.ahead = None
+        if self.frames == self.asked.shape[2]:
+            self.asked = None
         return pixels
 
     def forget_ahead(self) -> None:
         """What was decoded ahead will not be asked for."""
-        if self.asked is not None:
+        if self.ahead is not None:
             assert self.latents is not None
             self.latents = self.latents[:, :, : self.frames]
-            self.halos = self.cache = self.asked = self.ahead = None
+            self.halos = self.cache = None
+        self.asked = self.ahead = None
 
 
 def _frames_of(latent_frames: int, rate: int) -> int:
@@ -228,7 +238,7 @@ class FusedWanDecoder3d(FusedBlock, WanDecoder3d):
             if reason := self._beginning_reason(x, feat_cache, first_chunk):
                 sites.count(reason)
                 return WanDecoder3d.forward(self, x, feat_cache, feat_idx, first_chunk)
-            progress, clip = _Progress(), _clip_behind(x)
+            progress, clip = _Progress(partial(_frames_of, rate=_temporal_rate(self))), _clip_behind(x)
         elif progress.expects(x):
             return progress.take(x.shape[2])
         else:
@@ -245,15 +255,7 @@ class FusedWanDecoder3d(FusedBlock, WanDecoder3d):
 
     def _beginning_reason(self, x: Tensor, feat_cache: Any, first_chunk: bool) -> str | None:
         """Why a first call is stock's, with all that follow it, or None."""
-        if not isinstance(feat_cache, list) or not feat_cache:
-            return "no cache of features was passed, without which stock does not lengthen a clip"
-        if not first_chunk or any(entry is not None for entry in feat_cache):
-            return "it goes on where stock has begun"
-        if x.ndim != 5 or x.shape[2] != 1:
-            return "the first call of a decode is not for one latent frame"
-        if torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in self.parameters())):
-            return GRADIENTS
-        return self.left_alone_reason(self) or self.call_reason(x, None)
+        return _first_call_reason(self, x, feat_cache, first_chunk) or self.call_reason(x, None)
 
     def layout_for(
         self, ranks: Ranks, agreement: Agreement, frames: int, x: Tensor, feat_cache: Any = None, feat_idx: Any = None,
@@ -270,27 +272,18 @@ class FusedWanDecoder3d(FusedBlock, WanDecoder3d):
         return PixelRows.reason(ranks, x.shape[3]) or PixelRows(ranks, x.shape[3], agreement)
 
     def call_reason(self, clip: Tensor, progress: _Progress | None) -> str | None:
-        if not self.runs("whole_clip"):
-            return "whole_clip is off, or failed"
-        if torch.is_autocast_enabled(clip.device.type):
-            return "autocast is on"
-        weight = self.conv_in.weight
-        if clip.ndim != 5 or clip.shape[1] != weight.shape[1] or not clip.numel():
-            return f"the latents are not [B, {weight.shape[1]}, F, H, W]"
-        if clip.dtype != weight.dtype or clip.device != weight.device:
-            return f"the latents are {clip.dtype} on {clip.device}, the weights {weight.dtype} on {weight.device}"
-        return None
+        return _clip_reason(self, clip)
 
     def corner(self, args: Any, kwargs: Any) -> Any:
         clip, progress = args
         if progress.latents is not None:
             return None
-        return cut_corner((clip[:, :, :CORNER_FRAMES], _Progress()), {}, most_whole=0)
+        return cut_corner((clip[:, :, :CORNER_FRAMES], _Progress(progress.made)), {}, most_whole=0)
 
     @classmethod
     def original_forward(cls, host: Any, clip: Tensor, progress: _Progress) -> Tensor:
         """Frame by frame, as stock's caller does, unless that has begun to ask for more at once."""
-        cache = [None] * sum(isinstance(part, WanCausalConv3d) for part in host.modules())
+        cache = _empty_cache(host)
         if progress.latents is None:
             pixels = _original_frames(host, clip, cache)
         else:
@@ -398,8 +391,40 @@ def _original_frames(host: Any, clip: Tensor, cache: list[Any]) -> Tensor:
     return frames[0] if len(frames) == 1 else torch.cat(frames, dim=2)
 
 
-def _sites_of(decoder: nn.Module) -> SiteGroup | None:
-    return getattr(decoder, SITES, None)
+def _empty_cache(coder: nn.Module) -> list[Any]:
+    """As stock's caller makes it."""
+    return [None] * sum(isinstance(part, WanCausalConv3d) for part in coder.modules())
+
+
+def _first_call_reason(coder: FusedBlock, x: Tensor, feat_cache: Any, first_chunk: bool = True) -> str | None:
+    """Why a first call of ``coder`` is stock's, with all that follow it, or None."""
+    if not isinstance(feat_cache, list) or not feat_cache:
+        return "no cache of features was passed, without which stock changes no clip's length"
+    if not first_chunk or any(entry is not None for entry in feat_cache):
+        return "it goes on where stock has begun"
+    if x.ndim != 5 or x.shape[2] != 1:
+        return "the first call for a clip is not for one frame"
+    if torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in coder.parameters())):
+        return GRADIENTS
+    return coder.left_alone_reason(coder)
+
+
+def _clip_reason(coder: Any, clip: Tensor) -> str | None:
+    """Why a clip goes to the original forward of ``coder``, or None."""
+    if not coder.runs("whole_clip"):
+        return "whole_clip is off, or failed"
+    if torch.is_autocast_enabled(clip.device.type):
+        return "autocast is on"
+    weight = coder.conv_in.weight
+    if clip.ndim != 5 or clip.shape[1] != weight.shape[1] or not clip.numel():
+        return f"the clip is not [B, {weight.shape[1]}, F, H, W]"
+    if clip.dtype != weight.dtype or clip.device != weight.device:
+        return f"the clip is {clip.dtype} on {clip.device}, the weights {weight.dtype} on {weight.device}"
+    return None
+
+
+def _sites_of(coder: nn.Module) -> SiteGroup | None:
+    return getattr(coder, SITES, None)
 
 
 def _progress_in(feat_cache: Any) -> _Progress | None:
@@ -420,9 +445,9 @@ def _clip_behind(x: Tensor) -> Tensor:
     return clip if dense else x
 
 
-def _half_dtype(decoder: FusedWanDecoder3d, x: Tensor) -> torch.dtype | None:
+def _half_dtype(coder: Any, x: Tensor) -> torch.dtype | None:
     """What the convolutions behind a norm are to read; None: the dtype of ``x``."""
-    return torch.float16 if takes_tf32(x) and decoder.runs("half_operands") else None
+    return torch.float16 if takes_tf32(x) and coder.runs("half_operands") else None
 
 
 def _normed_convolutions(decoder: Any) -> Iterator[tuple[Any, Any]]:
@@ -446,31 +471,142 @@ def _convolutions_of(resample: Any) -> list[Any]:
     return [*over_time, resample.resample[1]]
 
 
-class _Decode:
-    """One decode of latents by the modules of a decoder."""
+class _Layers:
+    """The layers of a decoder or encoder, that a chunk of its clip goes through."""
 
-    def __init__(self, decoder: FusedWanDecoder3d, latents: Tensor) -> None:
-        self._decoder = decoder
-        self._rate = _temporal_rate(decoder)
-        self._most = latents  # or the rows of them that the rank with most has, by which all ranks reckon
-        self._half: dict[nn.Module, torch.dtype] | None = None  # what convolutions read; None: the latents' dtype
+    def __init__(self, coder: Any, clip: Tensor, normed: list[tuple[Any, Any]], scaled: list[Any]) -> None:
+        """
+        Args:
+            coder: Whose layers.
+            clip: What it reads.
+            normed: The norms, and the convolutions that read them.
+            scaled: The convolutions that read a sum, scaled to fit where they read float16.
+        """
+        self._coder = coder
+        self._half: dict[nn.Module, torch.dtype] | None = None  # what convolutions read; None: the clip's dtype
         self._largest: dict[nn.Module, Tensor] = {}  # number of their outputs, of those that read float16
-        half = _half_dtype(decoder, latents)
+        half = _half_dtype(coder, clip)
         if half is not None:
-            normed = [(norm.gamma, conv) for norm, conv in _normed_convolutions(decoder)]
-            one = latents.new_ones(1)  # what upsamplers read is scaled to fit
-            normed += [(one, conv) for resample in _upsamplers(decoder) for conv in _convolutions_of(resample)]
-            fit = float16_convolutions(normed)
-            self._half = {conv: half if at in fit else latents.dtype for at, (_, conv) in enumerate(normed)}
-            self._largest = {normed[at][1]: largest for at, largest in fit.items()}
-        self._tell_operands(latents)
+            one = clip.new_ones(1)
+            reads = [(norm.gamma, conv) for norm, conv in normed] + [(one, conv) for conv in scaled]
+            fit = float16_convolutions(reads)
+            self._half = {conv: half if at in fit else clip.dtype for at, (_, conv) in enumerate(reads)}
+            self._largest = {reads[at][1]: largest for at, largest in fit.items()}
+        self._tell_operands(clip)
 
-    def _tell_operands(self, latents: Tensor) -> None:
-        kinds = Counter([latents.dtype] if self._half is None else self._half.values())
-        too_large = 0 if self._half is None else kinds[latents.dtype]
+    def _tell_operands(self, clip: Tensor) -> None:
+        kinds = Counter([clip.dtype] if self._half is None else self._half.values())
+        too_large = 0 if self._half is None else kinds[clip.dtype]
         reason = f"{too_large} convolutions whose numbers float16 may not hold read float32" if too_large else ""
         for dtype in kinds:
             note("half_operands", str(dtype).removeprefix("torch."), reason)
+
+    def _enter(self, chunk: Chunk, clip: Tensor) -> None:
+        """The first convolution, of ``[B, C, F, H, W]``."""
+        conv = self._coder.conv_in
+        buffer = _behind(chunk.halos.get(conv), clip)
+        chunk.keep_of(conv, buffer)
+        chunk.flow = Sum(conv_rows(buffer, conv), conv.bias)
+
+    def _middle(self, chunk: Chunk) -> None:
+        mid = self._coder.mid_block
+        self._resnet(chunk, mid.resnets[0])
+        for attention, resnet in zip(mid.attentions, mid.resnets[1:], strict=True):
+            self._attention(chunk, attention)
+            self._resnet(chunk, resnet)
+
+    def _norm(self, chunk: Chunk, norm: Any, conv: nn.Module, *, keep: bool, silu: bool = True) -> Tensor:
+        """What ``conv`` gets: its input, and the frames before if it looks back; with ``keep``, the sum flows on."""
+        causal = isinstance(conv, WanCausalConv3d)
+        run = rms_norm_silu if self._coder.runs("rms_norm_silu") else rms_norm_silu_ref
+        flow = chunk.flow
+        z, y = run(
+            flow.x,
+            norm.gamma.flatten(),
+            bias=flow.bias,
+            residual=flow.residual,
+            residual_bias=flow.residual_bias,
+            halo=chunk.halos.get(conv),
+            x_scale=flow.x_scale,
+            factor_t=flow.factor_t,
+            skip=flow.skip,
+            padding=CAUSAL if causal else NO_PADDING,
+            silu=silu,
+            keep=keep,
+            inplace=flow.residual is None or flow.residual is not chunk.kept,
+            out_dtype=None if self._half is None else self._half[conv],
+        )
+        chunk.flow = Sum(z)
+        if causal:
+            chunk.keep_of(conv, y)
+        return y
+
+    def _summed(self, chunk: Chunk) -> Tensor:
+        """What flows, all of it added."""
+        flow = chunk.flow
+        if flow.bias is not None:
+            images = clip_of(flow.x)
+            residual = None if flow.residual is None else clip_of(flow.residual)
+            if self._coder.runs("conv_epilogue"):
+                inplace = flow.residual is None or flow.residual is not chunk.kept
+                images = conv_epilogue(images, flow.bias, residual, residual_bias=flow.residual_bias, inplace=inplace)
+            else:
+                images = conv_epilogue_ref(images, flow.bias, residual, flow.residual_bias)
+            chunk.flow = Sum(images.permute(0, 2, 3, 4, 1))
+        return chunk.flow.x
+
+    def _resnet(self, chunk: Chunk, resnet: Any, keep: bool = False) -> None:
+        """With ``keep``, what it reads is kept, all of it added."""
+        buffer = self._norm(chunk, resnet.norm1, resnet.conv1, keep=True)
+        residual, residual_bias, shortcut = chunk.flow.x, None, resnet.conv_shortcut
+        if keep:
+            chunk.kept = residual
+        if isinstance(shortcut, WanCausalConv3d):
+            residual, residual_bias = conv_rows(residual, shortcut), shortcut.bias
+        fused = self._coder.runs("clip_conv")
+        chunk.flow = Sum(conv_rows(buffer, resnet.conv1, fused=fused), resnet.conv1.bias)
+        del buffer
+        buffer = self._norm(chunk, resnet.norm2, resnet.conv2, keep=False)
+        del chunk.flow
+        made = conv_rows(buffer, resnet.conv2, fused=fused)
+        chunk.flow = Sum(made, resnet.conv2.bias, residual, residual_bias)
+
+    def _attention(self, chunk: Chunk, block: Any) -> None:
+        normed, proj = self._norm(chunk, block.norm, block.to_qkv, keep=True, silu=False), block.proj
+        residual = chunk.flow.x
+        weight, bias = (parameter.to(normed.dtype) for parameter in (block.to_qkv.weight, block.to_qkv.bias))
+        rows = F.linear(normed.flatten(0, 1).flatten(1, 2), weight.flatten(1), bias)  # [B * F, H * W, 3 * C]
+        run = spatial_attention if self._coder.runs("spatial_attention") else spatial_attention_ref
+        q, others = rows[..., : len(proj.bias)], rows[..., len(proj.bias) :]
+        if (over := pixel_rows()) is not None:
+            others = over.gather(others, 1)
+        k, v = others.chunk(2, dim=-1)
+        attended = run(q, k, v, 1).view(normed.shape).to(residual.dtype)
+        out = F.conv2d(images_of(attended), proj.weight, None).permute(0, 2, 3, 1).contiguous()
+        chunk.flow = Sum(out.view(residual.shape), proj.bias, residual)
+
+    def _scale(self, chunk: Chunk, convolutions: list[Any], before: Any) -> Tensor | None:
+        """What flows is to be multiplied by that, and the ``convolutions`` to read float16; None: neither."""
+        flow = chunk.flow
+        if self._half is None or flow.residual is None or flow.residual_bias is not None:
+            return None
+        added = self._largest.get(before.conv2)
+        if added is None or not all(conv in self._largest for conv in convolutions):
+            return None
+        scale = scale_to_fit(flow.residual, added, convolutions)
+        over = pixel_rows()
+        return scale if over is None else over.ranks.least(scale)
+
+
+class _Decode(_Layers):
+    """One decode of latents by the modules of a decoder."""
+
+    def __init__(self, decoder: FusedWanDecoder3d, latents: Tensor) -> None:
+        scaled = [conv for resample in _upsamplers(decoder) for conv in _convolutions_of(resample)]
+        super().__init__(decoder, latents, list(_normed_convolutions(decoder)), scaled)
+        self._decoder = decoder
+        self._rate = _temporal_rate(decoder)
+        self._most = latents  # or the rows of them that the rank with most has, by which all ranks reckon
 
     def run(self, latents: Tensor, halos: Halos, keep: bool) -> tuple[Tensor, Halos | None]:
         """The pixels, and what the next frames need if that is to be kept."""
@@ -508,15 +644,8 @@ class _Decode:
     def _chunk(self, latents: Tensor, halos: Halos, out: Tensor, keep: bool) -> Halos:
         decoder = self._decoder
         chunk = Chunk(Sum(latents), halos, keep)
-        buffer = _behind(halos.get(decoder.conv_in), latents)
-        chunk.keep_of(decoder.conv_in, buffer)
-        chunk.flow = Sum(conv_rows(buffer, decoder.conv_in), decoder.conv_in.bias)
-        del buffer
-        mid = decoder.mid_block
-        self._resnet(chunk, mid.resnets[0])
-        for attention, resnet in zip(mid.attentions, mid.resnets[1:], strict=True):
-            self._attention(chunk, attention)
-            self._resnet(chunk, resnet)
+        self._enter(chunk, latents)
+        self._middle(chunk)
         first = _even_from(decoder)
         for block in decoder.up_blocks[:first]:
             self._up_block(chunk, block)
@@ -544,46 +673,6 @@ class _Decode:
         conv, run = decoder.conv_out, pixel_conv if decoder.runs("pixel_conv") else pixel_conv_ref
         out.copy_(convolve_rows(conv, lambda _: run(buffer, conv.weight, conv.bias), clip_of(buffer)))
 
-    def _norm(self, chunk: Chunk, norm: Any, conv: nn.Module, *, keep: bool, silu: bool = True) -> Tensor:
-        """What ``conv`` gets: its input, and the frames before if it looks back; with ``keep``, the sum flows on."""
-        causal = isinstance(conv, WanCausalConv3d)
-        run = rms_norm_silu if self._decoder.runs("rms_norm_silu") else rms_norm_silu_ref
-        flow = chunk.flow
-        z, y = run(
-            flow.x,
-            norm.gamma.flatten(),
-            bias=flow.bias,
-            residual=flow.residual,
-            residual_bias=flow.residual_bias,
-            halo=chunk.halos.get(conv),
-            x_scale=flow.x_scale,
-            factor_t=flow.factor_t,
-            skip=flow.skip,
-            padding=CAUSAL if causal else NO_PADDING,
-            silu=silu,
-            keep=keep,
-            inplace=flow.residual is None or flow.residual is not chunk.kept,
-            out_dtype=None if self._half is None else self._half[conv],
-        )
-        chunk.flow = Sum(z)
-        if causal:
-            chunk.keep_of(conv, y)
-        return y
-
-    def _summed(self, chunk: Chunk) -> Tensor:
-        """What flows, all of it added."""
-        flow = chunk.flow
-        if flow.bias is not None:
-            images = clip_of(flow.x)
-            residual = None if flow.residual is None else clip_of(flow.residual)
-            if self._decoder.runs("conv_epilogue"):
-                inplace = flow.residual is None or flow.residual is not chunk.kept
-                images = conv_epilogue(images, flow.bias, residual, residual_bias=flow.residual_bias, inplace=inplace)
-            else:
-                images = conv_epilogue_ref(images, flow.bias, residual, flow.residual_bias)
-            chunk.flow = Sum(images.permute(0, 2, 3, 4, 1))
-        return chunk.flow.x
-
     def _up_block(self, chunk: Chunk, block: Any) -> None:
         shortcut = getattr(block, "avg_shortcut", None)
         for at, resnet in enumerate(block.resnets):
@@ -596,39 +685,12 @@ class _Decode:
             chunk.flow = replace(chunk.flow, residual=chunk.kept, factor_t=shortcut.factor_t, skip=skip)
             chunk.kept = None
 
-    def _resnet(self, chunk: Chunk, resnet: Any, keep: bool = False) -> None:
-        """With ``keep``, what it reads is kept, all of it added."""
-        buffer = self._norm(chunk, resnet.norm1, resnet.conv1, keep=True)
-        residual, residual_bias, shortcut = chunk.flow.x, None, resnet.conv_shortcut
-        if keep:
-            chunk.kept = residual
-        if isinstance(shortcut, WanCausalConv3d):
-            residual, residual_bias = conv_rows(residual, shortcut), shortcut.bias
-        fused = self._decoder.runs("clip_conv")
-        chunk.flow = Sum(conv_rows(buffer, resnet.conv1, fused=fused), resnet.conv1.bias)
-        del buffer
-        buffer = self._norm(chunk, resnet.norm2, resnet.conv2, keep=False)
-        del chunk.flow
-        made = conv_rows(buffer, resnet.conv2, fused=fused)
-        chunk.flow = Sum(made, resnet.conv2.bias, residual, residual_bias)
-
-    def _attention(self, chunk: Chunk, block: Any) -> None:
-        normed, proj = self._norm(chunk, block.norm, block.to_qkv, keep=True, silu=False), block.proj
-        residual = chunk.flow.x
-        weight, bias = (parameter.to(normed.dtype) for parameter in (block.to_qkv.weight, block.to_qkv.bias))
-        rows = F.linear(normed.flatten(0, 1).flatten(1, 2), weight.flatten(1), bias)  # [B * F, H * W, 3 * C]
-        run = spatial_attention if self._decoder.runs("spatial_attention") else spatial_attention_ref
-        q, others = rows[..., : len(proj.bias)], rows[..., len(proj.bias) :]
-        if (over := pixel_rows()) is not None:
-            others = over.gather(others, 1)
-        k, v = others.chunk(2, dim=-1)
-        attended = run(q, k, v, 1).view(normed.shape).to(residual.dtype)
-        out = F.conv2d(images_of(attended), proj.weight, None).permute(0, 2, 3, 1).contiguous()
-        chunk.flow = Sum(out.view(residual.shape), proj.bias, residual)
-
     def _upsample(self, chunk: Chunk, resample: Any, before: Any) -> None:
         """``before`` is the ResNet block whose output it gets."""
-        scale, conv = self._scale(chunk, resample, before), resample.resample[1]
+        conv, scale = resample.resample[1], None
+        # A convolution over time gets the clip at once: each chunk would have its own scale, and another one's halo.
+        if not (chunk.keep or chunk.halos) or not _lengthens(resample):
+            scale = self._scale(chunk, _convolutions_of(resample), before)
         if scale is None:
             self._summed(chunk)
         else:
@@ -643,24 +705,6 @@ class _Decode:
             made = upsampled_by_rows(conv.weight, lambda x: upsample_conv_ref(x, conv.weight, None), images)
             made = made.permute(0, 2, 3, 1)
         chunk.flow = Sum(made.unflatten(0, (samples, -1)), conv.bias, x_scale=scale)
-
-    def _scale(self, chunk: Chunk, resample: Any, before: Any) -> Tensor | None:
-        """What flows is to be multiplied by that, and the convolutions of ``resample`` to read float16; None: neither.
-
-        A convolution over time gets the clip at once, for each chunk would have its own scale and the halo of another
-        one's.
-        """
-        flow, convolutions = chunk.flow, _convolutions_of(resample)
-        if (chunk.keep or chunk.halos) and _lengthens(resample):
-            return None
-        if self._half is None or flow.residual is None or flow.residual_bias is not None:
-            return None
-        added = self._largest.get(before.conv2)
-        if added is None or not all(conv in self._largest for conv in convolutions):
-            return None
-        scale = scale_to_fit(flow.residual, added, convolutions)
-        over = pixel_rows()
-        return scale if over is None else over.ranks.least(scale)
 
     def _scaled_sum(self, chunk: Chunk, scale: Tensor) -> None:
         """What flows, all of it added, times ``scale``, in float16."""
