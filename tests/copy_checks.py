@@ -75,7 +75,8 @@ def hollow_out(monkeypatch: pytest.MonkeyPatch) -> None:
 def hollow_conv3d(
     x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: tuple[int, ...] = (0, 0, 0), *_: Any
 ) -> Tensor:
-    """Stands for ``F.conv3d`` of stride 1, and does nothing but leave memory in the order that a GPU's leaves it in."""
-    found = zip(x.shape[2:], padding, weight.shape[2:], strict=True)
-    sides = [size + 2 * edge - taps + 1 for size, edge, taps in found]
+    """Stands for ``F.conv3d``, and does nothing but leave memory in the order that a GPU's leaves it in."""
+    strides = (stride,) * 3 if isinstance(stride, int) else stride
+    found = zip(x.shape[2:], padding, weight.shape[2:], strides, strict=True)
+    sides = [(size + 2 * edge - taps) // step + 1 for size, edge, taps, step in found]
     return torch.empty(len(x), *sides, len(weight)).permute(0, 4, 1, 2, 3)

@@ -1,4 +1,4 @@
-"""diffusers' ``autoencoders/autoencoder_kl_wan.py``: the decoder, a whole clip at a time instead of a latent frame.
+"""diffusers' ``autoencoders/autoencoder_kl_wan.py``: decoder and encoder, a whole clip at once instead of a few frames.
 
 Stock calls the decoder once for each latent frame. Its causal convolutions keep the two frames before in a cache that
 the caller passes along, so 33 convolutions are made of clones, cats and pads of small pieces. The decoder is causal, so
@@ -19,13 +19,19 @@ carried on. If a call is not the one that was foreseen, what was decoded ahead i
 
 Of a tile, the caller cuts out one frame, and has the 1 x 1 x 1 convolution before the decoder make a new tensor of it.
 :class:`FusedWanPostQuantConv` makes all frames of the tile then, and returns a view of one.
+
+The encoder is asked for the first frame, and then for four at a time, each call with a view of the clip that somebody
+gave to ``encode``. Nothing tells how many frames will be asked for: that clip may be the beginning of a longer one. So
+the first frame is encoded alone, and the second call encodes all the others. Where frames lie before the first, it is
+less likely that those behind will be asked for: each call then encodes at most as many as have been asked for before.
+A downsampler's convolution over time leaves the first frame of a clip as it is; of the others, it makes one of two.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
@@ -35,13 +41,16 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    AvgDown3D,
     DupUp3D,
     WanAttentionBlock,
     WanCausalConv3d,
     WanDecoder3d,
+    WanEncoder3d,
     WanMidBlock,
     WanResample,
     WanResidualBlock,
+    WanResidualDownBlock,
     WanResidualUpBlock,
     WanRMS_norm,
     WanUpBlock,
@@ -66,6 +75,7 @@ from vidaccel.blocks.vae.causal_clip import (
 )
 from vidaccel.blocks.vae.half_operands import float16_convolutions, scale_to_fit, takes_tf32
 from vidaccel.kernels.attention.spatial_attention import spatial_attention, spatial_attention_ref
+from vidaccel.kernels.conv.channels_last_weight import channels_last_weight
 from vidaccel.kernels.conv.conv_epilogue import conv_epilogue, conv_epilogue_ref
 from vidaccel.kernels.conv.padded_clip import NO_PADDING, Padding
 from vidaccel.kernels.conv.pixel_conv import pixel_conv, pixel_conv_ref
@@ -75,15 +85,19 @@ from vidaccel.kernels.norm.rms_norm_silu import compile_ahead, rms_norm_silu, rm
 from vidaccel.kernels.op import note, runs_triton
 from vidaccel.parallel.layout import PixelRows, pixel_rows
 from vidaccel.parallel.ranks import Agreement, Ranks
-from vidaccel.sites.block import GRADIENTS, SITES, FusedBlock, call_site, cut_corner, fuses
+from vidaccel.sites.block import CORNER, GRADIENTS, SITES, FusedBlock, call_site, cut_corner, fuses
 from vidaccel.sites.memo import once_per_call
 from vidaccel.sites.plain import plain_reason
 from vidaccel.sites.site import SiteGroup
 
-__all__ = ["FusedWanDecoder3d", "FusedWanPostQuantConv", "decode_bytes"]
+__all__ = ["FusedWanDecoder3d", "FusedWanEncoder3d", "FusedWanPostQuantConv", "decode_bytes", "encode_bytes"]
 
 BEFORE = 2  # frames that a causal convolution looks back at
 CAUSAL = Padding(before=BEFORE)
+# A downsampler's convolution begins at the first pixel and goes by two: two zeros in front, of which its first output
+# is made, are as good as none. That is cut off.
+AROUND = Padding(border=2)
+STOCK_FRAMES = 4  # that stock encodes at a time
 CORNER_FRAMES = 3
 # Few of cuDNN's kernels take a tensor of more numbers. On an H200 the one that takes those of Wan 2.2 does 630 TFLOP/s,
 # others 760 (decoder-profiles-h200.txt). They work on tiles of 128 channels; of 96, it is the fastest.
@@ -104,6 +118,7 @@ class _Progress:
         ahead: ``[B, C, F, H, W]``, their pixels.
         frames: How many latent frames have been handed out.
         start: How many frames had been handed out when ``ahead`` was made.
+        cautious: Whether ``asked`` may go on farther than the caller will.
         version: Of ``asked``; None in inference mode, where tensors have none.
     """
 
@@ -115,6 +130,7 @@ class _Progress:
     ahead: Tensor | None = None
     frames: int = 0
     start: int = 0
+    cautious: bool = False
     version: int | None = None
 
     def expects(self, x: Tensor) -> bool:
@@ -140,8 +156,8 @@ class _Progress:
 
     def decoded(self, clip: Tensor) -> None:
         """``clip`` has been decoded, behind what was before."""
-        latents = clip.detach().clone()
-        self.latents = latents if self.latents is None else torch.cat([self.latents, latents], dim=2)
+        before = [] if self.latents is None else [self.latents]
+        self.latents = torch.cat([*before, clip.detach()], dim=2)
 
     def look_ahead(self, clip: Tensor, pixels: Tensor) -> None:
         """``pixels`` were made of those of ``clip`` that the caller has not asked for yet, or of the first of them."""
@@ -215,15 +231,7 @@ class FusedWanDecoder3d(FusedBlock, WanDecoder3d):
                 keep=True,
                 out_dtype=half,
             )
-        for resnet in (*self.mid_block.resnets, *(resnet for block in self.up_blocks for resnet in block.resnets)):
-            gamma, next_gamma = (norm.gamma.detach().flatten() for norm in (resnet.norm1, resnet.norm2))
-            half = _half_dtype(self, gamma)
-            compile_ahead(gamma, residual=True, keep=True, out_dtype=half)
-            compile_ahead(next_gamma, out_dtype=half)
-            if isinstance(resnet.conv_shortcut, WanCausalConv3d):
-                compile_ahead(next_gamma, residual=True, residual_bias=True, keep=True, out_dtype=half)
-        gamma = self.norm_out.gamma.detach().flatten()
-        compile_ahead(gamma, residual=True, out_dtype=_half_dtype(self, gamma))
+        _compile_ahead(self, [resnet for block in self.up_blocks for resnet in block.resnets])
 
     def forward(
         self, x: Tensor, feat_cache: Any = None, feat_idx: Any = [0], first_chunk: bool = False  # noqa: B006
@@ -304,6 +312,136 @@ class FusedWanDecoder3d(FusedBlock, WanDecoder3d):
         pixels, progress.halos = _Decode(self, clip).run(clip, halos or {}, keep=clip.shape[2] == 1 or bool(halos))
         progress.cache = None
         return pixels
+
+
+def _latents_of(frames: int, rate: int) -> int:
+    """How many latent frames the first ``frames`` become."""
+    return 0 if frames == 0 else 1 + (frames - 1) // rate
+
+
+@fuses(
+    WanEncoder3d,
+    {
+        "whole_clip": "math-exact",
+        "half_operands": "math-exact",
+        "rms_norm_silu": "math-exact",
+        "conv_epilogue": "math-exact",
+        "clip_conv": "math-exact",
+        "spatial_attention": "math-exact",
+    },
+)
+class FusedWanEncoder3d(FusedBlock, WanEncoder3d):
+    """The encoder of Wan 2.1 and 2.2: the second call encodes all frames behind the first, later ones hand them out."""
+
+    conv_in: Any
+    mid_block: Any
+    down_blocks: Any
+    norm_out: Any
+    conv_out: Any
+
+    @classmethod
+    def left_alone_reason(cls, module: Any) -> str | None:
+        return structure_reason(module, _encoder_reasons)
+
+    def compile_ahead(self) -> None:
+        _compile_ahead(self, [layer for layer in _down_layers(self) if not isinstance(layer, WanResample)])
+
+    def forward(self, x: Tensor, feat_cache: Any = None, feat_idx: Any = [0]) -> Tensor:  # noqa: B006
+        if torch.compiler.is_compiling():
+            return WanEncoder3d.forward(self, x, feat_cache, feat_idx)
+        progress, clip = _progress_in(feat_cache), x
+        if progress is None:
+            sites = _sites_of(self)
+            if sites is None:  # restored, and somebody has kept this forward
+                return WanEncoder3d.forward(self, x, feat_cache, feat_idx)
+            if reason := _first_call_reason(self, x, feat_cache) or self.call_reason(x, None):
+                sites.count(reason)
+                return WanEncoder3d.forward(self, x, feat_cache, feat_idx)
+            progress = _Progress(partial(_latents_of, rate=_frames_of_a_latent(self)))
+            progress.asked, progress.cautious = _frames_behind(x)
+        elif progress.expects(x):
+            return progress.take(x.shape[2])
+        elif progress.ahead is None and progress.lies_next(x):
+            assert progress.asked is not None
+            clip = progress.asked[:, :, progress.frames :]
+            most = max(x.shape[2], progress.frames) if progress.cautious else clip.shape[2]
+            clip = clip[:, :, : min(most, clip.shape[2]) // x.shape[2] * x.shape[2]]
+        else:
+            progress.forget_ahead()
+        latents = call_site(FusedWanEncoder3d, self, clip, progress)
+        progress.decoded(clip)
+        feat_cache[0] = progress
+        if clip is x:
+            progress.frames += x.shape[2]
+            return latents
+        assert progress.asked is not None
+        progress.look_ahead(progress.asked, latents)
+        return progress.take(x.shape[2])
+
+    def call_reason(self, clip: Tensor, progress: _Progress | None) -> str | None:
+        if reason := _clip_reason(self, clip):
+            return reason
+        sides, times = clip.shape[3:], len(_downsamplers(self))
+        if any(side >> times == 0 for side in sides):
+            return f"the pictures are too small to be halved {times} times"
+        if any(side % 2**times for side in sides) and isinstance(self.down_blocks[0], WanResidualDownBlock):
+            return f"a shortcut does not divide pictures of {sides[1]} x {sides[0]}"
+        begins = progress is None or progress.latents is None
+        if (clip.shape[2] - begins) % _frames_of_a_latent(self):
+            return "its frames do not make whole latent frames"
+        return None
+
+    def corner(self, args: Any, kwargs: Any) -> Any:
+        clip, progress = args
+        if progress.latents is not None:
+            if progress.latents.shape[2] > 1:
+                return None
+            clip = torch.cat([progress.latents, clip[:, :, : _frames_of_a_latent(self)]], dim=2)
+        side = CORNER << len(_downsamplers(self))
+        return (clip[..., :side, :side].contiguous(), _Progress(progress.made)), {}
+
+    @classmethod
+    def original_forward(cls, host: Any, clip: Tensor, progress: _Progress) -> Tensor:
+        """A few frames at a time, as stock's caller does."""
+        if progress.latents is None or progress.cache is None:
+            progress.cache = _empty_cache(host)
+            if progress.latents is not None:
+                _originally_encoded(host, progress.latents, progress.cache)
+        progress.halos = None
+        return _originally_encoded(host, clip, progress.cache)
+
+    def fused_forward(self, clip: Tensor, progress: _Progress) -> Tensor:
+        halos: Halos = {}
+        if progress.latents is not None:
+            halos = progress.halos or _Encode(self, clip).run(progress.latents, {})[1]
+        progress.halos = progress.cache = None
+        latents, progress.halos = _Encode(self, clip).run(clip, halos)
+        return latents
+
+
+def _originally_encoded(host: Any, clip: Tensor, cache: list[Any]) -> Tensor:
+    first = int(cache[0] is None)
+    parts = [clip[:, :, :1]] * first + [part for part in clip[:, :, first:].split(STOCK_FRAMES, dim=2) if part.numel()]
+    return torch.cat([WanEncoder3d.forward(host, part, cache, [0]) for part in parts], dim=2)
+
+
+def _frames_behind(x: Tensor) -> tuple[Tensor, bool]:
+    """``x``, a frame, and those behind it in memory, as far as its strides tell; whether there are others before it."""
+    strides, step, offset = x.stride(), x.stride(2), int(x.storage_offset())
+    extents = {dim: (x.shape[dim] - 1) * strides[dim] for dim in (0, 1, 3, 4)}
+    in_frame = sum(extent for dim, extent in extents.items() if dim > 1 or strides[dim] < step)
+    around = [strides[dim] for dim in (0, 1) if strides[dim] > step]
+    if step <= in_frame or any(stride % step for stride in around):
+        return x, False
+    elements = x.untyped_storage().nbytes() // x.element_size()
+    before, there = offset // step, (elements - offset - sum(extents.values()) - 1) // step + 1
+    if around:
+        every = min(around) // step
+        before %= every
+        there = min(there, every - before)
+    if there < 2:
+        return x, before > 0
+    return x.as_strided((*x.shape[:2], there, *x.shape[3:]), strides, offset), before > 0
 
 
 class _Tile(NamedTuple):
@@ -450,13 +588,27 @@ def _half_dtype(coder: Any, x: Tensor) -> torch.dtype | None:
     return torch.float16 if takes_tf32(x) and coder.runs("half_operands") else None
 
 
-def _normed_convolutions(decoder: Any) -> Iterator[tuple[Any, Any]]:
-    """The norms and the convolutions that read them."""
-    for block in (decoder.mid_block, *decoder.up_blocks):
-        yield from _normed_in(block)
-    for attention in decoder.mid_block.attentions:
+def _compile_ahead(coder: Any, resnets: list[Any]) -> None:
+    """Begin to compile what the middle, the end and these ResNet blocks will need."""
+    for resnet in (*coder.mid_block.resnets, *resnets):
+        gamma, next_gamma = (norm.gamma.detach().flatten() for norm in (resnet.norm1, resnet.norm2))
+        half = _half_dtype(coder, gamma)
+        compile_ahead(gamma, residual=True, keep=True, out_dtype=half)
+        compile_ahead(next_gamma, out_dtype=half)
+        if isinstance(resnet.conv_shortcut, WanCausalConv3d):
+            compile_ahead(next_gamma, residual=True, residual_bias=True, keep=True, out_dtype=half)
+    gamma = coder.norm_out.gamma.detach().flatten()
+    compile_ahead(gamma, residual=True, out_dtype=_half_dtype(coder, gamma))
+
+
+def _normed_convolutions(coder: Any, resnets: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    """The norms of a decoder or encoder that has these ResNet blocks, and the convolutions that read them."""
+    for resnet in (*coder.mid_block.resnets, *resnets):
+        yield resnet.norm1, resnet.conv1
+        yield resnet.norm2, resnet.conv2
+    for attention in coder.mid_block.attentions:
         yield attention.norm, attention.to_qkv
-    yield decoder.norm_out, decoder.conv_out
+    yield coder.norm_out, coder.conv_out
 
 
 def _normed_in(block: Any) -> Iterator[tuple[Any, Any]]:
@@ -603,7 +755,8 @@ class _Decode(_Layers):
 
     def __init__(self, decoder: FusedWanDecoder3d, latents: Tensor) -> None:
         scaled = [conv for resample in _upsamplers(decoder) for conv in _convolutions_of(resample)]
-        super().__init__(decoder, latents, list(_normed_convolutions(decoder)), scaled)
+        resnets = (resnet for block in decoder.up_blocks for resnet in block.resnets)
+        super().__init__(decoder, latents, list(_normed_convolutions(decoder, resnets)), scaled)
         self._decoder = decoder
         self._rate = _temporal_rate(decoder)
         self._most = latents  # or the rows of them that the rank with most has, by which all ranks reckon
@@ -746,6 +899,196 @@ class _Decode(_Layers):
         chunk.flow = Sum(doubled)
 
 
+class _Encode(_Layers):
+    """One encode of a clip by the modules of an encoder."""
+
+    def __init__(self, encoder: FusedWanEncoder3d, clip: Tensor) -> None:
+        resnets = (layer for layer in _down_layers(encoder) if not isinstance(layer, WanResample))
+        scaled = [resample.resample[1] for resample in _downsamplers(encoder)]
+        super().__init__(encoder, clip, list(_normed_convolutions(encoder, resnets)), scaled)
+        self._encoder = encoder
+
+    def run(self, clip: Tensor, halos: Halos) -> tuple[Tensor, Halos]:
+        """The latents, and what the next frames need, which ``halos`` become.
+
+        Without halos, nothing is before the first frame.
+        """
+        samples, _, frames, height, width = clip.shape
+        times, rate, first = len(_downsamplers(self._encoder)), _frames_of_a_latent(self._encoder), int(not halos)
+        made = first + (frames - first) // rate
+        latents = clip.new_empty(samples, len(self._encoder.conv_out.weight), made, height >> times, width >> times)
+        if first:
+            self._in_chunks(clip[:, :, :1], halos, latents[:, :, :1], 1, "")
+        if made > first:
+            self._in_chunks(clip[:, :, first:], halos, latents[:, :, first:], rate, " behind the first")
+        return latents, halos
+
+    def _in_chunks(self, clip: Tensor, halos: Halos, out: Tensor, rate: int, then: str) -> None:
+        def encode(start: int, end: int) -> None:
+            # the same dictionary, for else who has called keeps those before
+            halos.update(self._chunk(clip[:, :, rate * start : rate * end], halos, out[:, :, start:end]))
+
+        def needs(latent_frames: int) -> int:
+            return encode_bytes(self._encoder, clip, rate * latent_frames)
+
+        explain = partial(out_of_memory, len(clip), clip.shape[3], clip.shape[4], verb="encode")
+        step = decode_in_chunks(out.shape[2], clip.device, needs, encode, explain)
+        tell_chunk(self._encoder, "whole_clip", rate * step, rate * out.shape[2], then)
+
+    def _chunk(self, clip: Tensor, halos: Halos, out: Tensor) -> Halos:
+        encoder, before = self._encoder, None
+        chunk = Chunk(Sum(clip), halos, keep=True)
+        self._enter(chunk, clip)
+        for block in encoder.down_blocks:
+            if isinstance(block, WanResidualDownBlock):
+                self._down_block(chunk, block)
+            elif isinstance(block, WanResample):
+                self._downsample(chunk, block, before)
+            else:
+                self._resnet(chunk, block)
+            before = block
+        self._middle(chunk)
+        buffer = self._norm(chunk, encoder.norm_out, encoder.conv_out, keep=False)
+        del chunk.flow
+        out.copy_(clip_of(conv_rows(buffer, encoder.conv_out) + encoder.conv_out.bias))
+        return chunk.following
+
+    def _down_block(self, chunk: Chunk, block: Any) -> None:
+        for at, resnet in enumerate(block.resnets):
+            self._resnet(chunk, resnet, keep=at == 0)
+            if at == 0 and chunk.kept is not None:
+                chunk.kept = _averaged(chunk.kept, block.avg_shortcut)
+        if block.downsampler is not None:
+            self._downsample(chunk, block.downsampler, block.resnets[-1])
+        else:
+            self._summed(chunk)
+        chunk.flow = replace(chunk.flow, residual=chunk.kept)
+        chunk.kept = None
+
+    def _downsample(self, chunk: Chunk, resample: Any, before: Any) -> None:
+        """``before`` is the ResNet block whose output it gets."""
+        conv = resample.resample[1]
+        scale, wide = self._scale(chunk, [conv], before), None if self._half is None else torch.float32
+        flow, run = chunk.flow, rms_norm_silu if self._coder.runs("rms_norm_silu") else rms_norm_silu_ref
+        samples, _, height, width, channels = flow.x.shape
+        _, padded = run(
+            flow.x,
+            None if scale is None else scale.expand(channels),
+            bias=flow.bias,
+            residual=flow.residual,
+            residual_bias=flow.residual_bias,
+            padding=AROUND,
+            kind="none",
+            silu=False,
+            keep=False,
+            out_dtype=wide if scale is None else torch.float16,
+        )
+        del chunk.flow, flow
+        weight = channels_last_weight(conv.weight.unsqueeze(2), padded.dtype).squeeze(2)
+        made = F.conv2d(images_of(padded), weight, None, stride=2)
+        del padded
+        made = made[:, :, 1 : 1 + height // 2, 1 : 1 + width // 2].permute(0, 2, 3, 1)
+        chunk.flow = Sum(made.contiguous().unflatten(0, (samples, -1)), conv.bias, x_scale=scale)
+        if _shortens(resample):
+            self._halve(chunk, resample.time_conv)
+
+    def _halve(self, chunk: Chunk, conv: Any) -> None:
+        """Of two frames one, but for the first of a clip, which stays as it is."""
+        halo, scale, bias = chunk.halos.get(conv), chunk.flow.x_scale, chunk.flow.bias
+        if scale is None or bias is None:
+            self._summed(chunk)
+        else:
+            chunk.flow = Sum(torch.addcmul(bias, chunk.flow.x, 1 / scale))
+        x = chunk.flow.x
+        chunk.keep_of(conv, x, before=1)
+        if halo is not None:
+            clip = clip_of(torch.cat([halo, x], dim=1))
+            made = F.conv3d(clip, channels_last_weight(conv.weight, clip.dtype), None, stride=(2, 1, 1))
+            chunk.flow = Sum(made.permute(0, 2, 3, 4, 1).contiguous(), conv.bias)
+
+
+def _averaged(rows: Tensor, shortcut: Any) -> Tensor:
+    """``AvgDown3D`` of rows."""
+    frames, side, group = shortcut.factor_t, shortcut.factor_s, shortcut.group_size
+    if frames == side == group == 1:
+        return rows
+    if missing := -rows.shape[1] % frames:
+        rows = torch.cat([torch.zeros_like(rows[:, :1])] * missing + [rows], dim=1)
+    cells = rows.unflatten(3, (-1, side)).unflatten(2, (-1, side)).unflatten(1, (-1, frames))
+    cells = cells.permute(0, 1, 3, 5, 7, 2, 4, 6)  # [B, F', H', W', C, frames, side, side]
+    if group % side**2 == 0:
+        cells, group = cells.mean((-2, -1)), group // side**2
+    return cells.flatten(4).unflatten(4, (-1, group)).mean(-1).contiguous()
+
+
+def _down_layers(encoder: Any) -> Iterator[Any]:
+    """The ResNet blocks and the downsamplers before the middle."""
+    for block in encoder.down_blocks:
+        yield from _layers_of(block)
+
+
+def _layers_of(block: Any) -> Iterator[Any]:
+    if not isinstance(block, WanResidualDownBlock):
+        yield block
+        return
+    yield from block.resnets
+    if block.downsampler is not None:
+        yield block.downsampler
+
+
+@once_per_call
+def _downsamplers(encoder: Any) -> list[Any]:
+    return [layer for layer in _down_layers(encoder) if isinstance(layer, WanResample)]
+
+
+@once_per_call
+def _frames_of_a_latent(encoder: Any) -> int:
+    """That a latent frame is made of, but for the first of a clip."""
+    return int(2 ** sum(map(_shortens, _downsamplers(encoder))))
+
+
+def _shortens(downsampler: Any) -> bool:
+    """Whether it makes one frame of two."""
+    return bool(downsampler.mode == "downsample3d")
+
+
+def encode_bytes(encoder: Any, clip: Tensor, frames: int) -> int:
+    """Most memory that the layers hold when so many ``frames`` of the clip, not its first one, are encoded at once."""
+    size, half = clip.element_size(), _half_dtype(encoder, clip)
+    held = _Held(frames, False, size, size if half is None else half.itemsize, None)
+    samples, channels, _, height, width = clip.shape
+    pixels, width_in = samples * height * width, encoder.conv_in.weight.shape[0]
+    most = pixels * size * ((frames + BEFORE) * channels + frames * width_in)
+    halos = BEFORE * pixels * size * channels
+    for block in encoder.down_blocks:
+        kept = 0
+        for layer in _layers_of(block):
+            if isinstance(layer, WanResample):
+                padded = samples * (height + 2 * AROUND.border) * (width + 2 * AROUND.border)
+                numbers = frames * layer.dim
+                most = max(most, kept + numbers * (pixels * (held.half + size) + padded * held.half))
+                height, width = height // 2, width // 2
+                pixels = samples * height * width
+                if _shortens(layer):
+                    # the sum; it behind the frame before; what is made of these
+                    most = max(most, kept + (5 * numbers // 2 + layer.dim) * pixels * size)
+                    halos += pixels * layer.dim * size
+                    frames //= 2
+                continue
+            in_dim, out_dim = layer.in_dim, layer.out_dim
+            first = isinstance(block, WanResidualDownBlock) and layer is block.resnets[0]
+            kept = frames * pixels * in_dim * size if first and in_dim != out_dim else kept
+            most = max(most, kept + pixels * held.in_resnet(frames, in_dim, out_dim))
+            halos += BEFORE * pixels * (in_dim + out_dim) * held.half
+            if first:
+                shortcut = block.avg_shortcut
+                factor = shortcut.factor_t * shortcut.factor_s**2
+                kept = frames * pixels * out_dim * size // factor
+    middle = 2 * len(encoder.mid_block.resnets) + 1  # convolutions
+    halos += middle * BEFORE * pixels * encoder.conv_out.weight.shape[1] * held.half
+    return int((most + 2 * halos) * _MARGIN)
+
+
 def _behind(halo: Tensor | None, latents: Tensor) -> Tensor:
     """Latents ``[B, C, F, H, W]`` as rows, behind the frames before them."""
     samples, channels, frames, height, width = latents.shape
@@ -850,7 +1193,7 @@ class _Held:
             if getattr(block, "avg_shortcut", None) is not None:
                 kept += pixels * frames * block.in_dim * self.size
             for resnet in block.resnets:
-                yield kept + pixels * self._in_resnet(frames, resnet.in_dim, resnet.out_dim)
+                yield kept + pixels * self.in_resnet(frames, resnet.in_dim, resnet.out_dim)
             for upsampler in _upsamplers_of(block):
                 channels, out_channels = upsampler.dim, upsampler.resample[1].out_channels
                 # bytes of a number that a convolution reads or writes
@@ -879,7 +1222,7 @@ class _Held:
     def _frames(self, rate: int) -> int:
         return _frames_of(self.frames, rate) if self.whole else rate * self.frames
 
-    def _in_resnet(self, frames: int, width_in: int, width_out: int) -> int:
+    def in_resnet(self, frames: int, width_in: int, width_out: int) -> int:
         """The residual, and what a convolution reads and writes; the norm behind it writes over what it reads."""
         clip, padded = frames * (self.size + self.half), (frames + BEFORE) * self.half
         if width_in == width_out:
@@ -889,17 +1232,7 @@ class _Held:
 
 
 def _reasons(decoder: Any) -> Iterator[str | None]:
-    yield plain_reason(decoder.nonlinearity, nn.SiLU)
-    yield _conv_reason(decoder.conv_in, 3)
-    mid = decoder.mid_block
-    yield plain_reason(mid, WanMidBlock)
-    for attention in mid.attentions:
-        yield plain_reason(attention, WanAttentionBlock)
-        yield _norm_reason(attention.norm)
-        for conv in (attention.to_qkv, attention.proj):
-            yield _conv2d_reason(conv, 1)
-    for resnet in mid.resnets:
-        yield from _resnet_reasons(resnet)
+    yield from _end_reasons(decoder)
     for block in decoder.up_blocks:
         residual = isinstance(block, WanResidualUpBlock)
         yield plain_reason(block, WanResidualUpBlock if residual else WanUpBlock)
@@ -911,8 +1244,40 @@ def _reasons(decoder: Any) -> Iterator[str | None]:
             yield plain_reason(resample, WanResample)
             yield plain_reason(resample.resample, nn.Sequential)
             yield from _resample_reasons(resample)
-    yield _norm_reason(decoder.norm_out)
-    yield _conv_reason(decoder.conv_out, 3)
+
+
+def _encoder_reasons(encoder: Any) -> Iterator[str | None]:
+    yield from _end_reasons(encoder)
+    for block in encoder.down_blocks:
+        if isinstance(block, WanResidualDownBlock):
+            yield plain_reason(block, WanResidualDownBlock)
+            yield plain_reason(block.avg_shortcut, AvgDown3D)
+    for layer in _down_layers(encoder):
+        if isinstance(layer, WanResample):
+            yield plain_reason(layer, WanResample)
+            yield plain_reason(layer.resample, nn.Sequential)
+            yield from _downsample_reasons(layer)
+        else:
+            yield from _resnet_reasons(layer)
+    if STOCK_FRAMES % _frames_of_a_latent(encoder):
+        yield f"{_frames_of_a_latent(encoder)} frames make a latent one"
+
+
+def _end_reasons(coder: Any) -> Iterator[str | None]:
+    """Those of what a decoder and an encoder both have."""
+    yield plain_reason(coder.nonlinearity, nn.SiLU)
+    yield _conv_reason(coder.conv_in, 3)
+    mid = coder.mid_block
+    yield plain_reason(mid, WanMidBlock)
+    for attention in mid.attentions:
+        yield plain_reason(attention, WanAttentionBlock)
+        yield _norm_reason(attention.norm)
+        for conv in (attention.to_qkv, attention.proj):
+            yield _conv2d_reason(conv, 1)
+    for resnet in mid.resnets:
+        yield from _resnet_reasons(resnet)
+    yield _norm_reason(coder.norm_out)
+    yield _conv_reason(coder.conv_out, 3)
 
 
 def _resnet_reasons(resnet: Any) -> Iterator[str | None]:
@@ -941,13 +1306,29 @@ def _resample_reasons(resample: Any) -> Iterator[str | None]:
         yield _conv_reason(resample.time_conv, 3, 1)
 
 
-def _conv_reason(conv: Any, frames: int, side: int | None = None) -> str | None:
-    """Of a causal convolution that sees so many frames, and as many pixels along each side if not told otherwise."""
+def _downsample_reasons(resample: Any) -> Iterator[str | None]:
+    if resample.mode not in ("downsample2d", "downsample3d"):
+        yield f"it has a resampler of mode {resample.mode}"
+        return
+    pad, conv = resample.resample
+    yield plain_reason(pad, nn.ZeroPad2d)
+    if tuple(pad.padding) != (0, 1, 0, 1):
+        yield "it does not pad by a pixel at the right and below"
+    yield _conv2d_reason(conv, 3, stride=2)
+    if _shortens(resample):
+        yield _conv_reason(resample.time_conv, 3, 1, stride=2)
+
+
+def _conv_reason(conv: Any, frames: int, side: int | None = None, stride: int = 1) -> str | None:
+    """Of a causal convolution that sees so many frames, and as many pixels along each side if not told otherwise.
+
+    One that goes by several frames pads none.
+    """
     if reason := plain_reason(conv, WanCausalConv3d):
         return reason
     side = frames if side is None else side
-    geometry = (frames, side, side), (1, 1, 1), (0, 0, 0), (1, 1, 1), 1, "zeros"
-    edges = (side // 2,) * 4 + (frames - 1, 0)
+    geometry = (frames, side, side), (stride, 1, 1), (0, 0, 0), (1, 1, 1), 1, "zeros"
+    edges = (side // 2,) * 4 + (frames - 1 if stride == 1 else 0, 0)
     c = conv
     found = c.kernel_size, c.stride, c.padding, c.dilation, c.groups, c.padding_mode
     if found != geometry or tuple(c._padding) != edges or c.bias is None:
@@ -955,11 +1336,11 @@ def _conv_reason(conv: Any, frames: int, side: int | None = None) -> str | None:
     return None
 
 
-def _conv2d_reason(conv: Any, side: int) -> str | None:
+def _conv2d_reason(conv: Any, side: int, stride: int = 1) -> str | None:
     if reason := plain_reason(conv, nn.Conv2d):
         return reason
-    edge = (side // 2,) * 2
-    geometry = (side, side), (1, 1), edge, (1, 1), 1, "zeros"
+    edge = (side // 2 if stride == 1 else 0,) * 2
+    geometry = (side, side), (stride, stride), edge, (1, 1), 1, "zeros"
     found = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
     return "a convolution of images is not a plain one" if found != geometry or conv.bias is None else None
 

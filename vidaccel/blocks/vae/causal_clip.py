@@ -1,4 +1,4 @@
-"""What the decoders of causal 3-D VAEs share: clips as rows, chunks of frames, and the loop that fits them to memory.
+"""What the coders of causal 3-D VAEs share: clips as rows, chunks of frames, and the loop that fits them to memory.
 
 A clip is rows ``[B, F, H, W, C]`` from the first convolution to the last, and the additions that a convolution leaves
 out (its bias, the residual) are done by whatever reads it next (:class:`Sum`). A chunk of latent frames goes through
@@ -204,7 +204,7 @@ def decode_in_chunks(
     explain: Callable[[int, int], str],
     over: LatentFrames | PixelRows | None = None,
 ) -> int:
-    """Decode latent frames in chunks as long as memory allows; where it runs out, in halves of those.
+    """Decode, or encode, latent frames in chunks as long as memory allows; where it runs out, in halves of those.
 
     Args:
         frames: How many there are.
