@@ -22,8 +22,8 @@ Of a tile, the caller cuts out one frame, and has the 1 x 1 x 1 convolution befo
 
 The encoder is asked for the first frame, and then for four at a time, each call with a view of the clip that somebody
 gave to ``encode``. Nothing tells how many frames will be asked for: that clip may be the beginning of a longer one. So
-the first frame is encoded alone, and the second call encodes all the others. Where frames lie before the first, it is
-less likely that those behind will be asked for: each call then encodes at most as many as have been asked for before.
+a call that finds nothing ready encodes 32 frames, or four times as many as have been asked for so far, of those that
+begin with its own: a clip of 81 in three steps.
 A downsampler's convolution over time leaves the first frame of a clip as it is; of the others, it makes one of two.
 """
 
@@ -98,6 +98,8 @@ CAUSAL = Padding(before=BEFORE)
 # is made, are as good as none. That is cut off.
 AROUND = Padding(border=2)
 STOCK_FRAMES = 4  # that stock encodes at a time
+# How many frames are encoded at once before they are asked for: times as many as have been so far, and at least.
+AHEAD, LEAST_AHEAD = 4, 32
 CORNER_FRAMES = 3
 # Few of cuDNN's kernels take a tensor of more numbers. On an H200 the one that takes those of Wan 2.2 does 630 TFLOP/s,
 # others 760 (decoder-profiles-h200.txt). They work on tiles of 128 channels; of 96, it is the fastest.
@@ -118,7 +120,6 @@ class _Progress:
         ahead: ``[B, C, F, H, W]``, their pixels.
         frames: How many latent frames have been handed out.
         start: How many frames had been handed out when ``ahead`` was made.
-        cautious: Whether ``asked`` may go on farther than the caller will.
         version: Of ``asked``; None in inference mode, where tensors have none.
     """
 
@@ -130,7 +131,6 @@ class _Progress:
     ahead: Tensor | None = None
     frames: int = 0
     start: int = 0
-    cautious: bool = False
     version: int | None = None
 
     def expects(self, x: Tensor) -> bool:
@@ -331,7 +331,7 @@ def _latents_of(frames: int, rate: int) -> int:
     },
 )
 class FusedWanEncoder3d(FusedBlock, WanEncoder3d):
-    """The encoder of Wan 2.1 and 2.2: the second call encodes all frames behind the first, later ones hand them out."""
+    """The encoder of Wan 2.1 and 2.2: a call encodes frames ahead, and the next ones hand them out."""
 
     conv_in: Any
     mid_block: Any
@@ -358,14 +358,14 @@ class FusedWanEncoder3d(FusedBlock, WanEncoder3d):
                 sites.count(reason)
                 return WanEncoder3d.forward(self, x, feat_cache, feat_idx)
             progress = _Progress(partial(_latents_of, rate=_frames_of_a_latent(self)))
-            progress.asked, progress.cautious = _frames_behind(x)
+            progress.asked = _frames_behind(x)
         elif progress.expects(x):
             return progress.take(x.shape[2])
         elif progress.ahead is None and progress.lies_next(x):
             assert progress.asked is not None
-            clip = progress.asked[:, :, progress.frames :]
-            most = max(x.shape[2], progress.frames) if progress.cautious else clip.shape[2]
-            clip = clip[:, :, : min(most, clip.shape[2]) // x.shape[2] * x.shape[2]]
+            behind = progress.asked[:, :, progress.frames :]
+            most = min(max(LEAST_AHEAD, AHEAD * progress.frames), behind.shape[2])
+            clip = behind[:, :, : most // x.shape[2] * x.shape[2]]
         else:
             progress.forget_ahead()
         latents = call_site(FusedWanEncoder3d, self, clip, progress)
@@ -425,23 +425,20 @@ def _originally_encoded(host: Any, clip: Tensor, cache: list[Any]) -> Tensor:
     return torch.cat([WanEncoder3d.forward(host, part, cache, [0]) for part in parts], dim=2)
 
 
-def _frames_behind(x: Tensor) -> tuple[Tensor, bool]:
-    """``x``, a frame, and those behind it in memory, as far as its strides tell; whether there are others before it."""
+def _frames_behind(x: Tensor) -> Tensor:
+    """``x``, a frame, and those behind it in memory, as far as its strides tell."""
     strides, step, offset = x.stride(), x.stride(2), int(x.storage_offset())
     extents = {dim: (x.shape[dim] - 1) * strides[dim] for dim in (0, 1, 3, 4)}
     in_frame = sum(extent for dim, extent in extents.items() if dim > 1 or strides[dim] < step)
     around = [strides[dim] for dim in (0, 1) if strides[dim] > step]
     if step <= in_frame or any(stride % step for stride in around):
-        return x, False
+        return x
     elements = x.untyped_storage().nbytes() // x.element_size()
-    before, there = offset // step, (elements - offset - sum(extents.values()) - 1) // step + 1
+    there = (elements - offset - sum(extents.values()) - 1) // step + 1
     if around:
         every = min(around) // step
-        before %= every
-        there = min(there, every - before)
-    if there < 2:
-        return x, before > 0
-    return x.as_strided((*x.shape[:2], there, *x.shape[3:]), strides, offset), before > 0
+        there = min(there, every - offset // step % every)
+    return x if there < 2 else x.as_strided((*x.shape[:2], there, *x.shape[3:]), strides, offset)
 
 
 class _Tile(NamedTuple):
