@@ -114,6 +114,7 @@ def test_a_killed_worker_changes_no_clip(jobs: Path, tmp_path: Path, capsys: pyt
 def test_on_gpus_the_clips_are_those_of_one_process(
     jobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("ray")
     monkeypatch.delenv("VIDACCEL_IMPL")
     monkeypatch.setenv("VIDACCEL_CACHE_DIR", str(tmp_path / "choices"))
     by_ray, expected = tmp_path / "ray", tmp_path / "expected"
