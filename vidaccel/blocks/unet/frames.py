@@ -184,10 +184,12 @@ class _FramesWay:
         self, run: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:  # fmt: skip
         """``run(*args, **kwargs)``, a call of ``model``, of which this rank does its frames."""
-        kind: Any = stock_class(model)
-        if kind.forward.__module__.partition(".")[0] != "diffusers":
-            self._count(f"{kind.__name__} has a forward of its own, which may mix frames")
-            return run(*args, **kwargs)
+        for part in (model, *getattr(model, "nets", ())):  # several ControlNets are one model
+            kind: Any = stock_class(part)
+            if kind.forward.__module__.partition(".")[0] != "diffusers":
+                self._count(f"{kind.__name__} has a forward of its own, which may mix frames")
+                return run(*args, **kwargs)
+        kind = stock_class(model)
         given: dict[str, Any] = dict(_signature(kind).bind(model, *args, **kwargs).arguments)
         del given[next(iter(given))]  # self
         at, clip = self._frames.where["sample"], given["sample"]
