@@ -19,8 +19,8 @@ The epilogue takes 13 instructions for each output: 3 for the rounding, and for 
 polynomial of degree 6 gives GELU to 1/50 of float16's rounding, and small ones better than ``1 + erf`` does.
 
 Who waits for whom. Steps of x pass through a ring, columns of W through one of a single stage, see ``gluon_parts.py``.
-A wait names no more than the parity of a phase, so whoever waits for one has to know that the phase before it is
-complete and the one after it is not.
+A wait names only the parity of a phase: phases 1, 3 and 5 look alike. So a wait is right only where the phase before
+is known to be complete, and the one after it is known not to be.
 
 * ``x_ready[s]``: the consumer whose tile it is waits. One arrival a phase: the producer's announcement.
 * ``x_free[s]``: that consumer's arrival is the only one of a phase.
