@@ -27,6 +27,7 @@ from vae_checks import ran
 
 from vidaccel import patch_pipeline
 from vidaccel.blocks.vae import autoencoder_kl_wan, causal_clip
+from vidaccel.blocks.vae.vae import FusedTemporalDecoder
 from vidaccel.parallel.ranks import RankError
 
 pytestmark = pytest.mark.slow
@@ -304,6 +305,21 @@ def checked(name: str) -> dict[str, Any]:
     if name == "svd":
         return two_decodes(tiny_svd_pipeline().vae, (3, 4, 4, 4), checks=True, num_frames=3)
     return two_decodes(MADE[name](), (1, 4, 5, 2, 2), checks=True)
+
+
+def of_small_svd() -> list[dict[str, Any]]:
+    least = FusedTemporalDecoder.least_pixels
+    least["cpu"] = 4 * 6 * 5
+    try:
+        return [of_svd(frames, 1) for frames in (3, 4)]
+    finally:
+        del least["cpu"]
+
+
+def test_few_pixels_are_decoded_by_each_rank(two_ranks: Team) -> None:
+    for few, enough in two_ranks.run(of_small_svd):
+        assert few["equal"] and list(few["reasons"]) == ["90 pixels of latents are decoded faster by each rank alone"]
+        assert not enough["reasons"]
 
 
 @pytest.mark.parametrize("name", ["wan", "svd"])

@@ -15,6 +15,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from tqdm import tqdm
 
 from vidaccel.clips.clip_request import RANDOM_SEED, ClipRequest, pipeline_names
+from vidaccel.clips.pixels import pinned_pixels
 from vidaccel.clips.video import fit_image, read_image
 from vidaccel.clips.video_model import VideoModel, parameters_of_call
 from vidaccel.environment import peak_memory_gib, reset_peak_memory
@@ -136,7 +137,7 @@ def generate(pipe: Any, arguments: dict[str, Any], seed: int, show_progress: boo
     try:
         clock.mark("start")
         # I2VGenXL draws the latents of its image from PyTorch's own generator
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with pinned_pixels(pipe), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             frames = pipe(**arguments, generator=torch.Generator().manual_seed(seed), output_type="np").frames[0]
         clock.mark("end")
