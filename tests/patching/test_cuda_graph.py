@@ -463,6 +463,17 @@ def test_auto_leaves_alone_what_does_not_wait_for_its_launches(
     assert tape.captures == 0
 
 
+def test_auto_does_not_even_time_a_call_of_much_work(
+    unet: UNetSpatioTemporalConditionModel, tape: type[TapeCapture], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_graph, "MANY_FLOPS", 1)
+    monkeypatch.setattr(TapeCapture, "queueing_milliseconds", lambda *args: pytest.fail("it was run to be timed"))
+    report = patch_module(unet)
+    assert_right(unet, range(3))
+    assert reasons(report) == {"the GPU is the slower one: it has 0 TFLOP to do": 3}
+    assert tape.captures == 0
+
+
 def test_what_keeps_changing_is_captured_when_it_comes_again(
     unet: UNetSpatioTemporalConditionModel, tape: type[TapeCapture]
 ) -> None:

@@ -38,6 +38,7 @@ from vidaccel.parallel.layout import Layout
 from vidaccel.parallel.ranks import Agreement
 from vidaccel.patching.cuda_capture import Captured, CaptureError, CudaCapture
 from vidaccel.patching.premises import capture_reason
+from vidaccel.sites.memo import held
 from vidaccel.sites.site import Site
 
 __all__ = ["GraphSite", "Graphs", "Shared", "is_denoiser"]
@@ -49,6 +50,8 @@ MAX_KINDS = 8
 MAX_VALUES_PER_SHAPE = 4
 # "auto" captures a call whose launches take at least this part of its time, and keeps a graph that takes at most this.
 HOST_BOUND, WORTH_IT = 0.8, 0.95
+# The fastest GPU needs 0.2 s for them, and no host so long to launch a call: that is not measured.
+MANY_FLOPS = 5e14
 FIRST_AUDIT, AUDIT_GROWTH = 64, 8
 PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size)
 
@@ -138,6 +141,7 @@ class _Entry:
 
     kind: _Kind
     number: int
+    flops: int = 0  # of the first such call's ops, as far as they are known
     reason: str = ""
     graph: Captured | None = None
     buffers: list[Tensor] = field(default_factory=list)
@@ -277,7 +281,8 @@ class Graphs:
         kind = call.kind(self._shared)  # before the model may write to its arguments
         versions = _versions(call.tensors)
         out = call.run()
-        entry = _Entry(kind, self._made)
+        memo = held()
+        entry = _Entry(kind, self._made, 0 if memo is None else memo.flops)
         self._made += 1
         strange = next((leaf for leaf in tree_leaves(out) if not isinstance(leaf, (Tensor, *PLAIN))), None)
         if _versions(call.tensors) != versions:
@@ -309,6 +314,8 @@ class Graphs:
             failure = _one_line(error)
         if reason := self._on_any(failure):
             return self._refuse(call, entry, reason, warn=True)
+        if self._only_if_faster and (reason := self._on_any(_flops_reason(entry.flops))):
+            return self._refuse(call, entry, reason)
         run = call.on(entry.buffers)
         try:
             if self._only_if_faster and (reason := self._launches_reason(run, device)):
@@ -398,6 +405,11 @@ class Graphs:
 
     def _slowest(self, *milliseconds: float) -> list[float]:
         return self._shared.slowest(*milliseconds) if self._shared else [*milliseconds]
+
+
+def _flops_reason(flops: int) -> str:
+    """Why so much work does not wait for its launches, or ""."""
+    return f"the GPU is the slower one: it has {flops / 1e12:.0f} TFLOP to do" if flops >= MANY_FLOPS else ""
 
 
 def _same_bits(outputs: Any, expected: Any) -> bool:

@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from vidaccel.errors import first_line
 from vidaccel.kernels import settings
 from vidaccel.kernels.check import near, perturbing
-from vidaccel.kernels.op import capturing, listening, overheard
+from vidaccel.kernels.op import Event, capturing, listening, overheard
 from vidaccel.parallel.layout import layout, tokens
 from vidaccel.sites.memo import Memo, Way, held, holding, once_per_call, signature
 from vidaccel.sites.plain import fingerprint, plain_reason, subtree_reason
@@ -296,8 +296,14 @@ def run_part(host: Host, part: Callable[..., Result], *args: Any, **kwargs: Any)
     sites: SiteGroup = getattr(host, SITES)
     with listening(checks=listener.checks, covers=listener.covers, probes=listener.probes) as events:
         result = part(*args, **kwargs)
-    sites.hear(events)
+    _hear(sites, events)
     return result
+
+
+def _hear(sites: SiteGroup, events: list[Event]) -> None:
+    sites.hear(events)
+    if (memo := held()) is not None:
+        memo.flops += sum(event.costs.flops for event in events)
 
 
 def _plan(host: Host, sites: SiteGroup, kind_of_call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Plan:
@@ -368,7 +374,7 @@ def _heard(
         sites.count(plan.reason)
         logger.warning("%s: the fused block failed, the original runs: %s", sites.paths, plan.reason)
         return out
-    sites.hear(events)
+    _hear(sites, events)
     plan.heard = True
     plan.fallbacks = [(event.op, event.reason) for event in events if event.reason]
     for op, reason in plan.fallbacks:
