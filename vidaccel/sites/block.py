@@ -34,7 +34,7 @@ from vidaccel.kernels.check import near, perturbing
 from vidaccel.kernels.op import capturing, listening, overheard
 from vidaccel.parallel.layout import layout, tokens
 from vidaccel.sites.memo import Memo, Way, held, holding, once_per_call, signature
-from vidaccel.sites.plain import fingerprint, plain_reason, subtree_reason
+from vidaccel.sites.plain import fingerprint, plain_reason, replaced_reason, subtree_reason
 from vidaccel.sites.site import Fidelity, SiteGroup
 
 __all__ = [
@@ -104,11 +104,13 @@ class _Plan:
 
 
 class Host:
-    """What can have sites: a fused block, or an attention processor.
+    """What can have sites: a fused block, or an attention processor, in place of its ``original`` class.
 
     A subclass implements :meth:`fused_forward` and :meth:`original_forward`, both with the parameters that
     :func:`call_site` was called with.
     """
+
+    original: ClassVar[type[Any]]
 
     @classmethod
     def original_forward(cls, host: Any, *args: Any, **kwargs: Any) -> Any:
@@ -153,7 +155,6 @@ class FusedBlock(Host, nn.Module):
     It keeps the original ``forward`` signature and hands its arguments to :func:`call_site`.
     """
 
-    original: ClassVar[type[nn.Module]]
     ops: ClassVar[dict[str, Fidelity]]
 
     @classmethod
@@ -211,7 +212,7 @@ def fuses(original: type[nn.Module], ops: dict[str, Fidelity]) -> Callable[[Bloc
 
     def decorate(cls: Block) -> Block:
         ours, theirs = (", ".join(inspect.signature(kind.forward).parameters) for kind in (cls, original))
-        if ours != theirs:
+        if ours != theirs and not replaced_reason(original):
             raise TypeError(f"{original.__name__}.forward takes ({theirs}), expected ({ours})")
         cls.original, cls.ops = original, ops
         cls.__name__, cls.__qualname__ = original.__name__, original.__qualname__
@@ -317,7 +318,9 @@ def unserved_reason(host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: 
     """Why a call of ``host`` goes to the original forward, or None."""
     if not sites.running():
         return "it is off, or failed"
-    if reason := _gradients_reason(host, args, kwargs) or host.left_alone_reason(host):
+    if reason := _gradients_reason(host, args, kwargs) or replaced_reason(host.original):
+        return reason
+    if reason := host.left_alone_reason(host):
         return reason
     if reason := host.call_reason(*args, **kwargs):
         return reason

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vidaccel.sites.block import SITES, FusedBlock
 from vidaccel.sites.memo import plans_changed
-from vidaccel.sites.plain import hook_reason, stock_class
+from vidaccel.sites.plain import hook_reason, replaced_reason, stock_class
 from vidaccel.sites.site import Fidelity, Site, SiteGroup
 
 __all__ = ["ChannelsLastWeights", "Patch", "Rule", "Swap", "patches_of"]
@@ -118,6 +118,8 @@ class Swap(Rule):
     def left_alone_reason(self, module: Any) -> str | None:
         if reason := super().left_alone_reason(module):
             return f"{reason}: patch before turning that on"
+        if reason := replaced_reason(self.fused.original):
+            return reason
         return self.fused.left_alone_reason(module)
 
     def apply(self, module: Any, sites: list[Site], checks: bool) -> SiteGroup:

@@ -20,7 +20,7 @@ from vidaccel.kernels.attention.spatial_attention import spatial_attention
 from vidaccel.kernels.op import overheard
 from vidaccel.sites.block import SITES, Host, call_site
 from vidaccel.sites.memo import once_per_call
-from vidaccel.sites.plain import plain_reason, readable_reason
+from vidaccel.sites.plain import plain_reason, readable_reason, replaced_reason
 from vidaccel.sites.rules import Rule
 from vidaccel.sites.site import Fidelity, Site, SiteGroup
 
@@ -43,6 +43,7 @@ class FusedAttnProcessor2_0(Host, AttnProcessor2_0):
     attention does. It passes for its stock class, which diffusers looks for by name (``set_default_attn_processor``).
     """
 
+    original = AttnProcessor2_0
     _attention_backend = None
     _parallel_config = None
 
@@ -217,7 +218,7 @@ def attention_reason(attn: Any) -> str | None:
     fused = isinstance(attn.processor, FusedAttnProcessor2_0)
     if not fused and type(attn.processor) is not AttnProcessor2_0:
         return f"it has a processor of its own, {type(attn.processor).__name__}"
-    return None
+    return replaced_reason(AttnProcessor2_0)
 
 
 @dataclass(frozen=True)
