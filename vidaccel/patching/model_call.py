@@ -23,7 +23,8 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from vidaccel.kernels.settings import Fidelity, Settings, allowed, frozen
 from vidaccel.parallel.decode import stand_in_of
@@ -31,7 +32,8 @@ from vidaccel.parallel.layout import layout
 from vidaccel.patching.cuda_graph import Graphs, Shared
 from vidaccel.patching.parallel import ParallelCall, is_looked_at
 from vidaccel.patching.premises import CALL_SLOT, Premises
-from vidaccel.sites.memo import Memo, generation, holding, preparations, watched
+from vidaccel.sites.block import numberless_way
+from vidaccel.sites.memo import Memo, Way, generation, holding, preparations, watched
 from vidaccel.sites.plain import hooks_on_all
 
 __all__ = ["DecodeCall", "ModelCall", "uncompiled", "unwrap_call", "wrap_call", "wrap_decode"]
@@ -76,7 +78,7 @@ class ModelCall:
         if self._premises is None or self._premises.generation != generation():
             self._settle(model, settings)  # what failed on another rank has just been switched off here
         memo, graphs = self._memo, self.graphs
-        if way := watched():
+        if way := watched() or _way_of(args, kwargs):
             memo, graphs = Memo(), None
             memo.way, memo.hooked = way, self._memo.hooked
         try:
@@ -111,6 +113,14 @@ class ModelCall:
             layer._forward_hooks or layer._forward_pre_hooks for layer in layers
         )
         self._looked_at = is_looked_at(model)
+
+
+def _way_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Way | None:
+    """The way that a call with these arguments takes whatever the plan, or None."""
+    for x in (*args, *kwargs.values()):
+        if isinstance(x, Tensor) and (x.is_meta or isinstance(x, FakeTensor)):
+            return numberless_way
+    return None
 
 
 def wrap_call(model: nn.Module, allow: Fidelity) -> ModelCall | None:

@@ -26,6 +26,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
 
 from vidaccel.errors import first_line
@@ -46,6 +47,7 @@ __all__ = [
     "fused_way",
     "fuses",
     "going",
+    "numberless_way",
     "original_of",
     "original_way",
     "run_part",
@@ -62,6 +64,8 @@ MOST_WHOLE = 2**21  # numbers in a call's tensors that need not be cut
 FIRST_RECHECK, RECHECK_SPREAD, RECHECK_GROWTH = 32, 128, 4
 MOST_SEEN = 1024  # kinds of calls that a block remembers
 GRADIENTS = "gradients are being recorded (fused sites serve inference only: use torch.no_grad())"
+FORWARD_GRADIENTS = "gradients are being taken forwards (torch.func.jvp), and fused sites serve inference only"
+NO_NUMBERS = "its tensors have no numbers (on the meta device, or of a FakeTensorMode)"
 
 Block = TypeVar("Block", bound="type[FusedBlock]")
 Result = TypeVar("Result")
@@ -247,7 +251,7 @@ def _call_site(kind: type[Host], host: Any, *args: Any, **kwargs: Any) -> Any:
     over = layout()
     question = (
         host,
-        torch.is_grad_enabled(),
+        torch.is_grad_enabled() or forward_ad._current_level >= 0,
         in_data,
         None if over is None else over.total,  # all ranks are to plan alike, whatever their own shares
         *signature(args),
@@ -270,6 +274,12 @@ def _call_site(kind: type[Host], host: Any, *args: Any, **kwargs: Any) -> Any:
 def original_way(kind: type[Host], host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A call of ``host`` by its original forward."""
     return kind.original_forward(host, *args, **kwargs)
+
+
+def numberless_way(kind: type[Host], host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """:func:`original_way`, counted, for tensors that have a shape and nothing else: blocks ask for what is in them."""
+    sites.count(NO_NUMBERS)
+    return original_way(kind, host, sites, args, kwargs)
 
 
 def fused_way(kind: type[Host], host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -329,6 +339,8 @@ def unserved_reason(host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: 
 
 
 def _gradients_reason(host: Host, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    if forward_ad._current_level >= 0:
+        return FORWARD_GRADIENTS
     if not torch.is_grad_enabled():
         return None
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
