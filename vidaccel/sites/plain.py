@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils.parametrizations import _SpectralNorm
 
 from vidaccel.sites.memo import once_per_call
 
@@ -31,11 +34,14 @@ __all__ = [
 ]
 
 _LIBRARIES = ("torch.nn.", "diffusers.", "vidaccel.")
+# Of torch.nn, what draws random numbers or changes its buffers in training mode.
+_STATEFUL = (_DropoutNd, _NormBase, _SpectralNorm, nn.RReLU)
 
 
 def stock_class(module: Any) -> type:
     """The class that a module or processor has, or had before it was fused."""
-    return getattr(type(module), "original", type(module))
+    kind: type = type(module)
+    return vars(kind).get("original", kind)  # its own: a class that somebody derived from a fused one is not stock
 
 
 @once_per_call
@@ -132,6 +138,8 @@ def subtree_reason(module: nn.Module) -> str | None:
             return reason
         if part.training and isinstance(part, nn.Dropout):
             return "dropout is on"
+        if part.training and isinstance(part, _STATEFUL):
+            return f"a {type(part).__name__} is in training mode"
         processor = vars(part).get("processor")
         if processor is None:
             continue

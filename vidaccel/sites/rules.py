@@ -113,7 +113,8 @@ class Swap(Rule):
 
     def matches(self, path: str, module: Any) -> bool:
         named = not self.names or path.rpartition(".")[2] in self.names
-        return named and stock_class(module) is self.fused.original and self.fused.stands_for(module)
+        ours = stock_class(module) is self.fused.original or isinstance(module, self.fused)
+        return named and ours and self.fused.stands_for(module)
 
     def left_alone_reason(self, module: Any) -> str | None:
         if reason := super().left_alone_reason(module):
@@ -129,13 +130,17 @@ class Swap(Rule):
         return group
 
     def in_place(self, module: Any, memo: SiteGroup) -> str | None:
-        if type(module) is self.fused and vars(module).get(SITES) is memo:
+        runs = type(module).forward is self.fused.forward  # also of a class derived from it, as parametrizations do
+        if isinstance(module, self.fused) and runs and vars(module).get(SITES) is memo:
             return None
         return f"its class is {type(module).__name__} now"
 
     def undo(self, module: Any, memo: SiteGroup) -> None:
-        if type(module) is self.fused:
+        kind = type(module)
+        if kind is self.fused:
             module.__class__ = self.fused.original
+        elif self.fused in kind.__bases__:
+            kind.__bases__ = tuple(self.fused.original if base is self.fused else base for base in kind.__bases__)
         if vars(module).get(SITES) is memo:
             delattr(module, SITES)
 

@@ -154,10 +154,10 @@ def whole_over_heads(attention: Attention, q: Tensor, k: Tensor, v: Tensor, num_
 
 
 def project(attn: Any, out: Tensor) -> Tensor:
-    """``out`` ``[B, S, H*D]`` through the layers behind an attention."""
-    for layer in attn.to_out:
-        out = layer(out)
-    return out
+    """``out`` ``[B, S, H*D]`` through the two layers that processors call; a third in the list is called by nobody."""
+    projection, dropout = attn.to_out[0], attn.to_out[1]
+    projected: Tensor = dropout(projection(out))
+    return projected
 
 
 def feed_forward(ff: Any, x: Tensor, *, fused: bool = True) -> Tensor:

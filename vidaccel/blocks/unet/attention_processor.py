@@ -170,7 +170,9 @@ def bypassed(attn: Attention) -> None:
 @once_per_call
 def output_layers(attn: Attention) -> tuple[Any, ...]:
     """What ``attn`` ends with: its projection, and dropout where that does anything."""
-    return tuple(layer for layer in attn.to_out if layer.training or plain_reason(layer, nn.Dropout) is not None)
+    return tuple(
+        layer for layer in list(attn.to_out)[:2] if layer.training or plain_reason(layer, nn.Dropout) is not None
+    )
 
 
 def _stock_attention(attn: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
