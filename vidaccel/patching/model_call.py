@@ -33,7 +33,7 @@ from vidaccel.patching.cuda_graph import Graphs, Shared
 from vidaccel.patching.parallel import ParallelCall, is_looked_at
 from vidaccel.patching.premises import CALL_SLOT, Premises
 from vidaccel.sites.block import numberless_way
-from vidaccel.sites.memo import Memo, Way, generation, holding, preparations, watched
+from vidaccel.sites.memo import Memo, generation, holding, preparations, watched
 from vidaccel.sites.plain import hooks_on_all
 
 __all__ = ["DecodeCall", "ModelCall", "uncompiled", "unwrap_call", "wrap_call", "wrap_decode"]
@@ -78,9 +78,12 @@ class ModelCall:
         if self._premises is None or self._premises.generation != generation():
             self._settle(model, settings)  # what failed on another rank has just been switched off here
         memo, graphs = self._memo, self.graphs
-        if way := watched() or _way_of(args, kwargs):
+        if way := watched():
             memo, graphs = Memo(), None
             memo.way, memo.hooked = way, self._memo.hooked
+        elif _have_no_numbers(args, kwargs):
+            memo = Memo()
+            memo.way = numberless_way
         try:
             for prepare in preparations(model):
                 prepare(memo, args, kwargs)
@@ -115,12 +118,9 @@ class ModelCall:
         self._looked_at = is_looked_at(model)
 
 
-def _way_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Way | None:
-    """The way that a call with these arguments takes whatever the plan, or None."""
-    for x in (*args, *kwargs.values()):
-        if isinstance(x, Tensor) and (x.is_meta or isinstance(x, FakeTensor)):
-            return numberless_way
-    return None
+def _have_no_numbers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+    return any(x.is_meta or isinstance(x, FakeTensor) for x in tensors)
 
 
 def wrap_call(model: nn.Module, allow: Fidelity) -> ModelCall | None:
