@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from block_checks import relative_error
 from coexistence.families import build
 from coexistence.feature import Subject
@@ -93,7 +94,30 @@ def hook_on_all_modules(subject: Subject) -> Iterator[None]:
         handle.remove()
 
 
-CHANGES = [forward_of_blocks, forward_of_feed_forwards, forward_of_norms, processors, hook_on_all_modules]
+@contextmanager
+def attention_of_pytorch(subject: Subject) -> Iterator[None]:
+    """As SageAttention asks for; it takes no more than stock processors give."""
+    stock: Any = F.scaled_dot_product_attention
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        assert "is_causal" in kwargs
+        return stock(query / 2, key, value, *args, **kwargs)
+
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = stock
+
+
+CHANGES = [
+    forward_of_blocks,
+    forward_of_feed_forwards,
+    forward_of_norms,
+    processors,
+    hook_on_all_modules,
+    attention_of_pytorch,
+]
 
 
 @torch.no_grad()

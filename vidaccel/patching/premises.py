@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from operator import getitem
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidaccel.sites.memo import generation
@@ -114,7 +115,8 @@ def _kinds(modules: list[nn.Module]) -> list[type]:
 
 def _methods(kinds: list[type]) -> list[Any]:
     """What a call of an instance of each kind runs, and what runs at a call of any module."""
-    return [*(getattr(kind, name, None) for kind in kinds for name in ("forward", "__call__")), *hooks_on_all()]
+    methods = [getattr(kind, name, None) for kind in kinds for name in ("forward", "__call__")]
+    return [*methods, *hooks_on_all(), F.scaled_dot_product_attention]
 
 
 def _layouts(weights: list[Tensor]) -> list[Any]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _NormBase
@@ -28,6 +29,7 @@ __all__ = [
     "hooks_on_all",
     "plain_reason",
     "readable_reason",
+    "replaced_attention_reason",
     "replaced_reason",
     "stock_class",
     "subtree_reason",
@@ -81,6 +83,12 @@ def replaced_reason(kind: type) -> str | None:
         if method is not None and not _is_of_a_library(getattr(method, "__globals__", {}).get("__name__", "")):
             return f"somebody replaced the {name} of every {kind.__name__}"
     return None
+
+
+def replaced_attention_reason() -> str | None:
+    """Why attention is not what PyTorch has it be, or None: some packages ask for their function to be put there."""
+    stock = torch.compiler.is_compiling() or F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
+    return None if stock else "somebody replaced PyTorch's scaled_dot_product_attention, which is called"
 
 
 def hooks_on_all() -> tuple[Any, ...]:

@@ -23,7 +23,7 @@ from vidaccel.kernels.ffn.swiglu import swiglu
 from vidaccel.kernels.op import REFERENCE, note
 from vidaccel.parallel.layout import tokens
 from vidaccel.sites.memo import once_per_call
-from vidaccel.sites.plain import plain_reason, readable_reason, replaced_reason
+from vidaccel.sites.plain import plain_reason, readable_reason, replaced_attention_reason, replaced_reason
 
 __all__ = [
     "Attention",
@@ -51,7 +51,7 @@ def attention_reason(attn: Any, kind: type[nn.Module], processor: type) -> str |
         return f"it has a processor of its own, {type(attn.processor).__name__}"
     if getattr(attn.processor, "_parallel_config", None) is not None:
         return "its tokens are spread over several GPUs (context parallel)"
-    return replaced_reason(processor)
+    return replaced_reason(processor) or replaced_attention_reason()
 
 
 @once_per_call

@@ -20,7 +20,7 @@ from vidaccel.kernels.attention.spatial_attention import spatial_attention
 from vidaccel.kernels.op import overheard
 from vidaccel.sites.block import SITES, Host, call_site
 from vidaccel.sites.memo import once_per_call
-from vidaccel.sites.plain import plain_reason, readable_reason, replaced_reason
+from vidaccel.sites.plain import plain_reason, readable_reason, replaced_attention_reason, replaced_reason
 from vidaccel.sites.rules import Rule
 from vidaccel.sites.site import Fidelity, Site, SiteGroup
 
@@ -96,6 +96,8 @@ class FusedAttnProcessor2_0(Host, AttnProcessor2_0):
             return "an attention mask was passed"
         if attn.spatial_norm is not None:
             return "its input is normalised by another image"
+        if reason := replaced_attention_reason():
+            return reason
         return "deprecated arguments were passed" if args or kwargs else None
 
     def fused_forward(
@@ -220,7 +222,7 @@ def attention_reason(attn: Any) -> str | None:
     fused = isinstance(attn.processor, FusedAttnProcessor2_0)
     if not fused and type(attn.processor) is not AttnProcessor2_0:
         return f"it has a processor of its own, {type(attn.processor).__name__}"
-    return replaced_reason(AttnProcessor2_0)
+    return replaced_reason(AttnProcessor2_0) or replaced_attention_reason()
 
 
 @dataclass(frozen=True)
