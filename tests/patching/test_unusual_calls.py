@@ -8,6 +8,8 @@ import pytest
 import torch
 from block_checks import relative_error
 from coexistence.families import build
+from coexistence.feature import seeded
+from peft import LoraConfig
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -89,3 +91,18 @@ def test_one_of_a_batch_is_broadcast(family: str, one: str) -> None:
     with patch_module(subject.denoiser) as report:
         assert relative_error(subject.noise(), expected) <= 1e-5
         assert any("differ in batch size" in reason for reason in fallback_reasons(report)), str(report)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["HunyuanVideo", "HunyuanVideo 1.5", "LTX-2", "Mochi", "Wan 2.1"])
+def test_dropout_draws_the_same_numbers(family: str) -> None:
+    """As of a LoRA that is validated in training mode: no text is cut, and no order of layers is changed, below it."""
+    subject = build(family)
+    config = LoraConfig(r=2, lora_dropout=0.5, init_lora_weights=False, target_modules=["to_q", "add_q_proj", "proj"])
+    seeded(lambda: subject.denoiser.add_adapter(config))
+    subject.denoiser.train()
+    expected = seeded(subject.noise)
+    with patch_module(subject.denoiser) as report:
+        for _ in range(2):
+            assert relative_error(seeded(subject.noise), expected) <= 1e-5
+        assert any("dropout is on" in reason for reason in fallback_reasons(report))

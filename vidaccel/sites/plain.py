@@ -28,6 +28,7 @@ __all__ = [
     "hook_reason",
     "hooks_on_all",
     "plain_reason",
+    "random_reason",
     "readable_reason",
     "replaced_attention_reason",
     "replaced_reason",
@@ -155,6 +156,16 @@ def subtree_reason(module: nn.Module) -> str | None:
             return f"a processor is a {type(processor).__name__}, which is not diffusers'"
         if reason := replaced_reason(type(processor)):
             return reason
+    return None
+
+
+@once_per_call
+def random_reason(module: nn.Module) -> str | None:
+    """Why ``module`` has to call all below it in stock's order, and on the same sizes, or None."""
+    if torch.compiler.is_compiling():
+        return None
+    if any(part.training and isinstance(part, _DropoutNd) and part.p for part in module.modules()):
+        return "dropout is on, and draws other random numbers in another order"
     return None
 
 
