@@ -8,9 +8,9 @@ import pytest
 import torch
 from block_checks import relative_error
 from coexistence.families import build
-from coexistence.feature import seeded
+from coexistence.feature import Subject, seeded
 from peft import LoraConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
@@ -50,6 +50,36 @@ def test_fake_tensors(family: str) -> None:
     subject.call = given
     assert fallback_reasons(report) == {NO_NUMBERS}
     assert relative_error(subject.noise(), expected) <= 1e-5, "nor does that stay"
+
+
+class Noise(nn.Module):
+    """What a denoiser makes of a mask."""
+
+    def __init__(self, subject: Subject) -> None:
+        super().__init__()
+        self.denoiser = subject.denoiser
+        self.call = subject.call
+
+    def forward(self, mask: Tensor) -> Tensor:
+        args, kwargs = self.call
+        given = kwargs | {"encoder_attention_mask": mask, "return_dict": False}
+        noise: Tensor = self.denoiser(*args, **given)[0]
+        return noise
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("family", ["LTX", "Mochi"])
+def test_a_trace_keeps_no_length_of_a_text(family: str) -> None:
+    subject = build(family)
+    mask = subject.call[1]["encoder_attention_mask"]
+    others = torch.ones_like(mask)
+    expected = Noise(subject)(others)
+    with patch_module(subject.denoiser) as report:
+        traced = torch.jit.trace(Noise(subject), (mask,), check_trace=False)
+        assert fallback_reasons(report) == {NO_NUMBERS}
+    assert relative_error(traced(others), expected) <= 1e-5
+    assert relative_error(traced(mask), expected) > 1e-3
 
 
 @torch.no_grad()

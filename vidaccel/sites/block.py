@@ -65,7 +65,7 @@ FIRST_RECHECK, RECHECK_SPREAD, RECHECK_GROWTH = 32, 128, 4
 MOST_SEEN = 1024  # kinds of calls that a block remembers
 GRADIENTS = "gradients are being recorded (fused sites serve inference only: use torch.no_grad())"
 FORWARD_GRADIENTS = "gradients are being taken forwards (torch.func.jvp), and fused sites serve inference only"
-NO_NUMBERS = "its tensors have no numbers (on the meta device, or of a FakeTensorMode)"
+NO_NUMBERS = "its tensors have no numbers to go by (meta device, FakeTensorMode, torch.jit.trace)"
 
 Block = TypeVar("Block", bound="type[FusedBlock]")
 Result = TypeVar("Result")
@@ -277,7 +277,7 @@ def original_way(kind: type[Host], host: Any, sites: SiteGroup, args: tuple[Any,
 
 
 def numberless_way(kind: type[Host], host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """:func:`original_way`, counted, for tensors that have a shape and nothing else: blocks ask for what is in them."""
+    """:func:`original_way`, counted, for tensors without numbers, or with passing ones: blocks ask what is in them."""
     sites.count(NO_NUMBERS)
     return original_way(kind, host, sites, args, kwargs)
 
