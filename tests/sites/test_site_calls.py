@@ -12,11 +12,13 @@ import torch
 from block_checks import fused, relative_error
 from diffusers.models.activations import GEGLU
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from vidaccel.blocks.unet.activations import FusedGEGLU
 from vidaccel.kernels.ffn import geglu as geglu_file
 from vidaccel.kernels.ffn.geglu import GEGLU as GEGLU_OP
 from vidaccel.kernels.op import Implementation
+from vidaccel.sites.plain import plain_reason
 
 
 @pytest.fixture
@@ -117,6 +119,25 @@ def test_no_child_runs_twice_where_it_may_do_more(block: GEGLU) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("stateful", ["random numbers", "a buffer"])
+def test_nothing_in_training_mode_runs_twice(block: GEGLU, stateful: str) -> None:
+    """Once more for a check would give the next layer other random numbers, or another buffer."""
+    if stateful == "a buffer":
+        parametrizations.spectral_norm(block.proj)
+    else:
+        block.proj = nn.Sequential(block.proj, nn.AlphaDropout())
+    twin = copy.deepcopy(block).train()
+    block.train()
+    torch.manual_seed(0)
+    expected = [twin(rows()), torch.rand(3)]
+    with fused(block, FusedGEGLU, OPS):
+        torch.manual_seed(0)
+        assert relative_error(block(rows()), expected[0]) <= 1e-5
+        assert torch.equal(torch.rand(3), expected[1])
+    assert all(map(torch.equal, block.buffers(), twin.buffers()))
+
+
+@torch.no_grad()
 def test_a_users_error_comes_through(block: GEGLU) -> None:
     def interrupt(*args: object) -> None:
         raise RuntimeError("the user says stop")
@@ -170,3 +191,16 @@ def test_a_module_that_was_replaced_stays(block: GEGLU) -> None:
         block.__class__ = type("Mine", (GEGLU,), {})
         assert sites["geglu"].state == "left alone" and "Mine" in sites["geglu"].reason
     assert type(block).__name__ == "Mine" and isinstance(block, nn.Module)
+
+
+@torch.no_grad()
+def test_a_class_derived_from_the_fused_one(block: GEGLU) -> None:
+    """As parametrizations make one: the fused code runs, the report says so, and leaves stock's class below."""
+    expected = block(rows())
+    with fused(block, FusedGEGLU) as sites:
+        block.__class__ = type("Derived", (type(block),), {})
+        assert plain_reason(block, GEGLU), "a parent calls it"
+        assert relative_error(block(rows()), expected) <= 1e-5
+        assert {site.state for site in sites.values()} == {"active"}
+    assert type(block).__bases__ == (GEGLU,)
+    assert torch.equal(block(rows()), expected)

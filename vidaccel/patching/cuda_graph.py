@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
@@ -233,6 +234,8 @@ class Graphs:
         """Why this very call is neither captured nor replayed, or None."""
         if torch.is_grad_enabled():
             return "gradients are enabled (call it under torch.no_grad)"
+        if forward_ad._current_level >= 0:
+            return "gradients are being taken forwards (torch.func.jvp)"
         if torch.is_autocast_enabled(self._gpu.device_type):
             return "autocast is on, and a graph would outlive the casts of weights that it keeps"
         if _has_any_global_hook():

@@ -26,6 +26,7 @@ from vidaccel.parallel.guidance import Guidance
 from vidaccel.parallel.ranks import Agreement, RankError, Ranks, axes_of, join
 from vidaccel.patching.families import spread_for
 from vidaccel.sites.memo import generation
+from vidaccel.sites.plain import hooks_on_all
 from vidaccel.sites.rules import patches_of
 from vidaccel.sites.site import Site
 
@@ -232,6 +233,8 @@ def _by(way: Way, run: Run, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def is_looked_at(model: nn.Module) -> bool:
     """Whether a layer has a hook, or a processor that is neither ours nor diffusers'."""
+    if hooks_on_all():
+        return True
     for layer in model.modules():
         if layer is not model and (layer._forward_hooks or layer._forward_pre_hooks):
             return True

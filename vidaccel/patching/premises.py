@@ -1,9 +1,9 @@
 """What a call of a model takes for granted about it, and whether that still holds.
 
 Every decision of the blocks, and every address in a CUDA graph, follows from what the model is: classes of modules
-(patched, restored, LoRA layers), their attributes (geometry, FreeU, chunking, training), hooks, parameters and where
-they lie, processors. So before a call all of that is compared with how it was. A thousand modules take about a
-millisecond, for the comparisons themselves are C.
+(patched, restored, LoRA layers) and what these do, their attributes (geometry, FreeU, chunking, training), hooks,
+parameters and where they lie, processors. So before a call all of that is compared with how it was. A thousand modules
+take about a millisecond, for the comparisons themselves are C.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from operator import getitem
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidaccel.sites.memo import generation
-from vidaccel.sites.plain import hook_reason
+from vidaccel.sites.plain import hook_reason, hooks_on_all, stock_class
 
 __all__ = ["CALL_SLOT", "Premises", "capture_reason"]
 
@@ -53,6 +54,8 @@ class Premises:
         modules = list(model.modules())
         self._modules = modules[1:]
         self._classes = list(map(type, self._modules))
+        self._kinds = _kinds(modules)
+        self._methods = _methods(self._kinds)
         self._attributes = list(map(vars, self._modules))
         self._counts = list(map(len, self._attributes))  # one more: somebody replaced a method of an instance
         told = [(own, name) for own in self._attributes for name in own if name not in _OF_EVERY_MODULE]
@@ -81,6 +84,7 @@ class Premises:
                 self.generation == generation()
                 and self._own == _own_attributes(model)
                 and self._classes == list(map(type, self._modules))
+                and self._methods == _methods(self._kinds)
                 and self._counts == list(map(len, self._attributes))
                 and self._values_then == list(map(getitem, self._owners, self._names))
                 and self._tables == self._tables_then
@@ -101,6 +105,18 @@ class Premises:
 
 def _own_attributes(model: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(model).items() if name != CALL_SLOT}
+
+
+def _kinds(modules: list[nn.Module]) -> list[type]:
+    """The classes of modules and of their processors, as the libraries have them."""
+    processors = (processor for module in modules if (processor := vars(module).get("processor")) is not None)
+    return list({*map(stock_class, modules), *map(stock_class, processors)})
+
+
+def _methods(kinds: list[type]) -> list[Any]:
+    """What a call of an instance of each kind runs, and what runs at a call of any module."""
+    methods = [getattr(kind, name, None) for kind in kinds for name in ("forward", "__call__")]
+    return [*methods, *hooks_on_all(), F.scaled_dot_product_attention]
 
 
 def _layouts(weights: list[Tensor]) -> list[Any]:

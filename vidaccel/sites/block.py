@@ -26,6 +26,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
 
 from vidaccel.errors import first_line
@@ -34,7 +35,7 @@ from vidaccel.kernels.check import near, perturbing
 from vidaccel.kernels.op import Event, capturing, listening, overheard
 from vidaccel.parallel.layout import layout, tokens
 from vidaccel.sites.memo import Memo, Way, held, holding, once_per_call, signature
-from vidaccel.sites.plain import fingerprint, plain_reason, subtree_reason
+from vidaccel.sites.plain import fingerprint, plain_reason, random_reason, replaced_reason, subtree_reason
 from vidaccel.sites.site import Fidelity, SiteGroup
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "fused_way",
     "fuses",
     "going",
+    "numberless_way",
     "original_of",
     "original_way",
     "run_part",
@@ -62,6 +64,8 @@ MOST_WHOLE = 2**21  # numbers in a call's tensors that need not be cut
 FIRST_RECHECK, RECHECK_SPREAD, RECHECK_GROWTH = 32, 128, 4
 MOST_SEEN = 1024  # kinds of calls that a block remembers
 GRADIENTS = "gradients are being recorded (fused sites serve inference only: use torch.no_grad())"
+FORWARD_GRADIENTS = "gradients are being taken forwards (torch.func.jvp), and fused sites serve inference only"
+NO_NUMBERS = "its tensors have no numbers to go by (meta device, FakeTensorMode, torch.jit.trace)"
 
 Block = TypeVar("Block", bound="type[FusedBlock]")
 Result = TypeVar("Result")
@@ -104,11 +108,13 @@ class _Plan:
 
 
 class Host:
-    """What can have sites: a fused block, or an attention processor.
+    """What can have sites: a fused block, or an attention processor, in place of its ``original`` class.
 
     A subclass implements :meth:`fused_forward` and :meth:`original_forward`, both with the parameters that
     :func:`call_site` was called with.
     """
+
+    original: ClassVar[type[Any]]
 
     @classmethod
     def original_forward(cls, host: Any, *args: Any, **kwargs: Any) -> Any:
@@ -153,7 +159,6 @@ class FusedBlock(Host, nn.Module):
     It keeps the original ``forward`` signature and hands its arguments to :func:`call_site`.
     """
 
-    original: ClassVar[type[nn.Module]]
     ops: ClassVar[dict[str, Fidelity]]
 
     @classmethod
@@ -211,7 +216,7 @@ def fuses(original: type[nn.Module], ops: dict[str, Fidelity]) -> Callable[[Bloc
 
     def decorate(cls: Block) -> Block:
         ours, theirs = (", ".join(inspect.signature(kind.forward).parameters) for kind in (cls, original))
-        if ours != theirs:
+        if ours != theirs and not replaced_reason(original):
             raise TypeError(f"{original.__name__}.forward takes ({theirs}), expected ({ours})")
         cls.original, cls.ops = original, ops
         cls.__name__, cls.__qualname__ = original.__name__, original.__qualname__
@@ -246,7 +251,7 @@ def _call_site(kind: type[Host], host: Any, *args: Any, **kwargs: Any) -> Any:
     over = layout()
     question = (
         host,
-        torch.is_grad_enabled(),
+        torch.is_grad_enabled() or forward_ad._current_level >= 0,
         in_data,
         None if over is None else over.total,  # all ranks are to plan alike, whatever their own shares
         *signature(args),
@@ -269,6 +274,12 @@ def _call_site(kind: type[Host], host: Any, *args: Any, **kwargs: Any) -> Any:
 def original_way(kind: type[Host], host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A call of ``host`` by its original forward."""
     return kind.original_forward(host, *args, **kwargs)
+
+
+def numberless_way(kind: type[Host], host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """:func:`original_way`, counted, for tensors without numbers, or with passing ones: blocks ask what is in them."""
+    sites.count(NO_NUMBERS)
+    return original_way(kind, host, sites, args, kwargs)
 
 
 def fused_way(kind: type[Host], host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -323,7 +334,9 @@ def unserved_reason(host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: 
     """Why a call of ``host`` goes to the original forward, or None."""
     if not sites.running():
         return "it is off, or failed"
-    if reason := _gradients_reason(host, args, kwargs) or host.left_alone_reason(host):
+    if reason := _gradients_reason(host, args, kwargs) or replaced_reason(host.original):
+        return reason
+    if reason := random_reason(host.module_of(args)) or host.left_alone_reason(host):
         return reason
     if reason := host.call_reason(*args, **kwargs):
         return reason
@@ -332,6 +345,8 @@ def unserved_reason(host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: 
 
 
 def _gradients_reason(host: Host, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    if forward_ad._current_level >= 0:
+        return FORWARD_GRADIENTS
     if not torch.is_grad_enabled():
         return None
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]

@@ -2,7 +2,8 @@
 
 LoRA, quantisation, casting, offload, caches and users change what a call of a child does: by its class, by its forward,
 by another method of the instance, by hooks, by what ``weight`` is. A child is *plain* only if it is exactly what is
-expected in all of these; all else is called, or left to the original code.
+expected in all of these; all else is called, or left to the original code. So it is where somebody has changed a whole
+class, or hung a hook on all modules.
 """
 
 from __future__ import annotations
@@ -12,7 +13,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils.parametrizations import _SpectralNorm
 
 from vidaccel.sites.memo import once_per_call
 
@@ -20,20 +26,25 @@ __all__ = [
     "fingerprint",
     "foreign_reason",
     "hook_reason",
+    "hooks_on_all",
     "plain_reason",
+    "random_reason",
     "readable_reason",
+    "replaced_attention_reason",
+    "replaced_reason",
     "stock_class",
     "subtree_reason",
 ]
 
 _LIBRARIES = ("torch.nn.", "diffusers.", "vidaccel.")
-_KINDS = (nn.Linear, nn.Conv2d, nn.Conv3d, nn.GroupNorm, nn.LayerNorm, nn.SiLU, nn.Dropout, nn.Sequential)
-_FORWARDS: dict[type, Any] = {kind: kind.forward for kind in _KINDS}  # as they were when this was imported
+# Of torch.nn, what draws random numbers or changes its buffers in training mode.
+_STATEFUL = (_DropoutNd, _NormBase, _SpectralNorm, nn.RReLU)
 
 
-def stock_class(module: nn.Module) -> type:
-    """The class that ``module`` has, or had before it was fused."""
-    return getattr(type(module), "original", type(module))
+def stock_class(module: Any) -> type:
+    """The class that a module or processor has, or had before it was fused."""
+    kind: type = type(module)
+    return vars(kind).get("original", kind)  # its own: a class that somebody derived from a fused one is not stock
 
 
 @once_per_call
@@ -41,11 +52,9 @@ def plain_reason(child: nn.Module, expected: type[nn.Module]) -> str | None:
     """Why a call of ``child`` may do other than what an ``expected`` does, or None."""
     if stock_class(child) is not expected:
         return f"a {expected.__name__} was replaced by {_name_beside(expected, type(child))}"
-    if reason := hook_reason(child):
+    if reason := hook_reason(child) or replaced_reason(expected):
         return reason
-    if not torch.compiler.is_compiling() and expected.forward is not _FORWARDS.get(expected, expected.forward):
-        return f"somebody replaced the forward of every {expected.__name__}"
-    return None
+    return "a forward hook on all modules is registered" if hooks_on_all() else None
 
 
 def _name_beside(expected: type, kind: type) -> str:
@@ -64,6 +73,34 @@ def hook_reason(module: nn.Module) -> str | None:
     if module._forward_hooks or module._forward_pre_hooks:
         return f"a {name} has forward hooks, which only a call of it runs"
     return None
+
+
+def replaced_reason(kind: type) -> str | None:
+    """Why what an instance of ``kind`` runs is no code of the library that wrote the class, or None."""
+    if torch.compiler.is_compiling():
+        return None
+    for name in ("forward", "__call__"):
+        method = getattr(kind, name, None)
+        if method is not None and not _is_of_a_library(getattr(method, "__globals__", {}).get("__name__", "")):
+            return f"somebody replaced the {name} of every {kind.__name__}"
+    return None
+
+
+def replaced_attention_reason() -> str | None:
+    """Why attention is not what PyTorch has it be, or None: some packages ask for their function to be put there."""
+    stock = torch.compiler.is_compiling() or F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
+    return None if stock else "somebody replaced PyTorch's scaled_dot_product_attention, which is called"
+
+
+def hooks_on_all() -> tuple[Any, ...]:
+    """The forward hooks that are registered on all modules; none while Dynamo traces."""
+    if torch.compiler.is_compiling():
+        return ()
+    return *torch_module._global_forward_pre_hooks.values(), *torch_module._global_forward_hooks.values()
+
+
+def _is_of_a_library(module: str) -> bool:
+    return f"{module}.".startswith(_LIBRARIES)
 
 
 @functools.lru_cache(maxsize=1024)  # some libraries make a class for each module
@@ -95,7 +132,7 @@ def _readable_reason(child: Any, expected: type[nn.Module], device: torch.device
 
 def foreign_reason(module: nn.Module) -> str | None:
     """Why a call of this very module may run a user's code, or None."""
-    if not f"{stock_class(module).__module__}.".startswith(_LIBRARIES):
+    if not _is_of_a_library(stock_class(module).__module__):
         return f"a {type(module).__name__} is not of PyTorch or diffusers"
     return hook_reason(module)
 
@@ -103,14 +140,32 @@ def foreign_reason(module: nn.Module) -> str | None:
 @once_per_call
 def subtree_reason(module: nn.Module) -> str | None:
     """Why running ``module`` a second time may do more than the first did (a user's code, a random number), or None."""
+    if hooks_on_all():
+        return "a forward hook on all modules is registered"
     for part in module.modules():
-        if reason := foreign_reason(part):
+        if reason := foreign_reason(part) or replaced_reason(stock_class(part)):
             return reason
         if part.training and isinstance(part, nn.Dropout):
             return "dropout is on"
+        if part.training and isinstance(part, _STATEFUL):
+            return f"a {type(part).__name__} is in training mode"
         processor = vars(part).get("processor")
-        if processor is not None and not f"{type(processor).__module__}.".startswith(_LIBRARIES):
+        if processor is None:
+            continue
+        if not _is_of_a_library(type(processor).__module__):
             return f"a processor is a {type(processor).__name__}, which is not diffusers'"
+        if reason := replaced_reason(type(processor)):
+            return reason
+    return None
+
+
+@once_per_call
+def random_reason(module: nn.Module) -> str | None:
+    """Why ``module`` has to call all below it in stock's order, and on the same sizes, or None."""
+    if torch.compiler.is_compiling():
+        return None
+    if any(part.training and isinstance(part, _DropoutNd) and part.p for part in module.modules()):
+        return "dropout is on, and draws other random numbers in another order"
     return None
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vidaccel.sites.block import SITES, FusedBlock
 from vidaccel.sites.memo import plans_changed
-from vidaccel.sites.plain import hook_reason, stock_class
+from vidaccel.sites.plain import hook_reason, replaced_reason, stock_class
 from vidaccel.sites.site import Fidelity, Site, SiteGroup
 
 __all__ = ["ChannelsLastWeights", "Patch", "Rule", "Swap", "patches_of"]
@@ -113,11 +113,14 @@ class Swap(Rule):
 
     def matches(self, path: str, module: Any) -> bool:
         named = not self.names or path.rpartition(".")[2] in self.names
-        return named and stock_class(module) is self.fused.original and self.fused.stands_for(module)
+        ours = stock_class(module) is self.fused.original or isinstance(module, self.fused)
+        return named and ours and self.fused.stands_for(module)
 
     def left_alone_reason(self, module: Any) -> str | None:
         if reason := super().left_alone_reason(module):
             return f"{reason}: patch before turning that on"
+        if reason := replaced_reason(self.fused.original):
+            return reason
         return self.fused.left_alone_reason(module)
 
     def apply(self, module: Any, sites: list[Site], checks: bool) -> SiteGroup:
@@ -127,13 +130,17 @@ class Swap(Rule):
         return group
 
     def in_place(self, module: Any, memo: SiteGroup) -> str | None:
-        if type(module) is self.fused and vars(module).get(SITES) is memo:
+        runs = type(module).forward is self.fused.forward  # also of a class derived from it, as parametrizations do
+        if isinstance(module, self.fused) and runs and vars(module).get(SITES) is memo:
             return None
         return f"its class is {type(module).__name__} now"
 
     def undo(self, module: Any, memo: SiteGroup) -> None:
-        if type(module) is self.fused:
+        kind = type(module)
+        if kind is self.fused:
             module.__class__ = self.fused.original
+        elif self.fused in kind.__bases__:
+            kind.__bases__ = tuple(self.fused.original if base is self.fused else base for base in kind.__bases__)
         if vars(module).get(SITES) is memo:
             delattr(module, SITES)
 

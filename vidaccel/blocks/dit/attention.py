@@ -23,7 +23,7 @@ from vidaccel.kernels.ffn.swiglu import swiglu
 from vidaccel.kernels.op import REFERENCE, note
 from vidaccel.parallel.layout import tokens
 from vidaccel.sites.memo import once_per_call
-from vidaccel.sites.plain import plain_reason, readable_reason
+from vidaccel.sites.plain import plain_reason, readable_reason, replaced_attention_reason, replaced_reason
 
 __all__ = [
     "Attention",
@@ -51,7 +51,7 @@ def attention_reason(attn: Any, kind: type[nn.Module], processor: type) -> str |
         return f"it has a processor of its own, {type(attn.processor).__name__}"
     if getattr(attn.processor, "_parallel_config", None) is not None:
         return "its tokens are spread over several GPUs (context parallel)"
-    return None
+    return replaced_reason(processor) or replaced_attention_reason()
 
 
 @once_per_call
@@ -154,10 +154,10 @@ def whole_over_heads(attention: Attention, q: Tensor, k: Tensor, v: Tensor, num_
 
 
 def project(attn: Any, out: Tensor) -> Tensor:
-    """``out`` ``[B, S, H*D]`` through the layers behind an attention."""
-    for layer in attn.to_out:
-        out = layer(out)
-    return out
+    """``out`` ``[B, S, H*D]`` through the two layers that processors call; a third in the list is called by nobody."""
+    projection, dropout = attn.to_out[0], attn.to_out[1]
+    projected: Tensor = dropout(projection(out))
+    return projected
 
 
 def feed_forward(ff: Any, x: Tensor, *, fused: bool = True) -> Tensor:

@@ -72,6 +72,8 @@ class FusedEasyAnimateTransformerBlock(GatedResidualBlock, EasyAnimateTransforme
             return "autocast is on"
         if not x.dtype == text.dtype == temb.dtype:
             return "video, text and timestep embedding differ in dtype"
+        if not len(x) == len(text) == len(temb):  # stock code may broadcast them
+            return "video, text and timestep embedding differ in batch size"
         for norm in (self.norm1, self.norm2):
             if reason := plain_reason(norm, EasyAnimateLayerNormZero):
                 return reason

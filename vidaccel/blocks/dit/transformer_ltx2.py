@@ -177,6 +177,8 @@ class FusedLTX2VideoTransformerBlock(LTXBlock, LTX2VideoTransformerBlock):
         if call.a2v_cross_attention_mask is not None or call.v2a_cross_attention_mask is not None:
             return "attention between its streams has a mask"
         x, audio = call.hidden_states, call.audio_hidden_states
+        if len({len(tokens) for tokens in call[:4]}) > 1:  # stock code may broadcast them
+            return "video, audio and their texts differ in batch size"
         tables = self.video_a2v_cross_attn_scale_shift_table, self.audio_a2v_cross_attn_scale_shift_table
         return self.blocks_reason(
             [*self._video_norms(), *self._audio_norms()],

@@ -86,6 +86,8 @@ class FusedMochiTransformerBlock(FusedBlock, MochiTransformerBlock):
             return "autocast is on"
         if not x.dtype == text.dtype == temb.dtype:
             return "video, text and timestep embedding differ in dtype"
+        if not len(x) == len(text) == len(temb):  # stock code may broadcast them
+            return "video, text and timestep embedding differ in batch size"
         if mask.shape != text.shape[:2]:
             return "the mask of its text is not [B, T]"
         for norm, kind in self._norms():

@@ -20,7 +20,7 @@ from vidaccel.kernels.attention.spatial_attention import spatial_attention
 from vidaccel.kernels.op import overheard
 from vidaccel.sites.block import SITES, Host, call_site
 from vidaccel.sites.memo import once_per_call
-from vidaccel.sites.plain import plain_reason, readable_reason
+from vidaccel.sites.plain import plain_reason, readable_reason, replaced_attention_reason, replaced_reason
 from vidaccel.sites.rules import Rule
 from vidaccel.sites.site import Fidelity, Site, SiteGroup
 
@@ -43,6 +43,7 @@ class FusedAttnProcessor2_0(Host, AttnProcessor2_0):
     attention does. It passes for its stock class, which diffusers looks for by name (``set_default_attn_processor``).
     """
 
+    original = AttnProcessor2_0
     _attention_backend = None
     _parallel_config = None
 
@@ -95,6 +96,8 @@ class FusedAttnProcessor2_0(Host, AttnProcessor2_0):
             return "an attention mask was passed"
         if attn.spatial_norm is not None:
             return "its input is normalised by another image"
+        if reason := replaced_attention_reason():
+            return reason
         return "deprecated arguments were passed" if args or kwargs else None
 
     def fused_forward(
@@ -169,7 +172,9 @@ def bypassed(attn: Attention) -> None:
 @once_per_call
 def output_layers(attn: Attention) -> tuple[Any, ...]:
     """What ``attn`` ends with: its projection, and dropout where that does anything."""
-    return tuple(layer for layer in attn.to_out if layer.training or plain_reason(layer, nn.Dropout) is not None)
+    return tuple(
+        layer for layer in list(attn.to_out)[:2] if layer.training or plain_reason(layer, nn.Dropout) is not None
+    )
 
 
 def _stock_attention(attn: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -217,7 +222,7 @@ def attention_reason(attn: Any) -> str | None:
     fused = isinstance(attn.processor, FusedAttnProcessor2_0)
     if not fused and type(attn.processor) is not AttnProcessor2_0:
         return f"it has a processor of its own, {type(attn.processor).__name__}"
-    return None
+    return replaced_reason(AttnProcessor2_0) or replaced_attention_reason()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,138 @@
+"""Calls that stock diffusers serves and no clip needs: a patched model serves them, too, and says how."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from block_checks import relative_error
+from coexistence.families import build
+from coexistence.feature import Subject, seeded
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
+from transformer_checks import fallback_reasons
+
+from vidaccel import patch_module
+from vidaccel.sites.block import FORWARD_GRADIENTS, NO_NUMBERS
+
+FAMILIES = ["CogVideoX", "HunyuanVideo", "LTX", "LTX-2", "Wan 2.1"]
+
+
+def each_tensor(change: Any, given: Any) -> Any:
+    return tree_map(lambda x: change(x) if isinstance(x, Tensor) else x, given)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_on_the_meta_device(family: str) -> None:
+    subject = build(family)
+    expected = subject.noise()
+    report = patch_module(subject.denoiser)
+    subject.denoiser.to("meta")
+    subject.call = each_tensor(lambda x: x.to("meta"), subject.call)
+    assert subject.noise().shape == expected.shape
+    assert fallback_reasons(report) == {NO_NUMBERS}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fake_tensors(family: str) -> None:
+    subject = build(family)
+    expected = subject.noise()
+    report = patch_module(subject.denoiser)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        given, subject.call = subject.call, each_tensor(mode.from_tensor, subject.call)
+        assert subject.noise().shape == expected.shape
+    subject.call = given
+    assert fallback_reasons(report) == {NO_NUMBERS}
+    assert relative_error(subject.noise(), expected) <= 1e-5, "nor does that stay"
+
+
+class Noise(nn.Module):
+    """What a denoiser makes of a mask."""
+
+    def __init__(self, subject: Subject) -> None:
+        super().__init__()
+        self.denoiser = subject.denoiser
+        self.call = subject.call
+
+    def forward(self, mask: Tensor) -> Tensor:
+        args, kwargs = self.call
+        given = kwargs | {"encoder_attention_mask": mask, "return_dict": False}
+        noise: Tensor = self.denoiser(*args, **given)[0]
+        return noise
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("family", ["LTX", "Mochi"])
+def test_a_trace_keeps_no_length_of_a_text(family: str) -> None:
+    subject = build(family)
+    mask = subject.call[1]["encoder_attention_mask"]
+    others = torch.ones_like(mask)
+    expected = Noise(subject)(others)
+    with patch_module(subject.denoiser) as report:
+        traced = torch.jit.trace(Noise(subject), (mask,), check_trace=False)
+        assert fallback_reasons(report) == {NO_NUMBERS}
+    assert relative_error(traced(others), expected) <= 1e-5
+    assert relative_error(traced(mask), expected) > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by PyTorch itself
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_taken_forwards(family: str) -> None:
+    """No kernel of ours has a derivative, and forwards it is not asked for by ``requires_grad``."""
+    subject = build(family)
+    latents = subject.call[1]["hidden_states"]
+    direction = torch.linspace(-1, 1, latents.numel()).view_as(latents)
+
+    def derived() -> tuple[Tensor, Tensor]:
+        with sdpa_kernel(SDPBackend.MATH):  # the other ones have no derivative
+            return torch.func.jvp(lambda x: subject.noise(hidden_states=x), (latents,), (direction,))
+
+    expected = derived()
+    with patch_module(subject.denoiser) as report:
+        assert all(map(torch.equal, derived(), expected))
+        assert fallback_reasons(report) == {FORWARD_GRADIENTS}
+        counted = [site.fallbacks[FORWARD_GRADIENTS] for site in report.sites]
+        assert relative_error(subject.noise(), expected[0]) <= 1e-5
+        assert [site.fallbacks[FORWARD_GRADIENTS] for site in report.sites] == counted, "nor does that stay"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "one"),
+    [("EasyAnimate", "encoder_hidden_states"), ("LTX-2", "audio_hidden_states"), ("Mochi", "hidden_states")],
+)
+def test_one_of_a_batch_is_broadcast(family: str, one: str) -> None:
+    """Where a user's hook is below, a block that fails would not be run again."""
+    subject = build(family)
+    args, kwargs = subject.call
+    subject.call = args, kwargs | {one: kwargs[one][:1]}
+    for path, layer in subject.denoiser.named_modules():
+        if path.endswith("to_v"):
+            layer.register_forward_hook(lambda *args: None)
+    expected = subject.noise()
+    with patch_module(subject.denoiser) as report:
+        assert relative_error(subject.noise(), expected) <= 1e-5
+        assert any("differ in batch size" in reason for reason in fallback_reasons(report)), str(report)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["HunyuanVideo", "HunyuanVideo 1.5", "LTX-2", "Mochi", "Wan 2.1"])
+def test_dropout_draws_the_same_numbers(family: str) -> None:
+    """As of a LoRA that is validated in training mode: no text is cut, and no order of layers is changed, below it."""
+    subject = build(family)
+    config = LoraConfig(r=2, lora_dropout=0.5, init_lora_weights=False, target_modules=["to_q", "add_q_proj", "proj"])
+    seeded(lambda: subject.denoiser.add_adapter(config))
+    subject.denoiser.train()
+    expected = seeded(subject.noise)
+    with patch_module(subject.denoiser) as report:
+        for _ in range(2):
+            assert relative_error(seeded(subject.noise), expected) <= 1e-5
+        assert any("dropout is on" in reason for reason in fallback_reasons(report))
