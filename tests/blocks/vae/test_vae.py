@@ -172,6 +172,33 @@ def test_hooks_on_an_up_block_still_run() -> None:
     assert seen == [1]
 
 
+class Louder(nn.Module):
+    """Stands around a layer, whatever that is called with."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return 1.5 * self.layer(*args, **kwargs)
+
+
+@VAES
+@pytest.mark.parametrize("layers", ["resnets", "upsamplers"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_layer_in_a_wrapper_is_called_as_the_up_block_calls_it(
+    when: str, layers: str, make: Callable[[], nn.Module], decode: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
+    vae = make()
+    report = patch_module(vae) if when == "after" else None
+    wrapped = getattr(vae.decoder.up_blocks[0], layers)
+    wrapped[0] = Louder(wrapped[0])
+    with report or patch_module(vae):
+        found = decode(vae, latents())
+    assert relative_error(found, decode(vae, latents())) <= 1e-5
+
+
 @pytest.fixture
 def full_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Module, float], None]:
     """A call makes a decoder's last convolution run out of memory on a GPU that has room for so many frames."""
