@@ -166,7 +166,7 @@ def batches(latents: Tensor) -> list[Tensor]:
     return [latents[:, :, :3], latents[:, :, 3:5], latents[:, :, 5:7]]
 
 
-@pytest.mark.parametrize("change", ["other-frames", "written-to", "copied", "begun-anew"])
+@pytest.mark.parametrize("change", ["other-frames", "written-to", "written-by-numpy", "copied", "begun-anew"])
 @torch.no_grad()
 def test_calls_that_were_not_foreseen(change: str, vae: AutoencoderKLCogVideoX) -> None:
     outcomes = []
@@ -179,6 +179,8 @@ def test_calls_that_were_not_foreseen(change: str, vae: AutoencoderKLCogVideoX) 
                 batch = latents[:, :, 5:7]
             if at == 2 and change == "written-to":
                 batch.mul_(2)
+            if at == 2 and change == "written-by-numpy":
+                batch.numpy()[:] *= 2
             if change == "copied":
                 batch = batch.clone()
             if at == 2 and change == "begun-anew":
