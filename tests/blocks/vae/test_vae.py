@@ -21,6 +21,7 @@ from vidaccel import patch_module
 from vidaccel.blocks.unet.normalization import FusedGroupNorm
 from vidaccel.blocks.unet.resnet import FusedResnetBlock2D
 from vidaccel.blocks.unet.upsampling import FusedUpsample2D
+from vidaccel.blocks.vae import vae as blocks
 from vidaccel.blocks.vae.vae import FusedDecoder, FusedTemporalDecoder, decode_bytes, frames_that_fit
 from vidaccel.kernels.conv.conv_epilogue import CONV_EPILOGUE_AND_STATISTICS
 from vidaccel.kernels.conv.upsample_conv import UPSAMPLE_CONV_AND_STATISTICS
@@ -209,9 +210,7 @@ def full_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Module, float], No
 
         vae.decoder.conv_out.forward = raise_error
         free = int(room * decode_bytes(vae.decoder, latents()))
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
-        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
-        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
+        monkeypatch.setattr(blocks, "usable_bytes", lambda device: free)
 
     return fill
 
@@ -241,6 +240,19 @@ def test_out_of_memory_lets_the_attempt_go(full_gpu: Callable[[nn.Module, float]
     with pytest.raises(torch.OutOfMemoryError, match="out of memory while decoding") as raised:
         decode_kl(vae, latents())
     assert raised.value.__cause__ is not None and held[0]() is None
+
+
+@VAES
+def test_out_of_memory_is_explained_where_there_is_no_cuda(make: Callable[[], nn.Module], decode: Any) -> None:
+    vae = make()
+
+    def raise_error(*args: object) -> None:
+        raise torch.OutOfMemoryError("no memory is left")
+
+    vae.decoder.conv_out.forward = raise_error
+    patch_module(vae, only="decode_memory")
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory while decoding 2 frames"):
+        decode(vae, latents())
 
 
 @pytest.mark.parametrize(("free", "fit"), [(10 * GIB, 4), (3 * GIB, 1), (GIB, 0), (-GIB, 0)])

@@ -9,6 +9,7 @@ that runs out of memory nevertheless says how many frames would have fitted.
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections.abc import Iterator
 from functools import partial
@@ -250,7 +251,9 @@ def _channels_in_resnet(resnet: ResnetBlock2D | SpatioTemporalResBlock) -> int:
 
 
 def usable_bytes(device: torch.device) -> int:
-    """What this process may allocate on ``device``, counting what it has allocated."""
+    """What this process may allocate on ``device``, counting what it has allocated, if that is a GPU of CUDA's."""
+    if device.type != "cuda":
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     driver_free, total = torch.cuda.mem_get_info(device)
     limit = int(torch.cuda.get_per_process_memory_fraction(device) * total)
     return min(driver_free + torch.cuda.memory_reserved(device), limit)
