@@ -200,6 +200,17 @@ def test_a_layer_in_a_wrapper_is_called_as_the_up_block_calls_it(
     assert relative_error(found, decode(vae, latents())) <= 1e-5
 
 
+def test_a_hook_on_a_blender_sees_the_names_of_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
+    vae, seen = svd_vae(), []
+    mixer = vae.decoder.up_blocks[0].resnets[0].time_mixer
+    mixer.register_forward_pre_hook(lambda _, args, kwargs: seen.append((len(args), list(kwargs))), with_kwargs=True)
+    decode_svd(vae, latents())
+    with patch_module(vae):
+        decode_svd(vae, latents())
+    assert seen == [(0, ["x_spatial", "x_temporal", "image_only_indicator"])] * 2
+
+
 @pytest.fixture
 def full_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Module, float], None]:
     """A call makes a decoder's last convolution run out of memory on a GPU that has room for so many frames."""
