@@ -367,6 +367,36 @@ def test_other_latents_on_a_rank(two_ranks: Team) -> None:
         assert isinstance(error, RankError) and "AutoencoderKLWan with different values" in str(error)
 
 
+def unlike(how: str) -> tuple[float, list[str]]:
+    """The error beside a decode by this rank alone, and the reasons, where the last rank would split it otherwise."""
+    vae = MADE["cogvideox" if how == "storage" else "wan"]()
+    x, last = latents((2, 4, 5, 4, 4)), torch.distributed.get_rank() == 1
+    report = patch_pipeline(pipeline_of(vae), parallel="auto", self_check=False)
+    decoded(vae, x)
+    if last and how == "slicing":
+        vae.enable_slicing()
+    if last and how == "layer":
+        vae.decoder.conv_in.padding_mode = "circular"
+    if last and how == "storage":
+        x = torch.cat([x, x], dim=2)[:, :, :5]
+    if last and how == "off":
+        next(site for site in report.sites if (site.path, site.op) == ("vae.decoder", "whole_clip")).on = False
+    found, _ = decoded(vae, x)
+    reasons = [reason for site in report.sites if site.op == "decode" for reason in site.fallbacks]
+    report.restore()
+    expected, _ = decoded(vae, x)
+    return float((found - expected).abs().max() / expected.abs().max()), reasons
+
+
+@pytest.mark.parametrize("how", ["slicing", "layer", "storage", "off"])
+def test_what_ranks_would_split_in_different_ways_each_decodes_whole(two_ranks: Team, how: str) -> None:
+    for error, reasons in two_ranks.run(unlike, how):
+        assert error < 1e-5
+        assert reasons == [
+            "the ranks would split it in different ways: their latents, tiling, slicing or layers differ"
+        ]
+
+
 def copies() -> bool:
     pipe, x = pipeline_of(MADE["wan"]()), latents((1, 4, 4, 2, 2))
     expected = pipe.vae.decode(x).sample

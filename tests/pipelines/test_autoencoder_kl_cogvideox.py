@@ -166,10 +166,12 @@ def batches(latents: Tensor) -> list[Tensor]:
     return [latents[:, :, :3], latents[:, :, 3:5], latents[:, :, 5:7]]
 
 
-@pytest.mark.parametrize("change", ["other-frames", "written-to", "copied", "begun-anew"])
+@pytest.mark.parametrize(
+    "change", ["other-frames", "written-to", "written-by-numpy", "copied", "cache-rebuilt", "begun-anew"]
+)
 @torch.no_grad()
 def test_calls_that_were_not_foreseen(change: str, vae: AutoencoderKLCogVideoX) -> None:
-    outcomes = []
+    outcomes, names = [], []
     for patched in (False, True):
         latents, cache, pixels = draw(7), None, []
         if patched:
@@ -179,14 +181,21 @@ def test_calls_that_were_not_foreseen(change: str, vae: AutoencoderKLCogVideoX) 
                 batch = latents[:, :, 5:7]
             if at == 2 and change == "written-to":
                 batch.mul_(2)
+            if at == 2 and change == "written-by-numpy":
+                batch.numpy()[:] *= 2
             if change == "copied":
                 batch = batch.clone()
             if at == 2 and change == "begun-anew":
                 cache = None
+            if at == 2 and change == "cache-rebuilt":
+                assert cache is not None
+                names.append(list(cache))
+                cache = dict(cache)
             made, cache = vae.decoder(batch, conv_cache=cache)
             pixels.append(made)
         outcomes.append(torch.cat(pixels, dim=2))
     assert relative_error(outcomes[1], outcomes[0]) <= EQUAL
+    assert names[:1] == names[1:]
 
 
 @pytest.mark.parametrize("event", ["restored", "failed", "patched"])

@@ -214,6 +214,33 @@ def test_a_changed_child_runs_as_it_is(when: str, change: Callable[[Any], None],
     check_changed_child(vae, draw(vae), change, when, reason)
 
 
+def take_a_bias(vae: Any) -> None:
+    vae.decoder.mid_block.attentions[0].to_out[0].bias = None
+
+
+def hook_a_dropout(vae: Any) -> None:
+    vae.decoder.mid_block.attentions[0].to_out[1].register_forward_hook(lambda _, __, out: 1.5 * out)
+
+
+def train_a_dropout(vae: Any) -> None:
+    vae.decoder.mid_block.attentions[0].to_out[1] = nn.Dropout(0.5).train()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (take_a_bias, "a projection has no bias"),
+        (hook_a_dropout, "forward hooks"),
+        (train_a_dropout, "dropout is on"),
+    ],
+    ids=["bias", "hook", "dropout"],
+)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_changed_child_of_the_attention_runs_as_it_is(when: str, change: Callable[[Any], None], reason: str) -> None:
+    vae = tiny_autoencoder_kl_hunyuan_video()
+    check_changed_child(vae, draw(vae), change, when, reason)
+
+
 def test_another_processor_of_the_attention_runs() -> None:
     vae = tiny_autoencoder_kl_hunyuan_video()
     report = patch_module(vae)

@@ -309,7 +309,43 @@ def test_a_cache_may_outlive_its_clip(
         assert relative_error(by_hand(vae, clips, steps), expected) <= EQUAL
 
 
-def test_latents_written_in_between_are_seen(vae: AutoencoderKLWan) -> None:
+@pytest.mark.parametrize("copied", [list, copy.deepcopy], ids=["list", "deep"])
+@pytest.mark.parametrize("ahead", [True, False], ids=["ahead", "frame-by-frame"])
+def test_two_clips_go_on_from_copies_of_a_cache(
+    ahead: bool, copied: Callable[[list[Any]], list[Any]], either_vae: AutoencoderKLWan
+) -> None:
+    """Their beginnings are the same. Stock replaces the tensors of a cache, and never writes into them."""
+    first = draw(frames=5)
+    clips = [first.split(1, dim=2), torch.cat([first[:, :, :2], first[:, :, 2:] + 1], dim=2).split(1, dim=2)]
+    if not ahead:
+        clips = [[frame.clone() for frame in frames] for frames in clips]
+
+    @torch.no_grad()
+    def forked(vae: AutoencoderKLWan) -> Tensor:
+        cache = [None] * vae._cached_conv_counts["decoder"]
+        parts = [vae.decoder(clips[0][at], cache, [0], at == 0) for at in range(2)]
+        caches = cache, copied(cache)
+        for at in range(2, 5):
+            parts += [vae.decoder(frames[at], kept, [0]) for frames, kept in zip(clips, caches, strict=True)]
+        return torch.cat(parts, dim=2)
+
+    expected = forked(either_vae)
+    with patch_module(either_vae):
+        assert relative_error(forked(either_vae), expected) <= EQUAL
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+def test_a_restored_decoder_says_that_the_cache_is_not_its_own(frames: int, vae: AutoencoderKLWan) -> None:
+    cache, latents = [None] * vae._cached_conv_counts["decoder"], draw(frames=1 + frames)
+    with torch.no_grad():
+        with patch_module(vae):
+            vae.decoder(latents[:, :, :1], cache, [0], True)
+        with pytest.raises(RuntimeError, match="begin the clip anew, with an empty cache"):
+            vae.decoder(latents[:, :, 1:], cache, [0])
+
+
+@pytest.mark.parametrize("seen_as", [Tensor.detach, Tensor.numpy], ids=["torch", "numpy"])
+def test_latents_written_in_between_are_seen(seen_as: Callable[[Tensor], Any], vae: AutoencoderKLWan) -> None:
     """A buffer of latents that is filled while its first frames are decoded."""
     latents = draw(frames=4)
 
@@ -317,7 +353,7 @@ def test_latents_written_in_between_are_seen(vae: AutoencoderKLWan) -> None:
     def fill_and_decode() -> Tensor:
         buffer, cache, parts = torch.zeros_like(latents), [None] * vae._cached_conv_counts["decoder"], []
         for at in range(4):
-            buffer[:, :, at] = latents[:, :, at]
+            seen_as(buffer)[:, :, at] = latents[:, :, at]
             part = buffer[:, :, at : at + 1]
             parts.append(vae.decoder(part, feat_cache=cache, feat_idx=[0], first_chunk=at == 0))
         return torch.cat(parts, dim=2)

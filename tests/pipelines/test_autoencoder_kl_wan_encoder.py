@@ -368,14 +368,15 @@ def test_a_cache_may_outlive_its_clip(
 
 
 @pytest.mark.parametrize("inference", [False, True], ids=["no-grad", "inference-mode"])
-def test_frames_written_in_between_are_seen(inference: bool, vae: AutoencoderKLWan) -> None:
+@pytest.mark.parametrize("by_numpy", [False, True], ids=["torch", "numpy"])
+def test_frames_written_in_between_are_seen(by_numpy: bool, inference: bool, vae: AutoencoderKLWan) -> None:
     """A buffer that is filled while its first frames are encoded."""
     clip = draw(13)
 
     def fill_and_encode() -> Tensor:
         buffer, cache, parts = torch.zeros_like(clip), [None] * vae._cached_conv_counts["encoder"], []
         for some in (slice(0, 1), slice(1, 5), slice(5, 9), slice(9, 13)):
-            buffer[:, :, some] = clip[:, :, some]
+            (buffer.numpy() if by_numpy else buffer)[:, :, some] = clip[:, :, some]
             parts.append(vae.encoder(buffer[:, :, some], feat_cache=cache, feat_idx=[0]))
         return torch.cat(parts, dim=2).clone()
 
@@ -384,6 +385,32 @@ def test_frames_written_in_between_are_seen(inference: bool, vae: AutoencoderKLW
     patch_module(vae)
     with torch.inference_mode(inference), torch.no_grad():
         assert relative_error(fill_and_encode(), expected) <= EQUAL
+
+
+@pytest.mark.parametrize("copied", [list, copy.deepcopy], ids=["list", "deep"])
+@pytest.mark.parametrize("ahead", [True, False], ids=["ahead", "part-by-part"])
+def test_two_clips_go_on_from_copies_of_a_cache(
+    ahead: bool, copied: Callable[[list[Any]], list[Any]], either_vae: AutoencoderKLWan
+) -> None:
+    """Their beginnings are the same."""
+    first = draw(17)[:, :1].repeat(1, either_vae.encoder.conv_in.in_channels, 1, 1, 1)
+    sizes = [1, 4, 4, 4, 4]
+    clips = [first.split(sizes, dim=2), torch.cat([first[:, :, :5], first[:, :, 5:] + 1], dim=2).split(sizes, dim=2)]
+    if not ahead:
+        clips = [[part.clone() for part in parts] for parts in clips]
+
+    @torch.no_grad()
+    def forked(vae: AutoencoderKLWan) -> Tensor:
+        cache = [None] * vae._cached_conv_counts["encoder"]
+        made = [vae.encoder(clips[0][at], cache, [0]) for at in range(2)]
+        caches = cache, copied(cache)
+        for at in range(2, 5):
+            made += [vae.encoder(parts[at], kept, [0]) for parts, kept in zip(clips, caches, strict=True)]
+        return torch.cat(made, dim=2)
+
+    expected = forked(either_vae)
+    with patch_module(either_vae):
+        assert relative_error(forked(either_vae), expected) <= EQUAL
 
 
 def test_calls_that_stock_takes_another_way(vae: AutoencoderKLWan) -> None:

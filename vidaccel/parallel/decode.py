@@ -7,7 +7,7 @@ are a :class:`_Part`. Each part is decoded on one rank; while its GPU does that,
 sent to all ranks. The second stand-in hands them out, to be joined as ever: so the bits are those of a single decode.
 
 A decode that is one part is split along its rows of pixels or its frames if the decoder can do that (``layout_for``),
-or along its batch.
+or along its batch. Where ranks would not split a decode alike, each does all of it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from vidaccel.errors import first_line
-from vidaccel.parallel.layout import spread
+from vidaccel.parallel.layout import LatentFrames, PixelRows, spread
 from vidaccel.parallel.ranks import Agreement, Ranks
 
 __all__ = ["Decode", "stand_in_of"]
@@ -67,9 +67,28 @@ class Decode:
     def call(self, run: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``run(*args, **kwargs)``, a decode of ``model``."""
         decode, decoder = partial(run, *args, **kwargs), model.decoder
-        if reason := _whole_reason(decoder):
-            return self._whole(decode, reason)
         asked = _Asked(model, self._ranks)
+        over = self._layout(decode, decoder, asked)
+        plans = self._agreement.objects(None if isinstance(over, str) else (type(over).__name__, asked.shapes))
+        if any(other != plans[0] for other in plans):  # each rank would wait for what the others never send
+            over = "the ranks would split it in different ways: their latents, tiling, slicing or layers differ"
+        if isinstance(over, str):
+            self._count(over)
+            return decode()
+        if over is not None:
+            with spread(over):
+                return decode()
+        if len(asked.parts) > 1:
+            return _joined(decode, decoder, self._sent(asked))
+        return _joined(decode, decoder, self._batch_apart(decoder, asked.parts[0].calls[0]))
+
+    def _layout(self, decode: Run, decoder: Any, asked: _Asked) -> LatentFrames | PixelRows | str | None:
+        """How the only part of a decode lies over the ranks, or why each decodes all of it.
+
+        None: the parts, or the samples of a batch, are decoded apart. ``asked`` hears what the decoder is asked for.
+        """
+        if reason := _whole_reason(decoder):
+            return reason
         try:
             with _standing_in(decoder, asked):
                 decode()
@@ -77,28 +96,19 @@ class Decode:
             if asked.decoding:
                 raise
             # if an argument is wrong, the decode itself will say so
-            return self._whole(decode, f"its tiles are not known beforehand: {first_line(error)}")
+            return f"its tiles are not known beforehand: {first_line(error)}"
         if not asked.parts:
-            return self._whole(decode, "its decode does not call its decoder")
+            return "its decode does not call its decoder"
         if len(asked.parts) > 1:
-            return _joined(decode, decoder, self._sent(asked))
+            return None
         (part,) = asked.parts
         if not hasattr(decoder, "layout_for"):
-            if reason := part.batch_reason(self._ranks.size):
-                return self._whole(decode, reason)
-            return _joined(decode, decoder, self._batch_apart(decoder, part.calls[0]))
+            return part.batch_reason(self._ranks.size)
         first = part.calls[0]
-        over = _foreign_reason(decoder) or decoder.layout_for(
+        over: LatentFrames | PixelRows | str = _foreign_reason(decoder) or decoder.layout_for(
             self._ranks, self._agreement, part.frames, *first.args, **first.kwargs
         )
-        if isinstance(over, str):
-            return self._whole(decode, over)
-        with spread(over):
-            return decode()
-
-    def _whole(self, decode: Run, reason: str) -> Any:
-        self._count(reason)
-        return decode()
+        return over
 
     def _sent(self, asked: _Asked) -> list[Tensor]:
         """The pixels of all calls, each part of which one rank has decoded."""
@@ -222,6 +232,11 @@ class _Asked:
         # all that is done with pixels is to cut, blend and join them, whatever their size
         pixels = torch.empty(len(sample), self._channels, *sample.shape[2:], device="meta", dtype=sample.dtype)
         return (pixels, call) if self._with_cache else pixels
+
+    @property
+    def shapes(self) -> list[list[tuple[int, ...]]]:
+        """Those of the latents of each part, call by call."""
+        return [[tuple(call.sample.shape) for call in part.calls] for part in self.parts]
 
     def decode_last(self) -> None:
         """Decode the last of the parts, on the rank that has the least to do so far."""

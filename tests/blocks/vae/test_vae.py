@@ -21,6 +21,7 @@ from vidaccel import patch_module
 from vidaccel.blocks.unet.normalization import FusedGroupNorm
 from vidaccel.blocks.unet.resnet import FusedResnetBlock2D
 from vidaccel.blocks.unet.upsampling import FusedUpsample2D
+from vidaccel.blocks.vae import vae as blocks
 from vidaccel.blocks.vae.vae import FusedDecoder, FusedTemporalDecoder, decode_bytes, frames_that_fit
 from vidaccel.kernels.conv.conv_epilogue import CONV_EPILOGUE_AND_STATISTICS
 from vidaccel.kernels.conv.upsample_conv import UPSAMPLE_CONV_AND_STATISTICS
@@ -172,6 +173,44 @@ def test_hooks_on_an_up_block_still_run() -> None:
     assert seen == [1]
 
 
+class Louder(nn.Module):
+    """Stands around a layer, whatever that is called with."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return 1.5 * self.layer(*args, **kwargs)
+
+
+@VAES
+@pytest.mark.parametrize("layers", ["resnets", "upsamplers"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_layer_in_a_wrapper_is_called_as_the_up_block_calls_it(
+    when: str, layers: str, make: Callable[[], nn.Module], decode: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
+    vae = make()
+    report = patch_module(vae) if when == "after" else None
+    wrapped = getattr(vae.decoder.up_blocks[0], layers)
+    wrapped[0] = Louder(wrapped[0])
+    with report or patch_module(vae):
+        found = decode(vae, latents())
+    assert relative_error(found, decode(vae, latents())) <= 1e-5
+
+
+def test_a_hook_on_a_blender_sees_the_names_of_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
+    vae, seen = svd_vae(), []
+    mixer = vae.decoder.up_blocks[0].resnets[0].time_mixer
+    mixer.register_forward_pre_hook(lambda _, args, kwargs: seen.append((len(args), list(kwargs))), with_kwargs=True)
+    decode_svd(vae, latents())
+    with patch_module(vae):
+        decode_svd(vae, latents())
+    assert seen == [(0, ["x_spatial", "x_temporal", "image_only_indicator"])] * 2
+
+
 @pytest.fixture
 def full_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Module, float], None]:
     """A call makes a decoder's last convolution run out of memory on a GPU that has room for so many frames."""
@@ -182,9 +221,7 @@ def full_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Module, float], No
 
         vae.decoder.conv_out.forward = raise_error
         free = int(room * decode_bytes(vae.decoder, latents()))
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
-        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
-        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
+        monkeypatch.setattr(blocks, "usable_bytes", lambda device: free)
 
     return fill
 
@@ -214,6 +251,19 @@ def test_out_of_memory_lets_the_attempt_go(full_gpu: Callable[[nn.Module, float]
     with pytest.raises(torch.OutOfMemoryError, match="out of memory while decoding") as raised:
         decode_kl(vae, latents())
     assert raised.value.__cause__ is not None and held[0]() is None
+
+
+@VAES
+def test_out_of_memory_is_explained_where_there_is_no_cuda(make: Callable[[], nn.Module], decode: Any) -> None:
+    vae = make()
+
+    def raise_error(*args: object) -> None:
+        raise torch.OutOfMemoryError("no memory is left")
+
+    vae.decoder.conv_out.forward = raise_error
+    patch_module(vae, only="decode_memory")
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory while decoding 2 frames"):
+        decode(vae, latents())
 
 
 @pytest.mark.parametrize(("free", "fit"), [(10 * GIB, 4), (3 * GIB, 1), (GIB, 0), (-GIB, 0)])

@@ -453,7 +453,10 @@ class FusedSpatioTemporalResBlock(FusedBlock, SpatioTemporalResBlock):
         spatial, temporal, mixer = as_clip(frames, num_frames), self.temporal_res_block, self.time_mixer
         bypassed = isinstance(temporal, FusedTemporalResnetBlock) and temporal.takes_blend(spatial)
         if not (bypassed and _mixes_plainly(mixer, frames.device)):
-            return as_frames(mixer(spatial, temporal(spatial, temb), image_only_indicator)), None
+            mixed = mixer(
+                x_spatial=spatial, x_temporal=temporal(spatial, temb), image_only_indicator=image_only_indicator
+            )
+            return as_frames(mixed), None
         indicator = image_only_indicator if mixer.merge_strategy == "learned_with_images" else None
         assert isinstance(temporal, FusedTemporalResnetBlock)
         out, found = run_part(

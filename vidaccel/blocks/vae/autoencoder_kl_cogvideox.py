@@ -17,9 +17,9 @@ is decoded too, and is handed out call by call. What has been decoded ahead stan
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -81,8 +81,10 @@ class _Carried:
 
 
 @dataclass(frozen=True, eq=False)
-class _Ahead:
+class _Ahead(Mapping[str, Any]):
     """What was decoded of a clip before it was asked for; goes from call to call in place of stock's cache.
+
+    Whoever looks into it, stock too if it goes on where this has begun, finds stock's cache, which is made then.
 
     Attributes:
         decoder: What decoded it.
@@ -106,8 +108,9 @@ class _Ahead:
         """Whether ``sample`` is the next batch of the latents that were decoded ahead, unchanged since."""
         if self.done == len(self.ends):
             return False
-        following = self.asked[:, :, self._start : self.ends[self.done]]
-        return (
+        some = slice(self._start, self.ends[self.done])
+        following = self.asked[:, :, some]
+        lies_next = (
             sample.shape == following.shape
             and sample.stride() == following.stride()
             and sample.data_ptr() == following.data_ptr()
@@ -115,6 +118,8 @@ class _Ahead:
             and sample.device == following.device
             and self.asked._version == self.version
         )
+        # No version tells of what NumPy writes, or somebody through .data. On a GPU, to compare is to wait for it.
+        return lies_next and (sample.is_cuda or torch.equal(sample, self.latents[:, :, some]))
 
     def take(self) -> tuple[Tensor, _Ahead]:
         """The pixels of the next batch, and what the call for the one behind it is to be given."""
@@ -123,6 +128,7 @@ class _Ahead:
         start, end = (_frames_of(at, self.ends[0], rate) for at in (self._start, self.ends[self.done]))
         return self.pixels[:, :, start:end].contiguous(), replace(self, done=self.done + 1)
 
+    @cached_property
     def cache(self) -> Cache:
         """The cache as stock has it at this place, which decodes the batches that have been handed out once more."""
         carried = _Carried()
@@ -131,9 +137,14 @@ class _Ahead:
         assert carried.after is not None
         return carried.after
 
-    def get(self, name: str) -> Any:
-        """What stock reads, if it goes on where this has begun."""
-        return self.cache().get(name)
+    def __getitem__(self, name: str) -> Any:
+        return self.cache[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.cache)
+
+    def __len__(self) -> int:
+        return len(self.cache)
 
     @property
     def _start(self) -> int:
@@ -177,7 +188,7 @@ class FusedCogVideoXDecoder3D(FusedBlock, CogVideoXDecoder3D):
         if isinstance(cache, _Ahead):
             if cache.expects(sample):
                 return cache.take()  # type: ignore[return-value]  # stock's annotation forgets its cache
-            cache = cache.cache()
+            cache = cache.cache
         clip: Tensor = sample
         ends: tuple[int, ...] = (sample.shape[2],)
         if not cache and self._may_look_ahead(sample):

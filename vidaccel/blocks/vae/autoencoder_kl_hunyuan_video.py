@@ -274,6 +274,9 @@ def _attention_reasons(attention: Any) -> Iterator[str | None]:
     yield plain_reason(attention.group_norm, nn.GroupNorm)
     for layer in (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]):
         yield plain_reason(layer, nn.Linear)
+    if attention.to_out[0].bias is None:
+        yield "a projection has no bias"
+    yield dropout_reason(attention.to_out[1])
     others = attention.spatial_norm, attention.norm_q, attention.norm_k, attention.norm_cross
     if not attention.residual_connection or any(part is not None for part in others):
         yield "an attention has other norms, or no residual"

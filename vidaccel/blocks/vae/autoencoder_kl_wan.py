@@ -133,13 +133,41 @@ class _Progress:
     start: int = 0
     version: int | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A deep copy has the latents, of which the rest can be made: it would copy the modules with their halos."""
+        twin = replace(self)
+        twin.forget_ahead()
+        return {**vars(twin), "halos": None, "cache": None}
+
+    def _is_not_stocks(self, *_: Any) -> Any:
+        """What stock code does with a tensor of its cache, which this is not.
+
+        Raises:
+            RuntimeError: Always.
+        """
+        raise RuntimeError(
+            "a cache that a patched decoder or encoder has begun cannot go on where it is not patched (any more): "
+            "begin the clip anew, with an empty cache"
+        )
+
+    __getitem__ = to = _is_not_stocks
+
+    def apart(self) -> _Progress:
+        """The same for one more call; this one stays as it is, for a caller may go on from a copy of his cache, too."""
+        halos, cache = self.halos, self.cache
+        return replace(
+            self, halos=None if halos is None else dict(halos), cache=None if cache is None else list(cache)
+        )  # fmt: skip
+
     def expects(self, x: Tensor) -> bool:
         """Whether ``x`` is the next of the latents that were decoded ahead, unchanged since."""
         if self.ahead is None or self.latents is None or not self.lies_next(x):
             return False
-        if self.version is None:
-            return torch.equal(x, self.latents[:, :, self.frames : self.frames + x.shape[2]])
-        return x._version == self.version
+        if self.version is not None and x._version != self.version:
+            return False
+        # No version tells of what NumPy writes, or somebody through .data. On a GPU, to compare is to wait for it.
+        known = self.version is not None and x.is_cuda
+        return known or torch.equal(x, self.latents[:, :, self.frames : self.frames + x.shape[2]])
 
     def lies_next(self, x: Tensor) -> bool:
         """Whether ``x`` is where the next of the latents that the caller is to ask for are."""
@@ -247,11 +275,12 @@ class FusedWanDecoder3d(FusedBlock, WanDecoder3d):
                 sites.count(reason)
                 return WanDecoder3d.forward(self, x, feat_cache, feat_idx, first_chunk)
             progress, clip = _Progress(partial(_frames_of, rate=_temporal_rate(self))), _clip_behind(x)
-        elif progress.expects(x):
-            return progress.take(x.shape[2])
         else:
+            progress, clip = progress.apart(), x
+            feat_cache[0] = progress
+            if progress.expects(x):
+                return progress.take(x.shape[2])
             progress.forget_ahead()
-            clip = x
         pixels = call_site(FusedWanDecoder3d, self, clip, progress)
         progress.decoded(clip)
         feat_cache[0] = progress
@@ -359,15 +388,18 @@ class FusedWanEncoder3d(FusedBlock, WanEncoder3d):
                 return WanEncoder3d.forward(self, x, feat_cache, feat_idx)
             progress = _Progress(partial(_latents_of, rate=_frames_of_a_latent(self)))
             progress.asked = _frames_behind(x)
-        elif progress.expects(x):
-            return progress.take(x.shape[2])
-        elif progress.ahead is None and progress.lies_next(x):
-            assert progress.asked is not None
-            behind = progress.asked[:, :, progress.frames :]
-            most = min(max(LEAST_AHEAD, AHEAD * progress.frames), behind.shape[2])
-            clip = behind[:, :, : most // x.shape[2] * x.shape[2]]
         else:
-            progress.forget_ahead()
+            progress = progress.apart()
+            feat_cache[0] = progress
+            if progress.expects(x):
+                return progress.take(x.shape[2])
+            if progress.ahead is None and progress.lies_next(x):
+                assert progress.asked is not None
+                behind = progress.asked[:, :, progress.frames :]
+                most = min(max(LEAST_AHEAD, AHEAD * progress.frames), behind.shape[2])
+                clip = behind[:, :, : most // x.shape[2] * x.shape[2]]
+            else:
+                progress.forget_ahead()
         latents = call_site(FusedWanEncoder3d, self, clip, progress)
         progress.decoded(clip)
         feat_cache[0] = progress

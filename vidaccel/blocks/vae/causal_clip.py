@@ -13,7 +13,6 @@ each gets its halo from the rank before.
 from __future__ import annotations
 
 import math
-import os
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -274,9 +273,7 @@ def _frames_that_fit(frames: int, needs: Callable[[int], int], free: int) -> int
 
 def free_bytes(device: torch.device) -> int:
     """What this process may still allocate on ``device``."""
-    if device.type == "cuda":
-        return usable_bytes(device) - torch.cuda.memory_allocated(device)
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return usable_bytes(device) - (torch.cuda.memory_allocated(device) if device.type == "cuda" else 0)
 
 
 def out_of_memory(

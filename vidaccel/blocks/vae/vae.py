@@ -9,6 +9,7 @@ that runs out of memory nevertheless says how many frames would have fitted.
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections.abc import Iterator
 from functools import partial
@@ -40,6 +41,8 @@ __all__ = ["FusedDecoder", "FusedTemporalDecoder", "decode_bytes", "frames_that_
 
 _MARGIN = 1.1  # the allocator's rounding, the convolutions' workspaces, all that is small
 
+Options = dict[str, Tensor | None]
+
 
 class _Decoder(FusedBlock):
     """What the two decoders share."""
@@ -69,8 +72,12 @@ class _Decoder(FusedBlock):
         statistics = None
         for block in self.up_blocks:
             if _only_calls_its_layers(block):
-                for layer in (*block.resnets, *(block.upsamplers or ())):
-                    sample, statistics = _layer(layer, sample, indicator, statistics)
+                temporal = stock_class(block) is UpBlockTemporalDecoder
+                options: Options = {"image_only_indicator": indicator} if temporal else {"temb": None}
+                for resnet in block.resnets:
+                    sample, statistics = _layer(resnet, sample, options, statistics)
+                for upsampler in block.upsamplers or ():
+                    sample, statistics = _layer(upsampler, sample, {}, statistics)
             elif indicator is None:
                 sample, statistics = block(sample, None), None
             else:
@@ -98,25 +105,22 @@ class _Decoder(FusedBlock):
 
 
 def _layer(
-    layer: Any, sample: Tensor, indicator: Tensor | None, given: ChannelStatistics | None
+    layer: Any, sample: Tensor, options: Options, given: ChannelStatistics | None
 ) -> tuple[Tensor, ChannelStatistics | None]:
-    """What a layer of an up-block makes of ``sample``, whose statistics may be ``given``, and those of the result."""
+    """What a layer of an up-block makes of ``sample``, whose statistics may be ``given``, and those of the result.
+
+    ``options`` are what the up-block calls a layer at this place with, whatever stands there.
+    """
     if not runs_triton("conv_epilogue", sample) or not isinstance(layer, FusedBlock):
-        return _call(layer, sample, indicator), None
+        return layer(sample, **options), None
     if isinstance(layer, FusedResnetBlock2D) and layer.serves_parent(sample, None):
         return run_part(layer, layer.with_statistics, sample, None, None, given)
+    indicator = options.get("image_only_indicator")
     if isinstance(layer, FusedSpatioTemporalResBlock) and layer.serves_parent(sample, None, indicator):
         return run_part(layer, layer.with_statistics, sample, indicator, given)
     if isinstance(layer, FusedUpsample2D) and layer.serves_parent(sample, None):
         return run_part(layer, layer.with_statistics, sample)
-    return _call(layer, sample, indicator), None
-
-
-def _call(layer: Any, sample: Tensor, indicator: Tensor | None) -> Tensor:
-    kind = stock_class(layer)
-    if issubclass(kind, SpatioTemporalResBlock):
-        return layer(sample, image_only_indicator=indicator)
-    return layer(sample, temb=None) if issubclass(kind, ResnetBlock2D) else layer(sample)
+    return layer(sample, **options), None
 
 
 @fuses(Decoder, {"decode_memory": "bit-exact"})
@@ -254,7 +258,9 @@ def _channels_in_resnet(resnet: ResnetBlock2D | SpatioTemporalResBlock) -> int:
 
 
 def usable_bytes(device: torch.device) -> int:
-    """What this process may allocate on ``device``, counting what it has allocated."""
+    """What this process may allocate on ``device``, counting what it has allocated, if that is a GPU of CUDA's."""
+    if device.type != "cuda":
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     driver_free, total = torch.cuda.mem_get_info(device)
     limit = int(torch.cuda.get_per_process_memory_fraction(device) * total)
     return min(driver_free + torch.cuda.memory_reserved(device), limit)
