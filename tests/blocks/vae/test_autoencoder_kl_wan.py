@@ -19,7 +19,8 @@ from vae_checks import PIXEL_FAULTS, assert_no_worse, check_fault_found, decode,
 
 from vidaccel import patch_module
 from vidaccel.blocks.vae import autoencoder_kl_wan, causal_clip
-from vidaccel.blocks.vae.autoencoder_kl_wan import FusedWanDecoder3d, FusedWanEncoder3d, decode_bytes, encode_bytes
+from vidaccel.blocks.vae.autoencoder_kl_wan import FusedWanDecoder3d, FusedWanEncoder3d
+from vidaccel.blocks.vae.wan_structure import decode_bytes, encode_bytes
 
 WAN_22 = {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16}
 
