@@ -344,6 +344,16 @@ def test_a_restored_decoder_says_that_the_cache_is_not_its_own(frames: int, vae:
             vae.decoder(latents[:, :, 1:], cache, [0])
 
 
+def test_latents_that_are_no_numbers_are_decoded_at_once_like_others(vae: AutoencoderKLWan) -> None:
+    latents = draw(frames=4)
+    latents[0, 0, 3] = torch.nan
+    expected = decode(vae, latents)
+    with patch_module(vae, self_check=False) as report:
+        found = decode(vae, latents)
+        assert ran(report) == {"4 of 4 frames"}
+    assert torch.equal(found.isnan(), expected.isnan()) and not found[:, :, :9].isnan().any()
+
+
 @pytest.mark.parametrize("seen_as", [Tensor.detach, Tensor.numpy], ids=["torch", "numpy"])
 def test_latents_written_in_between_are_seen(seen_as: Callable[[Tensor], Any], vae: AutoencoderKLWan) -> None:
     """A buffer of latents that is filled while its first frames are decoded."""

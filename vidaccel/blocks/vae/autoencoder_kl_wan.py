@@ -40,7 +40,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
-from vidaccel.blocks.vae.causal_clip import Halos, structure_reason
+from vidaccel.blocks.vae.causal_clip import Halos, same_bits, structure_reason
 from vidaccel.blocks.vae.wan_layers import Decode, Encode
 from vidaccel.blocks.vae.wan_structure import (
     STOCK_FRAMES,
@@ -128,7 +128,7 @@ class _Progress:
             return False
         # No version tells of what NumPy writes, or somebody through .data. On a GPU, to compare is to wait for it.
         known = self.version is not None and x.is_cuda
-        return known or torch.equal(x, self.latents[:, :, self.frames : self.frames + x.shape[2]])
+        return known or same_bits(x, self.latents[:, :, self.frames : self.frames + x.shape[2]])
 
     def lies_next(self, x: Tensor) -> bool:
         """Whether ``x`` is where the next of the latents that the caller is to ask for are."""
