@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vae_checks import ran
 
 from vidaccel import patch_pipeline
-from vidaccel.blocks.vae import autoencoder_kl_wan, causal_clip
+from vidaccel.blocks.vae import causal_clip, wan_layers, wan_structure
 from vidaccel.blocks.vae.vae import FusedTemporalDecoder
 from vidaccel.parallel.ranks import RankError
 
@@ -150,23 +150,23 @@ def test_rows_of_few_frames(two_ranks: Team, frames: int) -> None:
 
 
 def in_chunks(fit: int) -> dict[str, Any]:
-    vae, kept = tiny_autoencoder_kl_wan(), (autoencoder_kl_wan.decode_bytes, causal_clip.free_bytes)
+    vae, kept = tiny_autoencoder_kl_wan(), (wan_layers.decode_bytes, causal_clip.free_bytes)
     try:
-        autoencoder_kl_wan.decode_bytes = lambda decoder, latents, frames: frames
+        wan_layers.decode_bytes = lambda decoder, latents, frames: frames
         # one rank has less memory than the others
         causal_clip.free_bytes = lambda _: fit + torch.distributed.get_rank()
         return two_decodes(vae, (1, 4, 9, 3, 2))
     finally:
-        autoencoder_kl_wan.decode_bytes, causal_clip.free_bytes = kept
+        wan_layers.decode_bytes, causal_clip.free_bytes = kept
 
 
 def in_pieces() -> dict[str, Any]:
-    kept = autoencoder_kl_wan.MOST_NUMBERS, autoencoder_kl_wan.TILE_CHANNELS
+    kept = wan_structure.MOST_NUMBERS, wan_structure.TILE_CHANNELS
     try:
-        autoencoder_kl_wan.MOST_NUMBERS, autoencoder_kl_wan.TILE_CHANNELS = 6144 * 16, 1
+        wan_structure.MOST_NUMBERS, wan_structure.TILE_CHANNELS = 6144 * 16, 1
         return two_decodes(tiny_autoencoder_kl_wan(), (1, 4, 9, 4, 3))
     finally:
-        autoencoder_kl_wan.MOST_NUMBERS, autoencoder_kl_wan.TILE_CHANNELS = kept
+        wan_structure.MOST_NUMBERS, wan_structure.TILE_CHANNELS = kept
 
 
 def test_pieces(two_ranks: Team) -> None:

@@ -68,7 +68,7 @@ class Noise(nn.Module):
 
 
 @torch.no_grad()
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("family", ["LTX", "Mochi"])
 def test_a_trace_keeps_no_length_of_a_text(family: str) -> None:
     subject = build(family)

@@ -30,7 +30,7 @@ from vae_checks import (
 
 from vidaccel import patch_module
 from vidaccel.blocks.vae import autoencoder_kl_wan as blocks
-from vidaccel.blocks.vae import causal_clip
+from vidaccel.blocks.vae import causal_clip, wan_layers, wan_structure
 from vidaccel.kernels.norm.rms_norm_silu import RMS_NORM_SILU
 
 EQUAL = 1e-5
@@ -114,7 +114,7 @@ def test_chunks_are_the_whole(
 ) -> None:
     vae, latents = either_vae, draw(*shape)
     expected = decode(vae, latents)
-    monkeypatch.setattr(blocks, "decode_bytes", lambda decoder, latents, frames: frames)
+    monkeypatch.setattr(wan_layers, "decode_bytes", lambda decoder, latents, frames: frames)
     monkeypatch.setattr(causal_clip, "free_bytes", lambda _: fit)
     with patch_module(vae) as report:
         assert relative_error(decode(vae, latents), expected) <= EQUAL
@@ -148,7 +148,7 @@ def test_memory_decides_how_many_frames(vae: AutoencoderKLWan, monkeypatch: pyte
     latents = draw(frames=15)
     expected = decode(vae, latents)
     with patch_module(vae) as report:
-        for free, step in ((0, 1), (blocks.decode_bytes(vae.decoder, latents, 3), 3), (2**40, 15)):
+        for free, step in ((0, 1), (wan_structure.decode_bytes(vae.decoder, latents, 3), 3), (2**40, 15)):
             monkeypatch.setattr(causal_clip, "free_bytes", lambda _, free=free: free)
             assert relative_error(decode(vae, latents), expected) <= EQUAL
             assert f"{step} of 15 frames" in ran(report)
@@ -342,6 +342,16 @@ def test_a_restored_decoder_says_that_the_cache_is_not_its_own(frames: int, vae:
             vae.decoder(latents[:, :, :1], cache, [0], True)
         with pytest.raises(RuntimeError, match="begin the clip anew, with an empty cache"):
             vae.decoder(latents[:, :, 1:], cache, [0])
+
+
+def test_latents_that_are_no_numbers_are_decoded_at_once_like_others(vae: AutoencoderKLWan) -> None:
+    latents = draw(frames=4)
+    latents[0, 0, 3] = torch.nan
+    expected = decode(vae, latents)
+    with patch_module(vae, self_check=False) as report:
+        found = decode(vae, latents)
+        assert ran(report) == {"4 of 4 frames"}
+    assert torch.equal(found.isnan(), expected.isnan()) and not found[:, :, :9].isnan().any()
 
 
 @pytest.mark.parametrize("seen_as", [Tensor.detach, Tensor.numpy], ids=["torch", "numpy"])

@@ -20,7 +20,7 @@ from vae_checks import Lora, check_changed_child, check_halves, encode, out_of_m
 
 from vidaccel import patch_module
 from vidaccel.blocks.vae import autoencoder_kl_wan as blocks
-from vidaccel.blocks.vae import causal_clip
+from vidaccel.blocks.vae import causal_clip, wan_layers, wan_structure
 from vidaccel.kernels.norm.rms_norm_silu import RMS_NORM_SILU
 from vidaccel.patching.report import PatchReport
 
@@ -121,7 +121,7 @@ def test_the_encoder_runs_twice(vae: AutoencoderKLWan, monkeypatch: pytest.Monke
 def test_chunks_are_the_whole(fit: int, either_vae: AutoencoderKLWan, monkeypatch: pytest.MonkeyPatch) -> None:
     vae, clip = either_vae, draw(17, batch=2)
     expected = encode(vae, clip)
-    monkeypatch.setattr(blocks, "encode_bytes", lambda encoder, clip, frames: frames)
+    monkeypatch.setattr(wan_layers, "encode_bytes", lambda encoder, clip, frames: frames)
     monkeypatch.setattr(causal_clip, "free_bytes", lambda _: 4 * fit)
     with patch_module(vae) as report:
         assert relative_error(encode(vae, clip), expected) <= EQUAL
@@ -156,7 +156,7 @@ def test_memory_decides_how_many_frames(vae: AutoencoderKLWan, monkeypatch: pyte
     clip = draw(frames=25)
     expected = encode(vae, clip)
     with patch_module(vae) as report:
-        for free, step in ((0, 4), (blocks.encode_bytes(vae.encoder, clip, 8), 8), (2**40, 24)):
+        for free, step in ((0, 4), (wan_structure.encode_bytes(vae.encoder, clip, 8), 8), (2**40, 24)):
             monkeypatch.setattr(causal_clip, "free_bytes", lambda _, free=free: free)
             assert relative_error(encode(vae, clip), expected) <= EQUAL
             assert f"{step} of 24 frames behind the first" in ran(report)
@@ -243,8 +243,8 @@ def test_little_is_encoded_but_what_was_asked_for(
     clip = draw(41)[:, :, start:stop]
     expected = encode(vae, clip)
     read = []
-    right = blocks._Encode.run
-    monkeypatch.setattr(blocks._Encode, "run", lambda *args: read.append(args[1].shape[2]) or right(*args))
+    right = wan_layers.Encode.run
+    monkeypatch.setattr(wan_layers.Encode, "run", lambda *args: read.append(args[1].shape[2]) or right(*args))
     with patch_module(vae, self_check=False):
         assert relative_error(encode(vae, clip), expected) <= EQUAL
     assert sum(read) <= most

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from vae_checks import PIXEL_FAULTS, assert_no_worse, check_fault_found, decode, encode, ran
 
 from vidaccel import patch_module
-from vidaccel.blocks.vae import autoencoder_kl_wan, causal_clip
-from vidaccel.blocks.vae.autoencoder_kl_wan import FusedWanDecoder3d, FusedWanEncoder3d, decode_bytes, encode_bytes
+from vidaccel.blocks.vae import causal_clip, wan_structure
+from vidaccel.blocks.vae.autoencoder_kl_wan import FusedWanDecoder3d, FusedWanEncoder3d
+from vidaccel.blocks.vae.wan_structure import decode_bytes, encode_bytes
 
 WAN_22 = {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16}
 
@@ -46,8 +47,8 @@ def hollow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def in_pieces(monkeypatch: pytest.MonkeyPatch, numbers: int) -> None:
     """Let the last up-blocks work on so many numbers at once."""
-    monkeypatch.setattr(autoencoder_kl_wan, "TILE_CHANNELS", 1)
-    monkeypatch.setattr(autoencoder_kl_wan, "MOST_NUMBERS", numbers)
+    monkeypatch.setattr(wan_structure, "TILE_CHANNELS", 1)
+    monkeypatch.setattr(wan_structure, "MOST_NUMBERS", numbers)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +174,7 @@ def test_float16_operands_lose_no_more_than_tf32(
     for kind, name in ((nn.Conv3d, "conv3d"), (nn.Conv2d, "conv2d")):
         monkeypatch.setattr(kind, "_conv_forward", functools.partialmethod(convolve_by, name))
     stock = run(vae, clip)
-    monkeypatch.setattr(autoencoder_kl_wan, "takes_tf32", lambda clip: True)
+    monkeypatch.setattr(wan_structure, "takes_tf32", lambda clip: True)
     with patch_module(vae, self_check=False) as report:
         out = run(vae, clip)
     assert not report.fallbacks, str(report)
@@ -214,7 +215,7 @@ def test_as_wide_as_released(
         gold = decode(vae, z)
     vae, z = vae.to(dtype), z.to(dtype)
     stock = decode(vae, z)
-    monkeypatch.setattr(autoencoder_kl_wan, "decode_bytes", lambda decoder, latents, frames: frames)
+    monkeypatch.setattr(wan_structure, "decode_bytes", lambda decoder, latents, frames: frames)
     monkeypatch.setattr(causal_clip, "free_bytes", lambda _: fit)
     with patch_module(vae) as report:
         out = decode(vae, z)
@@ -251,7 +252,7 @@ def test_encoder_as_wide_as_released(
         x = (torch.rand(clip) * 2 - 1).to(dtype)
     gold = encode(copy.deepcopy(vae).double(), x.double())
     stock = encode(vae, x)
-    monkeypatch.setattr(autoencoder_kl_wan, "encode_bytes", lambda encoder, clip, frames: frames)
+    monkeypatch.setattr(wan_structure, "encode_bytes", lambda encoder, clip, frames: frames)
     monkeypatch.setattr(causal_clip, "free_bytes", lambda _: fit)
     with patch_module(vae) as report:
         out = encode(vae, x)

@@ -50,6 +50,7 @@ from vidaccel.blocks.vae.causal_clip import (
     images_of,
     latents_reason,
     out_of_memory,
+    same_bits,
     structure_reason,
     tell_chunk,
 )
@@ -119,7 +120,7 @@ class _Ahead(Mapping[str, Any]):
             and self.asked._version == self.version
         )
         # No version tells of what NumPy writes, or somebody through .data. On a GPU, to compare is to wait for it.
-        return lies_next and (sample.is_cuda or torch.equal(sample, self.latents[:, :, some]))
+        return lies_next and (sample.is_cuda or same_bits(sample, self.latents[:, :, some]))
 
     def take(self) -> tuple[Tensor, _Ahead]:
         """The pixels of the next batch, and what the call for the one behind it is to be given."""

@@ -57,6 +57,7 @@ __all__ = [
     "images_of",
     "latents_reason",
     "out_of_memory",
+    "same_bits",
     "structure_reason",
     "tell_chunk",
 ]
@@ -269,6 +270,12 @@ def _frames_that_fit(frames: int, needs: Callable[[int], int], free: int) -> int
     """How many frames are decoded at once: all, if they fit into what is free, else as equal parts as may be."""
     steps = (math.ceil(frames / chunks) for chunks in range(1, frames + 1))
     return next((step for step in steps if needs(step) <= free), 1)
+
+
+def same_bits(x: Tensor, y: Tensor) -> bool:
+    """Whether tensors of one shape and dtype hold the same bits: what is no number is the same as itself."""
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return torch.equal(x.view(bits), y.view(bits))
 
 
 def free_bytes(device: torch.device) -> int:
