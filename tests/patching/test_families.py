@@ -158,11 +158,13 @@ for reason in (off_reason(gone), reason_unserved(gone)):
     assert reason.startswith("{name}") and "ImportError: cannot import name {name!r}" in reason, reason
 """
 WITH_ANOTHER_SIGNATURE = """
+import types
 from diffusers.models.transformers import transformer_wan
 from vidaccel.patching.families import off_reason, reason_unserved, rules_for
 
 def forward(self, hidden_states, something_new, *args): pass
-transformer_wan.WanTransformerBlock.forward = forward
+# as if it were of that module: what somebody else puts there is no other diffusers
+transformer_wan.WanTransformerBlock.forward = types.FunctionType(forward.__code__, vars(transformer_wan))
 def made(name):
     kind = getattr(diffusers, name)
     return kind.__new__(kind)

@@ -44,6 +44,8 @@ _STATEFUL = (_DropoutNd, _NormBase, _SpectralNorm, nn.RReLU)
 def stock_class(module: Any) -> type:
     """The class that a module or processor has, or had before it was fused."""
     kind: type = type(module)
+    if torch.compiler.is_compiling():  # Dynamo does not follow the other
+        return getattr(kind, "original", kind)
     return vars(kind).get("original", kind)  # its own: a class that somebody derived from a fused one is not stock
 
 
