@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vae_checks import PIXEL_FAULTS, assert_no_worse, check_fault_found, decode, encode, ran
 
 from vidaccel import patch_module
-from vidaccel.blocks.vae import causal_clip, wan_structure
+from vidaccel.blocks.vae import causal_clip, wan_layers, wan_structure
 from vidaccel.blocks.vae.autoencoder_kl_wan import FusedWanDecoder3d, FusedWanEncoder3d
 from vidaccel.blocks.vae.wan_structure import decode_bytes, encode_bytes
 
@@ -215,7 +215,7 @@ def test_as_wide_as_released(
         gold = decode(vae, z)
     vae, z = vae.to(dtype), z.to(dtype)
     stock = decode(vae, z)
-    monkeypatch.setattr(wan_structure, "decode_bytes", lambda decoder, latents, frames: frames)
+    monkeypatch.setattr(wan_layers, "decode_bytes", lambda decoder, latents, frames: frames)
     monkeypatch.setattr(causal_clip, "free_bytes", lambda _: fit)
     with patch_module(vae) as report:
         out = decode(vae, z)
@@ -252,7 +252,7 @@ def test_encoder_as_wide_as_released(
         x = (torch.rand(clip) * 2 - 1).to(dtype)
     gold = encode(copy.deepcopy(vae).double(), x.double())
     stock = encode(vae, x)
-    monkeypatch.setattr(wan_structure, "encode_bytes", lambda encoder, clip, frames: frames)
+    monkeypatch.setattr(wan_layers, "encode_bytes", lambda encoder, clip, frames: frames)
     monkeypatch.setattr(causal_clip, "free_bytes", lambda _: fit)
     with patch_module(vae) as report:
         out = encode(vae, x)
