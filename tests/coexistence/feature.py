@@ -14,7 +14,7 @@ from vidaccel.clips.generation import generate
 
 __all__ = ["MATH_EXACT", "Feature", "Needs", "Subject", "Undo", "blocks_of", "has", "seeded", "takes"]
 
-MATH_EXACT = 2e-5  # of the norm of a clip in float32: 1e-5 for either way, whose sums every CPU adds in an order of its own
+MATH_EXACT = 2e-5  # of the norm of a clip in float32: either way adds up its sums in an order of its own, by the CPU
 Undo = Callable[[], Any]
 
 
