@@ -35,6 +35,7 @@ __all__ = [
     "cuts",
     "disagreement",
     "distance",
+    "heads_apart",
     "near",
     "perturbing",
     "piece_of",
@@ -145,6 +146,11 @@ def as_rows(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
+def heads_apart(heads: int, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """``[B, S, H*D]`` as ``[B*H, S, D]``: each head of each sample is to be right by its own scale."""
+    return tuple(out.unflatten(2, (heads, -1)).transpose(1, 2).flatten(0, 1) for out in outputs)
+
+
 def disagreement(op: Op, args: tuple[Any, ...], out: Any, fidelity: str) -> Problem | None:
     """One line on why ``out`` is not what ``op`` means by ``args``, or None if it is."""
     outputs = _tuple(out)
@@ -155,7 +161,7 @@ def disagreement(op: Op, args: tuple[Any, ...], out: Any, fidelity: str) -> Prob
             mine, expected = part.of(outputs), _referred(op, part, part.args)
             if problem := _shapes_differ(mine, expected):
                 return problem
-            suspects.append(_suspicious(mine, expected, fidelity))
+            suspects.append(_suspicious(mine, expected, fidelity, op.screen))
         if not suspects or not (flags := torch.stack(suspects).tolist()) or not any(flags):
             return None
         if fidelity == "bit-exact":
@@ -217,7 +223,7 @@ def _describe(x: Tensor) -> str:
     return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
 
 
-def _suspicious(mine: tuple[Tensor, ...], expected: tuple[Tensor, ...], fidelity: str) -> Tensor:
+def _suspicious(mine: tuple[Tensor, ...], expected: tuple[Tensor, ...], fidelity: str, screen: float) -> Tensor:
     """Whether any output deserves a second look, a bool on the device."""
     flags = []
     eps = _eps(*expected) * (LOSSY if fidelity == "lossy" else 1)
@@ -227,23 +233,31 @@ def _suspicious(mine: tuple[Tensor, ...], expected: tuple[Tensor, ...], fidelity
         if fidelity == "bit-exact":
             flags.append(((x != y) & ~(x.isnan() & y.isnan())).any())
             continue
-        flags.append(~_plainly_near(x, y, eps))
+        flags.append(~_plainly_near(x, y, eps, screen))
     device = expected[0].device
     return torch.stack(flags).any() if flags else torch.zeros((), dtype=torch.bool, device=device)
 
 
-def _plainly_near(x: Tensor, y: Tensor, eps: float) -> Tensor:
-    """What nearly every right result is, in few passes; not that, for numbers that are not finite, or too small."""
-    dtype = torch.float32 if y.dtype.itemsize == 2 else torch.float64
-    y = _frames(y).to(dtype)
-    difference = _frames(x).to(dtype) - y
-    norm = torch.linalg.vector_norm(y, dim=(1, 2))  # [frames]
+def _plainly_near(x: Tensor, y: Tensor, eps: float, screen: float) -> Tensor:
+    """What nearly every right result is; not that, for numbers that are not finite, or too small.
+
+    A check waits for memory, so both are read in their own dtype: what their difference is rounded by is small beside
+    it. The scale follows from three norms: ``|x|**2 = |y|**2 + 2 (x - y) y + |x - y|**2``.
+    """
+    norms = functools.partial(
+        torch.linalg.vector_norm, dtype=torch.float32 if y.dtype.itemsize == 2 else torch.float64
+    )  # fmt: skip
+    x, y = _frames(x), _frames(y)
+    difference = x - y
+    rows, row_errors = norms(y, dim=2), norms(difference, dim=2)
+    norm = norms(rows, dim=1)  # [frames]
+    square, square_x, square_error = (z * z for z in (norm, norms(norms(x, dim=2), dim=1), norms(row_errors, dim=1)))
     near = (norm > SMALL) & (norm < 1 / SMALL)
-    near &= (difference * y).sum((1, 2)).abs() <= SCREEN_GAIN * eps * norm * norm
-    for dim in (1, 2):
-        error, size = (torch.linalg.vector_norm(z, dim=dim) for z in (difference, y))
+    near &= (square_x - square - square_error).abs() <= 2 * SCREEN_GAIN * eps * square
+    columns, column_errors = norms(y, dim=1), norms(difference, dim=1)
+    for error, size, units in ((row_errors, rows, screen * SCREEN_ROWS), (column_errors, columns, SCREEN_ROWS)):
         mean = (norm / math.sqrt(size.shape[1]))[:, None]
-        near &= (error <= SCREEN_ROWS * eps * torch.maximum(size, mean)).all(1)
+        near &= (error <= units * eps * torch.maximum(size, mean)).all(1)
     return near.all()
 
 

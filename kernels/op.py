@@ -235,6 +235,8 @@ class Op:
         validate: Takes the arguments; raises if they do not fit one another. Asked once for a signature. None: they do.
         small: Takes a factor and the arguments; these with all that an epsilon or a bias is added to times the factor.
             None: the op has neither.
+        screen: How far the rows of a right result may be off before float64 decides, in units of what suits others: of
+            what eager rounds several times, or sums up where terms cancel.
     """
 
     def __init__(
@@ -253,6 +255,7 @@ class Op:
         beaten: Callable[..., Set[str]] | None = None,
         validate: Callable[..., None] | None = None,
         small: Callable[..., tuple[Any, ...]] | None = None,
+        screen: float = 1.0,
     ) -> None:
         self.name = name
         self.reference = reference
@@ -260,6 +263,7 @@ class Op:
         self.fake = fake
         self.costs = costs
         self.parts = parts
+        self.screen = screen
         self.registered = {
             way: self._register(way, implementation)
             for way, implementation in implementations.items()

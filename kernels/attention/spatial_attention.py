@@ -38,7 +38,7 @@ from torch import Tensor
 from vidaccel.kernels.arguments import require_floats
 from vidaccel.kernels.attention.alignment import aligned_rows
 from vidaccel.kernels.attention.gemm_attention import MOST_KEYS, bind_gemm_attention
-from vidaccel.kernels.check import Part, cuts
+from vidaccel.kernels.check import Part, cuts, heads_apart
 from vidaccel.kernels.hopper import gluon_reason, on_hopper
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.op import REFERENCE, Costs, Implementation, Op, device_reason, tensors_reason
@@ -334,20 +334,21 @@ def _costs(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> Cos
 
 
 def _parts(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> Iterator[Part]:
-    """Head by head, for each is to be right by its own scale; of as many samples and query rows as fit."""
+    """As many samples, heads and query rows as fit."""
     (batch, seq_q, channels), seq_kv = q.shape, k.shape[1]
     head_dim = channels // num_heads
-    for head in range(num_heads):
-        channel = slice(head * head_dim, (head + 1) * head_dim)
-        for samples in cuts(batch, (seq_q + seq_kv) * head_dim):
-            for rows in cuts(seq_q, (samples.stop - samples.start) * head_dim):
+    for samples in cuts(batch, (seq_q + seq_kv) * head_dim):
+        together = samples.stop - samples.start
+        for heads in cuts(num_heads, together * (seq_q + seq_kv) * head_dim):
+            channel, count = slice(heads.start * head_dim, heads.stop * head_dim), heads.stop - heads.start
+            for rows in cuts(seq_q, together * count * head_dim):
                 place = samples, rows, channel
-                args = q[place], k[samples, :, channel], v[samples, :, channel], 1, scale
-                yield Part(args, functools.partial(_place, place))
+                args = q[place], k[samples, :, channel], v[samples, :, channel], count, scale
+                yield Part(args, functools.partial(_place, place, count), functools.partial(heads_apart, count))
 
 
-def _place(place: tuple[slice, slice, slice], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (outputs[0][place],)
+def _place(place: tuple[slice, slice, slice], heads: int, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return heads_apart(heads, (outputs[0][place],))
 
 
 def _measures(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> bool:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from vidaccel.kernels.arguments import require_floats
 from vidaccel.kernels.attention.alignment import aligned_rows
-from vidaccel.kernels.check import Part, cuts
+from vidaccel.kernels.check import Part, cuts, heads_apart
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.op import Costs, Implementation, Op, device_reason, tensors_reason
 
@@ -262,21 +262,21 @@ def _costs(q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_heads: int, sca
 
 
 def _parts(q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_heads: int, scale: float) -> Iterator[Part]:
-    """Head by head, for each is to be right by its own scale; sample by sample, as many pixels as fit."""
+    """Sample by sample, as many heads and pixels as fit."""
     (_, num_pixels, channels), samples = q.shape, q.shape[0] // num_frames
     frames_k, head_dim = k.shape[0] // max(samples, 1), channels // num_heads
     elements = (num_frames + frames_k) * head_dim + num_frames * frames_k
-    for head, sample in itertools.product(range(num_heads), range(samples)):
-        channel = slice(head * head_dim, (head + 1) * head_dim)
-        frames, keys = (slice(sample * count, (sample + 1) * count) for count in (num_frames, frames_k))
-        for pixels in cuts(num_pixels, elements):
+    for sample, heads in itertools.product(range(samples), cuts(num_heads, elements * num_pixels)):
+        channel, count = slice(heads.start * head_dim, heads.stop * head_dim), heads.stop - heads.start
+        frames, keys = (slice(sample * length, (sample + 1) * length) for length in (num_frames, frames_k))
+        for pixels in cuts(num_pixels, elements * count):
             place = frames, pixels, channel
-            args = q[place], k[keys, pixels, channel], v[keys, pixels, channel], num_frames, 1, scale
-            yield Part(args, functools.partial(_place, place))
+            args = q[place], k[keys, pixels, channel], v[keys, pixels, channel], num_frames, count, scale
+            yield Part(args, functools.partial(_place, place, count), functools.partial(heads_apart, count))
 
 
-def _place(place: tuple[slice, slice, slice], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (outputs[0][place],)
+def _place(place: tuple[slice, slice, slice], heads: int, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return heads_apart(heads, (outputs[0][place],))
 
 
 TEMPORAL_ATTENTION = Op(

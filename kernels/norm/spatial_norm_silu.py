@@ -77,12 +77,18 @@ def spatial_norm_silu_ref(
 
 def _nearest(latents: Tensor, x: Tensor) -> Tensor:
     """Rows ``[B, Z, h, w, C]`` in the size of ``x``; of an odd number of frames, the first has its own latents."""
-    small, (frames, height, width) = latents.permute(0, 4, 1, 2, 3), x.shape[1:4]
+    frames, height, width = x.shape[1:4]
     apart = int(frames > 1 and frames % 2 == 1)
-    enlarged = [F.interpolate(small[:, :, apart:], size=(frames - apart, height, width))]
-    if apart:
-        enlarged.insert(0, F.interpolate(small[:, :, :1], size=(1, height, width)))
-    return torch.cat(enlarged, dim=2).permute(0, 2, 3, 4, 1)
+    at = _sources(latents.shape[1] - apart, frames - apart, x) + apart
+    at = torch.cat([at.new_zeros(apart), at])
+    lines, pixels = _sources(latents.shape[2], height, x), _sources(latents.shape[3], width, x)
+    return latents[:, at][:, :, lines][:, :, :, pixels]
+
+
+def _sources(small: int, large: int, x: Tensor) -> Tensor:
+    """Which of ``small`` pixels each of ``large`` is a copy of: what F.interpolate says, which is slow on rows."""
+    numbers = torch.arange(small, device=x.device, dtype=torch.float32)
+    return F.interpolate(numbers[None, None], size=large)[0, 0].long()
 
 
 def _padding(before: int) -> Padding:
@@ -311,6 +317,7 @@ SPATIAL_NORM_SILU = Op(
     parts=lambda *args: parts_of_groups(_Call(*args), "x", "gain", "shift", "halo"),
     validate=_validate,
     small=lambda *args: (*scaled(0, 7)(*args)[:-3], *NO_STATISTICS),  # x, addend
+    screen=3.0,  # n * gain and shift may cancel, and PyTorch rounds the mean and the deviation to the dtype of x
 )
 
 

@@ -470,7 +470,7 @@ def test_auto_does_not_even_time_a_call_of_much_work(
     monkeypatch.setattr(TapeCapture, "queueing_milliseconds", lambda *args: pytest.fail("it was run to be timed"))
     report = patch_module(unet)
     assert_right(unet, range(3))
-    assert reasons(report) == {"the GPU is the slower one: it has 0 TFLOP to do": 3}
+    assert reasons(report) == {"the GPU is the slower one: an op has 0.0 TFLOP to do": 3}
     assert tape.captures == 0
 
 

@@ -51,8 +51,9 @@ MAX_KINDS = 8
 MAX_VALUES_PER_SHAPE = 4
 # "auto" captures a call whose launches take at least this part of its time, and keeps a graph that takes at most this.
 HOST_BOUND, WORTH_IT = 0.8, 0.95
-# The fastest GPU needs 0.2 s for them, and no host so long to launch a call: that is not measured.
-MANY_FLOPS = 5e14
+# Of an op, on average: a GPU takes 0.25 ms and more for them, and hardly a host as long to launch the op and what comes
+# beside it. Whether launches are what such a call waits for is not measured.
+MANY_FLOPS = 5e11
 FIRST_AUDIT, AUDIT_GROWTH = 64, 8
 PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size)
 
@@ -142,7 +143,7 @@ class _Entry:
 
     kind: _Kind
     number: int
-    flops: int = 0  # of the first such call's ops, as far as they are known
+    flops: float = 0.0  # of an op of the first such call, on average, as far as they are known
     reason: str = ""
     graph: Captured | None = None
     buffers: list[Tensor] = field(default_factory=list)
@@ -285,7 +286,7 @@ class Graphs:
         versions = _versions(call.tensors)
         out = call.run()
         memo = held()
-        entry = _Entry(kind, self._made, 0 if memo is None else memo.flops)
+        entry = _Entry(kind, self._made, 0.0 if memo is None else memo.flops / max(memo.ops, 1))
         self._made += 1
         strange = next((leaf for leaf in tree_leaves(out) if not isinstance(leaf, (Tensor, *PLAIN))), None)
         if _versions(call.tensors) != versions:
@@ -410,9 +411,9 @@ class Graphs:
         return self._shared.slowest(*milliseconds) if self._shared else [*milliseconds]
 
 
-def _flops_reason(flops: int) -> str:
-    """Why so much work does not wait for its launches, or ""."""
-    return f"the GPU is the slower one: it has {flops / 1e12:.0f} TFLOP to do" if flops >= MANY_FLOPS else ""
+def _flops_reason(flops: float) -> str:
+    """Why ops of so much work do not wait for their launches, or ""."""
+    return f"the GPU is the slower one: an op has {flops / 1e12:.1f} TFLOP to do" if flops >= MANY_FLOPS else ""
 
 
 def _same_bits(outputs: Any, expected: Any) -> bool:

@@ -96,7 +96,7 @@ class ModelCall:
         finally:
             memo.text = None  # also after an interrupt: no later call may take it for its own
             memo.of_call.clear()
-            memo.flops = 0
+            memo.flops = memo.ops = 0
 
     def _settle(self, model: nn.Module, settings: Settings) -> None:
         """Forget what was found out if the model or the settings are not what they were."""

@@ -315,6 +315,7 @@ def _hear(sites: SiteGroup, events: list[Event]) -> None:
     sites.hear(events)
     if (memo := held()) is not None:
         memo.flops += sum(event.costs.flops for event in events)
+        memo.ops += len(events)
 
 
 def _plan(host: Host, sites: SiteGroup, kind_of_call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Plan:

@@ -52,6 +52,7 @@ class Memo(dict[Hashable, Any]):
         of_call: What blocks have made of this call's tensors (rotary tables in another order, the lengths behind a
             mask), for the blocks behind them.
         flops: Of those ops of this call whose events were heard, as all are where its blocks meet such a call first.
+        ops: How many those are.
         hooked: Whether a layer of the model has forward hooks, which may look at what nobody else needs (padding).
         way: What runs each call of a block under this call, for those who compare the two ways. None: as planned.
     """
@@ -60,7 +61,7 @@ class Memo(dict[Hashable, Any]):
         super().__init__()
         self.text: Any = None
         self.of_call: dict[Hashable, Any] = {}
-        self.flops = 0
+        self.flops = self.ops = 0
         self.hooked = False
         self.way: Way | None = None
 
