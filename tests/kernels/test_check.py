@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vidaccel.kernels.attention.spatial_attention import SPATIAL_ATTENTION
+from vidaccel.kernels.attention.temporal_attention import TEMPORAL_ATTENTION
 from vidaccel.kernels.check import disagreement
 from vidaccel.kernels.conv.conv_epilogue import CONV_EPILOGUE
 from vidaccel.kernels.conv.pixel_conv import PIXEL_CONV
@@ -114,6 +116,23 @@ def test_right_calls_pass(dtype: torch.dtype) -> None:
         if problem := disagreement(GROUP_NORM_SILU, args, in_float32(*args), "math-exact"):
             alarms[seed] = problem
     assert not alarms
+
+
+ATTENTIONS: dict[Op, tuple[Any, ...]] = {SPATIAL_ATTENTION: (4, 0.25), TEMPORAL_ATTENTION: (3, 4, 0.25)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", ATTENTIONS, ids=lambda op: op.name)
+def test_each_head_of_each_sample_is_right_by_its_own_scale(op: Op, dtype: torch.dtype) -> None:
+    q, k, v = torch.randn(3, 6, 20, 64).to(dtype)
+    v[..., 16:32] *= 1e-3  # beside the others, nothing of this head would show
+    args = q, k, v, *ATTENTIONS[op]
+    right = op.reference(*(x.float() if isinstance(x, Tensor) else x for x in args)).to(dtype)
+    assert disagreement(op, args, right, "math-exact") is None
+    for head in range(4):
+        wrong = right.clone()
+        wrong[2, :, 16 * head : 16 * (head + 1)] *= 1.05
+        assert "is off by" in str(disagreement(op, args, wrong, "math-exact")), head
 
 
 def test_another_shape_is_told_in_one_line() -> None:
