@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -95,12 +96,12 @@ def hook_on_all_modules(subject: Subject) -> Iterator[None]:
 
 
 @contextmanager
-def attention_of_pytorch(subject: Subject) -> Iterator[None]:
-    """As SageAttention asks for; it takes no more than stock processors give."""
+def attention_of_pytorch(subject: Subject, by_name: frozenset[str] = frozenset(["is_causal"])) -> Iterator[None]:
+    """As SageAttention asks for; it takes no more than stock processors give, some of it ``by_name``."""
     stock: Any = F.scaled_dot_product_attention
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        assert "is_causal" in kwargs
+        assert by_name <= kwargs.keys()
         return stock(query / 2, key, value, *args, **kwargs)
 
     F.scaled_dot_product_attention = attention
@@ -146,6 +147,31 @@ def test_changed_classes(family: str, change: Change, first: str) -> None:
     assert not any(site.state == "failed" for site in report.sites), str(report)
     report.restore()
     assert torch.equal(subject.noise(), plain)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["SVD", "Wan 2.1", "HunyuanVideo", "HunyuanVideo 1.5"])
+def test_attention_of_pytorch_in_decoders(family: str) -> None:
+    subject = build(family)
+    vae = subject.pipe.vae
+    latents = torch.randn(1, vae.config.get("latent_channels") or vae.config.z_dim, 3, 4, 4)
+    image, frames = (latents.transpose(1, 2).flatten(0, 1), {"num_frames": 3}) if family == "SVD" else (latents, {})
+
+    def decoded() -> Tensor:
+        pixels: Tensor = vae.decode(image, **frames).sample
+        return pixels
+
+    plain = decoded()
+    replaced_attention = partial(attention_of_pytorch, subject, frozenset())
+    with replaced_attention():
+        expected = decoded()
+    assert relative_error(expected, plain) > 1e-4
+    report = patch_module(vae)
+    for _ in range(2):
+        assert relative_error(decoded(), plain) <= 1e-5
+        with replaced_attention():
+            assert relative_error(decoded(), expected) <= 1e-5
+    assert "somebody replaced" in " ".join(fallback_reasons(report))
 
 
 def test_a_class_replaced_before_its_fused_one_is_made() -> None:

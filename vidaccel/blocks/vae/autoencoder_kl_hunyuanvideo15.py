@@ -54,7 +54,7 @@ from vidaccel.kernels.conv.padded_clip import NO_PADDING, Padding, pad_clip
 from vidaccel.kernels.conv.pixel_conv import pixel_conv, pixel_conv_ref
 from vidaccel.kernels.norm.rms_norm_silu import compile_ahead, rms_norm_silu, rms_norm_silu_ref
 from vidaccel.sites.block import FusedBlock, call_site, cut_corner, fuses
-from vidaccel.sites.plain import plain_reason
+from vidaccel.sites.plain import plain_reason, replaced_attention_reason
 
 __all__ = ["FusedHunyuanVideo15Decoder3D", "FusedHunyuanVideo15Encoder3D", "decode_bytes", "encode_bytes"]
 
@@ -489,7 +489,7 @@ def _reasons_of_both(coder: Any) -> Iterator[str | None]:
     yield plain_reason(mid, HunyuanVideo15MidBlock)
     for attention in mid.attentions:
         if attention is not None:
-            yield plain_reason(attention, HunyuanVideo15AttnBlock)
+            yield plain_reason(attention, HunyuanVideo15AttnBlock) or replaced_attention_reason()
             yield _norm_reason(attention.norm)
             for conv in (attention.to_q, attention.to_k, attention.to_v, attention.proj_out):
                 yield conv_reason(conv, nn.Conv3d, (1,) * 3, (0,) * 3)

@@ -31,7 +31,7 @@ from vidaccel.blocks.vae.causal_clip import dropout_reason
 from vidaccel.blocks.vae.half_operands import takes_tf32
 from vidaccel.kernels.conv.padded_clip import Padding
 from vidaccel.sites.memo import once_per_call
-from vidaccel.sites.plain import plain_reason
+from vidaccel.sites.plain import plain_reason, replaced_attention_reason
 
 __all__ = [
     "AROUND",
@@ -322,7 +322,7 @@ def _end_reasons(coder: Any) -> Iterator[str | None]:
     mid = coder.mid_block
     yield plain_reason(mid, WanMidBlock)
     for attention in mid.attentions:
-        yield plain_reason(attention, WanAttentionBlock)
+        yield plain_reason(attention, WanAttentionBlock) or replaced_attention_reason()
         yield _norm_reason(attention.norm)
         for conv in (attention.to_qkv, attention.proj):
             yield _conv2d_reason(conv, 1)
