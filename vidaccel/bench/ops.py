@@ -168,7 +168,7 @@ def _stock_order(prepare: Callable[..., tuple[Any, ...]], *args: Any) -> tuple[A
 @torch.no_grad()
 def _gold(op: Op, args: tuple[Any, ...]) -> list[_Gold]:
     parts = op.parts(*args) if op.parts else [Part(args, lambda outputs: outputs)]
-    return [_Gold(part.of, _tensors(op.reference(*map(_double, part.args)))) for part in parts]
+    return [_Gold(part.of, part.of_reference(_tensors(op.reference(*map(_double, part.args))))) for part in parts]
 
 
 def _double(x: Any) -> Any:

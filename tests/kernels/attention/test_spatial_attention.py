@@ -373,6 +373,8 @@ def test_the_check_works_in_parts_of_bounded_size() -> None:
         part_q, part_k, _, heads, scale = part.args
         assert part.of((out,))[0].shape == part_q.shape
         assert heads == 1 and scale == 0.125 and part_q.numel() + part_k.numel() <= MOST_ELEMENTS
+    (part,) = SPATIAL_ATTENTION.parts(q[:2], k, k, 5, 0.125)
+    assert part.args[3] == 5 and part.of((out[:2],))[0].shape == (2 * 5, 9216, 64)
 
 
 # what the compilers make of the kernels

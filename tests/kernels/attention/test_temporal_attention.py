@@ -368,6 +368,9 @@ def test_the_check_works_in_parts_of_bounded_size() -> None:
         part_q, part_k, _, frames, heads, scale = part.args
         assert part.of((out,))[0].shape == part_q.shape
         assert (frames, heads, scale) == (14, 1, 0.125) and part_q.numel() + part_k.numel() <= MOST_ELEMENTS
+    few = q[:14, :1000]
+    (part,) = TEMPORAL_ATTENTION.parts(few, few, few, 14, 5, 0.125)
+    assert part.args[4] == 5 and part.of((out[:14, :1000],))[0].shape == (14 * 5, 1000, 64)
 
 
 def test_costs_of_other_frames() -> None:
