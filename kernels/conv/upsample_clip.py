@@ -13,8 +13,8 @@ and the first of them is left out where it lies in front of the clip. All result
 of one convolution of 2 x 2 x 2 taps instead of 27, or 3 x 2 x 2 where time is not doubled; ``pixel_shuffle`` puts them
 in place and adds the bias.
 
-Weights are added in float32 at every call and rounded to the dtype of ``x`` once, which is one rounding more per
-product than eager has. Fidelity: math-exact. Bound by the convolution, which cuDNN runs.
+Weights are added in float32 at every call (``merged_taps``) and rounded to the dtype of ``x`` once, which is one
+rounding more per product than eager has. Fidelity: math-exact. Bound by the convolution, which cuDNN runs.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vidaccel.kernels.conv.merged_taps import merged_taps
 from vidaccel.kernels.conv.padded_clip import Padding, pad_clip
 from vidaccel.kernels.conv.pixel_shuffle import pixel_shuffle
 
@@ -69,16 +70,6 @@ def upsample_clip(
     Returns:
         ``[B, 1 + factor_t * (F - 1), 2 * H, 2 * W, C']``, contiguous.
     """
-    made = F.conv3d(padded.permute(0, 4, 1, 2, 3), _merged(weight, factor_t)).permute(0, 2, 3, 4, 1)
+    made = F.conv3d(padded.permute(0, 4, 1, 2, 3), merged_taps(weight, factor_t=factor_t)).permute(0, 2, 3, 4, 1)
     repeated = bias.repeat(4 * factor_t)
     return shuffle(made, repeated, cell=(factor_t, 2, 2), drop=factor_t - 1, crop=1)
-
-
-def _merged(weight: Tensor, factor_t: int) -> Tensor:
-    """``[t * 2 * 2 * C', C, taps]``, channels innermost in memory."""
-    merged = weight.float() if weight.dtype.itemsize == 2 else weight
-    for _ in range(3 if factor_t == 2 else 2):  # the width, the height, time: each moves by one dimension
-        before, here, behind = merged.unbind(4)
-        pairs = (before + here, behind), (before, here + behind)
-        merged = torch.stack([torch.stack(pair, dim=4) for pair in pairs])
-    return merged.flatten(0, -5).to(weight.dtype).contiguous(memory_format=torch.channels_last_3d)

@@ -259,6 +259,10 @@ def _linear_gelu(d: Drawer) -> Any:
     return *_rows_and_weights(d, width), d.maybe(d.tensor, width), d.of("tanh", "none")
 
 
+def _merged_taps(d: Drawer) -> Any:
+    return d.weight(d.size(3), d.channels(), 3, 3, 3), d.of(1, 2)
+
+
 def _padded_channels(d: Drawer) -> Any:
     channels, out, kernel = d.channels(), d.channels(), d.of(1, 3)
     x = d.tensor(d.size(2), channels, d.size(6, 3), d.size(6, 3))

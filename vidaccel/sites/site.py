@@ -22,6 +22,7 @@ SITE_OF = {
     "upsample_cells": "upsample_conv",
     "upsample_conv_and_statistics": "upsample_conv",
     "frame_statistics": "group_norm_silu",
+    "merged_taps": "upsample_clip",
     "group_norm_and_sum": "group_norm_silu",
     "padded_group_norm": "group_norm_silu",
 }

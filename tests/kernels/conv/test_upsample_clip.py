@@ -43,7 +43,7 @@ def test_the_upsampler_of_diffusers(shape: tuple[int, ...], factor_t: int, devic
         torch.testing.assert_close(out, expected, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
 def test_rounds_no_worse_than_twice_as_often(dtype: torch.dtype, device: torch.device) -> None:
     upsampler, rows = upsampler_and_clip((1, 3, 4, 5, 64), 2, dtype, device)
     out, conv = merged(upsampler, rows, 2), upsampler.conv.conv
