@@ -7,7 +7,7 @@ cell:
     [w0, w1, w2]  ->  [w0 + w1, w2] and [w0, w1 + w2]
 
 The sums are made anew at every call, for weights may be changed in between, and nothing would tell. Added in float32,
-the width first, and rounded once. In PyTorch a dozen passes do that, 70 of the 1549 ms of HunyuanVideo's tiled decode
+the width first, and rounded once. In PyTorch a dozen passes do that, 58 of the 1549 ms of HunyuanVideo's tiled decode
 (decoder-profiles-h200.txt); here one does, which keeps the 27 taps of some input channels in registers. Fidelity:
 math-exact. Bound by memory: every weight is read once, every sum written once.
 """
