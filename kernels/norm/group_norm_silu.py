@@ -41,6 +41,7 @@ from vidaccel.kernels.norm.channel_statistics import (
     FOLD,
     ChannelStatistics,
     Tiling,
+    are_of_dtype,
     choose_tiling,
     combine,
     fold,
@@ -659,7 +660,7 @@ def _validate_statistics(name: str, call: _Call, parts: Tensor) -> None:
     segments = len(call.x) * call.rows // call.segment_rows
     shape = segments, triton.cdiv(call.segment_rows, call.chunk_rows), 2, call.x.shape[1]
     segments_fit = len(parts) == segments or (len(parts) > segments and len(parts) % len(call.x) == 0)
-    if not segments_fit or parts.shape[1:] != shape[1:] or parts.dtype != torch.float32:
+    if not segments_fit or parts.shape[1:] != shape[1:] or not are_of_dtype(parts, call.x):
         raise ValueError(
             f"{name}: parts of statistics with {rows} must be {shape} torch.float32, or of more segments, "
             f"got {tuple(parts.shape)} {parts.dtype}"
