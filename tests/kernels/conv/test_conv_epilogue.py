@@ -220,6 +220,7 @@ MIX = torch.ones(1)
     ("change", "error", "message"),
     [
         ({"x": torch.ones(2, 4)}, ValueError, r"1 to 3 spatial dims, got \(2, 4\)"),
+        ({"x": torch.ones([])}, ValueError, r"1 to 3 spatial dims, got \(\)"),
         ({"x": X.int()}, TypeError, r"x must be floating-point, got torch.int32"),
         ({"residual": X.bool()}, TypeError, r"residual must be floating-point, got torch.bool"),
         ({"bias": torch.ones(4, device="meta")}, ValueError, r"bias must be on cpu, as x is, got meta"),
@@ -230,6 +231,7 @@ MIX = torch.ones(1)
         ({"mix_factor": MIX}, ValueError, r"mix_factor needs a residual to blend with"),
         ({"residual": X, "image_only": torch.ones(2, 3)}, ValueError, r"image_only needs a mix_factor"),
         ({"residual": X, "mix_factor": torch.ones(2)}, ValueError, r"mix_factor must be \[1\], got \(2,\)"),
+        ({"residual": X, "mix_factor": MIX[None]}, ValueError, r"mix_factor must be \[1\], got \(1, 1\)"),
         (
             {"residual": X, "mix_factor": MIX, "image_only": torch.ones(6)},
             ValueError,
