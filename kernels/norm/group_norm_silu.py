@@ -768,6 +768,7 @@ def group_norm_silu(
     Raises:
         ValueError: ``groups`` does not divide ``C``; ``weight``, ``bias``, ``shift``, ``tail`` or ``statistics`` has
             another shape; ``T`` does not divide ``S``; there are statistics and a tail; ``impl`` cannot run here.
+        TypeError: ``x``, ``weight`` or ``bias`` is not floating-point.
     """
     if shift is not None:
         shift = shift.to(x.dtype)
@@ -804,6 +805,7 @@ def group_norm_and_sum(
 
     Raises:
         ValueError: As :func:`group_norm_silu`; ``row`` has another shape.
+        TypeError: ``x``, ``weight`` or ``bias`` is not floating-point.
     """
     row = row.to(x.dtype)
     return GROUP_NORM_AND_SUM(x, weight, bias, groups, eps, row, *(statistics or NO_STATISTICS), impl=impl)
