@@ -50,7 +50,7 @@ def alpha_blend_ref(
     alpha = alpha.to(spatial.dtype)
     if spatial_is_second:
         alpha = 1.0 - alpha
-    return alpha * spatial + (1.0 - alpha) * temporal
+    return spatial * alpha + temporal * (1.0 - alpha)  # in this order: the result lies in memory as spatial does
 
 
 @triton.jit

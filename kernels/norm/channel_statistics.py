@@ -88,7 +88,8 @@ def channel_statistics_ref(x: Tensor, chunk_rows: int) -> Tensor:
         if some.numel():
             variance, mean = torch.var_mean(some, dim=2, correction=0)
             parts.append(torch.stack([mean, variance * some.shape[2]], dim=2))
-    return torch.cat(parts, dim=1) if parts else rows.new_empty(len(rows), 0, 2, rows.shape[2])
+    shape = len(rows), triton.cdiv(rows.shape[1], chunk_rows), 2, rows.shape[2]
+    return torch.cat(parts, dim=1) if parts else rows.new_empty(shape)
 
 
 class Tiling(NamedTuple):

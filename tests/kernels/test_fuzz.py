@@ -519,6 +519,14 @@ FOUND = {
         "rms_norm_silu",
         lambda: (ROWS[None, None], *PARAMETERS, *[None] * 6, *[0] * 5, *["zeros"] * 2, "mean", 1e-6, *FLAGS, None),
     ),
+    "statistics of no image": (
+        "upsample_conv_and_statistics",
+        lambda: (IMAGE[:0], torch.ones(8, 3, 3, 3), torch.ones(8), 1),
+    ),
+    "stills of the other order": (
+        "alpha_blend",
+        lambda: (*[channels_last(torch.ones(2, 16, 3, 2, 3))] * 2, torch.ones(1), torch.ones(3, 2).mT, None, False),
+    ),
     "a row of a wider dtype": (
         "add_layer_norm",
         lambda: (ROWS.half(), *PARAMETERS, 1e-5, None, ROWS[:, :1], None, "sum"),
