@@ -729,6 +729,7 @@ def qk_norm_rope(
 
     Raises:
         ValueError: The shapes do not fit one another; ``impl`` cannot run here.
+        TypeError: A tensor is not floating-point.
     """
     return QK_NORM_ROPE(*_call(q, k, num_heads, norm, rope, v, second), impl=impl)
 

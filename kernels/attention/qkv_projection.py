@@ -10,6 +10,7 @@ wider product may be summed in another order).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -55,7 +56,7 @@ def _fake(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
 
 def _costs(x: Tensor, *weights: Tensor) -> Costs:
     wide = sum(weight.shape[0] for weight in weights)
-    rows = x.numel() // x.shape[-1]
+    rows = math.prod(x.shape[:-1])
     moved = x.numel() + rows * wide + wide * x.shape[-1]
     return Costs(bytes=moved * x.itemsize, flops=2 * x.numel() * wide)
 
@@ -102,5 +103,6 @@ def qkv_projection(
 
     Raises:
         ValueError: The shapes do not fit one another; ``impl`` cannot run here.
+        TypeError: A tensor is not floating-point; the dtypes differ, and autocast is off.
     """
     return QKV_PROJECTION(x, to_q, to_k, to_v, impl=impl)

@@ -50,7 +50,7 @@ def alpha_blend_ref(
     alpha = alpha.to(spatial.dtype)
     if spatial_is_second:
         alpha = 1.0 - alpha
-    return alpha * spatial + (1.0 - alpha) * temporal
+    return spatial * alpha + temporal * (1.0 - alpha)  # in this order: the result lies in memory as spatial does
 
 
 @triton.jit
@@ -214,7 +214,7 @@ def _validate(
     for name, other in (("temporal", temporal), ("residual", residual)):
         if other is not None and other.shape != shape:
             raise ValueError(f"{op}: {name} must be {shape}, as spatial is, got {tuple(other.shape)}")
-    if mix_factor.numel() != 1:
+    if mix_factor.shape not in ((), (1,)):  # with more dims it would add them to the blend
         raise ValueError(f"{op}: mix_factor must be [1], got {tuple(mix_factor.shape)}")
     if image_only is None:
         return

@@ -437,7 +437,7 @@ def validate_epilogue(
         return
     if residual is None:
         raise ValueError(f"{op}: mix_factor needs a residual to blend with")
-    if mix_factor.numel() != 1:
+    if mix_factor.shape not in ((), (1,)):  # with more dims it would add them to the blend
         raise ValueError(f"{op}: mix_factor must be [1], got {tuple(mix_factor.shape)}")
     if image_only is None:
         return
@@ -538,7 +538,7 @@ def conv_epilogue_and_statistics(
         The result; its statistics, frame by frame, those of a clip ``[B, C, F, H, W]`` told apart, so that they serve
         a norm of each frame and one of all.
     """
-    chunk_rows = chunk_rows_for(x.shape)
+    chunk_rows = chunk_rows_for(x.shape) if x.ndim > 1 else 1  # else the op says what is wrong
     y, parts = CONV_EPILOGUE_AND_STATISTICS(
         x, bias, residual, residual_bias, mix_factor, image_only, spatial_is_second, inplace, chunk_rows, impl=impl
     )

@@ -160,6 +160,8 @@ def _reason(x: Tensor, bias: Tensor, source: Tensor, factor_t: int, first: bool)
         return f"source must have the dtype of x, {x.dtype}, got {source.dtype}"
     if source.stride(-1) != 1:
         return "the kernel takes a source with a last stride of 1"
+    if source.shape[3] * source.stride(3) >= 2**31:  # within a line it counts in 32 bits
+        return "the kernel takes a source whose lines span less than 2**31 numbers"
     repeats, columns = x.shape[-1] // source.shape[-1], x.shape[-1] // (2 * factor_t)
     if repeats & (repeats - 1) or columns % repeats:
         return f"a channel of source must serve 2^n channels of a line of y, got {repeats} of {columns}"

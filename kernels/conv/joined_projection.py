@@ -60,7 +60,7 @@ def _fake(x: Tensor, skip: Tensor, weight: Tensor) -> Tensor:
 
 
 def _costs(x: Tensor, skip: Tensor, weight: Tensor) -> Costs:
-    pixels = x.numel() // x.shape[1]
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
     moved = x.numel() + skip.numel() + weight.numel() + pixels * weight.shape[0]
     return Costs(bytes=moved * x.itemsize, flops=2 * pixels * weight.numel())
 
@@ -105,5 +105,6 @@ def joined_projection(x: Tensor, skip: Tensor, weight: Tensor, *, impl: str | No
 
     Raises:
         ValueError: The shapes do not fit one another; ``impl`` cannot run here.
+        TypeError: A tensor is not floating-point; the dtypes differ, and autocast is off.
     """
     return JOINED_PROJECTION(x, skip, weight, impl=impl)

@@ -111,5 +111,6 @@ def padded_channels(
 
     Raises:
         ValueError: The shapes do not fit one another; ``impl`` cannot run here.
+        TypeError: A tensor is not floating-point; the dtypes differ, and autocast is off.
     """
     return PADDED_CHANNELS(x, weight, bias, stride, padding, impl=impl)

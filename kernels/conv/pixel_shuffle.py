@@ -176,6 +176,9 @@ def _reason(*args: Any) -> str | None:
         return f"source must have the dtype of x, {call.x.dtype}, got {call.source.dtype}"
     if call.source is not None and call.source.stride(-1) != 1:
         return "the kernel takes a source with a last stride of 1"
+    # within a line it counts in 32 bits
+    if call.source is not None and call.source.shape[3] * call.source.stride(3) >= 2**31:
+        return "the kernel takes a source whose lines span less than 2**31 numbers"
     return device_reason(call.x) or tensors_reason(call.x, call.bias, call.source)
 
 

@@ -356,7 +356,7 @@ def temporal_conv(
             copies it into that order first.
         weight: ``[C, C_in, 3, 1, 1]`` in ``x.dtype``, in channels_last_3d memory best.
         bias: ``[C]``, any float dtype; rounded to ``x.dtype`` first.
-        residual: ``[N, C, F, H, W]``; None adds nothing.
+        residual: ``[N, C, F, H, W]`` in ``x.dtype``; None adds nothing.
         mix_factor: ``[1]``, any float dtype, the blend of ``conv_epilogue``; None blends nothing.
         image_only: ``[N, F]``, nonzero where a frame is a still image and only ``residual`` counts; None: nowhere.
         spatial_is_second: Swap the two factors of the blend, as the SVD decoder does.

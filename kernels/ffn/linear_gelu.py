@@ -108,5 +108,6 @@ def linear_gelu(
 
     Raises:
         ValueError: The shapes do not fit one another; ``impl`` cannot run here.
+        TypeError: A tensor is not floating-point; the dtypes differ, and autocast is off.
     """
     return LINEAR_GELU(x, weight, bias, approximate, impl=impl)

@@ -29,13 +29,15 @@ def residual_projection_ref(x: Tensor, weight: Tensor, with_bias: Tensor) -> Ten
 
 
 def _addmm(x: Tensor, weight: Tensor, with_bias: Tensor) -> Tensor:
-    with_bias.flatten(0, -2).addmm_(x.flatten(0, -2), weight.t())
+    as_rows(with_bias).addmm_(as_rows(x), weight.t())
     return with_bias
 
 
 def _reason(x: Tensor, weight: Tensor, with_bias: Tensor) -> str | None:
     if reason := device_reason(x):  # on a CPU there is nothing to gain
         return reason
+    if not with_bias.is_contiguous():  # its rows would be a copy, and the sum lost with that
+        return "the sum is made in the memory of with_bias, which is not contiguous"
     if torch.is_autocast_enabled(x.device.type) or not x.dtype == weight.dtype == with_bias.dtype:
         return "x, weight and with_bias differ in dtype"
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, with_bias)):
@@ -57,7 +59,7 @@ def _parts(x: Tensor, weight: Tensor, with_bias: Tensor) -> Iterator[Part]:
 
 
 def _validate(x: Tensor, weight: Tensor, with_bias: Tensor) -> None:
-    if weight.shape != (with_bias.shape[-1], x.shape[-1]) or x.shape[:-1] != with_bias.shape[:-1]:
+    if weight.shape != (*with_bias.shape[-1:], *x.shape[-1:]) or x.shape[:-1] != with_bias.shape[:-1]:
         raise ValueError(
             f"residual_projection: x must be [..., K], weight [C, K], with_bias [..., C], "
             f"got {tuple(x.shape)}, {tuple(weight.shape)}, {tuple(with_bias.shape)}"
@@ -84,7 +86,7 @@ def residual_projection(x: Tensor, weight: Tensor, with_bias: Tensor, *, impl: s
     Args:
         x: ``[..., K]``.
         weight: ``[C, K]``.
-        with_bias: ``[..., C]``, contiguous.
+        with_bias: ``[..., C]``; ``"addmm"`` takes a contiguous one.
         impl: ``"addmm"`` or ``"torch"``; None lets the op choose.
 
     Returns:
@@ -92,5 +94,6 @@ def residual_projection(x: Tensor, weight: Tensor, with_bias: Tensor, *, impl: s
 
     Raises:
         ValueError: The shapes do not fit one another; ``impl`` cannot run here.
+        TypeError: A tensor is not floating-point; x and the weight have not one dtype.
     """
     return RESIDUAL_PROJECTION(x, weight, with_bias, impl=impl)

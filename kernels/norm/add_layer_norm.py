@@ -54,7 +54,7 @@ def add_layer_norm_ref(
         x = x + residual
     joined = x if row is None else row + x
     normed = x if row_to == "stored" else joined
-    y = F.layer_norm(normed, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
+    y = F.layer_norm(normed, x.shape[-1:], weight.to(normed.dtype), bias.to(normed.dtype), eps)
     if position is not None:
         y = y + position.repeat(len(y) // len(position), 1)[:, None]
     return x if row_to == "norm" else joined, y
@@ -232,7 +232,7 @@ def _triton(
 def _reference(*args: Any) -> list[Tensor]:
     """``[z, y]``, or only ``[y]`` when z is x: a custom op may not return its input."""
     z, y = add_layer_norm_ref(*args)
-    return [z, y] if _stores_sum(args[4], args[5], args[7]) else [y]
+    return [z.contiguous(), y] if _stores_sum(args[4], args[5], args[7]) else [y]
 
 
 def _fake(
@@ -367,7 +367,8 @@ def add_layer_norm(
         weight: ``[C]``, any float dtype.
         bias: ``[C]``, any float dtype.
         eps: Added to the variance.
-        residual: ``[B, S, C]``; None adds nothing.
+        residual: ``[B, S, C]``, like the row and the position in ``x.dtype``: another one joins by PyTorch's rules, and
+            the kernel does not take it. None adds nothing.
         row: ``[B, 1, C]``, added to every row of its sample (a frame's embedding, a one-token attention); None adds
             nothing.
         position: ``[T, C]``, added to the norm: every row of sample ``b`` takes ``position[b % T]`` (a positional
@@ -378,12 +379,13 @@ def add_layer_norm(
         impl: ``"triton"`` or ``"torch"``; None lets the op choose.
 
     Returns:
-        z, and the norm with its position, both ``[B, S, C]`` in ``x.dtype``; z is ``x`` itself when nothing is added
-        to it.
+        z, and the norm with its position, both ``[B, S, C]`` in ``x.dtype``, contiguous; z is ``x`` itself when nothing
+        is added to it.
 
     Raises:
         ValueError: ``x`` is not 3-D; another argument has another shape; ``T`` does not divide ``B``; ``row_to`` is
             unknown or wants a residual that is not there; ``impl`` cannot run here.
+        TypeError: A tensor is not floating-point.
     """
     outputs = ADD_LAYER_NORM(x, weight, bias, eps, residual, row, position, row_to, impl=impl)
     return (outputs[0] if len(outputs) == 2 else x), outputs[-1]

@@ -27,6 +27,7 @@ __all__ = [
     "ChannelStatistics",
     "Tiling",
     "add_both",
+    "are_of_dtype",
     "channel_statistics_ref",
     "choose_tiling",
     "chunk_rows_for",
@@ -56,9 +57,14 @@ WRITER_ELEMENTS = 2**23
 class ChannelStatistics(NamedTuple):
     """Of an activation ``[S, R, C]``."""
 
-    parts: Tensor  # [S, chunks, 2, C], float32: mean and sum of squared deviations of every chunk
+    parts: Tensor  # [S, chunks, 2, C]: mean and sum of squared deviations of every chunk; float32, or float64 as x is
     segment_rows: int
     chunk_rows: int  # fewer in the last chunk of a segment
+
+
+def are_of_dtype(parts: Tensor, x: Tensor) -> bool:
+    """Whether ``parts`` may be those of ``x``: float32, or of float64 as a reference computes them."""
+    return parts.dtype in (torch.float32, torch.promote_types(x.dtype, torch.float32))
 
 
 def moments(chunk_rows: int, dtype: torch.dtype, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -82,7 +88,8 @@ def channel_statistics_ref(x: Tensor, chunk_rows: int) -> Tensor:
         if some.numel():
             variance, mean = torch.var_mean(some, dim=2, correction=0)
             parts.append(torch.stack([mean, variance * some.shape[2]], dim=2))
-    return torch.cat(parts, dim=1) if parts else rows.new_empty(len(rows), 0, 2, rows.shape[2])
+    shape = len(rows), triton.cdiv(rows.shape[1], chunk_rows), 2, rows.shape[2]
+    return torch.cat(parts, dim=1) if parts else rows.new_empty(shape)
 
 
 class Tiling(NamedTuple):

@@ -8,6 +8,7 @@ summed. Fidelity: math-exact. Bound by memory: one read.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -131,7 +132,7 @@ def frame_statistics(
         ValueError: A shape is not as above; ``impl`` cannot run here.
         TypeError: A tensor is not floating-point.
     """
-    chunk_rows, rows = 1, frames_and_rows(x.shape)[1]
+    chunk_rows, rows = 1, math.prod(x.shape[3:])
     if x.ndim == 5 and x.numel():
         channels = x.shape[1]
         chunk_rows = choose_tiling(

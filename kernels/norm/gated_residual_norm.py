@@ -118,7 +118,7 @@ def gated_residual_norm_ref(
     call = _Call(*args)
     z, outputs = x, []
     if call.branch is not None:
-        z = _residual(call)
+        z = _residual(call).contiguous()
         outputs.append(z)
     if call.kind != "none":
         normed = _norm(call, z)
@@ -703,6 +703,7 @@ def norm_modulate(
 
     Raises:
         ValueError: The shapes do not fit one another; ``impl`` cannot run here.
+        TypeError: A tensor but ``rows`` is not floating-point.
     """
     args = x, None, None, scale, shift, None, None, rows, norm.kind, norm.eps, norm.weight, norm.bias, None, rounding
     return GATED_RESIDUAL_NORM(*args, impl=impl)[0]
@@ -741,7 +742,7 @@ def gated_residual_norm(
 
     Args:
         x: ``[B, S, C]``, fp16 / bf16 / fp32; rows of any stride.
-        branch: Like x; any float dtype that x has.
+        branch: Like x.
         gate: ``[B, R, C]``, any float dtype and strides (B may be 1), R = 1 or S, or any R with ``rows``; None: 1.
         norm: Of z.
         scale: As ``gate``; None: 0.
@@ -757,6 +758,7 @@ def gated_residual_norm(
 
     Raises:
         ValueError: The shapes do not fit one another; ``impl`` cannot run here.
+        TypeError: A tensor but ``rows`` is not floating-point.
     """
     scale2, shift2 = second or (None, None)
     return GATED_RESIDUAL_NORM(

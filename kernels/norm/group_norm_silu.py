@@ -41,6 +41,7 @@ from vidaccel.kernels.norm.channel_statistics import (
     FOLD,
     ChannelStatistics,
     Tiling,
+    are_of_dtype,
     choose_tiling,
     combine,
     fold,
@@ -659,7 +660,7 @@ def _validate_statistics(name: str, call: _Call, parts: Tensor) -> None:
     segments = len(call.x) * call.rows // call.segment_rows
     shape = segments, triton.cdiv(call.segment_rows, call.chunk_rows), 2, call.x.shape[1]
     segments_fit = len(parts) == segments or (len(parts) > segments and len(parts) % len(call.x) == 0)
-    if not segments_fit or parts.shape[1:] != shape[1:] or parts.dtype != torch.float32:
+    if not segments_fit or parts.shape[1:] != shape[1:] or not are_of_dtype(parts, call.x):
         raise ValueError(
             f"{name}: parts of statistics with {rows} must be {shape} torch.float32, or of more segments, "
             f"got {tuple(parts.shape)} {parts.dtype}"
@@ -767,6 +768,7 @@ def group_norm_silu(
     Raises:
         ValueError: ``groups`` does not divide ``C``; ``weight``, ``bias``, ``shift``, ``tail`` or ``statistics`` has
             another shape; ``T`` does not divide ``S``; there are statistics and a tail; ``impl`` cannot run here.
+        TypeError: ``x``, ``weight`` or ``bias`` is not floating-point.
     """
     if shift is not None:
         shift = shift.to(x.dtype)
@@ -803,6 +805,7 @@ def group_norm_and_sum(
 
     Raises:
         ValueError: As :func:`group_norm_silu`; ``row`` has another shape.
+        TypeError: ``x``, ``weight`` or ``bias`` is not floating-point.
     """
     row = row.to(x.dtype)
     return GROUP_NORM_AND_SUM(x, weight, bias, groups, eps, row, *(statistics or NO_STATISTICS), impl=impl)

@@ -32,7 +32,7 @@ from vidaccel.kernels.arguments import require_floats
 from vidaccel.kernels.check import Part, cuts
 from vidaccel.kernels.conv.padded_clip import NO_PADDING, Padding, pad_clip, padded_pixel, require_padding
 from vidaccel.kernels.launch import Launch
-from vidaccel.kernels.norm.channel_statistics import ChannelStatistics, choose_tiling, empty_parts, locate
+from vidaccel.kernels.norm.channel_statistics import ChannelStatistics, are_of_dtype, choose_tiling, empty_parts, locate
 from vidaccel.kernels.norm.group_norm_silu import (
     CHANNELS,
     NO_STATISTICS,
@@ -358,7 +358,7 @@ def require_norm(name: str, call: Any, padding: Padding) -> None:
     if call.segment_rows != height * width or call.chunk_rows < 1:
         raise ValueError(f"{name}: statistics must be of frames, {height * width} rows each, got {rows}")
     expected = len(x) * frames, triton.cdiv(call.segment_rows, call.chunk_rows), 2, channels
-    if call.parts.shape != expected or call.parts.dtype != torch.float32:
+    if call.parts.shape != expected or not are_of_dtype(call.parts, x):
         raise ValueError(
             f"{name}: parts of statistics with {rows} must be {expected} torch.float32, "
             f"got {tuple(call.parts.shape)} {call.parts.dtype}"

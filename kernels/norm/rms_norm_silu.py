@@ -503,7 +503,7 @@ def _reference(*args: Any) -> list[Tensor]:
         shift=call.shift, halo=call.halo, x_scale=call.x_scale, factor_t=call.factor_t, skip=call.skip,
         padding=call.padding, kind=call.kind, eps=call.eps, silu=call.silu, out_dtype=call.out_dtype,
     )  # fmt: skip
-    return [z, y] if call.stores_sum() else [y]
+    return [z.contiguous(), y] if call.stores_sum() else [y]
 
 
 def _fake(*args: Any) -> list[Tensor]:

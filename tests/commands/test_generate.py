@@ -364,6 +364,7 @@ BAD_INPUT = {
     "height": (["--height", "36"], "height 36 is not a multiple of 8"),
     "width": (["--width", "36"], "width 36 is not a multiple of 8"),
     "no-frames": (["--frames", "0"], "frames must be at least 1"),
+    "one-frame": (["--frames", "1"], "frames 1: StableVideoDiffusionPipeline fails unless min-guidance-scale, 1, is"),
     "negative-steps": (["--steps", "-1"], "steps must be at least 1"),
     "not-a-number": (["--steps", "many"], "invalid int value"),
     "infinite-guidance": (["--guidance-scale", "inf"], "must be finite"),
@@ -407,6 +408,14 @@ def test_bad_input_is_one_line_before_anything_is_loaded(
     line = the_only_line(capsys)
     assert line.startswith("vidaccel: error: ") and reason in line
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_memory_that_runs_out_is_told_in_one_line(
+    generate: Generate, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate("--no-patch", "--frames", 10**11, "--out", out / "clip.gif", "--quiet") == 2
+    assert "out of memory on cpu: ask for fewer frames" in the_only_line(capsys)
+    assert files_in(out) == []
 
 
 def index_only(folder: Path, pipeline: str) -> Path:

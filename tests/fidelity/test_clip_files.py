@@ -71,6 +71,34 @@ def test_the_figures_are_those_of_ffmpeg(how: str, scene: np.ndarray, tmp_path: 
     assert 15 < clip["psnr_db"]["minimum"] < 50 and 0.2 < clip["ssim"]["minimum"] < 0.999
 
 
+@pytest.mark.parametrize(
+    ("suffix", "mode"), [(".webp", "RGBA"), (".apng", "RGBA"), (".tiff", "I;16"), (".tiff", "F"), (".gif", "P")]
+)
+def test_frames_of_a_file_are_read_like_pictures_of_a_folder(
+    suffix: str, mode: str, scene: np.ndarray, tmp_path: Path
+) -> None:
+    if mode == "RGBA":
+        alpha = np.arange(160 * 208, dtype=np.uint32).reshape(1, 160, 208, 1) % 256
+        clip = np.concatenate([scene, np.broadcast_to(alpha.astype(np.uint8), (*scene.shape[:3], 1))], axis=3)
+    else:
+        grey = scene[..., 0]
+        clip = {"I;16": grey.astype(np.uint16) * 257, "F": grey / np.float32(255), "P": grey}[mode]
+    first, *others = pictures = [Image.fromarray(frame) for frame in clip]
+    options = {".webp": {"lossless": True, "exact": True}, ".apng": {"format": "PNG"}}.get(suffix, {})
+    file, folder = tmp_path / f"clip{suffix}", tmp_path / "clip"
+    first.save(file, save_all=True, append_images=others, **options)
+    folder.mkdir()
+    for i, picture in enumerate(pictures):
+        picture.save(folder / f"{i}{'.tiff' if mode == 'F' else '.png'}")
+    np.testing.assert_array_equal(np.stack([*read_frames(file)]), np.stack([*read_frames(folder)]))
+
+
+def test_a_photograph_is_a_clip_of_one_frame(scene: np.ndarray, tmp_path: Path) -> None:
+    Image.fromarray(scene[0]).save(tmp_path / "photograph.jpg")
+    (frame,) = read_frames(tmp_path / "photograph.jpg")
+    assert frame.shape == scene[0].shape
+
+
 def test_two_films_of_other_codecs(scene: np.ndarray, tmp_path: Path) -> None:
     a, b = tmp_path / "a.mp4", tmp_path / "b.webm"
     x264(scene, a, 12)

@@ -9,19 +9,21 @@ from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
+from PIL import Image, ImageSequence
 
-from vidaccel.clips.video import read_image
+from vidaccel.clips.video import as_rgb, read_image
 from vidaccel.errors import UsageError, first_line
 
 __all__ = ["frame_pairs", "read_frames"]
 
-_PILLOW = (".gif", ".webp", ".png", ".apng", ".tif", ".tiff")  # the rest is FFmpeg's
+_PILLOW = (".gif", ".webp", ".png", ".apng", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")  # the rest is FFmpeg's
 
 
 def read_frames(path: Path) -> Iterator[np.ndarray]:
     """The frames of a file or of a folder of pictures, each ``[H, W, 3]`` uint8.
 
-    A folder's pictures come in the order of the numbers in their names: ``2.png`` before ``10.png``. Of a film every
+    Pictures are read as :func:`read_image` reads them, whether they are files of a folder or frames of one file. A
+    folder's pictures come in the order of the numbers in their names: ``2.png`` before ``10.png``. Of a film every
     stored frame counts once, whatever its duration.
 
     Raises:
@@ -77,9 +79,12 @@ def _by_number(file: Path) -> list[tuple[int, str]]:
 def _frames_of_file(file: Path) -> Iterator[np.ndarray]:
     try:
         if file.suffix.lower() in _PILLOW:
-            frames = iio.imiter(file, plugin="pillow", mode="RGB")
+            with Image.open(file) as image:
+                for frame in ImageSequence.Iterator(image):
+                    yield np.asarray(as_rgb(frame, str(file)))
         else:
-            frames = iio.imiter(file, plugin="FFMPEG", output_params=["-fps_mode", "passthrough"])
-        yield from frames
-    except (OSError, RuntimeError, ValueError, LookupError, SyntaxError) as error:
+            yield from iio.imiter(file, plugin="FFMPEG", output_params=["-fps_mode", "passthrough"])
+    except UsageError:
+        raise
+    except Exception as error:  # a broken file can raise anything
         raise UsageError(f"cannot read the clip {file}: {first_line(error)}") from error

@@ -114,6 +114,13 @@ def call_arguments(
     arguments |= {name: value for name, value in (stand_ins or {}).items() if name in needed - arguments.keys()}
     if missing := sorted(needed - arguments.keys()):
         raise UsageError(f"{pipeline_class.__name__} needs {' and '.join(missing)}")
+    if "min_guidance_scale" in arguments and request.frames == 1:
+        least, most = arguments["min_guidance_scale"], arguments["max_guidance_scale"]
+        if least <= 1 < most:  # it makes ready for guidance by the last frame's scale, and guides by the first's
+            raise UsageError(
+                f"frames 1: {pipeline_class.__name__} fails unless min-guidance-scale, {least:g}, is more than 1 as "
+                f"guidance-scale is, or neither is; ask for 2 frames, or for --guidance-scale {least:g}"
+            )
     if request.image is not None:
         image = read_image(request.image)
         if request.width and request.height:
@@ -141,15 +148,20 @@ def generate(pipe: Any, arguments: dict[str, Any], seed: int, show_progress: boo
             torch.manual_seed(seed)
             frames = pipe(**arguments, generator=torch.Generator().manual_seed(seed), output_type="np").frames[0]
         clock.mark("end")
-    except torch.OutOfMemoryError as error:
-        raise UsageError(f"out of memory on {device}: ask for fewer frames or a smaller size") from error
-    except ValueError as error:
-        if clock.steps:
+    except (ValueError, RuntimeError, MemoryError) as error:
+        if _memory_ran_out(error):
+            raise UsageError(f"out of memory on {device}: ask for fewer frames or a smaller size") from error
+        if clock.steps or not isinstance(error, ValueError):
             raise
         raise UsageError(f"{type(pipe).__name__}: {first_line(error)}") from error
     finally:
         del pipe.progress_bar
     return Clip(np.asarray(frames, np.float32), clock.timings(peak_memory_gib(device) or _peak_resident_gib()))
+
+
+def _memory_ran_out(error: Exception) -> bool:
+    """Of a GPU, or of a CPU, for which PyTorch has no error of its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 class _PhaseClock:

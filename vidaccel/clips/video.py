@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from vidaccel.clips.encoding import encode
 from vidaccel.errors import UsageError
 
-__all__ = ["fit_image", "read_image", "side_by_side", "write_clip"]
+__all__ = ["as_rgb", "fit_image", "read_image", "side_by_side", "write_clip"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +45,7 @@ def read_image(path: str | Path) -> Image.Image:
                 frames = getattr(image, "n_frames", 1)
                 if frames > 1 and image.format != "MPO":  # a photograph and its preview
                     _warn_once(f"{path} has {frames} frames: the first is used")
-                grey16 = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
-                return _as_rgb(ImageOps.exif_transpose(image), grey16, str(path))
+                return as_rgb(image, str(path))
     except UnidentifiedImageError:
         raise UsageError(f"{path} is not an image") from None
     except UsageError:
@@ -55,7 +54,14 @@ def read_image(path: str | Path) -> Image.Image:
         raise UsageError(f"cannot read the image {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _as_rgb(image: Image.Image, grey16: bool, name: str) -> Image.Image:
+def as_rgb(image: Image.Image, name: str) -> Image.Image:
+    """The frame that an opened file is at, as :func:`read_image` has it.
+
+    Raises:
+        UsageError: nobody can say which of its values are black and white.
+    """
+    grey16 = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+    image = ImageOps.exif_transpose(image)
     if grey16:
         image = Image.fromarray(((np.asarray(image).astype(np.int64) * 255 + 32767) // 65535).astype(np.uint8))
     elif image.mode == "I":

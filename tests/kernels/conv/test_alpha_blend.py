@@ -161,6 +161,7 @@ X = torch.ones(2, 4, 3, 2, 2)
         ({"temporal": X[..., :1]}, ValueError, r"temporal must be \(2, 4, 3, 2, 2\), .* got \(2, 4, 3, 2, 1\)"),
         ({"residual": X[..., :1]}, ValueError, r"residual must be \(2, 4, 3, 2, 2\), .* got \(2, 4, 3, 2, 1\)"),
         ({"mix_factor": torch.ones(2)}, ValueError, r"mix_factor must be \[1\], got \(2,\)"),
+        ({"mix_factor": torch.ones(1, 1)}, ValueError, r"mix_factor must be \[1\], got \(1, 1\)"),
         ({"image_only": torch.ones(1, 3)}, ValueError, r"image_only must have \(2, 3\) entries.*, got \(1, 3\)"),
         ({"image_only": torch.ones(6)}, ValueError, r"image_only must have \(2, 3\) entries.*, got \(6,\)"),
         ({"image_only": torch.ones(2, 3, device="meta")}, ValueError, r"image_only must be on cpu, .* got meta"),

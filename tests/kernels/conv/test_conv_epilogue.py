@@ -28,6 +28,7 @@ from vidaccel.kernels.conv.conv_epilogue import (
 )
 from vidaccel.kernels.norm.channel_statistics import FOLD, ChannelStatistics, channel_statistics_ref, writer_tiling
 from vidaccel.kernels.norm.group_norm_silu import group_norm_silu, group_norm_silu_ref
+from vidaccel.kernels.norm.padded_group_norm import padded_group_norm
 from vidaccel.kernels.op import listening
 
 DTYPES = [torch.float32, torch.float16]
@@ -219,6 +220,7 @@ MIX = torch.ones(1)
     ("change", "error", "message"),
     [
         ({"x": torch.ones(2, 4)}, ValueError, r"1 to 3 spatial dims, got \(2, 4\)"),
+        ({"x": torch.ones([])}, ValueError, r"1 to 3 spatial dims, got \(\)"),
         ({"x": X.int()}, TypeError, r"x must be floating-point, got torch.int32"),
         ({"residual": X.bool()}, TypeError, r"residual must be floating-point, got torch.bool"),
         ({"bias": torch.ones(4, device="meta")}, ValueError, r"bias must be on cpu, as x is, got meta"),
@@ -229,6 +231,7 @@ MIX = torch.ones(1)
         ({"mix_factor": MIX}, ValueError, r"mix_factor needs a residual to blend with"),
         ({"residual": X, "image_only": torch.ones(2, 3)}, ValueError, r"image_only needs a mix_factor"),
         ({"residual": X, "mix_factor": torch.ones(2)}, ValueError, r"mix_factor must be \[1\], got \(2,\)"),
+        ({"residual": X, "mix_factor": MIX[None]}, ValueError, r"mix_factor must be \[1\], got \(1, 1\)"),
         (
             {"residual": X, "mix_factor": MIX, "image_only": torch.ones(6)},
             ValueError,
@@ -291,6 +294,16 @@ def test_a_norm_goes_by_the_statistics(shape: tuple[int, ...], dtype: torch.dtyp
     out, statistics = conv_epilogue_and_statistics(x + 30, bias, **arguments, impl="triton")
     assert torch.equal(out, conv_epilogue(x + 30, bias, **arguments, impl="triton"))
     assert_norm_goes_by(out, statistics, groups=2)  # the interpreter takes one after the other
+
+
+@torch.no_grad()
+def test_a_norm_goes_by_the_statistics_of_float64(device: torch.device) -> None:
+    x, (weight, bias) = torch.randn(2, 32, 3, 4, 5, dtype=torch.float64, device=device), torch.ones(2, 32).to(device)
+    out, statistics = conv_epilogue_and_statistics(x, bias)
+    expected = group_norm_silu(out, weight, bias, 4, 1e-5)
+    torch.testing.assert_close(group_norm_silu(out, weight, bias, 4, 1e-5, statistics=statistics), expected)
+    rows = padded_group_norm(out.permute(0, 2, 3, 4, 1), weight, bias, 4, 1e-5, statistics=statistics)
+    torch.testing.assert_close(rows.permute(0, 4, 1, 2, 3), expected)
 
 
 def assert_norm_goes_by(out: Tensor, statistics: ChannelStatistics, groups: int = 8) -> None:

@@ -43,6 +43,14 @@ def test_matches_reference(case: tuple[int, ...], dtype: torch.dtype, device: to
     assert out.is_contiguous() and torch.equal(out, depth_to_space_ref(*tensors, **options))
 
 
+def test_lines_of_source_that_are_too_long_to_count_in_32_bits(device: torch.device) -> None:
+    x, bias, source = draw((3, 2, 4, 6, 12, 2, False), torch.float32, device)
+    for pixel, served in ((2**29 - 1, True), (2**29, False)):
+        wide = torch.empty_strided(source.shape, (1, 1, 1, pixel, 1), device="meta")
+        reason = DEPTH_TO_SPACE.unserved(x, bias, wide, 2, False, impl="triton")
+        assert reason is None if served else "lines span less than 2**31 numbers" in reason
+
+
 @pytest.mark.parametrize("temporal", [True, False], ids=["time-too", "pixels-only"])
 @pytest.mark.parametrize("frames", [1, 3])
 @torch.no_grad()

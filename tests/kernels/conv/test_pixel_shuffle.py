@@ -78,6 +78,14 @@ def test_strided_input(device: torch.device) -> None:
         pixel_shuffle(x, bias, torch.stack([source, source], dim=-1)[..., 0], cell=(2, 2, 2), impl="triton")
 
 
+def test_lines_of_source_that_are_too_long_to_count_in_32_bits(device: torch.device) -> None:
+    x, bias, source = draw((2, 3, 2, 4, 8), (2, 2, 2), torch.float32, device)
+    for pixel, served in ((2**29 - 1, True), (2**29, False)):
+        wide = torch.empty_strided(source.shape, (1, 1, 1, pixel, 1), device="meta")
+        reason = PIXEL_SHUFFLE.unserved(x, bias, wide, 2, 2, 2, 0, 0, impl="triton")
+        assert reason is None if served else "lines span less than 2**31 numbers" in reason
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_found(fault: str, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     monkeypatch.setattr(check, "MOST_ELEMENTS", 200)  # parts

@@ -47,6 +47,23 @@ def test_rows_with_gaps(device: torch.device) -> None:
     )
 
 
+@torch.no_grad()
+def test_a_residual_with_gaps_is_not_overwritten(device: torch.device) -> None:
+    x, weight, with_bias = draw((3, 5, 8), 16, torch.float32, device)
+    with_bias = with_bias.mT.contiguous().mT
+    expected = residual_projection_ref(x, weight, with_bias)
+    torch.testing.assert_close(residual_projection(x, weight, with_bias), expected)
+    with pytest.raises(ValueError, match="with_bias, which is not contiguous"):
+        residual_projection(x, weight, with_bias, impl="addmm")
+
+
+@torch.no_grad()
+def test_one_row_may_come_without_a_dim(device: torch.device) -> None:
+    x, weight, with_bias = draw((1, 8), 16, torch.float32, device)
+    expected = residual_projection_ref(x[0], weight, with_bias[0])
+    torch.testing.assert_close(residual_projection(x[0], weight, with_bias[0], impl="addmm"), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_another_dtype_is_refused(dtype: torch.dtype, device: torch.device) -> None:
     x, weight, with_bias = draw((2, 8), 8, torch.float32, device)
@@ -73,7 +90,9 @@ def test_the_check(fault: str, device: torch.device) -> None:
     assert events[0].problem and torch.equal(out, expected), "the reference had the residual as it was"
 
 
-@pytest.mark.parametrize("change", [{"weight": torch.ones(4, 5)}, {"with_bias": torch.ones(3, 4)}])
+@pytest.mark.parametrize(
+    "change", [{"weight": torch.ones(4, 5)}, {"with_bias": torch.ones(3, 4)}, {"x": torch.ones([])}]
+)
 def test_rejects(change: dict[str, Tensor]) -> None:
     arguments = {"x": torch.ones(2, 4), "weight": torch.ones(4, 4), "with_bias": torch.ones(2, 4)}
     with pytest.raises(ValueError, match="residual_projection: x must be"):

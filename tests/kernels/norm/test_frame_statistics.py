@@ -109,6 +109,7 @@ def test_registration(device: torch.device) -> None:
     ("x", "shift", "message"),
     [
         (torch.ones(2, 32, 3, 4), None, r"x must be \[N, C, F, H, W\], got \(2, 32, 3, 4\)"),
+        (torch.ones([]), None, r"x must be \[N, C, F, H, W\], got \(\)"),
         (torch.ones(2, 32, 3, 4, 4), torch.ones(2, 1, 32), r"shift must be \(2, 3, 32\), got \(2, 1, 32\)"),
     ],
 )
