@@ -28,7 +28,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from PIL import Image
-from tiny_models import tiny_svd_pipeline, tiny_svd_unet
+from tiny_models import tiny_svd_pipeline, tiny_svd_unet, tiny_synthetic_pipeline
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -311,6 +311,19 @@ def test_scale_and_switch_of_a_lora_are_seen(unet: UNetSpatioTemporalConditionMo
         outputs.append(called(unet, 0))
     assert not any(torch.equal(outputs[i], outputs[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
     assert tape.captures == 3
+
+
+def test_a_graph_takes_the_text_of_every_call(tape: type[TapeCapture]) -> None:
+    """The model repeats it for every frame, and its blocks look for the distinct rows of that."""
+    pipe, _ = tiny_synthetic_pipeline("modelscope")
+    unet = pipe.unet
+    patch_module(unet, cuda_graph=True)
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        sample, text = (torch.randn(shape, generator=generator) for shape in ((1, 4, 2, 8, 8), (1, 5, 32)))
+        with torch.no_grad():
+            assert torch.equal(unet(sample, 1, text).sample, unet._call_impl(sample, 1, text).sample), seed
+    assert tape.captures == 1 and tape.replays == 3
 
 
 def test_two_pipelines_share_a_denoiser(pipe: StableVideoDiffusionPipeline, tape: type[TapeCapture]) -> None:

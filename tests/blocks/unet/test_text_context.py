@@ -129,3 +129,23 @@ def test_a_hook_that_changes_the_text_is_heeded() -> None:
     hook.remove()
     assert relative_error(expected, plain) > 1e-3
     assert relative_error(out, expected) <= 1e-5
+
+
+def test_a_text_that_was_written_to_through_data_is_heeded() -> None:
+    unet = tiny_motion_unet()
+    text = repeated(0)
+    expected = call(unet, 0, repeated(1))
+    with patch_module(unet):
+        call(unet, 0, text)
+        text.data.copy_(repeated(1))
+        assert relative_error(call(unet, 0, text), expected) <= 1e-5
+
+
+def test_a_wrapper_of_the_models_forward_may_pass_another_text() -> None:
+    unet = unet_of(UNet3DConditionModel)
+    expected = call(unet, 0, text_of(1))
+    with patch_module(unet):
+        call(unet, 0, text_of(0))  # checks itself
+        forward = unet.forward
+        unet.forward = lambda sample, step, text: forward(sample, step, text_of(1))
+        assert relative_error(call(unet, 0, text_of(0)), expected) <= 1e-5

@@ -18,7 +18,7 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
-from vidaccel.sites.memo import Memo, held, preparations
+from vidaccel.sites.memo import Memo, held, once_in_call, preparations
 from vidaccel.sites.plain import foreign_reason
 from vidaccel.sites.rules import Rule
 from vidaccel.sites.site import Fidelity, Site
@@ -46,8 +46,9 @@ class _Text(NamedTuple):
             return self.distinct_text
         if not self.repeats_text or context.shape[0] != self.text.shape[0] * self.num_frames:
             return context
-        # I2VGenXL adds image tokens before it repeats: another context every step, the same for every frame
-        return self.text if context.shape[1:] == self.text.shape[1:] else context[:: self.num_frames]
+        # Never of the text that was passed: I2VGenXL adds image tokens before it repeats, a CUDA graph is recorded with
+        # a copy of it, and somebody's wrapper of the model's forward may hand on another one.
+        return once_in_call("distinct rows", context, lambda: context[:: self.num_frames].contiguous())
 
 
 class _Watch:
@@ -57,7 +58,7 @@ class _Watch:
         self._model = weakref.ref(model)
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]
         self._repeats_text = repeats_text
-        self._last: tuple[weakref.ref[Tensor], tuple[int, ...], Tensor] | None = None
+        self._last: tuple[weakref.ref[Tensor], tuple[int, ...], bool] | None = None
 
     def __call__(self, memo: Memo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(zip(self._names, args, strict=False)) | kwargs
@@ -88,13 +89,11 @@ class _Watch:
         if text.is_inference() or (text.is_cuda and torch.cuda.is_current_stream_capturing()):
             return text
         stamp = text.data_ptr(), text._version, num_frames
-        if self._last is not None and self._last[0]() is text and self._last[1] == stamp:
-            first = self._last[2]
-        else:
-            first = text[::num_frames].contiguous()
-            first = first if torch.equal(text, first.repeat_interleave(num_frames, dim=0)) else text[:0]
-            self._last = weakref.ref(text), stamp, first
-        return first if len(first) else text
+        first = text[::num_frames].contiguous()  # anew in every call: a write through .data changes no version
+        if self._last is None or self._last[0]() is not text or self._last[1] != stamp:
+            alike = torch.equal(text, first.repeat_interleave(num_frames, dim=0))
+            self._last = weakref.ref(text), stamp, alike
+        return first if self._last[2] else text
 
 
 def _on_the_texts_way(model: nn.Module) -> Iterator[nn.Module]:
