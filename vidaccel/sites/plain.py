@@ -27,6 +27,7 @@ __all__ = [
     "foreign_reason",
     "hook_reason",
     "hooks_on_all",
+    "order_reason",
     "plain_reason",
     "random_reason",
     "readable_reason",
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 _LIBRARIES = ("torch.nn.", "diffusers.", "vidaccel.")
+_MOVES_OR_CASTS = frozenset(["_hf_hook", "_diffusers_hook"])  # of an instance whose forward was replaced for that
 # Of torch.nn, what draws random numbers or changes its buffers in training mode.
 _STATEFUL = (_DropoutNd, _NormBase, _SpectralNorm, nn.RReLU)
 
@@ -137,6 +139,23 @@ def foreign_reason(module: nn.Module) -> str | None:
     if not _is_of_a_library(stock_class(module).__module__):
         return f"a {type(module).__name__} is not of PyTorch or diffusers"
     return hook_reason(module)
+
+
+@once_per_call
+def order_reason(module: nn.Module) -> str | None:
+    """Why what ``module`` calls has to get the rows that stock code gives it, in that order, or None.
+
+    Layers of LoRA, quantised, cast or offloaded ones treat all rows alike. A user's code may tell them apart.
+    """
+    for part in module.modules():
+        if part is module:
+            continue
+        kind, own = stock_class(part), vars(part)
+        if part._forward_hooks or part._forward_pre_hooks or ("forward" in own and not own.keys() & _MOVES_OR_CASTS):
+            return f"somebody looks at the rows of a {kind.__name__}, which have another order in the fused block"
+        if not isinstance(part, nn.Linear) and not f"{kind.__module__}.".startswith((*_LIBRARIES, "peft.")):
+            return f"a {kind.__name__}, which is not of PyTorch or diffusers, may tell rows apart"
+    return None
 
 
 @once_per_call

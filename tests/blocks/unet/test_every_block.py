@@ -13,7 +13,7 @@ import pytest
 import torch
 from block_checks import all_fused, frozen, fused, relative_error, tensor_of
 from diffusers.models.activations import GEGLU
-from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTransformerBlock
+from diffusers.models.attention import BasicTransformerBlock, FeedForward, TemporalBasicTransformerBlock
 from diffusers.models.resnet import (
     AlphaBlender,
     ResnetBlock2D,
@@ -28,6 +28,7 @@ from diffusers.models.upsampling import Upsample2D
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from vidaccel.blocks.unet.activations import FusedGEGLU
 from vidaccel.blocks.unet.attention import (
@@ -281,6 +282,47 @@ def test_hooks_of_every_child_run_as_often_as_before(case: Case) -> None:
             out = call(case, module)
             hook.remove()
         assert ran == wanted and relative_error(out, expected) <= 1e-5, path
+
+
+def called_with(case: Case, module: nn.Module, path: str) -> list[Any]:
+    """What hooks on the layer at ``path`` see: its arguments and results, by shape."""
+    seen: list[Any] = []
+    layer = module.get_submodule(path)
+    hook = layer.register_forward_hook(lambda _, *given: seen.append(given), with_kwargs=True)
+    call(case, module)
+    hook.remove()
+    return tree_map(lambda x: x.shape if isinstance(x, Tensor) else x, seen)
+
+
+@EVERY_BLOCK
+@torch.no_grad()
+def test_hooks_see_what_stock_code_shows_them(case: Case) -> None:
+    """The same rows in the same order, by the same names: a hook may be about one frame, or one pixel."""
+    module = make(case)
+    layers = [path for path, layer in module.named_modules() if path and not isinstance(layer, nn.ModuleList)]
+    expected = {path: called_with(case, module, path) for path in layers}
+    with all_fused(module, case.fused, *case.below):
+        for path in layers:
+            assert called_with(case, module, path) == expected[path], path
+
+
+class FramesApart(FeedForward):
+    """A user's own: it tells frames apart, which stock code has in the second place."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(hidden_states) * torch.arange(1, hidden_states.shape[1] + 1)[:, None]
+
+
+@pytest.mark.parametrize("case", OVER_FRAMES.values(), ids=OVER_FRAMES)
+@torch.no_grad()
+def test_layers_that_tell_frames_apart_get_them_as_in_stock_code(case: Case) -> None:
+    module = make(case)
+    for layer in module.modules():
+        if type(layer) is FeedForward:
+            layer.__class__ = FramesApart
+    expected = call(case, module)
+    with all_fused(module, case.fused, *case.below):
+        assert relative_error(call(case, module), expected) <= 1e-5
 
 
 @EVERY_BLOCK

@@ -201,7 +201,7 @@ def attend(attn: Any, hidden_states: Tensor, context: Tensor | None = None) -> T
     ``Attention.forward`` inspects the signature of its processor at every call, which takes as long as two kernels.
     """
     if torch.compiler.is_compiling() or _call_reason(attn):
-        return attn(hidden_states, encoder_hidden_states=context)
+        return attn(hidden_states, encoder_hidden_states=context, attention_mask=None)  # as stock blocks call it
     return attn.processor(attn, hidden_states, context)
 
 
