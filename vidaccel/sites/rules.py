@@ -121,12 +121,14 @@ class Swap(Rule):
             return f"{reason}: patch before turning that on"
         if reason := replaced_reason(self.fused.original):
             return reason
+        if stock_class(module) is not self.fused.original:  # as a copy of what was parametrized after it was patched
+            return f"it is of a class of its own, derived from {self.fused.original.__name__}"
         return self.fused.left_alone_reason(module)
 
     def apply(self, module: Any, sites: list[Site], checks: bool) -> SiteGroup:
         group = SiteGroup(sites, checks)
         setattr(module, SITES, group)
-        module.__class__ = self.fused
+        _replace_class(module, self.fused.original, self.fused)
         return group
 
     def in_place(self, module: Any, memo: SiteGroup) -> str | None:
@@ -136,13 +138,20 @@ class Swap(Rule):
         return f"its class is {type(module).__name__} now"
 
     def undo(self, module: Any, memo: SiteGroup) -> None:
-        kind = type(module)
-        if kind is self.fused:
-            module.__class__ = self.fused.original
-        elif self.fused in kind.__bases__:
-            kind.__bases__ = tuple(self.fused.original if base is self.fused else base for base in kind.__bases__)
+        _replace_class(module, self.fused, self.fused.original)
         if vars(module).get(SITES) is memo:
             delattr(module, SITES)
+
+
+def _replace_class(module: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
+    """Make a module of ``new`` of one of ``old``, or of a class that somebody has derived from that for this module."""
+    kind = type(module)
+    if kind is old:
+        module.__class__ = new
+        return
+    for derived in kind.__mro__:
+        if old in derived.__bases__:
+            derived.__bases__ = tuple(new if base is old else base for base in derived.__bases__)
 
 
 @dataclass(frozen=True)
@@ -170,7 +179,8 @@ class ChannelsLastWeights(Rule):
             for convolution in _plain_convolutions(module):
                 weight: Tensor = convolution.weight
                 found = weight.stride()
-                weight.data = weight.data.contiguous(memory_format=_order_of(convolution))
+                with torch.inference_mode(weight.is_inference()):  # which it stays, or will not become
+                    weight.data = weight.data.contiguous(memory_format=_order_of(convolution))
                 reordered.append(_Reordered(convolution, found, weight.stride()))
         except BaseException:  # out of memory, in the middle
             self.undo(module, reordered)
@@ -187,9 +197,10 @@ class ChannelsLastWeights(Rule):
         for convolution, found, left in memo:
             weight = _numbers_of(convolution) if convolution in there else None
             if weight is not None and weight.stride() == left != found:
-                weight.data = torch.empty_strided(
-                    weight.shape, found, dtype=weight.dtype, device=weight.device
-                ).copy_(weight.data)  # fmt: skip
+                with torch.inference_mode(weight.is_inference()):
+                    weight.data = torch.empty_strided(
+                        weight.shape, found, dtype=weight.dtype, device=weight.device
+                    ).copy_(weight.data)  # fmt: skip
 
 
 class _Reordered(NamedTuple):

@@ -131,6 +131,9 @@ class SiteGroup:
             self._generation = generation()
         return self._running
 
+    def __deepcopy__(self, memo: Any) -> None:
+        """A copy of what has sites has none: it has no report that could tell of it, and nobody to restore it."""
+
     @property
     def paths(self) -> str:
         return ", ".join(sorted({site.path for site in self.sites.values()}))

@@ -284,6 +284,40 @@ def test_hooks_of_every_child_run_as_often_as_before(case: Case) -> None:
         assert ran == wanted and relative_error(out, expected) <= 1e-5, path
 
 
+def no_shift(module: Any) -> None:
+    module.time_embedding_norm = "group"
+
+
+def no_projection(module: Any) -> None:
+    """What is passed is added as it is then."""
+    module.time_emb_proj = None
+
+
+@pytest.mark.parametrize("change", [no_shift, no_projection], ids=lambda change: change.__name__)
+@torch.no_grad()
+def test_a_resnets_other_ways_with_a_time_embedding(change: Callable[[Any], None]) -> None:
+    module: Any = make(CASES["resnet"])
+    with fused(module, FusedResnetBlock2D) as sites:
+        change(module)
+        given = (
+            draw(module, IMAGE, 0, ORDERS),
+            torch.randn(N, 16) if module.time_emb_proj else torch.randn(N, 64, HEIGHT, WIDTH),
+        )
+        out = module(*given)
+    assert torch.equal(out, module(*given))
+    assert not any(site.reason for site in sites.values())
+
+
+@torch.no_grad()
+def test_without_a_context_cross_attention_is_one_to_itself() -> None:
+    module = frozen(TemporalBasicTransformerBlock(C, C, 2, 16, C))
+    x = draw(module, ROWS, 0, {})
+    expected = module(x, FRAMES)
+    with fused(module, FusedTemporalBasicTransformerBlock) as sites:
+        assert relative_error(module(x, FRAMES), expected) <= 1e-6
+    assert not any(site.reason for site in sites.values())
+
+
 def called_with(case: Case, module: nn.Module, path: str) -> list[Any]:
     """What hooks on the layer at ``path`` see: its arguments and results, by shape."""
     seen: list[Any] = []

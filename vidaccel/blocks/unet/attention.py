@@ -343,6 +343,8 @@ class FusedTemporalBasicTransformerBlock(_TransformerBlock, TemporalBasicTransfo
     def call_reason(self, hidden_states: Tensor, num_frames: int, context: Tensor | None) -> str | None:
         if self._chunk_size is not None:
             return "the feed-forward is chunked"
+        if self.attn2 is not None and context is None:
+            return "no context was passed, and its cross-attention is one to itself then"
         if self._takes_shortcut(context) and (reason := _shortcut_reason(self.attn2, self.norm2)):
             return reason
         norms = (self.norm_in, self.norm1, self.norm2 or self.norm3, self.norm3)
@@ -404,8 +406,9 @@ class FusedTemporalBasicTransformerBlock(_TransformerBlock, TemporalBasicTransfo
         self, attended: Tensor, residual: Tensor, num_frames: int, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The residual stream after cross-attention, if there is any, and the last norm of it."""
-        if self.attn2 is None or context is None:
+        if self.attn2 is None:
             return self._add_norm(self.norm3, attended, residual)
+        assert context is not None
         batch = residual.shape[0] // num_frames
         if not self._takes_shortcut(context):
             residual, normed = self._add_norm(self.norm2, attended, residual)
