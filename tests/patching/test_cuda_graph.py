@@ -522,6 +522,24 @@ def test_a_later_replay_that_differs_is_found(
     assert reasons(report) == {"a later replay differs in some bits from the call": 4}
 
 
+def test_an_audit_takes_the_way_that_was_captured(tape: type[TapeCapture], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text block multiplies other matrices where it knows the very tensor that it is given."""
+    monkeypatch.setattr(cuda_graph, "FIRST_AUDIT", 2)
+
+    class Denoiser(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x / 3 if any(x is given for given in known) else x * (1 / 3)
+
+    model = Denoiser().eval()
+    known = [torch.full((1,), 5.0), torch.full((1,), 7.0)]
+    assert not torch.equal(model(known[0]), model(known[0].clone()))
+    site = graphed(model)
+    with torch.no_grad():
+        for x in [*known, *known, *known]:
+            model(x)
+    assert not site.fallbacks and tape.replays == 6
+
+
 def call_from_threads(unet: nn.Module, device: str = "cpu", calls: int = 20) -> None:
     """Each of two threads calls with arguments of its own, and gets what a single thread gets."""
     expected = [without_graph(unet, seed, device=device) for seed in range(2)]
