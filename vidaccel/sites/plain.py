@@ -170,6 +170,8 @@ def subtree_reason(module: nn.Module) -> str | None:
             return "dropout is on"
         if part.training and isinstance(part, _STATEFUL):
             return f"a {type(part).__name__} is in training mode"
+        if getattr(part, "inplace", False):
+            return f"a {type(part).__name__} writes to its input"
         processor = vars(part).get("processor")
         if processor is None:
             continue

@@ -333,9 +333,7 @@ class FusedTemporalBasicTransformerBlock(_TransformerBlock, TemporalBasicTransfo
         assert isinstance(module, TemporalBasicTransformerBlock)
         if not module.is_res:
             return "its inner width differs from its outer one"
-        if module.attn1.norm_q is not None or module.attn1.norm_k is not None:
-            return "its attention normalises queries or keys"
-        return attention_reason(module.attn1)
+        return _plain_attention_reason(module.attn1)
 
     def forward(self, hidden_states: Tensor, num_frames: int, encoder_hidden_states: Tensor | None = None) -> Tensor:
         return call_site(FusedTemporalBasicTransformerBlock, self, hidden_states, num_frames, encoder_hidden_states)
@@ -348,7 +346,7 @@ class FusedTemporalBasicTransformerBlock(_TransformerBlock, TemporalBasicTransfo
         if self._takes_shortcut(context) and (reason := _shortcut_reason(self.attn2, self.norm2)):
             return reason
         norms = (self.norm_in, self.norm1, self.norm2 or self.norm3, self.norm3)
-        return attention_reason(self.attn1) or self._norms_reason(hidden_states, *norms) or order_reason(self)
+        return self._norms_reason(hidden_states, *norms) or order_reason(self)
 
     @classmethod
     def original_forward(cls, host: Any, hidden_states: Tensor, num_frames: int, context: Tensor | None) -> Tensor:
@@ -497,13 +495,18 @@ def _self_attention_reason(block: Any) -> str | None:
     attentions = _self_attentions(block)
     if block.only_cross_attention or any(attn.is_cross_attention for attn in attentions):
         return "it attends to a context"
-    for attn in attentions:
-        if reason := attention_reason(attn):
-            return reason
-        if attn.residual_connection or attn.group_norm is not None or attn.spatial_norm is not None:
-            return "its attention has a norm or residual of its own"
-        if attn.norm_q is not None or attn.norm_k is not None:
-            return "its attention normalises queries or keys"
+    return next(filter(None, map(_plain_attention_reason, attentions)), None)
+
+
+@once_per_call
+def _plain_attention_reason(attn: Any) -> str | None:
+    """Why ``attn`` is more than projections, attention and projection, or None."""
+    if reason := attention_reason(attn):
+        return reason
+    if attn.residual_connection or attn.group_norm is not None or attn.spatial_norm is not None:
+        return "its attention has a norm or residual of its own"
+    if attn.norm_q is not None or attn.norm_k is not None:
+        return "its attention normalises queries or keys"
     return None
 
 
