@@ -225,6 +225,22 @@ def test_a_processor_that_somebody_kept_is_stock_after_restore(pipe: StableVideo
     assert np.array_equal(clip(pipe), before)
 
 
+def test_with_all_sites_off_the_bits_are_the_stock_ones(pipe: StableVideoDiffusionPipeline) -> None:
+    """Also those of weights in another order, which no call of a block asks for."""
+    before, found = clip(pipe), traces(pipe)
+    with patch_pipeline(pipe) as report:
+        after = clip(pipe)
+        for _ in range(2):
+            for site in report.sites:
+                site.on = False
+            assert np.array_equal(clip(pipe), before)
+            for site in report.sites:
+                site.on = True
+            assert np.array_equal(clip(pipe), after)
+        report.sites[0].on = False
+    assert traces(pipe) == found
+
+
 def hook_on(module: Any) -> Callable[[], None]:
     """Keeps the bound forward, as accelerate does; returns what takes the hook off."""
     module._old_forward = module.forward

@@ -43,7 +43,9 @@ class Patch:
         self.memo = self.rule.apply(module, self.sites, self.checks)
         this = weakref.ref(module)  # the table of patches must not keep alive what it goes by
         for site in self.sites:
-            site.put_in_place(partial(_found_in_place, self.rule, this, self.memo))
+            site.put_in_place(
+                partial(_found_in_place, self.rule, this, self.memo), partial(_switch, self.rule, this, self.memo)
+            )
         _patches.setdefault(module, []).append(self)
         plans_changed()
 
@@ -61,6 +63,11 @@ class Patch:
 def _found_in_place(rule: Rule, this: weakref.ref[nn.Module], memo: Any) -> str | None:
     module = this()
     return "its module is gone" if module is None else rule.in_place(module, memo)
+
+
+def _switch(rule: Rule, this: weakref.ref[nn.Module], memo: Any, on: bool) -> None:
+    if (module := this()) is not None:
+        rule.switch(module, memo, on)
 
 
 def patches_of(module: nn.Module) -> list[Patch]:
@@ -92,6 +99,9 @@ class Rule:
 
     def undo(self, module: Any, memo: Any) -> None:
         raise NotImplementedError
+
+    def switch(self, module: Any, memo: Any, on: bool) -> None:
+        """A site of this rule was switched; where a call of a block asks which are on, there is nothing to do."""
 
     def put(self, module: nn.Module, sites: list[Site], checks: bool) -> Patch:
         """A new patch of ``module`` by this rule."""
@@ -175,19 +185,27 @@ class ChannelsLastWeights(Rule):
 
     def apply(self, module: Any, sites: list[Site], checks: bool) -> list[_Reordered]:
         reordered: list[_Reordered] = []
+        if all(site.on for site in sites):
+            self.switch(module, reordered, True)
+        for site in sites:
+            site.implementations.add("torch")
+        return reordered
+
+    def switch(self, module: Any, memo: list[_Reordered], on: bool) -> None:
+        self.undo(module, memo)
+        memo.clear()
+        if not on:
+            return
         try:
             for convolution in _plain_convolutions(module):
                 weight: Tensor = convolution.weight
                 found = weight.stride()
                 with torch.inference_mode(weight.is_inference()):  # which it stays, or will not become
                     weight.data = weight.data.contiguous(memory_format=_order_of(convolution))
-                reordered.append(_Reordered(convolution, found, weight.stride()))
+                memo.append(_Reordered(convolution, found, weight.stride()))
         except BaseException:  # out of memory, in the middle
-            self.undo(module, reordered)
+            self.undo(module, memo)
             raise
-        for site in sites:
-            site.implementations.add("torch")
-        return reordered
 
     def in_place(self, module: Any, memo: Any) -> str | None:
         return None

@@ -54,16 +54,19 @@ class _Text(NamedTuple):
 class _Watch:
     """Looks at the arguments of each call of a model."""
 
-    def __init__(self, model: nn.Module, repeats_text: bool) -> None:
+    def __init__(self, model: nn.Module, repeats_text: bool, sites: list[Site]) -> None:
         self._model = weakref.ref(model)
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]
         self._repeats_text = repeats_text
+        self._sites = sites
         self._last: tuple[weakref.ref[Tensor], tuple[int, ...], bool] | None = None
 
     def __call__(self, memo: Memo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(zip(self._names, args, strict=False)) | kwargs
         text, sample = given.get("encoder_hidden_states"), given.get("sample")
         if not isinstance(text, Tensor) or not isinstance(sample, Tensor) or sample.ndim != 5:
+            return
+        if not all(site.on for site in self._sites):
             return
         if not self._text_is_changed_on_its_way(memo):
             num_frames = sample.shape[2]
@@ -131,7 +134,7 @@ class TextSource(Rule):
         return None
 
     def apply(self, module: Any, sites: list[Site], checks: bool) -> _Watch:
-        watch = _Watch(module, self.repeats_text)
+        watch = _Watch(module, self.repeats_text, sites)
         preparations(module).append(watch)
         for site in sites:
             site.implementations.add("torch")
