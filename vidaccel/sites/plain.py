@@ -27,6 +27,7 @@ __all__ = [
     "foreign_reason",
     "hook_reason",
     "hooks_on_all",
+    "method_reason",
     "order_reason",
     "plain_reason",
     "random_reason",
@@ -72,11 +73,20 @@ def hook_reason(module: nn.Module) -> str | None:
     name, own = stock_class(module).__name__, vars(module)
     if "forward" in own or "_hf_hook" in own:
         return f"a hook replaced the forward of a {name} (offload, casting or cache)"
-    if not torch.compiler.is_compiling() and (replaced := own.keys() & _methods(stock_class(module))):
-        return f"somebody replaced {min(replaced)} of a {name}"
+    if reason := method_reason(module):
+        return reason
     if module._forward_hooks or module._forward_pre_hooks:
         return f"a {name} has forward hooks, which only a call of it runs"
     return None
+
+
+def method_reason(module: nn.Module) -> str | None:
+    """Which method of this very instance, but for its forward, is not that of its class any more, or None."""
+    if torch.compiler.is_compiling():
+        return None
+    kind = stock_class(module)
+    replaced = vars(module).keys() & _methods(kind)
+    return f"somebody replaced {min(replaced)} of a {kind.__name__}" if replaced else None
 
 
 def replaced_reason(kind: type) -> str | None:
@@ -109,7 +119,8 @@ def _is_of_a_library(module: str) -> bool:
 
 @functools.lru_cache(maxsize=1024)  # some libraries make a class for each module
 def _methods(kind: type) -> frozenset[str]:
-    return frozenset(name for name in dir(kind) if callable(getattr(kind, name, None)))
+    """All but the forward, of which others ask by itself."""
+    return frozenset(name for name in dir(kind) if name != "forward" and callable(getattr(kind, name, None)))
 
 
 def readable_reason(child: Any, expected: type[nn.Module], x: Tensor, *, with_bias: bool = True) -> str | None:

@@ -318,6 +318,20 @@ def test_without_a_context_cross_attention_is_one_to_itself() -> None:
     assert not any(site.reason for site in sites.values())
 
 
+@pytest.mark.parametrize(("name", "method"), [("geglu", "gelu"), ("alpha-blend", "get_alpha")])
+@torch.no_grad()
+def test_a_method_that_was_replaced_later_is_called(name: str, method: str) -> None:
+    module = make(CASES[name])
+    plain = call(CASES[name], module)
+    with fused(module, CASES[name].fused):
+        call(CASES[name], module)
+        stock = getattr(module, method)
+        setattr(module, method, lambda *args: stock(*args) / 2)
+        out = call(CASES[name], module)
+    assert relative_error(out, plain) > 1e-2
+    assert torch.equal(out, call(CASES[name], module))
+
+
 def called_with(case: Case, module: nn.Module, path: str) -> list[Any]:
     """What hooks on the layer at ``path`` see: its arguments and results, by shape."""
     seen: list[Any] = []
