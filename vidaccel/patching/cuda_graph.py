@@ -270,8 +270,8 @@ class Graphs:
     def _audit(self, call: _Call, entry: _Entry) -> Any:
         """The call without its graph, which is dropped if the replay just made differs.
 
-        On the graph's own memory: of the caller's tensors a block may know more (that all frames have one text), and then
-        multiplies matrices of other sizes, whose roundings are other ones.
+        On the graph's own memory: of the caller's tensors a block may know more (that all frames have one text).
+        Then it multiplies matrices of other sizes, whose roundings are other ones.
         """
         assert entry.graph is not None
         out = tree_map_only(Tensor, torch.clone, call.on(entry.buffers)())
