@@ -25,7 +25,9 @@ from torch.utils._pytree import tree_map
 
 __all__ = ["FEATURES"]
 
-HOOKED = "a hook replaced the forward|has forward hooks|somebody hooked it|goes on where stock has begun"
+HOOKED = (
+    "a hook replaced the forward|has forward hooks|somebody hooked it|looks at the rows|goes on where stock has begun"
+)
 PROCESSOR = "its processor is a|a processor of its own|has a processor"
 
 

@@ -28,7 +28,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from PIL import Image
-from tiny_models import tiny_svd_pipeline, tiny_svd_unet
+from tiny_models import tiny_svd_pipeline, tiny_svd_unet, tiny_synthetic_pipeline
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -313,6 +313,19 @@ def test_scale_and_switch_of_a_lora_are_seen(unet: UNetSpatioTemporalConditionMo
     assert tape.captures == 3
 
 
+def test_a_graph_takes_the_text_of_every_call(tape: type[TapeCapture]) -> None:
+    """The model repeats it for every frame, and its blocks look for the distinct rows of that."""
+    pipe, _ = tiny_synthetic_pipeline("modelscope")
+    unet = pipe.unet
+    patch_module(unet, cuda_graph=True)
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        sample, text = (torch.randn(shape, generator=generator) for shape in ((1, 4, 2, 8, 8), (1, 5, 32)))
+        with torch.no_grad():
+            assert torch.equal(unet(sample, 1, text).sample, unet._call_impl(sample, 1, text).sample), seed
+    assert tape.captures == 1 and tape.replays == 3
+
+
 def test_two_pipelines_share_a_denoiser(pipe: StableVideoDiffusionPipeline, tape: type[TapeCapture]) -> None:
     other = StableVideoDiffusionPipeline(**pipe.components)
     other.set_progress_bar_config(disable=True)
@@ -507,6 +520,24 @@ def test_a_later_replay_that_differs_is_found(
     report = patch_module(unet, cuda_graph=True)
     assert_right(unet, range(8))
     assert reasons(report) == {"a later replay differs in some bits from the call": 4}
+
+
+def test_an_audit_takes_the_way_that_was_captured(tape: type[TapeCapture], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text block multiplies other matrices where it knows the very tensor that it is given."""
+    monkeypatch.setattr(cuda_graph, "FIRST_AUDIT", 2)
+
+    class Denoiser(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x / 3 if any(x is given for given in known) else x * (1 / 3)
+
+    model = Denoiser().eval()
+    known = [torch.full((1,), 5.0), torch.full((1,), 7.0)]
+    assert not torch.equal(model(known[0]), model(known[0].clone()))
+    site = graphed(model)
+    with torch.no_grad():
+        for x in [*known, *known, *known]:
+            model(x)
+    assert not site.fallbacks and tape.replays == 6
 
 
 def call_from_threads(unet: nn.Module, device: str = "cpu", calls: int = 20) -> None:

@@ -128,6 +128,19 @@ def rescaled_attention(unet: Any) -> None:
             module.rescale_output_factor = 2.0
 
 
+def residual_of_an_attention(unet: Any) -> None:
+    for path, module in unet.named_modules():
+        if path.endswith("attn1"):
+            module.residual_connection = True
+
+
+def activations_in_place(unet: Any) -> None:
+    """Each block changes the time embedding for those behind it."""
+    for module in unet.modules():
+        if isinstance(module, nn.SiLU):
+            module.inplace = True
+
+
 def eps_of_a_norm(unet: Any) -> None:
     first(unet, nn.GroupNorm).eps = 0.5
 
@@ -163,6 +176,8 @@ CHANGES = [
     pre_hook_on_a_blocks_text,
     other_processors,
     rescaled_attention,
+    residual_of_an_attention,
+    activations_in_place,
     eps_of_a_norm,
     weights_through_data,
     forward_of_a_block,
@@ -238,13 +253,14 @@ def test_changed_models(family: Family, change: Change, order: str) -> None:
     unet = copy.deepcopy(unet)
     if order == "change, then patch":
         change(unet)
-        patch_module(unet)
+        report = patch_module(unet)
     else:
-        patch_module(unet)
+        report = patch_module(unet)
         call(unet, arguments)
         change(unet)
     assert relative_error(call(unet, arguments), expected) <= 2e-5
     assert relative_error(call(unet, arguments), expected) <= 2e-5, "nor in the next call"
+    assert not any(site.state == "failed" for site in report.sites), "the check is for faults"
 
 
 def test_causal_temporal_convolutions() -> None:

@@ -35,6 +35,7 @@ from vidaccel.kernels.attention.spatial_attention import SPATIAL_ATTENTION
 from vidaccel.kernels.norm.group_norm_silu import GROUP_NORM_SILU
 from vidaccel.kernels.op import Implementation
 from vidaccel.patching import families
+from vidaccel.sites.block import SITES
 from vidaccel.sites.rules import ChannelsLastWeights, Rule, Swap
 
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8))
@@ -200,6 +201,44 @@ def test_weights_that_were_channels_last_come_back_so(pipe: StableVideoDiffusion
     assert traces(pipe) != before
     report.restore()
     assert traces(pipe) == before
+
+
+def test_weights_stay_such_as_gradients_can_be_taken_of(pipe: StableVideoDiffusionPipeline) -> None:
+    with torch.inference_mode():
+        report = patch_pipeline(pipe)
+    assert not any(weight.is_inference() for weight in pipe.unet.parameters())
+    with torch.inference_mode():
+        report.restore()
+    assert not any(weight.is_inference() for weight in pipe.unet.parameters())
+
+
+def test_a_processor_that_somebody_kept_is_stock_after_restore(pipe: StableVideoDiffusionPipeline) -> None:
+    """diffusers keeps them itself: unfuse_qkv_projections() puts back those of before."""
+    before = clip(pipe)
+    report = patch_pipeline(pipe)
+    clip(pipe)
+    kept = pipe.unet.attn_processors
+    pipe.unet.set_default_attn_processor()
+    report.restore()
+    pipe.unet.set_attn_processor(kept)
+    assert not any(hasattr(processor, SITES) for processor in pipe.unet.attn_processors.values())
+    assert np.array_equal(clip(pipe), before)
+
+
+def test_with_all_sites_off_the_bits_are_the_stock_ones(pipe: StableVideoDiffusionPipeline) -> None:
+    """Also those of weights in another order, which no call of a block asks for."""
+    before, found = clip(pipe), traces(pipe)
+    with patch_pipeline(pipe) as report:
+        after = clip(pipe)
+        for _ in range(2):
+            for site in report.sites:
+                site.on = False
+            assert np.array_equal(clip(pipe), before)
+            for site in report.sites:
+                site.on = True
+            assert np.array_equal(clip(pipe), after)
+        report.sites[0].on = False
+    assert traces(pipe) == found
 
 
 def hook_on(module: Any) -> Callable[[], None]:

@@ -13,12 +13,16 @@ from block_checks import fused, relative_error
 from diffusers.models.activations import GEGLU
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.nn.utils.parametrize import register_parametrization
 
 from vidaccel.blocks.unet.activations import FusedGEGLU
+from vidaccel.blocks.unet.normalization import FusedGroupNorm
 from vidaccel.kernels.ffn import geglu as geglu_file
 from vidaccel.kernels.ffn.geglu import GEGLU as GEGLU_OP
 from vidaccel.kernels.op import Implementation
+from vidaccel.sites.block import SITES
 from vidaccel.sites.plain import plain_reason
+from vidaccel.sites.rules import Swap
 
 
 @pytest.fixture
@@ -203,4 +207,34 @@ def test_a_class_derived_from_the_fused_one(block: GEGLU) -> None:
         assert relative_error(block(rows()), expected) <= 1e-5
         assert {site.state for site in sites.values()} == {"active"}
     assert type(block).__bases__ == (GEGLU,)
+    assert torch.equal(block(rows()), expected)
+
+
+class Half(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+
+@torch.no_grad()
+def test_a_copy_of_what_was_parametrized_has_no_sites_and_is_left_alone() -> None:
+    """PyTorch copies it, with the class that is derived from the fused one, and with all attributes."""
+    norm = nn.GroupNorm(4, 16)
+    x = torch.randn(2, 16, 5, 5)
+    with fused(norm, FusedGroupNorm):
+        register_parametrization(norm, "weight", Half())
+        expected = norm(x)
+        twin = copy.deepcopy(norm)
+        assert getattr(twin, SITES) is None
+        assert Swap(FusedGroupNorm).left_alone_reason(twin)
+        assert relative_error(twin(x), expected) <= 1e-6
+    assert type(twin).__bases__ == (nn.GroupNorm,) and relative_error(twin(x), expected) <= 1e-6
+
+
+@torch.no_grad()
+def test_a_class_derived_twice_from_the_fused_one(block: GEGLU) -> None:
+    """As parametrizations and FSDP together make it."""
+    expected = block(rows())
+    with fused(block, FusedGEGLU):
+        block.__class__ = type("Derived", (type("Base", (type(block),), {}),), {})
+    assert type(block).__mro__[2] is GEGLU
     assert torch.equal(block(rows()), expected)

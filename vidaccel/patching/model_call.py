@@ -85,8 +85,9 @@ class ModelCall:
             memo = Memo()
             memo.way = numberless_way
         try:
-            for prepare in preparations(model):
-                prepare(memo, args, kwargs)
+            if memo.way is not numberless_way:  # they look at what is in the tensors
+                for prepare in preparations(model):
+                    prepare(memo, args, kwargs)
             with holding(memo):
                 over, parallel = layout(), self.parallel
                 if graphs is None or (over is not None and parallel is None):

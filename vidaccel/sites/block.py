@@ -35,7 +35,14 @@ from vidaccel.kernels.check import near, perturbing
 from vidaccel.kernels.op import Event, capturing, listening, overheard
 from vidaccel.parallel.layout import layout, tokens
 from vidaccel.sites.memo import Memo, Way, held, holding, once_per_call, signature
-from vidaccel.sites.plain import fingerprint, plain_reason, random_reason, replaced_reason, subtree_reason
+from vidaccel.sites.plain import (
+    fingerprint,
+    method_reason,
+    plain_reason,
+    random_reason,
+    replaced_reason,
+    subtree_reason,
+)
 from vidaccel.sites.site import Fidelity, SiteGroup
 
 __all__ = [
@@ -336,6 +343,8 @@ def unserved_reason(host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: 
     if not sites.running():
         return "it is off, or failed"
     if reason := _gradients_reason(host, args, kwargs) or replaced_reason(host.original):
+        return reason
+    if isinstance(host, nn.Module) and (reason := method_reason(host)):
         return reason
     if reason := random_reason(host.module_of(args)) or host.left_alone_reason(host):
         return reason

@@ -27,6 +27,8 @@ __all__ = [
     "foreign_reason",
     "hook_reason",
     "hooks_on_all",
+    "method_reason",
+    "order_reason",
     "plain_reason",
     "random_reason",
     "readable_reason",
@@ -37,6 +39,7 @@ __all__ = [
 ]
 
 _LIBRARIES = ("torch.nn.", "diffusers.", "vidaccel.")
+_MOVES_OR_CASTS = frozenset(["_hf_hook", "_diffusers_hook"])  # of an instance whose forward was replaced for that
 # Of torch.nn, what draws random numbers or changes its buffers in training mode.
 _STATEFUL = (_DropoutNd, _NormBase, _SpectralNorm, nn.RReLU)
 
@@ -70,11 +73,20 @@ def hook_reason(module: nn.Module) -> str | None:
     name, own = stock_class(module).__name__, vars(module)
     if "forward" in own or "_hf_hook" in own:
         return f"a hook replaced the forward of a {name} (offload, casting or cache)"
-    if not torch.compiler.is_compiling() and (replaced := own.keys() & _methods(stock_class(module))):
-        return f"somebody replaced {min(replaced)} of a {name}"
+    if reason := method_reason(module):
+        return reason
     if module._forward_hooks or module._forward_pre_hooks:
         return f"a {name} has forward hooks, which only a call of it runs"
     return None
+
+
+def method_reason(module: nn.Module) -> str | None:
+    """Which method of this very instance, but for its forward, is not that of its class any more, or None."""
+    if torch.compiler.is_compiling():
+        return None
+    kind = stock_class(module)
+    replaced = vars(module).keys() & _methods(kind)
+    return f"somebody replaced {min(replaced)} of a {kind.__name__}" if replaced else None
 
 
 def replaced_reason(kind: type) -> str | None:
@@ -107,7 +119,8 @@ def _is_of_a_library(module: str) -> bool:
 
 @functools.lru_cache(maxsize=1024)  # some libraries make a class for each module
 def _methods(kind: type) -> frozenset[str]:
-    return frozenset(name for name in dir(kind) if callable(getattr(kind, name, None)))
+    """All but the forward, of which others ask by itself."""
+    return frozenset(name for name in dir(kind) if name != "forward" and callable(getattr(kind, name, None)))
 
 
 def readable_reason(child: Any, expected: type[nn.Module], x: Tensor, *, with_bias: bool = True) -> str | None:
@@ -140,6 +153,23 @@ def foreign_reason(module: nn.Module) -> str | None:
 
 
 @once_per_call
+def order_reason(module: nn.Module) -> str | None:
+    """Why what ``module`` calls has to get the rows that stock code gives it, in that order, or None.
+
+    Layers of LoRA, quantised, cast or offloaded ones treat all rows alike. A user's code may tell them apart.
+    """
+    for part in module.modules():
+        if part is module:
+            continue
+        kind, own = stock_class(part), vars(part)
+        if part._forward_hooks or part._forward_pre_hooks or ("forward" in own and not own.keys() & _MOVES_OR_CASTS):
+            return f"somebody looks at the rows of a {kind.__name__}, which have another order in the fused block"
+        if not isinstance(part, nn.Linear) and not f"{kind.__module__}.".startswith((*_LIBRARIES, "peft.")):
+            return f"a {kind.__name__}, which is not of PyTorch or diffusers, may tell rows apart"
+    return None
+
+
+@once_per_call
 def subtree_reason(module: nn.Module) -> str | None:
     """Why running ``module`` a second time may do more than the first did (a user's code, a random number), or None."""
     if hooks_on_all():
@@ -151,6 +181,8 @@ def subtree_reason(module: nn.Module) -> str | None:
             return "dropout is on"
         if part.training and isinstance(part, _STATEFUL):
             return f"a {type(part).__name__} is in training mode"
+        if getattr(part, "inplace", False):
+            return f"a {type(part).__name__} writes to its input"
         processor = vars(part).get("processor")
         if processor is None:
             continue

@@ -43,7 +43,9 @@ class Patch:
         self.memo = self.rule.apply(module, self.sites, self.checks)
         this = weakref.ref(module)  # the table of patches must not keep alive what it goes by
         for site in self.sites:
-            site.put_in_place(partial(_found_in_place, self.rule, this, self.memo))
+            site.put_in_place(
+                partial(_found_in_place, self.rule, this, self.memo), partial(_switch, self.rule, this, self.memo)
+            )
         _patches.setdefault(module, []).append(self)
         plans_changed()
 
@@ -61,6 +63,11 @@ class Patch:
 def _found_in_place(rule: Rule, this: weakref.ref[nn.Module], memo: Any) -> str | None:
     module = this()
     return "its module is gone" if module is None else rule.in_place(module, memo)
+
+
+def _switch(rule: Rule, this: weakref.ref[nn.Module], memo: Any, on: bool) -> None:
+    if (module := this()) is not None:
+        rule.switch(module, memo, on)
 
 
 def patches_of(module: nn.Module) -> list[Patch]:
@@ -93,6 +100,9 @@ class Rule:
     def undo(self, module: Any, memo: Any) -> None:
         raise NotImplementedError
 
+    def switch(self, module: Any, memo: Any, on: bool) -> None:
+        """A site of this rule was switched; where a call of a block asks which are on, there is nothing to do."""
+
     def put(self, module: nn.Module, sites: list[Site], checks: bool) -> Patch:
         """A new patch of ``module`` by this rule."""
         patch = Patch(self, sites, checks)
@@ -121,12 +131,14 @@ class Swap(Rule):
             return f"{reason}: patch before turning that on"
         if reason := replaced_reason(self.fused.original):
             return reason
+        if stock_class(module) is not self.fused.original:  # as a copy of what was parametrized after it was patched
+            return f"it is of a class of its own, derived from {self.fused.original.__name__}"
         return self.fused.left_alone_reason(module)
 
     def apply(self, module: Any, sites: list[Site], checks: bool) -> SiteGroup:
         group = SiteGroup(sites, checks)
         setattr(module, SITES, group)
-        module.__class__ = self.fused
+        _replace_class(module, self.fused.original, self.fused)
         return group
 
     def in_place(self, module: Any, memo: SiteGroup) -> str | None:
@@ -136,13 +148,20 @@ class Swap(Rule):
         return f"its class is {type(module).__name__} now"
 
     def undo(self, module: Any, memo: SiteGroup) -> None:
-        kind = type(module)
-        if kind is self.fused:
-            module.__class__ = self.fused.original
-        elif self.fused in kind.__bases__:
-            kind.__bases__ = tuple(self.fused.original if base is self.fused else base for base in kind.__bases__)
+        _replace_class(module, self.fused, self.fused.original)
         if vars(module).get(SITES) is memo:
             delattr(module, SITES)
+
+
+def _replace_class(module: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
+    """Make a module of ``new`` of one of ``old``, or of a class that somebody has derived from that for this module."""
+    kind = type(module)
+    if kind is old:
+        module.__class__ = new
+        return
+    for derived in kind.__mro__:
+        if old in derived.__bases__:
+            derived.__bases__ = tuple(new if base is old else base for base in derived.__bases__)
 
 
 @dataclass(frozen=True)
@@ -166,18 +185,27 @@ class ChannelsLastWeights(Rule):
 
     def apply(self, module: Any, sites: list[Site], checks: bool) -> list[_Reordered]:
         reordered: list[_Reordered] = []
+        if all(site.on for site in sites):
+            self.switch(module, reordered, True)
+        for site in sites:
+            site.implementations.add("torch")
+        return reordered
+
+    def switch(self, module: Any, memo: list[_Reordered], on: bool) -> None:
+        self.undo(module, memo)
+        memo.clear()
+        if not on:
+            return
         try:
             for convolution in _plain_convolutions(module):
                 weight: Tensor = convolution.weight
                 found = weight.stride()
-                weight.data = weight.data.contiguous(memory_format=_order_of(convolution))
-                reordered.append(_Reordered(convolution, found, weight.stride()))
+                with torch.inference_mode(weight.is_inference()):  # which it stays, or will not become
+                    weight.data = weight.data.contiguous(memory_format=_order_of(convolution))
+                memo.append(_Reordered(convolution, found, weight.stride()))
         except BaseException:  # out of memory, in the middle
-            self.undo(module, reordered)
+            self.undo(module, memo)
             raise
-        for site in sites:
-            site.implementations.add("torch")
-        return reordered
 
     def in_place(self, module: Any, memo: Any) -> str | None:
         return None
@@ -187,9 +215,10 @@ class ChannelsLastWeights(Rule):
         for convolution, found, left in memo:
             weight = _numbers_of(convolution) if convolution in there else None
             if weight is not None and weight.stride() == left != found:
-                weight.data = torch.empty_strided(
-                    weight.shape, found, dtype=weight.dtype, device=weight.device
-                ).copy_(weight.data)  # fmt: skip
+                with torch.inference_mode(weight.is_inference()):
+                    weight.data = torch.empty_strided(
+                        weight.shape, found, dtype=weight.dtype, device=weight.device
+                    ).copy_(weight.data)  # fmt: skip
 
 
 class _Reordered(NamedTuple):

@@ -49,6 +49,7 @@ class Site:
         self._failed = ""
         self._on = True
         self._in_place: Callable[[], str | None] | None = None
+        self._switch: Callable[[bool], None] | None = None
 
     @property
     def state(self) -> State:
@@ -77,6 +78,8 @@ class Site:
     def on(self, value: bool) -> None:
         if value != self._on:
             self._on = value
+            if self._switch is not None:
+                self._switch(value)
             plans_changed()
 
     @property
@@ -89,12 +92,15 @@ class Site:
         """What ran here: a name, several joined by ``+``, or ``not run yet``."""
         return "+".join(sorted(self.implementations)) or "not run yet"
 
-    def put_in_place(self, in_place: Callable[[], str | None]) -> None:
-        """From now on ``in_place`` tells what stands where this site's code was put, or None if that still does."""
-        self._in_place = in_place
+    def put_in_place(self, in_place: Callable[[], str | None], switch: Callable[[bool], None] | None = None) -> None:
+        """From now on ``in_place`` tells what stands where this site's code was put, or None if that still does.
+
+        ``switch`` is called when the site is switched, for one that no call of a block asks whether it is on.
+        """
+        self._in_place, self._switch = in_place, switch
 
     def taken_away(self) -> None:
-        self._in_place = None
+        self._in_place = self._switch = None
 
     def fail(self, reason: str) -> None:
         """The original code runs here from now on; said once, and kept in the report."""
@@ -131,6 +137,9 @@ class SiteGroup:
             self._running = frozenset(op for op, site in self.sites.items() if site.runs)
             self._generation = generation()
         return self._running
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """A copy of what has sites has none: it has no report that could tell of it, and nobody to restore it."""
 
     @property
     def paths(self) -> str:

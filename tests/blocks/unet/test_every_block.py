@@ -13,7 +13,7 @@ import pytest
 import torch
 from block_checks import all_fused, frozen, fused, relative_error, tensor_of
 from diffusers.models.activations import GEGLU
-from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTransformerBlock
+from diffusers.models.attention import BasicTransformerBlock, FeedForward, TemporalBasicTransformerBlock
 from diffusers.models.resnet import (
     AlphaBlender,
     ResnetBlock2D,
@@ -28,6 +28,7 @@ from diffusers.models.upsampling import Upsample2D
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from vidaccel.blocks.unet.activations import FusedGEGLU
 from vidaccel.blocks.unet.attention import (
@@ -281,6 +282,95 @@ def test_hooks_of_every_child_run_as_often_as_before(case: Case) -> None:
             out = call(case, module)
             hook.remove()
         assert ran == wanted and relative_error(out, expected) <= 1e-5, path
+
+
+def no_shift(module: Any) -> None:
+    module.time_embedding_norm = "group"
+
+
+def no_projection(module: Any) -> None:
+    """What is passed is added as it is then."""
+    module.time_emb_proj = None
+
+
+@pytest.mark.parametrize("change", [no_shift, no_projection], ids=lambda change: change.__name__)
+@torch.no_grad()
+def test_a_resnets_other_ways_with_a_time_embedding(change: Callable[[Any], None]) -> None:
+    module: Any = make(CASES["resnet"])
+    with fused(module, FusedResnetBlock2D) as sites:
+        change(module)
+        given = (
+            draw(module, IMAGE, 0, ORDERS),
+            torch.randn(N, 16) if module.time_emb_proj else torch.randn(N, 64, HEIGHT, WIDTH),
+        )
+        out = module(*given)
+    assert torch.equal(out, module(*given))
+    assert not any(site.reason for site in sites.values())
+
+
+@torch.no_grad()
+def test_without_a_context_cross_attention_is_one_to_itself() -> None:
+    module = frozen(TemporalBasicTransformerBlock(C, C, 2, 16, C))
+    x = draw(module, ROWS, 0, {})
+    expected = module(x, FRAMES)
+    with fused(module, FusedTemporalBasicTransformerBlock) as sites:
+        assert relative_error(module(x, FRAMES), expected) <= 1e-6
+    assert not any(site.reason for site in sites.values())
+
+
+@pytest.mark.parametrize(("name", "method"), [("geglu", "gelu"), ("alpha-blend", "get_alpha")])
+@torch.no_grad()
+def test_a_method_that_was_replaced_later_is_called(name: str, method: str) -> None:
+    module = make(CASES[name])
+    plain = call(CASES[name], module)
+    with fused(module, CASES[name].fused):
+        call(CASES[name], module)
+        stock = getattr(module, method)
+        setattr(module, method, lambda *args: stock(*args) / 2)
+        out = call(CASES[name], module)
+    assert relative_error(out, plain) > 1e-2
+    assert torch.equal(out, call(CASES[name], module))
+
+
+def called_with(case: Case, module: nn.Module, path: str) -> list[Any]:
+    """What hooks on the layer at ``path`` see: its arguments and results, by shape."""
+    seen: list[Any] = []
+    layer = module.get_submodule(path)
+    hook = layer.register_forward_hook(lambda _, *given: seen.append(given), with_kwargs=True)
+    call(case, module)
+    hook.remove()
+    return tree_map(lambda x: x.shape if isinstance(x, Tensor) else x, seen)
+
+
+@EVERY_BLOCK
+@torch.no_grad()
+def test_hooks_see_what_stock_code_shows_them(case: Case) -> None:
+    """The same rows in the same order, by the same names: a hook may be about one frame, or one pixel."""
+    module = make(case)
+    layers = [path for path, layer in module.named_modules() if path and not isinstance(layer, nn.ModuleList)]
+    expected = {path: called_with(case, module, path) for path in layers}
+    with all_fused(module, case.fused, *case.below):
+        for path in layers:
+            assert called_with(case, module, path) == expected[path], path
+
+
+class FramesApart(FeedForward):
+    """A user's own: it tells frames apart, which stock code has in the second place."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(hidden_states) * torch.arange(1, hidden_states.shape[1] + 1)[:, None]
+
+
+@pytest.mark.parametrize("case", OVER_FRAMES.values(), ids=OVER_FRAMES)
+@torch.no_grad()
+def test_layers_that_tell_frames_apart_get_them_as_in_stock_code(case: Case) -> None:
+    module = make(case)
+    for layer in module.modules():
+        if type(layer) is FeedForward:
+            layer.__class__ = FramesApart
+    expected = call(case, module)
+    with all_fused(module, case.fused, *case.below):
+        assert relative_error(call(case, module), expected) <= 1e-5
 
 
 @EVERY_BLOCK

@@ -10,6 +10,7 @@ from block_checks import relative_error
 from diffusers import I2VGenXLUNet, UNet3DConditionModel
 from tiny_models import tiny_motion_unet
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from vidaccel import patch_module
@@ -129,3 +130,31 @@ def test_a_hook_that_changes_the_text_is_heeded() -> None:
     hook.remove()
     assert relative_error(expected, plain) > 1e-3
     assert relative_error(out, expected) <= 1e-5
+
+
+def test_a_text_that_was_written_to_through_data_is_heeded() -> None:
+    unet = tiny_motion_unet()
+    text = repeated(0)
+    expected = call(unet, 0, repeated(1))
+    with patch_module(unet):
+        call(unet, 0, text)
+        text.data.copy_(repeated(1))
+        assert relative_error(call(unet, 0, text), expected) <= 1e-5
+
+
+def test_a_wrapper_of_the_models_forward_may_pass_another_text() -> None:
+    unet = unet_of(UNet3DConditionModel)
+    expected = call(unet, 0, text_of(1))
+    with patch_module(unet):
+        call(unet, 0, text_of(0))  # checks itself
+        forward = unet.forward
+        unet.forward = lambda sample, step, text: forward(sample, step, text_of(1))
+        assert relative_error(call(unet, 0, text_of(0)), expected) <= 1e-5
+
+
+@torch.no_grad()
+def test_texts_without_numbers_are_not_looked_at() -> None:
+    unet = tiny_motion_unet()
+    with patch_module(unet), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        given = [mode.from_tensor(x) for x in (sample(0), torch.tensor(1), repeated(0))]
+        assert unet(*given).sample.shape == given[0].shape

@@ -39,11 +39,11 @@ from vidaccel.kernels.attention.temporal_attention import temporal_attention
 from vidaccel.kernels.ffn.residual_projection import residual_projection
 from vidaccel.kernels.norm.add_layer_norm import RowTo
 from vidaccel.kernels.norm.add_layer_norm import compile_ahead as compile_norm_ahead
-from vidaccel.kernels.op import runs_triton
+from vidaccel.kernels.op import note, runs_triton
 from vidaccel.parallel.layout import frames
 from vidaccel.sites.block import FusedBlock, call_site, cut_corner, fuses
 from vidaccel.sites.memo import once_per_call
-from vidaccel.sites.plain import hook_reason, plain_reason, readable_reason
+from vidaccel.sites.plain import hook_reason, order_reason, plain_reason, readable_reason
 
 __all__ = [
     "FusedBasicTransformerBlock",
@@ -71,7 +71,8 @@ def _one_token_attention(attn: Attention, context: Tensor) -> Tensor:
 def _shortcut_reason(attn: Any, norm: Any = None) -> str | None:
     """Why ``attn`` does more with its context than weigh its values, or None.
 
-    With the ``norm`` before it, also why that or what makes queries and keys has to be called.
+    With the ``norm`` before it, also why that or what makes queries and keys has to be called, or what takes its result
+    has to be called for every query.
     """
     if attn is None:
         return "it has no cross-attention"
@@ -79,7 +80,7 @@ def _shortcut_reason(attn: Any, norm: Any = None) -> str | None:
         return reason
     if attn.residual_connection or attn.norm_cross or attn.spatial_norm is not None or attn.group_norm is not None:
         return "its cross-attention has a norm or residual of its own"
-    left_out = () if norm is None else (norm, attn.to_q, attn.to_k)
+    left_out = () if norm is None else (norm, attn.to_q, attn.to_k, *attn.to_out)
     return next(filter(None, map(hook_reason, left_out)), None)
 
 
@@ -297,6 +298,9 @@ class FusedTextTransformerBlock(_SpatialTransformerBlock):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         if torch.compiler.is_compiling() or not self.runs("text_rows"):
             return super()._attend_context(attended, residual, context)
+        if reason := order_reason(self.attn2):
+            note("text_rows", "torch", reason)
+            return super()._attend_context(attended, residual, context)
         residual, normed = self._add_norm(self.norm2, attended, residual)
         return self._attend_text(normed, context), residual, None
 
@@ -329,9 +333,7 @@ class FusedTemporalBasicTransformerBlock(_TransformerBlock, TemporalBasicTransfo
         assert isinstance(module, TemporalBasicTransformerBlock)
         if not module.is_res:
             return "its inner width differs from its outer one"
-        if module.attn1.norm_q is not None or module.attn1.norm_k is not None:
-            return "its attention normalises queries or keys"
-        return attention_reason(module.attn1)
+        return _plain_attention_reason(module.attn1)
 
     def forward(self, hidden_states: Tensor, num_frames: int, encoder_hidden_states: Tensor | None = None) -> Tensor:
         return call_site(FusedTemporalBasicTransformerBlock, self, hidden_states, num_frames, encoder_hidden_states)
@@ -339,10 +341,12 @@ class FusedTemporalBasicTransformerBlock(_TransformerBlock, TemporalBasicTransfo
     def call_reason(self, hidden_states: Tensor, num_frames: int, context: Tensor | None) -> str | None:
         if self._chunk_size is not None:
             return "the feed-forward is chunked"
+        if self.attn2 is not None and context is None:
+            return "no context was passed, and its cross-attention is one to itself then"
         if self._takes_shortcut(context) and (reason := _shortcut_reason(self.attn2, self.norm2)):
             return reason
         norms = (self.norm_in, self.norm1, self.norm2 or self.norm3, self.norm3)
-        return attention_reason(self.attn1) or self._norms_reason(hidden_states, *norms)
+        return self._norms_reason(hidden_states, *norms) or order_reason(self)
 
     @classmethod
     def original_forward(cls, host: Any, hidden_states: Tensor, num_frames: int, context: Tensor | None) -> Tensor:
@@ -400,8 +404,9 @@ class FusedTemporalBasicTransformerBlock(_TransformerBlock, TemporalBasicTransfo
         self, attended: Tensor, residual: Tensor, num_frames: int, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The residual stream after cross-attention, if there is any, and the last norm of it."""
-        if self.attn2 is None or context is None:
+        if self.attn2 is None:
             return self._add_norm(self.norm3, attended, residual)
+        assert context is not None
         batch = residual.shape[0] // num_frames
         if not self._takes_shortcut(context):
             residual, normed = self._add_norm(self.norm2, attended, residual)
@@ -448,7 +453,7 @@ class TemporalSelfAttention(_TransformerBlock):
         over = frames()
         num_frames = num_frames if over is None else over.total
         reasons = (self._block_reason(block, hidden_states, num_frames) for block in self.transformer_blocks)
-        return next(filter(None, reasons), None)
+        return next(filter(None, reasons), None) or order_reason(self)
 
     def _block_reason(self, block: Any, x: Tensor, num_frames: int) -> str | None:
         if reason := _self_attention_reason(block):
@@ -490,13 +495,18 @@ def _self_attention_reason(block: Any) -> str | None:
     attentions = _self_attentions(block)
     if block.only_cross_attention or any(attn.is_cross_attention for attn in attentions):
         return "it attends to a context"
-    for attn in attentions:
-        if reason := attention_reason(attn):
-            return reason
-        if attn.residual_connection or attn.group_norm is not None or attn.spatial_norm is not None:
-            return "its attention has a norm or residual of its own"
-        if attn.norm_q is not None or attn.norm_k is not None:
-            return "its attention normalises queries or keys"
+    return next(filter(None, map(_plain_attention_reason, attentions)), None)
+
+
+@once_per_call
+def _plain_attention_reason(attn: Any) -> str | None:
+    """Why ``attn`` is more than projections, attention and projection, or None."""
+    if reason := attention_reason(attn):
+        return reason
+    if attn.residual_connection or attn.group_norm is not None or attn.spatial_norm is not None:
+        return "its attention has a norm or residual of its own"
+    if attn.norm_q is not None or attn.norm_k is not None:
+        return "its attention normalises queries or keys"
     return None
 
 

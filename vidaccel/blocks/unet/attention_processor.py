@@ -201,7 +201,7 @@ def attend(attn: Any, hidden_states: Tensor, context: Tensor | None = None) -> T
     ``Attention.forward`` inspects the signature of its processor at every call, which takes as long as two kernels.
     """
     if torch.compiler.is_compiling() or _call_reason(attn):
-        return attn(hidden_states, encoder_hidden_states=context)
+        return attn(hidden_states, encoder_hidden_states=context, attention_mask=None)  # as stock blocks call it
     return attn.processor(attn, hidden_states, context)
 
 
@@ -252,3 +252,5 @@ class Processor(Rule):
         original, fused = memo
         if module.processor is fused:  # the user may have put another one in its place since; that stays
             module.processor = original
+        if hasattr(fused, SITES):  # whoever has kept it may put it back, and it does what the original does then
+            delattr(fused, SITES)

@@ -241,7 +241,8 @@ class FusedResnetBlock2D(_ResnetBlock, ResnetBlock2D):
     def left_alone_reason(cls, module: Any) -> str | None:
         if module.upsample is not None or module.downsample is not None:
             return "it resamples inside the block"
-        if module.time_embedding_norm not in ("default", "group"):  # "group": the image VAE's decoder, which has none
+        group = module.time_embedding_norm == "group" and module.time_emb_proj is None  # the image VAE's decoder
+        if module.time_embedding_norm != "default" and not group:
             return f"its time embedding is of the kind {module.time_embedding_norm!r}"
         return None
 
@@ -270,6 +271,8 @@ class FusedResnetBlock2D(_ResnetBlock, ResnetBlock2D):
     ) -> str | None:
         if args or kwargs:
             return "deprecated arguments beyond the time embedding were passed"
+        if temb is not None and self.time_emb_proj is None:
+            return "a time embedding was passed, and it has no projection of one"
         return super().call_reason(input_tensor) or self._spread_reason(input_tensor, nn.Conv2d, self.conv1, self.conv2)
 
     def fused_forward(self, x: Tensor, temb: Tensor | None, skip: Tensor | None = None) -> Tensor:

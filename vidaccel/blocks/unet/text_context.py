@@ -18,7 +18,7 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
-from vidaccel.sites.memo import Memo, held, preparations
+from vidaccel.sites.memo import Memo, held, once_in_call, preparations
 from vidaccel.sites.plain import foreign_reason
 from vidaccel.sites.rules import Rule
 from vidaccel.sites.site import Fidelity, Site
@@ -46,23 +46,27 @@ class _Text(NamedTuple):
             return self.distinct_text
         if not self.repeats_text or context.shape[0] != self.text.shape[0] * self.num_frames:
             return context
-        # I2VGenXL adds image tokens before it repeats: another context every step, the same for every frame
-        return self.text if context.shape[1:] == self.text.shape[1:] else context[:: self.num_frames]
+        # Never of the text that was passed: I2VGenXL adds image tokens before it repeats, a CUDA graph is recorded with
+        # a copy of it, and somebody's wrapper of the model's forward may hand on another one.
+        return once_in_call("distinct rows", context, lambda: context[:: self.num_frames].contiguous())
 
 
 class _Watch:
     """Looks at the arguments of each call of a model."""
 
-    def __init__(self, model: nn.Module, repeats_text: bool) -> None:
+    def __init__(self, model: nn.Module, repeats_text: bool, sites: list[Site]) -> None:
         self._model = weakref.ref(model)
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]
         self._repeats_text = repeats_text
-        self._last: tuple[weakref.ref[Tensor], tuple[int, ...], Tensor] | None = None
+        self._sites = sites
+        self._last: tuple[weakref.ref[Tensor], tuple[int, ...], bool] | None = None
 
     def __call__(self, memo: Memo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(zip(self._names, args, strict=False)) | kwargs
         text, sample = given.get("encoder_hidden_states"), given.get("sample")
         if not isinstance(text, Tensor) or not isinstance(sample, Tensor) or sample.ndim != 5:
+            return
+        if not all(site.on for site in self._sites):
             return
         if not self._text_is_changed_on_its_way(memo):
             num_frames = sample.shape[2]
@@ -88,13 +92,11 @@ class _Watch:
         if text.is_inference() or (text.is_cuda and torch.cuda.is_current_stream_capturing()):
             return text
         stamp = text.data_ptr(), text._version, num_frames
-        if self._last is not None and self._last[0]() is text and self._last[1] == stamp:
-            first = self._last[2]
-        else:
-            first = text[::num_frames].contiguous()
-            first = first if torch.equal(text, first.repeat_interleave(num_frames, dim=0)) else text[:0]
-            self._last = weakref.ref(text), stamp, first
-        return first if len(first) else text
+        first = text[::num_frames].contiguous()  # anew in every call: a write through .data changes no version
+        if self._last is None or self._last[0]() is not text or self._last[1] != stamp:
+            alike = torch.equal(text, first.repeat_interleave(num_frames, dim=0))
+            self._last = weakref.ref(text), stamp, alike
+        return first if self._last[2] else text
 
 
 def _on_the_texts_way(model: nn.Module) -> Iterator[nn.Module]:
@@ -132,7 +134,7 @@ class TextSource(Rule):
         return None
 
     def apply(self, module: Any, sites: list[Site], checks: bool) -> _Watch:
-        watch = _Watch(module, self.repeats_text)
+        watch = _Watch(module, self.repeats_text, sites)
         preparations(module).append(watch)
         for site in sites:
             site.implementations.add("torch")

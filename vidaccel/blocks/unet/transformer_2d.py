@@ -89,7 +89,9 @@ class FusedTransformer2DModel(FusedBlock, Transformer2DModel):  # type: ignore[m
         for block in self.transformer_blocks:
             rows = block(
                 rows,
+                attention_mask=None,
                 encoder_hidden_states=context,
+                encoder_attention_mask=None,
                 timestep=timestep,
                 cross_attention_kwargs=cross_attention_kwargs,
                 class_labels=class_labels,

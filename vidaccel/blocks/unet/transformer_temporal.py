@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers.models.attention import TemporalBasicTransformerBlock
 from diffusers.models.transformers.transformer_temporal import (
     TransformerSpatioTemporalModel,
     TransformerTemporalModel,
@@ -27,6 +28,7 @@ from vidaccel.blocks.unet.transformer_2d import adds_in_product
 from vidaccel.kernels.ffn.residual_projection import residual_projection
 from vidaccel.parallel.layout import frames
 from vidaccel.sites.block import FusedBlock, call_site, fuses, run_part
+from vidaccel.sites.plain import plain_reason
 from vidaccel.sites.site import Fidelity
 
 __all__ = [
@@ -142,7 +144,8 @@ class FusedTransformerSpatioTemporalModel(FusedBlock, TransformerSpatioTemporalM
     ) -> tuple[Tensor, Tensor, None]:
         """The spatial block's result and the temporal block's."""
         hidden_states = block(hidden_states, encoder_hidden_states=context)
-        if not isinstance(temporal_block, FusedTemporalBasicTransformerBlock):
+        fused = isinstance(temporal_block, FusedTemporalBasicTransformerBlock)
+        if not fused or plain_reason(temporal_block, TemporalBasicTransformerBlock):
             time_context = time_context.repeat_interleave(hidden_states.shape[1], dim=0)
         mixed = temporal_block(
             hidden_states + frame_embedding, num_frames=num_frames, encoder_hidden_states=time_context
@@ -158,11 +161,11 @@ class FusedTransformerSpatioTemporalModel(FusedBlock, TransformerSpatioTemporalM
         return mixer(x_spatial=spatial, x_temporal=temporal, image_only_indicator=image_only_indicator)
 
     def _frame_embedding(self, num_frames: int, like: Tensor) -> Tensor:
-        """``[B*F, 1, C]``: the embedding of each frame's index, once for the whole batch."""
+        """``[B*F, 1, C]``: the embedding of each frame's index."""
         over = frames()
         first = 0 if over is None else over.own.start
-        sinusoids = self.time_proj(torch.arange(first, first + num_frames, device=like.device)).to(like.dtype)
-        return self.time_pos_embed(sinusoids).repeat(like.shape[0] // num_frames, 1)[:, None]
+        indices = torch.arange(first, first + num_frames, device=like.device).repeat(like.shape[0] // num_frames)
+        return self.time_pos_embed(self.time_proj(indices).to(like.dtype))[:, None]
 
 
 def _block_arguments(hidden_states: Tensor, context: Tensor) -> tuple[Any, ...]:

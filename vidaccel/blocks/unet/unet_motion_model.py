@@ -44,8 +44,15 @@ class FusedAnimateDiffTransformer3D(FrameTransformer, AnimateDiffTransformer3D):
         return out
 
 
+class _UpBlockMotion(UpBlock):
+    def upsampled(self, hidden_states: Tensor, size: Any) -> Tensor:
+        for upsampler in self.upsamplers or ():
+            hidden_states = upsampler(hidden_states=hidden_states, output_size=size)
+        return hidden_states
+
+
 @fuses(UpBlockMotion, UP_BLOCK_OPS)
-class FusedUpBlockMotion(UpBlock, UpBlockMotion):
+class FusedUpBlockMotion(_UpBlockMotion, UpBlockMotion):
     """A level of AnimateDiff's without attention; SDXL's highest, SD 1.5's lowest."""
 
     def forward(
@@ -78,7 +85,7 @@ class FusedUpBlockMotion(UpBlock, UpBlockMotion):
 
 
 @fuses(CrossAttnUpBlockMotion, UP_BLOCK_OPS)
-class FusedCrossAttnUpBlockMotion(UpBlock, CrossAttnUpBlockMotion):
+class FusedCrossAttnUpBlockMotion(_UpBlockMotion, CrossAttnUpBlockMotion):
     """AnimateDiff's other levels."""
 
     def forward(
