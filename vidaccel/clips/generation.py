@@ -177,7 +177,8 @@ class _PhaseClock:
 
     def mark(self, border: str) -> None:
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+            # not for the whole device: while another thread captures a graph, that is an error, in both threads
+            torch.cuda.current_stream(self._device).synchronize()
         self._marks[border] = time.perf_counter()
 
     def open_bar(self, iterable: Any = None, total: int | None = None) -> tqdm:
