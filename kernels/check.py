@@ -241,8 +241,8 @@ def _suspicious(mine: tuple[Tensor, ...], expected: tuple[Tensor, ...], fidelity
 def _plainly_near(x: Tensor, y: Tensor, eps: float, screen: float) -> Tensor:
     """What nearly every right result is; not that, for numbers that are not finite, or too small.
 
-    A check waits for memory, so both are read in their own dtype: what their difference is rounded by is small beside
-    it. The scale follows from three norms: ``|x|**2 = |y|**2 + 2 (x - y) y + |x - y|**2``.
+    Both are read in their own dtype, without copies in float32: what their difference is rounded by is small beside it.
+    The scale follows from three norms: ``|x|**2 = |y|**2 + 2 (x - y) y + |x - y|**2``.
     """
     norms = functools.partial(
         torch.linalg.vector_norm, dtype=torch.float32 if y.dtype.itemsize == 2 else torch.float64

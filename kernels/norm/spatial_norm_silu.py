@@ -86,7 +86,7 @@ def _nearest(latents: Tensor, x: Tensor) -> Tensor:
 
 
 def _sources(small: int, large: int, x: Tensor) -> Tensor:
-    """Which of ``small`` pixels each of ``large`` is a copy of: what F.interpolate says, which is slow on rows."""
+    """Which of ``small`` pixels each of ``large`` is a copy of, as F.interpolate has it."""
     numbers = torch.arange(small, device=x.device, dtype=torch.float32)
     return F.interpolate(numbers[None, None], size=large)[0, 0].long()
 
