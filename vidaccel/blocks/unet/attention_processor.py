@@ -252,5 +252,5 @@ class Processor(Rule):
         original, fused = memo
         if module.processor is fused:  # the user may have put another one in its place since; that stays
             module.processor = original
-        if hasattr(fused, SITES):  # whoever has kept it may put it back, and it does what the original does then
+        if hasattr(fused, SITES):  # without them a processor that somebody kept, and puts back later, runs stock code
             delattr(fused, SITES)
