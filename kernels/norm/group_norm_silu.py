@@ -63,6 +63,7 @@ __all__ = [
     "count_spans",
     "group_norm_and_sum",
     "group_norm_and_sum_ref",
+    "group_norm_ref",
     "group_norm_silu",
     "group_norm_silu_ref",
     "group_stats_launch",
@@ -71,6 +72,7 @@ __all__ = [
 CHANNELS = 32  # a multiple of these in every tensor that the kernels read
 NO_STATISTICS = None, 0, 0
 APPLY_TILE = 512  # elements: 16 for each thread
+LONG_GROUP = 2**17  # numbers: what a block of a GPU takes as long for as the whole GPU for some launches
 
 
 def group_norm_silu_ref(
@@ -96,9 +98,28 @@ def group_norm_silu_ref(
     if parts is not None and _is_of_more(parts, segment_rows, x):
         y = _normalised(x, weight, bias, groups, eps, ChannelStatistics(parts, segment_rows, chunk_rows))
         return channels_last(F.silu(y, inplace=True) if silu else y)
-    # channels first: for the other order PyTorch's CPU kernel takes E[x^2] - mean^2, too poor to judge by
-    y = F.group_norm(x.contiguous(), groups, weight.to(x.dtype), bias.to(x.dtype), eps)
+    y = group_norm_ref(x, weight, bias, groups, eps)
     return channels_last(F.silu(y, inplace=True) if silu else y)
+
+
+def group_norm_ref(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    """``F.group_norm`` of ``[N, C, *spatial]`` in ``x.dtype``, channels first in memory."""
+    # channels first: for the other order PyTorch's CPU kernel takes E[x^2] - mean^2, too poor to judge by
+    x, weight, bias = x.contiguous(), weight.to(x.dtype), bias.to(x.dtype)
+    if x.is_cuda and not torch.is_grad_enabled() and x.numel() > LONG_GROUP * len(x) * groups:
+        return _by_reductions(x, weight, bias, groups, eps)
+    return F.group_norm(x, groups, weight, bias, eps)
+
+
+def _by_reductions(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    """The same by reductions over the whole GPU: PyTorch's norm gives one block to a group, however long that is."""
+    rows = x.view(len(x), groups, -1)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    size = rows.shape[2]
+    deviation = rows - rows.sum(2, keepdim=True, dtype=dtype) / size
+    variance = torch.linalg.vector_norm(deviation, dim=2, keepdim=True).square() / size
+    y = deviation.mul_((variance + eps).rsqrt()).view(len(x), len(weight), -1)
+    return y.mul_(weight[:, None]).add_(bias[:, None]).to(x.dtype).view(x.shape)
 
 
 def group_norm_and_sum_ref(

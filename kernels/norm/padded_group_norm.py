@@ -40,6 +40,7 @@ from vidaccel.kernels.norm.group_norm_silu import (
     choose_apply_tiling,
     chunk_stats_launch,
     count_spans,
+    group_norm_ref,
     group_stats_launch,
 )
 from vidaccel.kernels.op import Costs, Implementation, Op, device_reason, scaled, tensors_reason
@@ -72,14 +73,15 @@ def padded_group_norm_ref(
     """The specification, which computes the statistics itself. Pass float64 inputs for gold values."""
     z = x if addend is None else x + addend.to(x.dtype)
     first_span, span = _spans(x.shape[1], first_span, span)
-    spans = [z[:, :first_span], *z[:, first_span:].split(span, dim=1)]
+    last = first_span + max(x.shape[1] - first_span, 0) // span * span  # frames from there on fill no span
     normed = []
-    for some in spans:
+    for some, length in ((z[:, :first_span], first_span), (z[:, first_span:last], span), (z[:, last:], span)):
         if some.shape[1]:
-            # channels first: for the other order PyTorch's CPU kernel takes E[x^2] - mean^2, too poor to judge by
-            clip = some.permute(0, 4, 1, 2, 3).contiguous()
-            n = F.group_norm(clip, groups, weight.to(x.dtype), bias.to(x.dtype), eps)
-            normed.append((F.silu(n, inplace=True) if silu else n).permute(0, 2, 3, 4, 1))
+            spans = some.unflatten(1, (-1, min(length, some.shape[1])))
+            clips = spans.flatten(0, 1).permute(0, 4, 1, 2, 3)  # of every span, all at once
+            n = group_norm_ref(clips, weight, bias, groups, eps)
+            n = (F.silu(n, inplace=True) if silu else n).permute(0, 2, 3, 4, 1)
+            normed.append(n.unflatten(0, spans.shape[:2]).flatten(1, 2))
     return pad_clip(torch.cat(normed, dim=1) if normed else z, halo, padding)
 
 

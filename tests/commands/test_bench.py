@@ -200,6 +200,15 @@ def test_a_decoder_that_is_called_frame_by_frame_is_timed_as_a_whole() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] and not torch._dynamo.utils.counters["graph_break"]
 
 
+@pytest.mark.slow
+def test_a_decode_in_tiles_is_timed_as_a_whole() -> None:
+    """Tiles at the edges are smaller, and no clip by themselves."""
+    pipe, arguments = tiny_synthetic_pipeline("hunyuanvideo1.5-480p")
+    assert pipe.vae.use_tiling
+    (workload,) = workloads(pipe, arguments, ("vae",), 0).values()
+    assert len(workload.shapes) == 1 and workload.output().shape[2] == arguments["num_frames"]
+
+
 def test_variants() -> None:
     assert parse_variants("patched,patched+no_graph, eager") == ("eager", "patched", "patched+no_graph")
     for variant in ("no_graph", "compile+no_graph", "patched+compile+no_graph", "patched+compile_blocks+no_graph"):

@@ -61,7 +61,8 @@ class ModuleCall(NamedTuple):
 class _WholeDecode(nn.Module):
     """The decode of a VAE, which is timed where its decoder alone says too little.
 
-    That is called for some frames at a time, with a cache in between; or ranks share the decode, and not the decoder.
+    That is called for some frames at a time, with a cache in between, or for tiles; or ranks share the decode, and not
+    the decoder.
     """
 
     def __init__(self, vae: Any) -> None:
@@ -89,8 +90,9 @@ class _WholeDecode(nn.Module):
             del self.vae.decode
 
 
-def _decodes_by_frame(decoder: nn.Module) -> bool:
-    return bool({"feat_cache", "conv_cache"} & inspect.signature(decoder.forward).parameters.keys())
+def _decodes_in_pieces(vae: Any) -> bool:
+    caches = {"feat_cache", "conv_cache"} & inspect.signature(vae.decoder.forward).parameters.keys()
+    return bool(caches) or getattr(vae, "use_tiling", False)
 
 
 class _AllRecordedError(Exception):
@@ -198,7 +200,7 @@ def workloads(
     """What there is to time in each of ``scopes``; of the VAE its decoder, or the ``whole_decode``."""
     end_to_end = PipelineWorkload(pipe, arguments, seed)
     modules = {name: module for name, module in measured_modules(pipe).items() if name in scopes}
-    if "vae" in modules and (whole_decode or _decodes_by_frame(modules["vae"])):
+    if "vae" in modules and (whole_decode or _decodes_in_pieces(pipe.vae)):
         modules["vae"] = _WholeDecode(pipe.vae)
     calls = _recorded_calls(modules, end_to_end.output) if modules else {}
     made: dict[str, Workload] = {name: ModuleWorkload(modules[name], calls[name], seed) for name in modules}

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from kernel_checks import FAULTS, TARGETS, assert_close_to_gold, assert_no_spills, compile_for, pairwise, planted
 from torch import Tensor
 
@@ -558,6 +559,17 @@ def test_real_tails(head: int, device: torch.device) -> None:
     x, tail = cut(whole, head)
     out = group_norm_silu(x, weight, bias, 32, EPS, shift=shift, tail=tail, impl="triton")
     assert_matches_reference(out, whole, weight, bias, 32, shift=shift)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reference_of_long_groups(dtype: torch.dtype, device: torch.device) -> None:
+    """Reductions over the whole GPU stand for PyTorch's norm there."""
+    x, weight, bias, _ = draw((1, 64, 4, 256, 256), dtype, device, centre=3.0)
+    gold = F.group_norm(x.double(), 32, weight.double(), bias.double(), EPS)
+    with torch.no_grad():
+        out = group_norm_silu_ref(x, weight, bias, 32, EPS, silu=False)
+    assert_close_to_gold(out, gold, F.group_norm(x, 32, weight.to(dtype), bias.to(dtype), EPS))
 
 
 @pytest.mark.gpu
