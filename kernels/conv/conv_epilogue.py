@@ -374,34 +374,38 @@ def _parts(*args: Any) -> Iterator[Part]:
 
 
 def _parts_with_statistics(*args: Any) -> Iterator[Part]:
-    """Frame by frame, some chunks at a time."""
+    """Some frames of a sample, or some chunks of a frame."""
     *others, chunk_rows = args
     call = _Call(*others)
-    frames, rows = frames_and_rows(call.x.shape)
-    for frame in range(frames):
-        stills = None if call.image_only is None else call.image_only.flatten()[frame : frame + 1]
-        for chunks in cuts(triton.cdiv(rows, chunk_rows), chunk_rows * call.x.shape[1]):
-            some = slice(chunks.start * chunk_rows, chunks.stop * chunk_rows)
-            residual = None if call.residual is None else _rows_of(call.residual, frame, some)
-            part = call._replace(x=_rows_of(call.x, frame, some), residual=residual, image_only=stills)
-            seen = functools.partial(moments, chunk_rows, call.x.dtype)
-            yield Part((*part, chunk_rows), functools.partial(_of_rows, frame, some, chunks, seen), seen)
+    shape, rows = call.x.shape, frames_and_rows(call.x.shape)[1]
+    samples, frames = (shape[0], shape[2]) if len(shape) == 5 else (1, shape[0])
+    seen = functools.partial(moments, chunk_rows, call.x.dtype)
+    for sample in range(samples):
+        for some in cuts(frames, rows * shape[1]):
+            segments = slice(sample * frames + some.start, sample * frames + some.stop)
+            stills = None if call.image_only is None else call.image_only.flatten()[segments]
+            for chunks in cuts(triton.cdiv(rows, chunk_rows), (some.stop - some.start) * chunk_rows * shape[1]):
+                where = sample, some, slice(chunks.start * chunk_rows, chunks.stop * chunk_rows)
+                residual = None if call.residual is None else _rows_of(call.residual, *where)
+                part = call._replace(x=_rows_of(call.x, *where), residual=residual, image_only=stills)
+                yield Part((*part, chunk_rows), functools.partial(_of_rows, where, segments, chunks, seen), seen)
 
 
-def _rows_of(x: Tensor, frame: int, rows: slice) -> Tensor:
-    """Some rows of one frame of ``x`` ``[N, C, *spatial]``: ``[1, C, R]``."""
-    if x.ndim == 5:
-        sample, frame = divmod(frame, x.shape[2])
-        x = x[sample : sample + 1, :, frame]
-        frame = 0
-    return x[frame : frame + 1].flatten(2)[..., rows]
+def _rows_of(x: Tensor, sample: int, frames: slice, rows: slice) -> Tensor:
+    """Some rows of some frames of ``x`` ``[N, C, *spatial]``, of a clip those of one sample: ``[F, C, R]``."""
+    images = x[sample, :, frames].transpose(0, 1) if x.ndim == 5 else x[frames]
+    return images.flatten(2)[..., rows]
 
 
 def _of_rows(
-    frame: int, rows: slice, chunks: slice, seen: Callable[..., tuple[Tensor, ...]], outputs: tuple[Tensor, ...]
+    where: tuple[int, slice, slice],
+    segments: slice,
+    chunks: slice,
+    seen: Callable[..., tuple[Tensor, ...]],
+    outputs: tuple[Tensor, ...],
 ) -> tuple[Tensor, ...]:
     y, parts = outputs
-    return seen((_rows_of(y, frame, rows), parts[frame : frame + 1, chunks]))
+    return seen((_rows_of(y, *where), parts[segments, chunks]))
 
 
 def _validate(op: str, x: Tensor, *others: Any) -> None:
