@@ -27,7 +27,7 @@ from torch import Tensor
 from vidaccel.kernels.arguments import require_floats
 from vidaccel.kernels.channels_last import channels_last, channels_last_strides, empty_channels_last
 from vidaccel.kernels.check import Part, cuts, piece_of, pieces
-from vidaccel.kernels.conv.alpha_blend import CUT_DIMS, alpha_blend_ref, blend
+from vidaccel.kernels.conv.alpha_blend import alpha_blend_ref, blend
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.norm.channel_statistics import (
     FOLD,
@@ -60,6 +60,7 @@ __all__ = [
 
 BLOCK = 2048
 NUM_WARPS = 4
+CUT_DIMS = {3: (0, 2), 4: (0, 2), 5: (0, 2, 3)}  # of an activation: frames, then rows
 STATISTICS_STEP = 32  # that the channels of statistics are divisible by
 
 

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ from vidaccel.kernels.op import REFERENCE, Op, listening, ops
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 LAYOUTS = ("contiguous", "transposed", "sliced", "expanded", "shifted", "channels last")
+SMALL_PART = 64  # numbers: what else is cut only where an activation is large is cut then
 VALUES = ("normal", "off-centre", "huge", "tiny", "zeros", "constant", "one large")
 # Those that check their arguments themselves.
 PUBLIC: dict[str, Callable[..., Any]] = {
@@ -446,6 +448,8 @@ def check(op: Op, args: tuple[Any, ...]) -> None:
             assert not isinstance(out, Exception), repr(out)
             if name != REFERENCE:
                 assert not (problem := disagreement(op, args, out, way.fidelity)), f"{name}: {problem}"
+                with mock.patch("vidaccel.kernels.check.MOST_ELEMENTS", SMALL_PART):
+                    assert not (problem := disagreement(op, args, out, way.fidelity)), f"{name}, in parts: {problem}"
             assert way.registered <= _like_its_fake(op, args, out), name
             if name == REFERENCE and op.registered:  # what comes next may have been written for the kernel's result
                 assert _places(out) == _places(op.fake(*args)), "the reference's result lies in another order of memory"
@@ -534,6 +538,10 @@ FOUND = {
     "a row of a wider dtype": (
         "add_layer_norm",
         lambda: (ROWS.half(), *PARAMETERS, 1e-5, None, ROWS[:, :1], None, "sum"),
+    ),
+    "rows that are cut into parts": (
+        "conv_epilogue",
+        lambda: (torch.ones(1, 16, 8), PARAMETERS[0], *[None] * 4, False, False),
     ),
 }  # fmt: skip
 
