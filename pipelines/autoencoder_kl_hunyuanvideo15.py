@@ -11,8 +11,15 @@ from vidaccel.blocks.vae.autoencoder_kl_hunyuanvideo15 import (
     FusedHunyuanVideo15Decoder3D,
     FusedHunyuanVideo15Encoder3D,
 )
+from vidaccel.blocks.vae.tile_blends import TileBlends
 from vidaccel.sites.rules import Swap
 
 __all__ = ["RULES"]
 
-RULES = {"AutoencoderKLHunyuanVideo15": (Swap(FusedHunyuanVideo15Encoder3D), Swap(FusedHunyuanVideo15Decoder3D))}
+RULES = {
+    "AutoencoderKLHunyuanVideo15": (
+        Swap(FusedHunyuanVideo15Encoder3D),
+        Swap(FusedHunyuanVideo15Decoder3D),
+        TileBlends(),
+    ),
+}

@@ -11,12 +11,13 @@ from __future__ import annotations
 from vidaccel.blocks.dit.sequence import Sequence
 from vidaccel.blocks.dit.transformer_mochi import FusedMochiTransformerBlock
 from vidaccel.blocks.vae.autoencoder_kl_mochi import FusedMochiDecoder3D
+from vidaccel.blocks.vae.tile_blends import TileBlends
 from vidaccel.sites.rules import Swap
 
 __all__ = ["RULES", "SPREAD"]
 
 RULES = {
-    "AutoencoderKLMochi": (Swap(FusedMochiDecoder3D),),
+    "AutoencoderKLMochi": (Swap(FusedMochiDecoder3D), TileBlends()),
     "MochiTransformer3DModel": (Swap(FusedMochiTransformerBlock),),
 }
 SPREAD = {"MochiTransformer3DModel": Sequence("transformer_blocks")}

@@ -79,7 +79,7 @@ def test_same_frames_and_exact_restore(shape: tuple[int, int, int, int], either_
             assert relative_error(out, expected) <= EQUAL and out.stride() == expected.stride()
         assert not report.fallbacks and {site.state for site in report.sites} == {"active"}, str(report)
         assert ran(report) == {f"{shape[0]} of {shape[0]} frames"}
-        assert all(site.implementations for site in report.sites if site.path != "encoder")
+        assert all(site.implementations for site in report.sites if site.path != "encoder" and site.op != "tile_blend")
     assert torch.equal(decode(vae, latents), expected)
     assert traces == {name: (type(module), frozenset(vars(module))) for name, module in vae.named_modules()}
 
