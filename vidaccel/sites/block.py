@@ -54,6 +54,7 @@ __all__ = [
     "fused_way",
     "fuses",
     "going",
+    "looking_reason",
     "numberless_way",
     "original_of",
     "original_way",
@@ -287,6 +288,13 @@ def numberless_way(kind: type[Host], host: Any, sites: SiteGroup, args: tuple[An
     """:func:`original_way`, counted, for tensors without numbers, or with passing ones: blocks ask what is in them."""
     sites.count(NO_NUMBERS)
     return original_way(kind, host, sites, args, kwargs)
+
+
+def looking_reason(host: Host, *tensors: Tensor) -> str | None:
+    """Why ``host`` may not look at or beyond the ``tensors`` of a call before it comes to :func:`call_site`, or None."""
+    if (memo := held()) is not None and memo.way is numberless_way:
+        return NO_NUMBERS
+    return _gradients_reason(host, tensors, {})
 
 
 def fused_way(kind: type[Host], host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -62,7 +62,7 @@ from vidaccel.kernels.norm.spatial_norm_silu import spatial_norm_silu, spatial_n
 from vidaccel.kernels.op import runs_triton
 from vidaccel.parallel.layout import LatentFrames, latent_frames
 from vidaccel.parallel.ranks import Agreement, Ranks
-from vidaccel.sites.block import FusedBlock, call_site, cut_corner, fuses
+from vidaccel.sites.block import FusedBlock, call_site, cut_corner, fuses, looking_reason
 from vidaccel.sites.plain import plain_reason
 
 __all__ = ["FusedCogVideoXDecoder3D", "decode_bytes"]
@@ -202,12 +202,9 @@ class FusedCogVideoXDecoder3D(FusedBlock, CogVideoXDecoder3D):
         return ahead.take()  # type: ignore[return-value]
 
     def _may_look_ahead(self, sample: Tensor) -> bool:
-        recorded = torch.is_grad_enabled() and (
-            sample.requires_grad or any(weight.requires_grad for weight in self.parameters())
-        )
         return (
             self.runs("whole_clip")
-            and not recorded
+            and not looking_reason(self, sample)
             and not self.left_alone_reason(self)
             and not self.call_reason(sample, (), None)
         )
