@@ -10,11 +10,11 @@ from block_checks import relative_error
 from coexistence.families import build
 from coexistence.feature import Subject, seeded
 from peft import LoraConfig
+from tiny_models import tiny_autoencoder_kl_cogvideox, tiny_autoencoder_kl_wan
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
-from tiny_models import tiny_autoencoder_kl_cogvideox, tiny_autoencoder_kl_wan
 from transformer_checks import fallback_reasons
 
 from vidaccel import patch_module

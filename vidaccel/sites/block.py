@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
 
+from vidaccel.environment import memory_ran_out
 from vidaccel.errors import first_line
 from vidaccel.kernels import settings
 from vidaccel.kernels.check import near, perturbing
@@ -291,7 +292,7 @@ def numberless_way(kind: type[Host], host: Any, sites: SiteGroup, args: tuple[An
 
 
 def looking_reason(host: Host, *tensors: Tensor) -> str | None:
-    """Why ``host`` may not look at or beyond the ``tensors`` of a call before it comes to :func:`call_site`, or None."""
+    """Why ``host`` may not look at the ``tensors`` of a call before it comes to :func:`call_site`, or None."""
     if (memo := held()) is not None and memo.way is numberless_way:
         return NO_NUMBERS
     return _gradients_reason(host, tensors, {})
@@ -397,7 +398,7 @@ def _heard(
     except BaseException as error:
         if checked:
             plan.seen.postponed()
-        if unsafe or isinstance(error, torch.OutOfMemoryError) or not isinstance(error, Exception):
+        if unsafe or memory_ran_out(error) or not isinstance(error, Exception):
             raise  # it may be the user's own, or an interrupt
         if capturing() or layout():
             raise  # the graph fails, not this block; or the other ranks wait for what it was to send
@@ -433,7 +434,10 @@ def _problem_between_ops(
         # It may be the original that is wrong, or both: a norm of a near constant, or of next to nothing, is roundings.
         gold, moved = (original_of(kind, host, change, args, kwargs) for change in (_double, perturbing()))
         return next(filter(None, map(near, found, expected, gold, moved)), None)
-    except torch.OutOfMemoryError:  # for the check alone: the call itself may have what it needs
+    except RuntimeError as error:
+        if not memory_ran_out(error):
+            raise
+        # for the check alone: the call itself may have what it needs
         logger.warning("%s: not checked against the original block: out of memory", sites.paths)
         return None
 
