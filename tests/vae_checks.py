@@ -26,6 +26,7 @@ __all__ = [
     "check_halves",
     "decode",
     "encode",
+    "host_is_full",
     "out_of_memory_beyond",
     "ran",
     "reasons",
@@ -56,12 +57,19 @@ def reasons(report: PatchReport) -> str:
     return "; ".join(sorted({reason for _, _, reason in report.fallbacks}))
 
 
-def out_of_memory_beyond(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+def host_is_full(text: str) -> RuntimeError:
+    """What PyTorch raises where the memory of the host runs out."""
+    return RuntimeError(f"DefaultCPUAllocator: can't allocate memory: {text}")
+
+
+def out_of_memory_beyond(
+    monkeypatch: pytest.MonkeyPatch, most: int, error: Callable[[str], Exception] = torch.OutOfMemoryError
+) -> None:
     """Let memory run out where a convolution reads more frames than ``most``."""
 
     def conv3d(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if x.shape[2] > most:
-            raise torch.OutOfMemoryError(f"{x.shape[2]} frames")
+            raise error(f"{x.shape[2]} frames")
         return right(x, *args, **kwargs)
 
     right = F.conv3d

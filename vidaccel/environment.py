@@ -8,6 +8,8 @@ from __future__ import annotations
 import gc
 import os
 import platform
+import re
+import resource
 import shutil
 import subprocess
 from datetime import datetime, timezone
@@ -19,11 +21,19 @@ import torch
 
 from vidaccel.errors import UsageError, first_line
 
+# Where a control group of either version says what it may take of memory, and has taken.
+CONTAINERS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
+
 __all__ = [
     "cpu_cores",
     "device_of",
     "environment",
+    "free_host_bytes",
     "free_memory",
+    "memory_ran_out",
     "peak_memory_gib",
     "peak_reserved_gib",
     "reset_peak_memory",
@@ -108,6 +118,39 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def memory_ran_out(error: BaseException) -> bool:
+    """Whether memory of a GPU did, or of the host, for which PyTorch has no error of its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def free_host_bytes() -> int:
+    """What this process may still take of the host's memory, by the limits of its container and of its own, too.
+
+    Where it takes more than a container has, Linux ends it, and nothing is raised. Files in the page cache give way.
+    """
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if found := re.search(r"^MemAvailable: *(\d+) kB", _text_of("/proc/meminfo"), re.MULTILINE):
+        free = int(found[1]) * 1024
+    for folder, most, taken in CONTAINERS:
+        allowed, used = _text_of(f"{folder}/{most}"), _text_of(f"{folder}/{taken}")
+        if allowed.strip().isdigit() and used:
+            files = re.findall(r"inactive_file (\d+)$", _text_of(f"{folder}/memory.stat"), re.MULTILINE)
+            free = min(free, int(allowed) - int(used) + int(files[-1] if files else 0))  # the last is of all below, too
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return free
+    pages, *_ = _text_of("/proc/self/statm").split()
+    return min(free, limit - int(pages) * resource.getpagesize())
+
+
+def _text_of(path: str) -> str:
+    """What is in a file of the kernel's; nothing, if there is no such."""
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
 
 
 def reset_peak_memory(device: torch.device) -> None:

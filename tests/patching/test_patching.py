@@ -284,6 +284,24 @@ def test_restore_under_hooks_that_keep_the_bound_forward(pipe: StableVideoDiffus
     assert [type(block) for block in blocks_of(pipe)] == classes
 
 
+@pytest.mark.parametrize("order", ["on off patch", "patch on off"])
+def test_blocks_are_fused_once_hooks_are_off_again(pipe: StableVideoDiffusionPipeline, order: str) -> None:
+    """As by ``pipe.remove_all_hooks()``: a bound forward stays on every module that an offload hook was on."""
+    before, undo = clip(pipe), []
+    for step in order.split():
+        if step == "on":
+            undo = [hook_on(module) for module in pipe.vae.modules()]
+        elif step == "off":
+            for off in undo:
+                off()
+        else:
+            report = patch_pipeline(pipe, only="vae")
+    assert relative_error(clip(pipe), before) <= 1e-5
+    assert {site.state for site in report.sites} == {"active"} and not report.fallbacks
+    report.restore()
+    assert np.array_equal(clip(pipe), before)
+
+
 def test_restore_under_a_wrapper_of_a_forward(pipe: StableVideoDiffusionPipeline) -> None:
     """As DeepCache wraps blocks: it calls what it found, and puts it back some day."""
     before = clip(pipe)
@@ -524,7 +542,7 @@ def test_patch_module_takes_a_bare_denoiser(pipe: StableVideoDiffusionPipeline) 
 def test_what_has_its_own_processor_or_hook_is_left_alone(pipe: StableVideoDiffusionPipeline) -> None:
     pipe.unet.mid_block.attentions[0].temporal_transformer_blocks[0].attn1.set_processor(AttnProcessor())
     resnet = pipe.unet.mid_block.resnets[0].spatial_res_block
-    resnet.forward = resnet.forward
+    hook_on(resnet)
     report = patch_pipeline(pipe)
     left = {(s.path, s.op): s.reason for s in report.sites if s.state == "left alone"}
     block = "unet.mid_block.attentions.0.temporal_transformer_blocks.0"

@@ -10,6 +10,7 @@ from block_checks import relative_error
 from coexistence.families import build
 from coexistence.feature import Subject, seeded
 from peft import LoraConfig
+from tiny_models import tiny_autoencoder_kl_cogvideox, tiny_autoencoder_kl_wan
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -50,6 +51,46 @@ def test_fake_tensors(family: str) -> None:
     subject.call = given
     assert fallback_reasons(report) == {NO_NUMBERS}
     assert relative_error(subject.noise(), expected) <= 1e-5, "nor does that stay"
+
+
+VAES = {"CogVideoX": tiny_autoencoder_kl_cogvideox, "Wan 2.1": tiny_autoencoder_kl_wan}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["fake", "meta"])
+@pytest.mark.parametrize("family", VAES)
+def test_a_vae_without_numbers(family: str, kind: str) -> None:
+    """Its decoder, and an encoder that has sites, look beyond the frames that they are given."""
+    vae, latents, clip = VAES[family](), torch.zeros(1, 4, 3, 2, 2), torch.zeros(1, 3, 5, 16, 16)
+
+    def coded(latents: Tensor, clip: Tensor) -> tuple[Tensor, Tensor]:
+        return vae.decode(latents, return_dict=False)[0], vae.encode(clip, return_dict=False)[0].parameters
+
+    shapes = [x.shape for x in coded(latents, clip)]
+    report = patch_module(vae)
+    if kind == "fake":
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            found = coded(mode.from_tensor(latents), mode.from_tensor(clip))
+    else:
+        vae.to("meta")
+        found = coded(latents.to("meta"), clip.to("meta"))
+    assert [x.shape for x in found] == shapes
+    assert NO_NUMBERS in fallback_reasons(report)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by PyTorch itself
+@pytest.mark.parametrize("family", VAES)
+def test_gradients_of_a_decode_taken_forwards(family: str) -> None:
+    vae, latents = VAES[family]().requires_grad_(False), torch.randn(1, 4, 3, 2, 2)
+
+    def derived() -> tuple[Tensor, Tensor]:
+        with sdpa_kernel(SDPBackend.MATH):
+            return torch.func.jvp(lambda x: vae.decode(x).sample, (latents,), (torch.ones_like(latents),))
+
+    expected = derived()
+    with patch_module(vae) as report:
+        assert all(map(torch.equal, derived(), expected))
+        assert fallback_reasons(report)
 
 
 class Noise(nn.Module):

@@ -216,6 +216,14 @@ def test_a_clip_goes_on_whatever_happens_on_the_way(event: str, vae: Autoencoder
     assert relative_error(torch.cat(pixels, dim=2), expected) <= EQUAL
 
 
+def test_a_forward_that_a_hook_has_kept_is_stocks_once_restored(vae: AutoencoderKLCogVideoX) -> None:
+    expected = decode(vae, draw())
+    with patch_module(vae):
+        kept = vae.decoder.forward
+    vae.decoder.forward = kept
+    assert torch.equal(decode(vae, draw()), expected)
+
+
 @pytest.mark.parametrize("op", ["whole_clip", "spatial_norm_silu", "conv_epilogue", "upsample_conv", "pixel_conv"])
 def test_every_site_can_be_off(op: str, vae: AutoencoderKLCogVideoX) -> None:
     expected, seen = decode(vae, draw()), []

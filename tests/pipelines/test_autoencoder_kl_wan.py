@@ -23,6 +23,7 @@ from vae_checks import (
     check_gradients,
     check_halves,
     decode,
+    host_is_full,
     out_of_memory_beyond,
     ran,
     reasons,
@@ -131,6 +132,15 @@ def test_out_of_memory_halves_the_chunk_and_goes_on(
         out_of_memory_beyond(monkeypatch, most)
         assert relative_error(decode(vae, draw(frames=7)), expected) <= EQUAL
         assert ran(report) == {f"{step} of 7 frames"}
+
+
+def test_a_host_out_of_memory_halves_the_chunk_too(vae: AutoencoderKLWan, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = decode(vae, draw(frames=7))
+    with patch_module(vae, self_check=False) as report:
+        out_of_memory_beyond(monkeypatch, 18, host_is_full)
+        for _ in range(2):
+            assert relative_error(decode(vae, draw(frames=7)), expected) <= EQUAL
+        assert ran(report) == {"4 of 7 frames"} and not report.fallbacks
 
 
 def test_what_memory_cannot_hold_at_all_is_explained(vae: AutoencoderKLWan, monkeypatch: pytest.MonkeyPatch) -> None:

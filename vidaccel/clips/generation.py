@@ -18,7 +18,7 @@ from vidaccel.clips.clip_request import RANDOM_SEED, ClipRequest, pipeline_names
 from vidaccel.clips.pixels import pinned_pixels
 from vidaccel.clips.video import fit_image, read_image
 from vidaccel.clips.video_model import VideoModel, parameters_of_call
-from vidaccel.environment import peak_memory_gib, reset_peak_memory
+from vidaccel.environment import memory_ran_out, peak_memory_gib, reset_peak_memory
 from vidaccel.errors import UsageError, first_line
 
 __all__ = ["Clip", "Timings", "call_arguments", "generate", "resolve"]
@@ -149,7 +149,7 @@ def generate(pipe: Any, arguments: dict[str, Any], seed: int, show_progress: boo
             frames = pipe(**arguments, generator=torch.Generator().manual_seed(seed), output_type="np").frames[0]
         clock.mark("end")
     except (ValueError, RuntimeError, MemoryError) as error:
-        if _memory_ran_out(error):
+        if memory_ran_out(error):
             raise UsageError(f"out of memory on {device}: ask for fewer frames or a smaller size") from error
         if clock.steps or not isinstance(error, ValueError):
             raise
@@ -157,11 +157,6 @@ def generate(pipe: Any, arguments: dict[str, Any], seed: int, show_progress: boo
     finally:
         del pipe.progress_bar
     return Clip(np.asarray(frames, np.float32), clock.timings(peak_memory_gib(device) or _peak_resident_gib()))
-
-
-def _memory_ran_out(error: Exception) -> bool:
-    """Of a GPU, or of a CPU, for which PyTorch has no error of its own."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 class _PhaseClock:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
 
+from vidaccel.environment import memory_ran_out
 from vidaccel.errors import first_line
 from vidaccel.kernels import settings
 from vidaccel.kernels.check import near, perturbing
@@ -54,6 +55,7 @@ __all__ = [
     "fused_way",
     "fuses",
     "going",
+    "looking_reason",
     "numberless_way",
     "original_of",
     "original_way",
@@ -289,6 +291,13 @@ def numberless_way(kind: type[Host], host: Any, sites: SiteGroup, args: tuple[An
     return original_way(kind, host, sites, args, kwargs)
 
 
+def looking_reason(host: Host, *tensors: Tensor) -> str | None:
+    """Why ``host`` may not look at the ``tensors`` of a call before it comes to :func:`call_site`, or None."""
+    if (memo := held()) is not None and memo.way is numberless_way:
+        return NO_NUMBERS
+    return _gradients_reason(host, tensors, {})
+
+
 def fused_way(kind: type[Host], host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A call of ``host`` by its fused forward where that serves it."""
     if unserved_reason(host, sites, args, kwargs):
@@ -389,7 +398,7 @@ def _heard(
     except BaseException as error:
         if checked:
             plan.seen.postponed()
-        if unsafe or isinstance(error, torch.OutOfMemoryError) or not isinstance(error, Exception):
+        if unsafe or memory_ran_out(error) or not isinstance(error, Exception):
             raise  # it may be the user's own, or an interrupt
         if capturing() or layout():
             raise  # the graph fails, not this block; or the other ranks wait for what it was to send
@@ -425,7 +434,10 @@ def _problem_between_ops(
         # It may be the original that is wrong, or both: a norm of a near constant, or of next to nothing, is roundings.
         gold, moved = (original_of(kind, host, change, args, kwargs) for change in (_double, perturbing()))
         return next(filter(None, map(near, found, expected, gold, moved)), None)
-    except torch.OutOfMemoryError:  # for the check alone: the call itself may have what it needs
+    except RuntimeError as error:
+        if not memory_ran_out(error):
+            raise
+        # for the check alone: the call itself may have what it needs
         logger.warning("%s: not checked against the original block: out of memory", sites.paths)
         return None
 

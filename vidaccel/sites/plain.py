@@ -25,6 +25,7 @@ from vidaccel.sites.memo import once_per_call
 __all__ = [
     "fingerprint",
     "foreign_reason",
+    "has_own_forward",
     "hook_reason",
     "hooks_on_all",
     "method_reason",
@@ -71,13 +72,22 @@ def _name_beside(expected: type, kind: type) -> str:
 def hook_reason(module: nn.Module) -> str | None:
     """What was hung on this very instance so that only a call of it runs that, or None."""
     name, own = stock_class(module).__name__, vars(module)
-    if "forward" in own or "_hf_hook" in own:
+    if has_own_forward(module) or "_hf_hook" in own:
         return f"a hook replaced the forward of a {name} (offload, casting or cache)"
     if reason := method_reason(module):
         return reason
     if module._forward_hooks or module._forward_pre_hooks:
         return f"a {name} has forward hooks, which only a call of it runs"
     return None
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether this very instance has another forward than its class, which hooks that are taken off leave there."""
+    if "forward" not in vars(module):
+        return False
+    forward = vars(module)["forward"]
+    of_classes = [getattr(kind, "forward", None) for kind in (type(module), stock_class(module))]
+    return getattr(forward, "__self__", None) is not module or forward.__func__ not in of_classes
 
 
 def method_reason(module: nn.Module) -> str | None:
@@ -161,8 +171,9 @@ def order_reason(module: nn.Module) -> str | None:
     for part in module.modules():
         if part is module:
             continue
-        kind, own = stock_class(part), vars(part)
-        if part._forward_hooks or part._forward_pre_hooks or ("forward" in own and not own.keys() & _MOVES_OR_CASTS):
+        kind = stock_class(part)
+        replaced = has_own_forward(part) and not vars(part).keys() & _MOVES_OR_CASTS
+        if part._forward_hooks or part._forward_pre_hooks or replaced:
             return f"somebody looks at the rows of a {kind.__name__}, which have another order in the fused block"
         if not isinstance(part, nn.Linear) and not f"{kind.__module__}.".startswith((*_LIBRARIES, "peft.")):
             return f"a {kind.__name__}, which is not of PyTorch or diffusers, may tell rows apart"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vidaccel.sites.block import SITES, FusedBlock
 from vidaccel.sites.memo import plans_changed
-from vidaccel.sites.plain import hook_reason, replaced_reason, stock_class
+from vidaccel.sites.plain import has_own_forward, hook_reason, replaced_reason, stock_class
 from vidaccel.sites.site import Fidelity, Site, SiteGroup
 
 __all__ = ["ChannelsLastWeights", "Patch", "Rule", "Swap", "patches_of"]
@@ -138,6 +138,7 @@ class Swap(Rule):
     def apply(self, module: Any, sites: list[Site], checks: bool) -> SiteGroup:
         group = SiteGroup(sites, checks)
         setattr(module, SITES, group)
+        _drop_left_forward(module)
         _replace_class(module, self.fused.original, self.fused)
         return group
 
@@ -148,9 +149,16 @@ class Swap(Rule):
         return f"its class is {type(module).__name__} now"
 
     def undo(self, module: Any, memo: SiteGroup) -> None:
+        _drop_left_forward(module)
         _replace_class(module, self.fused, self.fused.original)
         if vars(module).get(SITES) is memo:
             delattr(module, SITES)
+
+
+def _drop_left_forward(module: nn.Module) -> None:
+    """Take away the forward of its class that a hook has left on a module: it would hide that of its next class."""
+    if not has_own_forward(module):
+        vars(module).pop("forward", None)
 
 
 def _replace_class(module: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import resource
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -16,13 +17,14 @@ from diffusers.models.autoencoders.vae import Decoder
 from kernel_checks import planted
 from tiny_models import tiny_autoencoder_kl, tiny_svd_pipeline
 from torch import Tensor, nn
+from vae_checks import host_is_full
 
-from vidaccel import patch_module
+from vidaccel import environment, patch_module
 from vidaccel.blocks.unet.normalization import FusedGroupNorm
 from vidaccel.blocks.unet.resnet import FusedResnetBlock2D
 from vidaccel.blocks.unet.upsampling import FusedUpsample2D
 from vidaccel.blocks.vae import vae as blocks
-from vidaccel.blocks.vae.vae import FusedDecoder, FusedTemporalDecoder, decode_bytes, frames_that_fit
+from vidaccel.blocks.vae.vae import FusedDecoder, FusedTemporalDecoder, decode_bytes, frames_that_fit, usable_bytes
 from vidaccel.kernels.conv.conv_epilogue import CONV_EPILOGUE_AND_STATISTICS
 from vidaccel.kernels.conv.upsample_conv import UPSAMPLE_CONV_AND_STATISTICS
 from vidaccel.kernels.op import REFERENCE, Op
@@ -254,16 +256,49 @@ def test_out_of_memory_lets_the_attempt_go(full_gpu: Callable[[nn.Module, float]
 
 
 @VAES
-def test_out_of_memory_is_explained_where_there_is_no_cuda(make: Callable[[], nn.Module], decode: Any) -> None:
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, host_is_full], ids=["gpu", "host"])
+def test_out_of_memory_is_explained_where_there_is_no_cuda(
+    error: Callable[[str], Exception], make: Callable[[], nn.Module], decode: Any
+) -> None:
     vae = make()
 
     def raise_error(*args: object) -> None:
-        raise torch.OutOfMemoryError("no memory is left")
+        raise error("no memory is left")
 
     vae.decoder.conv_out.forward = raise_error
     patch_module(vae, only="decode_memory")
     with pytest.raises(torch.OutOfMemoryError, match="out of memory while decoding 2 frames"):
         decode(vae, latents())
+
+
+OF_THE_HOST = {"/proc/meminfo": f"MemFree:  {GIB // 1024} kB\nMemAvailable:  {12 * GIB // 1024} kB\n"}
+CONTAINER = {
+    "/sys/fs/cgroup/memory.max": f"{8 * GIB}\n",
+    "/sys/fs/cgroup/memory.current": f"{6 * GIB}\n",
+    "/sys/fs/cgroup/memory.stat": f"anon 1\ninactive_file {3 * GIB}\n",
+}
+OLD_CONTAINER = {
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes": f"{8 * GIB}\n",
+    "/sys/fs/cgroup/memory/memory.usage_in_bytes": f"{6 * GIB}\n",
+    "/sys/fs/cgroup/memory/memory.stat": f"inactive_file 1\ntotal_inactive_file {GIB}\n",
+}
+UNLIMITED = CONTAINER | {"/sys/fs/cgroup/memory.max": "max\n"}
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [({}, 12), (CONTAINER, 5), (OLD_CONTAINER, 3), (UNLIMITED, 12)],
+    ids=["host", "container", "old-container", "unlimited"],
+)
+def test_free_memory_of_a_host(files: dict[str, str], free: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "_text_of", lambda path: (OF_THE_HOST | files).get(path, ""))
+    assert usable_bytes(torch.device("cpu")) == free * GIB
+
+
+def test_free_memory_of_a_process_that_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (2**50, resource.RLIM_INFINITY))
+    monkeypatch.setattr(resource, "getpagesize", lambda: 2**50)
+    assert usable_bytes(torch.device("cpu")) < 0
 
 
 @pytest.mark.parametrize(("free", "fit"), [(10 * GIB, 4), (3 * GIB, 1), (GIB, 0), (-GIB, 0)])

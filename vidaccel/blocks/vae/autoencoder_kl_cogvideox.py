@@ -62,7 +62,7 @@ from vidaccel.kernels.norm.spatial_norm_silu import spatial_norm_silu, spatial_n
 from vidaccel.kernels.op import runs_triton
 from vidaccel.parallel.layout import LatentFrames, latent_frames
 from vidaccel.parallel.ranks import Agreement, Ranks
-from vidaccel.sites.block import FusedBlock, call_site, cut_corner, fuses
+from vidaccel.sites.block import SITES, FusedBlock, call_site, cut_corner, fuses, looking_reason
 from vidaccel.sites.plain import plain_reason
 
 __all__ = ["FusedCogVideoXDecoder3D", "decode_bytes"]
@@ -184,7 +184,8 @@ class FusedCogVideoXDecoder3D(FusedBlock, CogVideoXDecoder3D):
         self, sample: Tensor, temb: Tensor | None = None, conv_cache: dict[str, Tensor] | None = None
     ) -> Tensor:  # fmt: skip
         cache: Any = conv_cache
-        if torch.compiler.is_compiling() or temb is not None or sample.ndim != 5:
+        restored = not hasattr(self, SITES)  # and somebody has kept this forward
+        if torch.compiler.is_compiling() or restored or temb is not None or sample.ndim != 5:
             return CogVideoXDecoder3D.forward(self, sample, temb, cache)
         if isinstance(cache, _Ahead):
             if cache.expects(sample):
@@ -202,12 +203,9 @@ class FusedCogVideoXDecoder3D(FusedBlock, CogVideoXDecoder3D):
         return ahead.take()  # type: ignore[return-value]
 
     def _may_look_ahead(self, sample: Tensor) -> bool:
-        recorded = torch.is_grad_enabled() and (
-            sample.requires_grad or any(weight.requires_grad for weight in self.parameters())
-        )
         return (
             self.runs("whole_clip")
-            and not recorded
+            and not looking_reason(self, sample)
             and not self.left_alone_reason(self)
             and not self.call_reason(sample, (), None)
         )

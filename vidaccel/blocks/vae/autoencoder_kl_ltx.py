@@ -35,6 +35,7 @@ from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
 from vidaccel.blocks.vae.causal_clip import Sum, clip_of, conv_rows, dropout_reason, free_bytes, structure_reason
+from vidaccel.environment import memory_ran_out
 from vidaccel.kernels.conv.padded_clip import Padding, pad_clip
 from vidaccel.kernels.conv.pixel_shuffle import pixel_shuffle, pixel_shuffle_ref
 from vidaccel.kernels.norm.rms_norm_silu import rms_norm_silu, rms_norm_silu_ref
@@ -107,7 +108,9 @@ class _RowsCoder(FusedBlock):
         note("channels_last", "torch")
         try:
             return run(x, *args)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not memory_ran_out(error):
+                raise
             traceback.clear_frames(error.__traceback__)  # they hold every tensor of the attempt
             raise torch.OutOfMemoryError(_out_of_memory(what, needed, x)) from error
 

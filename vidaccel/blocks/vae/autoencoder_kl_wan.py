@@ -57,7 +57,7 @@ from vidaccel.blocks.vae.wan_structure import (
 from vidaccel.kernels.norm.rms_norm_silu import compile_ahead
 from vidaccel.parallel.layout import PixelRows
 from vidaccel.parallel.ranks import Agreement, Ranks
-from vidaccel.sites.block import CORNER, GRADIENTS, SITES, FusedBlock, call_site, cut_corner, fuses
+from vidaccel.sites.block import CORNER, SITES, FusedBlock, call_site, cut_corner, fuses, looking_reason
 from vidaccel.sites.plain import plain_reason
 from vidaccel.sites.site import SiteGroup
 
@@ -488,8 +488,7 @@ class FusedWanPostQuantConv(FusedBlock, WanCausalConv3d):
         if not sites.runs("whole_tiles") or plain_reason(self, WanCausalConv3d):
             return False
         sites.sites["whole_tiles"].implementations.add("torch")
-        recorded = torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in self.parameters()))
-        return not recorded and self.left_alone_reason(self) is None
+        return looking_reason(self, x) is None and self.left_alone_reason(self) is None
 
 
 def _frames_to_come(x: Tensor) -> Tensor | None:
@@ -527,9 +526,7 @@ def _first_call_reason(coder: FusedBlock, x: Tensor, feat_cache: Any, first_chun
         return "it goes on where stock has begun"
     if x.ndim != 5 or x.shape[2] != 1:
         return "the first call for a clip is not for one frame"
-    if torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in coder.parameters())):
-        return GRADIENTS
-    return coder.left_alone_reason(coder)
+    return looking_reason(coder, x) or coder.left_alone_reason(coder)
 
 
 def _clip_reason(coder: Any, clip: Tensor) -> str | None:

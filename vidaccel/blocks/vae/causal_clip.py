@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from vidaccel.blocks.pixel_rows import convolve_rows
 from vidaccel.blocks.vae.vae import usable_bytes
+from vidaccel.environment import memory_ran_out
 from vidaccel.kernels.conv.channels_last_weight import channels_last_weight
 from vidaccel.kernels.conv.clip_conv import clip_conv
 from vidaccel.kernels.conv.conv_epilogue import (
@@ -226,7 +227,9 @@ def decode_in_chunks(
         end = min(at + step, frames)
         try:
             decode(at, end)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not memory_ran_out(error):
+                raise
             traceback.clear_frames(error.__traceback__)  # they hold every tensor of the attempt
             if end - at == 1 or over is not None:
                 raise torch.OutOfMemoryError(explain(needs(1), max(free_bytes(device), 0))) from error

@@ -9,7 +9,6 @@ that runs out of memory nevertheless says how many frames would have fitted.
 
 from __future__ import annotations
 
-import os
 import traceback
 from collections.abc import Iterator
 from functools import partial
@@ -29,6 +28,7 @@ from vidaccel.blocks.unet.frames import convolve_frames
 from vidaccel.blocks.unet.normalization import FusedGroupNorm, group_norm_module
 from vidaccel.blocks.unet.resnet import FusedResnetBlock2D, FusedSpatioTemporalResBlock
 from vidaccel.blocks.unet.upsampling import FusedUpsample2D
+from vidaccel.environment import free_host_bytes, memory_ran_out
 from vidaccel.kernels.norm.channel_statistics import ChannelStatistics
 from vidaccel.kernels.op import runs_triton
 from vidaccel.parallel.layout import PixelRows, pixel_rows, spread
@@ -63,7 +63,9 @@ class _Decoder(FusedBlock):
         held = torch.cuda.memory_allocated(sample.device) if sample.is_cuda else 0
         try:
             return run(sample, *args)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not memory_ran_out(error):
+                raise
             traceback.clear_frames(error.__traceback__)  # they hold every tensor of the attempt
             raise torch.OutOfMemoryError(self._explain(sample, held)) from error
 
@@ -260,7 +262,7 @@ def _channels_in_resnet(resnet: ResnetBlock2D | SpatioTemporalResBlock) -> int:
 def usable_bytes(device: torch.device) -> int:
     """What this process may allocate on ``device``, counting what it has allocated, if that is a GPU of CUDA's."""
     if device.type != "cuda":
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return free_host_bytes()
     driver_free, total = torch.cuda.mem_get_info(device)
     limit = int(torch.cuda.get_per_process_memory_fraction(device) * total)
     return min(driver_free + torch.cuda.memory_reserved(device), limit)
