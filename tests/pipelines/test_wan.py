@@ -143,6 +143,19 @@ def test_image_to_video_without_an_image_encoder() -> None:
     assert {site.path.split(".")[0] for site in report.sites} == {"transformer", "transformer_2", "vae"}
 
 
+@pytest.mark.parametrize("shared", ["the model", "a block"])
+def test_experts_that_share(shared: str) -> None:
+    """A pipeline with one model for both levels of noise, or with experts that differ in some blocks alone."""
+    pipe, arguments = tiny_synthetic_pipeline("wan2.2-t2v-a14b")
+    if shared == "the model":
+        pipe.register_modules(transformer_2=pipe.transformer)
+    else:
+        pipe.transformer_2.blocks[0] = pipe.transformer.blocks[0]
+    report = check_clip(pipe, arguments, reorders_sums=False)
+    of_block = [site.op for site in report.sites if site.path.endswith(".blocks.0")]
+    assert sorted(of_block) == sorted(OPS)
+
+
 def test_video_to_video() -> None:
     pipe, arguments = tiny_relative("wan2.1-t2v-1.3b", WanVideoToVideoPipeline)
     del arguments["num_frames"]
