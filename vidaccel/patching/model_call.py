@@ -123,7 +123,8 @@ class ModelCall:
 def _have_no_numbers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether blocks cannot ask what is in the tensors of a call, or the answer would be kept for all later calls."""
     tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-    return torch.jit.is_tracing() or any(x.is_meta or isinstance(x, FakeTensor) for x in tensors)
+    of_passing = torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None
+    return of_passing or any(x.is_meta or isinstance(x, FakeTensor) for x in tensors)
 
 
 def wrap_call(model: nn.Module, allow: Fidelity) -> ModelCall | None:

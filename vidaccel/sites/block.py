@@ -72,7 +72,7 @@ FIRST_RECHECK, RECHECK_SPREAD, RECHECK_GROWTH = 32, 128, 4
 MOST_SEEN = 1024  # kinds of calls that a block remembers
 GRADIENTS = "gradients are being recorded (fused sites serve inference only: use torch.no_grad())"
 FORWARD_GRADIENTS = "gradients are being taken forwards (torch.func.jvp), and fused sites serve inference only"
-NO_NUMBERS = "its tensors have no numbers to go by (meta device, FakeTensorMode, torch.jit.trace)"
+NO_NUMBERS = "its tensors have no numbers to go by (meta device, FakeTensorMode, torch.jit.trace, torch.func)"
 
 Block = TypeVar("Block", bound="type[FusedBlock]")
 Result = TypeVar("Result")
