@@ -359,6 +359,16 @@ def test_without_a_norm_before_the_cross_attention(name: str) -> None:
     check_hooks(model, call, "norm2")
 
 
+@pytest.mark.parametrize("norm", ["norm1", "norm3"])
+@pytest.mark.parametrize("name", ["t2v", "vace"])
+def test_a_norm_that_somebody_has_taken_away(name: str, norm: str) -> None:
+    model = MODELS[name]()
+    setattr(model.blocks[0], norm, torch.nn.Identity())
+    if name == "vace":
+        setattr(model.vace_blocks[0], norm, torch.nn.Identity())
+    assert fallback_reasons(check_same(model, call)) == {"a FP32LayerNorm was replaced by Identity"}
+
+
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # stock's norms
 def test_autocast_goes_the_original_way() -> None:
     model = MODELS["t2v"]()
