@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -395,6 +396,21 @@ def test_a_mask_that_stays(name: str, mask: list[float], reason: str) -> None:
         assert relative_error(out, expected) <= 1e-5
         assert fallbacks_of(report, "padded_text") == {reason}
         assert {site.op for site in report.sites if site.fallbacks} == {"padded_text"}
+
+
+@pytest.mark.parametrize("name", ["ltx", "ltx2.3"])
+@pytest.mark.parametrize("cut", [(slice(None), slice(4)), (slice(1),)], ids=["fewer tokens", "fewer samples"])
+def test_a_mask_of_another_text_raises_what_stock_raises(name: str, cut: tuple[slice, ...]) -> None:
+    """Also where a hook is below, so that no check would run the original block."""
+    model = build(name)
+    options = {"encoder_attention_mask": arguments(model)["encoder_attention_mask"][cut]}
+    for path, layer in model.named_modules():
+        if path.endswith("to_v"):
+            layer.register_forward_hook(lambda *args: None)
+    with pytest.raises(RuntimeError) as expected:
+        run(model, **options)
+    with patched(model), pytest.raises(RuntimeError, match=re.escape(str(expected.value))):
+        run(model, **options)
 
 
 @pytest.mark.parametrize("name", THREE)
