@@ -41,6 +41,7 @@ from family_checks import check_clip, check_compiled, check_kernels
 from PIL import Image
 from tiny_models import tiny_synthetic_pipeline
 from torch import Tensor, nn
+from transformer_checks import TELLING_ROWS_APART, check_changed, telling_rows_apart
 
 from vidaccel import patch_module, patch_pipeline
 from vidaccel.bench.synthetic import specification
@@ -537,6 +538,14 @@ def test_a_changed_model(name: str, change: Callable[[Any], None], first: str) -
         assert relative_error(run(model), expected) <= 1e-5
         assert relative_error(run(model), expected) <= 1e-5
     assert relative_error(run(build(name)), expected) > 1e-3  # the change shows
+
+
+@pytest.mark.parametrize("name", ["ltx", "ltx2.3"])
+@pytest.mark.parametrize("way", TELLING_ROWS_APART)
+def test_an_embedding_of_timesteps_that_tells_tokens_apart(name: str, way: Callable[[nn.Module], None]) -> None:
+    change = telling_rows_apart(way, "time_embed.emb.timestep_embedder.linear_1", "time_embed.linear")
+    call = functools.partial(run, timesteps="of an image and a video")
+    check_changed(functools.partial(build, name), call, change, "patched first")
 
 
 def test_the_rest_of_a_block_with_a_foreign_attention_is_fused() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,7 +21,9 @@ from family_checks import check_clip, check_compiled, check_kernels
 from tiny_models import tiny_relative, tiny_synthetic_pipeline, tiny_video
 from torch import Tensor
 from transformer_checks import (
+    TELLING_ROWS_APART,
     check_attention_backend,
+    check_changed,
     check_corner,
     check_each_op_off,
     check_error_in_bfloat16,
@@ -28,6 +32,7 @@ from transformer_checks import (
     check_lora,
     check_same,
     fallback_reasons,
+    telling_rows_apart,
     tiny_transformer,
 )
 
@@ -323,7 +328,13 @@ MANY = torch.arange(2 * MOST_ROWS)[None] * 7.0
 def test_timesteps_of_tokens(timestep: Tensor, size: tuple[int, int, int], rows: int | None) -> None:
     model = transformer("wan2.2-ti2v-5b")
     embedded: list[int] = []
-    model.condition_embedder.time_proj.register_forward_hook(lambda module, args, out: embedded.append(out.shape[1]))
+
+    class Counting(torch.nn.Linear):  # a layer of a library, which treats all rows alike; a hook may not
+        def forward(self, input: Tensor) -> Tensor:
+            embedded.append(input.shape[1])
+            return super().forward(input)
+
+    model.condition_embedder.time_proj.__class__ = Counting
     report = check_same(model, lambda model: call(model, size=size, batch=len(timestep), timestep=timestep))
     assert not report.fallbacks
     stock, *_, patched, _ = embedded
@@ -340,6 +351,12 @@ def test_timesteps_of_tokens_where_the_embedding_is_not_patched() -> None:
     with patch_module(model) as report:
         next(site for site in report.sites if site.op == "modulation_rows").on = False
         assert relative_error(call_two(model), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("way", TELLING_ROWS_APART)
+def test_an_embedding_of_timesteps_that_tells_tokens_apart(way: Callable[[torch.nn.Module], None]) -> None:
+    change = telling_rows_apart(way, "time_embedder.linear_1", "time_proj")
+    check_changed(MODELS["ti2v"], partial(call, timestep=first_frame()), change, "patched first")
 
 
 def test_rotary_table_in_half_precision() -> None:

@@ -34,7 +34,7 @@ from vidaccel.patching.parallel import ParallelCall, is_looked_at
 from vidaccel.patching.premises import CALL_SLOT, Premises
 from vidaccel.sites.block import numberless_way
 from vidaccel.sites.memo import Memo, generation, holding, preparations, watched
-from vidaccel.sites.plain import hooks_on_all
+from vidaccel.sites.plain import hooks_on_all, sees_rows
 
 __all__ = ["DecodeCall", "ModelCall", "uncompiled", "unwrap_call", "wrap_call", "wrap_decode"]
 
@@ -114,9 +114,7 @@ class ModelCall:
         self._memo.clear()
         self._premises, self._settings = Premises(model), settings
         layers = (layer for layer in model.modules() if layer is not model)
-        self._memo.hooked = bool(hooks_on_all()) or any(
-            layer._forward_hooks or layer._forward_pre_hooks for layer in layers
-        )
+        self._memo.hooked = bool(hooks_on_all()) or any(map(sees_rows, layers))
         self._looked_at = is_looked_at(model)
 
 

@@ -34,12 +34,13 @@ __all__ = [
     "readable_reason",
     "replaced_attention_reason",
     "replaced_reason",
+    "sees_rows",
     "stock_class",
     "subtree_reason",
 ]
 
 _LIBRARIES = ("torch.nn.", "diffusers.", "vidaccel.")
-_MOVES_OR_CASTS = frozenset(["_hf_hook", "_diffusers_hook"])  # of an instance whose forward was replaced for that
+_HOOKS = frozenset(["_hf_hook", "_diffusers_hook"])  # where libraries keep those that replaced an instance's forward
 # Of torch.nn, what draws random numbers or changes its buffers in training mode.
 _STATEFUL = (_DropoutNd, _NormBase, _SpectralNorm, nn.RReLU)
 
@@ -161,12 +162,31 @@ def order_reason(module: nn.Module) -> str | None:
     for part in module.modules():
         if part is module:
             continue
-        kind, own = stock_class(part), vars(part)
-        if part._forward_hooks or part._forward_pre_hooks or ("forward" in own and not own.keys() & _MOVES_OR_CASTS):
+        kind = stock_class(part)
+        if sees_rows(part):
             return f"somebody looks at the rows of a {kind.__name__}, which have another order in the fused block"
         if not isinstance(part, nn.Linear) and not f"{kind.__module__}.".startswith((*_LIBRARIES, "peft.")):
             return f"a {kind.__name__}, which is not of PyTorch or diffusers, may tell rows apart"
     return None
+
+
+def sees_rows(module: nn.Module) -> bool:
+    """Whether a call of this very module runs somebody's code that may tell its rows apart."""
+    own = vars(module)
+    if module._forward_hooks or module._forward_pre_hooks or ("forward" in own and not own.keys() & _HOOKS):
+        return True
+    offload, registry = own.get("_hf_hook"), own.get("_diffusers_hook")
+    hooks = [*getattr(offload, "hooks", [offload]), *getattr(registry, "hooks", {}).values()]
+    return not all(map(_treats_rows_alike, hooks))
+
+
+def _treats_rows_alike(hook: Any) -> bool:
+    """Whether it moves, casts or skips all rows; guidance changes some, and dropout draws a number for each."""
+    if hook is None:
+        return True
+    of_a_library = type(hook).__module__.startswith(("accelerate.", "diffusers."))
+    guides = type(hook).__name__ == "SmoothedEnergyGuidanceHook"
+    return of_a_library and not guides and getattr(hook, "dropout", 1.0) == 1.0
 
 
 @once_per_call

@@ -48,6 +48,7 @@ from vidaccel.kernels.norm.gated_residual_norm import (
 from vidaccel.kernels.op import REFERENCE, note
 from vidaccel.parallel.layout import own_tokens
 from vidaccel.sites.block import CORNER_ROWS, MOST_WHOLE, FusedBlock, call_site, fuses
+from vidaccel.sites.plain import order_reason
 from vidaccel.sites.site import Fidelity
 
 __all__ = [
@@ -314,6 +315,9 @@ class FusedWanTimeTextImageEmbedding(FusedBlock, WanTimeTextImageEmbedding):
             FusedWanTimeTextImageEmbedding,
             self, timestep, encoder_hidden_states, encoder_hidden_states_image, timestep_seq_len,
         )  # fmt: skip
+
+    def call_reason(self, timestep: Tensor, context: Tensor, image: Any, tokens: int | None) -> str | None:
+        return None if tokens is None else order_reason(self)
 
     def corner(self, args: Any, kwargs: Any) -> Any:
         timestep, context, image, tokens = args
