@@ -132,6 +132,23 @@ def test_transformed_calls(family: str, transformed: Callable[..., tuple[Tensor,
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_a_forward_that_is_called_as_such_is_transformed() -> None:
+    """As PEFT's wrapper of a model calls it."""
+    subject = build("LTX")
+    _, kwargs = subject.call
+
+    def noise(mask: Tensor) -> Tensor:
+        out: Tensor = subject.denoiser.forward(**kwargs | {"encoder_attention_mask": mask, "return_dict": False})[0]
+        return out
+
+    expected = by_vmap(noise, mask := kwargs["encoder_attention_mask"], torch.ones_like(mask))
+    with patch_module(subject.denoiser) as report:
+        assert all(map(torch.equal, by_vmap(noise, mask, torch.ones_like(mask)), expected))
+        assert fallback_reasons(report) == {NO_NUMBERS}
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(
     ("family", "one"),
     [("EasyAnimate", "encoder_hidden_states"), ("LTX-2", "audio_hidden_states"), ("Mochi", "hidden_states")],

@@ -254,6 +254,11 @@ def test_layers_that_tell_rows_apart(way: Callable[[nn.Module], None], given: bo
     check_changed(build, partial(call, batch=2, given=given), change, "patched first")
 
 
+def test_an_embedding_of_timesteps_that_tells_tokens_apart() -> None:
+    change = telling_rows_apart(TELLING_ROWS_APART[0], "t_embedder.linear_2")
+    check_changed(build, call, change, "patched first")
+
+
 def test_a_mask_of_the_text() -> None:
     model, mask = build(), torch.arange(5)[None] < 3
     report = check_same(model, lambda model: call(model, attention_mask=mask))

@@ -392,6 +392,17 @@ def test_layers_that_tell_rows_apart_find_the_padding(name: str, way: Callable[[
     check_changed(functools.partial(build, name), run, change, "patched first")
 
 
+@torch.no_grad()
+def test_layers_that_tell_rows_apart_where_a_forward_is_called_as_such() -> None:
+    """As PEFT's wrapper of a model does."""
+    change = telling_rows_apart(TELLING_ROWS_APART[0], "proj_mlp", "ff_context.net.2")
+
+    def call(model: Any) -> Tensor:
+        return model.forward(**arguments(model), return_dict=False)[0]  # type: ignore[no-any-return]
+
+    check_changed(functools.partial(build, "1.0"), call, change, "patched first")
+
+
 def first_block_cache(model: Any) -> None:
     model.enable_cache(FirstBlockCacheConfig(threshold=0.5))
 

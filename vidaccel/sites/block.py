@@ -26,6 +26,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -41,6 +42,7 @@ from vidaccel.sites.plain import (
     plain_reason,
     random_reason,
     replaced_reason,
+    rows_are_seen,
     subtree_reason,
 )
 from vidaccel.sites.site import Fidelity, SiteGroup
@@ -54,6 +56,7 @@ __all__ = [
     "fused_way",
     "fuses",
     "going",
+    "have_no_numbers",
     "numberless_way",
     "original_of",
     "original_way",
@@ -250,7 +253,7 @@ def _call_site(kind: type[Host], host: Any, *args: Any, **kwargs: Any) -> Any:
         return kind.original_forward(host, *args, **kwargs) if reason else host.fused_forward(*args, **kwargs)
     memo = held()
     if memo is None:
-        with holding(Memo()):
+        with holding(_memo_of_one_call(host, args, kwargs)):
             return _call_site(kind, host, *args, **kwargs)
     if memo.way:
         return memo.way(kind, host, sites, args, kwargs)
@@ -276,6 +279,21 @@ def _call_site(kind: type[Host], host: Any, *args: Any, **kwargs: Any) -> Any:
     for op, reason in plan.fallbacks:
         sites.count(reason, op)
     return host.fused_forward(*args, **kwargs)
+
+
+def _memo_of_one_call(host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Memo:
+    """For a block that is called by itself, or by the forward of a model that is (PEFT's wrapper does so)."""
+    memo = Memo()
+    memo.hooked = rows_are_seen(*host.module_of(args).modules())
+    memo.way = numberless_way if have_no_numbers(args, kwargs) else None
+    return memo
+
+
+def have_no_numbers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether blocks cannot ask what is in the tensors of a call, or the answer would be kept for all later calls."""
+    of_passing = torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None
+    tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+    return of_passing or any(x.is_meta or isinstance(x, FakeTensor) for x in tensors)
 
 
 def original_way(kind: type[Host], host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -34,7 +34,7 @@ __all__ = [
     "readable_reason",
     "replaced_attention_reason",
     "replaced_reason",
-    "sees_rows",
+    "rows_are_seen",
     "stock_class",
     "subtree_reason",
 ]
@@ -163,15 +163,19 @@ def order_reason(module: nn.Module) -> str | None:
         if part is module:
             continue
         kind = stock_class(part)
-        if sees_rows(part):
+        if _sees_rows(part):
             return f"somebody looks at the rows of a {kind.__name__}, which have another order in the fused block"
         if not isinstance(part, nn.Linear) and not f"{kind.__module__}.".startswith((*_LIBRARIES, "peft.")):
             return f"a {kind.__name__}, which is not of PyTorch or diffusers, may tell rows apart"
     return None
 
 
-def sees_rows(module: nn.Module) -> bool:
-    """Whether a call of this very module runs somebody's code that may tell its rows apart."""
+def rows_are_seen(*modules: nn.Module) -> bool:
+    """Whether calls of these very modules run somebody's code that may tell rows apart."""
+    return bool(hooks_on_all()) or any(map(_sees_rows, modules))
+
+
+def _sees_rows(module: nn.Module) -> bool:
     own = vars(module)
     if module._forward_hooks or module._forward_pre_hooks or ("forward" in own and not own.keys() & _HOOKS):
         return True

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from vidaccel.blocks.dit.attention import attend, attend_to_all, attention_reason, parameters_reason, project
 from vidaccel.blocks.dit.gated_residual import GatedResidualBlock, norm_heads
 from vidaccel.blocks.dit.modulation_rows import own_rows, stretches_of
+from vidaccel.blocks.dit.padded_text import layers_are_hooked
 from vidaccel.kernels.attention.qk_norm_rope import HeadNorm, Rope, qk_norm_rope
 from vidaccel.kernels.op import REFERENCE, note
 from vidaccel.parallel.layout import own_tokens
@@ -162,11 +163,16 @@ class FusedCosmosTransformerBlock(GatedResidualBlock, CosmosTransformerBlock):
     def _timesteps(self, embedded: Tensor, added: Tensor | None) -> _Timesteps:
         if embedded.ndim == 2 or not self.runs("modulation_rows"):
             return _Timesteps(embedded, added, None)
-        for norm in (self.norm1, self.norm2, self.norm3):
-            if reason := order_reason(norm):
-                note("modulation_rows", REFERENCE, reason)
-                return _Timesteps(embedded, added, None)
+        if reason := self._order_reason():
+            note("modulation_rows", REFERENCE, reason)
+            return _Timesteps(embedded, added, None)
         return once_in_call("distinct timesteps", embedded, lambda: _distinct(embedded, added))
+
+    def _order_reason(self) -> str | None:
+        """Why tokens with the same embedding may be modulated in other ways, or None."""
+        if layers_are_hooked():
+            return "a layer has forward hooks, or a forward of its own, which may tell rows apart"
+        return next(filter(None, map(order_reason, (self.norm1, self.norm2, self.norm3))), None)
 
     def _self_attention(self, x: Tensor, rotary: Rotary | None) -> Tensor:
         attn = self.attn1
