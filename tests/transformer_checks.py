@@ -10,6 +10,7 @@ import diffusers
 import torch
 from block_checks import all_fused, frozen, relative_error, tensor_of
 from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.attention_dispatch import attention_backend
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from vidaccel.sites.block import FusedBlock
 __all__ = [
     "CACHES",
     "ORDERS",
+    "TELLING_ROWS_APART",
     "Shifted",
     "check_attention_backend",
     "check_cache",
@@ -37,6 +39,7 @@ __all__ = [
     "check_lora",
     "check_same",
     "fallback_reasons",
+    "telling_rows_apart",
     "tiny_transformer",
 ]
 
@@ -165,6 +168,46 @@ def check_changed(build: Callable[[], Any], call: Call, change: Callable[[Any], 
         for _ in range(2):
             assert relative_error(call(model), expected) <= 1e-5
     assert relative_error(call(build()), expected) > 1e-3
+
+
+def _by_place(out: Any) -> Any:
+    """Every row of a layer's output times another number."""
+    if not isinstance(out, Tensor):
+        return out
+    rows = min(out.ndim - 2, 1)
+    return out * torch.linspace(0.5, 1.5, out.shape[rows]).view(-1, *[1] * (out.ndim - rows - 1))
+
+
+class _ByPlace(ModelHook):
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        return _by_place(output)
+
+
+def _by_forward_hook(layer: nn.Module) -> None:
+    layer.register_forward_hook(lambda module, args, out: _by_place(out))
+
+
+def _by_hook_of_diffusers(layer: nn.Module) -> None:
+    HookRegistry.check_if_exists_or_initialize(layer).register_hook(_ByPlace(), "by place")
+
+
+def _by_own_forward(layer: nn.Module) -> None:
+    forward = layer.forward
+    layer.forward = lambda *args, **kwargs: _by_place(forward(*args, **kwargs))
+
+
+TELLING_ROWS_APART = [_by_forward_hook, _by_hook_of_diffusers, _by_own_forward]
+
+
+def telling_rows_apart(way: Callable[[nn.Module], None], *names: str) -> Callable[[Any], None]:
+    """A change for :func:`check_changed`: each child of these names treats every row in a way of its own."""
+
+    def change(model: Any) -> None:
+        for path, layer in model.named_modules():
+            if path.endswith(names):
+                way(layer)
+
+    return change
 
 
 CACHES = {

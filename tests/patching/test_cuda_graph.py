@@ -663,16 +663,19 @@ def test_nonsense_is_refused(pipe: StableVideoDiffusionPipeline, tape: type[Tape
         patch_module(pipe.vae, cuda_graph=True)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of vmap
 def test_calls_that_are_not_served(unet: UNetSpatioTemporalConditionModel, tape: type[TapeCapture]) -> None:
     report = patch_module(unet, only="unit_division", self_check=False, cuda_graph=True)
     unet(**arguments(0))
     with torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16):
             unet(**arguments(0))
+        given = arguments(0)
+        torch.func.vmap(lambda sample: unet(**given | {"sample": sample}).sample)(given["sample"][None])
         unet.to("meta")(**{name: x.to("meta") for name, x in arguments(0).items()})
     counted = reasons(report)
     assert tape.captures == 0
-    for words in ("gradients", "autocast", "on meta"):
+    for words in ("gradients", "autocast", "torch.func", "on meta"):
         assert any(words in reason for reason in counted), words
 
 

@@ -693,6 +693,8 @@ def test_block_signatures_are_the_originals() -> None:
                 ours, theirs = (inspect.signature(cls.forward).parameters for cls in (fused, fused.original))
                 assert list(ours) == list(theirs), fused
                 assert fused.__name__ == fused.original.__name__
+                # users find attentions by it
+                assert hasattr(fused, "processor") == hasattr(fused.original, "processor"), fused
 
 
 def test_importing_vidaccel_is_cheap() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from peft import LoraConfig
 from tiny_models import tiny_autoencoder_kl_cogvideox, tiny_autoencoder_kl_wan
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 from transformer_checks import fallback_reasons
@@ -123,26 +125,68 @@ def test_a_trace_keeps_no_length_of_a_text(family: str) -> None:
     assert relative_error(traced(mask), expected) > 1e-3
 
 
+def by_dual_numbers(noise: Callable[[Tensor], Tensor], latents: Tensor, direction: Tensor) -> tuple[Tensor, ...]:
+    with forward_ad.dual_level():
+        return tuple(forward_ad.unpack_dual(noise(forward_ad.make_dual(latents, direction))))
+
+
+def by_jvp(noise: Callable[[Tensor], Tensor], latents: Tensor, direction: Tensor) -> tuple[Tensor, ...]:
+    return torch.func.jvp(noise, (latents,), (direction,))  # type: ignore[no-any-return]
+
+
+def by_vjp(noise: Callable[[Tensor], Tensor], latents: Tensor, direction: Tensor) -> tuple[Tensor, ...]:
+    out, pull_back = torch.func.vjp(noise, latents)
+    return out, pull_back(torch.ones_like(out))[0]
+
+
+def by_vmap(noise: Callable[[Tensor], Tensor], latents: Tensor, direction: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.func.vmap(noise)(torch.stack([latents, direction])))
+
+
 @torch.no_grad()
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by PyTorch itself
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated", "ignore:There is a performance drop")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_taken_forwards(family: str) -> None:
-    """No kernel of ours has a derivative, and forwards it is not asked for by ``requires_grad``."""
+@pytest.mark.parametrize(
+    ("transformed", "reason"),
+    [(by_dual_numbers, FORWARD_GRADIENTS), (by_jvp, NO_NUMBERS), (by_vjp, NO_NUMBERS), (by_vmap, NO_NUMBERS)],
+)
+def test_transformed_calls(family: str, transformed: Callable[..., tuple[Tensor, ...]], reason: str) -> None:
+    """No kernel of ours has a derivative or a rule for a further dimension; and ``requires_grad`` tells of neither."""
     subject = build(family)
-    latents = subject.call[1]["hidden_states"]
+    args, kwargs = subject.call
+    latents = kwargs["hidden_states"]
+    if family == "LTX":  # a timestep for each token, which the first block looks at
+        subject.call = args, kwargs | {"timestep": kwargs["timestep"].view(-1, 1).repeat(1, latents.shape[1])}
     direction = torch.linspace(-1, 1, latents.numel()).view_as(latents)
 
-    def derived() -> tuple[Tensor, Tensor]:
-        with sdpa_kernel(SDPBackend.MATH):  # the other ones have no derivative
-            return torch.func.jvp(lambda x: subject.noise(hidden_states=x), (latents,), (direction,))
+    def derived() -> tuple[Tensor, ...]:
+        with sdpa_kernel(SDPBackend.MATH):  # the other ones have no derivative forwards
+            return transformed(lambda x: subject.noise(hidden_states=x), latents, direction)
 
-    expected = derived()
+    expected, plain = derived(), subject.noise()
     with patch_module(subject.denoiser) as report:
         assert all(map(torch.equal, derived(), expected))
-        assert fallback_reasons(report) == {FORWARD_GRADIENTS}
-        counted = [site.fallbacks[FORWARD_GRADIENTS] for site in report.sites]
-        assert relative_error(subject.noise(), expected[0]) <= 1e-5
-        assert [site.fallbacks[FORWARD_GRADIENTS] for site in report.sites] == counted, "nor does that stay"
+        assert fallback_reasons(report) == {reason}
+        counted = [site.fallbacks[reason] for site in report.sites]
+        assert relative_error(subject.noise(), plain) <= 1e-5
+        assert [site.fallbacks[reason] for site in report.sites] == counted, "nor does that stay"
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_a_forward_that_is_called_as_such_is_transformed() -> None:
+    """As PEFT's wrapper of a model calls it."""
+    subject = build("LTX")
+    _, kwargs = subject.call
+
+    def noise(mask: Tensor) -> Tensor:
+        out: Tensor = subject.denoiser.forward(**kwargs | {"encoder_attention_mask": mask, "return_dict": False})[0]
+        return out
+
+    expected = by_vmap(noise, mask := kwargs["encoder_attention_mask"], torch.ones_like(mask))
+    with patch_module(subject.denoiser) as report:
+        assert all(map(torch.equal, by_vmap(noise, mask, torch.ones_like(mask)), expected))
+        assert fallback_reasons(report) == {NO_NUMBERS}
 
 
 @torch.no_grad()

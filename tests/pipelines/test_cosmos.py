@@ -7,6 +7,7 @@ installed here: the models go without the mask, and a stand-in for the guardrail
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +27,7 @@ from tiny_pipelines import COSMOS, cosmos, cosmos_vae, wide_vae_of_wan
 from torch import Tensor, nn
 from transformer_checks import (
     ORDERS,
+    TELLING_ROWS_APART,
     Shifted,
     check_attention_backend,
     check_changed,
@@ -36,6 +38,7 @@ from transformer_checks import (
     check_lora,
     check_same,
     fallback_reasons,
+    telling_rows_apart,
     tiny_transformer,
 )
 
@@ -142,15 +145,19 @@ def test_same_output(name: str, batch: int, given: bool) -> None:
 def test_the_modulation_is_made_once_for_each_timestep(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
     rows: list[int] = []
-    block = model.transformer_blocks[1]
-    block.norm2.linear_1.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[1]))
+    modulation = blocks._modulation
+    monkeypatch.setattr(
+        blocks, "_modulation", lambda norm, steps: rows.append(steps.embedded.shape[1]) or modulation(norm, steps)
+    )
     expected = call(model)
     with patch_module(model, strict=True) as report:
         assert relative_error(call(model), expected) <= 1e-5
+        assert set(rows) == {2}
+        rows.clear()
         monkeypatch.setattr(modulation_rows, "MOST_ROWS", 1)
         assert relative_error(call(model), expected) <= 1e-5
+        assert set(rows) == {18}
         assert not report.fallbacks
-    assert rows == [18, 2, 18]
 
 
 def test_the_control_net_has_the_same_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,6 +245,18 @@ def other_norms(model: Any) -> None:
 @pytest.mark.parametrize("first", ORDERS)
 def test_a_changed_model(change: Callable[[Any], None], first: str) -> None:
     check_changed(build, call, change, first)
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("way", TELLING_ROWS_APART)
+def test_layers_that_tell_rows_apart(way: Callable[[nn.Module], None], given: bool) -> None:
+    change = telling_rows_apart(way, "norm1.linear_1", "norm3.linear_2", "attn2.norm_q", "attn2.norm_k")
+    check_changed(build, partial(call, batch=2, given=given), change, "patched first")
+
+
+def test_an_embedding_of_timesteps_that_tells_tokens_apart() -> None:
+    change = telling_rows_apart(TELLING_ROWS_APART[0], "t_embedder.linear_2")
+    check_changed(build, call, change, "patched first")
 
 
 def test_a_mask_of_the_text() -> None:

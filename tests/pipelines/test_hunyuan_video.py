@@ -25,10 +25,15 @@ from diffusers import (
     PyramidAttentionBroadcastConfig,
     attention_backend,
 )
+from diffusers.hooks.smoothed_energy_guidance_utils import (
+    SmoothedEnergyGuidanceConfig,
+    _apply_smoothed_energy_guidance_hook,
+)
 from family_checks import check_clip, check_compiled, check_kernels
 from tiny_models import tiny_synthetic_pipeline
 from tiny_pipelines import FRAMEPACK, hunyuan_image_to_video
 from torch import Tensor, nn
+from transformer_checks import ORDERS, TELLING_ROWS_APART, check_changed, telling_rows_apart
 
 from vidaccel import patch_module, patch_pipeline
 from vidaccel.bench.synthetic import specification
@@ -368,6 +373,34 @@ def test_a_changed_model(name: str, change: Callable[[Any], None], first: str) -
         assert relative_error(run(model), expected) <= 1e-5
         assert relative_error(run(model), expected) <= 1e-5
     assert relative_error(run(build(name)), expected) > 1e-3  # the change shows
+
+
+def smoothed_energy_guidance(model: Any) -> None:
+    config = SmoothedEnergyGuidanceConfig(indices=[0, 1], fqn="single_transformer_blocks")
+    _apply_smoothed_energy_guidance_hook(model, config, blur_sigma=1.0)
+
+
+@pytest.mark.parametrize("first", ORDERS)
+def test_guidance_that_changes_rows_finds_the_padding(first: str) -> None:
+    check_changed(functools.partial(build, "1.0"), run, smoothed_energy_guidance, first)
+
+
+@pytest.mark.parametrize("name", ["1.5", "1.0"])
+@pytest.mark.parametrize("way", TELLING_ROWS_APART)
+def test_layers_that_tell_rows_apart_find_the_padding(name: str, way: Callable[[nn.Module], None]) -> None:
+    change = telling_rows_apart(way, "proj_mlp", "ff_context.net.2", "to_add_out")
+    check_changed(functools.partial(build, name), run, change, "patched first")
+
+
+@torch.no_grad()
+def test_layers_that_tell_rows_apart_where_a_forward_is_called_as_such() -> None:
+    """As PEFT's wrapper of a model does."""
+    change = telling_rows_apart(TELLING_ROWS_APART[0], "proj_mlp", "ff_context.net.2")
+
+    def call(model: Any) -> Tensor:
+        return model.forward(**arguments(model), return_dict=False)[0]  # type: ignore[no-any-return]
+
+    check_changed(functools.partial(build, "1.0"), call, change, "patched first")
 
 
 def first_block_cache(model: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -40,6 +41,7 @@ from family_checks import check_clip, check_compiled, check_kernels
 from PIL import Image
 from tiny_models import tiny_synthetic_pipeline
 from torch import Tensor, nn
+from transformer_checks import TELLING_ROWS_APART, check_changed, telling_rows_apart
 
 from vidaccel import patch_module, patch_pipeline
 from vidaccel.bench.synthetic import specification
@@ -397,6 +399,21 @@ def test_a_mask_that_stays(name: str, mask: list[float], reason: str) -> None:
         assert {site.op for site in report.sites if site.fallbacks} == {"padded_text"}
 
 
+@pytest.mark.parametrize("name", ["ltx", "ltx2.3"])
+@pytest.mark.parametrize("cut", [(slice(None), slice(4)), (slice(1),)], ids=["fewer tokens", "fewer samples"])
+def test_a_mask_of_another_text_raises_what_stock_raises(name: str, cut: tuple[slice, ...]) -> None:
+    """Also where a hook is below, so that no check would run the original block."""
+    model = build(name)
+    options = {"encoder_attention_mask": arguments(model)["encoder_attention_mask"][cut]}
+    for path, layer in model.named_modules():
+        if path.endswith("to_v"):
+            layer.register_forward_hook(lambda *args: None)
+    with pytest.raises(RuntimeError) as expected:
+        run(model, **options)
+    with patched(model), pytest.raises(RuntimeError, match=re.escape(str(expected.value))):
+        run(model, **options)
+
+
 @pytest.mark.parametrize("name", THREE)
 def test_the_host_waits_once_for_masks_and_once_for_timesteps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
@@ -521,6 +538,14 @@ def test_a_changed_model(name: str, change: Callable[[Any], None], first: str) -
         assert relative_error(run(model), expected) <= 1e-5
         assert relative_error(run(model), expected) <= 1e-5
     assert relative_error(run(build(name)), expected) > 1e-3  # the change shows
+
+
+@pytest.mark.parametrize("name", ["ltx", "ltx2.3"])
+@pytest.mark.parametrize("way", TELLING_ROWS_APART)
+def test_an_embedding_of_timesteps_that_tells_tokens_apart(name: str, way: Callable[[nn.Module], None]) -> None:
+    change = telling_rows_apart(way, "time_embed.emb.timestep_embedder.linear_1", "time_embed.linear")
+    call = functools.partial(run, timesteps="of an image and a video")
+    check_changed(functools.partial(build, name), call, change, "patched first")
 
 
 def test_the_rest_of_a_block_with_a_foreign_attention_is_fused() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,7 +21,9 @@ from family_checks import check_clip, check_compiled, check_kernels
 from tiny_models import tiny_relative, tiny_synthetic_pipeline, tiny_video
 from torch import Tensor
 from transformer_checks import (
+    TELLING_ROWS_APART,
     check_attention_backend,
+    check_changed,
     check_corner,
     check_each_op_off,
     check_error_in_bfloat16,
@@ -28,6 +32,7 @@ from transformer_checks import (
     check_lora,
     check_same,
     fallback_reasons,
+    telling_rows_apart,
     tiny_transformer,
 )
 
@@ -141,6 +146,19 @@ def test_image_to_video_without_an_image_encoder() -> None:
     pipe, arguments = tiny_relative("wan2.2-t2v-a14b", WanImageToVideoPipeline, boundary_ratio=0.875, **experts)
     report = check_clip(pipe, arguments | {"image": tiny_video(1, 32, 48)[0]}, reorders_sums=False)
     assert {site.path.split(".")[0] for site in report.sites} == {"transformer", "transformer_2", "vae"}
+
+
+@pytest.mark.parametrize("shared", ["the model", "a block"])
+def test_experts_that_share(shared: str) -> None:
+    """A pipeline with one model for both levels of noise, or with experts that differ in some blocks alone."""
+    pipe, arguments = tiny_synthetic_pipeline("wan2.2-t2v-a14b")
+    if shared == "the model":
+        pipe.register_modules(transformer_2=pipe.transformer)
+    else:
+        pipe.transformer_2.blocks[0] = pipe.transformer.blocks[0]
+    report = check_clip(pipe, arguments, reorders_sums=False)
+    of_block = [site.op for site in report.sites if site.path.endswith(".blocks.0")]
+    assert sorted(of_block) == sorted(OPS)
 
 
 def test_video_to_video() -> None:
@@ -310,7 +328,13 @@ MANY = torch.arange(2 * MOST_ROWS)[None] * 7.0
 def test_timesteps_of_tokens(timestep: Tensor, size: tuple[int, int, int], rows: int | None) -> None:
     model = transformer("wan2.2-ti2v-5b")
     embedded: list[int] = []
-    model.condition_embedder.time_proj.register_forward_hook(lambda module, args, out: embedded.append(out.shape[1]))
+
+    class Counting(torch.nn.Linear):  # a layer of a library, which treats all rows alike; a hook may not
+        def forward(self, input: Tensor) -> Tensor:
+            embedded.append(input.shape[1])
+            return super().forward(input)
+
+    model.condition_embedder.time_proj.__class__ = Counting
     report = check_same(model, lambda model: call(model, size=size, batch=len(timestep), timestep=timestep))
     assert not report.fallbacks
     stock, *_, patched, _ = embedded
@@ -329,6 +353,12 @@ def test_timesteps_of_tokens_where_the_embedding_is_not_patched() -> None:
         assert relative_error(call_two(model), expected) <= 1e-5
 
 
+@pytest.mark.parametrize("way", TELLING_ROWS_APART)
+def test_an_embedding_of_timesteps_that_tells_tokens_apart(way: Callable[[torch.nn.Module], None]) -> None:
+    change = telling_rows_apart(way, "time_embedder.linear_1", "time_proj")
+    check_changed(MODELS["ti2v"], partial(call, timestep=first_frame()), change, "patched first")
+
+
 def test_rotary_table_in_half_precision() -> None:
     model = MODELS["t2v"]().to(torch.bfloat16)
     expected = call(model)
@@ -344,6 +374,16 @@ def test_without_a_norm_before_the_cross_attention(name: str) -> None:
     assert not check_same(model, call).fallbacks
     check_each_op_off(model, call)
     check_hooks(model, call, "norm2")
+
+
+@pytest.mark.parametrize("norm", ["norm1", "norm3"])
+@pytest.mark.parametrize("name", ["t2v", "vace"])
+def test_a_norm_that_somebody_has_taken_away(name: str, norm: str) -> None:
+    model = MODELS[name]()
+    setattr(model.blocks[0], norm, torch.nn.Identity())
+    if name == "vace":
+        setattr(model.vace_blocks[0], norm, torch.nn.Identity())
+    assert fallback_reasons(check_same(model, call)) == {"a FP32LayerNorm was replaced by Identity"}
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # stock's norms

@@ -237,6 +237,8 @@ class Graphs:
             return "gradients are enabled (call it under torch.no_grad)"
         if forward_ad._current_level >= 0:
             return "gradients are being taken forwards (torch.func.jvp)"
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return "torch.func transforms it"
         if torch.is_autocast_enabled(self._gpu.device_type):
             return "autocast is on, and a graph would outlive the casts of weights that it keeps"
         if _has_any_global_hook():

@@ -23,8 +23,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses import FakeTensor
+from torch import nn
 
 from vidaccel.kernels.settings import Fidelity, Settings, allowed, frozen
 from vidaccel.parallel.decode import stand_in_of
@@ -32,9 +31,9 @@ from vidaccel.parallel.layout import layout
 from vidaccel.patching.cuda_graph import Graphs, Shared
 from vidaccel.patching.parallel import ParallelCall, is_looked_at
 from vidaccel.patching.premises import CALL_SLOT, Premises
-from vidaccel.sites.block import numberless_way
+from vidaccel.sites.block import have_no_numbers, numberless_way
 from vidaccel.sites.memo import Memo, generation, holding, preparations, watched
-from vidaccel.sites.plain import hooks_on_all
+from vidaccel.sites.plain import rows_are_seen
 
 __all__ = ["DecodeCall", "ModelCall", "uncompiled", "unwrap_call", "wrap_call", "wrap_decode"]
 
@@ -81,7 +80,7 @@ class ModelCall:
         if way := watched():
             memo, graphs = Memo(), None
             memo.way, memo.hooked = way, self._memo.hooked
-        elif _have_no_numbers(args, kwargs):
+        elif have_no_numbers(args, kwargs):
             memo = Memo()
             memo.way = numberless_way
         try:
@@ -113,17 +112,8 @@ class ModelCall:
             self.graphs.changed()
         self._memo.clear()
         self._premises, self._settings = Premises(model), settings
-        layers = (layer for layer in model.modules() if layer is not model)
-        self._memo.hooked = bool(hooks_on_all()) or any(
-            layer._forward_hooks or layer._forward_pre_hooks for layer in layers
-        )
+        self._memo.hooked = rows_are_seen(*list(model.modules())[1:])
         self._looked_at = is_looked_at(model)
-
-
-def _have_no_numbers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether blocks cannot ask what is in the tensors of a call, or the answer would be kept for all later calls."""
-    tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-    return torch.jit.is_tracing() or any(x.is_meta or isinstance(x, FakeTensor) for x in tensors)
 
 
 def wrap_call(model: nn.Module, allow: Fidelity) -> ModelCall | None:

@@ -106,8 +106,7 @@ def check_names(pipe: Any, only: Names, skip: Names) -> None:
     The pipeline's models may be on the meta device.
     """
     models, off = _models_of(pipe)
-    places = (place for name, model in models.items() for place in _plan(name, model, "lossy"))
-    _selection(only, skip, [*off, *(site for place in places for site in place.sites)])
+    _selection(only, skip, [*off, *(site for place in _places(models, "lossy") for site in place.sites)])
 
 
 def _models_of(pipe: Any) -> tuple[dict[str, nn.Module], list[Site]]:
@@ -124,7 +123,10 @@ def _models_of(pipe: Any) -> tuple[dict[str, nn.Module], list[Site]]:
         if name in parts and name not in models and not reasons[name]:
             reasons[name] = unserved_denoiser(type(pipe).__name__, parts[name])
     off = [Site(name, "adapter", "math-exact", reason) for name, reason in reasons.items() if reason]
-    return models, off
+    names: dict[nn.Module, str] = {}  # one model may be two components
+    for name, model in models.items():
+        names.setdefault(model, name)
+    return {name: model for model, name in names.items()}, off
 
 
 def _patch(
@@ -140,7 +142,7 @@ def _patch(
 ) -> PatchReport:
     checks = self_check_enabled() if self_check is None else self_check
     denoisers = _denoisers(models)
-    places = [place for name, model in models.items() for place in _plan(name, model, allow)]
+    places = _places(models, allow)
     chosen = _selection(only, skip, [*off, *(site for place in places for site in place.sites)])
     _check_arguments(allow, cuda_graph, denoisers, [site.op for place in places for site in place.sites])
     report = PatchReport()
@@ -187,6 +189,15 @@ class _Place:
 
     def __init__(self, module: nn.Module, rule: Rule, sites: list[Site], patch: Patch | None) -> None:
         self.module, self.rule, self.sites, self.patch = module, rule, sites, patch
+
+
+def _places(models: Mapping[str, nn.Module], allow: Fidelity) -> list[_Place]:
+    """Every place of all models; a module that several of them have is the first one's."""
+    places: list[_Place] = []
+    for name, model in models.items():
+        taken = {place.module for place in places}
+        places += [place for place in _plan(name, model, allow) if place.module not in taken]
+    return places
 
 
 def _plan(name: str, model: nn.Module, allow: Fidelity) -> Iterator[_Place]:

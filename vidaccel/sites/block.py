@@ -26,6 +26,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -42,6 +43,7 @@ from vidaccel.sites.plain import (
     plain_reason,
     random_reason,
     replaced_reason,
+    rows_are_seen,
     subtree_reason,
 )
 from vidaccel.sites.site import Fidelity, SiteGroup
@@ -55,6 +57,7 @@ __all__ = [
     "fused_way",
     "fuses",
     "going",
+    "have_no_numbers",
     "looking_reason",
     "numberless_way",
     "original_of",
@@ -74,7 +77,7 @@ FIRST_RECHECK, RECHECK_SPREAD, RECHECK_GROWTH = 32, 128, 4
 MOST_SEEN = 1024  # kinds of calls that a block remembers
 GRADIENTS = "gradients are being recorded (fused sites serve inference only: use torch.no_grad())"
 FORWARD_GRADIENTS = "gradients are being taken forwards (torch.func.jvp), and fused sites serve inference only"
-NO_NUMBERS = "its tensors have no numbers to go by (meta device, FakeTensorMode, torch.jit.trace)"
+NO_NUMBERS = "its tensors have no numbers to go by (meta device, FakeTensorMode, torch.jit.trace, torch.func)"
 
 Block = TypeVar("Block", bound="type[FusedBlock]")
 Result = TypeVar("Result")
@@ -252,7 +255,7 @@ def _call_site(kind: type[Host], host: Any, *args: Any, **kwargs: Any) -> Any:
         return kind.original_forward(host, *args, **kwargs) if reason else host.fused_forward(*args, **kwargs)
     memo = held()
     if memo is None:
-        with holding(Memo()):
+        with holding(_memo_of_one_call(host, args, kwargs)):
             return _call_site(kind, host, *args, **kwargs)
     if memo.way:
         return memo.way(kind, host, sites, args, kwargs)
@@ -280,6 +283,21 @@ def _call_site(kind: type[Host], host: Any, *args: Any, **kwargs: Any) -> Any:
     return host.fused_forward(*args, **kwargs)
 
 
+def _memo_of_one_call(host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Memo:
+    """For a block that is called by itself, or by the forward of a model that is (PEFT's wrapper does so)."""
+    memo = Memo()
+    memo.hooked = rows_are_seen(*host.module_of(args).modules())
+    memo.way = numberless_way if have_no_numbers(args, kwargs) else None
+    return memo
+
+
+def have_no_numbers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether blocks cannot ask what is in the tensors of a call, or the answer would be kept for all later calls."""
+    of_passing = torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None
+    tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+    return of_passing or any(x.is_meta or isinstance(x, FakeTensor) for x in tensors)
+
+
 def original_way(kind: type[Host], host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A call of ``host`` by its original forward."""
     return kind.original_forward(host, *args, **kwargs)
@@ -293,9 +311,7 @@ def numberless_way(kind: type[Host], host: Any, sites: SiteGroup, args: tuple[An
 
 def looking_reason(host: Host, *tensors: Tensor) -> str | None:
     """Why ``host`` may not look at the ``tensors`` of a call before it comes to :func:`call_site`, or None."""
-    if (memo := held()) is not None and memo.way is numberless_way:
-        return NO_NUMBERS
-    return _gradients_reason(host, tensors, {})
+    return NO_NUMBERS if have_no_numbers(tensors, {}) else _gradients_reason(host, tensors, {})
 
 
 def fused_way(kind: type[Host], host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -53,7 +53,7 @@ class Memo(dict[Hashable, Any]):
             mask), for the blocks behind them.
         flops: Of those ops of this call whose events were heard, as all are where its blocks meet such a call first.
         ops: How many those are.
-        hooked: Whether a layer of the model has forward hooks, which may look at what nobody else needs (padding).
+        hooked: Whether somebody's code in a layer of the model may look at what nobody else needs (padding).
         way: What runs each call of a block under this call, for those who compare the two ways. None: as planned.
     """
 

@@ -35,12 +35,13 @@ __all__ = [
     "readable_reason",
     "replaced_attention_reason",
     "replaced_reason",
+    "rows_are_seen",
     "stock_class",
     "subtree_reason",
 ]
 
 _LIBRARIES = ("torch.nn.", "diffusers.", "vidaccel.")
-_MOVES_OR_CASTS = frozenset(["_hf_hook", "_diffusers_hook"])  # of an instance whose forward was replaced for that
+_HOOKS = frozenset(["_hf_hook", "_diffusers_hook"])  # where libraries keep those that replaced an instance's forward
 # Of torch.nn, what draws random numbers or changes its buffers in training mode.
 _STATEFUL = (_DropoutNd, _NormBase, _SpectralNorm, nn.RReLU)
 
@@ -172,12 +173,35 @@ def order_reason(module: nn.Module) -> str | None:
         if part is module:
             continue
         kind = stock_class(part)
-        replaced = has_own_forward(part) and not vars(part).keys() & _MOVES_OR_CASTS
-        if part._forward_hooks or part._forward_pre_hooks or replaced:
+        if _sees_rows(part):
             return f"somebody looks at the rows of a {kind.__name__}, which have another order in the fused block"
         if not isinstance(part, nn.Linear) and not f"{kind.__module__}.".startswith((*_LIBRARIES, "peft.")):
             return f"a {kind.__name__}, which is not of PyTorch or diffusers, may tell rows apart"
     return None
+
+
+def rows_are_seen(*modules: nn.Module) -> bool:
+    """Whether calls of these very modules run somebody's code that may tell rows apart."""
+    return bool(hooks_on_all()) or any(map(_sees_rows, modules))
+
+
+def _sees_rows(module: nn.Module) -> bool:
+    own = vars(module)
+    replaced = has_own_forward(module) and not own.keys() & _HOOKS
+    if module._forward_hooks or module._forward_pre_hooks or replaced:
+        return True
+    offload, registry = own.get("_hf_hook"), own.get("_diffusers_hook")
+    hooks = [*getattr(offload, "hooks", [offload]), *getattr(registry, "hooks", {}).values()]
+    return not all(map(_treats_rows_alike, hooks))
+
+
+def _treats_rows_alike(hook: Any) -> bool:
+    """Whether it moves, casts or skips all rows; guidance changes some, and dropout draws a number for each."""
+    if hook is None:
+        return True
+    of_a_library = type(hook).__module__.startswith(("accelerate.", "diffusers."))
+    guides = type(hook).__name__ == "SmoothedEnergyGuidanceHook"
+    return of_a_library and not guides and getattr(hook, "dropout", 1.0) == 1.0
 
 
 @once_per_call

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vidaccel.blocks.dit.modulation_rows import distinct_rows, keep_rows
 from vidaccel.sites.block import CORNER_ROWS, FusedBlock, call_site, fuses
+from vidaccel.sites.plain import order_reason
 
 __all__ = ["FusedAdaLayerNormSingle", "TimestepModulation"]
 
@@ -25,7 +26,7 @@ class TimestepModulation(FusedBlock):
     def call_reason(self, timestep: Tensor, added: Any, batch_size: int | None, dtype: Any) -> str | None:
         if added and any(value is not None for value in added.values()):
             return "it embeds more than a timestep"
-        return None
+        return order_reason(self)
 
     def corner(self, args: Any, kwargs: Any) -> Any:
         timestep, added, batch_size, dtype = args

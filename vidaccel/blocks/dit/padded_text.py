@@ -6,8 +6,8 @@ on those alone and attends without a mask, which is several times faster, and ex
 before, with zeros for padding, so that blocks of any kind may follow.
 
 How many are valid is known to the GPU only: the host waits for it once in a call of the model. Where it may not (while
-a call is traced, or captured as a CUDA graph), the padding and the mask stay. So they do where layers are hooked: a
-hook may look at the padding.
+a call is traced, or captured as a CUDA graph), the padding and the mask stay. So they do where layers are hooked, or
+have a forward of their own, which may look at the padding.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _valid_length(mask: Tensor, before: int) -> int | str:
 
 def _valid_lengths(mask: Tensor) -> tuple[int, ...] | str:
     if layers_are_hooked():
-        return "a layer has forward hooks, which may look at the padding"
+        return "a layer has forward hooks, or a forward of its own, which may look at the padding"
     if mask.is_cuda and torch.cuda.is_current_stream_capturing():
         return "a CUDA graph is being captured, and the length of the text is not known"
     places = torch.arange(1, mask.shape[1] + 1, device=mask.device)

@@ -22,32 +22,40 @@ from vidaccel.sites.memo import once_in_call
 __all__ = ["Lengths", "attend_to_text", "head_mask", "valid_lengths"]
 
 HIDDEN = -9000.0  # -10000, rounded to any dtype, is less
+UNFIT = "the mask of a text is not [B, 1, T] of numbers to add"
 
 Lengths = tuple[int, ...] | None  # how many of the first tokens of each sample are valid; None: the mask has to stay
 
 
-def valid_lengths(*masks: Tensor | None) -> tuple[Lengths | str, ...]:
-    """For each of the masks of a call: how many tokens of each sample are valid, or why there is no telling.
+def valid_lengths(*masked: tuple[Tensor | None, Tensor]) -> tuple[Lengths | str, ...]:
+    """For each of the texts of a call: how many tokens of each sample are valid, or why there is no telling.
 
     Args:
-        masks: ``[B, 1, T]`` each, made in a call of the model: 0 for a valid token, -10000 for padding; or None.
+        masked: A mask ``[B, 1, T]``, made in a call of the model, 0 for a valid token and -10000 for padding, or None;
+            and its text ``[B, T, C]``.
     """
-    given = [mask for mask in masks if mask is not None]
-    if not given or torch.compiler.is_compiling():
-        return (None,) * len(masks)
-    if given[0].is_cuda and torch.cuda.is_current_stream_capturing():
-        found: list[tuple[int, ...] | str] = ["a graph is being captured: no length of a text is known"] * len(given)
-    else:
-        # the masks are kept with the answer: their ids are nobody else's for as long
-        name = " ".join(["valid lengths", *(str(id(mask)) for mask in given)])
-        _, found = once_in_call(name, given[0], lambda: (given, _found(given)))
-    answers = iter(found)
-    return tuple(None if mask is None else next(answers) for mask in masks)
+    if torch.compiler.is_compiling():
+        return (None,) * len(masked)
+    answers = iter(_answers([mask for mask, text in masked if mask is not None and _fits(mask, text)]))
+    return tuple(None if mask is None else next(answers) if _fits(mask, text) else UNFIT for mask, text in masked)
+
+
+def _fits(mask: Tensor, text: Tensor) -> bool:
+    batch, tokens, _ = text.shape
+    return mask.shape == (batch, 1, tokens) and mask.is_floating_point() and mask.numel() > 0
+
+
+def _answers(masks: list[Tensor]) -> list[tuple[int, ...] | str]:
+    if not masks:
+        return []
+    if masks[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        return ["a graph is being captured: no length of a text is known"] * len(masks)
+    # the masks are kept with the answer: their ids are nobody else's for as long
+    name = " ".join(["valid lengths", *(str(id(mask)) for mask in masks)])
+    return once_in_call(name, masks[0], lambda: (masks, _found(masks)))[1]
 
 
 def _found(masks: list[Tensor]) -> list[tuple[int, ...] | str]:
-    if any(mask.ndim != 3 or mask.shape[1] != 1 or not mask.is_floating_point() for mask in masks):
-        return ["the mask of a text is not [B, 1, T] of numbers to add"] * len(masks)
     counted = torch.cat([_counted(mask[:, 0]) for mask in masks], dim=1).tolist()  # one wait for the GPU in a call
     found: list[tuple[int, ...] | str] = []
     for mask in masks:

@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from vidaccel.blocks.dit.attention import attend, attend_to_all, attention_reason, parameters_reason, project
 from vidaccel.blocks.dit.gated_residual import GatedResidualBlock, norm_heads
 from vidaccel.blocks.dit.modulation_rows import own_rows, stretches_of
+from vidaccel.blocks.dit.padded_text import layers_are_hooked
 from vidaccel.kernels.attention.qk_norm_rope import HeadNorm, Rope, qk_norm_rope
 from vidaccel.kernels.op import REFERENCE, note
 from vidaccel.parallel.layout import own_tokens
 from vidaccel.sites.block import CORNER_ROWS, MOST_WHOLE, call_site, fuses
 from vidaccel.sites.memo import once_in_call
-from vidaccel.sites.plain import plain_reason
+from vidaccel.sites.plain import order_reason, plain_reason
 from vidaccel.sites.site import Fidelity
 
 __all__ = ["COSMOS_OPS", "FusedCosmosTransformerBlock"]
@@ -48,8 +49,8 @@ class _Timesteps(NamedTuple):
     """What the modulations of a call are made of.
 
     Attributes:
-        embedded: ``[B, R, C]``.
-        added: ``[B, R, 3 C]``, added to each modulation, or None.
+        embedded: ``[B, R, C]``, or ``[B, C]`` as stock code has it where R is 1.
+        added: ``[B, R, 3 C]``, or ``[B, 3 C]``, added to each modulation, or None.
         rows: ``[S]`` int32, the row of each token; None: R is 1, or each token has its own.
     """
 
@@ -160,11 +161,18 @@ class FusedCosmosTransformerBlock(GatedResidualBlock, CosmosTransformerBlock):
         return x if self.after_proj is None else (x, self.after_proj(x))
 
     def _timesteps(self, embedded: Tensor, added: Tensor | None) -> _Timesteps:
-        if embedded.ndim == 2:
-            return _Timesteps(embedded[:, None], None if added is None else added[:, None], None)
-        if not self.runs("modulation_rows"):
+        if embedded.ndim == 2 or not self.runs("modulation_rows"):
+            return _Timesteps(embedded, added, None)
+        if reason := self._order_reason():
+            note("modulation_rows", REFERENCE, reason)
             return _Timesteps(embedded, added, None)
         return once_in_call("distinct timesteps", embedded, lambda: _distinct(embedded, added))
+
+    def _order_reason(self) -> str | None:
+        """Why tokens with the same embedding may be modulated in other ways, or None."""
+        if layers_are_hooked():
+            return "a layer has forward hooks, or a forward of its own, which may tell rows apart"
+        return next(filter(None, map(order_reason, (self.norm1, self.norm2, self.norm3))), None)
 
     def _self_attention(self, x: Tensor, rotary: Rotary | None) -> Tensor:
         attn = self.attn1
@@ -224,6 +232,8 @@ def _distinct(embedded: Tensor, added: Tensor | None) -> _Timesteps:
 
 def _own(timesteps: _Timesteps) -> _Timesteps:
     """Those of this rank's tokens."""
+    if timesteps.embedded.ndim == 2:
+        return timesteps
     embedded, rows = own_rows(timesteps.embedded, timesteps.rows)
     added = None if timesteps.added is None else own_rows(timesteps.added, timesteps.rows)[0]
     return _Timesteps(embedded, added, rows)
@@ -232,7 +242,8 @@ def _own(timesteps: _Timesteps) -> _Timesteps:
 def _modulation(norm: Any, timesteps: _Timesteps) -> tuple[Tensor, ...]:
     """Shift, scale and gate, ``[B, R, C]`` each."""
     values = norm.linear_2(norm.linear_1(norm.activation(timesteps.embedded)))
-    return (values if timesteps.added is None else values + timesteps.added).chunk(3, dim=-1)
+    values = values if timesteps.added is None else values + timesteps.added
+    return (values[:, None] if values.ndim == 2 else values).chunk(3, dim=-1)
 
 
 def _norm_reason(norm: Any, x: Tensor) -> str | None:
@@ -245,8 +256,9 @@ def _norm_reason(norm: Any, x: Tensor) -> str | None:
 
 
 def _stock_norm(attn: Any, norm: Any, x: Tensor) -> Tensor:
-    normed: Tensor = norm(x.unflatten(2, (attn.heads, -1)))
-    return normed.flatten(2)
+    # [B, H, S, D] as stock gives it: it may be hooked
+    normed: Tensor = norm(x.unflatten(2, (attn.heads, -1)).transpose(1, 2))
+    return normed.transpose(1, 2).flatten(2)
 
 
 def _rope(rotary: Rotary | None) -> Rope | None:

@@ -69,7 +69,7 @@ Modulation = tuple[tuple[Tensor, ...], Tensor | None]  # [B, R, C] each, and the
 class HunyuanBlock(GatedResidualBlock):
     """What blocks of two streams and of one do alike: video ``[B, S, C]``, text ``[B, T, C]``, the video first."""
 
-    processor: ClassVar[type] = HunyuanVideoAttnProcessor2_0
+    attention_processor: ClassVar[type] = HunyuanVideoAttnProcessor2_0
     adaptive_norms: ClassVar[dict[str, type[nn.Module]]]
     norms: ClassVar[tuple[str, ...]] = ()
 
@@ -161,7 +161,7 @@ class HunyuanBlock(GatedResidualBlock):
 
     def foreign_reason(self) -> str | None:
         """Why attention has to be called, or None."""
-        return attention_reason(self.attn, Attention, self.processor)
+        return attention_reason(self.attn, Attention, self.attention_processor)
 
     def modulation(self, norm: Any, x: Tensor, temb: Tensor, *token_replace: Any) -> Modulation:
         """What an AdaLayerNormZero makes of the timestep for the tokens of ``x``: shift, scale, gate, and so on."""

@@ -29,7 +29,7 @@ __all__ = ["FusedHunyuanVideo15TransformerBlock"]
 class FusedHunyuanVideo15TransformerBlock(TwoStreamBlock, HunyuanVideo15TransformerBlock):
     """Two streams, video and text (an image, glyphs and a prompt), valid tokens of the text first."""
 
-    processor: ClassVar[type] = HunyuanVideo15AttnProcessor2_0
+    attention_processor: ClassVar[type] = HunyuanVideo15AttnProcessor2_0
 
     def forward(
         self,

@@ -157,22 +157,22 @@ class LTXBlock(FusedBlock):
                 return "one of its RMSNorms has a bias"
         return None
 
-    def path_of(self, masks: tuple[Tensor | None, ...], *modulated: tuple[Tensor, Tensor]) -> Any:
+    def path_of(self, masked: list[tuple[Tensor | None, Tensor]], *modulated: tuple[Tensor, Tensor]) -> Any:
         """What the values of a call decide: lengths of texts, and how many timesteps the tokens have between them.
 
         Args:
-            masks: Of the texts.
+            masked: Masks of texts, and these.
             modulated: Tables, and the embeddings that they are added to.
         """
-        lengths = valid_lengths(*masks) if self.runs("padded_text") else None
+        lengths = valid_lengths(*masked) if self.runs("padded_text") else None
         rows = tuple(_distinct(table, temb)[0].shape[1] for table, temb in modulated if temb.ndim == 3)
         return lengths, rows
 
-    def lengths_of(self, *masks: Tensor | None) -> list[Lengths]:
+    def lengths_of(self, *masked: tuple[Tensor | None, Tensor]) -> list[Lengths]:
         """How many tokens of each text are valid, where its mask may go."""
         if not self.runs("padded_text"):
-            return [None] * len(masks)
-        found = valid_lengths(*masks)
+            return [None] * len(masked)
+        found = valid_lengths(*masked)
         for reason in {answer for answer in found if isinstance(answer, str)}:
             note("padded_text", REFERENCE, reason)
         return [None if isinstance(answer, str) else answer for answer in found]
@@ -277,8 +277,8 @@ class FusedLTXVideoTransformerBlock(LTXBlock, LTXVideoTransformerBlock):
         return self._self_attention_reason(x, tables)
 
     def path_in_data(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        _, _, temb, _, mask = args
-        return self.path_of((mask,), (self.scale_shift_table, temb))
+        _, context, temb, _, mask = args
+        return self.path_of([(mask, context)], (self.scale_shift_table, temb))
 
     def corner(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, context, temb, tables, mask = args
@@ -318,7 +318,7 @@ class FusedLTXVideoTransformerBlock(LTXBlock, LTXVideoTransformerBlock):
         if reason := attention_reason(attn, LTXAttention, LTXVideoAttnProcessor):
             self.note_called("padded_text", reason)
             return attn(x, encoder_hidden_states=context, image_rotary_emb=None, attention_mask=mask)
-        (lengths,) = self.lengths_of(mask)
+        (lengths,) = self.lengths_of((mask, context))
         return project(attn, self.attend_to_text(attn, x, context, mask, lengths))
 
 

@@ -85,6 +85,13 @@ class _Call(NamedTuple):
     perturbation_mask: Tensor | None
     all_perturbed: Any
 
+    def masked_texts(self) -> list[tuple[Tensor | None, Tensor]]:
+        """The masks of the texts of video and audio, and these."""
+        return [
+            (self.encoder_attention_mask, self.encoder_hidden_states),
+            (self.audio_encoder_attention_mask, self.audio_encoder_hidden_states),
+        ]
+
 
 class _Stream(NamedTuple):
     """The parts of a block that video, or audio, goes through, and what they take in a call.
@@ -204,7 +211,7 @@ class FusedLTX2VideoTransformerBlock(LTXBlock, LTX2VideoTransformerBlock):
         call = _Call(*args)
         table = self.video_a2v_cross_attn_scale_shift_table
         path = self.path_of(
-            (call.encoder_attention_mask, call.audio_encoder_attention_mask),
+            call.masked_texts(),
             (self.scale_shift_table, call.temb), (table[:4], call.temb_ca_scale_shift), (table[4:], call.temb_ca_gate),
         )  # fmt: skip
         return path, self._is_perturbed(call), _all_perturbed(call)
@@ -240,9 +247,8 @@ class FusedLTX2VideoTransformerBlock(LTXBlock, LTX2VideoTransformerBlock):
         return self._feed_forward(video, x, normed), self._feed_forward(audio, y, audio_normed)
 
     def _streams(self, call: _Call) -> tuple[_Stream, _Stream]:
-        masks = call.encoder_attention_mask, call.audio_encoder_attention_mask
-        lengths, audio_lengths = self.lengths_of(*masks)
-        text, audio_text = call.encoder_hidden_states, call.audio_encoder_hidden_states
+        (mask, text), (audio_mask, audio_text) = call.masked_texts()
+        lengths, audio_lengths = self.lengths_of((mask, text), (audio_mask, audio_text))
         if self.cross_attn_adaln:
             text = _modulated_text(text, self.prompt_scale_shift_table, call.temb_prompt)
             audio_text = _modulated_text(audio_text, self.audio_prompt_scale_shift_table, call.temb_prompt_audio)
@@ -253,13 +259,13 @@ class FusedLTX2VideoTransformerBlock(LTXBlock, LTX2VideoTransformerBlock):
         video = _Stream(
             self.attn1, self.attn2, self.ff, self._video_norms(),
             modulations(self.scale_shift_table, call.temb), cross, modulations(tables[4:], call.temb_ca_gate)[0],
-            text, masks[0], lengths, call.self_attention_mask, call.video_rotary_emb, call.ca_video_rotary_emb, False,
+            text, mask, lengths, call.self_attention_mask, call.video_rotary_emb, call.ca_video_rotary_emb, False,
         )  # fmt: skip
         audio = _Stream(
             self.audio_attn1, self.audio_attn2, self.audio_ff, self._audio_norms(),
             modulations(self.audio_scale_shift_table, call.temb_audio, whole=True),
             [*audio_cross[2:], *audio_cross[:2]], modulations(audio_tables[4:], call.temb_ca_audio_gate, whole=True)[0],
-            audio_text, masks[1], audio_lengths, call.audio_self_attention_mask,
+            audio_text, audio_mask, audio_lengths, call.audio_self_attention_mask,
             call.audio_rotary_emb, call.ca_audio_rotary_emb, True,
         )  # fmt: skip
         return video, audio

@@ -40,7 +40,6 @@ from vidaccel.blocks.dit.rotary import half_tables
 from vidaccel.blocks.dit.step_caches import known_to_step_caches
 from vidaccel.kernels.attention.qk_norm_rope import HeadNorm, Rope, qk_norm_rope
 from vidaccel.kernels.norm.gated_residual_norm import (
-    NO_NORM,
     Norm,
     gated_residual,
     gated_residual_norm,
@@ -49,6 +48,7 @@ from vidaccel.kernels.norm.gated_residual_norm import (
 from vidaccel.kernels.op import REFERENCE, note
 from vidaccel.parallel.layout import own_tokens
 from vidaccel.sites.block import CORNER_ROWS, MOST_WHOLE, FusedBlock, call_site, fuses
+from vidaccel.sites.plain import order_reason
 from vidaccel.sites.site import Fidelity
 
 __all__ = [
@@ -123,8 +123,9 @@ class WanBlock(FusedBlock):
             return f"there is no image before the {TEXT_TOKENS} tokens of its text"
         if len(context) != len(hidden_states):  # stock's attention may broadcast them
             return "its text and its video differ in batch size"
-        for norm in (self.norm1, self.norm2, self.norm3):
-            kind = nn.Identity if type(norm) is nn.Identity else FP32LayerNorm
+        # a model may go without the second, which nothing modulates
+        second = nn.Identity if type(self.norm2) is nn.Identity else FP32LayerNorm
+        for norm, kind in ((self.norm1, FP32LayerNorm), (self.norm2, second), (self.norm3, FP32LayerNorm)):
             if reason := parameters_reason(norm, kind, hidden_states.device):
                 return reason
         return None
@@ -267,8 +268,8 @@ def first_tokens(temb: Tensor) -> Tensor:
 
 
 def norm_of(module: Any) -> Norm:
-    """A FP32LayerNorm, or the Identity in its place."""
-    return NO_NORM if type(module) is nn.Identity else Norm("layer", module.eps, module.weight, module.bias)
+    """That of a FP32LayerNorm."""
+    return Norm("layer", module.eps, module.weight, module.bias)
 
 
 def _image_keys_values(attn: Any, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -314,6 +315,9 @@ class FusedWanTimeTextImageEmbedding(FusedBlock, WanTimeTextImageEmbedding):
             FusedWanTimeTextImageEmbedding,
             self, timestep, encoder_hidden_states, encoder_hidden_states_image, timestep_seq_len,
         )  # fmt: skip
+
+    def call_reason(self, timestep: Tensor, context: Tensor, image: Any, tokens: int | None) -> str | None:
+        return None if tokens is None else order_reason(self)
 
     def corner(self, args: Any, kwargs: Any) -> Any:
         timestep, context, image, tokens = args
