@@ -189,7 +189,7 @@ def test_stock_blocks_may_stand_between(name: str) -> None:
     model = build(name, num_layers=4)
     expected = run(model)
     for block in model.transformer_blocks[1:3]:
-        block.forward = block.forward  # somebody's own
+        block.forward = functools.partial(block.forward)  # somebody's own
     with patch_module(model):
         assert relative_error(run(model), expected) <= 1e-5
         assert type(model.transformer_blocks[0]).original is type(model.transformer_blocks[1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -266,11 +267,11 @@ def watch_resnet(resnet: Any) -> None:
 
 
 def offload_shortcut(resnet: Any) -> None:
-    resnet.conv_shortcut.forward = resnet.conv_shortcut.forward
+    resnet.conv_shortcut.forward = partial(resnet.conv_shortcut.forward)
 
 
 def offload_resnet(resnet: Any) -> None:
-    resnet.forward = resnet.forward
+    resnet.forward = partial(resnet.forward)
 
 
 def replace_norm(resnet: Any) -> None:
