@@ -19,7 +19,6 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ from vidaccel.patching.parallel import ParallelCall, is_looked_at
 from vidaccel.patching.premises import CALL_SLOT, Premises
 from vidaccel.sites.block import have_no_numbers, numberless_way
 from vidaccel.sites.memo import Memo, generation, holding, preparations, watched
-from vidaccel.sites.plain import rows_are_seen
+from vidaccel.sites.plain import rows_are_seen, stock_method
 
 __all__ = ["DecodeCall", "ModelCall", "uncompiled", "unwrap_call", "wrap_call", "wrap_decode"]
 
@@ -146,11 +145,7 @@ class DecodeCall:
 
     def __reduce__(self) -> Any:
         """A copy decodes by itself."""
-        return _stock_decode, (self._vae(),)
-
-
-def _stock_decode(vae: Any) -> Any:
-    return MethodType(type(vae).decode, vae)
+        return stock_method, (self._vae(), "decode")
 
 
 def wrap_decode(vae: Any, parallel: ParallelCall) -> DecodeCall | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from types import MethodType
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ __all__ = [
     "replaced_reason",
     "rows_are_seen",
     "stock_class",
+    "stock_method",
     "subtree_reason",
 ]
 
@@ -52,6 +54,11 @@ def stock_class(module: Any) -> type:
     if torch.compiler.is_compiling():  # Dynamo does not follow the other
         return getattr(kind, "original", kind)
     return vars(kind).get("original", kind)  # its own: a class that somebody derived from a fused one is not stock
+
+
+def stock_method(module: Any, name: str) -> Any:
+    """What ``module.name`` is where nothing stands in its place; in a pickle, what stood there."""
+    return MethodType(getattr(type(module), name), module)
 
 
 @once_per_call
