@@ -155,19 +155,24 @@ def disagreement(op: Op, args: tuple[Any, ...], out: Any, fidelity: str) -> Prob
     """One line on why ``out`` is not what ``op`` means by ``args``, or None if it is."""
     outputs = _tuple(out)
     parts = list(op.parts(*args)) if op.parts else [Part(args, _all)]
+    exact = fidelity == "bit-exact"
     with torch.no_grad():
-        suspects = []
-        for part in parts:
+        seen: list[tuple[int, Any]] = []
+        eps = 0.0
+        for at, part in enumerate(parts):
             mine, expected = part.of(outputs), _referred(op, part, part.args)
             if problem := _shapes_differ(mine, expected):
                 return problem
-            suspects.append(_suspicious(mine, expected, fidelity, op.screen))
-        if not suspects or not (flags := torch.stack(suspects).tolist()) or not any(flags):
+            look = _bits_differ if exact else _norms
+            seen += [(at, look(x, y)) for x, y in zip(mine, expected, strict=True) if x.numel()]
+            eps = _eps(*expected)
+        if not seen:
             return None
-        if fidelity == "bit-exact":
-            return Problem("differs from the reference in some bits, and is declared bit-exact")
-        for part, suspect in zip(parts, flags, strict=True):
-            if suspect and (problem := _second_look(op, part, part.of(outputs), fidelity)):
+        if exact:
+            differ = any(torch.stack([differs for _, differs in seen]).tolist())
+            return Problem("differs from the reference in some bits, and is declared bit-exact") if differ else None
+        for at in _suspects(seen, eps * (LOSSY if fidelity == "lossy" else 1), op.screen):
+            if problem := _second_look(op, parts[at], parts[at].of(outputs), fidelity):
                 return problem
     return None
 
@@ -223,42 +228,78 @@ def _describe(x: Tensor) -> str:
     return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
 
 
-def _suspicious(mine: tuple[Tensor, ...], expected: tuple[Tensor, ...], fidelity: str, screen: float) -> Tensor:
-    """Whether any output deserves a second look, a bool on the device."""
-    flags = []
-    eps = _eps(*expected) * (LOSSY if fidelity == "lossy" else 1)
-    for x, y in zip(mine, expected, strict=True):
-        if x.numel() == 0:
-            continue
-        if fidelity == "bit-exact":
-            flags.append(((x != y) & ~(x.isnan() & y.isnan())).any())
-            continue
-        flags.append(~_plainly_near(x, y, eps, screen))
-    device = expected[0].device
-    return torch.stack(flags).any() if flags else torch.zeros((), dtype=torch.bool, device=device)
+def _bits_differ(x: Tensor, y: Tensor) -> Tensor:
+    """Whether they do, a bool on the device."""
+    return ((x != y) & ~(x.isnan() & y.isnan())).any()
 
 
-def _plainly_near(x: Tensor, y: Tensor, eps: float, screen: float) -> Tensor:
-    """What nearly every right result is; not that, for numbers that are not finite, or too small.
+class _Norms(NamedTuple):
+    """What an output of a part is screened by.
+
+    Attributes:
+        rows: Of the reference, ``[frames, rows]``.
+        own_rows: Of the output.
+        row_errors: Of the difference.
+        columns: Of the reference's channels, ``[frames, channels]``.
+        column_errors: Of the difference's.
+    """
+
+    rows: Tensor
+    own_rows: Tensor
+    row_errors: Tensor
+    columns: Tensor
+    column_errors: Tensor
+
+
+def _norms(x: Tensor, y: Tensor) -> _Norms:
+    """Those of an output x and of what it should be.
 
     Both are read in their own dtype, without copies in float32: what their difference is rounded by is small beside it.
-    The scale follows from three norms: ``|x|**2 = |y|**2 + 2 (x - y) y + |x - y|**2``.
     """
     norms = functools.partial(
         torch.linalg.vector_norm, dtype=torch.float32 if y.dtype.itemsize == 2 else torch.float64
     )  # fmt: skip
     x, y = _frames(x), _frames(y)
     difference = x - y
-    rows, row_errors = norms(y, dim=2), norms(difference, dim=2)
-    norm = norms(rows, dim=1)  # [frames]
-    square, square_x, square_error = (z * z for z in (norm, norms(norms(x, dim=2), dim=1), norms(row_errors, dim=1)))
+    return _Norms(
+        norms(y, dim=2), norms(x, dim=2), norms(difference, dim=2), norms(y, dim=1), norms(difference, dim=1)
+    )  # fmt: skip
+
+
+def _suspects(seen: list[tuple[int, _Norms]], eps: float, screen: float) -> list[int]:
+    """The parts of which an output deserves a second look; the host waits for the GPU.
+
+    Outputs of one shape are judged together. They are small by now, and what that takes are launches.
+    """
+    alike: dict[Any, list[tuple[int, _Norms]]] = {}
+    for at, norms in seen:
+        alike.setdefault((norms.rows.shape, norms.columns.shape, norms.rows.dtype), []).append((at, norms))
+    near = []
+    for group in alike.values():
+        together = zip(*(norms for _, norms in group), strict=True)
+        near.append(_plainly_near(_Norms(*map(_joined, together)), eps, screen).view(len(group), -1).all(1))
+    order = [at for group in alike.values() for at, _ in group]
+    return sorted({at for at, fine in zip(order, _joined(near).tolist(), strict=True) if not fine})
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
+
+
+def _plainly_near(norms: _Norms, eps: float, screen: float) -> Tensor:
+    """For each frame: what nearly every right result is; not that, for numbers that are not finite, or too small.
+
+    The scale follows from three norms: ``|x|**2 = |y|**2 + 2 (x - y) y + |x - y|**2``.
+    """
+    of_frames = torch.linalg.vector_norm(torch.stack(norms[:3]), dim=2)  # [3, frames]
+    norm, (square, square_x, square_error) = of_frames[0], of_frames * of_frames
     near = (norm > SMALL) & (norm < 1 / SMALL)
     near &= (square_x - square - square_error).abs() <= 2 * SCREEN_GAIN * eps * square
-    columns, column_errors = norms(y, dim=1), norms(difference, dim=1)
-    for error, size, units in ((row_errors, rows, screen * SCREEN_ROWS), (column_errors, columns, SCREEN_ROWS)):
+    rows, columns = (norms.row_errors, norms.rows), (norms.column_errors, norms.columns)
+    for (error, size), units in ((rows, screen * SCREEN_ROWS), (columns, SCREEN_ROWS)):
         mean = (norm / math.sqrt(size.shape[1]))[:, None]
         near &= (error <= units * eps * torch.maximum(size, mean)).all(1)
-    return near.all()
+    return near
 
 
 def _referred(op: Op, part: Part, args: Iterable[Any]) -> tuple[Tensor, ...]:
