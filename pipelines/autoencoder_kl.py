@@ -13,6 +13,7 @@ from vidaccel.blocks.unet.convolution import FusedFewChannelConv2d
 from vidaccel.blocks.unet.normalization import FusedGroupNorm
 from vidaccel.blocks.unet.resnet import FusedResnetBlock2D
 from vidaccel.blocks.unet.upsampling import FusedUpsample2D
+from vidaccel.blocks.vae.tile_batches import TileBatches
 from vidaccel.blocks.vae.tile_blends import TileBlends
 from vidaccel.blocks.vae.vae import FusedDecoder
 from vidaccel.sites.rules import ChannelsLastWeights, Swap
@@ -28,6 +29,6 @@ RULES = {
         Swap(FusedFewChannelConv2d, names=("conv_in",)),
         Swap(FusedGroupNorm, names=("group_norm", "conv_norm_out")),
         Processor(),
-        TileBlends(),
+        TileBatches(), TileBlends(),
     ),
 }

@@ -11,6 +11,7 @@ from vidaccel.blocks.vae.autoencoder_kl_hunyuanvideo15 import (
     FusedHunyuanVideo15Decoder3D,
     FusedHunyuanVideo15Encoder3D,
 )
+from vidaccel.blocks.vae.tile_batches import TileBatches
 from vidaccel.blocks.vae.tile_blends import TileBlends
 from vidaccel.sites.rules import Swap
 
@@ -20,6 +21,6 @@ RULES = {
     "AutoencoderKLHunyuanVideo15": (
         Swap(FusedHunyuanVideo15Encoder3D),
         Swap(FusedHunyuanVideo15Decoder3D),
-        TileBlends(),
+        TileBatches(), TileBlends(),
     ),
 }

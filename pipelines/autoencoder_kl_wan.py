@@ -7,7 +7,8 @@ see whole clips. To encode 81 frames, stock runs 5,900 operations and the encode
 
 from __future__ import annotations
 
-from vidaccel.blocks.vae.autoencoder_kl_wan import FusedWanDecoder3d, FusedWanEncoder3d, FusedWanPostQuantConv
+from vidaccel.blocks.vae.autoencoder_kl_wan import FusedWanDecoder3d, FusedWanEncoder3d
+from vidaccel.blocks.vae.tile_batches import TileBatches
 from vidaccel.blocks.vae.tile_blends import TileBlends
 from vidaccel.sites.rules import Swap
 
@@ -17,7 +18,6 @@ RULES = {
     "AutoencoderKLWan": (
         Swap(FusedWanEncoder3d),
         Swap(FusedWanDecoder3d),
-        Swap(FusedWanPostQuantConv, names=("post_quant_conv",)),
-        TileBlends(),
+        TileBatches(), TileBlends(),
     ),
 }

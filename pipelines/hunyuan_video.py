@@ -16,6 +16,7 @@ from vidaccel.blocks.dit.transformer_hunyuan_video import (
     FusedHunyuanVideoTransformerBlock,
 )
 from vidaccel.blocks.vae.autoencoder_kl_hunyuan_video import FusedHunyuanVideoDecoder3D
+from vidaccel.blocks.vae.tile_batches import TileBatches
 from vidaccel.blocks.vae.tile_blends import TileBlends
 from vidaccel.sites.rules import Swap
 
@@ -24,7 +25,7 @@ __all__ = ["RULES", "SPREAD"]
 _BLOCKS = (Swap(FusedHunyuanVideoTransformerBlock), Swap(FusedHunyuanVideoSingleTransformerBlock))
 
 RULES = {
-    "AutoencoderKLHunyuanVideo": (Swap(FusedHunyuanVideoDecoder3D), TileBlends()),
+    "AutoencoderKLHunyuanVideo": (Swap(FusedHunyuanVideoDecoder3D), TileBatches(), TileBlends()),
     "HunyuanVideoTransformer3DModel": (
         *_BLOCKS,
         Swap(FusedHunyuanVideoTokenReplaceTransformerBlock),

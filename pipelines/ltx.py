@@ -12,13 +12,14 @@ from vidaccel.blocks.dit.normalization import FusedAdaLayerNormSingle
 from vidaccel.blocks.dit.sequence import Sequence
 from vidaccel.blocks.dit.transformer_ltx import FusedLTXVideoRotaryPosEmbed, FusedLTXVideoTransformerBlock
 from vidaccel.blocks.vae.autoencoder_kl_ltx import FusedLTXVideoDecoder3d, FusedLTXVideoEncoder3d
+from vidaccel.blocks.vae.tile_batches import TileBatches
 from vidaccel.blocks.vae.tile_blends import TileBlends
 from vidaccel.sites.rules import Swap
 
 __all__ = ["RULES", "SPREAD"]
 
 RULES = {
-    "AutoencoderKLLTXVideo": (Swap(FusedLTXVideoDecoder3d), Swap(FusedLTXVideoEncoder3d), TileBlends()),
+    "AutoencoderKLLTXVideo": (Swap(FusedLTXVideoDecoder3d), Swap(FusedLTXVideoEncoder3d), TileBatches(), TileBlends()),
     "LTXVideoTransformer3DModel": (
         Swap(FusedLTXVideoTransformerBlock),
         Swap(FusedLTXVideoRotaryPosEmbed),

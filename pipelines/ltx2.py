@@ -12,6 +12,7 @@ from __future__ import annotations
 from vidaccel.blocks.dit.sequence import Sequence
 from vidaccel.blocks.dit.transformer_ltx2 import FusedLTX2AdaLayerNormSingle, FusedLTX2VideoTransformerBlock
 from vidaccel.blocks.vae.autoencoder_kl_ltx2 import FusedLTX2VideoDecoder3d, FusedLTX2VideoEncoder3d
+from vidaccel.blocks.vae.tile_batches import TileBatches
 from vidaccel.blocks.vae.tile_blends import TileBlends
 from vidaccel.sites.rules import Swap
 
@@ -21,7 +22,7 @@ __all__ = ["RULES", "SPREAD"]
 PER_TOKEN = "time_embed", "av_cross_attn_video_scale_shift", "av_cross_attn_video_a2v_gate"
 
 RULES = {
-    "AutoencoderKLLTX2Video": (Swap(FusedLTX2VideoDecoder3d), Swap(FusedLTX2VideoEncoder3d), TileBlends()),
+    "AutoencoderKLLTX2Video": (Swap(FusedLTX2VideoDecoder3d), Swap(FusedLTX2VideoEncoder3d), TileBatches(), TileBlends()),
     "LTX2VideoTransformer3DModel": (
         Swap(FusedLTX2VideoTransformerBlock),
         Swap(FusedLTX2AdaLayerNormSingle, names=PER_TOKEN),

@@ -11,13 +11,14 @@ from __future__ import annotations
 from vidaccel.blocks.dit.sequence import Sequence
 from vidaccel.blocks.dit.transformer_mochi import FusedMochiTransformerBlock
 from vidaccel.blocks.vae.autoencoder_kl_mochi import FusedMochiDecoder3D
+from vidaccel.blocks.vae.tile_batches import TileBatches
 from vidaccel.blocks.vae.tile_blends import TileBlends
 from vidaccel.sites.rules import Swap
 
 __all__ = ["RULES", "SPREAD"]
 
 RULES = {
-    "AutoencoderKLMochi": (Swap(FusedMochiDecoder3D), TileBlends()),
+    "AutoencoderKLMochi": (Swap(FusedMochiDecoder3D), TileBatches(), TileBlends()),
     "MochiTransformer3DModel": (Swap(FusedMochiTransformerBlock),),
 }
 SPREAD = {"MochiTransformer3DModel": Sequence("transformer_blocks")}

@@ -12,6 +12,7 @@ from diffusers import (
     AutoencoderKLCogVideoX,
     AutoencoderKLHunyuanVideo,
     AutoencoderKLHunyuanVideo15,
+    AutoencoderKLLTXVideo,
     AutoencoderKLMochi,
     AutoencoderKLTemporalDecoder,
     AutoencoderKLWan,
@@ -35,6 +36,7 @@ __all__ = [
     "tiny_autoencoder_kl",
     "tiny_autoencoder_kl_hunyuan_video",
     "tiny_autoencoder_kl_hunyuanvideo15",
+    "tiny_autoencoder_kl_ltx_video",
     "tiny_autoencoder_kl_mochi",
     "tiny_autoencoder_kl_wan",
     "tiny_controlnet",
@@ -203,6 +205,29 @@ def tiny_autoencoder_kl_hunyuan_video(seed: int = 0, **options: Any) -> Autoenco
             "norm_num_groups": 4,
         }
         vae = AutoencoderKLHunyuanVideo(**config | options).eval()
+        for parameter in vae.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return vae
+
+
+def tiny_autoencoder_kl_ltx_video(seed: int = 0, **options: Any) -> AutoencoderKLLTXVideo:
+    """LTX-Video's VAE, on the CPU: 4 latent channels, 8 channels, a factor of 2."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = {
+            "block_out_channels": (8, 8),
+            "decoder_block_out_channels": (8, 8),
+            "layers_per_block": (1, 1),
+            "decoder_layers_per_block": (1, 1, 1),
+            "spatio_temporal_scaling": (True, False),
+            "decoder_spatio_temporal_scaling": (True, False),
+            "decoder_inject_noise": (False, False, False),
+            "upsample_residual": (False, False),
+            "upsample_factor": (1, 1),
+            "latent_channels": 4,
+            "patch_size": 1,
+        }
+        vae = AutoencoderKLLTXVideo(**config | options).eval()
         for parameter in vae.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
     return vae

@@ -37,6 +37,7 @@ __all__ = [
     "peak_memory_gib",
     "peak_reserved_gib",
     "reset_peak_memory",
+    "usable_bytes",
 ]
 
 
@@ -143,6 +144,15 @@ def free_host_bytes() -> int:
         return free
     pages, *_ = _text_of("/proc/self/statm").split()
     return min(free, limit - int(pages) * resource.getpagesize())
+
+
+def usable_bytes(device: torch.device) -> int:
+    """What this process may allocate on ``device``, counting what it has allocated, if that is a GPU of CUDA's."""
+    if device.type != "cuda":
+        return free_host_bytes()
+    driver_free, total = torch.cuda.mem_get_info(device)
+    limit = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    return min(driver_free + torch.cuda.memory_reserved(device), limit)
 
 
 def _text_of(path: str) -> str:

@@ -1,10 +1,8 @@
 """One decode of a VAE on several ranks: its tiles, the samples of its batch, its rows of pixels, or its frames.
 
-How a VAE's ``decode`` cuts latents into tiles, and joins their pixels, is its own business. So it runs twice, on every
-rank, both times with a stand-in for its decoder. The first one hears what the decoder is asked for, and answers with
-tensors that have no numbers (``meta``). Calls of which one passes on the cache of the one before belong together, and
-are a :class:`_Part`. Each part is decoded on one rank; while its GPU does that, the host goes on. Then all parts are
-sent to all ranks. The second stand-in hands them out, to be joined as ever: so the bits are those of a single decode.
+What it asks its decoder for is heard beforehand (``asked.py``). Each part of that is decoded on one rank; while its GPU
+does that, the host goes on. Then all parts are sent to all ranks, and joined on each: so the bits are those of a single
+decode.
 
 A decode that is one part is split along its rows of pixels or its frames if the decoder can do that (``layout_for``),
 or along its batch. Where ranks would not split a decode alike, each does all of it.
@@ -12,11 +10,8 @@ or along its batch. Where ranks would not split a decode alike, each does all of
 
 from __future__ import annotations
 
-import inspect
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -25,32 +20,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from vidaccel.errors import first_line
+from vidaccel.parallel.asked import Asked, Call, Part, Run, joined, noise_reason, pixels_of, standing_in
 from vidaccel.parallel.layout import LatentFrames, PixelRows, spread
 from vidaccel.parallel.ranks import Agreement, Ranks
 
-__all__ = ["Decode", "stand_in_of"]
+__all__ = ["Decode"]
 
 OURS = ("torch", "diffusers", "vidaccel")
-
-Run = Callable[[], Any]
-StandIn = Callable[..., Any]
-
-_stand_in: ContextVar[tuple[nn.Module, StandIn | None] | None] = ContextVar("stand_in", default=None)
-
-
-def stand_in_of(model: nn.Module) -> StandIn | None:
-    """What is called in place of ``model`` in this thread, or None."""
-    found = _stand_in.get()
-    return found[1] if found is not None and found[0] is model else None
-
-
-@contextmanager
-def _standing_in(model: nn.Module, stand_in: StandIn | None) -> Iterator[None]:
-    token = _stand_in.set((model, stand_in))
-    try:
-        yield
-    finally:
-        _stand_in.reset(token)
 
 
 class Decode:
@@ -68,7 +44,7 @@ class Decode:
     def call(self, run: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``run(*args, **kwargs)``, a decode of ``model``."""
         decode, decoder = partial(run, *args, **kwargs), model.decoder
-        asked = _Asked(model, self._ranks)
+        asked = _Shared(model, self._ranks)
         over = self._layout(decode, decoder, asked)
         plan = "" if isinstance(over, str) else f"{type(over).__name__} {asked.shapes}"
         plans = self._agreement.all([zlib.crc32(plan.encode())])
@@ -81,10 +57,10 @@ class Decode:
             with spread(over):
                 return decode()
         if len(asked.parts) > 1:
-            return _joined(decode, decoder, self._sent(asked))
-        return _joined(decode, decoder, self._batch_apart(decoder, asked.parts[0].calls[0]))
+            return joined(decode, model, self._sent(asked))
+        return joined(decode, model, self._batch_apart(decoder, asked.parts[0].calls[0]))
 
-    def _layout(self, decode: Run, decoder: Any, asked: _Asked) -> LatentFrames | PixelRows | str | None:
+    def _layout(self, decode: Run, decoder: Any, asked: _Shared) -> LatentFrames | PixelRows | str | None:
         """How the only part of a decode lies over the ranks, or why each decodes all of it.
 
         None: the parts, or the samples of a batch, are decoded apart. ``asked`` hears what the decoder is asked for.
@@ -92,7 +68,7 @@ class Decode:
         if reason := _whole_reason(decoder):
             return reason
         try:
-            with _standing_in(decoder, asked):
+            with standing_in({decoder: asked}):
                 decode()
         except Exception as error:
             if asked.decoding:
@@ -112,7 +88,7 @@ class Decode:
         )
         return over
 
-    def _sent(self, asked: _Asked) -> list[Tensor]:
+    def _sent(self, asked: _Shared) -> list[Tensor]:
         """The pixels of all calls, each part of which one rank has decoded."""
         asked.decode_last()
         mine = {at: [(x.shape, x.dtype) for x in part.pixels] for at, part in enumerate(asked.parts) if part.pixels}
@@ -133,7 +109,7 @@ class Decode:
             pixels += whole.split(frames, dim=2)
         return pixels
 
-    def _batch_apart(self, decoder: nn.Module, call: _Call) -> list[Tensor]:
+    def _batch_apart(self, decoder: nn.Module, call: Call) -> list[Tensor]:
         """The pixels of a call, each rank having decoded its share of the samples."""
         samples = len(call.sample)
 
@@ -141,42 +117,15 @@ class Decode:
             return self._ranks.part(x, 0) if x.ndim and len(x) == samples else x
 
         args, kwargs = tree_map_only(Tensor, own, (call.args, call.kwargs))
-        return [self._ranks.gather(_pixels_of(decoder(*args, **kwargs)), 0, samples)]
+        return [self._ranks.gather(pixels_of(decoder(*args, **kwargs)), 0, samples)]
 
 
-class _Call:
-    """A call of a decoder."""
+class _OfOneRank(Part):
+    """A part, and the rank that decodes it."""
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.args, self.kwargs = args, kwargs
-
-    @property
-    def sample(self) -> Tensor:
-        """The latents."""
-        sample: Tensor = next(x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor))
-        return sample
-
-    def follows(self, other: _Call) -> bool:
-        """Whether it is given what ``other`` has left."""
-        cache = self.kwargs.get("feat_cache")
-        if cache is not None:
-            return cache is other.kwargs.get("feat_cache")
-        return self.kwargs.get("conv_cache") is other
-
-
-class _Part:
-    """Calls of a decoder that belong together.
-
-    Attributes:
-        calls: One after the other.
-        owner: The rank that decodes it.
-        pixels: What it has decoded, call by call.
-    """
-
-    def __init__(self) -> None:
-        self.calls: list[_Call] = []
-        self.owner = 0
-        self.pixels: list[Tensor] = []
+    def __init__(self, calls: list[Call], owner: int) -> None:
+        super().__init__(calls)
+        self.owner = owner
 
     @property
     def size(self) -> int:
@@ -197,43 +146,25 @@ class _Part:
             return f"a batch of {samples} is not split over {size} ranks (enable_tiling() makes tiles, which are)"
         return None
 
-    def decode(self, decoder: nn.Module) -> None:
-        cache = None
-        for call in self.calls:
-            kwargs = call.kwargs
-            if isinstance(kwargs.get("conv_cache"), _Call):
-                kwargs = {**kwargs, "conv_cache": cache}
-            out = decoder(*call.args, **kwargs)
-            self.pixels.append(_pixels_of(out))
-            cache = out[1] if isinstance(out, tuple) else None
 
-
-class _Asked:
-    """Stands in for a decoder, writes down what it is asked for, and has this rank decode its parts of that.
+class _Shared(Asked):
+    """Has this rank decode its share of what it hears.
 
     Attributes:
-        parts: That.
         decoding: Whether a part is being decoded. A decode of a single part is not begun.
     """
 
+    parts: list[_OfOneRank]  # type: ignore[assignment]
+
     def __init__(self, vae: Any, ranks: Ranks) -> None:
-        self.parts: list[_Part] = []
+        super().__init__(vae)
         self.decoding = False
         self._decoder, self._rank, self._work = vae.decoder, ranks.rank, [0] * ranks.size
-        self._with_cache = _returns_cache(vae.decoder)
-        self._channels = 3 * (getattr(vae.config, "patch_size", None) or 1) ** 2  # what a patch of pixels divides
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call = _Call(args, kwargs)
-        if not self.parts or not call.follows(self.parts[-1].calls[-1]):
-            if self.parts:
-                self.decode_last()
-            self.parts.append(_Part())
-        self.parts[-1].calls.append(call)
-        sample = call.sample
-        # all that is done with pixels is to cut, blend and join them, whatever their size
-        pixels = torch.empty(len(sample), self._channels, *sample.shape[2:], device="meta", dtype=sample.dtype)
-        return (pixels, call) if self._with_cache else pixels
+    def begin(self, call: Call) -> None:
+        if self.parts:
+            self.decode_last()
+        self.parts.append(_OfOneRank([call], 0))
 
     @property
     def shapes(self) -> list[list[tuple[int, ...]]]:
@@ -247,21 +178,9 @@ class _Asked:
         work[part.owner] += part.size
         if part.owner == self._rank:
             self.decoding = True
-            with _standing_in(self._decoder, None):
+            with standing_in({self._decoder: None}):
                 part.decode(self._decoder)
             self.decoding = False
-
-
-def _joined(decode: Run, decoder: nn.Module, pixels: list[Tensor]) -> Any:
-    """What a decode makes of the pixels that its decoder would have returned, call by call."""
-    with_cache = _returns_cache(decoder)
-    pixels.reverse()
-
-    def hand_out(*args: Any, **kwargs: Any) -> Any:
-        return (pixels.pop(), None) if with_cache else pixels.pop()
-
-    with _standing_in(decoder, hand_out):
-        return decode()
 
 
 def _foreign_reason(decoder: nn.Module) -> str | None:
@@ -272,18 +191,7 @@ def _foreign_reason(decoder: nn.Module) -> str | None:
     return None
 
 
-def _pixels_of(out: Any) -> Tensor:
-    pixels: Tensor = out[0] if isinstance(out, tuple) else out
-    return pixels
-
-
-def _returns_cache(decoder: nn.Module) -> bool:
-    return "conv_cache" in inspect.signature(type(decoder).forward).parameters
-
-
 def _whole_reason(decoder: nn.Module) -> str | None:
     if torch.is_grad_enabled():
         return "gradients are enabled (call it under torch.no_grad)"
-    if any(getattr(part, "per_channel_scale1", None) is not None for part in decoder.modules()):
-        return "its decoder adds noise, which is drawn call by call"
-    return None
+    return noise_reason(decoder)

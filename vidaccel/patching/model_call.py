@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from vidaccel.kernels.settings import Fidelity, Settings, allowed, frozen
-from vidaccel.parallel.decode import stand_in_of
+from vidaccel.parallel.asked import Answer, HearsStandIns, stand_in_of
 from vidaccel.parallel.layout import layout
 from vidaccel.patching.cuda_graph import Graphs, Shared
 from vidaccel.patching.parallel import ParallelCall, is_looked_at
@@ -39,7 +39,7 @@ __all__ = ["DecodeCall", "ModelCall", "uncompiled", "unwrap_call", "wrap_call", 
 MOST_ANSWERS = 2**16  # that a memo keeps: more than several shapes of the largest model
 
 
-class ModelCall:
+class ModelCall(HearsStandIns):
     """Stands in a model's call slot; see the module's docstring.
 
     Attributes:
@@ -71,6 +71,16 @@ class ModelCall:
             if self.parallel is None:
                 return run(*args, **kwargs)
             return self.parallel.call(run, model, args, kwargs, self._looked_at)
+
+    def asked(self, question: Callable[[], Answer]) -> Answer:
+        model: Any = self._model()
+        with self._lock, allowed(self._allow), frozen() as settings:
+            self._settle(model, settings)
+            try:
+                with holding(self._memo):
+                    return question()
+            finally:
+                self._memo.of_call.clear()
 
     def _run(self, model: Any, settings: Settings, *args: Any, **kwargs: Any) -> Any:
         if self._premises is None or self._premises.generation != generation():

@@ -7,10 +7,10 @@ is a :class:`Patch`, kept beside the module, not in it: so a patched model is co
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from vidaccel.sites.block import SITES, FusedBlock
 from vidaccel.sites.memo import plans_changed
-from vidaccel.sites.plain import has_own_forward, hook_reason, replaced_reason, stock_class
+from vidaccel.sites.plain import has_own_forward, hook_reason, replaced_reason, stock_class, stock_method
 from vidaccel.sites.site import Fidelity, Site, SiteGroup
 
-__all__ = ["ChannelsLastWeights", "Patch", "Rule", "Swap", "patches_of"]
+__all__ = ["ChannelsLastWeights", "Patch", "Rule", "StandIn", "StandIns", "Swap", "patches_of"]
 
 _patches: WeakKeyDictionary[nn.Module, list[Patch]] = WeakKeyDictionary()
 
@@ -170,6 +170,77 @@ def _replace_class(module: nn.Module, old: type[nn.Module], new: type[nn.Module]
     for derived in kind.__mro__:
         if old in derived.__bases__:
             derived.__bases__ = tuple(new if base is old else base for base in derived.__bases__)
+
+
+class StandIn:
+    """Stands for one method of a module; in a copy of the module, that method itself."""
+
+    def __init__(self, module: nn.Module, name: str, site: Site) -> None:
+        self._module = weakref.ref(module)  # which this is an attribute of
+        self._name, self._site = name, site
+        self._stock = getattr(type(module), name)
+
+    @property
+    def module(self) -> Any:
+        return self._module()
+
+    def method(self) -> Callable[..., Any]:
+        """The module's own."""
+        bound: Callable[..., Any] = stock_method(self.module, self._name)
+        return bound
+
+    def stays_out(self, reason: str | None) -> bool:
+        """Whether the method itself has to run: for a ``reason``, which is counted, or as the site is off."""
+        if getattr(type(self.module), self._name) is not self._stock:
+            reason = f"somebody replaced its {self._name}"
+        if reason and not torch.compiler.is_compiling():
+            self._site.fallbacks[reason] += 1
+        return bool(reason) or not self._site.runs
+
+    def __reduce__(self) -> Any:
+        return stock_method, (self.module, self._name)
+
+
+@dataclass(frozen=True)
+class StandIns(Rule):
+    """Put stand-ins in place of methods of a module that are diffusers' own; one site for all of them."""
+
+    op: ClassVar[str]
+    fidelity: ClassVar[Fidelity]
+    stand_ins: ClassVar[Mapping[str, type[StandIn]]]  # by the names of the methods
+
+    @property
+    def ops(self) -> Mapping[str, Fidelity]:
+        return {self.op: self.fidelity}
+
+    def matches(self, path: str, module: Any) -> bool:
+        return bool(self._names(module))
+
+    def left_alone_reason(self, module: Any) -> str | None:
+        for name in self._names(module):
+            stock = getattr(type(module), name)
+            of_diffusers = str(getattr(stock, "__module__", "")).startswith("diffusers.")
+            if getattr(getattr(module, name), "__func__", None) is not stock or not of_diffusers:
+                return f"its {name} is not that of diffusers"
+        return None
+
+    def apply(self, module: Any, sites: list[Site], checks: bool) -> dict[str, StandIn]:
+        (site,) = sites
+        there = {name: self.stand_ins[name](module, name, site) for name in self._names(module)}
+        vars(module).update(there)
+        return there
+
+    def in_place(self, module: Any, memo: dict[str, StandIn]) -> str | None:
+        replaced = [name for name, stand_in in memo.items() if vars(module).get(name) is not stand_in]
+        return f"its {replaced[0]} was replaced" if replaced else None
+
+    def undo(self, module: Any, memo: dict[str, StandIn]) -> None:
+        for name, stand_in in memo.items():
+            if vars(module).get(name) is stand_in:
+                del vars(module)[name]
+
+    def _names(self, module: Any) -> list[str]:
+        return [name for name in self.stand_ins if hasattr(type(module), name)]
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKLLTXVideo
 from tiny_models import (
     tiny_autoencoder_kl,
     tiny_autoencoder_kl_cogvideox,
     tiny_autoencoder_kl_hunyuan_video,
     tiny_autoencoder_kl_hunyuanvideo15,
+    tiny_autoencoder_kl_ltx_video,
     tiny_autoencoder_kl_mochi,
     tiny_autoencoder_kl_wan,
 )
@@ -25,23 +25,12 @@ from vidaccel import patch_module
 from vidaccel.patching.report import PatchReport
 from vidaccel.sites.site import Site
 
-LTX = {
-    "block_out_channels": (8, 8),
-    "decoder_block_out_channels": (8, 8),
-    "layers_per_block": (1, 1),
-    "decoder_layers_per_block": (1, 1, 1),
-    "spatio_temporal_scaling": (True, False),
-    "decoder_spatio_temporal_scaling": (True, False),
-    "decoder_inject_noise": (False, False, False),
-    "latent_channels": 4,
-    "patch_size": 1,
-}
 VAES = {
     "image": tiny_autoencoder_kl,
     "CogVideoX": tiny_autoencoder_kl_cogvideox,
     "HunyuanVideo": tiny_autoencoder_kl_hunyuan_video,
     "HunyuanVideo 1.5": tiny_autoencoder_kl_hunyuanvideo15,
-    "LTX": lambda: AutoencoderKLLTXVideo(**LTX, upsample_residual=(False, False), upsample_factor=(1, 1)),
+    "LTX": tiny_autoencoder_kl_ltx_video,
     "Mochi": tiny_autoencoder_kl_mochi,
     "Wan": tiny_autoencoder_kl_wan,
 }

@@ -24,7 +24,7 @@ from vidaccel.blocks.unet.normalization import FusedGroupNorm
 from vidaccel.blocks.unet.resnet import FusedResnetBlock2D
 from vidaccel.blocks.unet.upsampling import FusedUpsample2D
 from vidaccel.blocks.vae import vae as blocks
-from vidaccel.blocks.vae.vae import FusedDecoder, FusedTemporalDecoder, decode_bytes, frames_that_fit, usable_bytes
+from vidaccel.blocks.vae.vae import FusedDecoder, FusedTemporalDecoder, decode_bytes, frames_that_fit
 from vidaccel.kernels.conv.conv_epilogue import CONV_EPILOGUE_AND_STATISTICS
 from vidaccel.kernels.conv.upsample_conv import UPSAMPLE_CONV_AND_STATISTICS
 from vidaccel.kernels.op import REFERENCE, Op
@@ -292,13 +292,13 @@ UNLIMITED = CONTAINER | {"/sys/fs/cgroup/memory.max": "max\n"}
 )
 def test_free_memory_of_a_host(files: dict[str, str], free: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "_text_of", lambda path: (OF_THE_HOST | files).get(path, ""))
-    assert usable_bytes(torch.device("cpu")) == free * GIB
+    assert environment.usable_bytes(torch.device("cpu")) == free * GIB
 
 
 def test_free_memory_of_a_process_that_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (2**50, resource.RLIM_INFINITY))
     monkeypatch.setattr(resource, "getpagesize", lambda: 2**50)
-    assert usable_bytes(torch.device("cpu")) < 0
+    assert environment.usable_bytes(torch.device("cpu")) < 0
 
 
 @pytest.mark.parametrize(("free", "fit"), [(10 * GIB, 4), (3 * GIB, 1), (GIB, 0), (-GIB, 0)])

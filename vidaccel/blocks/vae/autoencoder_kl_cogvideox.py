@@ -54,6 +54,7 @@ from vidaccel.blocks.vae.causal_clip import (
     structure_reason,
     tell_chunk,
 )
+from vidaccel.blocks.vae.tile_batches import TileDecoder
 from vidaccel.kernels.conv.conv_epilogue import STATISTICS_STEP
 from vidaccel.kernels.conv.padded_clip import Padding, pad_clip
 from vidaccel.kernels.conv.pixel_conv import pixel_conv, pixel_conv_ref
@@ -62,7 +63,7 @@ from vidaccel.kernels.norm.spatial_norm_silu import spatial_norm_silu, spatial_n
 from vidaccel.kernels.op import runs_triton
 from vidaccel.parallel.layout import LatentFrames, latent_frames
 from vidaccel.parallel.ranks import Agreement, Ranks
-from vidaccel.sites.block import SITES, FusedBlock, call_site, cut_corner, fuses, looking_reason
+from vidaccel.sites.block import SITES, call_site, cut_corner, fuses, looking_reason, unserved_reason
 from vidaccel.sites.plain import plain_reason
 
 __all__ = ["FusedCogVideoXDecoder3D", "decode_bytes"]
@@ -167,7 +168,7 @@ def _frames_of(latent_frames: int, first: int, rate: int) -> int:
         "pixel_conv": "math-exact",
     },
 )
-class FusedCogVideoXDecoder3D(FusedBlock, CogVideoXDecoder3D):
+class FusedCogVideoXDecoder3D(TileDecoder, CogVideoXDecoder3D):
     """The decoder of CogVideoX: the first call of a clip decodes all of it, those behind it hand out what it made."""
 
     conv_in: Any
@@ -223,6 +224,14 @@ class FusedCogVideoXDecoder3D(FusedBlock, CogVideoXDecoder3D):
         if temb is not None or ends[-1] != frames:
             return "its batches of latent frames come one by one"
         return LatentFrames.reason(ranks, len(ends)) or LatentFrames(ranks, len(ends), agreement)
+
+    def tile_reason(self, sample: Tensor, temb: Any = None, conv_cache: Any = None) -> str | None:
+        if temb is not None:
+            return "an embedding of the timestep was passed"
+        return unserved_reason(self, getattr(self, SITES), (sample, (), None), {})
+
+    def bytes_at_once(self, latents: Tensor) -> int:
+        return decode_bytes(self, latents, latents.shape[2])
 
     def call_reason(self, clip: Tensor, ends: tuple[int, ...], carried: _Carried | None) -> str | None:
         return latents_reason(clip, self.conv_in.conv.weight)

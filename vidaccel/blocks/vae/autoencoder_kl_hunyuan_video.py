@@ -44,6 +44,7 @@ from vidaccel.blocks.vae.causal_clip import (
     structure_reason,
     tell_chunk,
 )
+from vidaccel.blocks.vae.tile_batches import TileDecoder
 from vidaccel.kernels.attention.spatial_attention import spatial_attention, spatial_attention_ref
 from vidaccel.kernels.conv.padded_clip import NO_PADDING, Padding, pad_clip
 from vidaccel.kernels.conv.pixel_conv import pixel_conv, pixel_conv_ref
@@ -52,7 +53,7 @@ from vidaccel.kernels.conv.upsample_clip import upsample_clip, upsample_clip_pad
 from vidaccel.kernels.norm.padded_group_norm import padded_group_norm, padded_group_norm_ref
 from vidaccel.kernels.norm.rms_norm_silu import rms_norm_silu, rms_norm_silu_ref
 from vidaccel.kernels.op import runs_triton
-from vidaccel.sites.block import FusedBlock, call_site, cut_corner, fuses
+from vidaccel.sites.block import call_site, cut_corner, fuses
 from vidaccel.sites.plain import plain_reason
 
 __all__ = ["FusedHunyuanVideoDecoder3D", "decode_bytes"]
@@ -76,7 +77,7 @@ _MARGIN = 1.1  # the allocator's rounding, the borders, the convolutions' worksp
         "spatial_attention": "math-exact",
     },
 )
-class FusedHunyuanVideoDecoder3D(FusedBlock, HunyuanVideoDecoder3D):
+class FusedHunyuanVideoDecoder3D(TileDecoder, HunyuanVideoDecoder3D):
     """The decoder of HunyuanVideo, of a clip or of a tile."""
 
     conv_in: Any
@@ -99,6 +100,9 @@ class FusedHunyuanVideoDecoder3D(FusedBlock, HunyuanVideoDecoder3D):
         if not self.runs("whole_clip"):
             return "whole_clip is off, or failed"
         return latents_reason(hidden_states, self.conv_in.conv.weight)
+
+    def bytes_at_once(self, latents: Tensor) -> int:
+        return decode_bytes(self, latents)
 
     def corner(self, args: Any, kwargs: Any) -> Any:
         return cut_corner((args[0][:1, :, :CORNER_FRAMES],), {}, most_whole=0)

@@ -48,6 +48,7 @@ from vidaccel.blocks.vae.causal_clip import (
     structure_reason,
     tell_chunk,
 )
+from vidaccel.blocks.vae.tile_batches import TileDecoder
 from vidaccel.kernels.attention.block_causal_attention import block_causal_attention, block_causal_attention_ref
 from vidaccel.kernels.conv.depth_to_space import depth_to_space, depth_to_space_ref
 from vidaccel.kernels.conv.padded_clip import NO_PADDING, Padding, pad_clip
@@ -75,7 +76,7 @@ _MARGIN = 1.1  # the allocator's rounding, the borders, the convolutions' worksp
         "spatial_attention": "math-exact",
     },
 )
-class FusedHunyuanVideo15Decoder3D(FusedBlock, HunyuanVideo15Decoder3D):
+class FusedHunyuanVideo15Decoder3D(TileDecoder, HunyuanVideo15Decoder3D):
     """The decoder of HunyuanVideo 1.5, of a clip or of a tile."""
 
     conv_in: Any
@@ -108,6 +109,9 @@ class FusedHunyuanVideo15Decoder3D(FusedBlock, HunyuanVideo15Decoder3D):
         if not self.runs("whole_clip"):
             return "whole_clip is off, or failed"
         return latents_reason(hidden_states, self.conv_in.conv.weight)
+
+    def bytes_at_once(self, latents: Tensor) -> int:
+        return decode_bytes(self, latents, latents.shape[2])
 
     def corner(self, args: Any, kwargs: Any) -> Any:
         return cut_corner((args[0][:1, :, :CORNER_FRAMES],), {}, most_whole=0)

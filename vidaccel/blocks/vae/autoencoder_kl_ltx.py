@@ -35,6 +35,7 @@ from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
 from vidaccel.blocks.vae.causal_clip import Sum, clip_of, conv_rows, dropout_reason, free_bytes, structure_reason
+from vidaccel.blocks.vae.tile_batches import TileDecoder
 from vidaccel.environment import memory_ran_out
 from vidaccel.kernels.conv.padded_clip import Padding, pad_clip
 from vidaccel.kernels.conv.pixel_shuffle import pixel_shuffle, pixel_shuffle_ref
@@ -115,7 +116,7 @@ class _RowsCoder(FusedBlock):
             raise torch.OutOfMemoryError(_out_of_memory(what, needed, x)) from error
 
 
-class RowsDecoder(_RowsCoder):
+class RowsDecoder(TileDecoder, _RowsCoder):
     """What the decoders of LTX-Video and LTX-2 share."""
 
     up_blocks: Any
@@ -132,6 +133,9 @@ class RowsDecoder(_RowsCoder):
         if self.timestep_scale_multiplier is not None and (temb is None or temb.numel() != len(latents)):
             return "there is not one timestep for each clip"
         return None
+
+    def bytes_at_once(self, latents: Tensor) -> int:
+        return decode_bytes(self, latents)
 
     def corner(self, args: Any, kwargs: Any) -> Any:
         if any(_injects_noise(part) for part in self.modules()):

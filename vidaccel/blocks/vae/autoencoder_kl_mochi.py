@@ -41,13 +41,14 @@ from vidaccel.blocks.vae.causal_clip import (
     structure_reason,
     tell_chunk,
 )
+from vidaccel.blocks.vae.tile_batches import TileDecoder
 from vidaccel.kernels.conv.padded_clip import Padding
 from vidaccel.kernels.conv.pixel_conv import pixel_conv, pixel_conv_ref
 from vidaccel.kernels.conv.pixel_shuffle import pixel_shuffle, pixel_shuffle_ref
 from vidaccel.kernels.norm.padded_group_norm import padded_group_norm, padded_group_norm_ref
 from vidaccel.kernels.norm.rms_norm_silu import rms_norm_silu, rms_norm_silu_ref
 from vidaccel.kernels.op import runs_triton
-from vidaccel.sites.block import FusedBlock, call_site, cut_corner, fuses
+from vidaccel.sites.block import call_site, cut_corner, fuses
 from vidaccel.sites.plain import plain_reason
 
 __all__ = ["FusedMochiDecoder3D", "decode_bytes"]
@@ -69,7 +70,7 @@ _MARGIN = 1.1  # the allocator's rounding, the borders, the convolutions' worksp
         "pixel_conv": "math-exact",
     },
 )
-class FusedMochiDecoder3D(FusedBlock, MochiDecoder3D):
+class FusedMochiDecoder3D(TileDecoder, MochiDecoder3D):
     """The decoder of Mochi, of a clip or of a tile."""
 
     conv_in: Any
@@ -92,6 +93,9 @@ class FusedMochiDecoder3D(FusedBlock, MochiDecoder3D):
         if not self.runs("whole_clip"):
             return "whole_clip is off, or failed"
         return latents_reason(hidden_states, self.conv_in.weight)
+
+    def bytes_at_once(self, latents: Tensor) -> int:
+        return decode_bytes(self, latents, latents.shape[2])
 
     def corner(self, args: Any, kwargs: Any) -> Any:
         return cut_corner((args[0][:1, :, :CORNER_FRAMES], None), {}, most_whole=0)

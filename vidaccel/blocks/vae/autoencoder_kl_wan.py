@@ -11,8 +11,8 @@ done is kept in the caller's own cache, in place of stock's tensors (:class:`_Pr
 there is one for each decode. Latents that come one frame at a time are decoded so, and the convolutions' last frames
 carried on. If a call is not the one that was foreseen, what was decoded ahead is forgotten.
 
-Of a tile, the caller cuts out one frame, and has the 1 x 1 x 1 convolution before the decoder make a new tensor of it.
-:class:`FusedWanPostQuantConv` makes all frames of the tile then, and returns a view of one.
+Of a tile, the caller cuts out one frame, and has the convolution before the decoder make a new tensor of it. So tiles
+are whole clips only where their calls are heard beforehand (``tile_batches.py``).
 
 The encoder is asked for the first frame, and then for four at a time, each call with a view of the clip that somebody
 gave to ``encode``. Nothing tells how many frames will be asked for: that clip may be the beginning of a longer one. So
@@ -26,8 +26,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import (
@@ -38,13 +37,13 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
     WanResidualDownBlock,
 )
 from torch import Tensor, nn
-from torch.utils.weak import TensorWeakRef
 
 from vidaccel.blocks.vae.causal_clip import Halos, same_bits, structure_reason
+from vidaccel.blocks.vae.tile_batches import TileDecoder
 from vidaccel.blocks.vae.wan_layers import Decode, Encode
 from vidaccel.blocks.vae.wan_structure import (
     STOCK_FRAMES,
-    conv_reason,
+    decode_bytes,
     decoder_reasons,
     down_layers,
     downsamplers,
@@ -57,11 +56,19 @@ from vidaccel.blocks.vae.wan_structure import (
 from vidaccel.kernels.norm.rms_norm_silu import compile_ahead
 from vidaccel.parallel.layout import PixelRows
 from vidaccel.parallel.ranks import Agreement, Ranks
-from vidaccel.sites.block import CORNER, SITES, FusedBlock, call_site, cut_corner, fuses, looking_reason
-from vidaccel.sites.plain import plain_reason
+from vidaccel.sites.block import (
+    CORNER,
+    SITES,
+    FusedBlock,
+    call_site,
+    cut_corner,
+    fuses,
+    looking_reason,
+    unserved_reason,
+)
 from vidaccel.sites.site import SiteGroup
 
-__all__ = ["FusedWanDecoder3d", "FusedWanEncoder3d", "FusedWanPostQuantConv"]
+__all__ = ["FusedWanDecoder3d", "FusedWanEncoder3d"]
 
 # How many frames are encoded at once before they are asked for: times as many as have been so far, and at least.
 AHEAD, LEAST_AHEAD = 4, 32
@@ -188,7 +195,7 @@ class _Progress:
         "spatial_attention": "math-exact",
     },
 )
-class FusedWanDecoder3d(FusedBlock, WanDecoder3d):
+class FusedWanDecoder3d(TileDecoder, WanDecoder3d):
     """The decoder of Wan 2.1 and 2.2: one call decodes all latents, those behind it hand out what it made."""
 
     conv_in: Any
@@ -263,6 +270,16 @@ class FusedWanDecoder3d(FusedBlock, WanDecoder3d):
         if _clip_behind(x).shape[2] != frames:
             return "its latent frames come one by one"
         return PixelRows.reason(ranks, x.shape[3]) or PixelRows(ranks, x.shape[3], agreement)
+
+    def tile_reason(
+        self, x: Tensor, feat_cache: Any = None, feat_idx: Any = None, first_chunk: bool = False
+    ) -> str | None:  # fmt: skip
+        return self._beginning_reason(x, feat_cache, first_chunk) or unserved_reason(
+            self, getattr(self, SITES), (x, None), {}
+        )  # fmt: skip
+
+    def bytes_at_once(self, latents: Tensor) -> int:
+        return decode_bytes(self, latents)
 
     def call_reason(self, clip: Tensor, progress: _Progress | None) -> str | None:
         return _clip_reason(self, clip)
@@ -427,85 +444,6 @@ def _frames_behind(x: Tensor) -> Tensor:
         every = min(around) // step
         there = min(there, every - offset // step % every)
     return x if there < 2 else x.as_strided((*x.shape[:2], there, *x.shape[3:]), strides, offset)
-
-
-class _Tile(NamedTuple):
-    """What the convolution before the decoder has made of all frames of a tile that were still to come.
-
-    Attributes:
-        clip: What the tile was cut from.
-        version: Of the clip.
-        start: Where the first of the frames lies in it, in memory.
-        frames: ``[B, C, F, H, W]``, what was made; alive as long as somebody has a view of it.
-    """
-
-    clip: Callable[[], Tensor | None]
-    version: int
-    start: int
-    frames: Callable[[], Tensor | None]
-
-    def made_of(self, x: Tensor) -> Tensor | None:
-        """What was made of ``x``, a frame of a tile, or None."""
-        frames, clip = self.frames(), self.clip()
-        if frames is None or clip is None or x._base is not clip or clip._version != self.version:
-            return None
-        if x.ndim != 5 or x.shape[2] != 1 or x.stride() != clip.stride():
-            return None
-        at, rest = divmod(int(x.storage_offset()) - self.start, x.stride(2))
-        if rest or not 0 <= at < frames.shape[2] or frames.shape[3:] != x.shape[3:] or len(frames) != len(x):
-            return None
-        return frames[:, :, at : at + 1]
-
-
-_tiles: WeakKeyDictionary[nn.Module, _Tile] = WeakKeyDictionary()
-
-
-@fuses(WanCausalConv3d, {"whole_tiles": "math-exact"})
-class FusedWanPostQuantConv(FusedBlock, WanCausalConv3d):
-    """The 1 x 1 x 1 convolution before the decoder: of a tile that is given to it frame by frame, all at once."""
-
-    @classmethod
-    def left_alone_reason(cls, module: Any) -> str | None:
-        return conv_reason(module, 1)
-
-    def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
-        sites = None if torch.compiler.is_compiling() else _sites_of(self)  # None if only kept by a hook
-        if sites is None or cache_x is not None or not self._may_look_ahead(x, sites):
-            return WanCausalConv3d.forward(self, x, cache_x)
-        tile = _tiles.get(self)
-        made = None if tile is None else tile.made_of(x)
-        if made is not None:
-            return made
-        frames = _frames_to_come(x)
-        if frames is None:
-            return WanCausalConv3d.forward(self, x)
-        whole = WanCausalConv3d.forward(self, frames)
-        clip: Any = x._base
-        _tiles[self] = _Tile(TensorWeakRef(clip), clip._version, int(x.storage_offset()), TensorWeakRef(whole))
-        return whole[:, :, :1]
-
-    def _may_look_ahead(self, x: Tensor, sites: SiteGroup) -> bool:
-        if not sites.runs("whole_tiles") or plain_reason(self, WanCausalConv3d):
-            return False
-        sites.sites["whole_tiles"].implementations.add("torch")
-        return looking_reason(self, x) is None and self.left_alone_reason(self) is None
-
-
-def _frames_to_come(x: Tensor) -> Tensor | None:
-    """``x``, a tile of a frame, and those behind it; None if there are none, or it is no such thing.
-
-    Only tiles: of a call for a whole frame nobody knows whether the others will be asked for.
-    """
-    clip = x._base
-    if x.ndim != 5 or x.shape[2] != 1 or clip is None or clip.ndim != 5 or not clip.is_contiguous():
-        return None
-    if x.stride() != clip.stride() or x.shape[3:] == clip.shape[3:] or not x.numel():
-        return None
-    at = int(x.storage_offset() - clip.storage_offset()) // clip.stride(2) % clip.shape[2]
-    if clip.shape[2] - at < 2:
-        return None
-    samples, channels, _, height, width = x.shape
-    return x.as_strided((samples, channels, clip.shape[2] - at, height, width), x.stride(), x.storage_offset())
 
 
 def _original_frames(host: Any, clip: Tensor, cache: list[Any]) -> Tensor:

@@ -23,8 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidaccel.blocks.pixel_rows import convolve_rows
-from vidaccel.blocks.vae.vae import usable_bytes
-from vidaccel.environment import memory_ran_out
+from vidaccel.environment import memory_ran_out, usable_bytes
 from vidaccel.kernels.conv.channels_last_weight import channels_last_weight
 from vidaccel.kernels.conv.clip_conv import clip_conv
 from vidaccel.kernels.conv.conv_epilogue import (
@@ -202,7 +201,7 @@ def decode_in_chunks(
     device: torch.device,
     needs: Callable[[int], int],
     decode: Callable[[int, int], None],
-    explain: Callable[[int, int], str],
+    explain: Callable[[int, int], str] | None = None,
     over: LatentFrames | PixelRows | None = None,
 ) -> int:
     """Decode, or encode, latent frames in chunks as long as memory allows; where it runs out, in halves of those.
@@ -213,6 +212,7 @@ def decode_in_chunks(
         needs: Takes a number of frames; the bytes that decoding them at once takes.
         decode: Takes where a chunk begins and ends. It keeps nothing of a chunk whose decoding failed.
         explain: Takes the bytes that one frame takes and those that are free; what to say where that is too much.
+            None: ``decode`` has said so.
         over: The ranks that decode each chunk together: all choose the same, and none goes on in halves alone.
 
     Returns:
@@ -228,10 +228,10 @@ def decode_in_chunks(
         try:
             decode(at, end)
         except RuntimeError as error:
-            if not memory_ran_out(error):
+            if not memory_ran_out(error) or (explain is None and end - at == 1):
                 raise
             traceback.clear_frames(error.__traceback__)  # they hold every tensor of the attempt
-            if end - at == 1 or over is not None:
+            if explain is not None and (end - at == 1 or over is not None):
                 raise torch.OutOfMemoryError(explain(needs(1), max(free_bytes(device), 0))) from error
             step = (end - at + 1) // 2
             continue

@@ -28,7 +28,8 @@ from vidaccel.blocks.unet.frames import convolve_frames
 from vidaccel.blocks.unet.normalization import FusedGroupNorm, group_norm_module
 from vidaccel.blocks.unet.resnet import FusedResnetBlock2D, FusedSpatioTemporalResBlock
 from vidaccel.blocks.unet.upsampling import FusedUpsample2D
-from vidaccel.environment import free_host_bytes, memory_ran_out
+from vidaccel.blocks.vae.tile_batches import TileDecoder
+from vidaccel.environment import memory_ran_out, usable_bytes
 from vidaccel.kernels.norm.channel_statistics import ChannelStatistics
 from vidaccel.kernels.op import runs_triton
 from vidaccel.parallel.layout import PixelRows, pixel_rows, spread
@@ -37,7 +38,7 @@ from vidaccel.sites.block import SITES, FusedBlock, call_site, cut_corner, fuses
 from vidaccel.sites.memo import once_per_call
 from vidaccel.sites.plain import plain_reason, stock_class
 
-__all__ = ["FusedDecoder", "FusedTemporalDecoder", "decode_bytes", "frames_that_fit", "usable_bytes"]
+__all__ = ["FusedDecoder", "FusedTemporalDecoder", "decode_bytes", "frames_that_fit"]
 
 _MARGIN = 1.1  # the allocator's rounding, the convolutions' workspaces, all that is small
 
@@ -126,7 +127,7 @@ def _layer(
 
 
 @fuses(Decoder, {"decode_memory": "bit-exact"})
-class FusedDecoder(_Decoder, Decoder):
+class FusedDecoder(TileDecoder, _Decoder, Decoder):
     """The decoder of ``AutoencoderKL``: frames are independent."""
 
     advice = (
@@ -138,6 +139,9 @@ class FusedDecoder(_Decoder, Decoder):
 
     def call_reason(self, sample: Tensor, latent_embeds: Tensor | None) -> str | None:
         return None if latent_embeds is None else "latent embeddings were passed"
+
+    def bytes_at_once(self, latents: Tensor) -> int:
+        return len(latents) * decode_bytes(self, latents)
 
     def fused_forward(self, sample: Tensor, latent_embeds: None) -> Tensor:
         return self.explained(self._decode, sample)
@@ -257,15 +261,6 @@ def _channels_in_resnet(resnet: ResnetBlock2D | SpatioTemporalResBlock) -> int:
     # input, residual (the input itself if the width stays), norm, output
     changes = spatial.conv_shortcut is not None or spatial is not resnet
     return max(first_convolution, width_in + (3 if changes else 2) * width_out)
-
-
-def usable_bytes(device: torch.device) -> int:
-    """What this process may allocate on ``device``, counting what it has allocated, if that is a GPU of CUDA's."""
-    if device.type != "cuda":
-        return free_host_bytes()
-    driver_free, total = torch.cuda.mem_get_info(device)
-    limit = int(torch.cuda.get_per_process_memory_fraction(device) * total)
-    return min(driver_free + torch.cuda.memory_reserved(device), limit)
 
 
 def frames_that_fit(frames: int, needed: int, free: int) -> int:

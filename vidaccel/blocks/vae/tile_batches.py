@@ -1,0 +1,157 @@
+"""A VAE's tiles, those that are alike decoded as one batch.
+
+Stock decodes one tile after the other, CogVideoX's in batches of two latent frames, Wan's frame by frame. Here
+``tiled_decode`` runs twice (``parallel/asked.py``): first it is heard which tiles there are; then those of one shape go
+through the decoder together, each with all of its frames, as many as memory allows; at last stock code blends them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Hashable
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vidaccel.blocks.vae.causal_clip import decode_in_chunks
+from vidaccel.errors import first_line
+from vidaccel.parallel.asked import Asked, Call, HearsStandIns, Part, joined, noise_reason, stand_in_of, standing_in
+from vidaccel.parallel.layout import layout
+from vidaccel.sites.block import SITES, FusedBlock, looking_reason, unserved_reason
+from vidaccel.sites.plain import rows_are_seen
+from vidaccel.sites.rules import StandIn, StandIns
+from vidaccel.sites.site import Fidelity
+
+__all__ = ["TileBatches", "TileDecoder"]
+
+
+class TileDecoder(FusedBlock):
+    """Base of fused decoders that keep the samples of a batch apart, so that tiles may be samples."""
+
+    def tile_reason(self, *args: Any, **kwargs: Any) -> str | None:
+        """Why this first call for a tile goes to the original forward, which would take much memory for a batch."""
+        call = inspect.signature(type(self).forward).bind(self, *args, **kwargs)
+        call.apply_defaults()
+        return unserved_reason(self, getattr(self, SITES), call.args[1:], call.kwargs)
+
+    def bytes_at_once(self, latents: Tensor) -> int:
+        """Most memory that decoding all of ``latents`` at once takes."""
+        raise NotImplementedError
+
+
+class _TiledDecode(StandIn):
+    def __call__(self, z: Tensor, *args: Any, **kwargs: Any) -> Any:
+        vae, decode = self.module, partial(self.method(), z, *args, **kwargs)
+        if torch.compiler.is_compiling() or stand_in_of(vae.decoder) is not None or layout() is not None:
+            return decode()  # compiled as it stands, or split over ranks, tile by tile
+        reason = _reason(vae, z)
+        if self.stays_out(reason):
+            return decode()
+        asked = Asked(vae)
+        try:
+            with standing_in({vae.decoder: asked}):
+                decode()
+        except Exception as error:  # if an argument is wrong, the decode itself will say so
+            reason = f"its tiles are not known beforehand: {first_line(error)}"
+        if self.stays_out(reason or _part_reason(vae.decoder, asked.parts)):
+            return decode()
+        groups: dict[Hashable, list[Part]] = {}
+        for part in asked.parts:
+            groups.setdefault(_kind(part), []).append(part)
+        most = max([_decode(vae.decoder, alike) for alike in groups.values()])
+        self._site.implementations.add(f"{most} tiles at once" if most > 1 else "one tile at a time")
+        return joined(decode, vae, [pixels for part in asked.parts for pixels in part.pixels])
+
+
+class TileBatches(StandIns):
+    """Decode tiles that are alike as one batch."""
+
+    op = "tile_batch"
+    fidelity: ClassVar[Fidelity] = "math-exact"
+    stand_ins: ClassVar = {"tiled_decode": _TiledDecode}
+
+
+def _reason(vae: Any, z: Tensor) -> str | None:
+    """Why tiles are decoded as they come, or None."""
+    decoder = vae.decoder
+    if not isinstance(decoder, TileDecoder) or not hasattr(decoder, SITES):
+        return "its decoder is not patched"
+    if not isinstance(vars(decoder).get("_compiled_call_impl"), HearsStandIns):
+        return "its decoder is compiled, or somebody's"
+    if rows_are_seen(decoder, *filter(None, [getattr(vae, "post_quant_conv", None)])):
+        return "a hook on its decoder would see other calls"
+    return noise_reason(decoder) or looking_reason(decoder, z)
+
+
+def _part_reason(decoder: TileDecoder, parts: list[Part]) -> str | None:
+    if not parts:
+        return "its decode does not call its decoder"
+    reasons = (decoder.tile_reason(*part.calls[0].args, **part.calls[0].kwargs) for part in parts)
+    call: HearsStandIns = vars(decoder)["_compiled_call_impl"]
+    return call.asked(lambda: next(filter(None, reasons), None))
+
+
+def _kind(part: Part) -> Hashable:
+    """What parts have in common that can be decoded together."""
+    return tuple(
+        (len(call.args), *call.kwargs, *(_kind_of(x, call) for x in (*call.args, *call.kwargs.values())))
+        for call in part.calls
+    )
+
+
+def _kind_of(x: Any, call: Call) -> Hashable:
+    if isinstance(x, Tensor):
+        by_sample = x.ndim and len(x) == len(call.sample)
+        return (*x.shape, x.dtype, x.device) if by_sample else id(x)
+    if isinstance(x, (Call, list)):  # a cache, of which each part has its own
+        return type(x).__name__
+    return x if isinstance(x, Hashable) else id(x)
+
+
+def _decode(decoder: Any, alike: list[Part]) -> int:
+    """Decode tiles, as many at once as memory allows; how many those were."""
+    (samples, channels, _, *size), kind = alike[0].calls[0].sample.shape, alike[0].calls[0].sample.dtype
+    frames = sum(call.sample.shape[2] for call in alike[0].calls)
+    device = alike[0].calls[0].sample.device
+
+    def needs(tiles: int) -> int:
+        needed: int = decoder.bytes_at_once(
+            torch.empty(tiles * samples, channels, frames, *size, dtype=kind, device="meta")
+        )
+        return needed
+
+    def decode(start: int, end: int) -> None:
+        some = alike[start:end]
+        batch = _together(some)
+        batch.decode(decoder)
+        for at, part in enumerate(some):
+            part.pixels = [pixels[at * samples : (at + 1) * samples] for pixels in batch.pixels]
+
+    return decode_in_chunks(len(alike), device, needs, decode)
+
+
+def _together(parts: list[Part]) -> Part:
+    """Parts that are alike as one, whose samples are those of all.
+
+    The latents of its calls are cut from one tensor, by which decoders know what follows.
+    """
+    clips = torch.cat([torch.cat([call.sample for call in part.calls], dim=2) for part in parts])
+    samples = clips.split([call.sample.shape[2] for call in parts[0].calls], dim=2)
+    calls = zip(*(part.calls for part in parts), strict=True)
+    return Part([_merged(some, sample) for some, sample in zip(calls, samples, strict=True)])
+
+
+def _merged(calls: tuple[Call, ...], sample: Tensor) -> Call:
+    """One call for the samples of several, of which ``sample`` are the latents."""
+    first = calls[0]
+
+    def merged(x: Any, others: list[Any]) -> Any:
+        if x is first.sample:
+            return sample
+        return torch.cat(others) if isinstance(x, Tensor) and len(x) == len(first.sample) else x
+
+    args = tuple(merged(x, [call.args[at] for call in calls]) for at, x in enumerate(first.args))
+    kwargs = {name: merged(x, [call.kwargs[name] for call in calls]) for name, x in first.kwargs.items()}
+    return Call(args, kwargs)
