@@ -117,6 +117,10 @@ def test_as_many_as_memory_holds(case: str, monkeypatch: pytest.MonkeyPatch) -> 
         )  # fmt: skip
         assert relative_error(run(vae, latents), expected) <= EQUAL
         assert max(seen) == 2
+        monkeypatch.setattr(type(vae.decoder), "bytes_at_once", lambda self, latents: len(latents) * 2**31)
+        seen.clear()
+        run(vae, latents)
+        assert max(seen) * len(latents) <= 4  # larger batches would fit, but be no faster
 
 
 @pytest.mark.parametrize("case", ["image", "CogVideoX", "HunyuanVideo 1.5", "Wan"])

@@ -2,12 +2,14 @@
 
 Stock decodes one tile after the other, CogVideoX's in batches of two latent frames, Wan's frame by frame. Here
 ``tiled_decode`` runs twice (``parallel/asked.py``): first it is heard which tiles there are; then those of one shape go
-through the decoder together, each with all of its frames, as many as memory allows; at last stock code blends them.
+through the decoder together, each with all of its frames, as many as keep a GPU busy and memory holds; at last stock
+code blends them.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Hashable
 from functools import partial
 from typing import Any, ClassVar
@@ -25,6 +27,10 @@ from vidaccel.sites.rules import StandIn, StandIns
 from vidaccel.sites.site import Fidelity
 
 __all__ = ["TileBatches", "TileDecoder"]
+
+# Bytes that a batch works in at most, where a tile does not need more: tiles of 240 x 360 pixels and 49 frames keep a
+# GPU busy one by one (decoder-profiles-h200.txt).
+ENOUGH = 2**33
 
 
 class TileDecoder(FusedBlock):
@@ -117,10 +123,9 @@ def _decode(decoder: Any, alike: list[Part]) -> int:
     device = alike[0].calls[0].sample.device
 
     def needs(tiles: int) -> int:
-        needed: int = decoder.bytes_at_once(
-            torch.empty(tiles * samples, channels, frames, *size, dtype=kind, device="meta")
-        )
-        return needed
+        batch = torch.empty(tiles * samples, channels, frames, *size, dtype=kind, device="meta")
+        needed: int = decoder.bytes_at_once(batch)
+        return needed if needed <= ENOUGH or tiles == 1 else sys.maxsize
 
     def decode(start: int, end: int) -> None:
         some = alike[start:end]
