@@ -27,7 +27,7 @@ from vidaccel.kernels.check import Part, cuts
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.op import Costs, Implementation, Op, device_reason, tensors_reason
 
-__all__ = ["MERGED_TAPS", "merged_taps", "merged_taps_ref"]
+__all__ = ["MERGED_TAPS", "load_plane", "merged_taps", "merged_taps_ref"]
 
 BLOCK = 64  # input channels: of more, 27 taps and their sums would not fit into the registers
 NUM_WARPS = 1
@@ -52,8 +52,8 @@ def _load_line(weight_ptr, stride_x, mask):
 
 
 @triton.jit
-def _load_plane(weight_ptr, stride_y, stride_x, mask):
-    """The 3 x 3 taps of one frame, line by line."""
+def load_plane(weight_ptr, stride_y, stride_x, mask):
+    """The 3 x 3 taps that ``weight_ptr`` points to the first of, line by line."""
     above = _load_line(weight_ptr, stride_x, mask)
     middle = _load_line(weight_ptr + stride_y, stride_x, mask)
     below = _load_line(weight_ptr + 2 * stride_y, stride_x, mask)
@@ -100,9 +100,9 @@ def _merged_taps_kernel(
     mask = offs < channels_in
     weight_ptr += channel * stride_out + offs.to(tl.int64) * stride_in
     out_ptr += offs
-    first = _load_plane(weight_ptr, stride_y, stride_x, mask)
-    second = _load_plane(weight_ptr + stride_t, stride_y, stride_x, mask)
-    third = _load_plane(weight_ptr + 2 * stride_t, stride_y, stride_x, mask)
+    first = load_plane(weight_ptr, stride_y, stride_x, mask)
+    second = load_plane(weight_ptr + stride_t, stride_y, stride_x, mask)
+    third = load_plane(weight_ptr + 2 * stride_t, stride_y, stride_x, mask)
     for LINE in tl.static_range(4):
         for COLUMN in tl.static_range(4):
             before = _picked_of_plane(first, LINE, COLUMN)

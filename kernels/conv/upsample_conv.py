@@ -41,6 +41,7 @@ from vidaccel.kernels.arguments import require_floats
 from vidaccel.kernels.channels_last import channels_last, channels_last_strides
 from vidaccel.kernels.check import Part, cuts
 from vidaccel.kernels.conv.enlarged_clip import cells_of_rows, rows_of_cells
+from vidaccel.kernels.conv.merged_taps import load_plane
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.norm.channel_statistics import (
     FOLD,
@@ -100,15 +101,6 @@ def upsample_conv_and_statistics_ref(x: Tensor, weight: Tensor, bias: Tensor, ch
 
 
 @triton.jit
-def _load_taps(weight_ptr, stride_weight_w, mask):
-    """The three taps of a row of the 3 x 3 kernel, which ``weight_ptr`` points to the first of."""
-    left = tl.load(weight_ptr, mask=mask).to(tl.float32)
-    middle = tl.load(weight_ptr + stride_weight_w, mask=mask).to(tl.float32)
-    right = tl.load(weight_ptr + 2 * stride_weight_w, mask=mask).to(tl.float32)
-    return left, middle, right
-
-
-@triton.jit
 def _store_sums(cells_ptr, above, below, channel, channels, channels_in, mask, SUM_Y: tl.constexpr):
     """Row ``SUM_Y`` of the 4 x 4 sums of neighbouring taps, of two rows of taps, each to where its cell has it.
 
@@ -139,9 +131,7 @@ def _cells_kernel(
     offs_i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
     mask = offs_i < channels_in
     weight_ptr += channel * stride_weight_c + offs_i.to(tl.int64) * stride_weight_i
-    top = _load_taps(weight_ptr, stride_weight_w, mask)
-    middle = _load_taps(weight_ptr + stride_weight_h, stride_weight_w, mask)
-    bottom = _load_taps(weight_ptr + 2 * stride_weight_h, stride_weight_w, mask)
+    top, middle, bottom = load_plane(weight_ptr, stride_weight_h, stride_weight_w, mask)
     zeros = tl.zeros([BLOCK_I], tl.float32)
     padding = (zeros, zeros, zeros)
     cells_ptr += offs_i

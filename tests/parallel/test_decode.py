@@ -206,16 +206,18 @@ def whole(name: str, frames: int) -> dict[str, Any]:
     return two_decodes(MADE[name](), (1, TILED[name][0][1], frames, 1, 2))
 
 
-def tiled(name: str) -> dict[str, Any]:
+def tiled(name: str, skip: str | None) -> dict[str, Any]:
     vae, (shape, tiling) = MADE[name](), TILED[name]
     vae.enable_tiling(*tiling)
-    return two_decodes(vae, shape)
+    return two_decodes(vae, shape, skip=skip)
 
 
+@pytest.mark.parametrize("skip", [None, "tile_batch"])
 @pytest.mark.parametrize("name", TILED)
-def test_tiles(two_ranks: Team, name: str) -> None:
-    found, parts = together(two_ranks, tiled, name)
-    assert found["equal"] and not found["reasons"]
+def test_tiles(two_ranks: Team, name: str, skip: str | None) -> None:
+    """The same bits, unless one rank decodes several tiles at once."""
+    found, parts = together(two_ranks, tiled, name, skip)
+    assert not found["reasons"] and (skip is None or found["equal"])
     assert max(parts) < 0.75
 
 

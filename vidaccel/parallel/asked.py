@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "CALL_SLOT",
     "Asked",
     "Call",
     "HearsStandIns",
@@ -27,9 +28,12 @@ __all__ = [
     "joined",
     "noise_reason",
     "pixels_of",
+    "slot_of",
     "stand_in_of",
     "standing_in",
 ]
+
+CALL_SLOT = "_compiled_call_impl"  # what nn.Module calls in place of its forward: module.compile() writes it, and we do
 
 Run = Callable[[], Any]
 StandIn = Callable[..., Any]
@@ -59,6 +63,12 @@ class HearsStandIns:
     def asked(self, question: Callable[[], Answer]) -> Answer:
         """The answer to a question about the model; what is found out for it stands for its calls, and the reverse."""
         raise NotImplementedError
+
+
+def slot_of(model: nn.Module) -> HearsStandIns | None:
+    """What a call of ``model`` goes through, or None if that is not ours."""
+    slot = vars(model).get(CALL_SLOT)
+    return slot if isinstance(slot, HearsStandIns) else None
 
 
 class Call:

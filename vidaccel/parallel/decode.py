@@ -2,7 +2,7 @@
 
 What it asks its decoder for is heard beforehand (``asked.py``). Each part of that is decoded on one rank; while its GPU
 does that, the host goes on. Then all parts are sent to all ranks, and joined on each: so the bits are those of a single
-decode.
+decode, tile by tile.
 
 A decode that is one part is split along its rows of pixels or its frames if the decoder can do that (``layout_for``),
 or along its batch. Where ranks would not split a decode alike, each does all of it.

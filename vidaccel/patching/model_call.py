@@ -25,11 +25,11 @@ import torch
 from torch import nn
 
 from vidaccel.kernels.settings import Fidelity, Settings, allowed, frozen
-from vidaccel.parallel.asked import Answer, HearsStandIns, stand_in_of
+from vidaccel.parallel.asked import CALL_SLOT, Answer, HearsStandIns, stand_in_of
 from vidaccel.parallel.layout import layout
 from vidaccel.patching.cuda_graph import Graphs, Shared
 from vidaccel.patching.parallel import ParallelCall, is_looked_at
-from vidaccel.patching.premises import CALL_SLOT, Premises
+from vidaccel.patching.premises import Premises
 from vidaccel.sites.block import have_no_numbers, numberless_way
 from vidaccel.sites.memo import Memo, generation, holding, preparations, watched
 from vidaccel.sites.plain import rows_are_seen, stock_method

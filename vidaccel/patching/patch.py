@@ -18,12 +18,13 @@ from vidaccel.config import check_environment, self_check_enabled
 from vidaccel.errors import UsageError, did_you_mean, nearest
 from vidaccel.kernels.op import check_wishes
 from vidaccel.kernels.settings import FIDELITIES, Fidelity
+from vidaccel.parallel.asked import CALL_SLOT
 from vidaccel.patching.cuda_capture import CudaCapture
 from vidaccel.patching.cuda_graph import Graphs, GraphSite, is_denoiser
 from vidaccel.patching.families import off_reason, reason_unserved, rules_for, unserved_denoiser, unwrapped
 from vidaccel.patching.model_call import DecodeCall, ModelCall, wrap_call, wrap_decode
 from vidaccel.patching.parallel import Parallel, ParallelCall, parallel_calls
-from vidaccel.patching.premises import CALL_SLOT, capture_reason
+from vidaccel.patching.premises import capture_reason
 from vidaccel.patching.report import PatchReport, path_pattern
 from vidaccel.sites.block import FusedBlock
 from vidaccel.sites.rules import Patch, Rule, patches_of

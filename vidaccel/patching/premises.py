@@ -16,12 +16,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidaccel.parallel.asked import CALL_SLOT
 from vidaccel.sites.memo import generation
 from vidaccel.sites.plain import hook_reason, hooks_on_all, stock_class
 
-__all__ = ["CALL_SLOT", "Premises", "capture_reason"]
+__all__ = ["Premises", "capture_reason"]
 
-CALL_SLOT = "_compiled_call_impl"
 _TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 _OF_EVERY_MODULE = frozenset([*vars(nn.Module()), CALL_SLOT])
 

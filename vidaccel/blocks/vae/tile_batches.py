@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vidaccel.blocks.vae.causal_clip import decode_in_chunks
 from vidaccel.errors import first_line
-from vidaccel.parallel.asked import Asked, Call, HearsStandIns, Part, joined, noise_reason, stand_in_of, standing_in
+from vidaccel.parallel.asked import Asked, Call, Part, joined, noise_reason, slot_of, stand_in_of, standing_in
 from vidaccel.parallel.layout import layout
 from vidaccel.sites.block import SITES, FusedBlock, looking_reason, unserved_reason
 from vidaccel.sites.plain import rows_are_seen
@@ -84,7 +84,7 @@ def _reason(vae: Any, z: Tensor) -> str | None:
     decoder = vae.decoder
     if not isinstance(decoder, TileDecoder) or not hasattr(decoder, SITES):
         return "its decoder is not patched"
-    if not isinstance(vars(decoder).get("_compiled_call_impl"), HearsStandIns):
+    if slot_of(decoder) is None:
         return "its decoder is compiled, or somebody's"
     if rows_are_seen(decoder, *filter(None, [getattr(vae, "post_quant_conv", None)])):
         return "a hook on its decoder would see other calls"
@@ -95,8 +95,9 @@ def _part_reason(decoder: TileDecoder, parts: list[Part]) -> str | None:
     if not parts:
         return "its decode does not call its decoder"
     reasons = (decoder.tile_reason(*part.calls[0].args, **part.calls[0].kwargs) for part in parts)
-    call: HearsStandIns = vars(decoder)["_compiled_call_impl"]
-    return call.asked(lambda: next(filter(None, reasons), None))
+    slot = slot_of(decoder)
+    assert slot is not None
+    return slot.asked(lambda: next(filter(None, reasons), None))
 
 
 def _kind(part: Part) -> Hashable:
@@ -118,12 +119,12 @@ def _kind_of(x: Any, call: Call) -> Hashable:
 
 def _decode(decoder: Any, alike: list[Part]) -> int:
     """Decode tiles, as many at once as memory allows; how many those were."""
-    (samples, channels, _, *size), kind = alike[0].calls[0].sample.shape, alike[0].calls[0].sample.dtype
+    first = alike[0].calls[0].sample
+    samples, channels, _, *size = first.shape
     frames = sum(call.sample.shape[2] for call in alike[0].calls)
-    device = alike[0].calls[0].sample.device
 
     def needs(tiles: int) -> int:
-        batch = torch.empty(tiles * samples, channels, frames, *size, dtype=kind, device="meta")
+        batch = first.new_empty(()).expand(tiles * samples, channels, frames, *size)  # takes no memory
         needed: int = decoder.bytes_at_once(batch)
         return needed if needed <= ENOUGH or tiles == 1 else sys.maxsize
 
@@ -134,7 +135,7 @@ def _decode(decoder: Any, alike: list[Part]) -> int:
         for at, part in enumerate(some):
             part.pixels = [pixels[at * samples : (at + 1) * samples] for pixels in batch.pixels]
 
-    return decode_in_chunks(len(alike), device, needs, decode)
+    return decode_in_chunks(len(alike), first.device, needs, decode)
 
 
 def _together(parts: list[Part]) -> Part:
@@ -155,7 +156,7 @@ def _merged(calls: tuple[Call, ...], sample: Tensor) -> Call:
     def merged(x: Any, others: list[Any]) -> Any:
         if x is first.sample:
             return sample
-        return torch.cat(others) if isinstance(x, Tensor) and len(x) == len(first.sample) else x
+        return torch.cat(others) if isinstance(x, Tensor) and x.ndim and len(x) == len(first.sample) else x
 
     args = tuple(merged(x, [call.args[at] for call in calls]) for at, x in enumerate(first.args))
     kwargs = {name: merged(x, [call.kwargs[name] for call in calls]) for name, x in first.kwargs.items()}
