@@ -94,7 +94,7 @@ def test_the_clip_is_stocks(case: str) -> None:
     assert "tiled_decode" not in vars(vae) and torch.equal(run(vae, latents), expected)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["image", "CogVideoX", "HunyuanVideo 1.5", "Wan"])
 def test_as_many_as_memory_holds(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     vae, latents, run = made(case)
     expected = run(vae, latents)

@@ -92,6 +92,7 @@ def test_the_check_passes_what_is_right(device: torch.device) -> None:
     assert [(event.implementation, event.problem) for event in events] == [("gemm", "")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("steps", [False, True], ids=["whole-rows", "in-steps"])
 @pytest.mark.parametrize("columns", [4096, 9216, 16384])

@@ -657,6 +657,7 @@ def compiled(case: Case, target: str) -> dict[str, str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "target"),
     [

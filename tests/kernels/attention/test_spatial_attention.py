@@ -399,6 +399,7 @@ def compile_triton(target: str, head_dim: int, even: bool) -> dict[str, str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("head_dim", "even"), [(40, True), (64, True), (64, False), (128, False), (160, True)])
 def test_triton_kernel_prefetches_and_does_not_spill(target: str, head_dim: int, even: bool) -> None:

@@ -412,6 +412,7 @@ def shared_bytes_while_streaming(asm: Mapping[str, str]) -> int:
     return sum(math.prod(map(int, shape.rstrip("x").split("x"))) * int(bits) // 8 for shape, bits in buffers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     ("frames", "head_dim", "dtype", "items"),

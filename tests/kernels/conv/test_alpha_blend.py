@@ -224,6 +224,7 @@ def test_the_check(shape: tuple[int, ...], dtype: torch.dtype, device: torch.dev
             assert problem(), fault
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_accesses_are_16_bytes_wide(target: str) -> None:
     pointers = ("spatial_ptr", "temporal_ptr", "residual_ptr", "mix_factor_ptr", "image_only_ptr", "out_ptr")

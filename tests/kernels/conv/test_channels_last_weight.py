@@ -82,6 +82,7 @@ def test_registration(device: torch.device) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernel_writes_wide_and_does_not_spill(target: str) -> None:
     block_t = triton.next_power_of_2(27)

@@ -116,6 +116,7 @@ def test_rejects(rows: tuple[int, ...], weight: tuple[int, ...], message: str) -
         clip_conv(torch.ones(rows), torch.ones(weight))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not GLUON, reason="another Gluon")
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_products_overlap_and_nothing_spills(dtype: str) -> None:

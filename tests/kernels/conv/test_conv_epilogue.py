@@ -401,6 +401,7 @@ def compile_epilogue(target: str, epilogue: str, kernel: Any, num_warps: int, **
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("epilogue", ["bias", "residual-with-bias", "mix-image-only", "wide-residual-with-bias"])
 def test_accesses_are_16_bytes_wide(target: str, epilogue: str) -> None:

@@ -125,6 +125,7 @@ def test_registration(device: torch.device) -> None:
     torch.library.opcheck(DEPTH_TO_SPACE.registered["triton"], (*tensors, 2, True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     ("channels", "repeats", "factor_t", "alone"),

@@ -96,6 +96,7 @@ def test_registered_as_a_custom_op(device: torch.device) -> None:
         torch.library.opcheck(MERGED_TAPS.registered["triton"], (draw((2, 5), device), factor_t))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernel_writes_wide_and_does_not_spill(target: str) -> None:
     signature = {

@@ -141,6 +141,7 @@ def test_check(fault: str | None, most: int, device: torch.device, monkeypatch: 
     assert [(event.implementation, bool(event.problem)) for event in events] == [("taps", fault is not None)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("bordered", [False, True])
 def test_compiles_without_spills(bordered: bool, target: str) -> None:

@@ -233,6 +233,7 @@ def compile_kernel(target: str, channels: int, tiling: Tiling) -> dict[str, str]
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("channels", [32, 320, 640])
 def test_prefetches_and_does_not_spill(target: str, channels: int) -> None:

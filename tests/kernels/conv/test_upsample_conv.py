@@ -339,6 +339,7 @@ def test_compile_ahead_passes_over_what_no_kernel_serves() -> None:
             op.compile_ahead(weight, statistics=statistics)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_accesses_are_16_bytes_wide_with_statistics(target: str) -> None:
     tiling = writer_tiling((14, 512, 144, 256))
@@ -357,6 +358,7 @@ def test_accesses_are_16_bytes_wide_with_statistics(target: str) -> None:
     assert len(narrow_accesses(asm)) <= 4, "all but the bias and the statistics"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_accesses_are_16_bytes_wide(target: str) -> None:
     asm = compile_for(
@@ -373,6 +375,7 @@ def test_accesses_are_16_bytes_wide(target: str) -> None:
     assert not narrow_accesses(asm)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_accesses_to_cells_are_16_bytes_wide(target: str, dtype: str) -> None:
@@ -392,6 +395,7 @@ def test_accesses_to_cells_are_16_bytes_wide(target: str, dtype: str) -> None:
         assert not narrow_accesses(asm)  # a wave of AMD's is 64 threads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_cells_of_any_strides_do_not_spill(target: str) -> None:
     """A weight of odd width, input channels not innermost."""

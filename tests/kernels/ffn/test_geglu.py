@@ -122,6 +122,7 @@ def test_compiles_fullgraph(device: torch.device) -> None:
     assert torch.equal(torch.compile(double, fullgraph=True, backend="aot_eager")(x), double(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("activation", ["gelu", "silu"])
 def test_accesses_are_16_bytes_wide(target: str, activation: str) -> None:

@@ -310,6 +310,7 @@ def test_a_fault_is_found(
     assert all(map(torch.equal, outputs, add_layer_norm_ref(x, weight, bias, EPS, **addends)))
 
 
+@pytest.mark.slow
 @pairwise(
     {
         "target": list(TARGETS),

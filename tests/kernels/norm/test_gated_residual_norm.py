@@ -467,6 +467,7 @@ COMPILED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("target", "model"), COMPILED)
 def test_accesses_are_16_bytes_wide_and_prefetched(target: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op, "LANES", TARGETS[target].warp_size)

@@ -522,6 +522,7 @@ def test_threads_work_alone_on_the_statistics(target: str) -> None:
         assert loop and "convert_layout" not in loop[0], "threads exchange data inside the loop"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [True, False], ids=["shift", "sum"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_apply_prefetches_and_stores_16_bytes(target: str, shift: bool) -> None:

@@ -166,6 +166,7 @@ def test_bad_arguments(changes: dict[str, Any], message: str) -> None:
         padded_group_norm(**arguments | changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("everything", [False, True], ids=["replicate", "everything"])
 def test_compiles_without_spills(everything: bool, target: str) -> None:

@@ -555,6 +555,7 @@ def test_a_fault_is_found(
     assert all(map(torch.equal, outputs, rms_norm_silu_ref(x, gamma, **given, padding=CAUSAL)))
 
 
+@pytest.mark.slow
 @pairwise(
     {
         "target": list(TARGETS),

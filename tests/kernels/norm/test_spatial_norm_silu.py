@@ -219,6 +219,7 @@ def test_bad_arguments(changes: dict[str, Any], message: str) -> None:
         spatial_norm_silu(**arguments | changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("everything", [False, True], ids=["alone", "everything"])
 def test_compiles_without_spills(everything: bool, target: str) -> None:
