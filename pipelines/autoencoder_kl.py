@@ -29,6 +29,7 @@ RULES = {
         Swap(FusedFewChannelConv2d, names=("conv_in",)),
         Swap(FusedGroupNorm, names=("group_norm", "conv_norm_out")),
         Processor(),
-        TileBatches(), TileBlends(),
+        TileBatches(),
+        TileBlends(),
     ),
 }

@@ -21,6 +21,7 @@ RULES = {
     "AutoencoderKLHunyuanVideo15": (
         Swap(FusedHunyuanVideo15Encoder3D),
         Swap(FusedHunyuanVideo15Decoder3D),
-        TileBatches(), TileBlends(),
+        TileBatches(),
+        TileBlends(),
     ),
 }

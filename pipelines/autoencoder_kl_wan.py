@@ -18,6 +18,7 @@ RULES = {
     "AutoencoderKLWan": (
         Swap(FusedWanEncoder3d),
         Swap(FusedWanDecoder3d),
-        TileBatches(), TileBlends(),
+        TileBatches(),
+        TileBlends(),
     ),
 }

@@ -22,7 +22,12 @@ __all__ = ["RULES", "SPREAD"]
 PER_TOKEN = "time_embed", "av_cross_attn_video_scale_shift", "av_cross_attn_video_a2v_gate"
 
 RULES = {
-    "AutoencoderKLLTX2Video": (Swap(FusedLTX2VideoDecoder3d), Swap(FusedLTX2VideoEncoder3d), TileBatches(), TileBlends()),
+    "AutoencoderKLLTX2Video": (
+        Swap(FusedLTX2VideoDecoder3d),
+        Swap(FusedLTX2VideoEncoder3d),
+        TileBatches(),
+        TileBlends(),
+    ),
     "LTX2VideoTransformer3DModel": (
         Swap(FusedLTX2VideoTransformerBlock),
         Swap(FusedLTX2AdaLayerNormSingle, names=PER_TOKEN),

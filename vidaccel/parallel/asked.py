@@ -106,8 +106,11 @@ class Part:
     def decode(self, decoder: nn.Module) -> None:
         """Fill ``pixels``."""
         cache = None
+        lists: dict[int, list[Any]] = {}  # of this decode: what it writes to them, the next one must not find
         for call in self.calls:
-            kwargs = call.kwargs
+            kwargs = {
+                name: lists.setdefault(id(x), list(x)) if isinstance(x, list) else x for name, x in call.kwargs.items()
+            }  # fmt: skip
             if isinstance(kwargs.get("conv_cache"), Call):
                 kwargs = {**kwargs, "conv_cache": cache}
             out = decoder(*call.args, **kwargs)

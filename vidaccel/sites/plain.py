@@ -29,6 +29,7 @@ __all__ = [
     "has_own_forward",
     "hook_reason",
     "hooks_on_all",
+    "is_of_a_library",
     "method_reason",
     "order_reason",
     "plain_reason",
@@ -113,7 +114,7 @@ def replaced_reason(kind: type) -> str | None:
         return None
     for name in ("forward", "__call__"):
         method = getattr(kind, name, None)
-        if method is not None and not _is_of_a_library(getattr(method, "__globals__", {}).get("__name__", "")):
+        if method is not None and not is_of_a_library(getattr(method, "__globals__", {}).get("__name__", "")):
             return f"somebody replaced the {name} of every {kind.__name__}"
     return None
 
@@ -131,7 +132,8 @@ def hooks_on_all() -> tuple[Any, ...]:
     return *torch_module._global_forward_pre_hooks.values(), *torch_module._global_forward_hooks.values()
 
 
-def _is_of_a_library(module: str) -> bool:
+def is_of_a_library(module: str) -> bool:
+    """Whether what the Python ``module`` defines is no code of a user, nor of a package that nobody here knows."""
     return f"{module}.".startswith(_LIBRARIES)
 
 
@@ -165,7 +167,7 @@ def _readable_reason(child: Any, expected: type[nn.Module], device: torch.device
 
 def foreign_reason(module: nn.Module) -> str | None:
     """Why a call of this very module may run a user's code, or None."""
-    if not _is_of_a_library(stock_class(module).__module__):
+    if not is_of_a_library(stock_class(module).__module__):
         return f"a {type(module).__name__} is not of PyTorch or diffusers"
     return hook_reason(module)
 
@@ -184,6 +186,8 @@ def order_reason(module: nn.Module) -> str | None:
             return f"somebody looks at the rows of a {kind.__name__}, which have another order in the fused block"
         if not isinstance(part, nn.Linear) and not f"{kind.__module__}.".startswith((*_LIBRARIES, "peft.")):
             return f"a {kind.__name__}, which is not of PyTorch or diffusers, may tell rows apart"
+        if is_of_a_library(kind.__module__) and (reason := replaced_reason(kind) or _foreign_processor_reason(part)):
+            return reason
     return None
 
 
@@ -225,14 +229,19 @@ def subtree_reason(module: nn.Module) -> str | None:
             return f"a {type(part).__name__} is in training mode"
         if getattr(part, "inplace", False):
             return f"a {type(part).__name__} writes to its input"
-        processor = vars(part).get("processor")
-        if processor is None:
-            continue
-        if not _is_of_a_library(type(processor).__module__):
-            return f"a processor is a {type(processor).__name__}, which is not diffusers'"
-        if reason := replaced_reason(type(processor)):
+        if reason := _foreign_processor_reason(part):
             return reason
     return None
+
+
+def _foreign_processor_reason(part: nn.Module) -> str | None:
+    """Why the attention processor of ``part`` may run a user's code, or None."""
+    processor = vars(part).get("processor")
+    if processor is None:
+        return None
+    if not is_of_a_library(type(processor).__module__):
+        return f"a processor is a {type(processor).__name__}, which is not diffusers'"
+    return replaced_reason(type(processor))
 
 
 @once_per_call

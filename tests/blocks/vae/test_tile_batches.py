@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import pytest
 import torch
 from block_checks import relative_error
+from diffusers.models.attention_processor import AttnProcessor2_0
 from tiny_models import (
     tiny_autoencoder_kl,
     tiny_autoencoder_kl_cogvideox,
@@ -24,6 +26,7 @@ from vae_checks import assert_no_worse, decode
 
 from vidaccel import patch_module
 from vidaccel.blocks.vae import tile_batches
+from vidaccel.blocks.vae.autoencoder_kl_wan import _Progress
 from vidaccel.patching.report import PatchReport
 from vidaccel.sites.site import Site
 
@@ -176,6 +179,42 @@ def lora_below(vae: Any) -> None:
     vae.decoder.conv_out = Lora(vae.decoder.conv_out)
 
 
+def layer_hooked(vae: Any) -> None:
+    vae.decoder.conv_out.register_forward_hook(lambda _, args, out: out * args[0].std())
+
+
+class Mixing(AttnProcessor2_0):  # type: ignore[misc]  # diffusers is untyped
+    def __call__(self, attn: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out: Tensor = super().__call__(attn, x, *args, **kwargs)
+        return out * (1 + x.std())
+
+
+def processor_replaced(vae: Any) -> None:
+    vae.decoder.mid_block.attentions[0].processor = Mixing()
+
+
+def class_replaced(vae: Any) -> None:
+    class Mine(type(vae.decoder.mid_block)):  # type: ignore[misc]
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(x * (1 + x.std()), *args, **kwargs)
+
+    vae.decoder.mid_block.__class__ = Mine
+
+
+class Counting(nn.Module):
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base, self.calls = base, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.base(x) * self.calls
+
+
+def convolution_replaced(vae: Any) -> None:
+    vae.post_quant_conv = Counting(vae.post_quant_conv)
+
+
 def decoder_compiled(vae: Any) -> None:
     vae.decoder.compile(backend="eager")
 
@@ -203,6 +242,74 @@ def test_what_would_tell_tiles_apart_sees_stocks_calls(change: Callable[[Any], N
     assert any(reason in why for why in site_of(report).fallbacks), site_of(report).fallbacks
     report.restore()
     assert relative_error(out, run(vae, latents)) <= EQUAL
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (layer_hooked, "somebody looks at"),
+        (lora_below, "a Lora, which is not of PyTorch"),
+        (processor_replaced, "a processor is a Mixing"),
+        (class_replaced, "a Mine, which is not of PyTorch"),
+        (convolution_replaced, "its post_quant_conv is a Counting"),
+    ],
+)
+def test_layers_of_images_see_stocks_calls(change: Callable[[Any], None], reason: str) -> None:
+    vae, latents, run = made("image")
+    stock = copy.deepcopy(vae)
+    change(stock)
+    report = patch_module(vae)
+    run(vae, latents)
+    change(vae)
+    assert relative_error(run(vae, latents), run(stock, latents)) <= EQUAL
+    assert any(reason in why for why in site_of(report).fallbacks), site_of(report).fallbacks
+
+
+@pytest.mark.parametrize("case", ["image", "Wan"])
+@pytest.mark.parametrize("of_class", [True, False])
+def test_blends_of_somebodys_own_see_pixels_only(case: str, of_class: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae, latents, run = made(case)
+    masks: dict[int, Tensor] = {}
+    right = type(vae).blend_v
+
+    def blend_v(self: Any, a: Tensor, b: Tensor, extent: int) -> Any:
+        extent = min(a.shape[-2], b.shape[-2], extent)
+        return right(self, a, b * masks.setdefault(0, torch.linspace(1, 2, b.shape[-1], device=b.device)), extent)
+
+    report = patch_module(vae)
+    if of_class:
+        monkeypatch.setattr(type(vae), "blend_v", blend_v)
+    else:
+        monkeypatch.setattr(vae, "blend_v", MethodType(blend_v, vae))
+    latents = latents[..., :3]  # tiles of one width
+    out = run(vae, latents)
+    assert any("its blend_v is not that" in why for why in site_of(report).fallbacks), site_of(report).fallbacks
+    report.restore()
+    assert relative_error(out, run(vae, latents)) <= EQUAL
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_fault_that_is_found_in_a_batch(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae, latents, run = made(case)
+    expected = run(vae, latents)
+    with patch_module(vae):
+        monkeypatch.setattr(type(vae.decoder), "fused_forward", lambda self, *args: 1 / 0)
+        assert relative_error(run(vae, latents), expected) <= EQUAL
+
+
+def test_memory_that_runs_out_behind_the_first_call_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    vae, latents, run = made("Wan")
+    expected = run(vae, latents)
+    right, calls = _Progress.take, iter(range(100))
+
+    def full(self: Any, frames: int) -> Tensor:
+        if next(calls) == 1:
+            raise torch.OutOfMemoryError("the second frame")
+        return right(self, frames)
+
+    monkeypatch.setattr(_Progress, "take", full)
+    with patch_module(vae):
+        assert relative_error(run(vae, latents), expected) <= EQUAL
 
 
 def test_noise_is_drawn_in_stocks_order() -> None:

@@ -116,6 +116,12 @@ class FusedHunyuanVideo15Decoder3D(TileDecoder, HunyuanVideo15Decoder3D):
     def corner(self, args: Any, kwargs: Any) -> Any:
         return cut_corner((args[0][:1, :, :CORNER_FRAMES],), {}, most_whole=0)
 
+    @classmethod
+    def original_forward(cls, host: Any, hidden_states: Tensor) -> Tensor:
+        """Sample by sample, as these may be tiles: the mask of stock's attention fits a single one."""
+        samples = hidden_states.split(1) if hidden_states.ndim == 5 else [hidden_states]
+        return torch.cat([HunyuanVideo15Decoder3D.forward(host, sample) for sample in samples])
+
     def fused_forward(self, hidden_states: Tensor) -> Tensor:
         return _Decode(self).run(hidden_states)
 

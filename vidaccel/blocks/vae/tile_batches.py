@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from vidaccel.blocks.vae.causal_clip import decode_in_chunks
+from vidaccel.blocks.vae.tile_blends import TileBlends
 from vidaccel.errors import first_line
 from vidaccel.parallel.asked import Asked, Call, Part, joined, noise_reason, slot_of, stand_in_of, standing_in
 from vidaccel.parallel.layout import layout
 from vidaccel.sites.block import SITES, FusedBlock, looking_reason, unserved_reason
-from vidaccel.sites.plain import rows_are_seen
+from vidaccel.sites.plain import is_of_a_library, rows_are_seen, stock_class
 from vidaccel.sites.rules import StandIn, StandIns
 from vidaccel.sites.site import Fidelity
 
@@ -88,7 +89,19 @@ def _reason(vae: Any, z: Tensor) -> str | None:
         return "its decoder is compiled, or somebody's"
     if rows_are_seen(decoder, *filter(None, [getattr(vae, "post_quant_conv", None)])):
         return "a hook on its decoder would see other calls"
-    return noise_reason(decoder) or looking_reason(decoder, z)
+    return _foreign_reason(vae) or noise_reason(decoder) or looking_reason(decoder, z)
+
+
+def _foreign_reason(vae: Any) -> str | None:
+    """Why hearing which tiles there are would run a user's code once more, or on tensors without numbers, or None."""
+    for name in TileBlends.stand_ins:
+        methods = filter(None, [getattr(type(vae), name, None), vars(vae).get(name)])
+        if not all(is_of_a_library(method.__module__) for method in methods):
+            return f"its {name} is not that of diffusers"
+    before = getattr(vae, "post_quant_conv", None)
+    if before is not None and not is_of_a_library(stock_class(before).__module__):
+        return f"its post_quant_conv is a {type(before).__name__}, which is not of PyTorch or diffusers"
+    return None
 
 
 def _part_reason(decoder: TileDecoder, parts: list[Part]) -> str | None:

@@ -36,7 +36,7 @@ from vidaccel.parallel.layout import PixelRows, pixel_rows, spread
 from vidaccel.parallel.ranks import Agreement, Ranks
 from vidaccel.sites.block import SITES, FusedBlock, call_site, cut_corner, fuses, run_part, unserved_reason
 from vidaccel.sites.memo import once_per_call
-from vidaccel.sites.plain import plain_reason, stock_class
+from vidaccel.sites.plain import order_reason, plain_reason, stock_class
 
 __all__ = ["FusedDecoder", "FusedTemporalDecoder", "decode_bytes", "frames_that_fit"]
 
@@ -139,6 +139,9 @@ class FusedDecoder(TileDecoder, _Decoder, Decoder):
 
     def call_reason(self, sample: Tensor, latent_embeds: Tensor | None) -> str | None:
         return None if latent_embeds is None else "latent embeddings were passed"
+
+    def tile_reason(self, *args: Any, **kwargs: Any) -> str | None:
+        return order_reason(self) or super().tile_reason(*args, **kwargs)
 
     def bytes_at_once(self, latents: Tensor) -> int:
         return len(latents) * decode_bytes(self, latents)
