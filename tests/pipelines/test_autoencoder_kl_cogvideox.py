@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from block_checks import relative_error
 from diffusers import AutoencoderKLCogVideoX
 from kernel_checks import planted
@@ -167,7 +168,8 @@ def batches(latents: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    "change", ["other-frames", "written-to", "written-by-numpy", "copied", "cache-rebuilt", "begun-anew"]
+    "change",
+    ["other-frames", "written-to", "written-by-numpy", "copied", "cache-rebuilt", "begun-anew", "cpu", "cpu:0"],
 )
 @torch.no_grad()
 def test_calls_that_were_not_foreseen(change: str, vae: AutoencoderKLCogVideoX) -> None:
@@ -191,6 +193,8 @@ def test_calls_that_were_not_foreseen(change: str, vae: AutoencoderKLCogVideoX) 
                 assert cache is not None
                 names.append(list(cache))
                 cache = dict(cache)
+            if at == 2 and change.startswith("cpu"):
+                cache = send_to_device(cache, torch.device(change))
             made, cache = vae.decoder(batch, conv_cache=cache)
             pixels.append(made)
         outcomes.append(torch.cat(pixels, dim=2))

@@ -22,7 +22,7 @@ from tiny_models import (
     tiny_autoencoder_kl_wan,
 )
 from torch import Tensor, nn
-from vae_checks import assert_no_worse, decode
+from vae_checks import assert_no_worse, decode, ran
 
 from vidaccel import patch_module
 from vidaccel.blocks.vae import tile_batches
@@ -354,7 +354,7 @@ def test_inference_mode(case: str) -> None:
     expected = run(vae, latents)
     with patch_module(vae) as report, torch.inference_mode():
         assert relative_error(vae.decode(latents.clone()).sample, expected) <= EQUAL
-        assert not report.fallbacks
+        assert not report.fallbacks and ran(report) == {f"{latents.shape[2]} of {latents.shape[2]} frames"}
 
 
 def test_the_tuple_and_a_call_of_the_method_itself() -> None:

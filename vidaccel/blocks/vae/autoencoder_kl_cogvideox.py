@@ -35,6 +35,7 @@ from diffusers.models.autoencoders.autoencoder_kl_cogvideox import (
 )
 from diffusers.models.upsampling import CogVideoXUpsample3D
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from vidaccel.blocks.vae.causal_clip import (
     Chunk,
@@ -138,6 +139,13 @@ class _Ahead(Mapping[str, Any]):
         FusedCogVideoXDecoder3D.original_forward(self.decoder, self.latents[:, :, : ends[-1]], ends, carried)
         assert carried.after is not None
         return carried.after
+
+    def to(self, device: Any, non_blocking: bool = False) -> _Ahead | Cache:
+        """What hooks of accelerate do with all that goes through them: stock's cache, unless it is there already."""
+        if torch.device(device) == self.latents.device:
+            return self
+        moved: Cache = tree_map_only(Tensor, lambda x: x.to(device, non_blocking=non_blocking), dict(self))
+        return moved
 
     def __getitem__(self, name: str) -> Any:
         return self.cache[name]

@@ -154,10 +154,12 @@ def _decode(decoder: Any, alike: list[Part]) -> int:
 def _together(parts: list[Part]) -> Part:
     """Parts that are alike as one, whose samples are those of all.
 
-    The latents of its calls are cut from one tensor, by which decoders know what follows.
+    The latents of its calls are cut from one tensor, by which decoders know what follows: not one of inference mode,
+    of which a view does not tell what it was cut from.
     """
-    clips = torch.cat([torch.cat([call.sample for call in part.calls], dim=2) for part in parts])
-    samples = clips.split([call.sample.shape[2] for call in parts[0].calls], dim=2)
+    with torch.inference_mode(False):
+        clips = torch.cat([torch.cat([call.sample for call in part.calls], dim=2) for part in parts])
+        samples = clips.split([call.sample.shape[2] for call in parts[0].calls], dim=2)
     calls = zip(*(part.calls for part in parts), strict=True)
     return Part([_merged(some, sample) for some, sample in zip(calls, samples, strict=True)])
 
