@@ -21,7 +21,7 @@ from vidaccel.sites.memo import plans_changed
 from vidaccel.sites.plain import has_own_forward, hook_reason, replaced_reason, stock_class, stock_method
 from vidaccel.sites.site import Fidelity, Site, SiteGroup
 
-__all__ = ["ChannelsLastWeights", "Patch", "Rule", "StandIn", "StandIns", "Swap", "patches_of"]
+__all__ = ["ChannelsLastWeights", "MethodStandIn", "MethodStandIns", "Patch", "Rule", "Swap", "patches_of"]
 
 _patches: WeakKeyDictionary[nn.Module, list[Patch]] = WeakKeyDictionary()
 
@@ -172,7 +172,7 @@ def _replace_class(module: nn.Module, old: type[nn.Module], new: type[nn.Module]
             derived.__bases__ = tuple(new if base is old else base for base in derived.__bases__)
 
 
-class StandIn:
+class MethodStandIn:
     """Stands for one method of a module; in a copy of the module, that method itself."""
 
     def __init__(self, module: nn.Module, name: str, site: Site) -> None:
@@ -202,12 +202,12 @@ class StandIn:
 
 
 @dataclass(frozen=True)
-class StandIns(Rule):
+class MethodStandIns(Rule):
     """Put stand-ins in place of methods of a module that are diffusers' own; one site for all of them."""
 
     op: ClassVar[str]
     fidelity: ClassVar[Fidelity]
-    stand_ins: ClassVar[Mapping[str, type[StandIn]]]  # by the names of the methods
+    stand_ins: ClassVar[Mapping[str, type[MethodStandIn]]]  # by the names of the methods
 
     @property
     def ops(self) -> Mapping[str, Fidelity]:
@@ -224,17 +224,17 @@ class StandIns(Rule):
                 return f"its {name} is not that of diffusers"
         return None
 
-    def apply(self, module: Any, sites: list[Site], checks: bool) -> dict[str, StandIn]:
+    def apply(self, module: Any, sites: list[Site], checks: bool) -> dict[str, MethodStandIn]:
         (site,) = sites
         there = {name: self.stand_ins[name](module, name, site) for name in self._names(module)}
         vars(module).update(there)
         return there
 
-    def in_place(self, module: Any, memo: dict[str, StandIn]) -> str | None:
+    def in_place(self, module: Any, memo: dict[str, MethodStandIn]) -> str | None:
         replaced = [name for name, stand_in in memo.items() if vars(module).get(name) is not stand_in]
         return f"its {replaced[0]} was replaced" if replaced else None
 
-    def undo(self, module: Any, memo: dict[str, StandIn]) -> None:
+    def undo(self, module: Any, memo: dict[str, MethodStandIn]) -> None:
         for name, stand_in in memo.items():
             if vars(module).get(name) is stand_in:
                 del vars(module)[name]

@@ -73,7 +73,7 @@ def made(case: str) -> tuple[Any, Tensor, Callable[[Any, Tensor], Tensor]]:
 
     @torch.no_grad()
     def with_timestep(vae: Any, latents: Tensor) -> Tensor:
-        return vae.decode(latents, torch.tensor([0.1, 0.2])).sample
+        return vae.decode(latents, torch.tensor([0.1, 0.2], device=latents.device)).sample
 
     return vae, latents, with_timestep
 
@@ -338,6 +338,22 @@ def test_gradients_go_through_stock_code() -> None:
     assert leaf.grad is not None and any("gradients" in why for why in site_of(report).fallbacks)
 
 
+def test_no_gradient_is_recorded_where_none_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    vae, latents, run = made("CogVideoX")
+    expected = run(vae, latents)
+    seen: list[Any] = []
+    right = tile_batches._together
+
+    def noted(parts: list[Any]) -> Any:
+        seen.append(right(parts))
+        return seen[-1]
+
+    monkeypatch.setattr(tile_batches, "_together", noted)
+    with patch_module(vae):
+        assert relative_error(run(vae, latents.requires_grad_()), expected) <= EQUAL
+    assert seen and not any(call.sample.requires_grad for batch in seen for call in batch.calls)
+
+
 @pytest.mark.parametrize("case", ["image", "CogVideoX", "Wan"])
 def test_wrong_latents_raise_what_stock_raises(case: str) -> None:
     vae, latents, run = made(case)
@@ -415,8 +431,6 @@ def test_on_a_gpu(case: str, device: torch.device) -> None:
     vae, latents, run = made(case)
     vae.to(device).to(torch.float16)
     latents = latents.to(device, torch.float16)
-    if case == "LTX with timesteps":
-        pytest.skip("its timesteps are on a CPU")
     gold, stock = run(copy.deepcopy(vae).double(), latents.double()), run(vae, latents)
     with patch_module(vae) as report:
         out = run(vae, latents)

@@ -24,7 +24,7 @@ from vidaccel.parallel.asked import Asked, Call, Part, joined, noise_reason, slo
 from vidaccel.parallel.layout import layout
 from vidaccel.sites.block import SITES, FusedBlock, looking_reason, unserved_reason
 from vidaccel.sites.plain import is_of_a_library, rows_are_seen, stock_class
-from vidaccel.sites.rules import StandIn, StandIns
+from vidaccel.sites.rules import MethodStandIn, MethodStandIns
 from vidaccel.sites.site import Fidelity
 
 __all__ = ["TileBatches", "TileDecoder"]
@@ -48,7 +48,7 @@ class TileDecoder(FusedBlock):
         raise NotImplementedError
 
 
-class _TiledDecode(StandIn):
+class _TiledDecode(MethodStandIn):
     def __call__(self, z: Tensor, *args: Any, **kwargs: Any) -> Any:
         vae, decode = self.module, partial(self.method(), z, *args, **kwargs)
         if torch.compiler.is_compiling() or stand_in_of(vae.decoder) is not None or layout() is not None:
@@ -72,7 +72,7 @@ class _TiledDecode(StandIn):
         return joined(decode, vae, [pixels for part in asked.parts for pixels in part.pixels])
 
 
-class TileBatches(StandIns):
+class TileBatches(MethodStandIns):
     """Decode tiles that are alike as one batch."""
 
     op = "tile_batch"
@@ -157,7 +157,7 @@ def _together(parts: list[Part]) -> Part:
     The latents of its calls are cut from one tensor, by which decoders know what follows: not one of inference mode,
     of which a view does not tell what it was cut from.
     """
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.no_grad():  # the first would record gradients
         clips = torch.cat([torch.cat([call.sample for call in part.calls], dim=2) for part in parts])
         samples = clips.split([call.sample.shape[2] for call in parts[0].calls], dim=2)
     calls = zip(*(part.calls for part in parts), strict=True)

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vidaccel.sites.rules import StandIn, StandIns
+from vidaccel.sites.rules import MethodStandIn, MethodStandIns
 from vidaccel.sites.site import Fidelity
 
 __all__ = ["TileBlends"]
@@ -20,7 +20,7 @@ __all__ = ["TileBlends"]
 DIMS = {"blend_t": -3, "blend_v": -2, "blend_h": -1}  # the methods, and the dim that each blends along
 
 
-class _Blend(StandIn):
+class _Blend(MethodStandIn):
     def __call__(self, a: Tensor, b: Tensor, blend_extent: int) -> Tensor:
         dim = DIMS[self._name]
         if self.stays_out(_unserved_reason(a, b, dim)):
@@ -34,7 +34,7 @@ class _Blend(StandIn):
         return b
 
 
-class TileBlends(StandIns):
+class TileBlends(MethodStandIns):
     """Blend whole seams."""
 
     op = "tile_blend"
