@@ -49,6 +49,7 @@ __all__ = [
     "ops",
     "overheard",
     "runs_triton",
+    "sampling",
     "scaled",
     "tensors_reason",
     "when_failing",
@@ -60,6 +61,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 REFERENCE = "torch"  # the name of the implementation that is the reference itself
 SMALL_INPUT = 2.0**-10  # the root mean square of a probe: its square is near the epsilons of norms
 MOST_PLANS = 4096  # that an op keeps: more than the shapes of several models
+WHOLE_CHECKS = 2  # of calls that are alike, before samples are enough
 # Fixed when Triton is imported, and not a thing that Dynamo can trace.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _PLAIN = frozenset([int, float, bool, str, tuple, type(None), torch.dtype])  # tuples of these, that is
@@ -104,6 +106,8 @@ class Listener(NamedTuple):
 
 
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+# By op, implementation and signature: how many checks have passed in a call of a model; -inf: one has not.
+_passed: ContextVar[dict[Any, float] | None] = ContextVar("passed", default=None)
 # Called when an implementation has failed and another one takes its place: for those who keep what they have heard.
 when_failing: list[Callable[[], None]] = []
 
@@ -126,6 +130,20 @@ def listening(
         yield events
     finally:
         _listener.reset(token)
+
+
+@contextmanager
+def sampling() -> Iterator[None]:
+    """Inside the ``with`` block, which is a call of a model, let checks look at samples, where an op has some.
+
+    The blocks of a model call an op alike, and what is wrong with a kernel is wrong in all of them. So the first of
+    these calls are checked whole, and so are all as soon as one was wrong.
+    """
+    token = _passed.set({})
+    try:
+        yield
+    finally:
+        _passed.reset(token)
 
 
 def overheard() -> Listener | None:
@@ -235,6 +253,8 @@ class Op:
         validate: Takes the arguments; raises if they do not fit one another. Asked once for a signature. None: they do.
         small: Takes a factor and the arguments; these with all that an epsilon or a bias is added to times the factor.
             None: the op has neither.
+        sample: Takes a number and the arguments; parts that stand for all of them (:func:`sampling`), others for the
+            next number. None: a check always looks at all.
         screen: How far the rows of a right result may be off before float64 decides, in units of what suits others: of
             what eager rounds several times, or sums up where terms cancel.
     """
@@ -255,6 +275,7 @@ class Op:
         beaten: Callable[..., Set[str]] | None = None,
         validate: Callable[..., None] | None = None,
         small: Callable[..., tuple[Any, ...]] | None = None,
+        sample: Callable[..., Iterator[Part]] | None = None,
         screen: float = 1.0,
     ) -> None:
         self.name = name
@@ -270,7 +291,7 @@ class Op:
             if implementation.registered
         }
         self._measures, self._key, self._default, self._beaten = measures, key, default, beaten
-        self._overwrites, self._validate, self._small = overwrites, validate, small
+        self._overwrites, self._validate, self._small, self._sample = overwrites, validate, small, sample
         self._plans: dict[Signature, _Plan] = {}
         self._failed: dict[Signature, _Plan] = {}  # those of them in whose place the reference runs
         self._told: set[str] = set()
@@ -434,7 +455,7 @@ class Op:
         if signature is not None:  # what ran may have failed, and be another one from now on
             plan = self._failed.get(signature, plan)
         if checked and plan.name != REFERENCE:
-            problem = self._problem(plan, args, out) or ""
+            problem = self._problem(plan, args, out, signature) or ""
             if problem:
                 out = self.reference(*args)
             elif listener.probes and signature is not None and not torch.is_grad_enabled():
@@ -447,12 +468,22 @@ class Op:
         at = self._overwrites(*args) if callable(self._overwrites) else self._overwrites
         return args if at is None else (*args[:at], args[at].clone(), *args[at + 1 :])
 
-    def _problem(self, plan: _Plan, args: tuple[Any, ...], out: Outputs) -> Problem | None:
+    def _problem(
+        self, plan: _Plan, args: tuple[Any, ...], out: Outputs, signature: Signature | None
+    ) -> Problem | None:  # fmt: skip
+        passed = _passed.get()
+        if passed is None or signature is None:
+            passed = {}
+        alike = self.name, plan.name, signature
+        times = passed.get(alike, 0)
+        sample = self._sample(times, *args) if self._sample and times >= WHOLE_CHECKS else None
         try:
-            return disagreement(self, args, out, self.implementations[plan.name].fidelity)
+            problem = disagreement(self, args, out, self.implementations[plan.name].fidelity, sample)
         except torch.OutOfMemoryError:  # for the check alone: the call itself had what it needed
             logger.warning("%s: not checked against its reference: out of memory", self.name)
             return None
+        passed[alike] = -math.inf if problem else times + 1
+        return problem
 
     def _problem_when_small(self, args: tuple[Any, ...]) -> str:
         """The same of other numbers: so small that a wrong epsilon, or a bias, is no rounding beside them."""
@@ -463,7 +494,7 @@ class Op:
         args = self._small(SMALL_INPUT / size, *args)
         signature = _signature(args)
         plan = self._plans.get(signature) or self._settle(signature, args)
-        problem = self._problem(plan, args, self._run(plan, args, signature, copied=True))
+        problem = self._problem(plan, args, self._run(plan, args, signature, copied=True), None)
         return Problem(f"{problem} when its input is small", problem.distance) if problem else ""
 
     def _traced(self, args: tuple[Any, ...], impl: str | None) -> Outputs:

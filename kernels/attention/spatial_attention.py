@@ -58,6 +58,7 @@ FA3_MODULES = ("flash_attn_interface", "fa3_fwd_interface")
 FOR_HOPPER = frozenset(["fa3", "gluon", "gemm"])
 MEASURED_KEYS = 81  # fewer keys and values, as a text has, leave nothing to win
 MEASURED_FLOPS = 1e9
+SAMPLES = 8  # that make up the query rows of a large call
 
 
 def spatial_attention_ref(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float | None = None) -> Tensor:
@@ -334,15 +335,27 @@ def _costs(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> Cos
 
 
 def _parts(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> Iterator[Part]:
-    """As many samples, heads and query rows as fit."""
-    (batch, seq_q, channels), seq_kv = q.shape, k.shape[1]
+    return _parts_of(slice(0, q.shape[1]), q, k, v, num_heads, scale)
+
+
+def _sample(number: int, q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> Iterator[Part]:
+    """Some query rows of every head, for large calls: their reference takes as long as they do."""
+    rows = q.shape[1]
+    step = triton.cdiv(rows, SAMPLES) if _is_large(q, k) else rows
+    start = step * (number % triton.cdiv(rows, step))
+    return _parts_of(slice(start, min(start + step, rows)), q, k, v, num_heads, scale)
+
+
+def _parts_of(some: slice, q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> Iterator[Part]:
+    """Of these query rows, as many as fit, with as many samples and heads."""
+    (batch, _, channels), seq_kv, seq_q = q.shape, k.shape[1], some.stop - some.start
     head_dim = channels // num_heads
     for samples in cuts(batch, (seq_q + seq_kv) * head_dim):
         together = samples.stop - samples.start
         for heads in cuts(num_heads, together * (seq_q + seq_kv) * head_dim):
             channel, count = slice(heads.start * head_dim, heads.stop * head_dim), heads.stop - heads.start
             for rows in cuts(seq_q, together * count * head_dim):
-                place = samples, rows, channel
+                place = samples, slice(some.start + rows.start, some.start + rows.stop), channel
                 args = q[place], k[samples, :, channel], v[samples, :, channel], count, scale
                 yield Part(args, functools.partial(_place, place, count), functools.partial(heads_apart, count))
 
@@ -415,6 +428,7 @@ SPATIAL_ATTENTION = Op(
     fake=_empty_output,
     costs=_costs,
     parts=_parts,
+    sample=_sample,
     measures=_measures,
     key=_key,
     default=_default,

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from vidaccel.kernels import choice
-from vidaccel.kernels.op import MOST_PLANS, Costs, Implementation, Op, listening, note, ops
+from vidaccel.kernels.check import Part
+from vidaccel.kernels.op import MOST_PLANS, WHOLE_CHECKS, Costs, Implementation, Op, listening, note, ops, sampling
 from vidaccel.kernels.settings import Settings, allowed, constants_overridden
 
 calls: Counter[str] = Counter()
@@ -357,3 +358,64 @@ def test_a_probe_finds_an_epsilon_that_the_input_hides() -> None:
             op(x, 1.0)
         assert bool(events[0].problem) is found
     assert "when its input is small" in events[0].problem
+
+
+SAMPLED_ROWS = 4
+
+
+def _row(number: int, x: Tensor, scale: float) -> Iterator[Part]:
+    row = number % SAMPLED_ROWS
+    yield Part((x[row : row + 1], scale), lambda outputs: (outputs[0][row : row + 1],))
+
+
+def faulty(wrong: Tensor) -> Op:
+    """Doubles, but for row 0, as long as ``wrong`` is."""
+
+    def run(x: Tensor, scale: float) -> Tensor:
+        y = 2 * x * scale
+        y[0] *= 1.5 if wrong else 1.0
+        return y
+
+    return make(implementations={"fast": Implementation(run)}, sample=_row)
+
+
+def problems(op: Op, times: int, x: Tensor) -> list[bool]:
+    """Of as many calls that are checked: whether each was found wrong; their results are right if one was."""
+    found = []
+    for _ in range(times):
+        with listening(checks=True) as events:
+            out = op(x, 2)
+        (event,) = events
+        assert not event.problem or torch.equal(out, 4 * x)
+        found.append(bool(event.problem))
+    return found
+
+
+def test_calls_that_are_alike_are_sampled_behind_the_first() -> None:
+    x, wrong = torch.randn(SAMPLED_ROWS, 8), torch.tensor(False)
+    op = faulty(wrong)
+    with sampling():
+        assert problems(op, WHOLE_CHECKS, x) == [False] * WHOLE_CHECKS
+        wrong.fill_(True)
+        found = problems(op, SAMPLED_ROWS, x)
+        first = found.index(True)  # when it is the turn of the row that is wrong
+        assert first == -WHOLE_CHECKS % SAMPLED_ROWS
+        assert all(found[first:]), "as soon as one was wrong, all are checked whole"
+        assert problems(op, 1, x.half()) == [True], "another dtype is another signature"
+
+
+def test_a_fault_that_is_there_from_the_start_is_found_in_every_call() -> None:
+    with sampling():
+        assert all(problems(faulty(torch.tensor(True)), 3 * SAMPLED_ROWS, torch.randn(SAMPLED_ROWS, 8)))
+
+
+def test_outside_a_call_of_a_model_every_check_is_whole() -> None:
+    x, wrong = torch.randn(SAMPLED_ROWS, 8), torch.tensor(False)
+    op = faulty(wrong)
+    with sampling():
+        problems(op, 2 * WHOLE_CHECKS, x)
+    problems(op, 2 * WHOLE_CHECKS, x)
+    wrong.fill_(True)
+    assert problems(op, 1, x) == [True]
+    with sampling():
+        assert problems(op, 1, x) == [True], "what has passed in another call says nothing"

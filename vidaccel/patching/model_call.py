@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vidaccel.kernels.op import sampling
 from vidaccel.kernels.settings import Fidelity, Settings, allowed, frozen
 from vidaccel.parallel.asked import CALL_SLOT, Answer, HearsStandIns, stand_in_of
 from vidaccel.parallel.layout import layout
@@ -96,7 +97,7 @@ class ModelCall(HearsStandIns):
             if memo.way is not numberless_way:  # they look at what is in the tensors
                 for prepare in preparations(model):
                     prepare(memo, args, kwargs)
-            with holding(memo):
+            with holding(memo), sampling():
                 over, parallel = layout(), self.parallel
                 if graphs is None or (over is not None and parallel is None):
                     return model._call_impl(*args, **kwargs)

@@ -26,7 +26,7 @@ from vidaccel.kernels.attention.spatial_attention import (
 )
 from vidaccel.kernels.check import MOST_ELEMENTS
 from vidaccel.kernels.hopper import GLUON
-from vidaccel.kernels.op import Implementation, listening
+from vidaccel.kernels.op import WHOLE_CHECKS, Implementation, listening, sampling
 
 DTYPES = [torch.float16]
 if torch.cuda.is_available():
@@ -297,6 +297,39 @@ def test_the_check_passes_what_is_right(shape: Shape, impl: str, device: torch.d
     with listening(checks=True) as events:
         spatial_attention(q, k, v, shape.heads, impl=impl)
     assert [(event.implementation, event.problem) for event in events] == [(impl, "")]
+
+
+@pytest.mark.parametrize("row", [0, 437, 1000])
+def test_samples_of_a_large_call_come_to_every_row_of_every_head(row: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = Shape(2, 4, 1001, 1000, 32)
+    q, k, v = draw(shape, torch.float32, torch.device("cpu"))
+    right = spatial_attention_ref(q, k, v, shape.heads)
+    wrong = right.clone()
+    wrong[1, row, 32:64] = 0
+    outputs = iter([right] * WHOLE_CHECKS + [wrong] * op.SAMPLES)
+    ways = {"math": Implementation(lambda *args: next(outputs))}
+    monkeypatch.setattr(SPATIAL_ATTENTION, "implementations", SPATIAL_ATTENTION.implementations | ways)
+    monkeypatch.setenv("VIDACCEL_IMPL", "spatial_attention=math")
+    with torch.no_grad(), sampling(), listening(checks=True) as events:
+        returned = [spatial_attention(q, k, v, shape.heads) for _ in range(WHOLE_CHECKS + op.SAMPLES)]
+    found = [bool(event.problem) for event in events]
+    first = found.index(True)
+    assert all(found[first:]) and not any(found[:first])
+    assert all(torch.equal(out, right) for out in returned[first:])
+    assert first == WHOLE_CHECKS + (row // math.ceil(1001 / op.SAMPLES) - WHOLE_CHECKS) % op.SAMPLES
+
+
+def test_a_small_call_is_always_checked_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = draw(SMALL, torch.float32, torch.device("cpu"))
+    wrong = spatial_attention_ref(q, k, v, SMALL.heads)
+    outputs = iter([wrong] * WHOLE_CHECKS + [torch.cat([wrong[:, :-1], 0 * wrong[:, -1:]], 1)])
+    ways = {"math": Implementation(lambda *args: next(outputs))}
+    monkeypatch.setattr(SPATIAL_ATTENTION, "implementations", SPATIAL_ATTENTION.implementations | ways)
+    monkeypatch.setenv("VIDACCEL_IMPL", "spatial_attention=math")
+    with torch.no_grad(), sampling(), listening(checks=True) as events:
+        for _ in range(WHOLE_CHECKS + 1):
+            spatial_attention(q, k, v, SMALL.heads)
+    assert [bool(event.problem) for event in events] == [False] * WHOLE_CHECKS + [True]
 
 
 def first_head(out: Tensor) -> Tensor:
