@@ -179,8 +179,11 @@ def _channels_last_weight(d: Drawer) -> Any:
 
 def _clip_conv(d: Drawer) -> Any:
     channels, taps = d.of(32, 96, d.channels()), (d.of(1, 3), *d.of((3, 3), (1, 3)))
-    rows = d.tensor(d.size(2), taps[0] + d.number(2), d.size(4), d.size(4), channels)
-    return rows, d.weight(d.of(96, 4), channels, *taps)
+    bordered = d.flag()
+    border = [side - 1 if bordered else 0 for side in taps[1:]]
+    rows = d.tensor(d.size(2), taps[0] + d.number(2), *(d.size(4) + more for more in border), channels)
+    largest = torch.linalg.vector_norm(rows.float(), dim=-1).amax().view(1) if rows.numel() and d.flag() else None
+    return rows, d.weight(d.of(96, 4, 8), channels, *taps), largest, bordered
 
 
 def _depth_to_space(d: Drawer) -> Any:

@@ -6,10 +6,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_checks import FAULTS, assert_close_to_gold, assert_no_spills, compile_for, planted
+from kernel_checks import (
+    FAULTS,
+    TARGETS,
+    assert_close_to_gold,
+    assert_no_spills,
+    compile_for,
+    narrow_accesses,
+    planted,
+)
 from torch import Tensor
 
 from vidaccel.kernels.conv import clip_conv as op
+from vidaccel.kernels.conv import clip_conv_winograd as winograd
 from vidaccel.kernels.conv.clip_conv import CLIP_CONV, clip_conv, clip_conv_ref
 from vidaccel.kernels.hopper import GLUON
 from vidaccel.kernels.op import listening
@@ -35,7 +44,7 @@ def draw(shape: Shape, device: torch.device, dtype: torch.dtype, channels_out: i
 
 def skip_unless_served(rows: Tensor, weight: Tensor) -> None:
     """Where the kernel is not for this machine; anything else that it may say here is a failure."""
-    reason = CLIP_CONV.unserved(rows, weight, impl="gluon")
+    reason = CLIP_CONV.unserved(rows, weight, None, False, impl="gluon")
     if reason and ("Hopper" in reason or "Triton" in reason):
         pytest.skip(reason)
     assert not reason
@@ -98,7 +107,7 @@ def test_a_fault_is_found(fault: str | None, device: torch.device) -> None:
 def test_what_the_kernel_does_not_serve(change: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op, "gluon_reason", lambda rows: None)
     rows, weight = change(*draw((1, 2, 4, 4, 64, 3), torch.device("cpu"), torch.float16))
-    found = op._gluon_reason(rows, weight)
+    found = CLIP_CONV.unserved(rows, weight, None, False, impl="gluon")
     assert found is not None and re.search(reason, found)
 
 
@@ -114,6 +123,22 @@ def test_what_the_kernel_does_not_serve(change: Any, reason: str, monkeypatch: p
 def test_rejects(rows: tuple[int, ...], weight: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=f"clip_conv: {message}"):
         clip_conv(torch.ones(rows), torch.ones(weight))
+
+
+def test_rejects_a_border_or_a_size_that_cannot_be() -> None:
+    rows, weight = torch.ones(1, 3, 2, 5, 6), torch.ones(1, 6, 3, 3, 3)
+    with pytest.raises(ValueError, match=r"clip_conv: rows must bring a border, got \(1, 3, 2, 5, 6\)"):
+        clip_conv(rows, weight, bordered=True)
+    with pytest.raises(ValueError, match=r"clip_conv: largest must be \[1\] and float32, got \(2,\) torch.float32"):
+        clip_conv(rows, weight, torch.ones(2))
+
+
+@pytest.mark.parametrize("impl", [None, "library", "torch"])
+def test_rows_that_bring_their_border(impl: str | None, device: torch.device) -> None:
+    rows, weight = draw((2, 3, 5, 6, 8, 3), device, torch.float32, channels_out=10)
+    padded = F.pad(rows, (0, 0, 1, 1, 1, 1))
+    expected = clip_conv(rows, weight)
+    torch.testing.assert_close(clip_conv(padded, weight, bordered=True, impl=impl), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -219,4 +244,184 @@ def test_a_clip_of_more_than_2_31_numbers(device: torch.device) -> None:
 def test_registration(device: torch.device) -> None:
     rows, weight = draw((1, 2, 8, 8, 32, 3), device, torch.float16)
     skip_unless_served(rows, weight)
-    torch.library.opcheck(CLIP_CONV.registered["gluon"], (rows, weight))
+    torch.library.opcheck(CLIP_CONV.registered["gluon"], (rows, weight, None, False))
+
+
+# two frames by four products
+
+
+def longest(rows: Tensor) -> Tensor:
+    """The length of the longest pixel."""
+    return torch.linalg.vector_norm(rows.float(), dim=-1).amax().view(1)
+
+
+@pytest.fixture
+def winograd_dtype(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """What it is for; the interpreter's bfloat16 is wrong."""
+    if device.type == "cuda":
+        return torch.bfloat16
+    monkeypatch.setattr(op, "WINOGRAD_DTYPES", (torch.float16,))
+    return torch.float16
+
+
+def assert_winograd_right(rows: Tensor, weight: Tensor, bordered: bool = False) -> Tensor:
+    """Its error is no larger than that of a convolution in bfloat16, and a little more."""
+    out = clip_conv(rows, weight, longest(rows), bordered=bordered, impl="winograd")
+    gold = clip_conv_ref(rows.double(), weight.to(rows.dtype).double(), bordered=bordered)
+    rounded = clip_conv_ref(rows.float(), weight.to(rows.dtype).float(), bordered=bordered).bfloat16()
+    assert out.dtype == rows.dtype and out.is_contiguous()
+    error, of_rounding = (torch.linalg.vector_norm(x.double() - gold) for x in (out, rounded))
+    assert error <= 1.1 * of_rounding
+    return out
+
+
+WINOGRAD_SHAPES = [
+    pytest.param((1, 4, 6, 5, 16, 3), 24, id="even"),
+    pytest.param((2, 5, 7, 3, 8, 3), 8, id="odd-frames-of-two-clips"),
+    pytest.param((1, 1, 4, 4, 8, 3), 16, id="one-frame"),
+    pytest.param((1, 2, 1, 1, 24, 3), 8, id="one-pixel"),
+]
+
+
+@pytest.mark.parametrize("bordered", [False, True], ids=["zeros", "bordered"])
+@pytest.mark.parametrize("pairs", [1, 2, 100])
+@pytest.mark.parametrize(("shape", "channels_out"), WINOGRAD_SHAPES)
+def test_winograd(
+    shape: Shape,
+    channels_out: int,
+    pairs: int,
+    bordered: bool,
+    winograd_dtype: torch.dtype,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(winograd, "pairs_at_once", lambda numbers: pairs)
+    CLIP_CONV.forget()
+    rows, weight = draw(shape, device, winograd_dtype, channels_out)
+    if bordered:
+        rows = F.pad(rows, (0, 0, 1, 1, 1, 1), value=0.7)
+    assert_winograd_right(rows, weight, bordered)
+
+
+@pytest.mark.parametrize("weight_scale", [1e-6, 1.0, 300.0])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 2000.0])
+def test_winograd_of_any_size(
+    scale: float, weight_scale: float, winograd_dtype: torch.dtype, device: torch.device
+) -> None:
+    """What float16 would not hold: products to a million, and sums where float16 has few bits left."""
+    rows, weight = draw((1, 3, 5, 4, 16, 3), device, torch.float32, 8)
+    if winograd_dtype == torch.float16 and not 1e-2 < scale * weight_scale < 1e4:
+        pytest.skip("float16 does not hold the result")
+    assert_winograd_right((rows * scale).to(winograd_dtype), weight * weight_scale)
+
+
+@pytest.mark.parametrize("what", ["rows", "weight"])
+def test_winograd_of_nothing_but_zeros(what: str, winograd_dtype: torch.dtype, device: torch.device) -> None:
+    rows, weight = draw((1, 3, 5, 4, 16, 3), device, winograd_dtype, 8)
+    (rows if what == "rows" else weight).zero_()
+    assert not clip_conv(rows, weight, longest(rows), impl="winograd").any()
+
+
+def test_winograd_leaves_nan_where_it_belongs(winograd_dtype: torch.dtype, device: torch.device) -> None:
+    for at in range(6):
+        rows, weight = draw((1, 4, 6, 6, 8, 3), device, winograd_dtype, 8)
+        largest = longest(rows)
+        rows[0, at, 2, 3, 5] = float("nan")
+        found = clip_conv(rows, weight, largest, impl="winograd").isnan()
+        assert torch.equal(found, clip_conv_ref(rows.float(), weight.float()).isnan())
+
+
+def test_winograd_takes_any_weight(winograd_dtype: torch.dtype, device: torch.device) -> None:
+    rows, weight = draw((1, 2, 4, 4, 8, 3), device, torch.float32, 16)
+    rows = rows.to(winograd_dtype)
+    out = clip_conv(rows, weight, longest(rows), impl="winograd")
+    for other in (weight.to(winograd_dtype), weight.contiguous(memory_format=torch.channels_last_3d), weight.double()):
+        assert torch.equal(clip_conv(rows, other, longest(rows), impl="winograd"), out)
+
+
+def test_winograd_finds_no_memory(
+    winograd_dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(winograd, "prepare", lambda *args: fails)
+    CLIP_CONV.forget()
+    rows, weight = draw((1, 2, 4, 4, 8, 3), device, winograd_dtype, 16)
+    out = clip_conv(rows, weight, longest(rows), impl="winograd")
+    assert torch.equal(out, clip_conv(rows, weight, impl="library"))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"largest": None}, "nobody says how large"),
+        ({"dtype": torch.float32}, "small beside those of bfloat16 alone, rows is torch.float32"),
+        ({"channels_out": 12}, r"channels in steps of 8, got \(12, 16, 3, 3, 3\)"),
+        ({"seen": 1}, r"takes 3 x 3 x 3 taps .* got \(8, 16, 1, 3, 3\)"),
+        ({"transposed": True}, "takes contiguous rows"),
+        ({"samples": 0}, "there is nothing to multiply"),
+    ],
+)
+def test_what_winograd_does_not_serve(
+    change: dict[str, Any], reason: str, winograd_dtype: torch.dtype, device: torch.device
+) -> None:
+    shape = (change.get("samples", 1), 3, 4, 4, 16, change.get("seen", 3))
+    rows, weight = draw(shape, device, change.get("dtype", winograd_dtype), change.get("channels_out", 8))
+    if "transposed" in change:
+        rows = rows.transpose(2, 3)
+    largest = change.get("largest", torch.ones(1, device=device))
+    found = CLIP_CONV.unserved(rows, weight, largest, False, impl="winograd")
+    assert found is not None and re.search(reason, found)
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels_out", "pays"),
+    [
+        ((1, 8, 352, 640, 256, 3), 256, True),
+        ((1, 3, 352, 640, 256, 3), 256, False),  # a fourth frame for nothing
+        ((1, 8, 352, 640, 96, 3), 256, False),
+        ((1, 8, 16, 16, 256, 3), 256, False),
+    ],
+    ids=["large", "three-frames", "few-channels", "small"],
+)
+@pytest.mark.gpu
+def test_where_winograd_runs(shape: Shape, channels_out: int, pays: bool, device: torch.device) -> None:
+    samples, frames, height, width, channels, seen = shape
+    rows = torch.randn(samples, frames + 2, height, width, channels, device=device).bfloat16()
+    weight = torch.randn(channels_out, channels, seen, 3, 3, device=device).bfloat16() / 48
+    with listening(checks=True) as events:
+        clip_conv(rows, weight, longest(rows))
+    assert [(event.implementation, event.problem) for event in events] == [("winograd" if pays else "library", "")]
+
+
+@pytest.mark.gpu
+def test_winograd_of_many_numbers(device: torch.device) -> None:
+    """Offsets beyond 2**31."""
+    rows = torch.randn(1, 34, 352, 640, 288, device=device, dtype=torch.bfloat16)
+    weight = torch.randn(8, 288, 3, 3, 3, device=device, dtype=torch.bfloat16) / 50
+    out = clip_conv(rows, weight, longest(rows[:, :1]) + 10, impl="winograd")
+    for f in (0, 31):
+        some = rows[:, f : f + 3, -9:]
+        gold = clip_conv_ref(some.double(), weight.double())[:, :, 1:]
+        assert_close_to_gold(out[:, f : f + 1, -8:], gold, clip_conv_ref(some, weight)[:, :, 1:])
+
+
+def test_winograd_registration(winograd_dtype: torch.dtype, device: torch.device) -> None:
+    rows, weight = draw((1, 2, 4, 4, 8, 3), device, winograd_dtype, 16)
+    torch.library.opcheck(CLIP_CONV.registered["winograd"], (rows, weight, longest(rows), False))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_winograd_kernels_compile(target: str) -> None:
+    for kernel, pointers in (
+        (winograd._spread_kernel, {"rows_ptr": "*bf16:16", "sums_ptr": "*fp16:16"}),
+        (winograd._join_kernel, {f"m{at}_ptr": "*fp16:16" for at in range(4)} | {"out_ptr": "*bf16:16"}),
+    ):
+        signature = {**pointers, "scales_ptr": "*fp32:16", "numbers": "i32:16"}
+        constants = {"ODD": True, "BLOCK": winograd.BLOCK}
+        asm = compile_for(target, kernel, signature, constants, num_warps=winograd.NUM_WARPS)
+        assert_no_spills(asm)
+        if "sass" in asm:
+            assert narrow_accesses(asm) == ["LDG.E"], "the scale alone is a single number"

@@ -42,6 +42,7 @@ from vidaccel.blocks.vae.causal_clip import (
     clip_of,
     conv_reason,
     conv_rows,
+    conv_workspace_bytes,
     decode_in_chunks,
     latents_reason,
     out_of_memory,
@@ -71,6 +72,7 @@ _MARGIN = 1.1  # the allocator's rounding, the borders, the convolutions' worksp
     {
         "whole_clip": "math-exact",
         "rms_norm_silu": "math-exact",
+        "clip_conv": "math-exact",
         "depth_to_space": "bit-exact",
         "pixel_conv": "math-exact",
         "spatial_attention": "math-exact",
@@ -128,7 +130,12 @@ class FusedHunyuanVideo15Decoder3D(TileDecoder, HunyuanVideo15Decoder3D):
 
 @fuses(
     HunyuanVideo15Encoder3D,
-    {"whole_clip": "math-exact", "rms_norm_silu": "math-exact", "spatial_attention": "math-exact"},
+    {
+        "whole_clip": "math-exact",
+        "rms_norm_silu": "math-exact",
+        "clip_conv": "math-exact",
+        "spatial_attention": "math-exact",
+    },
 )
 class FusedHunyuanVideo15Encoder3D(FusedBlock, HunyuanVideo15Encoder3D):
     """The encoder of HunyuanVideo 1.5, of a clip or of a tile."""
@@ -218,12 +225,17 @@ class _Rows:
         residual, residual_bias, shortcut = chunk.flow.x, None, resnet.conv_shortcut
         if shortcut is not None:
             residual, residual_bias = conv_rows(residual, shortcut), shortcut.bias
-        chunk.flow = Sum(conv_rows(buffer, resnet.conv1.conv, padding=UNPADDED), resnet.conv1.conv.bias)
+        chunk.flow = Sum(self._convolved(buffer, resnet.conv1, resnet.norm1), resnet.conv1.conv.bias)
         del buffer
         buffer = self._input_of(chunk, resnet.conv2, resnet.norm2)
         del chunk.flow
-        made = conv_rows(buffer, resnet.conv2.conv, padding=UNPADDED)
+        made = self._convolved(buffer, resnet.conv2, resnet.norm2)
         chunk.flow = Sum(made, resnet.conv2.conv.bias, residual, residual_bias)
+
+    def _convolved(self, buffer: Tensor, conv: Any, norm: Any) -> Tensor:
+        """By ``conv``, behind ``norm`` and SiLU."""
+        fused = self._coder.runs("clip_conv")
+        return conv_rows(buffer, conv.conv, fused=fused, padding=UNPADDED, gamma=norm.gamma)
 
     def _attention(self, chunk: Chunk, block: Any) -> None:
         """Each frame attends to itself and to those before it."""
@@ -402,7 +414,21 @@ def decode_bytes(decoder: Any, latents: Tensor, frames: int) -> int:
     channels = frames * max(_channels_held(decoder))
     if frames < latents.shape[2]:
         channels += 2 * _halo_channels(decoder)  # those of the chunk before, and those for the next
-    return int(channels * pixels * latents.element_size() * _MARGIN)
+    workspace = conv_workspace_bytes(decoder, latents, _numbers_of_a_frame(decoder, *latents.shape[3:]))
+    return int(channels * pixels * latents.element_size() * _MARGIN) + workspace
+
+
+def _numbers_of_a_frame(coder: Any, height: int, width: int) -> int:
+    """Before and behind the largest convolution of a ResNet block, with its border; of an encoder, at its first one."""
+    blocks = coder.up_blocks if hasattr(coder, "up_blocks") else coder.down_blocks[:1]
+    numbers = 0
+    for block in blocks:
+        pixels = (height + 2 * CAUSAL.border) * (width + 2 * CAUSAL.border)
+        convs = [resnet.conv1.conv for resnet in block.resnets]
+        numbers = max(numbers, *(pixels * (conv.in_channels + conv.out_channels) for conv in convs))
+        if getattr(block, "upsamplers", None):
+            height, width = 2 * height, 2 * width
+    return numbers
 
 
 def _halo_channels(decoder: Any) -> int:
@@ -452,7 +478,8 @@ def encode_bytes(encoder: Any, pixels: Tensor, frames: int) -> int:
             count = (count + 1) // 2 if downsampler.add_temporal_downsample else count
     if chunked:
         most += 2 * CAUSAL.before * halos  # those of the chunk before, and those for the next
-    return int(most * pixels.element_size() * _MARGIN)
+    workspace = conv_workspace_bytes(encoder, pixels, _numbers_of_a_frame(encoder, height, width))
+    return int(most * pixels.element_size() * _MARGIN) + workspace
 
 
 def _resnet_channels(into: int, out: int) -> int:

@@ -23,9 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidaccel.blocks.pixel_rows import convolve_rows
+from vidaccel.blocks.vae.half_operands import largest_pixel
 from vidaccel.environment import memory_ran_out, usable_bytes
 from vidaccel.kernels.conv.channels_last_weight import channels_last_weight
 from vidaccel.kernels.conv.clip_conv import clip_conv
+from vidaccel.kernels.conv.clip_conv_winograd import workspace_bytes
 from vidaccel.kernels.conv.conv_epilogue import (
     STATISTICS_STEP,
     conv_epilogue,
@@ -50,6 +52,7 @@ __all__ = [
     "clip_of",
     "conv_reason",
     "conv_rows",
+    "conv_workspace_bytes",
     "decode_in_chunks",
     "decode_stretch",
     "dropout_reason",
@@ -147,8 +150,13 @@ def clip_of(rows: Tensor) -> Tensor:
 
 
 def conv_rows(
-    rows: Tensor, conv: Any, *, fused: bool = False, padding: tuple[int, int, int] | None = None
-) -> Tensor:  # fmt: skip
+    rows: Tensor,
+    conv: Any,
+    *,
+    fused: bool = False,
+    padding: tuple[int, int, int] | None = None,
+    gamma: Tensor | None = None,
+) -> Tensor:
     """The convolution of rows ``[B, F, H, W, C]`` by the weight of ``conv``, ``[C', C, T, Y, X]``, without its bias.
 
     In the dtype of the rows.
@@ -156,8 +164,9 @@ def conv_rows(
     Args:
         rows: They begin with the frames that the convolution looks back at.
         conv: Has a ``weight``; its stride and dilation are 1.
-        fused: Whether a kernel of ours may do it.
+        fused: Whether ``clip_conv`` may do it, which adds no zeros in time.
         padding: Zeros at either end of time, height and width. None: none in time, what keeps the size in space.
+        gamma: Of the RMS norm (and SiLU) that the rows come from, if they do.
 
     Returns:
         ``[B, F', H', W', C']``, contiguous.
@@ -165,12 +174,18 @@ def conv_rows(
 
     def convolve(clip: Tensor) -> Tensor:
         if fused:
-            return clip_of(clip_conv(clip.permute(0, 2, 3, 4, 1), conv.weight))
+            largest = None if gamma is None or clip.dtype != torch.bfloat16 else largest_pixel(gamma)
+            return clip_of(clip_conv(clip.permute(0, 2, 3, 4, 1), conv.weight, largest, bordered=padding is not None))
         height, width = conv.weight.shape[3:]
         weight = channels_last_weight(conv.weight, clip.dtype)
         return F.conv3d(clip, weight, None, padding=padding or (0, height // 2, width // 2))
 
     return convolve_rows(conv, convolve, clip_of(rows)).permute(0, 2, 3, 4, 1).contiguous()
+
+
+def conv_workspace_bytes(coder: Any, clip: Tensor, numbers: int) -> int:
+    """What ``clip_conv`` may take beside its rows and its result, of which a frame each has ``numbers`` at most."""
+    return workspace_bytes(numbers) if coder.runs("clip_conv") and clip.is_cuda and clip.dtype == torch.bfloat16 else 0
 
 
 def added_up(flow: Sum, *, fused: bool, statistics: bool) -> Sum:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vidaccel.kernels import settings
 
-__all__ = ["float16_convolutions", "scale_to_fit", "takes_tf32"]
+__all__ = ["float16_convolutions", "largest_pixel", "scale_to_fit", "takes_tf32"]
 
 LARGEST = 32752.0  # half of what float16 holds: its own roundings are on top
 LEAST_WEIGHT, LEAST_GAMMA = 2.0**-13, 2.0**-8  # root mean square, and largest: else float16 has fewer bits left
@@ -31,6 +31,12 @@ LEAST_WEIGHT, LEAST_GAMMA = 2.0**-13, 2.0**-8  # root mean square, and largest: 
 def takes_tf32(clip: Tensor) -> bool:
     """Whether stock's convolutions would cut ``clip`` to TF32."""
     return clip.is_cuda and clip.dtype == torch.float32 and settings.tf32_convolutions()
+
+
+@torch.no_grad()
+def largest_pixel(gamma: Tensor) -> Tensor:
+    """``[1]``, float32: no pixel behind an RMS norm of this ``gamma``, and SiLU, is longer."""
+    return (gamma.abs().amax().float() * gamma.numel() ** 0.5).view(1)
 
 
 @torch.no_grad()

@@ -165,11 +165,12 @@ class _Layers:
         if isinstance(shortcut, WanCausalConv3d):
             residual, residual_bias = conv_rows(residual, shortcut), shortcut.bias
         fused = self._coder.runs("clip_conv")
-        chunk.flow = Sum(conv_rows(buffer, resnet.conv1, fused=fused), resnet.conv1.bias)
-        del buffer
+        made = conv_rows(buffer, resnet.conv1, fused=fused, gamma=resnet.norm1.gamma)
+        chunk.flow = Sum(made, resnet.conv1.bias)
+        del buffer, made
         buffer = self._norm(chunk, resnet.norm2, resnet.conv2, keep=False)
         del chunk.flow
-        made = conv_rows(buffer, resnet.conv2, fused=fused)
+        made = conv_rows(buffer, resnet.conv2, fused=fused, gamma=resnet.norm2.gamma)
         chunk.flow = Sum(made, resnet.conv2.bias, residual, residual_bias)
 
     def _attention(self, chunk: Chunk, block: Any) -> None:

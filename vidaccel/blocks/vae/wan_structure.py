@@ -27,7 +27,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 )
 from torch import Tensor, nn
 
-from vidaccel.blocks.vae.causal_clip import dropout_reason
+from vidaccel.blocks.vae.causal_clip import conv_workspace_bytes, dropout_reason
 from vidaccel.blocks.vae.half_operands import takes_tf32
 from vidaccel.kernels.conv.padded_clip import Padding
 from vidaccel.sites.memo import once_per_call
@@ -136,7 +136,17 @@ def decode_bytes(decoder: Any, latents: Tensor, frames: int | None = None) -> in
     piece = frames_of_a_piece(decoder, latents, made)
     held = _Held(frames, whole, size, size if half is None else half.itemsize, piece if piece < made else None)
     pixels = latents.shape[0] * latents.shape[3] * latents.shape[4]
-    return int((max(held.in_layers(decoder)) + held.in_halos(decoder)) * pixels * _MARGIN)
+    workspace = conv_workspace_bytes(decoder, latents, _numbers_of_a_frame(decoder, *latents.shape[3:]))
+    return int((max(held.in_layers(decoder)) + held.in_halos(decoder)) * pixels * _MARGIN) + workspace
+
+
+def _numbers_of_a_frame(decoder: Any, height: int, width: int) -> int:
+    """Before and behind the largest convolution of a ResNet block."""
+    pixels, numbers = height * width, 0
+    for block in decoder.up_blocks:
+        numbers = max(numbers, *(pixels * (resnet.in_dim + resnet.out_dim) for resnet in block.resnets))
+        pixels *= 4 ** len(upsamplers_of(block))
+    return numbers
 
 
 @dataclass(frozen=True)
@@ -274,7 +284,11 @@ def encode_bytes(encoder: Any, clip: Tensor, frames: int) -> int:
                 kept = frames * pixels * out_dim * size // factor
     middle = 2 * len(encoder.mid_block.resnets) + 1  # convolutions
     halos += middle * BEFORE * pixels * encoder.conv_out.weight.shape[1] * held.half
-    return int((most + 2 * halos) * _MARGIN)
+    largest = max(
+        layer.in_dim + layer.out_dim for layer in _layers_of(encoder.down_blocks[0]) if hasattr(layer, "in_dim")
+    )
+    workspace = conv_workspace_bytes(encoder, clip, clip.shape[3] * clip.shape[4] * largest)
+    return int((most + 2 * halos) * _MARGIN) + workspace
 
 
 def _normed_in(block: Any) -> Iterator[tuple[Any, Any]]:
