@@ -112,7 +112,7 @@ def _bind_winograd(
     def run(rows: Tensor, weight: Tensor, largest: Tensor, bordered: bool) -> Tensor:
         try:
             out = rows.new_empty(shape)
-            fill(rows, weight.to(rows.dtype), largest, out)
+            fill(rows, channels_last_weight(weight, rows.dtype), largest, out)
             return out
         except torch.OutOfMemoryError:  # the library needs no workspace
             return _library(rows, weight, largest, bordered)

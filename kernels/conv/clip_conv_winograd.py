@@ -150,16 +150,17 @@ def _bytes_of_a_pair(numbers: int) -> int:
     return 4 * torch.float16.itemsize * numbers
 
 
-def _scaled_planes(weight: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+def _scaled_planes(weight: Tensor, largest: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The input's scale, and what undoes it and the weight's; four times ``[C', C, 3, 3]``, channels-last, float16."""
     weight = weight.float()
     unit = _power_of_two(1 / weight.abs().amax())
     longest = torch.linalg.vector_norm(weight.flatten(1), dim=1).amax() * unit
     scale = _power_of_two(torch.minimum(LARGEST_SUM / (2 * largest), LARGEST_PRODUCT / (6 * largest * longest)))
-    g0, g1, g2 = (weight * unit).permute(2, 0, 3, 4, 1)
+    g0, g1, g2 = (weight * unit).unbind(2)
     outer = g0 + g2
-    planes = torch.stack([g0, (outer + g1) / 2, (outer - g1) / 2, g2]).to(torch.float16)
-    return torch.cat([scale, 1 / (scale * unit)]), planes.permute(0, 1, 4, 2, 3)
+    planes = g0, (outer + g1) / 2, (outer - g1) / 2, g2
+    halves = [plane.to(torch.float16).contiguous(memory_format=torch.channels_last) for plane in planes]
+    return torch.cat([scale, 1 / (scale * unit)]), halves
 
 
 def _power_of_two(x: Tensor) -> Tensor:
