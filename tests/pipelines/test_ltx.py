@@ -585,6 +585,16 @@ def test_a_hook_that_writes_to_what_blocks_share(
         assert relative_error(run(model, timesteps=timesteps), expected) <= 1e-5
 
 
+def test_norms_in_half_precision() -> None:
+    model = build("ltx, weighted norms")
+    for block in model.transformer_blocks:
+        block.norm2.bfloat16()
+    expected = run(model)
+    with patch_module(model, self_check=False) as report:
+        assert relative_error(run(model), expected) <= 1e-5
+    assert "one of its RMSNorms has a weight of another dtype" in fallbacks_of(report, "gated_residual_norm")
+
+
 @pytest.mark.parametrize("name", ["ltx", "ltx2.3"])
 def test_norms_that_differ_in_eps(name: str) -> None:
     model = build(name)

@@ -156,6 +156,8 @@ class LTXBlock(FusedBlock):
                 return reason
             if norm.bias is not None:
                 return "one of its RMSNorms has a bias"
+            if norm.weight is not None and norm.weight.dtype != x.dtype:  # to which stock code rounds, or not at all
+                return "one of its RMSNorms has a weight of another dtype"
         return None
 
     def path_of(self, masked: list[tuple[Tensor | None, Tensor]], *modulated: tuple[Tensor, Tensor]) -> Any:

@@ -233,6 +233,8 @@ class WanBlock(FusedBlock):
         for norm in (attn.norm_q, attn.norm_k):
             if reason := parameters_reason(norm, self.parts.head_norm, x.device):
                 return reason
+            if getattr(norm, "bias", None) is not None:
+                return "a norm of queries or keys has a bias"
         if attn.norm_q.eps != attn.norm_k.eps:
             return "its norms differ in eps"
         return self.rope_reason(rotary_emb)
