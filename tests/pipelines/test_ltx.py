@@ -587,8 +587,8 @@ def test_a_hook_that_writes_to_what_blocks_share(
 
 def test_norms_in_half_precision() -> None:
     model = build("ltx, weighted norms")
-    for block in model.transformer_blocks:
-        block.norm2.bfloat16()
+    for layer in model.transformer_blocks:
+        layer.norm2.bfloat16()
     expected = run(model)
     with patch_module(model, self_check=False) as report:
         assert relative_error(run(model), expected) <= 1e-5
