@@ -39,6 +39,7 @@ __all__ = [
     "check_lora",
     "check_same",
     "fallback_reasons",
+    "halve",
     "telling_rows_apart",
     "tiny_transformer",
 ]
@@ -208,6 +209,11 @@ def telling_rows_apart(way: Callable[[nn.Module], None], *names: str) -> Callabl
                 way(layer)
 
     return change
+
+
+def halve(x: Tensor) -> None:
+    """In place, for a hook that writes to what it is given."""
+    x.mul_(0.5)
 
 
 CACHES = {

@@ -209,6 +209,23 @@ def test_one_of_a_batch_is_broadcast(family: str, one: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", ["Wan 2.1", "AnyFlow"])
+def test_a_text_without_tokens(family: str) -> None:
+    """Where a user's hook is below, a block that fails would not be run again."""
+    subject = build(family)
+    args, kwargs = subject.call
+    subject.call = args, kwargs | {"encoder_hidden_states": kwargs["encoder_hidden_states"][:, :0]}
+    for path, layer in subject.denoiser.named_modules():
+        if path.endswith("to_v"):
+            layer.register_forward_hook(lambda *args: None)
+    expected = subject.noise()
+    with patch_module(subject.denoiser) as report:
+        for _ in range(2):
+            assert relative_error(subject.noise(), expected) <= 1e-5
+        assert not any(site.reason for site in report.sites), str(report)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("family", ["HunyuanVideo", "HunyuanVideo 1.5", "LTX-2", "Mochi", "Wan 2.1"])
 def test_dropout_draws_the_same_numbers(family: str) -> None:
     """As of a LoRA that is validated in training mode: no text is cut, and no order of layers is changed, below it."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from block_checks import relative_error
 from diffusers import AnyFlowFARPipeline, FlowMapEulerDiscreteScheduler
 from family_checks import check_clip, check_compiled
 from tiny_models import tiny_relative
@@ -20,9 +21,11 @@ from transformer_checks import (
     check_hooks,
     check_lora,
     check_same,
+    fallback_reasons,
     tiny_transformer,
 )
 
+from vidaccel import patch_module
 from vidaccel.blocks.dit.transformer_anyflow import FusedAnyFlowTransformerBlock
 
 CHUNKS = {"chunk_partition": [1, 2, 2], "full_chunk_limit": 2}
@@ -97,6 +100,16 @@ def test_what_users_put_in() -> None:
     check_foreign_processors(transformer(), call, "attn1", "attn2")
     check_hooks(transformer(), call, "attn1", "net.0", "norm3")
     assert not check_lora(transformer(), call, "to_q", "to_out.0").fallbacks
+
+
+def test_norms_with_a_bias() -> None:
+    model = transformer()
+    for block in model.blocks:
+        block.attn1.norm_q.bias = torch.nn.Parameter(torch.linspace(-0.5, 0.5, 24), requires_grad=False)
+    expected = call(model)
+    with patch_module(model, self_check=False) as report:
+        assert relative_error(call(model), expected) <= 1e-5
+    assert fallback_reasons(report) == {"a norm of queries or keys has a bias"}
 
 
 @torch.no_grad()

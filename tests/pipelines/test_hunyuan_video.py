@@ -33,7 +33,7 @@ from family_checks import check_clip, check_compiled, check_kernels
 from tiny_models import tiny_synthetic_pipeline
 from tiny_pipelines import FRAMEPACK, hunyuan_image_to_video
 from torch import Tensor, nn
-from transformer_checks import ORDERS, TELLING_ROWS_APART, check_changed, telling_rows_apart
+from transformer_checks import ORDERS, TELLING_ROWS_APART, check_changed, halve, telling_rows_apart
 
 from vidaccel import patch_module, patch_pipeline
 from vidaccel.bench.synthetic import specification
@@ -378,6 +378,24 @@ def test_a_changed_model(name: str, change: Callable[[Any], None], first: str) -
 def smoothed_energy_guidance(model: Any) -> None:
     config = SmoothedEnergyGuidanceConfig(indices=[0, 1], fqn="single_transformer_blocks")
     _apply_smoothed_energy_guidance_hook(model, config, blur_sigma=1.0)
+
+
+def half_the_sine(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    cos, sin = args[4]
+    return *args[:4], (cos, 0.5 * sin), *args[5:]
+
+
+def write_to_the_table(module: nn.Module, args: tuple[Any, ...]) -> None:
+    halve(args[4][1])
+
+
+@pytest.mark.parametrize("name", ["1.5", "1.0"])
+@pytest.mark.parametrize("hook", [half_the_sine, write_to_the_table])
+def test_another_rotary_table_for_a_block(name: str, hook: Callable[..., Any]) -> None:
+    def change(model: Any) -> None:
+        model.transformer_blocks[1].register_forward_pre_hook(hook)
+
+    check_changed(functools.partial(build, name), run, change, "patched first")
 
 
 @pytest.mark.parametrize("first", ORDERS)

@@ -41,7 +41,7 @@ from family_checks import check_clip, check_compiled, check_kernels
 from PIL import Image
 from tiny_models import tiny_synthetic_pipeline
 from torch import Tensor, nn
-from transformer_checks import TELLING_ROWS_APART, check_changed, telling_rows_apart
+from transformer_checks import TELLING_ROWS_APART, check_changed, halve, telling_rows_apart
 
 from vidaccel import patch_module, patch_pipeline
 from vidaccel.bench.synthetic import specification
@@ -538,6 +538,72 @@ def test_a_changed_model(name: str, change: Callable[[Any], None], first: str) -
         assert relative_error(run(model), expected) <= 1e-5
         assert relative_error(run(model), expected) <= 1e-5
     assert relative_error(run(build(name)), expected) > 1e-3  # the change shows
+
+
+def writing_behind_the_embedding(model: Any) -> None:
+    model.time_embed.register_forward_hook(lambda module, args, out: halve(out[0]))
+
+
+def writing_to_the_timestep(model: Any) -> None:
+    before_a_block(model, lambda kwargs: halve(kwargs["temb"]))
+
+
+def writing_to_the_rotary_table(model: Any) -> None:
+    name = "image_rotary_emb" if "audio_in_channels" not in model.config else "video_rotary_emb"
+    before_a_block(model, lambda kwargs: halve(kwargs[name][0]))
+
+
+def writing_to_the_mask(model: Any) -> None:
+    before_a_block(model, lambda kwargs: kwargs["encoder_attention_mask"].zero_())
+
+
+def before_a_block(model: Any, write: Callable[[dict[str, Any]], Any]) -> None:
+    names = "hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb", "encoder_attention_mask"
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        write(dict(zip(names, args, strict=False)) | kwargs)
+
+    model.transformer_blocks[1].register_forward_pre_hook(hook, with_kwargs=True)
+
+
+WRITING = [writing_behind_the_embedding, writing_to_the_timestep, writing_to_the_rotary_table, writing_to_the_mask]
+
+
+@pytest.mark.parametrize("name", THREE)
+@pytest.mark.parametrize("change", WRITING, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("timesteps", ["of an image and a video", "all the same"])
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_hook_that_writes_to_what_blocks_share(
+    name: str, change: Callable[[Any], None], timesteps: str, inference: bool
+) -> None:
+    model, changed = build(name), build(name)
+    change(changed)
+    with torch.inference_mode(inference), patch_module(model):
+        expected = run(changed, timesteps=timesteps)
+        assert relative_error(run(model, timesteps=timesteps), expected) > 1e-3  # the change will show
+        change(model)
+        assert relative_error(run(model, timesteps=timesteps), expected) <= 1e-5
+
+
+def test_norms_in_half_precision() -> None:
+    model = build("ltx, weighted norms")
+    for layer in model.transformer_blocks:
+        layer.norm2.bfloat16()
+    expected = run(model)
+    with patch_module(model, self_check=False) as report:
+        assert relative_error(run(model), expected) <= 1e-5
+    assert "one of its RMSNorms has a weight of another dtype" in fallbacks_of(report, "gated_residual_norm")
+
+
+@pytest.mark.parametrize("name", ["ltx", "ltx2.3"])
+def test_norms_that_differ_in_eps(name: str) -> None:
+    model = build(name)
+    for attn in attentions(model, "attn1", "audio_attn1"):
+        attn.norm_k.eps = 1.0
+    expected = run(model)
+    with patch_module(model, self_check=False) as report:
+        assert relative_error(run(model), expected) <= 1e-5
+    assert "its norms differ in eps" in fallbacks_of(report, "qk_norm_rope")
 
 
 @pytest.mark.parametrize("name", ["ltx", "ltx2.3"])

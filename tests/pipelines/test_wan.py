@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from block_checks import relative_error
+from block_checks import fused, relative_error
 from diffusers import (
     FirstBlockCacheConfig,
     LucyEditPipeline,
@@ -32,6 +32,7 @@ from transformer_checks import (
     check_lora,
     check_same,
     fallback_reasons,
+    halve,
     telling_rows_apart,
     tiny_transformer,
 )
@@ -357,6 +358,50 @@ def test_timesteps_of_tokens_where_the_embedding_is_not_patched() -> None:
 def test_an_embedding_of_timesteps_that_tells_tokens_apart(way: Callable[[torch.nn.Module], None]) -> None:
     change = telling_rows_apart(way, "time_embedder.linear_1", "time_proj")
     check_changed(MODELS["ti2v"], partial(call, timestep=first_frame()), change, "patched first")
+
+
+def write_behind_the_embedding(model: Any) -> None:
+    model.condition_embedder.register_forward_hook(lambda module, args, out: halve(out[1]))
+
+
+def write_to_the_timestep(model: Any) -> None:
+    model.blocks[1].register_forward_pre_hook(lambda module, args: halve(args[2]))
+
+
+def write_to_the_rotary_table(model: Any) -> None:
+    model.blocks[1].register_forward_pre_hook(lambda module, args: halve(args[3][0]))
+
+
+@pytest.mark.parametrize("change", [write_behind_the_embedding, write_to_the_timestep, write_to_the_rotary_table])
+@pytest.mark.parametrize("timestep", [first_frame(), torch.full((1, 18), 700.0)], ids=["of a frame", "alike"])
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_hook_that_writes_to_what_blocks_share(
+    change: Callable[[Any], None], timestep: Tensor, inference: bool
+) -> None:
+    with torch.inference_mode(inference):
+        check_changed(MODELS["ti2v"], partial(call, timestep=timestep), change, "patched first")
+
+
+def test_norms_that_differ_in_eps() -> None:
+    model = MODELS["t2v"]()
+    model.blocks[1].attn1.norm_k.eps = 1.0
+    expected = call(model)
+    with patch_module(model, self_check=False) as report:
+        assert relative_error(call(model), expected) <= 1e-5
+    assert fallback_reasons(report) == {"its norms differ in eps"}
+
+
+def test_more_timesteps_than_tokens() -> None:
+    """Stock code broadcasts the only token; no site fails for it."""
+    block = MODELS["ti2v"]().blocks[0]
+    generator = torch.Generator().manual_seed(0)
+    x, text, temb = (torch.randn(shape, generator=generator) for shape in ((1, 1, 24), (1, 7, 24), (1, 1, 6, 24)))
+    tables = torch.ones(1, 1, 1, 12), torch.zeros(1, 1, 1, 12)
+    arguments = x, text, temb.repeat(1, 2, 1, 1), tables
+    expected = block(*arguments)
+    with fused(block, FusedWanTransformerBlock) as sites:
+        assert torch.equal(block(*arguments), expected)
+        assert {site.state for site in sites.values()} == {"active"}
 
 
 def test_rotary_table_in_half_precision() -> None:

@@ -26,11 +26,13 @@ __all__ = [
     "generation",
     "held",
     "holding",
+    "memo_of_call",
     "once_in_call",
     "once_per_call",
     "plans_changed",
     "preparations",
     "signature",
+    "version",
     "watched",
     "watching",
 ]
@@ -129,14 +131,28 @@ def once_per_call(ask: Callable[Arguments, Answer]) -> Callable[Arguments, Answe
     return cast(Callable[Arguments, Answer], answer)
 
 
+def memo_of_call(tensor: Tensor) -> Memo | None:
+    """The memo to keep in what was made of ``tensor``, by its :func:`version`, or None: nothing may be kept."""
+    if torch.compiler.is_compiling() or (memo := _memo.get()) is None:  # Dynamo cannot trace the second
+        return None
+    # nobody can tell when a hook writes to an inference tensor
+    return None if memo.hooked and tensor.is_inference() else memo
+
+
+def version(tensor: Tensor) -> int:
+    """A number that grows whenever somebody writes to ``tensor``, as hooks on layers may; those of inference do not."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def once_in_call(name: str, tensor: Tensor, make: Callable[[], Answer]) -> Answer:
     """What ``make`` returns, made once in a call of a model for each ``tensor``, which the call keeps alive."""
-    if torch.compiler.is_compiling() or (memo := _memo.get()) is None:  # Dynamo cannot trace the second
+    if (memo := memo_of_call(tensor)) is None:
         return make()
     # the tensor is kept with the answer: its id is nobody else's for as long
-    found = memo.of_call.get((name, id(tensor)))
+    question = name, id(tensor), version(tensor)
+    found = memo.of_call.get(question)
     if found is None:
-        found = memo.of_call[name, id(tensor)] = tensor, make()
+        found = memo.of_call[question] = tensor, make()
     answer: Answer = found[1]
     return answer
 

@@ -90,6 +90,22 @@ def test_what_is_known_is_not_looked_for() -> None:
     assert distinct_rows(values.clone())[0] is not distinct
 
 
+def test_what_was_written_to_is_looked_at_again() -> None:
+    values = of_stretches(3, 4)
+    distinct_rows(values)
+    values[:, 5:] += 1
+    assert distinct_rows(values)[0].shape[1] == 3
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_of_inference_tensors_nobody_knows_where_there_are_hooks(call: Memo, hooked: bool) -> None:
+    call.hooked = hooked
+    with torch.inference_mode():
+        values = of_stretches(3, 4)
+    found = distinct_rows(values)
+    assert (distinct_rows(values)[0] is found[0]) == (not hooked)
+
+
 def test_starts_and_rows() -> None:
     stretches = stretches_of(torch.tensor([[5.0, 5.0, 0.0, 0.0, 0.0, 5.0]])[..., None, None])
     assert stretches is not None

@@ -103,7 +103,8 @@ def attend(
     backend = getattr(processor, "_attention_backend", None)
     # there is no public way to ask which one a context or the environment has made the default
     active, _ = _AttentionBackendRegistry.get_active_backend()
-    if fused and mask is None and backend is None and active == AttentionBackendName.NATIVE:
+    ours = k.shape[1] > 0  # to no keys at all, as a text without tokens has, there is no kernel
+    if fused and ours and mask is None and backend is None and active == AttentionBackendName.NATIVE:
         return spatial_attention(q, k, v, num_heads)
     note("spatial_attention", str(getattr(backend or active, "value", backend or active)))
     query, key, value = (x.unflatten(2, (num_heads, -1)) for x in (q, k, v))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vidaccel.parallel.layout import own_tokens
-from vidaccel.sites.memo import held
+from vidaccel.sites.memo import memo_of_call, version
 
 __all__ = ["MOST_ROWS", "Stretches", "distinct_rows", "keep_rows", "may_wait", "own_rows", "stretches_of"]
 
@@ -62,7 +62,7 @@ def distinct_rows(values: Tensor) -> tuple[Tensor, Tensor | None]:
     """
     if values.stride(1) == 0 or values.shape[1] == 1:
         return values[:, :1], None
-    if torch.compiler.is_compiling() or (memo := held()) is None:
+    if (memo := memo_of_call(values)) is None:
         return _distinct(values)
     if _key(values) not in memo.of_call:
         keep_rows(values, *_distinct(values))
@@ -79,7 +79,7 @@ def own_rows(distinct: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | No
 
 def keep_rows(values: Tensor, distinct: Tensor, rows: Tensor | None) -> None:
     """Let :func:`distinct_rows` of ``values``, and of other views of the same numbers, know its answer."""
-    if not torch.compiler.is_compiling() and (memo := held()) is not None:
+    if (memo := memo_of_call(values)) is not None:
         # the values are kept with it: their address is nobody else's for as long
         memo.of_call[_key(values)] = values, distinct, rows
 
@@ -92,4 +92,4 @@ def _distinct(values: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _key(values: Tensor) -> Any:
-    return "distinct rows", values.data_ptr(), values.shape, values.stride()
+    return "distinct rows", values.data_ptr(), values.shape, values.stride(), version(values)

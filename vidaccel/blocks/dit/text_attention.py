@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vidaccel.blocks.dit.attention import attend
-from vidaccel.sites.memo import once_in_call
+from vidaccel.sites.memo import once_in_call, version
 
 __all__ = ["Lengths", "attend_to_text", "head_mask", "valid_lengths"]
 
@@ -51,7 +51,7 @@ def _answers(masks: list[Tensor]) -> list[tuple[int, ...] | str]:
     if masks[0].is_cuda and torch.cuda.is_current_stream_capturing():
         return ["a graph is being captured: no length of a text is known"] * len(masks)
     # the masks are kept with the answer: their ids are nobody else's for as long
-    name = " ".join(["valid lengths", *(str(id(mask)) for mask in masks)])
+    name = " ".join(["valid lengths", *(f"{id(mask)}.{version(mask)}" for mask in masks)])
     return once_in_call(name, masks[0], lambda: (masks, _found(masks)))[1]
 
 

@@ -11,6 +11,7 @@ The blocks for ``token_replace`` modulate the tokens of the first frame, which h
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -196,8 +197,8 @@ def own_tables(freqs_cis: Rotary | None) -> Rotary | None:
     """The rotary table of this rank's tokens."""
     if freqs_cis is None:
         return None
-    cos, sin = freqs_cis
-    return once_in_call("own tokens", cos, lambda: (own_tokens(cos, 0), own_tokens(sin, 0)))
+    cos, sin = (once_in_call("own tokens", table, partial(own_tokens, table, 0)) for table in freqs_cis)
+    return cos, sin
 
 
 def _rope(freqs_cis: Rotary, still: int = 0) -> Rope:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from vidaccel.blocks.dit.attention import attend_to_all, attention_reason, feed_forward, parameters_reason, project
 from vidaccel.blocks.dit.modulation_rows import distinct_rows, own_rows
+from vidaccel.blocks.dit.padded_text import layers_are_hooked
 from vidaccel.blocks.dit.step_caches import known_to_step_caches
 from vidaccel.blocks.dit.text_attention import Lengths, attend_to_text, valid_lengths
 from vidaccel.kernels.attention.qk_norm_rope import HeadNorm, Rope, qk_norm_rope
@@ -155,6 +156,8 @@ class LTXBlock(FusedBlock):
                 return reason
             if norm.bias is not None:
                 return "one of its RMSNorms has a bias"
+            if norm.weight is not None and norm.weight.dtype != x.dtype:  # to which stock code rounds, or not at all
+                return "one of its RMSNorms has a weight of another dtype"
         return None
 
     def path_of(self, masked: list[tuple[Tensor | None, Tensor]], *modulated: tuple[Tensor, Tensor]) -> Any:
@@ -225,7 +228,7 @@ class LTXBlock(FusedBlock):
         for norm in norms:
             if reason := parameters_reason(norm, nn.RMSNorm, x.device):
                 return reason
-        return None
+        return "its norms differ in eps" if len({norm.eps for norm in norms}) > 1 else None
 
     def note_called(self, op: str, reason: str) -> None:
         """An attention was called, which does ``op`` and all that comes with it by itself."""
@@ -349,5 +352,6 @@ class FusedLTXVideoRotaryPosEmbed(FusedBlock, LTXVideoRotaryPosEmbed):
         *_, video_coords = args
         if video_coords is not None:
             return LTXVideoRotaryPosEmbed.forward(self, hidden_states, *args)
-        cos, sin = LTXVideoRotaryPosEmbed.forward(self, hidden_states[:1], *args)
-        return cos.expand(len(hidden_states), -1, -1), sin.expand(len(hidden_states), -1, -1)
+        tables = LTXVideoRotaryPosEmbed.forward(self, hidden_states[:1], *args)
+        cos, sin = (table.expand(len(hidden_states), -1, -1) for table in tables)
+        return (cos.contiguous(), sin.contiguous()) if layers_are_hooked() else (cos, sin)  # a hook may write to them

@@ -396,8 +396,6 @@ class FusedLTX2VideoTransformerBlock(LTXBlock, LTX2VideoTransformerBlock):
         for of_stream, pair in ((tables, norms[:2]), (audio_tables, norms[2:])):
             if reason := self.rope_reason(x, of_stream, *pair):
                 return reason
-            if pair[0].eps != pair[1].eps:
-                return "the norms of its queries and keys differ in eps"
         if a2v.rope_type != v2a.rope_type:
             return "its rotary embeddings differ in kind"
         return _tables_reason(a2v, tables, audio_tables)

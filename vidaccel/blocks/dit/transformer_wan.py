@@ -36,6 +36,7 @@ from vidaccel.blocks.dit.attention import (
     qkv,
 )
 from vidaccel.blocks.dit.modulation_rows import distinct_rows, keep_rows, own_rows, stretches_of
+from vidaccel.blocks.dit.padded_text import layers_are_hooked
 from vidaccel.blocks.dit.rotary import half_tables
 from vidaccel.blocks.dit.step_caches import known_to_step_caches
 from vidaccel.kernels.attention.qk_norm_rope import HeadNorm, Rope, qk_norm_rope
@@ -46,7 +47,7 @@ from vidaccel.kernels.norm.gated_residual_norm import (
     norm_modulate,
 )
 from vidaccel.kernels.op import REFERENCE, note
-from vidaccel.parallel.layout import own_tokens
+from vidaccel.parallel.layout import all_tokens, own_tokens
 from vidaccel.sites.block import CORNER_ROWS, MOST_WHOLE, FusedBlock, call_site, fuses
 from vidaccel.sites.plain import order_reason
 from vidaccel.sites.site import Fidelity
@@ -123,6 +124,8 @@ class WanBlock(FusedBlock):
             return f"there is no image before the {TEXT_TOKENS} tokens of its text"
         if len(context) != len(hidden_states):  # stock's attention may broadcast them
             return "its text and its video differ in batch size"
+        if self.by_token(temb).shape[1] not in (1, all_tokens(hidden_states)):
+            return "its timestep embedding has neither one row nor one for each token"
         # a model may go without the second, which nothing modulates
         second = nn.Identity if type(self.norm2) is nn.Identity else FP32LayerNorm
         for norm, kind in ((self.norm1, FP32LayerNorm), (self.norm2, second), (self.norm3, FP32LayerNorm)):
@@ -230,6 +233,10 @@ class WanBlock(FusedBlock):
         for norm in (attn.norm_q, attn.norm_k):
             if reason := parameters_reason(norm, self.parts.head_norm, x.device):
                 return reason
+            if getattr(norm, "bias", None) is not None:
+                return "a norm of queries or keys has a bias"
+        if attn.norm_q.eps != attn.norm_k.eps:
+            return "its norms differ in eps"
         return self.rope_reason(rotary_emb)
 
     def call_self_attention(self, x: Tensor, rotary_emb: Any, mask: Any, *args: Any) -> Tensor:
@@ -337,7 +344,9 @@ class FusedWanTimeTextImageEmbedding(FusedBlock, WanTimeTextImageEmbedding):
         distinct = of_tokens[:, starts]  # [B, R]
         temb, projected, *texts = stock(self, distinct.flatten(), context, image, len(starts))  # [B, R, C], [B, R, 6C]
         if len(starts) == 1:
-            return *(x.expand(-1, tokens, -1) for x in (temb, projected)), *texts
+            of_all = (x.expand(-1, tokens, -1) for x in (temb, projected))
+            # a hook may write to them
+            return *(x.contiguous() if layers_are_hooked() else x for x in of_all), *texts
         modulation = projected[:, rows]  # a row per token, for a block that is not fused
         keep_rows(modulation.unflatten(2, (6, -1)), projected.unflatten(2, (6, -1)), rows)
         return temb[:, rows], modulation, *texts
