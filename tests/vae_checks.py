@@ -23,6 +23,7 @@ __all__ = [
     "check_changed_child",
     "check_fault_found",
     "check_gradients",
+    "check_gradients_of_the_last",
     "check_halves",
     "decode",
     "encode",
@@ -146,6 +147,24 @@ def check_gradients(vae: Any, latents: Tensor) -> None:
         outcomes.append((out, leaf.grad))
     assert all(map(torch.equal, *outcomes))
     assert report is not None and "gradients" in reasons(report)
+
+
+def check_gradients_of_the_last(
+    call: Callable[[Tensor, Any], tuple[Tensor, Any]], vae: Any, clip: Tensor, sizes: list[int], empty: Any
+) -> None:
+    """``call`` takes some frames and a cache, first an ``empty`` one; all calls but the last record no gradients."""
+    outcomes = []
+    for patched in (False, True):
+        if patched:
+            patch_module(vae)
+        leaf, cache = clip.clone().requires_grad_(), copy.copy(empty)
+        for at, part in enumerate(parts := leaf.split(sizes, dim=2)):
+            with torch.set_grad_enabled(at == len(parts) - 1):
+                out, cache = call(part, cache)
+        vae.zero_grad()
+        out.square().sum().backward()
+        outcomes.append([leaf.grad, *(weight.grad for weight in vae.parameters() if weight.grad is not None)])
+    assert all(relative_error(ours, stock) <= 1e-5 for stock, ours in zip(*outcomes, strict=True))
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from vae_checks import (
     check_changed_child,
     check_fault_found,
     check_gradients,
+    check_gradients_of_the_last,
     check_halves,
     decode,
     out_of_memory_beyond,
@@ -291,6 +292,10 @@ def test_the_other_ways_to_call(vae: AutoencoderKLCogVideoX) -> None:
 
 def test_gradients_go_through_the_original(vae: AutoencoderKLCogVideoX) -> None:
     check_gradients(vae, draw())
+
+
+def test_gradients_of_the_last_batch_alone(vae: AutoencoderKLCogVideoX) -> None:
+    check_gradients_of_the_last(lambda x, cache: vae.decoder(x, None, cache), vae, draw(6), [2, 2, 2], None)
 
 
 @pytest.mark.parametrize(

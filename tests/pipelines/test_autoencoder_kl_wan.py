@@ -21,6 +21,7 @@ from vae_checks import (
     check_bad_latents,
     check_changed_child,
     check_gradients,
+    check_gradients_of_the_last,
     check_halves,
     decode,
     host_is_full,
@@ -428,6 +429,13 @@ def test_survives_copy_and_change_of_dtype(vae: AutoencoderKLWan) -> None:
 
 def test_gradients_go_through_the_original(vae: AutoencoderKLWan) -> None:
     check_gradients(vae, draw(frames=3))
+
+
+def test_gradients_of_the_last_frame_alone(vae: AutoencoderKLWan) -> None:
+    def call(x: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        return vae.decoder(x, cache, [0], cache[0] is None), cache
+
+    check_gradients_of_the_last(call, vae, draw(), [1, 1, 1], [None] * vae._cached_conv_counts["decoder"])
 
 
 def test_weights_without_gradients_need_no_context(vae: AutoencoderKLWan) -> None:

@@ -16,7 +16,16 @@ from diffusers import AutoencoderKLWan
 from kernel_checks import planted
 from tiny_models import tiny_autoencoder_kl_wan
 from torch import Tensor
-from vae_checks import Lora, check_changed_child, check_halves, encode, out_of_memory_beyond, ran, reasons
+from vae_checks import (
+    Lora,
+    check_changed_child,
+    check_gradients_of_the_last,
+    check_halves,
+    encode,
+    out_of_memory_beyond,
+    ran,
+    reasons,
+)
 
 from vidaccel import patch_module
 from vidaccel.blocks.vae import autoencoder_kl_wan as blocks
@@ -367,6 +376,23 @@ def test_a_cache_may_outlive_its_clip(
         assert relative_error(by_hand(vae, clips, steps), expected) <= EQUAL
 
 
+@pytest.mark.parametrize("steps", [[1, 4, 3, 4], [1, 3, 3, 4]], ids=["ahead", "at-once"])
+def test_a_part_of_a_latent_frame_is_left_to_stock(steps: list[int]) -> None:
+    """Which drops what is over: how the frames come decides what becomes of those behind."""
+    vae = tiny_autoencoder_kl_wan(temperal_downsample=[False, True, False], scale_factor_temporal=2)
+
+    @torch.no_grad()
+    def parts() -> list[Tensor]:
+        cache = [None] * vae._cached_conv_counts["encoder"]
+        return [vae.encoder(part, feat_cache=cache, feat_idx=[0]) for part in draw(sum(steps)).split(steps, dim=2)]
+
+    expected = parts()
+    with patch_module(vae) as report:
+        for out, stock in zip(parts(), expected, strict=True):
+            assert out.shape == stock.shape and relative_error(out, stock) <= EQUAL
+        assert "do not make whole latent frames" in reasons(report)
+
+
 @pytest.mark.parametrize("inference", [False, True], ids=["no-grad", "inference-mode"])
 @pytest.mark.parametrize("by_numpy", [False, True], ids=["torch", "numpy"])
 def test_frames_written_in_between_are_seen(by_numpy: bool, inference: bool, vae: AutoencoderKLWan) -> None:
@@ -461,6 +487,11 @@ def test_gradients_go_through_the_original(vae: AutoencoderKLWan) -> None:
         outcomes.append((out, leaf.grad))
     assert all(map(torch.equal, *outcomes))
     assert report is not None and "gradients" in reasons(report)
+
+
+def test_gradients_of_the_last_frames_alone(vae: AutoencoderKLWan) -> None:
+    empty = [None] * vae._cached_conv_counts["encoder"]
+    check_gradients_of_the_last(lambda x, cache: (vae.encoder(x, cache, [0]), cache), vae, draw(9), [1, 4, 4], empty)
 
 
 def test_torch_compile_traces_the_original(vae: AutoencoderKLWan) -> None:

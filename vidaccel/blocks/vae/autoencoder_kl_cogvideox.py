@@ -136,7 +136,8 @@ class _Ahead(Mapping[str, Any]):
         """The cache as stock has it at this place, which decodes the batches that have been handed out once more."""
         carried = _Carried()
         ends = self.ends[: self.done]
-        FusedCogVideoXDecoder3D.original_forward(self.decoder, self.latents[:, :, : ends[-1]], ends, carried)
+        with torch.no_grad():  # as they were decoded
+            FusedCogVideoXDecoder3D.original_forward(self.decoder, self.latents[:, :, : ends[-1]], ends, carried)
         assert carried.after is not None
         return carried.after
 
@@ -197,7 +198,7 @@ class FusedCogVideoXDecoder3D(TileDecoder, CogVideoXDecoder3D):
         if torch.compiler.is_compiling() or restored or temb is not None or sample.ndim != 5:
             return CogVideoXDecoder3D.forward(self, sample, temb, cache)
         if isinstance(cache, _Ahead):
-            if cache.expects(sample):
+            if cache.expects(sample) and self._may_look_ahead(sample):
                 return cache.take()  # type: ignore[return-value]  # stock's annotation forgets its cache
             cache = cache.cache
         clip: Tensor = sample

@@ -241,7 +241,7 @@ class FusedWanDecoder3d(TileDecoder, WanDecoder3d):
         else:
             progress, clip = progress.apart(), x
             feat_cache[0] = progress
-            if progress.expects(x):
+            if progress.expects(x) and not _going_on_reason(self, x):
                 return progress.take(x.shape[2])
             progress.forget_ahead()
         pixels = call_site(FusedWanDecoder3d, self, clip, progress)
@@ -298,7 +298,8 @@ class FusedWanDecoder3d(TileDecoder, WanDecoder3d):
             pixels = _original_frames(host, clip, cache)
         else:
             if progress.cache is None:
-                _original_frames(host, progress.latents, cache)
+                with torch.no_grad():  # as they were decoded
+                    _original_frames(host, progress.latents, cache)
                 progress.cache = cache
             pixels = WanDecoder3d.forward(host, clip, progress.cache, [0], False)
         if progress.latents is None:
@@ -363,10 +364,14 @@ class FusedWanEncoder3d(FusedBlock, WanEncoder3d):
             progress.asked = _frames_behind(x)
         else:
             progress = progress.apart()
+            if x.ndim == 5 and progress.made(1 + x.shape[2]) == progress.made(x.shape[2]):
+                # what becomes of a part of a latent frame, and of all behind it, goes by how the frames come
+                return self._left_to_stock(x, progress, feat_cache, feat_idx)
             feat_cache[0] = progress
-            if progress.expects(x):
+            served = not _going_on_reason(self, x)
+            if served and progress.expects(x):
                 return progress.take(x.shape[2])
-            if progress.ahead is None and progress.lies_next(x):
+            if served and progress.ahead is None and progress.lies_next(x):
                 assert progress.asked is not None
                 behind = progress.asked[:, :, progress.frames :]
                 most = min(max(LEAST_AHEAD, AHEAD * progress.frames), behind.shape[2])
@@ -383,6 +388,15 @@ class FusedWanEncoder3d(FusedBlock, WanEncoder3d):
         progress.look_ahead(progress.asked, latents)
         return progress.take(x.shape[2])
 
+    def _left_to_stock(self, x: Tensor, progress: _Progress, feat_cache: list[Any], feat_idx: Any) -> Tensor:
+        """This call and all behind it are stock's."""
+        if (sites := _sites_of(self)) is not None:
+            sites.count("its frames do not make whole latent frames")
+        progress.forget_ahead()
+        cache = _cache_behind(self, progress)
+        feat_cache[: len(cache)] = cache
+        return WanEncoder3d.forward(self, x, feat_cache, feat_idx)
+
     def call_reason(self, clip: Tensor, progress: _Progress | None) -> str | None:
         if reason := _clip_reason(self, clip):
             return reason
@@ -391,9 +405,6 @@ class FusedWanEncoder3d(FusedBlock, WanEncoder3d):
             return f"the pictures are too small to be halved {times} times"
         if any(side % 2**times for side in sides) and isinstance(self.down_blocks[0], WanResidualDownBlock):
             return f"a shortcut does not divide pictures of {sides[1]} x {sides[0]}"
-        begins = progress is None or progress.latents is None
-        if (clip.shape[2] - begins) % frames_of_a_latent(self):
-            return "its frames do not make whole latent frames"
         return None
 
     def corner(self, args: Any, kwargs: Any) -> Any:
@@ -408,11 +419,7 @@ class FusedWanEncoder3d(FusedBlock, WanEncoder3d):
     @classmethod
     def original_forward(cls, host: Any, clip: Tensor, progress: _Progress) -> Tensor:
         """A few frames at a time, as stock's caller does."""
-        if progress.latents is None or progress.cache is None:
-            progress.cache = _empty_cache(host)
-            if progress.latents is not None:
-                _originally_encoded(host, progress.latents, progress.cache)
-        progress.halos = None
+        progress.cache, progress.halos = _cache_behind(host, progress), None
         return _originally_encoded(host, clip, progress.cache)
 
     def fused_forward(self, clip: Tensor, progress: _Progress) -> Tensor:
@@ -422,6 +429,17 @@ class FusedWanEncoder3d(FusedBlock, WanEncoder3d):
         progress.halos = progress.cache = None
         latents, progress.halos = Encode(self, clip).run(clip, halos)
         return latents
+
+
+def _cache_behind(host: Any, progress: _Progress) -> list[Any]:
+    """Stock's, behind the frames that have been encoded so far."""
+    if progress.cache is not None:
+        return progress.cache
+    cache = _empty_cache(host)
+    if progress.latents is not None:
+        with torch.no_grad():  # as they were encoded
+            _originally_encoded(host, progress.latents, cache)
+    return cache
 
 
 def _originally_encoded(host: Any, clip: Tensor, cache: list[Any]) -> Tensor:
@@ -465,6 +483,11 @@ def _first_call_reason(coder: FusedBlock, x: Tensor, feat_cache: Any, first_chun
     if x.ndim != 5 or x.shape[2] != 1:
         return "the first call for a clip is not for one frame"
     return looking_reason(coder, x) or coder.left_alone_reason(coder)
+
+
+def _going_on_reason(coder: FusedBlock, x: Tensor) -> str | None:
+    """Why a later call of ``coder`` is not to have what was made ahead of it, or None."""
+    return looking_reason(coder, x) or coder.left_alone_reason(coder) or _clip_reason(coder, x)
 
 
 def _clip_reason(coder: Any, clip: Tensor) -> str | None:
