@@ -156,7 +156,7 @@ def _patch(
         for name, model in models.items():
             _wrap(name, model, report, allow, checks, cuda_graph if name in denoisers else False, parallel.get(name))
         for place in places:
-            if isinstance(place.module, FusedBlock):
+            if isinstance(place.module, FusedBlock) and _has_its_weights(place.module):
                 place.module.compile_ahead()
     except BaseException:  # nobody would have a report to restore with
         report.undo_patches()
@@ -164,6 +164,11 @@ def _patch(
         report.restore()
         raise
     return report
+
+
+def _has_its_weights(module: nn.Module) -> bool:
+    """Whether shapes of weights tell what kernels there will be: DeepSpeed's ZeRO-3 leaves empty ones."""
+    return all(weight.numel() for weight in module.parameters())
 
 
 def _check_uncompiled(pipe: Any, denoisers: Mapping[str, nn.Module]) -> None:
