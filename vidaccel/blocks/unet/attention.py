@@ -290,6 +290,12 @@ class FusedTextTransformerBlock(_SpatialTransformerBlock):
         self._compile_norm_ahead(self.norm2, residual=True)
         self._compile_norm_ahead(self.norm3, residual=True, row_to="stored")
 
+    def call_reason(self, hidden_states: Tensor, *args: Any) -> str | None:
+        _, context, *_ = args
+        if isinstance(context, Tensor) and context.shape[0] != hidden_states.shape[0]:
+            return "the texts are not as many as the images"
+        return super().call_reason(hidden_states, *args)
+
     def _context_reason(self, context: Any) -> str | None:
         return None if isinstance(context, Tensor) else "no text was passed, or more than text (IP-Adapter)"
 

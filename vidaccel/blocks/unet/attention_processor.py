@@ -94,6 +94,8 @@ class FusedAttnProcessor2_0(Host, AttnProcessor2_0):
     ) -> str | None:
         if attention_mask is not None:
             return "an attention mask was passed"
+        if context is not None and context.shape[0] != hidden_states.shape[0]:
+            return "the contexts are not as many as the images"
         if attn.spatial_norm is not None:
             return "its input is normalised by another image"
         if reason := replaced_attention_reason():
