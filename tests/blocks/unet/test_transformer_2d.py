@@ -104,7 +104,7 @@ def test_too_few_texts_are_the_original_error() -> None:
             getattr(block, SITES).checks = False
         with pytest.raises(RuntimeError, match="must match the size"):
             call(model, x, text)
-    assert {reason for site in sites for reason in site.fallbacks} >= {"the texts are not as many as the images"}
+    assert {reason for site in sites for reason in site.fallbacks} >= {"the contexts are not as many as the images"}
 
 
 def test_chunked_feed_forward_and_attention_arguments_fall_back() -> None:

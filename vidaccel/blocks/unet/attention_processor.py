@@ -210,9 +210,9 @@ def attend(attn: Any, hidden_states: Tensor, context: Tensor | None = None) -> T
 @once_per_call
 def _call_reason(attn: Any) -> str | None:
     """Why only a call of ``attn`` will do, or None."""
-    if not isinstance(attn.processor, FusedAttnProcessor2_0):
-        return "its processor is somebody else's"
-    return plain_reason(attn, Attention)
+    if reason := plain_reason(attn, Attention):
+        return reason
+    return None if isinstance(attn.processor, FusedAttnProcessor2_0) else "its processor is somebody else's"
 
 
 @once_per_call
