@@ -44,9 +44,7 @@ class UpBlock(FusedBlock):
     resnets: nn.ModuleList
     upsamplers: Any
 
-    def call_reason(
-        self, hidden_states: Tensor, skips: tuple[Tensor, ...], *args: Any, **kwargs: Any
-    ) -> str | None:
+    def call_reason(self, hidden_states: Tensor, skips: tuple[Tensor, ...], *args: Any, **kwargs: Any) -> str | None:
         if len(skips) < len(self.resnets):
             return "there are fewer skip connections than ResNet blocks"
         if all(getattr(self, factor, None) for factor in ("s1", "s2", "b1", "b2")):

@@ -70,9 +70,7 @@ class FusedUpBlockMotion(_UpBlockMotion, UpBlockMotion):
             self, hidden_states, res_hidden_states_tuple, temb, upsample_size, num_frames, *args, **kwargs,
         )  # fmt: skip
 
-    def call_reason(
-        self, hidden_states: Tensor, skips: tuple[Tensor, ...], *args: Any, **kwargs: Any
-    ) -> str | None:
+    def call_reason(self, hidden_states: Tensor, skips: tuple[Tensor, ...], *args: Any, **kwargs: Any) -> str | None:
         if len(args) > 3 or kwargs:
             return "deprecated arguments were passed"
         return super().call_reason(hidden_states, skips)
