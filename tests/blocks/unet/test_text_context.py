@@ -157,7 +157,7 @@ class FramesApart(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        of_text = func is Tensor.repeat_interleave and out.ndim == 3
+        of_text = func is Tensor.repeat_interleave and out.shape[1:] == (7, TEXT)
         return out * torch.arange(1, len(out) + 1).view(-1, 1, 1) if of_text else out
 
 
