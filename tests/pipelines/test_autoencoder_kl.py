@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from peft import LoraConfig
 from tiny_models import tiny_autoencoder_kl
 from torch import Tensor
 
@@ -88,6 +89,29 @@ def test_survives_copy_and_change_of_dtype(vae: AutoencoderKL) -> None:
     assert relative_error(decode(twin), expected) <= 1e-5
     vae.to(torch.float64).to(torch.float32)
     assert relative_error(decode(vae), expected) <= 1e-5
+
+
+def test_weights_of_adapters_stay_as_they_lie(vae: AutoencoderKL) -> None:
+    """PEFT's DoRA views those of a convolution as rows, which channels-last ones cannot be."""
+    targets = [name for name, _ in vae.named_modules() if name.startswith("decoder.up") and name.endswith("conv1")]
+    vae.add_adapter(LoraConfig(r=2, use_dora=True, init_lora_weights=False, target_modules=targets))
+    expected = decode(vae)
+    with patch_module(vae):
+        assert relative_error(decode(vae), expected) <= 1e-5
+    assert torch.equal(decode(vae), expected)
+
+
+def test_weights_that_are_elsewhere(vae: AutoencoderKL) -> None:
+    """DeepSpeed's ZeRO-3 leaves empty ones between calls."""
+    full = [parameter.data for parameter in vae.parameters()]
+    expected = decode(vae)
+    for parameter in vae.parameters():
+        parameter.data = torch.empty(0)
+    with patch_module(vae):
+        for parameter, data in zip(vae.parameters(), full, strict=True):
+            parameter.data = data
+        assert relative_error(decode(vae), expected) <= 1e-5
+    assert torch.equal(decode(vae), expected)
 
 
 def test_gradients_go_through_the_original(vae: AutoencoderKL) -> None:

@@ -6,6 +6,7 @@ each rule does to each module it matches; the report holds every site and the wa
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -15,7 +16,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from vidaccel.config import check_environment, self_check_enabled
-from vidaccel.errors import UsageError, did_you_mean, nearest
+from vidaccel.errors import UsageError, did_you_mean, first_line, nearest
 from vidaccel.kernels.op import check_wishes
 from vidaccel.kernels.settings import FIDELITIES, Fidelity
 from vidaccel.parallel.asked import CALL_SLOT
@@ -31,6 +32,8 @@ from vidaccel.sites.rules import Patch, Rule, patches_of
 from vidaccel.sites.site import Site
 
 __all__ = ["CudaGraph", "check_names", "patch_module", "patch_pipeline"]
+
+logger = logging.getLogger(__name__)
 
 CudaGraph = Literal["auto"] | bool
 Names = str | Sequence[str] | None
@@ -156,14 +159,22 @@ def _patch(
         for name, model in models.items():
             _wrap(name, model, report, allow, checks, cuda_graph if name in denoisers else False, parallel.get(name))
         for place in places:
-            if isinstance(place.module, FusedBlock):
-                place.module.compile_ahead()
+            _compile_ahead(place.module)
     except BaseException:  # nobody would have a report to restore with
         report.undo_patches()
         _put_back(earlier)
         report.restore()
         raise
     return report
+
+
+def _compile_ahead(module: nn.Module) -> None:
+    """Begin to compile what the first call of a fused block will need, if its layers are such as it can tell from."""
+    try:
+        if isinstance(module, FusedBlock):
+            module.compile_ahead()
+    except Exception as error:  # a layer is somebody's own, or its weights are elsewhere, as with DeepSpeed's ZeRO-3
+        logger.debug("%s: nothing is compiled beforehand: %s", type(module).__name__, first_line(error))
 
 
 def _check_uncompiled(pipe: Any, denoisers: Mapping[str, nn.Module]) -> None:

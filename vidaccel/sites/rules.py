@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from vidaccel.sites.block import SITES, FusedBlock
 from vidaccel.sites.memo import plans_changed
-from vidaccel.sites.plain import has_own_forward, hook_reason, replaced_reason, stock_class, stock_method
+from vidaccel.sites.plain import (
+    has_own_forward,
+    hook_reason,
+    is_of_a_library,
+    replaced_reason,
+    stock_class,
+    stock_method,
+)
 from vidaccel.sites.site import Fidelity, Site, SiteGroup
 
 __all__ = ["ChannelsLastWeights", "MethodStandIn", "MethodStandIns", "Patch", "Rule", "Swap", "patches_of"]
@@ -313,13 +320,21 @@ def _order_of(convolution: nn.Module) -> torch.memory_format:
 
 
 def _plain_convolutions(model: nn.Module) -> Iterator[Any]:
-    for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.Conv3d)) and _is_plain(module.weight) and not module.weight.is_meta:
+    """Those below ``model``, but for what somebody's own layer has, which may read weights as they lie (as DoRA's)."""
+    for module in model.children():
+        if not is_of_a_library(stock_class(module).__module__):
+            continue
+        if isinstance(module, (nn.Conv2d, nn.Conv3d)) and _is_plain(module.weight) and _is_here(module.weight):
             yield module
+        yield from _plain_convolutions(module)
 
 
 def _is_plain(weight: Any) -> bool:
     return type(weight) is nn.Parameter and weight.is_floating_point()
+
+
+def _is_here(weight: Tensor) -> bool:
+    return not weight.is_meta and weight.numel() > 0  # of one that another process or a disk has, nothing may be left
 
 
 def _numbers_of(convolution: Any) -> Tensor | None:

@@ -102,6 +102,17 @@ def test_masks_go_the_original_way_and_other_factors_are_divided_by() -> None:
 
 
 @torch.no_grad()
+def test_too_few_contexts_do_as_before() -> None:
+    """Stock code makes one sample of all that it has queries of, which fits nothing; no site is at fault."""
+    attn, x, context = attention(), torch.randn(4, 9, 64), torch.randn(1, 5, 64)
+    expected = attn(x, context)
+    with processed(attn, "unit_division") as sites:
+        assert attn(x, context).shape == expected.shape == (1, 36, 64)
+        assert torch.equal(attn(x, context), expected)
+    assert not any(site.reason for site in sites.values())
+
+
+@torch.no_grad()
 def test_normed_queries_and_keys() -> None:
     attn, x = attention(qk_norm="layer_norm"), torch.randn(2, 9, 64)
     expected = attn(x)

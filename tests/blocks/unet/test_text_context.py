@@ -152,6 +152,32 @@ def test_a_wrapper_of_the_models_forward_may_pass_another_text() -> None:
         assert relative_error(call(unet, 0, text_of(0)), expected) <= 1e-5
 
 
+class FramesApart(TorchFunctionMode):
+    """Gives each frame a text of its own where a model repeats one for all."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        of_text = func is Tensor.repeat_interleave and out.shape[1:] == (7, TEXT)
+        return out * torch.arange(1, len(out) + 1).view(-1, 1, 1) if of_text else out
+
+
+def test_a_forward_of_the_models_own_may_repeat_the_text_otherwise() -> None:
+    unet = unet_of(UNet3DConditionModel)
+    stock, plain = unet.forward, call(unet, 0, text_of(0))
+
+    def forward(*args: Any) -> Any:
+        with FramesApart():
+            return stock(*args)
+
+    with patch_module(unet):
+        call(unet, 0, text_of(0))  # checks itself
+        unet.forward = forward
+        out = call(unet, 0, text_of(0))
+    expected = call(unet, 0, text_of(0))
+    assert relative_error(expected, plain) > 1e-3
+    assert relative_error(out, expected) <= 1e-5
+
+
 @torch.no_grad()
 def test_texts_without_numbers_are_not_looked_at() -> None:
     unet = tiny_motion_unet()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vidaccel.blocks.unet.attention import FusedTextTransformerBlock
 from vidaccel.blocks.unet.transformer_2d import FusedTransformer2DModel
+from vidaccel.sites.block import SITES
 from vidaccel.sites.rules import Swap
 
 CHANNELS, TEXT = 64, 24
@@ -90,6 +91,20 @@ def test_masks_and_missing_text_fall_back() -> None:
         with pytest.raises(RuntimeError):  # as of the stock block: its keys take no image features
             model.transformer_blocks[0](torch.randn(2, 16, CHANNELS))
     assert any("no text was passed" in reason for site in sites for reason in site.fallbacks)
+
+
+def test_too_few_texts_are_the_original_error() -> None:
+    """As where somebody has not repeated a text for all frames: no frame may get that of another one."""
+    model = transformer()
+    x, text = image(4, 4, 4), text_of(2)
+    with pytest.raises(RuntimeError, match="must match the size"):
+        call(model, x, text)
+    with all_fused(model, *FUSED) as sites:
+        for block in model.transformer_blocks:
+            getattr(block, SITES).checks = False
+        with pytest.raises(RuntimeError, match="must match the size"):
+            call(model, x, text)
+    assert {reason for site in sites for reason in site.fallbacks} >= {"the contexts are not as many as the images"}
 
 
 def test_chunked_feed_forward_and_attention_arguments_fall_back() -> None:

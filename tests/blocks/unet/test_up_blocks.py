@@ -33,7 +33,7 @@ from vidaccel.blocks.unet.unet_3d_blocks import (
 )
 from vidaccel.blocks.unet.unet_motion_model import FusedCrossAttnUpBlockMotion, FusedUpBlockMotion
 from vidaccel.kernels.conv.joined_projection import JOINED_PROJECTION
-from vidaccel.sites.block import FusedBlock
+from vidaccel.sites.block import SITES, FusedBlock
 from vidaccel.sites.site import Site
 
 FRAMES, SIDE, CONTEXT = 2, 4, 32
@@ -407,6 +407,18 @@ def test_other_skips_do_as_before() -> None:
             call(block, res_hidden_states_tuple=(second,))
         with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
             call(block, res_hidden_states_tuple=(first, second[..., 1:]))
+
+
+@ALL_KINDS
+def test_too_few_skips_are_the_original_error(kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a ControlNet of another model gives residuals; not only where a check runs the original block."""
+    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
+    block = make(kind)
+    with patched(block) as site:
+        getattr(block, SITES).checks = False
+        with pytest.raises(IndexError):
+            call(block, res_hidden_states_tuple=inputs(block)["res_hidden_states_tuple"][1:])
+    assert dict(site.fallbacks) == {"there are fewer skip connections than ResNet blocks": 1}
 
 
 @ALL_KINDS

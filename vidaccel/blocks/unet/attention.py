@@ -180,7 +180,7 @@ class _SpatialTransformerBlock(_TransformerBlock, BasicTransformerBlock):
     def stands_for(cls, module: nn.Module) -> bool:
         # The blocks that attend over frames are of the same class; they have a second self-attention.
         assert isinstance(module, BasicTransformerBlock)
-        return module.attn2 is not None and module.attn2.is_cross_attention
+        return module.attn2 is not None and getattr(module.attn2, "is_cross_attention", True)
 
     @classmethod
     def left_alone_reason(cls, module: nn.Module) -> str | None:
@@ -221,6 +221,8 @@ class _SpatialTransformerBlock(_TransformerBlock, BasicTransformerBlock):
             return "cross_attention_kwargs were passed"
         if self._chunk_size is not None:
             return "the feed-forward is chunked"
+        if isinstance(context, Tensor) and context.shape[0] != hidden_states.shape[0]:
+            return "the contexts are not as many as the images"
         return (
             self._context_reason(context)
             or _shortcut_reason(self.attn2)
@@ -493,9 +495,11 @@ def _self_attention_reason(block: Any) -> str | None:
     if block.norm_type != "layer_norm":
         return f"its norm is of the kind {block.norm_type!r}"
     attentions = _self_attentions(block)
+    if reason := next(filter(None, map(_plain_attention_reason, attentions)), None):
+        return reason
     if block.only_cross_attention or any(attn.is_cross_attention for attn in attentions):
         return "it attends to a context"
-    return next(filter(None, map(_plain_attention_reason, attentions)), None)
+    return None
 
 
 @once_per_call

@@ -94,6 +94,8 @@ class FusedAttnProcessor2_0(Host, AttnProcessor2_0):
     ) -> str | None:
         if attention_mask is not None:
             return "an attention mask was passed"
+        if context is not None and context.shape[0] != hidden_states.shape[0]:
+            return "the contexts are not as many as the images"
         if attn.spatial_norm is not None:
             return "its input is normalised by another image"
         if reason := replaced_attention_reason():
@@ -208,9 +210,9 @@ def attend(attn: Any, hidden_states: Tensor, context: Tensor | None = None) -> T
 @once_per_call
 def _call_reason(attn: Any) -> str | None:
     """Why only a call of ``attn`` will do, or None."""
-    if not isinstance(attn.processor, FusedAttnProcessor2_0):
-        return "its processor is somebody else's"
-    return plain_reason(attn, Attention)
+    if reason := plain_reason(attn, Attention):
+        return reason
+    return None if isinstance(attn.processor, FusedAttnProcessor2_0) else "its processor is somebody else's"
 
 
 @once_per_call

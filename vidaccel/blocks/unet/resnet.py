@@ -400,6 +400,9 @@ class FusedSpatioTemporalResBlock(FusedBlock, SpatioTemporalResBlock):
 
     @classmethod
     def left_alone_reason(cls, module: Any) -> str | None:
+        for part, kind in ((module.temporal_res_block, TemporalResnetBlock), (module.time_mixer, AlphaBlender)):
+            if not isinstance(part, kind):
+                return plain_reason(part, kind)
         if module.time_mixer.merge_strategy == "fixed":
             return "its blend factor is fixed"
         return None if module.temporal_res_block.conv_shortcut is None else "its temporal block changes the width"

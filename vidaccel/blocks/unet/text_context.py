@@ -19,7 +19,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
 from vidaccel.sites.memo import Memo, held, once_in_call, preparations
-from vidaccel.sites.plain import foreign_reason
+from vidaccel.sites.plain import foreign_reason, rows_are_seen
 from vidaccel.sites.rules import Rule
 from vidaccel.sites.site import Fidelity, Site
 
@@ -73,12 +73,14 @@ class _Watch:
             memo.text = _Text(text, num_frames, self._repeats_text, self._distinct(text, sample.shape[0], num_frames))
 
     def _text_is_changed_on_its_way(self, memo: Memo) -> bool:
-        """Whether a hook or a module that is not diffusers' may hand on another text than was passed."""
+        """Whether a hook, a forward or a module that is not diffusers' may hand on another text than was passed."""
         question = "text is changed on its way"
         if question not in memo:
             model = self._model()
             assert model is not None
-            memo[question] = len(model._forward_pre_hooks) > 0 or any(map(foreign_reason, _on_the_texts_way(model)))
+            repeats_it_otherwise = self._repeats_text and rows_are_seen(model)
+            before = len(model._forward_pre_hooks) > 0 or repeats_it_otherwise
+            memo[question] = before or any(map(foreign_reason, _on_the_texts_way(model)))
         changed: bool = memo[question]
         return changed
 

@@ -82,7 +82,9 @@ class FusedTransformerSpatioTemporalModel(FusedBlock, TransformerSpatioTemporalM
         return sample
 
     def call_reason(self, hidden_states: Tensor, context: Tensor | None, *args: Any) -> str | None:
-        return "no context was passed" if context is None else None
+        if context is None:
+            return "no context was passed"
+        return "the contexts are not as many as the images" if context.shape[0] != hidden_states.shape[0] else None
 
     def fused_forward(self, hidden_states: Tensor, context: Tensor, image_only_indicator: Tensor) -> Tensor:
         num_frames = image_only_indicator.shape[-1]

@@ -41,9 +41,12 @@ UP_BLOCK_OPS: dict[str, Fidelity] = {SKIP_CONCAT: "math-exact"}
 class UpBlock(FusedBlock):
     """What all up-blocks share: how a skip connection joins, and what keeps one from joining."""
 
+    resnets: nn.ModuleList
     upsamplers: Any
 
-    def call_reason(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> str | None:
+    def call_reason(self, hidden_states: Tensor, skips: tuple[Tensor, ...], *args: Any, **kwargs: Any) -> str | None:
+        if len(skips) < len(self.resnets):
+            return "there are fewer skip connections than ResNet blocks"
         if all(getattr(self, factor, None) for factor in ("s1", "s2", "b1", "b2")):
             return "FreeU is on, which changes what is concatenated"
         if torch.is_autocast_enabled(hidden_states.device.type):

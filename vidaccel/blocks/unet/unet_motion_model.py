@@ -70,10 +70,10 @@ class FusedUpBlockMotion(_UpBlockMotion, UpBlockMotion):
             self, hidden_states, res_hidden_states_tuple, temb, upsample_size, num_frames, *args, **kwargs,
         )  # fmt: skip
 
-    def call_reason(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> str | None:
-        if len(args) > 4 or kwargs:
+    def call_reason(self, hidden_states: Tensor, skips: tuple[Tensor, ...], *args: Any, **kwargs: Any) -> str | None:
+        if len(args) > 3 or kwargs:
             return "deprecated arguments were passed"
-        return super().call_reason(hidden_states)
+        return super().call_reason(hidden_states, skips)
 
     def fused_forward(
         self, x: Tensor, skips: tuple[Tensor, ...], temb: Tensor, upsample_size: Any, num_frames: int
