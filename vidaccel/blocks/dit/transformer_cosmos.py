@@ -166,7 +166,9 @@ class FusedCosmosTransformerBlock(GatedResidualBlock, CosmosTransformerBlock):
         if reason := self._order_reason():
             note("modulation_rows", REFERENCE, reason)
             return _Timesteps(embedded, added, None)
-        return once_in_call("distinct timesteps", embedded, lambda: _distinct(embedded, added))
+        # what is added is kept with the answer: its id is nobody else's for as long
+        name = f"distinct timesteps beside {id(added)}"
+        return once_in_call(name, embedded, lambda: (added, _distinct(embedded, added)))[1]
 
     def _order_reason(self) -> str | None:
         """Why tokens with the same embedding may be modulated in other ways, or None."""
@@ -218,12 +220,11 @@ class FusedCosmosTransformerBlock(GatedResidualBlock, CosmosTransformerBlock):
 
 
 def _distinct(embedded: Tensor, added: Tensor | None) -> _Timesteps:
-    """Of ``[B, S, C]``, the rows that differ from those before them.
-
-    Both are made of one timestep for each token. The first is compared, whose equal rows have equal bits; the second
-    comes from a product, which may round equal rows differently.
-    """
-    stretches = stretches_of(embedded[:, :, None])
+    """Of ``[B, S, C]`` and ``[B, S, 3 C]``, the rows of which either differs from the one before."""
+    parts = [embedded[:, :, None]]
+    if added is not None:  # by a layer of the user's own, it may be another for tokens of one timestep
+        parts.append(added.unflatten(2, (3, -1)))
+    stretches = stretches_of(*parts)
     if stretches is None:
         return _Timesteps(embedded, added, None)
     rows = stretches.rows if len(stretches.starts) > 1 else None
