@@ -287,6 +287,16 @@ def test_arguments_for_the_attention_go_there() -> None:
     assert fallback_reasons(report) == {"its attention takes attention_mask"}
 
 
+@torch.no_grad()
+def test_one_video_for_several_timesteps() -> None:
+    block = build("2b").transformer_blocks[0]
+    block.ff.net[2].register_forward_hook(lambda *_: None)
+    video, text, temb = torch.randn(1, 18, 32), torch.randn(2, TEXT, 32), torch.randn(2, 8)
+    expected = block(video, text, temb)
+    with all_fused(block, FusedCogVideoXBlock):
+        assert all(map(torch.equal, block(video, text, temb), expected))
+
+
 def test_one_row_of_angles_for_all_tokens() -> None:
     table = tuple(angles[1:2] for angles in rotary(3, 2, 3))
     model = build()

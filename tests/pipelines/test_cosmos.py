@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from block_checks import relative_error
+from block_checks import all_fused, relative_error
 from diffusers import (
     CosmosControlNetModel,
     EDMEulerScheduler,
@@ -208,6 +208,20 @@ def block_arguments(tokens: int, dtype: torch.dtype = torch.float32) -> tuple[An
 @torch.no_grad()
 def test_a_long_call_is_checked_on_a_corner() -> None:
     check_corner(build().transformer_blocks[0], FusedCosmosTransformerBlock, block_arguments(70_000))
+
+
+@pytest.mark.parametrize(
+    "sizes", [((2, 32), (2, 96)), ((1, 20, 32), (1, 1, 96)), ((2, 20, 32), (1, 20, 96)), ((1, 1, 32), (2, 20, 96))]
+)
+@torch.no_grad()
+def test_timesteps_of_other_sizes_than_the_video(sizes: tuple[tuple[int, ...], ...]) -> None:
+    block = build().transformer_blocks[0]
+    block.ff.net[2].register_forward_hook(lambda *_: None)
+    x, text, _, _, rotary, *others = block_arguments(20)
+    arguments = x, text, *(torch.randn(size) for size in sizes), rotary, *others
+    expected = block(*arguments)
+    with all_fused(block, FusedCosmosTransformerBlock):
+        assert relative_error(block(*arguments), expected) <= 1e-5
 
 
 # what a user may change

@@ -27,7 +27,8 @@ from transformer_checks import (
 
 from vidaccel import patch_module, patch_pipeline
 from vidaccel.blocks.dit.gated_residual import FLOAT32_NORMS
-from vidaccel.blocks.dit.transformer_easyanimate import EASYANIMATE_OPS, FusedEasyAnimateTransformerBlock
+from vidaccel.blocks.dit.transformer_easyanimate import EASYANIMATE_OPS, FusedEasyAnimateTransformerBlock, _here
+from vidaccel.sites.memo import Memo, holding
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +111,13 @@ def with_lora(model: Any) -> None:
 @pytest.mark.parametrize("first", ORDERS)
 def test_a_changed_model(change: Callable[[Any], None], first: str) -> None:
     check_changed(build, call, change, first)
+
+
+def test_a_table_for_blocks_on_several_devices() -> None:
+    table = torch.ones(2)
+    with holding(Memo()):
+        found = [_here(table, torch.device(name)) for name in ("meta", "cpu", "meta")]
+    assert [x.device.type for x in found] == ["meta", "cpu", "meta"] and found[0] is found[2]
 
 
 @torch.no_grad()

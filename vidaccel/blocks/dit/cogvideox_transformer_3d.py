@@ -32,7 +32,7 @@ from vidaccel.blocks.dit.rotary import half_tables
 from vidaccel.blocks.dit.step_caches import known_to_step_caches
 from vidaccel.kernels.attention.qk_norm_rope import HeadNorm, Rope, qk_norm_rope
 from vidaccel.kernels.attention.spatial_attention import spatial_attention
-from vidaccel.kernels.op import REFERENCE, note
+from vidaccel.kernels.op import REFERENCE, note, one_or
 from vidaccel.parallel.layout import all_tokens, own_tokens
 from vidaccel.sites.block import CORNER_ROWS, MOST_WHOLE, call_site, fuses
 from vidaccel.sites.memo import once_in_call
@@ -64,6 +64,9 @@ class JointBlock(GatedResidualBlock):
             return "autocast is on"
         if not hidden_states.dtype == encoder_hidden_states.dtype == temb.dtype:
             return "video, text and timestep embedding differ in dtype"
+        batch = len(hidden_states)
+        if len(encoder_hidden_states) != batch or not one_or(batch, len(temb)):  # stock code may broadcast them
+            return "video, text and timestep embedding differ in batch size"
         for norm in (self.norm1, self.norm2):
             if reason := plain_reason(norm, CogVideoXLayerNormZero):
                 return reason

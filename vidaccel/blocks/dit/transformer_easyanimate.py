@@ -186,4 +186,4 @@ def _rope(rotary: Rotary | None, start: int, device: torch.device) -> Rope | Non
 
 
 def _here(table: Tensor, device: torch.device) -> Tensor:
-    return once_in_call("on its device", table, partial(table.to, device))
+    return once_in_call(f"on {device}", table, partial(table.to, device))
