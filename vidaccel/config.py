@@ -33,7 +33,7 @@ def preferred_implementations() -> str:
 
 def entries(wishes: str) -> list[str]:
     """The parts of ``wishes``, of the form of ``VIDACCEL_IMPL``."""
-    return [entry for part in wishes.split(",") if (entry := part.strip())]
+    return [part.strip() for part in wishes.split(",") if part.strip()]
 
 
 def preferred_implementation(op: str, wishes: str) -> str | None:
