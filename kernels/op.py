@@ -27,7 +27,7 @@ import torch
 import triton
 from torch import Tensor
 
-from vidaccel.config import preferred_implementation
+from vidaccel.config import entries, preferred_implementation
 from vidaccel.errors import UsageError, first_line, nearest
 from vidaccel.kernels import choice, settings
 from vidaccel.kernels.check import Part, Problem, disagreement
@@ -536,8 +536,8 @@ def check_wishes(shortcuts: Sequence[str] = ()) -> None:
     """
     known = {name: list(op.implementations) for name, op in ops().items()}
     every = sorted({"triton", REFERENCE, *(way for ways in known.values() for way in ways)})
-    for entry in filter(None, settings.current().preferred.split(",")):
-        op, equals, way = entry.strip().rpartition("=")
+    for entry in entries(settings.current().preferred):
+        op, equals, way = entry.rpartition("=")
         if equals and op not in known and op not in shortcuts:
             raise UsageError(f"VIDACCEL_IMPL: there is no op {op!r}{nearest(op, [*known, *shortcuts])}")
         ways = known.get(op, every)

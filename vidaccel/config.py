@@ -14,6 +14,7 @@ __all__ = [
     "adopt",
     "cache_directory",
     "check_environment",
+    "entries",
     "preferred_implementation",
     "preferred_implementations",
     "self_check_enabled",
@@ -30,12 +31,17 @@ def preferred_implementations() -> str:
     return os.environ.get("VIDACCEL_IMPL", "")
 
 
+def entries(wishes: str) -> list[str]:
+    """The parts of ``wishes``, of the form of ``VIDACCEL_IMPL``."""
+    return [part.strip() for part in wishes.split(",") if part.strip()]
+
+
 def preferred_implementation(op: str, wishes: str) -> str | None:
     """What ``wishes``, of the form of ``VIDACCEL_IMPL``, asks for ``op``."""
     if not wishes:  # as nearly always, and every call of every op asks
         return None
-    for entry in filter(None, wishes.split(",")):
-        name, _, implementation = entry.strip().rpartition("=")
+    for entry in entries(wishes):
+        name, _, implementation = entry.rpartition("=")
         if name in ("", op):
             return implementation
     return None

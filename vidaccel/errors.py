@@ -35,7 +35,7 @@ def first_line(error: BaseException) -> str:
 
 def nearest(word: str, words: Iterable[str]) -> str:
     """What an error about an unknown ``word`` ends with: the nearest of the right ``words``, or all of them."""
-    words = sorted(words)
+    words = sorted(set(words))
     return did_you_mean(word, words) or f"; there are {', '.join(words)}"
 
 

@@ -110,6 +110,9 @@ def nothing(folder: Path) -> None:
         (nothing, ["a", "b", "--min-psnr", "-1"], "expected a number of decibels, 0 or more, got -1"),
         (nothing, ["a", "b", "--fps", "0"], "expected frames per second, more than 0, got 0"),
         (nothing, ["a", "b", "--html", "/"], "/ is a folder"),
+        (nothing, ["a", "a.mp4", "--json", "./a.mp4"], "a.mp4 is of a clip that is compared, and would be replaced"),
+        (no_picture, ["b", "a", "--html", "a/notes.txt"], "a/notes.txt is of a clip that is compared"),
+        (nothing, ["a", "b", "--json", "x", "--html", "./x"], "x: --json and --html need a file each"),
         (nothing, ["a"], "the following arguments are required: b"),
     ],
 )

@@ -425,6 +425,8 @@ def test_bit_exact_leaves_the_rest_alone(pipe: StableVideoDiffusionPipeline) -> 
     [
         ({"only": "spacial_attention"}, {}, "only='spacial_attention' names no site; did you mean spatial_attention"),
         ({"skip": ["vea"]}, {}, "skip='vea' names no site; did you mean vae"),
+        ({"only": 3}, {}, "only must be a name or several names, got 3"),
+        ({"skip": ["vae", None]}, {}, "skip must be a name or several names, got ['vae', None]"),
         ({"allow": "bitexact"}, {}, "allow='bitexact' is no fidelity class; did you mean bit-exact"),
         ({"allow": 3}, {}, "allow=3 is no fidelity class; there are bit-exact, lossy, math-exact"),
         ({}, {"VIDACCEL_IMP": "torch"}, "VIDACCEL_IMP is no setting of vidaccel; did you mean VIDACCEL_IMPL"),

@@ -66,6 +66,13 @@ def test_same_output(size: tuple[int, int, int]) -> None:
     assert not check_same(build(), lambda model: call(model, size=size)).fallbacks
 
 
+def test_one_token_is_as_wrong_as_in_the_stock_model() -> None:
+    model = build()
+    model.transformer_blocks[0].ff.net[2].register_forward_hook(lambda *_: None)
+    with patch_module(model), pytest.raises(ValueError, match="not enough values to unpack"):
+        call(model, size=(1, 2, 2))
+
+
 def test_a_masked_video() -> None:
     mask = torch.ones(2, 3, 4, 6)
     mask[:, 2] = 0

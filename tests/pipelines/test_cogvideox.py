@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from block_checks import relative_error
+from block_checks import all_fused, relative_error
 from diffusers import CogVideoXFunControlPipeline, CogVideoXVideoToVideoPipeline
+from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from family_checks import check_clip, check_compiled
 from tiny_models import tiny_relative, tiny_synthetic_pipeline, tiny_video
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformer_checks import (
     CACHES,
     ORDERS,
@@ -72,7 +74,7 @@ def call(model: Any, *, batch: int = 2, size: tuple[int, int, int] = (3, 4, 6), 
     }
     if config.ofs_embed_dim:
         inputs["ofs"] = torch.full((1,), 2.0)
-    if config.use_rotary_positional_embeddings:
+    if config.use_rotary_positional_embeddings and "image_rotary_emb" not in options:
         inputs["image_rotary_emb"] = rotary(frames // patch, height // 2, width // 2)
     return model(**inputs, **options).sample
 
@@ -182,7 +184,10 @@ def test_a_long_call_is_checked_on_a_corner() -> None:
     block = build().transformer_blocks[0]
     x = torch.randn(1, 70_000, 32)
     tables = torch.randn(2, 70_000, 8).repeat_interleave(2, dim=2)
-    check_corner(block, FusedCogVideoXBlock, (x, torch.randn(1, 226, 32), torch.randn(1, 8), tuple(tables), None))
+    arguments = x, torch.randn(1, 226, 32), torch.randn(1, 8), tuple(tables)
+    check_corner(block, FusedCogVideoXBlock, (*arguments, None))
+    with all_fused(block, FusedCogVideoXBlock):
+        assert block.corner((*arguments, {"attention_mask": torch.zeros(1, 70_226)}), {}) is None
 
 
 # what a user may change
@@ -233,7 +238,27 @@ def unfused_projections(model: Any) -> None:
     foreign_processor(model)
 
 
-@pytest.mark.parametrize("change", [foreign_processor, other_norm, fused_projections, unfused_projections])
+class DoublingProcessor(CogVideoXAttnProcessor2_0):
+    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **options: Any) -> Any:
+        return tree_map(lambda out: 2 * out, super().__call__(attn, hidden_states, encoder_hidden_states, **options))
+
+
+def processor_of_another_class(model: Any) -> None:
+    model.transformer_blocks[1].attn1.processor.__class__ = DoublingProcessor
+
+
+def cross_attention(model: Any) -> None:
+    for block in model.transformer_blocks:
+        block.attn1.is_cross_attention = True
+        block.ff.net[2].register_forward_hook(lambda *_: None)  # no check, which would find it out
+
+
+CHANGES = [
+    foreign_processor, other_norm, fused_projections, unfused_projections, processor_of_another_class, cross_attention,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("first", ORDERS)
 def test_a_changed_model(change: Callable[[Any], None], first: str) -> None:
     check_changed(build, call, change, first)
@@ -260,6 +285,24 @@ def test_arguments_for_the_attention_go_there() -> None:
     options = {"attention_kwargs": {"attention_mask": mask}}
     report = check_same(build(), lambda model: call(model, **options))
     assert fallback_reasons(report) == {"its attention takes attention_mask"}
+
+
+@torch.no_grad()
+def test_one_video_for_several_timesteps() -> None:
+    block = build("2b").transformer_blocks[0]
+    block.ff.net[2].register_forward_hook(lambda *_: None)
+    video, text, temb = torch.randn(1, 18, 32), torch.randn(2, TEXT, 32), torch.randn(2, 8)
+    expected = block(video, text, temb)
+    with all_fused(block, FusedCogVideoXBlock):
+        assert all(map(torch.equal, block(video, text, temb), expected))
+
+
+def test_one_row_of_angles_for_all_tokens() -> None:
+    table = tuple(angles[1:2] for angles in rotary(3, 2, 3))
+    model = build()
+    model.transformer_blocks[1].ff.net[2].register_forward_hook(lambda *_: None)
+    report = check_same(model, lambda model: call(model, image_rotary_emb=table))
+    assert "its rotary table has not one row for each token" in fallback_reasons(report)
 
 
 # torch.compile, half precision

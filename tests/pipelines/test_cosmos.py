@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from block_checks import relative_error
+from block_checks import all_fused, relative_error
 from diffusers import (
     CosmosControlNetModel,
     EDMEulerScheduler,
@@ -21,6 +21,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.models.controlnets import controlnet_cosmos
+from diffusers.models.transformers.transformer_cosmos import CosmosEmbedding
 from family_checks import check_clip, check_compiled
 from tiny_models import tiny_video
 from tiny_pipelines import COSMOS, cosmos, cosmos_vae, wide_vae_of_wan
@@ -209,6 +210,20 @@ def test_a_long_call_is_checked_on_a_corner() -> None:
     check_corner(build().transformer_blocks[0], FusedCosmosTransformerBlock, block_arguments(70_000))
 
 
+@pytest.mark.parametrize(
+    "sizes", [((2, 32), (2, 96)), ((1, 20, 32), (1, 1, 96)), ((2, 20, 32), (1, 20, 96)), ((1, 1, 32), (2, 20, 96))]
+)
+@torch.no_grad()
+def test_timesteps_of_other_sizes_than_the_video(sizes: tuple[tuple[int, ...], ...]) -> None:
+    block = build().transformer_blocks[0]
+    block.ff.net[2].register_forward_hook(lambda *_: None)
+    x, text, _, _, rotary, *others = block_arguments(20)
+    arguments = x, text, *(torch.randn(size) for size in sizes), rotary, *others
+    expected = block(*arguments)
+    with all_fused(block, FusedCosmosTransformerBlock):
+        assert relative_error(block(*arguments), expected) <= 1e-5
+
+
 # what a user may change
 
 
@@ -257,6 +272,41 @@ def test_layers_that_tell_rows_apart(way: Callable[[nn.Module], None], given: bo
 def test_an_embedding_of_timesteps_that_tells_tokens_apart() -> None:
     change = telling_rows_apart(TELLING_ROWS_APART[0], "t_embedder.linear_2")
     check_changed(build, call, change, "patched first")
+
+
+class OwnEmbedding(CosmosEmbedding):
+    def forward(self, hidden_states: Tensor, timestep: Tensor) -> Any:
+        temb, embedded = super().forward(hidden_states, timestep)
+        return temb + torch.arange(len(temb))[:, None], embedded
+
+
+def test_an_embedding_of_timesteps_of_another_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(model: Any) -> None:
+        model.time_embed.__class__ = OwnEmbedding
+
+    monkeypatch.setattr(blocks, "MOST_WHOLE", 0)  # tokens of one frame: a check that sees no other
+    monkeypatch.setattr(blocks, "CORNER_ROWS", HEIGHT * WIDTH // 4)
+    for first in ORDERS:
+        check_changed(build, call, change, first)
+
+
+class OtherTimestep(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, text: Tensor, embedded: Tensor, temb: Tensor, *others: Any) -> Tensor:
+        out: Tensor = self.block(x, text, embedded, temb + 1, *others)
+        return out
+
+
+def in_another_module(model: Any) -> None:
+    model.transformer_blocks[1] = OtherTimestep(model.transformer_blocks[1])
+
+
+@pytest.mark.parametrize("first", ORDERS)
+def test_a_block_may_be_given_another_timestep_than_the_one_before(first: str) -> None:
+    check_changed(build, call, in_another_module, first)
 
 
 def test_a_mask_of_the_text() -> None:

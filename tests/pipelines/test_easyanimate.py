@@ -26,7 +26,9 @@ from transformer_checks import (
 )
 
 from vidaccel import patch_module, patch_pipeline
-from vidaccel.blocks.dit.transformer_easyanimate import EASYANIMATE_OPS, FusedEasyAnimateTransformerBlock
+from vidaccel.blocks.dit.gated_residual import FLOAT32_NORMS
+from vidaccel.blocks.dit.transformer_easyanimate import EASYANIMATE_OPS, FusedEasyAnimateTransformerBlock, _here
+from vidaccel.sites.memo import Memo, holding
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +93,12 @@ def other_norms(model: Any) -> None:
     model.transformer_blocks[1].attn1.norm_k = nn.Tanh()
 
 
+def cross_attention(model: Any) -> None:
+    for block in model.transformer_blocks:
+        block.attn1.is_cross_attention = True
+        block.ff.net[2].register_forward_hook(lambda *_: None)  # no check, which would find it out
+
+
 def with_lora(model: Any) -> None:
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
@@ -99,10 +107,25 @@ def with_lora(model: Any) -> None:
     model.requires_grad_(False)
 
 
-@pytest.mark.parametrize("change", [foreign_processors, other_norms, with_lora])
+@pytest.mark.parametrize("change", [foreign_processors, other_norms, cross_attention, with_lora])
 @pytest.mark.parametrize("first", ORDERS)
 def test_a_changed_model(change: Callable[[Any], None], first: str) -> None:
     check_changed(build, call, change, first)
+
+
+def test_a_table_for_blocks_on_several_devices() -> None:
+    table = torch.ones(2)
+    with holding(Memo()):
+        found = [_here(table, torch.device(name)) for name in ("meta", "cpu", "meta")]
+    assert [x.device.type for x in found] == ["meta", "cpu", "meta"] and found[0] is found[2]
+
+
+@torch.no_grad()
+def test_norms_in_float32_of_a_float64_model() -> None:
+    model = build(torch.float64)
+    latents, text = (torch.randn(1, *shape, dtype=torch.float64) for shape in ((4, 3, 4, 6), (5, 12)))
+    report = check_same(model, lambda model: model(latents, torch.ones(1), encoder_hidden_states=text).sample)
+    assert fallback_reasons(report) == {FLOAT32_NORMS}
 
 
 # torch.compile, half precision

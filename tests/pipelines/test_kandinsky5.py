@@ -29,7 +29,11 @@ from transformer_checks import (
 )
 
 from vidaccel import patch_module, patch_pipeline
-from vidaccel.blocks.dit.transformer_kandinsky import KANDINSKY_OPS, FusedKandinsky5TransformerDecoderBlock
+from vidaccel.blocks.dit.transformer_kandinsky import (
+    KANDINSKY_OPS,
+    FusedKandinsky5TransformerDecoderBlock,
+    FusedKandinsky5TransformerEncoderBlock,
+)
 
 ROUNDED = "its rotary embedding is rounded to bfloat16, or its table is not float32"
 
@@ -99,6 +103,8 @@ def test_a_long_call_is_checked_on_a_corner() -> None:
     block = build().visual_transformer_blocks[0]
     arguments = torch.randn(1, 70_000, 32), torch.randn(1, 5, 32), torch.randn(1, 8), torch.randn(1, 70_000, 1, 8, 2, 2)
     check_corner(block, FusedKandinsky5TransformerDecoderBlock, (*arguments, None))
+    x, _, *others = arguments
+    check_corner(build().text_transformer_blocks[0], FusedKandinsky5TransformerEncoderBlock, (x, *others))
 
 
 # what a user may change

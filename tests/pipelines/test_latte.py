@@ -64,6 +64,14 @@ def test_a_long_call_is_checked_on_a_corner() -> None:
     check_corner(block, FusedLatteTransformerBlock, arguments)
 
 
+@torch.no_grad()
+def test_a_wrong_batch_of_timesteps_raises_what_stock_code_does() -> None:
+    model = build()
+    model.transformer_blocks[0].ff.net[2].register_forward_hook(lambda *_: None)
+    with patch_module(model), pytest.raises(RuntimeError, match="must match the size"):
+        model(torch.randn(2, 4, 3, 8, 8), torch.full((1,), 500), torch.randn(2, 5, 12))
+
+
 def test_each_op_off() -> None:
     check_each_op_off(build(), call)
 

@@ -32,6 +32,7 @@ from transformer_checks import (
 from vidaccel import patch_module, patch_pipeline
 from vidaccel.blocks.dit import padded_text
 from vidaccel.blocks.dit import transformer_mochi as blocks
+from vidaccel.blocks.dit.gated_residual import FLOAT32_NORMS
 from vidaccel.blocks.dit.transformer_mochi import MOCHI_OPS, FusedMochiTransformerBlock
 
 SIZES = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 3, "pooled_projection_dim": 24,
@@ -179,7 +180,13 @@ def other_norm(model: Any) -> None:
         block.attn1.norm_added_k = nn.Tanh()
 
 
-@pytest.mark.parametrize("change", [foreign_processor, other_norm])
+def other_eps(model: Any) -> None:
+    last = model.transformer_blocks[-1]
+    last.norm1_context.norm.norm.eps = 1.0
+    last.attn1.processor = Shifted(last.attn1.processor)  # no check, which would find out another eps
+
+
+@pytest.mark.parametrize("change", [foreign_processor, other_norm, other_eps])
 @pytest.mark.parametrize("first", ORDERS)
 def test_a_changed_model(change: Callable[[Any], None], first: str) -> None:
     check_changed(build, call, change, first)
@@ -189,6 +196,14 @@ def test_a_changed_model(change: Callable[[Any], None], first: str) -> None:
 @pytest.mark.parametrize("first", ORDERS)
 def test_step_caches(name: str, first: str) -> None:
     check_cache(build, call, name, first)
+
+
+@torch.no_grad()
+def test_a_float64_model_goes_the_original_way() -> None:
+    model = build(torch.float64)
+    inputs = [torch.randn(1, *shape, dtype=torch.float64) for shape in ((4, 1, 2, 2), (TEXT, 16))]
+    report = check_same(model, lambda model: model(*inputs, torch.full((1,), 500.0), mask_of(5)).sample)
+    assert fallback_reasons(report) == {FLOAT32_NORMS}
 
 
 # torch.compile, half precision

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from vidaccel.clips.outputs import aside, check_record, json_text, write_json
+from vidaccel.errors import UsageError
 
 __all__ = ["check_files", "put_out"]
 
@@ -18,11 +19,16 @@ def check_files(args: argparse.Namespace) -> None:
     """Try to write where ``--json`` and ``--html`` say, before a clip is made.
 
     Raises:
-        UsageError: nobody can.
+        UsageError: nobody can, or it would take the place of a clip that is compared, or of the other.
     """
-    for name in (args.json, args.html):
-        if name not in (None, "-"):
-            check_record(Path(name))
+    files = [Path(name) for name in (args.json, args.html) if name not in (None, "-")]
+    clips = [clip.resolve() for clip in (vars(args).get("a"), vars(args).get("b")) if clip is not None]
+    for path in files:
+        check_record(path)
+        if path.exists() and any(clip in (path.resolve(), path.resolve().parent) for clip in clips):
+            raise UsageError(f"{path} is of a clip that is compared, and would be replaced")
+    if len({path.resolve() for path in files}) < len(files):
+        raise UsageError(f"{files[0]}: --json and --html need a file each")
 
 
 def put_out(

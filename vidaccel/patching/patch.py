@@ -326,7 +326,7 @@ def _graph_reason(model: nn.Module) -> str | None:
 
 
 def _selection(only: Names, skip: Names, sites: list[Site]) -> Callable[[Site], bool]:
-    only, skip = _as_list(only), _as_list(skip) or []
+    only, skip = _as_list("only", only), _as_list("skip", skip) or []
     for option, entries in (("only", only or []), ("skip", skip)):
         for entry in entries:
             if not any(_names(entry, site) for site in sites):
@@ -339,8 +339,13 @@ def _selection(only: Names, skip: Names, sites: list[Site]) -> Callable[[Site], 
     return chosen
 
 
-def _as_list(entries: Names) -> list[str] | None:
-    return [entries] if isinstance(entries, str) else entries if entries is None else list(entries)
+def _as_list(option: str, entries: Names) -> list[str] | None:
+    if entries is None:
+        return None
+    names = [entries] if isinstance(entries, str) else list(entries) if isinstance(entries, Iterable) else [entries]
+    if not all(isinstance(name, str) for name in names):
+        raise UsageError(f"{option} must be a name or several names, got {entries!r}")
+    return names
 
 
 def _names(entry: str, site: Site) -> bool:

@@ -66,8 +66,10 @@ class Premises:
         self._tables_then = list(map(dict, self._tables))
         self._containers = list(_containers(modules))
         self._containers_then = list(map(_copy, self._containers))
-        self._processors = [vars(processor) for module in modules for processor in _processors(module)]
-        self._processors_then = list(map(dict, self._processors))
+        self._processors = [processor for module in modules for processor in _processors(module)]
+        self._processor_kinds = list(map(type, self._processors))
+        self._of_processors = list(map(vars, self._processors))
+        self._of_processors_then = list(map(dict, self._of_processors))
         self._weights = [x for x in (*model.parameters(), *model.buffers()) if type(x) in (nn.Parameter, Tensor)]
         self._places = list(map(Tensor.data_ptr, self._weights))
         # One weight of each rank stands for all: a change of dtype or memory order that ends at the very same
@@ -84,6 +86,7 @@ class Premises:
                 self.generation == generation()
                 and self._own == _own_attributes(model)
                 and self._classes == list(map(type, self._modules))
+                and self._processor_kinds == list(map(type, self._processors))
                 and self._methods == _methods(self._kinds)
                 and self._counts == list(map(len, self._attributes))
                 and self._values_then == list(map(getitem, self._owners, self._names))
@@ -98,7 +101,7 @@ class Premises:
     def values_hold(self) -> bool:
         """Whether the attributes of processors, which only a graph takes for granted, are as they were."""
         try:
-            return self._processors == self._processors_then
+            return self._of_processors == self._of_processors_then
         except Exception:
             return False
 

@@ -34,6 +34,8 @@ class AdaNormSingleBlock(GatedResidualBlock):
             return "autocast is on"
         if not x.dtype == temb.dtype == self.scale_shift_table.dtype:
             return "tokens and timestep embedding differ in dtype"
+        if len(temb) != len(x):
+            return "tokens and timestep embedding differ in batch size"
         for norm in (self.norm1, self.norm2):
             if reason := parameters_reason(norm, nn.LayerNorm, x.device):
                 return reason

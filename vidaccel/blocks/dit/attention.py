@@ -26,6 +26,7 @@ from vidaccel.sites.memo import once_per_call
 from vidaccel.sites.plain import plain_reason, readable_reason, replaced_attention_reason, replaced_reason
 
 __all__ = [
+    "CROSS_ATTENTION",
     "Attention",
     "attend",
     "attend_to_all",
@@ -39,6 +40,7 @@ __all__ = [
     "whole_over_heads",
 ]
 
+CROSS_ATTENTION = "it is a cross-attention, of which stock code turns no keys"
 Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # of queries, keys, values and how many heads they have
 
 

@@ -18,15 +18,22 @@ from diffusers.models.normalization import CogVideoXLayerNormZero
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 from torch import Tensor, nn
 
-from vidaccel.blocks.dit.attention import attention_reason, feed_forward, over_heads, parameters_reason, project
+from vidaccel.blocks.dit.attention import (
+    CROSS_ATTENTION,
+    attention_reason,
+    feed_forward,
+    over_heads,
+    parameters_reason,
+    project,
+)
 from vidaccel.blocks.dit.gated_residual import GatedResidualBlock
 from vidaccel.blocks.dit.joint_streams import joined
 from vidaccel.blocks.dit.rotary import half_tables
 from vidaccel.blocks.dit.step_caches import known_to_step_caches
 from vidaccel.kernels.attention.qk_norm_rope import HeadNorm, Rope, qk_norm_rope
 from vidaccel.kernels.attention.spatial_attention import spatial_attention
-from vidaccel.kernels.op import REFERENCE, note
-from vidaccel.parallel.layout import own_tokens
+from vidaccel.kernels.op import REFERENCE, note, one_or
+from vidaccel.parallel.layout import all_tokens, own_tokens
 from vidaccel.sites.block import CORNER_ROWS, MOST_WHOLE, call_site, fuses
 from vidaccel.sites.memo import once_in_call
 from vidaccel.sites.plain import plain_reason
@@ -57,6 +64,9 @@ class JointBlock(GatedResidualBlock):
             return "autocast is on"
         if not hidden_states.dtype == encoder_hidden_states.dtype == temb.dtype:
             return "video, text and timestep embedding differ in dtype"
+        batch = len(hidden_states)
+        if len(encoder_hidden_states) != batch or not one_or(batch, len(temb)):  # stock code may broadcast them
+            return "video, text and timestep embedding differ in batch size"
         for norm in (self.norm1, self.norm2):
             if reason := plain_reason(norm, CogVideoXLayerNormZero):
                 return reason
@@ -73,6 +83,8 @@ class JointBlock(GatedResidualBlock):
         video, text, temb, rotary, *others = args
         if video.numel() <= MOST_WHOLE:
             return args, kwargs
+        if any(others):  # a mask of all tokens, perhaps
+            return None
         rotary = None if rotary is None else tuple(table[:CORNER_ROWS] for table in rotary)
         return (video[:, :CORNER_ROWS], text[:, :CORNER_ROWS], temb, rotary, *others), kwargs
 
@@ -118,7 +130,7 @@ class JointBlock(GatedResidualBlock):
         self, query: Tensor, key: Tensor, tokens: int, rotary: Rotary | None
     ) -> tuple[Tensor, Tensor]:
         attn = self.attn1
-        if reason := self._rope_reason(query, rotary):
+        if reason := self._rope_reason(query, rotary, tokens):
             note("qk_norm_rope", REFERENCE, reason)
             pairs = (attn.norm_q, query), (attn.norm_k, key)
             query, key = (_stock_norm_rope(norm, x, attn.heads, tokens, rotary) for norm, x in pairs)
@@ -130,12 +142,15 @@ class JointBlock(GatedResidualBlock):
         query, key = qk_norm_rope(query, key, attn.heads, _head_norm(attn), rope)
         return query, key
 
-    def _rope_reason(self, x: Tensor, rotary: Rotary | None) -> str | None:
-        """Why queries and keys are normed and turned by stock code, or None."""
+    def _rope_reason(self, x: Tensor, rotary: Rotary | None, text: int = 0) -> str | None:
+        """Why queries and keys are normed and turned by stock code, or None; the first tokens of ``x`` are ``text``."""
         if not self.runs("qk_norm_rope"):
             return "it is off, or failed"
         if rotary is not None and any(t.dtype != torch.float32 or t.device != x.device for t in rotary):
             return "its rotary table is not float32, or on another device"
+        angles = all_tokens(x[:, text:]), x.shape[2] // self.attn1.heads
+        if rotary is not None and any(t.shape != angles for t in rotary):  # stock code may broadcast it
+            return "its rotary table has not one row for each token"
         norms = self.attn1.norm_q, self.attn1.norm_k
         for norm in norms:
             if reason := parameters_reason(norm, nn.LayerNorm, x.device):
@@ -147,6 +162,8 @@ def _foreign_reason(attn: Any, attention_kwargs: dict[str, Any]) -> str | None:
     """Why an attention has to be called, or None."""
     if attention_kwargs:
         return f"its attention takes {', '.join(attention_kwargs)}"
+    if attn.is_cross_attention:
+        return CROSS_ATTENTION
     fused = type(attn.processor) is FusedCogVideoXAttnProcessor2_0
     return attention_reason(attn, Attention, FusedCogVideoXAttnProcessor2_0 if fused else CogVideoXAttnProcessor2_0)
 

@@ -21,7 +21,9 @@ from vidaccel.kernels.norm.gated_residual_norm import (
 )
 from vidaccel.sites.block import FusedBlock
 
-__all__ = ["GatedResidualBlock", "norm_heads"]
+__all__ = ["FLOAT32_NORMS", "GatedResidualBlock", "norm_heads"]
+
+FLOAT32_NORMS = "its norms are calculated in float32, and its tokens are float64"
 
 
 class GatedResidualBlock(FusedBlock):

@@ -8,6 +8,7 @@ each token with the one before: one pass over what all blocks are modulated by, 
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -33,16 +34,18 @@ class Stretches(NamedTuple):
     rows: Tensor
 
 
-def stretches_of(values: Tensor) -> Stretches | None:
-    """The stretches of tokens whose ``values`` ``[B, S, P, C]`` are equal in all samples.
+def stretches_of(*values: Tensor) -> Stretches | None:
+    """The stretches of tokens whose ``values`` ``[B, S, P, C]`` are all equal in all samples.
 
     None if there are more than ``MOST_ROWS``, or nobody may wait for the GPU now.
     """
-    if not may_wait(values):
+    first, *_ = values
+    if not may_wait(first):
         return None
-    begins = torch.ones(values.shape[1], dtype=torch.bool, device=values.device)
+    begins = torch.ones(first.shape[1], dtype=torch.bool, device=first.device)
     begins[1:] = False
-    for part in values.unbind(2):  # one after the other, for the memory that the comparison takes
+    # one after the other, for the memory that the comparison takes
+    for part in chain.from_iterable(x.unbind(2) for x in values):
         begins[1:] |= (part[:, 1:] != part[:, :-1]).any(2).any(0)
     starts = begins.nonzero().flatten()
     if len(starts) > MOST_ROWS:

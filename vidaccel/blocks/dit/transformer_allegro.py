@@ -56,8 +56,8 @@ class FusedAllegroTransformerBlock(AdaNormSingleBlock, AllegroTransformerBlock):
         )  # fmt: skip
 
     def call_reason(self, x: Tensor, text: Any, temb: Tensor, mask: Any, *args: Any) -> str | None:
-        if x.ndim != 3:
-            return "its tokens are not [B, S, C]"
+        if x.ndim != 3 or x.shape[1] == 1:  # stock code takes one token for none
+            return "its tokens are not [B, S, C] with S > 1"
         return self.norms_reason(x, temb)
 
     def spread_reason(self, x: Tensor, text: Any, temb: Tensor, mask: Tensor | None, *args: Any) -> str | None:

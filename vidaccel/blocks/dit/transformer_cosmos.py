@@ -26,8 +26,8 @@ from vidaccel.blocks.dit.gated_residual import GatedResidualBlock, norm_heads
 from vidaccel.blocks.dit.modulation_rows import own_rows, stretches_of
 from vidaccel.blocks.dit.padded_text import layers_are_hooked
 from vidaccel.kernels.attention.qk_norm_rope import HeadNorm, Rope, qk_norm_rope
-from vidaccel.kernels.op import REFERENCE, note
-from vidaccel.parallel.layout import own_tokens
+from vidaccel.kernels.op import REFERENCE, note, one_or
+from vidaccel.parallel.layout import all_tokens, own_tokens
 from vidaccel.sites.block import CORNER_ROWS, MOST_WHOLE, call_site, fuses
 from vidaccel.sites.memo import once_in_call
 from vidaccel.sites.plain import order_reason, plain_reason
@@ -100,6 +100,8 @@ class FusedCosmosTransformerBlock(GatedResidualBlock, CosmosTransformerBlock):
             return "tokens and timestep embedding differ in dtype"
         if isinstance(context, Tensor) and len(context) != len(x):  # stock's attention may broadcast them
             return "its text and its video differ in batch size"
+        if not all(_fits(t, x) for t in (embedded_timestep, temb) if t is not None):  # the same
+            return "its video and its timestep embedding differ in size"
         for norm in (self.norm1, self.norm2, self.norm3):
             if reason := plain_reason(norm, CosmosAdaLayerNormZero):
                 return reason
@@ -161,12 +163,15 @@ class FusedCosmosTransformerBlock(GatedResidualBlock, CosmosTransformerBlock):
         return x if self.after_proj is None else (x, self.after_proj(x))
 
     def _timesteps(self, embedded: Tensor, added: Tensor | None) -> _Timesteps:
-        if embedded.ndim == 2 or not self.runs("modulation_rows"):
+        of_tokens = embedded.ndim == 3 and (added is None or added.shape[:2] == embedded.shape[:2])
+        if not of_tokens or not self.runs("modulation_rows"):
             return _Timesteps(embedded, added, None)
         if reason := self._order_reason():
             note("modulation_rows", REFERENCE, reason)
             return _Timesteps(embedded, added, None)
-        return once_in_call("distinct timesteps", embedded, lambda: _distinct(embedded, added))
+        # what is added is kept with the answer: its id is nobody else's for as long
+        name = f"distinct timesteps beside {id(added)}"
+        return once_in_call(name, embedded, lambda: (added, _distinct(embedded, added)))[1]
 
     def _order_reason(self) -> str | None:
         """Why tokens with the same embedding may be modulated in other ways, or None."""
@@ -217,13 +222,18 @@ class FusedCosmosTransformerBlock(GatedResidualBlock, CosmosTransformerBlock):
         return norm_heads(norm, x, attn.heads)
 
 
-def _distinct(embedded: Tensor, added: Tensor | None) -> _Timesteps:
-    """Of ``[B, S, C]``, the rows that differ from those before them.
+def _fits(timesteps: Tensor, x: Tensor) -> bool:
+    """Whether ``timesteps`` are ``[B, C]`` or ``[B, S, C]``, of as many samples and tokens as ``x``, or of one."""
+    batch, *tokens, _ = timesteps.shape
+    return one_or(len(x), batch) and all(one_or(all_tokens(x), size) for size in tokens)
 
-    Both are made of one timestep for each token. The first is compared, whose equal rows have equal bits; the second
-    comes from a product, which may round equal rows differently.
-    """
-    stretches = stretches_of(embedded[:, :, None])
+
+def _distinct(embedded: Tensor, added: Tensor | None) -> _Timesteps:
+    """Of ``[B, S, C]`` and ``[B, S, 3 C]``, the rows of which either differs from the one before."""
+    parts = [embedded[:, :, None]]
+    if added is not None:  # by a layer of the user's own, it may be another for tokens of one timestep
+        parts.append(added.unflatten(2, (3, -1)))
+    stretches = stretches_of(*parts)
     if stretches is None:
         return _Timesteps(embedded, added, None)
     rows = stretches.rows if len(stretches.starts) > 1 else None

@@ -20,8 +20,15 @@ from diffusers.models.transformers.transformer_easyanimate import (
 )
 from torch import Tensor, nn
 
-from vidaccel.blocks.dit.attention import attention_reason, feed_forward, over_heads, parameters_reason, project
-from vidaccel.blocks.dit.gated_residual import GatedResidualBlock
+from vidaccel.blocks.dit.attention import (
+    CROSS_ATTENTION,
+    attention_reason,
+    feed_forward,
+    over_heads,
+    parameters_reason,
+    project,
+)
+from vidaccel.blocks.dit.gated_residual import FLOAT32_NORMS, GatedResidualBlock
 from vidaccel.blocks.dit.rotary import half_tables
 from vidaccel.kernels.attention.qk_norm_rope import HeadNorm, Rope, SecondStream, qk_norm_rope
 from vidaccel.kernels.attention.spatial_attention import spatial_attention
@@ -78,6 +85,8 @@ class FusedEasyAnimateTransformerBlock(GatedResidualBlock, EasyAnimateTransforme
             if reason := plain_reason(norm, EasyAnimateLayerNormZero):
                 return reason
             kind = FP32LayerNorm if isinstance(norm.norm, FP32LayerNorm) else nn.LayerNorm
+            if kind is FP32LayerNorm and x.dtype == torch.float64:
+                return FLOAT32_NORMS
             if reason := parameters_reason(norm.norm, kind, x.device):
                 return reason
         return None
@@ -134,6 +143,8 @@ class FusedEasyAnimateTransformerBlock(GatedResidualBlock, EasyAnimateTransforme
             return "qk_norm_rope is off, or failed"
         if reason := attention_reason(attn, Attention, EasyAnimateAttnProcessor2_0):
             return reason
+        if attn.is_cross_attention:
+            return CROSS_ATTENTION
         if rotary is not None and any(table.dtype != torch.float32 for table in rotary):
             return "its rotary table is not float32"
         added = () if attn.add_q_proj is None else (attn.norm_added_q, attn.norm_added_k)
@@ -175,4 +186,4 @@ def _rope(rotary: Rotary | None, start: int, device: torch.device) -> Rope | Non
 
 
 def _here(table: Tensor, device: torch.device) -> Tensor:
-    return once_in_call("on its device", table, partial(table.to, device))
+    return once_in_call(f"on {device}", table, partial(table.to, device))

@@ -19,7 +19,7 @@ from diffusers.models.transformers.transformer_kandinsky import (
 from torch import Tensor, nn
 
 from vidaccel.blocks.dit.attention import attend, attention_reason, parameters_reason
-from vidaccel.blocks.dit.gated_residual import GatedResidualBlock, norm_heads
+from vidaccel.blocks.dit.gated_residual import FLOAT32_NORMS, GatedResidualBlock, norm_heads
 from vidaccel.blocks.dit.step_caches import known_to_step_caches
 from vidaccel.kernels.attention.qk_norm_rope import HeadNorm, Rope, qk_norm_rope
 from vidaccel.kernels.norm.gated_residual_norm import Rounding
@@ -52,9 +52,17 @@ class KandinskyBlock(GatedResidualBlock):
     feed_forward_norm: Any
     feed_forward: Any
 
+    def corner(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x, *others, rope = args
+        if x.numel() <= MOST_WHOLE:
+            return args, kwargs
+        return (x[:, :CORNER_ROWS], *others, rope[:, :CORNER_ROWS]), kwargs
+
     def call_reason(self, x: Tensor, *args: Any) -> str | None:
         if torch.is_autocast_enabled(x.device.type):
             return "autocast is on"
+        if x.dtype == torch.float64:
+            return FLOAT32_NORMS
         given = [t for t in args if isinstance(t, Tensor) and t.ndim <= 3]  # text and timestep embedding, not the rope
         if any(len(t) != len(x) for t in given):  # stock code may broadcast them
             return "its text, its video and its timesteps differ in batch size"
@@ -152,12 +160,11 @@ class FusedKandinsky5TransformerDecoderBlock(KandinskyBlock, Kandinsky5Transform
         )
 
     def corner(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x, text, time_embed, rope, sparse_params = args
-        if x.numel() <= MOST_WHOLE:
-            return args, kwargs
-        if sparse_params is not None:  # a mask of all tokens
+        *of_tokens, sparse_params = args
+        if args[0].numel() > MOST_WHOLE and sparse_params is not None:  # a mask of all tokens
             return None
-        return (x[:, :CORNER_ROWS], text, time_embed, rope[:, :CORNER_ROWS], None), kwargs
+        corner, _ = super().corner(tuple(of_tokens), kwargs)
+        return (*corner, sparse_params), kwargs
 
     def fused_forward(
         self, x: Tensor, text_embed: Tensor, time_embed: Tensor, rope: Tensor, sparse_params: dict[str, Any] | None

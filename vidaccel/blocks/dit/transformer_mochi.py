@@ -26,6 +26,7 @@ from diffusers.models.transformers.transformer_mochi import (
 from torch import Tensor, nn
 
 from vidaccel.blocks.dit.attention import attention_reason, gated_feed_forward, over_heads, parameters_reason, project
+from vidaccel.blocks.dit.gated_residual import FLOAT32_NORMS
 from vidaccel.blocks.dit.padded_text import padded, valid_lengths
 from vidaccel.blocks.dit.step_caches import known_to_step_caches
 from vidaccel.kernels.attention.qk_norm_rope import HeadNorm, Rope, SecondStream, qk_norm_rope
@@ -84,6 +85,8 @@ class FusedMochiTransformerBlock(FusedBlock, MochiTransformerBlock):
     def call_reason(self, x: Tensor, text: Tensor, temb: Tensor, mask: Tensor, *args: Any) -> str | None:
         if torch.is_autocast_enabled(x.device.type):
             return "autocast is on"
+        if x.dtype == torch.float64:
+            return FLOAT32_NORMS
         if not x.dtype == text.dtype == temb.dtype:
             return "video, text and timestep embedding differ in dtype"
         if not len(x) == len(text) == len(temb):  # stock code may broadcast them
@@ -136,7 +139,8 @@ class FusedMochiTransformerBlock(FusedBlock, MochiTransformerBlock):
         scale, gate, ff_scale, ff_gate = _modulation(self.norm1, temb)
         of_text = _modulation(self.norm1_context, temb)
         normed = self._modulate(x, self.norm1.norm, scale)
-        text_normed = self._modulate(text, self.norm1_context.norm, of_text[0])
+        text_norm = self.norm1_context.norm
+        text_normed = self._modulate(text, text_norm.norm if self.context_pre_only else text_norm, of_text[0])
         attended, text_attended = self._attention(normed, text_normed, mask, lengths, rotary)
         x, normed = self._add_norm(x, attended, self.norm2, gate, self.norm3, ff_scale)
         x = self._add(x, self._feed_forward(self.ff, normed), self.norm4, ff_gate)
