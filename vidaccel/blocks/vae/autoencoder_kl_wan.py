@@ -432,8 +432,8 @@ class FusedWanEncoder3d(FusedBlock, WanEncoder3d):
 
 
 def _cache_behind(host: Any, progress: _Progress) -> list[Any]:
-    """Stock's, behind the frames that have been encoded so far."""
-    if progress.cache is not None:
+    """Stock's, behind the frames that have been encoded so far; an empty one if there are none, as in each check."""
+    if progress.cache is not None and progress.latents is not None:
         return progress.cache
     cache = _empty_cache(host)
     if progress.latents is not None:

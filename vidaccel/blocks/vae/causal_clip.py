@@ -185,7 +185,7 @@ def conv_rows(
 
 def conv_workspace_bytes(coder: Any, clip: Tensor, numbers: int) -> int:
     """What ``clip_conv`` may take beside its rows and its result, of which a frame each has ``numbers`` at most."""
-    return workspace_bytes(numbers) if coder.runs("clip_conv") and clip.is_cuda and clip.dtype == torch.bfloat16 else 0
+    return workspace_bytes(numbers) if clip.is_cuda and clip.dtype == torch.bfloat16 and coder.runs("clip_conv") else 0
 
 
 def added_up(flow: Sum, *, fused: bool, statistics: bool) -> Sum:
