@@ -28,7 +28,7 @@ from vidaccel.kernels.conv.channels_last_weight import channels_last_weight
 from vidaccel.kernels.hopper import aligned, gluon_reason, on_hopper
 from vidaccel.kernels.op import Costs, Implementation, Op, device_reason, scaled, tensors_reason
 
-__all__ = ["CLIP_CONV", "clip_conv", "clip_conv_ref"]
+__all__ = ["CLIP_CONV", "clip_conv", "clip_conv_ref", "workspace_bytes"]
 
 CHANNELS, BLOCK_K = 96, 32
 TAPS = 3, 3
@@ -125,11 +125,25 @@ def _winograd(rows: Tensor, weight: Tensor, largest: Tensor | None, bordered: bo
 
 
 def _winograd_pays(rows: Tensor, weight: Tensor, largest: Tensor | None, bordered: bool) -> bool:
-    frames = rows.shape[1] - weight.shape[2] + 1
-    if not rows.is_cuda or largest is None or min(weight.shape[:2]) < LEAST_CHANNELS:
-        return False
+    samples, frames, height, width, channels_out = _shape(rows, weight, bordered)
+    much = _is_much(samples, frames, height * width, weight.shape[1], channels_out)
+    return rows.is_cuda and largest is not None and much
+
+
+def _is_much(samples: int, frames: int, pixels: int, channels: int, channels_out: int) -> bool:
+    """Whether winograd's passes through memory are few beside the products of 27 taps."""
+    flops = 2 * 27 * samples * frames * pixels * channels * channels_out
     enough = frames % 2 == 0 or frames >= LEAST_ODD_FRAMES
-    return enough and _costs(rows, weight, largest, bordered).flops >= LEAST_FLOPS
+    return enough and min(channels, channels_out) >= LEAST_CHANNELS and flops >= LEAST_FLOPS
+
+
+def workspace_bytes(x: Tensor, frames: int, pixels: int, channels: int, channels_out: int) -> int:
+    """What a convolution of rows of ``x``'s kind and samples may take beside these and its result."""
+    if not x.is_cuda or x.dtype not in WINOGRAD_DTYPES or not _is_much(len(x), frames, pixels, channels, channels_out):
+        return 0
+    from vidaccel.kernels.conv import clip_conv_winograd as winograd
+
+    return winograd.workspace_bytes(frames, pixels, channels + channels_out)
 
 
 def _winograd_reason(rows: Tensor, weight: Tensor, largest: Tensor | None, bordered: bool) -> str | None:

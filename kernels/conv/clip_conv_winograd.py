@@ -34,7 +34,9 @@ from vidaccel.kernels.launch import Launch
 
 __all__ = ["pairs_at_once", "prepare", "workspace_bytes"]
 
+ENOUGH_PIXELS = 2**17  # of all pairs that are convolved at once: more are no faster
 WORKSPACE_BYTES = 2**31  # at most, where a pair of frames does not need more
+_BYTES_OF_A_PAIR = 4 * torch.float16.itemsize  # for each pixel and channel
 LARGEST_SUM, LARGEST_PRODUCT = 2.0**15, 2.0**15  # half of what float16 holds: roundings are on top
 MOST_EXPONENT = 60.0  # of a scale: float32 holds the inverse of two of them
 BLOCK, NUM_WARPS = 2048, 8
@@ -119,13 +121,14 @@ def prepare(
                     for some, plane in zip(sums, planes, strict=True)
                 ]
                 join(*products, scales, made[2 * start :])
+                del sums, products  # before the next ones are made
 
     return run
 
 
 def _steps(shape: Sequence[int], out_shape: Sequence[int]) -> Iterator[_Step]:
     numbers, out_numbers, frames = math.prod(shape[2:]), math.prod(out_shape[2:]), out_shape[1]
-    at_once, all_pairs = pairs_at_once(numbers + out_numbers), triton.cdiv(frames, 2)
+    at_once, all_pairs = pairs_at_once(math.prod(shape[2:4]), shape[4] + out_shape[4]), triton.cdiv(frames, 2)
     for start in range(0, all_pairs, at_once):
         pairs = min(at_once, all_pairs - start)
         odd = start + pairs == all_pairs and frames % 2 == 1
@@ -136,18 +139,15 @@ def _steps(shape: Sequence[int], out_shape: Sequence[int]) -> Iterator[_Step]:
         yield _Step(start, pairs, spread, join)
 
 
-def pairs_at_once(numbers: int) -> int:
-    """How many pairs the workspace holds; a frame of the input and one of the output have so many numbers."""
-    return max(WORKSPACE_BYTES // _bytes_of_a_pair(numbers), 1)
+def pairs_at_once(pixels: int, channels: int) -> int:
+    """How many pairs of frames of so many pixels; ``channels`` are those of the input and the output together."""
+    most = WORKSPACE_BYTES // (_BYTES_OF_A_PAIR * pixels * channels)
+    return max(min(triton.cdiv(ENOUGH_PIXELS, pixels), most), 1)
 
 
-def workspace_bytes(numbers: int) -> int:
-    """What is needed at most beside the input and the output, of which a frame each has so many numbers."""
-    return max(WORKSPACE_BYTES, _bytes_of_a_pair(numbers))
-
-
-def _bytes_of_a_pair(numbers: int) -> int:
-    return 4 * torch.float16.itemsize * numbers
+def workspace_bytes(frames: int, pixels: int, channels: int) -> int:
+    """What is needed beside the input and the output, whose channels are taken together."""
+    return min(pairs_at_once(pixels, channels), triton.cdiv(frames, 2)) * _BYTES_OF_A_PAIR * pixels * channels
 
 
 def _scaled_planes(weight: Tensor, largest: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -295,7 +295,7 @@ def test_winograd(
     device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(winograd, "pairs_at_once", lambda numbers: pairs)
+    monkeypatch.setattr(winograd, "pairs_at_once", lambda *args: pairs)
     CLIP_CONV.forget()
     rows, weight = draw(shape, device, winograd_dtype, channels_out)
     if bordered:
@@ -393,6 +393,24 @@ def test_where_winograd_runs(shape: Shape, channels_out: int, pays: bool, device
     with listening(checks=True) as events:
         clip_conv(rows, weight, longest(rows))
     assert [(event.implementation, event.problem) for event in events] == [("winograd" if pays else "library", "")]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("shape", "channels_out"), [((1, 8, 352, 640, 256, 3), 256), ((2, 24, 60, 104, 384, 3), 512)], ids=["one", "some"]
+)
+def test_memory_of_winograd(shape: Shape, channels_out: int, device: torch.device) -> None:
+    samples, frames, height, width, channels, seen = shape
+    rows = torch.randn(samples, frames + 2, height, width, channels, device=device).bfloat16()
+    weight = torch.randn(channels_out, channels, seen, 3, 3, device=device).bfloat16() / 48
+    largest = longest(rows)
+    clip_conv(rows, weight, largest, impl="winograd")
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    out = clip_conv(rows, weight, largest, impl="winograd")
+    peak = torch.cuda.max_memory_allocated(device) - before - out.nbytes
+    counted = op.workspace_bytes(rows, frames, height * width, channels, channels_out)
+    assert 0.9 * counted <= peak <= 1.2 * counted + 20 * weight.nbytes, f"{peak / 2**20:.0f} MiB"
 
 
 @pytest.mark.gpu

@@ -42,7 +42,6 @@ from vidaccel.blocks.vae.causal_clip import (
     clip_of,
     conv_reason,
     conv_rows,
-    conv_workspace_bytes,
     decode_in_chunks,
     latents_reason,
     out_of_memory,
@@ -51,6 +50,7 @@ from vidaccel.blocks.vae.causal_clip import (
 )
 from vidaccel.blocks.vae.tile_batches import TileDecoder
 from vidaccel.kernels.attention.block_causal_attention import block_causal_attention, block_causal_attention_ref
+from vidaccel.kernels.conv.clip_conv import workspace_bytes
 from vidaccel.kernels.conv.depth_to_space import depth_to_space, depth_to_space_ref
 from vidaccel.kernels.conv.padded_clip import NO_PADDING, Padding, pad_clip
 from vidaccel.kernels.conv.pixel_conv import pixel_conv, pixel_conv_ref
@@ -414,21 +414,21 @@ def decode_bytes(decoder: Any, latents: Tensor, frames: int) -> int:
     channels = frames * max(_channels_held(decoder))
     if frames < latents.shape[2]:
         channels += 2 * _halo_channels(decoder)  # those of the chunk before, and those for the next
-    workspace = conv_workspace_bytes(decoder, latents, _numbers_of_a_frame(decoder, *latents.shape[3:]))
-    return int(channels * pixels * latents.element_size() * _MARGIN) + workspace
+    return int(channels * pixels * latents.element_size() * _MARGIN) + _workspace_bytes(decoder, latents, frames)
 
 
-def _numbers_of_a_frame(coder: Any, height: int, width: int) -> int:
-    """Before and behind the largest convolution of a ResNet block, with its border; of an encoder, at its first one."""
-    blocks = coder.up_blocks if hasattr(coder, "up_blocks") else coder.down_blocks[:1]
-    numbers = 0
-    for block in blocks:
+def _workspace_bytes(decoder: Any, latents: Tensor, frames: int) -> int:
+    """What the convolutions of residual blocks take beside their input and output, at most."""
+    (height, width), most = latents.shape[3:], 0
+    for block in decoder.up_blocks:
         pixels = (height + 2 * CAUSAL.border) * (width + 2 * CAUSAL.border)
-        convs = [resnet.conv1.conv for resnet in block.resnets]
-        numbers = max(numbers, *(pixels * (conv.in_channels + conv.out_channels) for conv in convs))
-        if getattr(block, "upsamplers", None):
+        for resnet in block.resnets:
+            conv = resnet.conv1.conv
+            most = max(most, workspace_bytes(latents, frames, pixels, conv.in_channels, conv.out_channels))
+        for upsampler in block.upsamplers or ():
             height, width = 2 * height, 2 * width
-    return numbers
+            frames = 2 * frames if upsampler.add_temporal_upsample else frames
+    return most
 
 
 def _halo_channels(decoder: Any) -> int:
@@ -463,10 +463,11 @@ def encode_bytes(encoder: Any, pixels: Tensor, frames: int) -> int:
     samples, channels, of_clip, height, width = pixels.shape
     chunked = frames < _latent_frames(encoder, pixels)
     count = frames * _compression(encoder)[0] if chunked else of_clip
-    pixel, halos, most = samples * height * width, samples * height * width * channels, 0
+    pixel, halos, most, workspace = samples * height * width, samples * height * width * channels, 0, 0
     for block in encoder.down_blocks:
         for resnet in block.resnets:
             into, out = resnet.conv1.conv.in_channels, resnet.conv1.conv.out_channels
+            workspace = max(workspace, workspace_bytes(pixels, count, pixel // (samples or 1), out, out))
             most = max(most, pixel * (count * _resnet_channels(into, out) + CAUSAL.before * max(into, out)))
             halos += pixel * (into + out)
         for downsampler in block.downsamplers or ():
@@ -478,7 +479,6 @@ def encode_bytes(encoder: Any, pixels: Tensor, frames: int) -> int:
             count = (count + 1) // 2 if downsampler.add_temporal_downsample else count
     if chunked:
         most += 2 * CAUSAL.before * halos  # those of the chunk before, and those for the next
-    workspace = conv_workspace_bytes(encoder, pixels, _numbers_of_a_frame(encoder, height, width))
     return int(most * pixels.element_size() * _MARGIN) + workspace
 
 

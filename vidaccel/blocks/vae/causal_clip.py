@@ -27,7 +27,6 @@ from vidaccel.blocks.vae.half_operands import largest_pixel
 from vidaccel.environment import memory_ran_out, usable_bytes
 from vidaccel.kernels.conv.channels_last_weight import channels_last_weight
 from vidaccel.kernels.conv.clip_conv import clip_conv
-from vidaccel.kernels.conv.clip_conv_winograd import workspace_bytes
 from vidaccel.kernels.conv.conv_epilogue import (
     STATISTICS_STEP,
     conv_epilogue,
@@ -52,7 +51,6 @@ __all__ = [
     "clip_of",
     "conv_reason",
     "conv_rows",
-    "conv_workspace_bytes",
     "decode_in_chunks",
     "decode_stretch",
     "dropout_reason",
@@ -181,11 +179,6 @@ def conv_rows(
         return F.conv3d(clip, weight, None, padding=padding or (0, height // 2, width // 2))
 
     return convolve_rows(conv, convolve, clip_of(rows)).permute(0, 2, 3, 4, 1).contiguous()
-
-
-def conv_workspace_bytes(coder: Any, clip: Tensor, numbers: int) -> int:
-    """What ``clip_conv`` may take beside its rows and its result, of which a frame each has ``numbers`` at most."""
-    return workspace_bytes(numbers) if clip.is_cuda and clip.dtype == torch.bfloat16 and coder.runs("clip_conv") else 0
 
 
 def added_up(flow: Sum, *, fused: bool, statistics: bool) -> Sum:

@@ -27,8 +27,9 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 )
 from torch import Tensor, nn
 
-from vidaccel.blocks.vae.causal_clip import conv_workspace_bytes, dropout_reason
+from vidaccel.blocks.vae.causal_clip import dropout_reason
 from vidaccel.blocks.vae.half_operands import takes_tf32
+from vidaccel.kernels.conv.clip_conv import workspace_bytes
 from vidaccel.kernels.conv.padded_clip import Padding
 from vidaccel.sites.memo import once_per_call
 from vidaccel.sites.plain import plain_reason, replaced_attention_reason
@@ -134,19 +135,10 @@ def decode_bytes(decoder: Any, latents: Tensor, frames: int | None = None) -> in
     rate = temporal_rate(decoder)
     made = frames_of(frames, rate) if whole else rate * frames
     piece = frames_of_a_piece(decoder, latents, made)
-    held = _Held(frames, whole, size, size if half is None else half.itemsize, piece if piece < made else None)
+    half_size = size if half is None else half.itemsize
+    held = _Held(latents, frames, whole, size, half_size, piece if piece < made else None)
     pixels = latents.shape[0] * latents.shape[3] * latents.shape[4]
-    workspace = conv_workspace_bytes(decoder, latents, _numbers_of_a_frame(decoder, *latents.shape[3:]))
-    return int((max(held.in_layers(decoder)) + held.in_halos(decoder)) * pixels * _MARGIN) + workspace
-
-
-def _numbers_of_a_frame(decoder: Any, height: int, width: int) -> int:
-    """Before and behind the largest convolution of a ResNet block."""
-    pixels, numbers = height * width, 0
-    for block in decoder.up_blocks:
-        numbers = max(numbers, *(pixels * (resnet.in_dim + resnet.out_dim) for resnet in block.resnets))
-        pixels *= 4 ** len(upsamplers_of(block))
-    return numbers
+    return int((max(held.in_layers(decoder)) + held.in_halos(decoder)) * pixels * _MARGIN)
 
 
 @dataclass(frozen=True)
@@ -154,6 +146,7 @@ class _Held:
     """How many bytes a decode holds, for each latent pixel.
 
     Attributes:
+        x: What is decoded, or encoded.
         frames: Latent frames that are decoded at once.
         whole: Whether these are all; else halos come from the chunk before, and are kept for the next.
         size: Bytes of a number.
@@ -161,6 +154,7 @@ class _Held:
         piece: Frames that go through the last up-blocks at once; None: all.
     """
 
+    x: Tensor
     frames: int
     whole: bool
     size: int
@@ -181,7 +175,8 @@ class _Held:
             if getattr(block, "avg_shortcut", None) is not None:
                 kept += pixels * frames * block.in_dim * self.size
             for resnet in block.resnets:
-                yield kept + pixels * self.in_resnet(frames, resnet.in_dim, resnet.out_dim)
+                of_a_picture = pixels * self.x.shape[3] * self.x.shape[4]
+                yield kept + pixels * self.in_resnet(frames, of_a_picture, resnet.in_dim, resnet.out_dim)
             for upsampler in upsamplers_of(block):
                 channels, out_channels = upsampler.dim, upsampler.resample[1].out_channels
                 # bytes of a number that a convolution reads or writes
@@ -210,13 +205,20 @@ class _Held:
     def _frames(self, rate: int) -> int:
         return frames_of(self.frames, rate) if self.whole else rate * self.frames
 
-    def in_resnet(self, frames: int, width_in: int, width_out: int) -> int:
-        """The residual, and what a convolution reads and writes; the norm behind it writes over what it reads."""
+    def in_resnet(self, frames: int, pixels: int, width_in: int, width_out: int) -> int:
+        """The residual, and what a convolution reads and writes; the norm behind it writes over what it reads.
+
+        For each of its pixels, of which a picture has so many.
+        """
         clip, padded = frames * (self.size + self.half), (frames + BEFORE) * self.half
+        widths = {(width_in, width_out), (width_out, width_out)}
+        workspace = max(workspace_bytes(self.x, frames, pixels, *pair) for pair in widths) // (
+            len(self.x) * pixels or 1
+        )
         if width_in == width_out:
-            return width_out * (clip + padded)
+            return width_out * (clip + padded) + workspace
         first = width_in * (frames * self.size + padded) + width_out * clip  # beside the convolution of the residual
-        return max(first, width_out * (clip + padded))
+        return max(first, width_out * (clip + padded)) + workspace
 
 
 def down_layers(encoder: Any) -> Iterator[Any]:
@@ -253,7 +255,7 @@ def shortens(downsampler: Any) -> bool:
 def encode_bytes(encoder: Any, clip: Tensor, frames: int) -> int:
     """Most memory that the layers hold when so many ``frames`` of the clip, not its first one, are encoded at once."""
     size, half = clip.element_size(), half_dtype(encoder, clip)
-    held = _Held(frames, False, size, size if half is None else half.itemsize, None)
+    held = _Held(clip, frames, False, size, size if half is None else half.itemsize, None)
     samples, channels, _, height, width = clip.shape
     pixels, width_in = samples * height * width, encoder.conv_in.weight.shape[0]
     most = pixels * size * ((frames + BEFORE) * channels + frames * width_in)
@@ -276,7 +278,7 @@ def encode_bytes(encoder: Any, clip: Tensor, frames: int) -> int:
             in_dim, out_dim = layer.in_dim, layer.out_dim
             first = isinstance(block, WanResidualDownBlock) and layer is block.resnets[0]
             kept = frames * pixels * in_dim * size if first and in_dim != out_dim else kept
-            most = max(most, kept + pixels * held.in_resnet(frames, in_dim, out_dim))
+            most = max(most, kept + pixels * held.in_resnet(frames, height * width, in_dim, out_dim))
             halos += BEFORE * pixels * (in_dim + out_dim) * held.half
             if first:
                 shortcut = block.avg_shortcut
@@ -284,11 +286,7 @@ def encode_bytes(encoder: Any, clip: Tensor, frames: int) -> int:
                 kept = frames * pixels * out_dim * size // factor
     middle = 2 * len(encoder.mid_block.resnets) + 1  # convolutions
     halos += middle * BEFORE * pixels * encoder.conv_out.weight.shape[1] * held.half
-    largest = max(
-        layer.in_dim + layer.out_dim for layer in _layers_of(encoder.down_blocks[0]) if hasattr(layer, "in_dim")
-    )
-    workspace = conv_workspace_bytes(encoder, clip, clip.shape[3] * clip.shape[4] * largest)
-    return int((most + 2 * halos) * _MARGIN) + workspace
+    return int((most + 2 * halos) * _MARGIN)
 
 
 def _normed_in(block: Any) -> Iterator[tuple[Any, Any]]:
