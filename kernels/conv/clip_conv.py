@@ -7,7 +7,8 @@ or of ``y + i`` and ``x + j`` where the rows bring their border (``bordered``).
 * ``gluon``: ours for Hopper, in ``clip_conv_gluon.py``, to 96 channels, those of Wan 2.1's last up-block. cuDNN has no
   fast kernel for so many where a tensor is below 2**31 numbers, and one above that works on tiles of 64.
 * ``winograd``: with two thirds of the products, in ``clip_conv_winograd.py``. On an H200, convolutions of 128 to 1024
-  channels take 0.69 to 0.89 of the library's time (clip-conv-variants-h200.json).
+  channels took 0.69 to 0.89 of the library's time, with the best of three numbers of frames at once
+  (clip-conv-variants-h200.json).
 * ``library``: PyTorch's, which is cuDNN's on a GPU.
 
 Fidelity: math-exact. Bound by the tensor cores, or by the shared memory that feeds them.

@@ -13,16 +13,17 @@ These passes through memory take a tenth to a fifth of what the six convolutions
 To round sums and products to bfloat16 would double the error. So they are float16, which has three bits more: what is
 left is the rounding of the result, and the error to float64 is 1.02 times that of one convolution in bfloat16. What
 float16 lacks is range. No number of a product is larger than ``6 * largest`` times the longest row of the weight
-(Cauchy and Schwarz: nine pixels of a sum of two), if no pixel of the input is longer than ``largest``. So input and
-weight are multiplied by powers of two, such that float16 holds all of that; the result is divided by them. They are
-worked out on the GPU, anew at every call: nothing waits for them, and nothing goes stale.
+(Cauchy and Schwarz: nine pixels of a sum of two), if no pixel of the input is longer than ``largest``. So the input,
+and the weight of each output channel, which may be small beside others, are multiplied by powers of two, such that
+float16 holds all of that; the result is divided by them. They are worked out on the GPU, anew at every call: nothing
+waits for them, and nothing goes stale.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,12 +44,12 @@ BLOCK, NUM_WARPS = 2048, 8
 
 
 @triton.jit
-def _spread_kernel(rows_ptr, scales_ptr, sums_ptr, numbers, ODD: tl.constexpr, BLOCK: tl.constexpr):
+def _spread_kernel(rows_ptr, scale_ptr, sums_ptr, numbers, ODD: tl.constexpr, BLOCK: tl.constexpr):
     """The four sums of each pair of frames, and the two behind it; with ``ODD``, only one is behind the last pair."""
     pair, pairs = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < numbers
-    scale = tl.load(scales_ptr)
+    scale = tl.load(scale_ptr)
     frame_ptr = rows_ptr + 2 * pair * numbers + at
     d0 = tl.load(frame_ptr, mask=inside).to(tl.float32) * scale
     d1 = tl.load(frame_ptr + numbers, mask=inside).to(tl.float32) * scale
@@ -68,13 +69,17 @@ def _spread_kernel(rows_ptr, scales_ptr, sums_ptr, numbers, ODD: tl.constexpr, B
 
 @triton.jit
 def _join_kernel(
-    m0_ptr, m1_ptr, m2_ptr, m3_ptr, scales_ptr, out_ptr, numbers, ODD: tl.constexpr, BLOCK: tl.constexpr
+    m0_ptr, m1_ptr, m2_ptr, m3_ptr, inverses_ptr, out_ptr, numbers,
+    CHANNELS: tl.constexpr, ODD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The two frames of each pair; with ``ODD``, the last pair has but one."""
     pair, pairs = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < numbers
-    inverse = tl.load(scales_ptr + 1)
+    first = (tl.program_id(0).to(tl.int64) * BLOCK % CHANNELS).to(tl.int32)
+    channel = (first + tl.arange(0, BLOCK)) % CHANNELS
+    # eight at a time, as BLOCK and CHANNELS are multiples of eight
+    inverse = tl.load(inverses_ptr + tl.max_contiguous(tl.multiple_of(channel, 8), 8))
     of_pair = pair * numbers + at
     m0 = tl.load(m0_ptr + of_pair, mask=inside).to(tl.float32)
     m1 = tl.load(m1_ptr + of_pair, mask=inside).to(tl.float32)
@@ -111,16 +116,16 @@ def prepare(
     steps = list(_steps(shape, out_shape))
 
     def run(rows: Tensor, weight: Tensor, largest: Tensor, out: Tensor) -> None:
-        scales, planes = _scaled_planes(weight, largest)
+        scale, inverses, planes = _scaled_planes(weight, largest)
         for clip, made in zip(rows, out, strict=True):
             for start, pairs, spread, join in steps:
                 sums = rows.new_empty((4, pairs, *shape[2:]), dtype=torch.float16)
-                spread(clip[2 * start :], scales, sums)
+                spread(clip[2 * start :], scale, sums)
                 products = [
                     F.conv2d(some.permute(0, 3, 1, 2), plane, padding=padding).permute(0, 2, 3, 1).contiguous()
                     for some, plane in zip(sums, planes, strict=True)
                 ]
-                join(*products, scales, made[2 * start :])
+                join(*products, inverses, made[2 * start :])
                 del sums, products  # before the next ones are made
 
     return run
@@ -132,11 +137,14 @@ def _steps(shape: Sequence[int], out_shape: Sequence[int]) -> Iterator[_Step]:
     for start in range(0, all_pairs, at_once):
         pairs = min(at_once, all_pairs - start)
         odd = start + pairs == all_pairs and frames % 2 == 1
-        spread, join = (
-            Launch(kernel, (triton.cdiv(many, BLOCK), pairs), many, ODD=odd, BLOCK=BLOCK, num_warps=NUM_WARPS)
-            for kernel, many in ((_spread_kernel, numbers), (_join_kernel, out_numbers))
-        )
+        spread = _launch(_spread_kernel, numbers, pairs, odd)
+        join = _launch(_join_kernel, out_numbers, pairs, odd, CHANNELS=out_shape[4])
         yield _Step(start, pairs, spread, join)
+
+
+def _launch(kernel: Any, numbers: int, pairs: int, odd: bool, **constants: int) -> Launch:
+    grid = triton.cdiv(numbers, BLOCK), pairs
+    return Launch(kernel, grid, numbers, ODD=odd, BLOCK=BLOCK, **constants, num_warps=NUM_WARPS)
 
 
 def pairs_at_once(pixels: int, channels: int) -> int:
@@ -150,17 +158,21 @@ def workspace_bytes(frames: int, pixels: int, channels: int) -> int:
     return min(pairs_at_once(pixels, channels), triton.cdiv(frames, 2)) * _BYTES_OF_A_PAIR * pixels * channels
 
 
-def _scaled_planes(weight: Tensor, largest: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The input's scale, and what undoes it and the weight's; four times ``[C', C, 3, 3]``, channels-last, float16."""
+def _scaled_planes(weight: Tensor, largest: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The input's scale ``[1]``; what undoes it and the weight's ``[C']``; four planes, as the library takes them.
+
+    These are ``[C', C, 3, 3]``, channels-last, float16.
+    """
     weight = weight.float()
-    unit = _power_of_two(1 / weight.abs().amax())
-    longest = torch.linalg.vector_norm(weight.flatten(1), dim=1).amax() * unit
+    units = _power_of_two(1 / weight.flatten(1).abs().amax(dim=1))
+    weight = weight * units.view(-1, 1, 1, 1, 1)
+    longest = torch.linalg.vector_norm(weight.flatten(1), dim=1).amax()
     scale = _power_of_two(torch.minimum(LARGEST_SUM / (2 * largest), LARGEST_PRODUCT / (6 * largest * longest)))
-    g0, g1, g2 = (weight * unit).unbind(2)
+    g0, g1, g2 = weight.unbind(2)
     outer = g0 + g2
     planes = g0, (outer + g1) / 2, (outer - g1) / 2, g2
     halves = [plane.to(torch.float16).contiguous(memory_format=torch.channels_last) for plane in planes]
-    return torch.cat([scale, 1 / (scale * unit)]), halves
+    return scale, 1 / (scale * units), halves
 
 
 def _power_of_two(x: Tensor) -> Tensor:

@@ -171,7 +171,7 @@ def conv_rows(
     """
 
     def convolve(clip: Tensor) -> Tensor:
-        if fused:
+        if fused and not any(padding or ()):
             largest = None if gamma is None or clip.dtype != torch.bfloat16 else largest_pixel(gamma)
             return clip_of(clip_conv(clip.permute(0, 2, 3, 4, 1), conv.weight, largest, bordered=padding is not None))
         height, width = conv.weight.shape[3:]
