@@ -17,11 +17,10 @@ import signal
 from contextlib import suppress
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.cache import triton_key
-
-import vidaccel.kernels.op  # noqa: F401  every kernel's module imports it, and most of what takes long
 
 __all__ = ["main"]
 
@@ -46,6 +45,9 @@ class _Driver:
 def main() -> None:
     """Serve until there is nobody to serve."""
     os.nice(NICENESS)
+    # It marks a function for Dynamo, and imports Dynamo to do so, which takes as long as all else here.
+    torch.compiler.assume_constant_result = lambda function: function
+    importlib.import_module("vidaccel.kernels.op")  # what every kernel's module imports, and most of what takes long
     triton_key()  # a hash of all of Triton, part of every cache key: the jobs inherit it
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a module or the compiler prints is no answer

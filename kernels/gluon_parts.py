@@ -13,7 +13,8 @@ parity of the step's phase, the producer for the opposite one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +23,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from vidaccel.kernels import compile_ahead
+from vidaccel.kernels.launch import DIRECT, ahead_on
+
 __all__ = [
     "CONSUMER_REGISTERS",
+    "Described",
+    "TileLaunch",
     "barriers",
-    "described",
     "matrix",
     "release",
     "shared_layout",
@@ -45,11 +50,76 @@ def shared_layout(block: list[int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for(block, DTYPES[dtype])
 
 
-def described(shape: list[int], block: list[int], dtype: torch.dtype) -> Callable[[Tensor], TensorDescriptor]:
-    """What describes the memory of a dense tensor as one of this shape to TMA, which moves it block by block."""
-    layout = shared_layout(block, dtype)
-    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-    return lambda x: TensorDescriptor(x, shape, strides, block, layout)
+class Described:
+    """What tells TMA of a tensor, which it moves block by block.
+
+    Args:
+        shape: As which the kernel sees the tensor's memory.
+        block: Of that shape, what a tile has.
+        dtype: Of the tensor.
+        strides: Of that shape; None for dense memory.
+    """
+
+    def __init__(
+        self, shape: list[int], block: list[int], dtype: torch.dtype, strides: list[int] | None = None
+    ) -> None:
+        dense = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+        self._layout = shape, dense if strides is None else strides, block, shared_layout(block, dtype)
+        self.dtype, self.kind = dtype, (*block, dtype)
+
+    def __call__(self, x: Any) -> TensorDescriptor:
+        return TensorDescriptor(x, *self._layout)
+
+
+class TileLaunch:
+    """``kernel[programs]`` of tensors whose tiles TMA moves: what a ``Launch`` is to kernels that take addresses.
+
+    Args:
+        kernel: What ``gluon.jit`` made; its parameters are tensors, then numbers, then constexprs.
+        programs: How many.
+        tensors: What tells TMA of each tensor; a dtype for one that is an address to the kernel.
+        numbers: The kernel's integers and floats, in order.
+        constants: All its constexprs, and options of the compiler (``num_warps``).
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        programs: int,
+        tensors: Sequence[Described | torch.dtype],
+        *numbers: float,
+        **constants: Any,
+    ) -> None:
+        self._kernel, self._launch = kernel, kernel[(programs,)]
+        self._tensors, self._numbers, self._constants = tensors, numbers, constants
+        self._has_launched = False
+
+    def __call__(self, *tensors: Tensor) -> None:
+        """Launch on the device of the tensors, which are as they were described, at multiples of 16 bytes."""
+        if ahead := ahead_on(tensors[0]):
+            self._compile_ahead(ahead)
+            return
+        if not self._has_launched:
+            compile_ahead.finish(self._name())
+            self._has_launched = True
+        with torch.cuda.device_of(tensors[0]):
+            self._launch(*self._arguments(tensors), *self._numbers, **self._constants)
+
+    def _compile_ahead(self, device: torch.device) -> None:
+        if DIRECT and device.type == "cuda":
+            from triton.runtime.jit import MockTensor
+
+            mocks = [MockTensor(as_.dtype) if isinstance(as_, Described) else as_ for as_ in self._tensors]
+            arguments = (*self._arguments(mocks), *self._numbers)
+            compile_ahead.begin(self._name(), self._kernel, device, arguments, self._constants)
+
+    def _arguments(self, tensors: Any) -> list[Any]:
+        told = zip(self._tensors, tensors, strict=True)
+        return [as_(tensor) if isinstance(as_, Described) else tensor for as_, tensor in told]
+
+    def _name(self) -> Hashable:
+        kinds = (as_.kind if isinstance(as_, Described) else as_ for as_ in self._tensors)
+        return self._kernel, *kinds, *sorted(self._constants.items())
 
 
 @gluon.constexpr_function

@@ -17,7 +17,9 @@ profiler or a debugger.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -28,13 +30,29 @@ from triton.runtime import JITFunction
 from vidaccel.kernels import compile_ahead, settings
 from vidaccel.kernels.compile_cache import ensure_writable
 
-__all__ = ["Launch", "multiprocessors", "prepared"]
+__all__ = ["DIRECT", "Launch", "ahead_on", "launching_ahead", "multiprocessors", "prepared"]
 
 DIRECT_VERSIONS = ("3.6.",)  # of Triton: those whose launcher and cache keys this file knows
 MOST_COMPILED = 64  # that a launch keeps: combinations of dtypes and alignments
 DIRECT = triton.__version__.startswith(DIRECT_VERSIONS) and torch.version.hip is None
 
 _Made = TypeVar("_Made")
+_ahead: ContextVar[torch.device | None] = ContextVar("ahead", default=None)
+
+
+@contextmanager
+def launching_ahead(device: torch.device) -> Iterator[None]:
+    """Inside the ``with`` block, a launch of tensors on the meta device begins to compile its kernel for ``device``."""
+    token = _ahead.set(device)
+    try:
+        yield
+    finally:
+        _ahead.reset(token)
+
+
+def ahead_on(x: Tensor) -> torch.device | None:
+    """The device to compile for in place of a launch of ``x``, or None."""
+    return _ahead.get() if x.is_meta else None
 
 
 def prepared(make: Callable[..., _Made]) -> Callable[..., _Made]:
@@ -95,7 +113,10 @@ class Launch:
         """
         x: Any = tensors[0]
         if not x.is_cuda:
-            self._through_triton(tensors)
+            if ahead := ahead_on(x):
+                self.compile_ahead(ahead, *(x.dtype if tensor is None else tensor.dtype for tensor in tensors))
+            else:
+                self._through_triton(tensors)
             return
         device = x.get_device()
         if device != torch.cuda.current_device():

@@ -31,6 +31,7 @@ from vidaccel.config import entries, preferred_implementation
 from vidaccel.errors import UsageError, first_line, nearest
 from vidaccel.kernels import choice, settings
 from vidaccel.kernels.check import Part, Problem, disagreement
+from vidaccel.kernels.launch import launching_ahead
 from vidaccel.kernels.settings import FIDELITIES, Fidelity
 
 __all__ = [
@@ -333,6 +334,18 @@ class Op:
         ]
         beaten = self._beaten(set(serving), *args) if self._beaten else ()
         return [name for name in serving if name not in beaten]
+
+    def compile_ahead(self, device: torch.device, *args: Any, impl: str) -> None:
+        """Begin to compile, in the background, what ``impl`` launches on ``device``.
+
+        Args:
+            device: The GPU.
+            args: As those of a call, their tensors on the meta device.
+            impl: An implementation's name.
+        """
+        way = self.implementations[impl]
+        with torch.no_grad(), launching_ahead(device):
+            (way.bind(*args) if way.bind else way.run)(*args)
 
     def forget(self) -> None:
         """Settle every signature anew."""

@@ -35,7 +35,7 @@ from torch import Tensor
 from vidaccel.kernels.arguments import require_floats
 from vidaccel.kernels.check import Part, cuts
 from vidaccel.kernels.launch import Launch
-from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason, one_or, scaled, tensors_reason
+from vidaccel.kernels.op import Costs, Implementation, Op, device_reason, one_or, scaled, tensors_reason
 
 __all__ = [
     "QK_NORM_ROPE",
@@ -44,7 +44,6 @@ __all__ = [
     "SecondStream",
     "Tiling",
     "choose_tiling",
-    "compile_ahead",
     "qk_norm_rope",
     "qk_norm_rope_ref",
 ]
@@ -469,42 +468,6 @@ def _launch(call: _Call, stream: _Stream, out_tokens: int, out_start: int) -> La
         BLOCK_M=tiling.block_m, BLOCK_H=tiling.block_h, BLOCK_D=_block_d(head_dim),
         num_warps=tiling.num_warps,
     )  # fmt: skip
-
-
-def compile_ahead(
-    like: Tensor,
-    num_heads: int,
-    head_dim: int,
-    norm: HeadNorm,
-    rope: RopeKind = "none",
-    *,
-    table_per_head: bool = False,
-    starts_later: bool = False,
-    joint: bool = False,
-) -> None:
-    """Begin to compile what :func:`qk_norm_rope` will run on queries and keys.
-
-    Args:
-        like: A tensor of their dtype, on their device.
-        num_heads: ``H``.
-        head_dim: ``D``.
-        norm: Of the queries and keys.
-        rope: The kind of the rotary embedding.
-        table_per_head: Whether its tables will have an entry for each head.
-        starts_later: Whether it will start at another token than the first.
-        joint: Whether there will be a second stream, of the same norm.
-    """
-    if num_heads * head_dim > MAX_CHANNELS or like.dtype not in DTYPES:
-        return
-    tokens, start = 3, int(starts_later)
-    x = like.new_empty(1, tokens, num_heads * head_dim, device="meta")
-    table = x.new_empty(1, tokens - start, num_heads if table_per_head else 1, head_dim // 2, dtype=torch.float32)
-    tables = None if rope == "none" else Rope(rope, table, table, start)
-    call = _call(x, x, num_heads, norm, tables, x, SecondStream(x, x, x, norm) if joint else None)
-    streams = _streams(call)
-    for launch, stream in zip(_launches(call, streams), streams, strict=True):
-        dtypes = [like.dtype if t is None else t.dtype for t in stream]
-        launch.compile_ahead(like.device, *dtypes, *[like.dtype] * (TENSORS - len(dtypes)))
 
 
 def _bind(*args: Any) -> Callable[..., list[Tensor]]:

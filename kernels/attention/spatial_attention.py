@@ -58,6 +58,7 @@ FA3_MODULES = ("flash_attn_interface", "fa3_fwd_interface")
 FOR_HOPPER = frozenset(["fa3", "gluon", "gemm"])
 MEASURED_KEYS = 81  # fewer keys and values, as a text has, leave nothing to win
 MEASURED_FLOPS = 1e9
+AHEAD_ROWS = 128  # whole blocks of every kernel
 SAMPLES = 8  # that make up the query rows of a large call
 
 
@@ -451,6 +452,15 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> None:
 def _mismatch(expected: str, q: Tensor, k: Tensor, v: Tensor) -> ValueError:
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     return ValueError(f"spatial_attention: {expected}, got {shapes}")
+
+
+def compile_ahead(weight: Tensor, num_heads: int) -> None:
+    """Begin to compile what may run for queries that are a projection by ``weight``, ``[H*D, C]``, and keys alike."""
+    head_dim = len(weight) // num_heads
+    if weight.dtype in (torch.float16, torch.bfloat16) and head_dim in HEAD_DIMS:
+        x = weight.new_empty(1, AHEAD_ROWS, len(weight), device="meta")
+        impl = "gluon" if head_dim <= 128 and not gluon_reason(weight) else "triton"
+        SPATIAL_ATTENTION.compile_ahead(weight.device, x, x, x, num_heads, 1.0, impl=impl)
 
 
 def spatial_attention(

@@ -36,12 +36,9 @@ Sources: FlashAttention-3 (https://arxiv.org/abs/2407.08608).
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -53,14 +50,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from vidaccel.kernels.gluon_parts import (
     CONSUMER_REGISTERS,
+    Described,
+    TileLaunch,
     barriers,
     matrix,
     release,
-    shared_layout,
     sums_layout,
     tiles,
     wait_free,
@@ -68,7 +65,14 @@ from vidaccel.kernels.gluon_parts import (
 )
 from vidaccel.kernels.launch import multiprocessors
 
-__all__ = ["HEAD_DIMS", "Config", "bind", "choose_config", "gluon_configs", "spatial_attention_gluon_kernel"]
+__all__ = [
+    "HEAD_DIMS",
+    "Config",
+    "bind",
+    "choose_config",
+    "gluon_configs",
+    "spatial_attention_gluon_kernel",
+]
 
 HEAD_DIMS = range(8, 129, 8)  # TMA takes strides of whole 16 bytes
 CONSUMER_ROWS = 64  # what one wgmma takes
@@ -327,9 +331,7 @@ def _padded(head_dim: int) -> int:
     return 64 if head_dim <= 64 else 128
 
 
-def bind(
-    q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float, *, config: Config | None = None
-) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
+def bind(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float, *, config: Config | None = None) -> TileLaunch:
     """Prepare for q, k and v, ``[B, S, H*D]``, of these sizes and strides; see ``spatial_attention``.
 
     Returns:
@@ -340,38 +342,23 @@ def bind(
     tiles_per_head = triton.cdiv(seq_q, config.consumers * CONSUMER_ROWS)
     num_tiles = batch * num_heads * tiles_per_head
     shared_kv = k.stride(0) == 0
-    if shared_kv:
-        k, v = k[:1], v[:1]
-    q_layout = _layout(q, q.stride(), num_heads, CONSUMER_ROWS)
-    k_layout, v_layout = (_layout(x, x.stride(), num_heads, config.columns) for x in (k, v))
-    out_layout = _layout(q, (seq_q * channels, channels), num_heads, CONSUMER_ROWS)
-    launch = functools.partial(
-        spatial_attention_gluon_kernel[(min(num_tiles, multiprocessors(q.device)),)],
-        num_tiles=num_tiles, tiles_per_head=tiles_per_head, num_heads=num_heads, seq_kv=seq_kv,
-        kv_batch_step=0 if shared_kv else 1,
-        scale_log2=scale * math.log2(math.e),
-        CONSUMERS=config.consumers, STAGES=config.stages, REGISTERS=config.registers,
-        num_warps=4,
+    tensors = [
+        _described(q, q.stride(), num_heads, CONSUMER_ROWS),
+        *(_described(x[:1] if shared_kv else x, x.stride(), num_heads, config.columns) for x in (k, v)),
+        _described(q, (seq_q * channels, channels), num_heads, CONSUMER_ROWS),
+    ]
+    return TileLaunch(
+        spatial_attention_gluon_kernel, min(num_tiles, multiprocessors(q.device)), tensors,
+        num_tiles, tiles_per_head, num_heads, seq_kv, 0 if shared_kv else 1, scale * math.log2(math.e),
+        CONSUMERS=config.consumers, STAGES=config.stages, REGISTERS=config.registers, num_warps=4,
     )  # fmt: skip
 
-    def run(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-        with torch.cuda.device_of(q):
-            launch(
-                TensorDescriptor(q, *q_layout),
-                TensorDescriptor(k, *k_layout),
-                TensorDescriptor(v, *v_layout),
-                TensorDescriptor(out, *out_layout),
-            )
 
-    return run
-
-
-def _layout(x: Tensor, strides: tuple[int, ...], num_heads: int, rows: int) -> tuple[Any, ...]:
+def _described(x: Tensor, strides: tuple[int, ...], num_heads: int, rows: int) -> Described:
     """``[B, S, H*D]`` as ``[B, S, H, D]``: TMA reads what a block has beyond D as zeros, and does not write it."""
     batch, seq, channels = x.shape
     head_dim = channels // num_heads
-    block = [1, rows, 1, _padded(head_dim)]
     # the stride of a batch of one is anything, 0 where it was expanded
     batch_stride = strides[0] if batch > 1 else seq * strides[1]
-    strides_of_heads = [batch_stride, strides[1], head_dim, 1]
-    return [batch, seq, num_heads, head_dim], strides_of_heads, block, shared_layout(block, x.dtype)
+    block, strides_of_heads = [1, rows, 1, _padded(head_dim)], [batch_stride, strides[1], head_dim, 1]
+    return Described([batch, seq, num_heads, head_dim], block, x.dtype, strides_of_heads)

@@ -22,9 +22,9 @@ from torch import Tensor
 from vidaccel.kernels.arguments import require_floats
 from vidaccel.kernels.check import Part, piece_of, pieces
 from vidaccel.kernels.launch import Launch
-from vidaccel.kernels.op import Costs, Implementation, Op, device_reason, tensors_reason
+from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason, tensors_reason
 
-__all__ = ["ALPHA_BLEND", "alpha_blend", "alpha_blend_ref", "blend"]
+__all__ = ["ALPHA_BLEND", "alpha_blend", "alpha_blend_ref", "blend", "compile_ahead"]
 
 BLOCK = 2048
 NUM_WARPS = 4
@@ -236,6 +236,14 @@ ALPHA_BLEND = Op(
     parts=_parts,
     validate=_validate,
 )
+
+
+def compile_ahead(mix_factor: Tensor, *, image_only: bool, residual: bool, spatial_is_second: bool) -> None:
+    """Begin to compile a blend by ``mix_factor`` of tensors of its dtype; the flags are as of :func:`alpha_blend`."""
+    if mix_factor.dtype in DTYPES:
+        x = mix_factor.new_empty(2, 16, device="meta")
+        tensors = x, x, x[:1, 0], x[:, 0] if image_only else None, x if residual else None
+        ALPHA_BLEND.compile_ahead(mix_factor.device, *tensors, spatial_is_second, impl="triton")
 
 
 def alpha_blend(

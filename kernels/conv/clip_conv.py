@@ -71,7 +71,7 @@ def _bind_gluon(
     def run(rows: Tensor, weight: Tensor, largest: Tensor | None, bordered: bool) -> Tensor:
         out = rows.new_empty(shape)
         rows, weight = aligned(rows, channels_last_weight(weight, rows.dtype))
-        launch(rows, weight, out)
+        launch(rows, weight, weight, out, out)
         return out
 
     return run

@@ -21,12 +21,8 @@ Who waits for whom: there is one ring, see ``gluon_parts.py``. Every step is of 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import torch
 import triton
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -39,8 +35,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from vidaccel.kernels.gluon_parts import (
     CONSUMER_REGISTERS,
+    Described,
+    TileLaunch,
     barriers,
-    described,
     matrix,
     release,
     sums_layout,
@@ -176,10 +173,8 @@ def clip_conv_gluon_kernel(
     )
 
 
-def prepare(
-    shape: tuple[int, ...], frames_seen: int, dtype: torch.dtype, device: torch.device
-) -> Callable[[Tensor, Tensor, Tensor], None]:
-    """What writes ``clip_conv`` of tensors of these sizes, contiguous and aligned: ``launch(rows, weight, out)``.
+def prepare(shape: tuple[int, ...], frames_seen: int, dtype: torch.dtype, device: torch.device) -> TileLaunch:
+    """What writes ``clip_conv`` of such tensors, contiguous and aligned: ``launch(rows, weight, weight, out, out)``.
 
     Args:
         shape: ``[B, F + T - 1, H, W, C]`` of the rows, C in steps of 32. The weight's memory is ``[96, T, 3, 3, C]``.
@@ -194,20 +189,12 @@ def prepare(
     programs = min(num_tiles, multiprocessors(device))
     taps = 9 * frames_seen
     pixels = [1, ROWS, COLUMNS]
-    rows_of = described([samples * padded_frames, height, width, channels], [*pixels, BLOCK_K], dtype)
-    weights_of = [described([CHANNELS, taps * channels], [part.value, BLOCK_K], dtype) for part in (WIDE, NARROW)]
-    outs_of = [
-        described([samples * frames, height, width, CHANNELS], [*pixels, part.value], dtype) for part in (WIDE, NARROW)
-    ]
-    kernel = functools.partial(
-        clip_conv_gluon_kernel[(programs,)],
-        num_tiles=num_tiles, frames=frames, across=across, down=down,
-        TAPS=taps, CHUNKS=channels // BLOCK_K, STAGES=STAGES, REGISTERS=REGISTERS,
-        num_warps=4,
+    parts = [part.value for part in (WIDE, NARROW)]
+    rows = Described([samples * padded_frames, height, width, channels], [*pixels, BLOCK_K], dtype)
+    weights = [Described([CHANNELS, taps * channels], [part, BLOCK_K], dtype) for part in parts]
+    outs = [Described([samples * frames, height, width, CHANNELS], [*pixels, part], dtype) for part in parts]
+    return TileLaunch(
+        clip_conv_gluon_kernel, programs, [rows, *weights, *outs],
+        num_tiles, frames, across, down,
+        TAPS=taps, CHUNKS=channels // BLOCK_K, STAGES=STAGES, REGISTERS=REGISTERS, num_warps=4,
     )  # fmt: skip
-
-    def launch(rows: Tensor, weight: Tensor, out: Tensor) -> None:
-        with torch.cuda.device_of(rows):
-            kernel(rows_of(rows), *(of(weight) for of in weights_of), *(of(out) for of in outs_of))
-
-    return launch

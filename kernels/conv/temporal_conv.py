@@ -39,7 +39,7 @@ from vidaccel.kernels.conv.conv_epilogue import CONV_EPILOGUE, conv_epilogue_ref
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.op import REFERENCE, Costs, Implementation, Op, device_reason, scaled, tensors_reason
 
-__all__ = ["TEMPORAL_CONV", "Tiling", "choose_tiling", "temporal_conv", "temporal_conv_ref"]
+__all__ = ["TEMPORAL_CONV", "Tiling", "choose_tiling", "compile_ahead", "temporal_conv", "temporal_conv_ref"]
 
 CHANNEL_STEP = 16  # that the kernel's rows are divisible by, for accesses of 16 bytes
 MEASURED_FLOPS = 1e9
@@ -336,6 +336,26 @@ TEMPORAL_CONV = Op(
     validate=_validate,
     small=scaled(0, 3),  # x, residual
 )
+
+
+def compile_ahead(
+    weight: Tensor, *, mix: bool = False, image_only: bool = False, spatial_is_second: bool = False
+) -> None:
+    """Begin to compile the kernel for a convolution by ``weight``, ``[C, C, 3, 1, 1]``, if it may run.
+
+    Args:
+        weight: On the device in question.
+        mix: Whether a blend with the residual follows.
+        image_only: Whether that is told which frames are still images.
+        spatial_is_second: As of :func:`temporal_conv`.
+    """
+    channels, dtype = len(weight), weight.dtype
+    if dtype not in (torch.float16, torch.bfloat16) or channels % CHANNEL_STEP or channels > MEASURED_CHANNELS:
+        return
+    x = weight.new_empty(1, channels, 2, 1, 1, device="meta")
+    factor, stills = x.new_empty(1) if mix else None, x.new_empty(1, 2) if image_only else None
+    tensors = x, x.new_empty(weight.shape), x.new_empty(channels), x, factor, stills
+    TEMPORAL_CONV.compile_ahead(weight.device, *tensors, spatial_is_second, impl="triton")
 
 
 def temporal_conv(

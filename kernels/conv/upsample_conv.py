@@ -564,10 +564,11 @@ def upsample_conv_and_statistics(
 
 
 def compile_ahead(weight: Tensor, *, statistics: bool = False) -> None:
-    """Begin to compile what puts the pixels into place for a convolution of this ``weight``, ``[C, C_in, 3, 3]``."""
+    """Begin to compile what a convolution of this ``weight``, ``[C, C_in, 3, 3]``, needs before and behind it."""
     channels, dtype = weight.shape[0], weight.dtype
     if channels % CHANNEL_STEP or dtype not in DTYPES:
         return
+    _cells_launch(weight).compile_ahead(weight.device, dtype, dtype)
     if not statistics:
         _interleave_launch((1, channels, 2, 2)).compile_ahead(weight.device, dtype, dtype, dtype)
         return

@@ -21,13 +21,14 @@ from torch import Tensor
 
 from vidaccel.kernels.arguments import require_one_dtype
 from vidaccel.kernels.check import Part, cuts
-from vidaccel.kernels.ffn.geglu import geglu, geglu_ref
+from vidaccel.kernels.ffn.geglu import GEGLU, geglu, geglu_ref
 from vidaccel.kernels.hopper import aligned, gluon_reason
-from vidaccel.kernels.op import Costs, Implementation, Op, tensors_reason
+from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, tensors_reason
 
-__all__ = ["LINEAR_GEGLU", "TWO_STEP", "linear_geglu", "linear_geglu_ref"]
+__all__ = ["LINEAR_GEGLU", "TWO_STEP", "compile_ahead", "linear_geglu", "linear_geglu_ref"]
 
 TWO_STEP = "two-step"
+AHEAD_ROWS = 128  # any number that the kernels take
 MEASURED_PRODUCTS = 4e9  # M * K * D; fewer take too little of a model's time
 
 
@@ -143,6 +144,17 @@ LINEAR_GEGLU = Op(
     default=lambda *args: TWO_STEP,
     validate=_validate,
 )
+
+
+def compile_ahead(weight: Tensor) -> None:
+    """Begin to compile what may run for a layer of this ``weight``, ``[2 D, K]``."""
+    if weight.dtype not in DTYPES:
+        return
+    x = weight.new_empty(AHEAD_ROWS, weight.shape[1], device="meta")
+    GEGLU.compile_ahead(weight.device, x.new_empty(len(x), len(weight)), impl="triton")
+    if gluon_reason(weight) or weight.dtype == torch.float32 or _shape_reason(*_sizes(x, weight)):
+        return
+    LINEAR_GEGLU.compile_ahead(weight.device, x, x.new_empty(weight.shape), x.new_empty(len(weight)), impl="gluon")
 
 
 def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor, *, impl: str | None = None) -> Tensor:

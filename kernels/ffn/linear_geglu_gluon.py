@@ -41,13 +41,11 @@ write through the same proxy, so only the output tile, which threads write and T
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -60,8 +58,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from vidaccel.kernels.gluon_parts import (
     CONSUMER_REGISTERS,
+    Described,
+    TileLaunch,
     barriers,
-    described,
     release,
     sums_layout,
     tiles,
@@ -317,7 +316,7 @@ def prepare(
     dtype: torch.dtype,
     device: torch.device,
     config: Config | None = None,
-) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
+) -> TileLaunch:
     """What writes ``linear_geglu`` of tensors of these sizes, contiguous and aligned: ``launch(x, weight, bias, out)``.
 
     Args:
@@ -335,21 +334,16 @@ def prepare(
     tiles_per_column = triton.cdiv(rows, TILE_ROWS)
     num_tiles = columns * tiles_per_column
     programs = min(num_tiles, _programs(columns, multiprocessors(device), config.aligned))
-    kernel = linear_geglu_gluon_kernel[(programs,)]
-    x_of, weight_of, out_of = (
-        described(shape, block, dtype)
+    x, w, out = (
+        Described(shape, block, dtype)
         for shape, block in (
             ([rows, in_features], [TILE_ROWS, BLOCK_K]),
             ([2, dim, in_features], [2, config.columns, BLOCK_K]),
             ([rows, dim], [TILE_ROWS, OUT_COLUMNS]),
         )
     )
-    constants = {"STEPS": in_features // BLOCK_K, "STAGES": config.stages, "REGISTERS": REGISTERS, "num_warps": 4}
-
-    def launch(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
-        with torch.cuda.device_of(x):
-            kernel(
-                x_of(x), weight_of(weight), bias, out_of(out), dim, num_tiles, tiles_per_column, **constants
-            )  # fmt: skip
-
-    return launch
+    return TileLaunch(
+        linear_geglu_gluon_kernel, programs, [x, w, dtype, out],
+        dim, num_tiles, tiles_per_column,
+        STEPS=in_features // BLOCK_K, STAGES=config.stages, REGISTERS=REGISTERS, num_warps=4,
+    )  # fmt: skip

@@ -48,7 +48,6 @@ __all__ = [
     "Norm",
     "Rounding",
     "choose_tiling",
-    "compile_ahead",
     "gated_residual",
     "gated_residual_norm",
     "gated_residual_norm_ref",
@@ -474,57 +473,6 @@ def _launch(call: _Call) -> Launch:
 def _row_major(tensor: Tensor | None) -> Tensor | None:
     """With the channels of a row beside one another: copied where they are not."""
     return tensor if tensor is None or tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def compile_ahead(
-    device: torch.device,
-    dtype: torch.dtype,
-    channels: int,
-    norm: Norm = NO_NORM,
-    *,
-    branch: bool = False,
-    gate: bool = False,
-    scale: bool = False,
-    shift: bool = False,
-    second: bool = False,
-    rows: bool = False,
-    branch_norm: bool = False,
-    modulation_dtype: torch.dtype | None = None,
-    rounding: Rounding = "once",
-) -> None:
-    """Begin to compile what a call will run; for a modulation of one row per sample, or of several with ``rows``.
-
-    Args:
-        device: Where that call will be.
-        dtype: Of x.
-        channels: C.
-        norm: The norm of that call.
-        branch: Whether it will have a branch; likewise the other flags.
-        modulation_dtype: Of gate, scale and shift; None: ``dtype``.
-        rounding: As in that call.
-    """
-    if channels > MAX_CHANNELS or {dtype, modulation_dtype or dtype} - {*DTYPES}:
-        return
-    x = torch.empty(2, 2, channels, dtype=dtype, device="meta")
-    row = torch.empty(2, 1 + rows, channels, dtype=modulation_dtype or dtype, device="meta")
-    call = _Call(
-        x,
-        x if branch else None,
-        row if gate else None,
-        row if scale else None,
-        row if shift else None,
-        row if second else None,
-        row if second else None,
-        torch.empty(2, dtype=torch.int32, device="meta") if rows else None,
-        norm.kind,
-        norm.eps,
-        norm.weight,
-        norm.bias,
-        0.0 if branch_norm else None,
-        rounding,
-    )
-    tensors = (*call[:8], norm.weight, norm.bias, None, None, None)
-    _launch(call).compile_ahead(device, *(dtype if t is None else t.dtype for t in tensors))
 
 
 def _bind(*args: Any) -> Callable[..., list[Tensor]]:

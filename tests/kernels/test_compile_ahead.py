@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from vidaccel.kernels import compile_ahead
+from vidaccel.kernels.hopper import gluon_reason
 from vidaccel.kernels.launch import DIRECT
 
 pytestmark = [
@@ -155,6 +157,42 @@ def test_a_launch_compiles_what_the_process_has_not(script: str, launches: int, 
     assert_gone(report["processes"])
 
 
+GLUON = (
+    """
+from vidaccel.kernels import gluon_parts, hopper
+from vidaccel.kernels.ffn import linear_geglu_gluon
+from vidaccel.kernels.attention import spatial_attention_gluon
+from vidaccel.kernels.attention.spatial_attention import SPATIAL_ATTENTION
+from vidaccel.kernels.ffn.linear_geglu import LINEAR_GEGLU
+from triton.runtime.jit import MockTensor
+
+def meta(*shape):
+    return torch.empty(*shape, dtype=torch.float16, device="meta")
+
+device, BLOCKS = torch.device("cuda", 0), (0, 1)
+LINEAR_GEGLU.compile_ahead(device, meta(128, 320), meta(2560, 320), meta(2560), impl="gluon")
+rows = meta(1, 128, 640)
+SPATIAL_ATTENTION.compile_ahead(device, rows, rows, rows, 10, 1.0, impl="gluon")
+"""
+    + UNTIL_COMPILED
+    + """
+# as real tensors would be told to Triton: of other sizes, and strides of a packed projection
+rows = meta(4, 1000, 1920)[..., :640]
+geglu = linear_geglu_gluon.prepare(6400, 320, 1280, torch.float16, torch.device("meta"))
+attention = spatial_attention_gluon.bind(rows, rows, rows, 10, 0.125)
+for launch, tensors in ((geglu, 4), (attention, 4)):
+    compile_ahead.finish(launch._name())
+    mocks = [MockTensor(torch.float16)] * tensors
+    launch._kernel.warmup(*launch._arguments(mocks), *launch._numbers, grid=(1,), **launch._constants)
+"""
+)
+
+
+def test_gluon_kernels_are_compiled_ahead(tmp_path: Path) -> None:
+    pytest.importorskip("vidaccel.kernels.gluon_parts")
+    assert run(SCRIPT + GLUON, tmp_path)["hits"] == [True] * 2
+
+
 def test_cpus_are_shared_by_the_ranks_of_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
     monkeypatch.setattr(Path, "read_text", lambda path: "2000000 100000\n")
@@ -196,3 +234,41 @@ for launch in launches * 2:
 @pytest.mark.gpu
 def test_the_first_launch_on_a_gpu_compiles_nothing(tmp_path: Path) -> None:
     assert run(ON_A_GPU, tmp_path)["hits"] == [True] * 3
+
+
+GLUON_ON_A_GPU = (
+    """
+import json, os, time
+import torch, triton
+from vidaccel.kernels import compile_ahead
+from vidaccel.kernels.attention import spatial_attention
+from vidaccel.kernels.ffn import linear_geglu
+
+BLOCKS = range(3)  # two kernels, and that of the GELU behind a product
+compile_ahead.available_cpus = lambda: 4
+hits, processes = [], []
+triton.knobs.compilation.listener = lambda *, cache_hit=False, **_: hits.append(cache_hit)
+x, bias = torch.randn(2, 256, 320, device="cuda").half(), torch.randn(2560, device="cuda").half()
+weight = torch.randn(2560, 320, device="cuda").half() / 16
+spatial_attention.compile_ahead(weight[:320], 5)
+linear_geglu.compile_ahead(weight)
+"""
+    + UNTIL_COMPILED
+    + """
+torch.testing.assert_close(
+    spatial_attention.spatial_attention(x, x, x, 5, impl="gluon"),
+    spatial_attention.spatial_attention(x, x, x, 5, impl="torch"), atol=2e-3, rtol=2e-3,
+)
+torch.testing.assert_close(
+    linear_geglu.linear_geglu(x, weight, bias, impl="gluon"),
+    linear_geglu.linear_geglu(x, weight, bias, impl="torch"), atol=2e-2, rtol=2e-2,
+)
+"""
+)
+
+
+@pytest.mark.gpu
+def test_the_first_launch_of_a_gluon_kernel_compiles_nothing(tmp_path: Path) -> None:
+    if reason := gluon_reason(torch.empty(0, device="cuda")):
+        pytest.skip(reason)
+    assert run(GLUON_ON_A_GPU, tmp_path)["hits"] == [True] * 2

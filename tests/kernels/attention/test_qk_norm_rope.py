@@ -30,7 +30,6 @@ from vidaccel.kernels.attention.qk_norm_rope import (
     SecondStream,
     Tiling,
     choose_tiling,
-    compile_ahead,
     qk_norm_rope,
 )
 from vidaccel.kernels.op import listening
@@ -580,47 +579,6 @@ def test_a_mistake_is_found(mistake: Callable[[dict[str, Any]], None], device: t
         outputs = qk_norm_rope(**arguments)
     assert events[0].problem
     assert all(map(torch.equal, outputs, qk_norm_rope(**arguments, impl="torch")))
-
-
-class Recorded:
-    """A launch that only tells what would be compiled for it."""
-
-    made: list[tuple[Any, ...]] = []  # noqa: RUF012
-    ahead: list[tuple[Any, ...]] = []  # noqa: RUF012
-
-    def __init__(self, kernel: Any, grid: tuple[int, ...], *numbers: float, **constants: Any) -> None:
-        names = [name for name in kernel.arg_names if not name.endswith("_ptr")][: len(numbers)]
-        specialised = dict(zip(names, numbers, strict=True))
-        for name in ("batch", "tokens", "start", "out_tokens", "out_start"):
-            del specialised[name]
-        self.identity = constants, {k: (type(x), x == 1, x % 16 == 0) for k, x in specialised.items() if k != "eps"}
-
-    def __call__(self, *tensors: Tensor | None) -> None:
-        dtypes = [tensors[0].dtype if t is None else t.dtype for t in tensors]  # type: ignore[union-attr]
-        self.made.append((*self.identity, dtypes))
-
-    def compile_ahead(self, device: torch.device, *dtypes: torch.dtype) -> None:
-        self.ahead.append((*self.identity, list(dtypes)))
-
-
-@MODEL
-def test_what_is_compiled_ahead_is_what_a_call_runs(model: str, device: torch.device) -> None:
-    case = FEW_TOKENS[model]
-    if not case.keys:
-        pytest.skip("queries alone are not compiled ahead")
-    arguments = draw(case._replace(layout="packed", tokens=case.tokens + 1), torch.bfloat16, device)
-    Recorded.made, Recorded.ahead = [], []
-    with mock.patch.object(op, "Launch", Recorded):
-        qk_norm_rope(**arguments, impl="triton")
-        compile_ahead(
-            arguments["q"], case.heads, case.head_dim, arguments["norm"], case.rope,  # type: ignore[arg-type]
-            table_per_head=case.tables in ("per-head", "permuted"), starts_later=case.start > 0, joint=case.second > 0,
-        )  # fmt: skip
-    assert len(Recorded.made) == 1 + (case.second > 0)
-    if case.batch > 1 and case.tables == "permuted":  # samples with tables of their own
-        for _, numbers, _ in Recorded.made + Recorded.ahead:
-            del numbers["stride_t_b"]
-    assert Recorded.ahead == Recorded.made
 
 
 FOR_ALL_TARGETS = ["wan-14b", "hunyuan-1.5"]

@@ -492,39 +492,6 @@ def test_no_two_roundings_become_one_instruction() -> None:
     assert not re.search(r"fma\.rn\.bf16", asm["ptx"])
 
 
-@pytest.mark.parametrize("model", [model for model in MODELS if model != "ltx-every-token"])
-def test_compiles_ahead_what_a_call_will_run(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def specialization(launch: Any) -> list[Any]:
-        return [launch._identity(), [(type(n), n % 16 == 0, n == 1) for n in launch._numbers[1:-2]]]
-
-    began: list[Any] = []
-    monkeypatch.setattr(
-        op.Launch,
-        "compile_ahead",
-        lambda launch, device, *dtypes: began.append((device, dtypes, specialization(launch))),
-    )
-    options = {**DEFAULTS, **MODELS[model]}
-    call, launch = launch_of(320, options, torch.float16)
-    device = torch.device("cuda", 0)
-    op.compile_ahead(
-        device, torch.float16, 320, Norm(call.kind, call.eps, call.weight, call.bias),
-        **{name: options[name] for name in ("branch", "gate", "scale", "shift", "second", "rounding")},
-        rows=options["row_of"] == "stretch", branch_norm=call.branch_eps is not None,
-        modulation_dtype=options["modulation"],
-    )  # fmt: skip
-    tensors = (*call[:8], call.weight, call.bias, None, None, None)
-    dtypes = tuple(torch.float16 if tensor is None else tensor.dtype for tensor in tensors)
-    assert began[0][:2] == (device, dtypes)
-    ahead, real = began[0][2], specialization(launch)
-    assert ahead == real
-
-
-def test_compiles_nothing_ahead_that_will_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(op.Launch, "compile_ahead", lambda *args: pytest.fail("begun"))
-    op.compile_ahead(torch.device("cuda"), torch.float64, 320, branch=True)
-    op.compile_ahead(torch.device("cuda"), torch.float16, 8193, branch=True)
-
-
 REAL = {
     "wan-1.3b": ("wan", (1, 32760, 1536)),
     "wan-1.3b-first": ("wan-first", (1, 32760, 1536)),

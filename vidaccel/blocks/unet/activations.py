@@ -8,7 +8,7 @@ from diffusers.models.activations import GEGLU
 from torch import Tensor, nn
 
 from vidaccel.kernels.ffn.geglu import geglu
-from vidaccel.kernels.ffn.linear_geglu import linear_geglu
+from vidaccel.kernels.ffn.linear_geglu import compile_ahead, linear_geglu
 from vidaccel.sites.block import FusedBlock, call_site, fuses
 from vidaccel.sites.plain import readable_reason
 
@@ -18,6 +18,10 @@ __all__ = ["FusedGEGLU"]
 @fuses(GEGLU, {"geglu": "math-exact", "linear_geglu": "math-exact"})
 class FusedGEGLU(FusedBlock, GEGLU):
     """``proj(x)``, then value times GELU of the gate: stock code runs two kernels on strided halves."""
+
+    def compile_ahead(self) -> None:
+        if type(getattr(self.proj, "weight", None)) is nn.Parameter and self.runs("linear_geglu"):
+            compile_ahead(self.proj.weight)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return call_site(FusedGEGLU, self, hidden_states, *args, **kwargs)

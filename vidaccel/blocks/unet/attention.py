@@ -24,6 +24,7 @@ from diffusers.models.embeddings import SinusoidalPositionalEmbedding
 from torch import Tensor, nn
 
 from vidaccel.blocks.unet.attention_processor import (
+    FusedAttnProcessor2_0,
     attend,
     attend_projected,
     attention_reason,
@@ -35,6 +36,7 @@ from vidaccel.blocks.unet.frames import by_pixels, whole_clip
 from vidaccel.blocks.unet.normalization import add_layer_norm_module, norms_reason
 from vidaccel.blocks.unet.text_context import distinct_rows
 from vidaccel.kernels.attention.qkv_projection import qkv_projection
+from vidaccel.kernels.attention.spatial_attention import compile_ahead as compile_attention_ahead
 from vidaccel.kernels.attention.temporal_attention import temporal_attention
 from vidaccel.kernels.ffn.residual_projection import residual_projection
 from vidaccel.kernels.norm.add_layer_norm import RowTo
@@ -171,6 +173,13 @@ class _TransformerBlock(FusedBlock):
         return out / attn.rescale_output_factor if attn.rescale_output_factor != 1.0 else out
 
 
+def _compile_attention_ahead(attn: Attention) -> None:
+    """For the attention of a frame's pixels to one another, if it will be ours."""
+    weight: Any = getattr(attn.to_q, "weight", None)
+    if type(weight) is nn.Parameter and isinstance(attn.processor, FusedAttnProcessor2_0):
+        compile_attention_ahead(weight, attn.heads)
+
+
 class _SpatialTransformerBlock(_TransformerBlock, BasicTransformerBlock):
     """Self-attention over a frame's pixels, cross-attention to a context, feed-forward; on ``[B*F, HW, C]``."""
 
@@ -266,6 +275,7 @@ class FusedBasicTransformerBlock(_SpatialTransformerBlock):
     def compile_ahead(self) -> None:
         self._compile_norm_ahead(self.norm1)
         self._compile_norm_ahead(self.norm3, residual=True, row_to="sum")
+        _compile_attention_ahead(self.attn1)
 
     def _context_reason(self, context: Any) -> str | None:
         if not _is_one_token(context):
@@ -291,6 +301,7 @@ class FusedTextTransformerBlock(_SpatialTransformerBlock):
         self._compile_norm_ahead(self.norm1)
         self._compile_norm_ahead(self.norm2, residual=True)
         self._compile_norm_ahead(self.norm3, residual=True, row_to="stored")
+        _compile_attention_ahead(self.attn1)
 
     def _context_reason(self, context: Any) -> str | None:
         return None if isinstance(context, Tensor) else "no text was passed, or more than text (IP-Adapter)"

@@ -42,6 +42,7 @@ from vidaccel.blocks.unet.normalization import (
 from vidaccel.kernels.conv.alpha_blend import alpha_blend
 from vidaccel.kernels.conv.conv_epilogue import compile_ahead, conv_epilogue, conv_epilogue_and_statistics
 from vidaccel.kernels.conv.joined_projection import joined_projection
+from vidaccel.kernels.conv.temporal_conv import compile_ahead as compile_temporal_conv_ahead
 from vidaccel.kernels.conv.temporal_conv import temporal_conv
 from vidaccel.kernels.norm.channel_statistics import ChannelStatistics
 from vidaccel.kernels.op import runs_triton
@@ -127,10 +128,10 @@ class _ConvolutionBlock(FusedBlock):
             for norm in inner:
                 compile_group_norm_ahead(norm, shift=True)
 
-    def _compile_sum_ahead(self, conv: Any, shortcut: Any = None, **blend: bool) -> None:
+    def _compile_sum_ahead(self, conv: Any, shortcut: Any = None, *, statistics: bool = False) -> None:
         """For the sum behind the last convolution of a block, if its parameters are plain ones."""
         if self.runs("conv_epilogue") and type(getattr(conv, "weight", None)) is nn.Parameter:
-            compile_ahead(conv.weight, residual_bias=shortcut is not None, **blend)
+            compile_ahead(conv.weight, residual_bias=shortcut is not None, statistics=statistics)
 
     def _convolve_to_norm(self, conv: Any, x: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """``conv(x)`` and what the norm behind it is to add to that: `shift`, and perhaps the bias instead of here."""
@@ -212,9 +213,9 @@ class _ResnetBlock(_ConvolutionBlock):
             return f"its activation is {type(self.nonlinearity).__name__}, or somebody hooked it"
         return self._norms_reason(input_tensor, self.norm1, self.norm2)
 
-    def compile_ahead(self) -> None:
+    def compile_ahead(self, statistics: bool = False) -> None:
         self._compile_norms_ahead(self.norm1, self.norm2)
-        self._compile_sum_ahead(self.conv2, self.conv_shortcut)
+        self._compile_sum_ahead(self.conv2, self.conv_shortcut, statistics=statistics)
 
     def residual_branch(
         self,
@@ -326,7 +327,7 @@ class FusedTemporalResnetBlock(_ResnetBlock, TemporalResnetBlock):
         time_embedding = None if self.time_emb_proj is None else self.time_emb_proj(self.nonlinearity(temb))
         return self.residual_branch(x, time_embedding, **options)
 
-    def compile_ahead(self) -> None:  # the sum is its parent's
+    def compile_ahead(self, statistics: bool = False) -> None:  # the sum is its parent's
         self._compile_norms_ahead(self.norm1, self.norm2)
 
     def takes_blend(self, x: Tensor) -> bool:
@@ -375,7 +376,10 @@ class FusedTemporalConvLayer(_ConvolutionBlock, TemporalConvLayer):
 
     def compile_ahead(self) -> None:
         self._compile_norms_ahead(*(stage[0] for stage in self._stages()))
-        self._compile_sum_ahead(self.conv4[-1])
+        last: Any = self.conv4[-1]
+        self._compile_sum_ahead(last)
+        if self.runs("temporal_conv") and type(getattr(last, "weight", None)) is nn.Parameter:
+            compile_temporal_conv_ahead(last.weight)
 
     def _stages(self) -> tuple[Any, ...]:
         """Each GroupNorm, SiLU, dropout (but in the first) and convolution."""
@@ -407,12 +411,15 @@ class FusedSpatioTemporalResBlock(FusedBlock, SpatioTemporalResBlock):
             return "its blend factor is fixed"
         return None if module.temporal_res_block.conv_shortcut is None else "its temporal block changes the width"
 
-    def compile_ahead(self) -> None:
+    def compile_ahead(self, statistics: bool = False) -> None:
         conv, mixer = self.temporal_res_block.conv2, self.time_mixer
         if type(getattr(conv, "weight", None)) is nn.Parameter:
             images = mixer.merge_strategy == "learned_with_images"
             second = mixer.switch_spatial_to_temporal_mix
-            compile_ahead(conv.weight, mix=True, image_only=images, spatial_is_second=second)
+            blend = {"mix": True, "image_only": images, "spatial_is_second": second}
+            compile_ahead(conv.weight, **blend, statistics=statistics)
+            if isinstance(self.temporal_res_block, FusedBlock) and self.temporal_res_block.runs("temporal_conv"):
+                compile_temporal_conv_ahead(conv.weight, **blend)
 
     def forward(
         self, hidden_states: Tensor | Joined, temb: Tensor | None = None, image_only_indicator: Tensor | None = None

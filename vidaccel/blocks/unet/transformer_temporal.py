@@ -25,6 +25,7 @@ from vidaccel.blocks.unet.frames import by_pixels, whole_clip
 from vidaccel.blocks.unet.normalization import FusedGroupNorm, as_clip, norm_and_residual
 from vidaccel.blocks.unet.resnet import FusedAlphaBlender
 from vidaccel.blocks.unet.transformer_2d import adds_in_product
+from vidaccel.kernels.conv.alpha_blend import compile_ahead as compile_blend_ahead
 from vidaccel.kernels.ffn.residual_projection import residual_projection
 from vidaccel.parallel.layout import frames
 from vidaccel.sites.block import FusedBlock, call_site, fuses, run_part
@@ -59,6 +60,12 @@ class FusedTransformerSpatioTemporalModel(FusedBlock, TransformerSpatioTemporalM
     blocks of a pair are fused, what one ends and the other begins with is a single pass: the spatial block's last sum,
     the frame embedding and the temporal block's first norm; likewise the temporal block's last sum and the blend.
     """
+
+    def compile_ahead(self) -> None:
+        mixer = self.time_mixer
+        if isinstance(mixer, FusedAlphaBlender):
+            images, second = mixer.merge_strategy == "learned_with_images", mixer.switch_spatial_to_temporal_mix
+            compile_blend_ahead(mixer.mix_factor, image_only=images, residual=True, spatial_is_second=second)
 
     def forward(
         self,

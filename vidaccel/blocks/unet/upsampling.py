@@ -33,9 +33,9 @@ class FusedUpsample2D(FusedBlock, Upsample2D):
     def left_alone_reason(cls, module: Any) -> str | None:
         return _configuration_reason(module)
 
-    def compile_ahead(self) -> None:
+    def compile_ahead(self, statistics: bool = False) -> None:
         if type(getattr(self.conv, "weight", None)) is nn.Parameter:
-            compile_ahead(self.conv.weight)
+            compile_ahead(self.conv.weight, statistics=statistics)
 
     def forward(self, hidden_states: Tensor, output_size: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
         return call_site(FusedUpsample2D, self, hidden_states, output_size, *args, **kwargs)

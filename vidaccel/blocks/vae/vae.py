@@ -56,6 +56,12 @@ class _Decoder(FusedBlock):
     conv_out: Any
     advice: str
 
+    def compile_ahead(self) -> None:
+        for block in self.up_blocks:
+            for layer in (*block.resnets, *(block.upsamplers or ())):
+                if isinstance(layer, (FusedResnetBlock2D, FusedSpatioTemporalResBlock, FusedUpsample2D)):
+                    layer.compile_ahead(statistics=True)
+
     def corner(self, args: Any, kwargs: Any) -> Any:
         return cut_corner(args, kwargs, most_whole=0)  # a whole decode is never small
 

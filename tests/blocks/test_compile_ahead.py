@@ -1,0 +1,64 @@
+"""That the kernels of a model's first call are those that its blocks foretell when it is patched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from denoiser_calls import denoised, first_call
+from tiny_models import tiny_autoencoder_kl, tiny_svd_pipeline
+from torch import Tensor
+
+from vidaccel import patch_module, patch_pipeline
+from vidaccel.kernels.launch import Launch
+
+UNTOLD = {"_temporal_attention_kernel", "_softmax_kernel"}  # they depend on the number of frames or of keys
+
+
+class Kernels:
+    """Names of kernels with their constants: what is launched, with no result, and what is foretold."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.launched: set[tuple[Any, ...]] = set()
+        self.foretold: set[tuple[Any, ...]] = set()
+        monkeypatch.setattr(Launch, "_through_triton", lambda launch, tensors: self.launched.add(_of(launch)))
+        monkeypatch.setattr(Launch, "compile_ahead", lambda launch, *args: self.foretold.add(_of(launch)))
+
+    def untold(self) -> list[tuple[Any, ...]]:
+        return sorted(kernel for kernel in self.launched - self.foretold if kernel[0] not in UNTOLD)
+
+
+def _of(launch: Launch) -> tuple[Any, ...]:
+    return launch._kernel.fn.__name__, *sorted((name, str(value)) for name, value in launch._constants.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["svd", "animatediff", "modelscope", "i2vgen-xl"])
+def test_a_denoisers_kernels_are_foretold(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, given = first_call(name, 3)
+    kernels = Kernels(monkeypatch)
+    pipe.to(dtype)
+    given = {key: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for key, x in given.items()}
+    patch_pipeline(pipe, self_check=False)
+    denoised(pipe, given)
+    assert len(kernels.launched) > 5
+    assert not kernels.untold()
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [(tiny_autoencoder_kl, {}), (lambda: tiny_svd_pipeline().vae, {"num_frames": 3})],
+    ids=["frames", "clip"],
+)
+def test_a_decoders_kernels_are_foretold(
+    make: Callable[[], Any], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae = make().half()
+    kernels = Kernels(monkeypatch)
+    patch_module(vae, self_check=False)
+    with torch.no_grad():
+        vae.decode(torch.randn(3, vae.config.latent_channels, 8, 8).half(), **options)
+    assert len(kernels.launched) > 5
+    assert not kernels.untold()
