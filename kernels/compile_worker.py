@@ -1,8 +1,11 @@
 """The process that compiles kernels ahead of their first launch; see ``compile_ahead.py``.
 
-It reads jobs from stdin, one JSON object a line, and forks once for each: a job costs no second import of PyTorch, and
-a compiler that crashes takes nothing else with it. It answers on stdout: ``ready`` once, then the number of each job
-that has ended, well or badly. It never calls the GPU's driver.
+It reads jobs from stdin, one JSON object a line, and forks once for each: a compiler that crashes takes nothing else
+with it. It answers on stdout: ``ready`` once, then the number of each job that has ended, well or badly. It never calls
+the GPU's driver.
+
+A model's first call is a race with it, so it does without PyTorch, whose import takes longer than all else here. The
+modules of kernels import PyTorch for the code around the kernels, which does not run here: they are given a stand-in.
 
 It kills itself and its jobs when stdin closes, when its parent is gone, or when nothing came for a while.
 """
@@ -10,14 +13,17 @@ It kills itself and its jobs when stdin closes, when its parent is gone, or when
 from __future__ import annotations
 
 import importlib
+import importlib.abc
+import importlib.machinery
 import json
 import os
 import select
 import signal
+import sys
+import types
 from contextlib import suppress
 from typing import Any
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.cache import triton_key
@@ -27,6 +33,43 @@ __all__ = ["main"]
 NICENESS = 10
 IDLE_SECONDS = 60
 CHECK_SECONDS = 5  # how often it looks whether its parent lives: children of the parent may keep stdin open
+
+
+class _Anything(type):
+    """The class of what has every attribute and takes every call, and is itself all of these."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return cls
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls
+
+
+class _Stub(metaclass=_Anything):
+    """A class, so that classes can derive from it."""
+
+
+class _StubModule(types.ModuleType):
+    version = types.SimpleNamespace(hip=None)  # kernels are compiled ahead for NVIDIA GPUs alone
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_Stub, name)
+
+
+class _StubTorch(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds a stub for every module of PyTorch."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        of_torch = name.partition(".")[0] == "torch"
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if of_torch else None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        return _StubModule(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        pass
 
 
 class _Driver:
@@ -45,9 +88,7 @@ class _Driver:
 def main() -> None:
     """Serve until there is nobody to serve."""
     os.nice(NICENESS)
-    # It marks a function for Dynamo, and imports Dynamo to do so, which takes as long as all else here.
-    torch.compiler.assume_constant_result = lambda function: function
-    importlib.import_module("vidaccel.kernels.op")  # what every kernel's module imports, and most of what takes long
+    sys.meta_path.insert(0, _StubTorch())
     triton_key()  # a hash of all of Triton, part of every cache key: the jobs inherit it
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a module or the compiler prints is no answer

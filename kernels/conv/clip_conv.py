@@ -144,7 +144,7 @@ def workspace_bytes(x: Tensor, frames: int, pixels: int, channels: int, channels
         return 0
     from vidaccel.kernels.conv import clip_conv_winograd as winograd
 
-    return winograd.workspace_bytes(frames, pixels, channels + channels_out)
+    return winograd.workspace_bytes(len(x), frames, pixels, channels + channels_out)
 
 
 def _winograd_reason(rows: Tensor, weight: Tensor, largest: Tensor | None, bordered: bool) -> str | None:

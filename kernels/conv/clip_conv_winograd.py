@@ -37,20 +37,23 @@ __all__ = ["pairs_at_once", "prepare", "workspace_bytes"]
 
 ENOUGH_PIXELS = 2**17  # of all pairs that are convolved at once: more are no faster
 WORKSPACE_BYTES = 2**31  # at most, where a pair of frames does not need more
-_BYTES_OF_A_PAIR = 4 * torch.float16.itemsize  # for each pixel and channel
+_BYTES_OF_A_PAIR = 4 * 2  # for each pixel and channel: four numbers in float16
 LARGEST_SUM, LARGEST_PRODUCT = 2.0**15, 2.0**15  # half of what float16 holds: roundings are on top
 MOST_EXPONENT = 60.0  # of a scale: float32 holds the inverse of two of them
 BLOCK, NUM_WARPS = 2048, 8
 
 
-@triton.jit
-def _spread_kernel(rows_ptr, scale_ptr, sums_ptr, numbers, ODD: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["sample_frames"])
+def _spread_kernel(
+    rows_ptr, scale_ptr, sums_ptr, numbers, sample_frames,
+    ODD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The four sums of each pair of frames, and the two behind it; with ``ODD``, only one is behind the last pair."""
-    pair, pairs = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    pair, pairs, sample = tl.program_id(1).to(tl.int64), tl.num_programs(1), tl.program_id(2).to(tl.int64)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < numbers
     scale = tl.load(scale_ptr)
-    frame_ptr = rows_ptr + 2 * pair * numbers + at
+    frame_ptr = rows_ptr + (sample * sample_frames + 2 * pair) * numbers + at
     d0 = tl.load(frame_ptr, mask=inside).to(tl.float32) * scale
     d1 = tl.load(frame_ptr + numbers, mask=inside).to(tl.float32) * scale
     d2 = tl.load(frame_ptr + 2 * numbers.to(tl.int64), mask=inside).to(tl.float32) * scale
@@ -58,8 +61,8 @@ def _spread_kernel(rows_ptr, scale_ptr, sums_ptr, numbers, ODD: tl.constexpr, BL
     if ODD:
         there = inside & (pair < pairs - 1)
     d3 = tl.load(frame_ptr + 3 * numbers.to(tl.int64), mask=there, other=0.0).to(tl.float32) * scale
-    sums_ptr += pair * numbers + at
-    step = pairs * numbers.to(tl.int64)
+    sums_ptr += (sample * pairs + pair) * numbers + at
+    step = tl.num_programs(2) * pairs * numbers.to(tl.int64)
     dtype = sums_ptr.dtype.element_ty
     tl.store(sums_ptr, (d0 - d2).to(dtype), mask=inside)
     tl.store(sums_ptr + step, (d1 + d2).to(dtype), mask=inside)
@@ -67,25 +70,25 @@ def _spread_kernel(rows_ptr, scale_ptr, sums_ptr, numbers, ODD: tl.constexpr, BL
     tl.store(sums_ptr + 3 * step, (d1 - d3).to(dtype), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sample_frames"])
 def _join_kernel(
-    m0_ptr, m1_ptr, m2_ptr, m3_ptr, inverses_ptr, out_ptr, numbers,
+    m0_ptr, m1_ptr, m2_ptr, m3_ptr, inverses_ptr, out_ptr, numbers, sample_frames,
     CHANNELS: tl.constexpr, ODD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The two frames of each pair; with ``ODD``, the last pair has but one."""
-    pair, pairs = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    pair, pairs, sample = tl.program_id(1).to(tl.int64), tl.num_programs(1), tl.program_id(2).to(tl.int64)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < numbers
     first = (tl.program_id(0).to(tl.int64) * BLOCK % CHANNELS).to(tl.int32)
     channel = (first + tl.arange(0, BLOCK)) % CHANNELS
     # eight at a time, as BLOCK and CHANNELS are multiples of eight
     inverse = tl.load(inverses_ptr + tl.max_contiguous(tl.multiple_of(channel, 8), 8))
-    of_pair = pair * numbers + at
+    of_pair = (sample * pairs + pair) * numbers + at
     m0 = tl.load(m0_ptr + of_pair, mask=inside).to(tl.float32)
     m1 = tl.load(m1_ptr + of_pair, mask=inside).to(tl.float32)
     m2 = tl.load(m2_ptr + of_pair, mask=inside).to(tl.float32)
     m3 = tl.load(m3_ptr + of_pair, mask=inside).to(tl.float32)
-    out_ptr += 2 * pair * numbers + at
+    out_ptr += (sample * sample_frames + 2 * pair) * numbers + at
     dtype = out_ptr.dtype.element_ty
     tl.store(out_ptr, ((m0 + m1 + m2) * inverse).to(dtype), mask=inside)
     there = inside
@@ -95,8 +98,9 @@ def _join_kernel(
 
 
 class _Step(NamedTuple):
-    """Pairs of frames that are convolved at once."""
+    """Pairs of frames that are convolved at once: as many of each of these samples, from this frame on."""
 
+    samples: slice
     start: int
     pairs: int
     spread: Launch
@@ -117,34 +121,39 @@ def prepare(
 
     def run(rows: Tensor, weight: Tensor, largest: Tensor, out: Tensor) -> None:
         scale, inverses, planes = _scaled_planes(weight, largest)
-        for clip, made in zip(rows, out, strict=True):
-            for start, pairs, spread, join in steps:
-                sums = rows.new_empty((4, pairs, *shape[2:]), dtype=torch.float16)
-                spread(clip[2 * start :], scale, sums)
-                products = [
-                    F.conv2d(some.permute(0, 3, 1, 2), plane, padding=padding).permute(0, 2, 3, 1).contiguous()
-                    for some, plane in zip(sums, planes, strict=True)
-                ]
-                join(*products, inverses, made[2 * start :])
-                del sums, products  # before the next ones are made
+        for samples, start, pairs, spread, join in steps:
+            some, made = rows[samples, start:], out[samples, start:]
+            sums = rows.new_empty((4, len(some) * pairs, *shape[2:]), dtype=torch.float16)
+            spread(some, scale, sums)
+            products = [
+                F.conv2d(one.permute(0, 3, 1, 2), plane, padding=padding).permute(0, 2, 3, 1).contiguous()
+                for one, plane in zip(sums, planes, strict=True)
+            ]
+            join(*products, inverses, made)
+            del sums, products  # before the next ones are made
 
     return run
 
 
 def _steps(shape: Sequence[int], out_shape: Sequence[int]) -> Iterator[_Step]:
-    numbers, out_numbers, frames = math.prod(shape[2:]), math.prod(out_shape[2:]), out_shape[1]
+    samples, frames = out_shape[:2]
     at_once, all_pairs = pairs_at_once(math.prod(shape[2:4]), shape[4] + out_shape[4]), triton.cdiv(frames, 2)
-    for start in range(0, all_pairs, at_once):
-        pairs = min(at_once, all_pairs - start)
-        odd = start + pairs == all_pairs and frames % 2 == 1
-        spread = _launch(_spread_kernel, numbers, pairs, odd)
-        join = _launch(_join_kernel, out_numbers, pairs, odd, CHANNELS=out_shape[4])
-        yield _Step(start, pairs, spread, join)
+    samples_at_once = max(at_once // all_pairs, 1)  # whole samples, or some pairs of one
+    for sample in range(0, samples, samples_at_once):
+        some = slice(sample, min(sample + samples_at_once, samples))
+        for start in range(0, all_pairs, at_once):
+            pairs = min(at_once, all_pairs - start)
+            odd = start + pairs == all_pairs and frames % 2 == 1
+            count = pairs, some.stop - some.start, odd
+            spread = _launch(_spread_kernel, shape, *count)
+            join = _launch(_join_kernel, out_shape, *count, CHANNELS=out_shape[4])
+            yield _Step(some, 2 * start, pairs, spread, join)
 
 
-def _launch(kernel: Any, numbers: int, pairs: int, odd: bool, **constants: int) -> Launch:
-    grid = triton.cdiv(numbers, BLOCK), pairs
-    return Launch(kernel, grid, numbers, ODD=odd, BLOCK=BLOCK, **constants, num_warps=NUM_WARPS)
+def _launch(kernel: Any, shape: Sequence[int], pairs: int, samples: int, odd: bool, **constants: int) -> Launch:
+    numbers = math.prod(shape[2:])
+    grid = triton.cdiv(numbers, BLOCK), pairs, samples
+    return Launch(kernel, grid, numbers, shape[1], ODD=odd, BLOCK=BLOCK, **constants, num_warps=NUM_WARPS)
 
 
 def pairs_at_once(pixels: int, channels: int) -> int:
@@ -153,9 +162,10 @@ def pairs_at_once(pixels: int, channels: int) -> int:
     return max(min(triton.cdiv(ENOUGH_PIXELS, pixels), most), 1)
 
 
-def workspace_bytes(frames: int, pixels: int, channels: int) -> int:
+def workspace_bytes(samples: int, frames: int, pixels: int, channels: int) -> int:
     """What is needed beside the input and the output, whose channels are taken together."""
-    return min(pairs_at_once(pixels, channels), triton.cdiv(frames, 2)) * _BYTES_OF_A_PAIR * pixels * channels
+    pairs = min(pairs_at_once(pixels, channels), samples * triton.cdiv(frames, 2))
+    return pairs * _BYTES_OF_A_PAIR * pixels * channels
 
 
 def _scaled_planes(weight: Tensor, largest: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -193,6 +193,25 @@ def test_gluon_kernels_are_compiled_ahead(tmp_path: Path) -> None:
     assert run(SCRIPT + GLUON, tmp_path)["hits"] == [True] * 2
 
 
+WITHOUT_TORCH = """
+import importlib, sys
+from vidaccel.kernels.compile_worker import _StubTorch
+sys.meta_path.insert(0, _StubTorch())
+for name in {names}:
+    importlib.import_module(name)
+assert type(sys.modules["torch"]).__name__ == "_StubModule"
+"""
+
+
+def test_kernels_are_compiled_without_torch() -> None:
+    kernels = Path(compile_ahead.__file__).parent
+    paths = [path.relative_to(kernels).with_suffix("") for path in kernels.rglob("*.py")]
+    names = [".".join(("vidaccel", "kernels", *path.parts)) for path in paths]
+    assert "vidaccel.kernels.attention.spatial_attention_gluon" in names
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", WITHOUT_TORCH.format(names=names)], env=environment, check=True)
+
+
 def test_cpus_are_shared_by_the_ranks_of_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
     monkeypatch.setattr(Path, "read_text", lambda path: "2000000 100000\n")

@@ -202,7 +202,7 @@ def test_nothing_is_written_beyond_the_output(device: torch.device) -> None:
 
     memory = torch.full((3, 1, 3, 19, 21, 96), 77.0, dtype=rows.dtype, device=device)
     laid_out = weight.contiguous(memory_format=torch.channels_last_3d)
-    prepare(tuple(rows.shape), 3, rows.dtype, device)(rows, laid_out, memory[1])
+    prepare(tuple(rows.shape), 3, rows.dtype, device)(rows, laid_out, laid_out, memory[1], memory[1])
     assert (memory[::2] == 77).all()
     assert_right(memory[1], rows, weight)
 
@@ -278,13 +278,14 @@ def assert_winograd_right(rows: Tensor, weight: Tensor, bordered: bool = False) 
 WINOGRAD_SHAPES = [
     pytest.param((1, 4, 6, 5, 16, 3), 24, id="even"),
     pytest.param((2, 5, 7, 3, 8, 3), 8, id="odd-frames-of-two-clips"),
+    pytest.param((5, 4, 3, 2, 8, 3), 16, id="five-clips"),
     pytest.param((1, 1, 4, 4, 8, 3), 16, id="one-frame"),
     pytest.param((1, 2, 1, 1, 24, 3), 8, id="one-pixel"),
 ]
 
 
 @pytest.mark.parametrize("bordered", [False, True], ids=["zeros", "bordered"])
-@pytest.mark.parametrize("pairs", [1, 2, 100])
+@pytest.mark.parametrize("pairs", [1, 2, 4, 100])
 @pytest.mark.parametrize(("shape", "channels_out"), WINOGRAD_SHAPES)
 def test_winograd(
     shape: Shape,
@@ -418,7 +419,9 @@ def test_where_winograd_runs(shape: Shape, channels_out: int, pays: bool, device
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("shape", "channels_out"), [((1, 8, 352, 640, 256, 3), 256), ((2, 24, 60, 104, 384, 3), 512)], ids=["one", "some"]
+    ("shape", "channels_out"),
+    [((1, 8, 352, 640, 256, 3), 256), ((2, 24, 60, 104, 384, 3), 512), ((8, 31, 16, 16, 1024, 3), 1024)],
+    ids=["one", "some", "tiles"],
 )
 def test_memory_of_winograd(shape: Shape, channels_out: int, device: torch.device) -> None:
     samples, frames, height, width, channels, seen = shape
@@ -458,7 +461,13 @@ def test_winograd_kernels_compile(target: str) -> None:
         (winograd._spread_kernel, {"rows_ptr": "*bf16:16", "sums_ptr": "*fp16:16"}),
         (winograd._join_kernel, {f"m{at}_ptr": "*fp16:16" for at in range(4)} | {"out_ptr": "*bf16:16"}),
     ):
-        signature = {**pointers, "scale_ptr": "*fp32:16", "inverses_ptr": "*fp32:16", "numbers": "i32:16"}
+        signature = {
+            **pointers,
+            "scale_ptr": "*fp32:16",
+            "inverses_ptr": "*fp32:16",
+            "numbers": "i32:16",
+            "sample_frames": "i32",
+        }
         constants = {"ODD": True, "BLOCK": winograd.BLOCK, "CHANNELS": 384}
         asm = compile_for(target, kernel, signature, constants, num_warps=winograd.NUM_WARPS)
         assert_no_spills(asm)
