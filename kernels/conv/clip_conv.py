@@ -8,7 +8,7 @@ or of ``y + i`` and ``x + j`` where the rows bring their border (``bordered``).
   fast kernel for so many where a tensor is below 2**31 numbers, and one above that works on tiles of 64.
 * ``winograd``: with two thirds of the products, in ``clip_conv_winograd.py``. On an H200, convolutions of 128 to 1024
   channels took 0.69 to 0.89 of the library's time, with the best of three numbers of frames at once
-  (clip-conv-variants-h200.json).
+  (clip-conv-variants-h200.json); with ``bordered``, 0.83 to 2.5 of it. The faster one is found by measuring.
 * ``library``: PyTorch's, which is cuDNN's on a GPU.
 
 Fidelity: math-exact. Bound by the tensor cores, or by the shared memory that feeds them.
@@ -18,16 +18,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor
 
+from vidaccel.kernels import settings
 from vidaccel.kernels.arguments import require_floats
 from vidaccel.kernels.check import Part, cuts
 from vidaccel.kernels.conv.channels_last_weight import channels_last_weight
 from vidaccel.kernels.hopper import aligned, gluon_reason, on_hopper
-from vidaccel.kernels.op import Costs, Implementation, Op, device_reason, scaled, tensors_reason
+from vidaccel.kernels.op import Costs, Implementation, Op, device_reason, tensors_reason
 
 __all__ = ["CLIP_CONV", "clip_conv", "clip_conv_ref", "workspace_bytes"]
 
@@ -36,6 +39,7 @@ TAPS = 3, 3
 # Where winograd was measured to pay: its passes through memory are few beside the products, of many, and a frame too
 # many does not matter.
 LEAST_CHANNELS, LEAST_FLOPS, LEAST_ODD_FRAMES = 128, 1e12, 9
+SAMPLES, SAMPLED_FLOPS = 8, 1e11  # a check looks at so many parts in turn of a call of at least so many FLOPs
 WINOGRAD_DTYPES = (torch.bfloat16,)
 VECTOR = 8  # numbers of 16 bits: fewer channels, or others, the library's fast kernels do not take
 
@@ -126,9 +130,25 @@ def _winograd(rows: Tensor, weight: Tensor, largest: Tensor | None, bordered: bo
 
 
 def _winograd_pays(rows: Tensor, weight: Tensor, largest: Tensor | None, bordered: bool) -> bool:
+    """Where nothing is measured. With the zeros in their input, the library's kernels are faster."""
+    return _measures(rows, weight, largest, bordered) and not bordered
+
+
+def _measures(rows: Tensor, weight: Tensor, largest: Tensor | None, bordered: bool) -> bool:
+    """Which of the library's kernels run depends on sizes in a way of its own: 400 to 1000 TFLOP/s on one GPU."""
     samples, frames, height, width, channels_out = _shape(rows, weight, bordered)
     much = _is_much(samples, frames, height * width, weight.shape[1], channels_out)
     return rows.is_cuda and largest is not None and much
+
+
+def _key(rows: Tensor, weight: Tensor, largest: Tensor | None, bordered: bool) -> dict[str, Any]:
+    return {
+        "dtype": str(rows.dtype),
+        "rows": tuple(rows.shape),
+        "weight": tuple(weight.shape),
+        "bordered": bordered,
+        "cudnn": settings.current().cudnn,
+    }
 
 
 def _is_much(samples: int, frames: int, pixels: int, channels: int, channels_out: int) -> bool:
@@ -181,11 +201,29 @@ def _costs(rows: Tensor, weight: Tensor, largest: Tensor | None, bordered: bool)
 
 
 def _parts(rows: Tensor, weight: Tensor, largest: Tensor | None, bordered: bool) -> Iterator[Part]:
+    return _parts_of(slice(0, _shape(rows, weight, bordered)[1]), rows, weight, largest, bordered)
+
+
+def _sample(
+    number: int, rows: Tensor, weight: Tensor, largest: Tensor | None, bordered: bool
+) -> Iterator[Part]:  # fmt: skip
+    """Some frames of every clip, for large calls: their reference takes as long as they do."""
+    frames = _shape(rows, weight, bordered)[1]
+    step = triton.cdiv(frames, SAMPLES) if _costs(rows, weight, largest, bordered).flops >= SAMPLED_FLOPS else frames
+    start = step * (number % triton.cdiv(frames, step))
+    return _parts_of(slice(start, min(start + step, frames)), rows, weight, largest, bordered)
+
+
+def _parts_of(
+    frames: slice, rows: Tensor, weight: Tensor, largest: Tensor | None, bordered: bool
+) -> Iterator[Part]:  # fmt: skip
+    """Of these frames, clip by clip, as many as fit."""
     around = weight.shape[2] - 1
     for sample in range(len(rows)):
-        for frames in cuts(_shape(rows, weight, bordered)[1], rows[0, 0].numel()):
-            some = rows[sample : sample + 1, frames.start : frames.stop + around]
-            yield Part((some, weight, largest, bordered), functools.partial(_part_of, sample, frames))
+        for cut in cuts(frames.stop - frames.start, rows[0, 0].numel()):
+            some = slice(frames.start + cut.start, frames.start + cut.stop)
+            seen = rows[sample : sample + 1, some.start : some.stop + around]
+            yield Part((seen, weight, largest, bordered), functools.partial(_part_of, sample, some))
 
 
 def _part_of(sample: int, frames: slice, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -219,8 +257,10 @@ CLIP_CONV = Op(
     fake=_fake,
     costs=_costs,
     parts=_parts,
+    sample=_sample,
+    measures=_measures,
+    key=_key,
     validate=_validate,
-    small=scaled(0, 2),  # rows, and their largest pixel
 )
 
 

@@ -138,9 +138,9 @@ def prepare(
 def _steps(shape: Sequence[int], out_shape: Sequence[int]) -> Iterator[_Step]:
     samples, frames = out_shape[:2]
     at_once, all_pairs = pairs_at_once(math.prod(shape[2:4]), shape[4] + out_shape[4]), triton.cdiv(frames, 2)
-    samples_at_once = max(at_once // all_pairs, 1)  # whole samples, or some pairs of one
-    for sample in range(0, samples, samples_at_once):
-        some = slice(sample, min(sample + samples_at_once, samples))
+    step = _samples_at_once(at_once, all_pairs)
+    for sample in range(0, samples, step):
+        some = slice(sample, min(sample + step, samples))
         for start in range(0, all_pairs, at_once):
             pairs = min(at_once, all_pairs - start)
             odd = start + pairs == all_pairs and frames % 2 == 1
@@ -162,9 +162,15 @@ def pairs_at_once(pixels: int, channels: int) -> int:
     return max(min(triton.cdiv(ENOUGH_PIXELS, pixels), most), 1)
 
 
+def _samples_at_once(at_once: int, all_pairs: int) -> int:
+    """Of whole samples, as many as have so many pairs; or one, if not all of its pairs are convolved at once."""
+    return max(at_once // all_pairs, 1)
+
+
 def workspace_bytes(samples: int, frames: int, pixels: int, channels: int) -> int:
     """What is needed beside the input and the output, whose channels are taken together."""
-    pairs = min(pairs_at_once(pixels, channels), samples * triton.cdiv(frames, 2))
+    at_once, all_pairs = pairs_at_once(pixels, channels), triton.cdiv(frames, 2)
+    pairs = min(at_once, min(_samples_at_once(at_once, all_pairs), samples) * all_pairs)
     return pairs * _BYTES_OF_A_PAIR * pixels * channels
 
 

@@ -158,7 +158,7 @@ def _patch(
         _check_strict(report, strict)
         for name, model in models.items():
             _wrap(name, model, report, allow, checks, cuda_graph if name in denoisers else False, parallel.get(name))
-        for place in places:
+        for place in sorted(places, key=_turn):
             _compile_ahead(place.module)
     except BaseException:  # nobody would have a report to restore with
         report.undo_patches()
@@ -166,6 +166,12 @@ def _patch(
         report.restore()
         raise
     return report
+
+
+def _turn(place: _Place) -> int:
+    """When a pipeline calls a module: those that encode first, those that decode last."""
+    paths = {part for site in place.sites for part in site.path.split(".")}
+    return 0 if "encoder" in paths else 2 if "decoder" in paths else 1
 
 
 def _compile_ahead(module: nn.Module) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import math
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,11 +19,12 @@ from kernel_checks import (
 )
 from torch import Tensor
 
+from vidaccel.kernels.choice import remembered
 from vidaccel.kernels.conv import clip_conv as op
 from vidaccel.kernels.conv import clip_conv_winograd as winograd
 from vidaccel.kernels.conv.clip_conv import CLIP_CONV, clip_conv, clip_conv_ref
 from vidaccel.kernels.hopper import GLUON
-from vidaccel.kernels.op import listening
+from vidaccel.kernels.op import WHOLE_CHECKS, Implementation, listening, sampling
 
 # samples, frames, height and width of the output; channels; frames that the convolution sees
 SHAPES = [
@@ -397,24 +400,67 @@ def test_what_winograd_does_not_serve(
 
 
 @pytest.mark.parametrize(
-    ("shape", "channels_out", "pays"),
+    ("shape", "channels_out", "bordered", "pays"),
     [
-        ((1, 8, 352, 640, 256, 3), 256, True),
-        ((1, 3, 352, 640, 256, 3), 256, False),  # a fourth frame for nothing
-        ((1, 8, 352, 640, 96, 3), 256, False),
-        ((1, 8, 16, 16, 256, 3), 256, False),
+        ((1, 8, 352, 640, 256, 3), 256, False, True),
+        ((1, 8, 352, 640, 256, 3), 256, True, False),  # the library is faster there
+        ((1, 3, 352, 640, 256, 3), 256, False, False),  # a fourth frame for nothing
+        ((1, 8, 352, 640, 96, 3), 256, False, False),
+        ((1, 8, 16, 16, 256, 3), 256, False, False),
     ],
-    ids=["large", "three-frames", "few-channels", "small"],
+    ids=["large", "bordered", "three-frames", "few-channels", "small"],
 )
 @pytest.mark.gpu
-def test_where_winograd_runs(shape: Shape, channels_out: int, pays: bool, device: torch.device) -> None:
+def test_where_winograd_runs_if_nothing_is_measured(
+    shape: Shape, channels_out: int, bordered: bool, pays: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIDACCEL_TUNE", "off")
+    assert ran_for(shape, channels_out, bordered, device) == [("winograd" if pays else "library", "")]
+
+
+@pytest.mark.gpu
+def test_the_faster_of_winograd_and_the_library_runs(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIDACCEL_CACHE_DIR", str(tmp_path))
+    for bordered in (False, True):
+        ((ran, problem),) = ran_for((2, 9, 128, 128, 256, 3), 256, bordered, device)
+        assert not problem
+        times = [measured.milliseconds for _, key, measured in remembered() if key["bordered"] == bordered]
+        assert [set(each) for each in times] == [{"winograd", "library"}]
+        assert times[0][ran] <= 1.03 * min(times[0].values())
+
+
+def ran_for(shape: Shape, channels_out: int, bordered: bool, device: torch.device) -> list[tuple[str, str]]:
+    """What ran for such rows, and what was wrong with it."""
     samples, frames, height, width, channels, seen = shape
-    rows = torch.randn(samples, frames + 2, height, width, channels, device=device).bfloat16()
+    border = 2 * bordered
+    rows = torch.randn(samples, frames + 2, height + border, width + border, channels, device=device).bfloat16()
     weight = torch.randn(channels_out, channels, seen, 3, 3, device=device).bfloat16() / 48
     with listening(checks=True) as events:
-        clip_conv(rows, weight, longest(rows))
-    ran = [(event.implementation, event.problem) for event in events if event.op == "clip_conv"]
-    assert ran == [("winograd" if pays else "library", "")]
+        clip_conv(rows, weight, longest(rows), bordered=bordered)
+    return [(event.implementation, event.problem) for event in events if event.op == "clip_conv"]
+
+
+@pytest.mark.parametrize("frame", [0, 9, 20])
+def test_samples_of_a_large_call_come_to_every_frame_of_every_clip(frame: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "SAMPLED_FLOPS", 0)
+    rows, weight = draw((2, 21, 3, 4, 8, 3), torch.device("cpu"), torch.float32, 8)
+    right = clip_conv_ref(rows, weight)
+    wrong = right.clone()
+    wrong[1, frame, 1, 2] = 0
+    outputs = iter([right] * WHOLE_CHECKS + [wrong] * op.SAMPLES)
+    ways = {"library": Implementation(lambda *args: next(outputs))}
+    monkeypatch.setattr(CLIP_CONV, "implementations", CLIP_CONV.implementations | ways)
+    CLIP_CONV.forget()
+    with torch.no_grad(), sampling(), listening(checks=True) as events:
+        returned = [clip_conv(rows, weight) for _ in range(WHOLE_CHECKS + op.SAMPLES)]
+    CLIP_CONV.forget()
+    found = [bool(event.problem) for event in events]
+    first = found.index(True)
+    assert all(found[first:]) and all(torch.equal(out, right) for out in returned[first:])
+    step = math.ceil(21 / op.SAMPLES)
+    assert first == WHOLE_CHECKS + (frame // step - WHOLE_CHECKS) % math.ceil(21 / step)
 
 
 @pytest.mark.gpu
