@@ -34,7 +34,9 @@ import triton
 import triton.language as tl
 from triton.runtime import JITFunction
 
-__all__ = ["available_cpus", "begin", "finish", "under_way"]
+from vidaccel.kernels.compile_cache import ensure_writable
+
+__all__ = ["available_cpus", "begin", "finish", "start_if_cold", "under_way"]
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +150,14 @@ def begin(
                 under_way[name] = _the_worker().submit(job)
         except Exception as error:  # the launch will tell, if it is an error there
             logger.debug("%s is not compiled ahead: %s", kernel.__name__, error)
+
+
+def start_if_cold() -> None:
+    """Start the process now if Triton's cache is empty: there will be kernels to compile, and it takes a while."""
+    ensure_writable()
+    with _lock, suppress(OSError):
+        if _may_start() and not any(Path(triton.knobs.cache.dir).iterdir()):
+            _the_worker()
 
 
 def _forget_ended() -> None:

@@ -141,6 +141,13 @@ begin(1024), launched(1024)  # the process is not ready
 begin(2048), os.killpg(processes[0].pid, signal.SIGKILL), launched(2048)
 assert counts == [0, 0, 1, 1], counts
 """
+COLD = """
+folder = os.path.join(os.environ["TRITON_CACHE_DIR"], "kernel")
+os.makedirs(folder), compile_ahead.start_if_cold()
+assert not processes, "there may be nothing to compile"
+os.rmdir(folder), compile_ahead.start_if_cold(), compile_ahead.start_if_cold()
+processes[0].kill(), processes[0].wait(), begin(256), first_launch(256)
+"""
 BROKEN = """
 multiprocessing.spawn.set_executable('/bin/false')
 begin(512), processes[0].wait(), time.sleep(0.5), begin(256), first_launch(256)
@@ -148,7 +155,7 @@ begin(512), processes[0].wait(), time.sleep(0.5), begin(256), first_launch(256)
 
 
 @pytest.mark.parametrize(
-    ("script", "launches"), [(NOT_COMPILED_YET, 4), (BROKEN, 1)], ids=["not-compiled-yet", "broken"]
+    ("script", "launches"), [(NOT_COMPILED_YET, 4), (COLD, 1), (BROKEN, 1)], ids=["not-compiled-yet", "cold", "broken"]
 )
 def test_a_launch_compiles_what_the_process_has_not(script: str, launches: int, tmp_path: Path) -> None:
     report = run(SCRIPT + script, tmp_path)

@@ -11,12 +11,15 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import islice
 from typing import Any, Literal, get_args
 
 from torch import nn
 
 from vidaccel.config import check_environment, self_check_enabled
 from vidaccel.errors import UsageError, did_you_mean, first_line, nearest
+from vidaccel.kernels.compile_ahead import start_if_cold
+from vidaccel.kernels.launch import DIRECT
 from vidaccel.kernels.op import check_wishes
 from vidaccel.kernels.settings import FIDELITIES, Fidelity
 from vidaccel.parallel.asked import CALL_SLOT
@@ -144,6 +147,8 @@ def _patch(
     cuda_graph: CudaGraph,
     parallel: Mapping[str, ParallelCall],
 ) -> PatchReport:
+    if DIRECT and any(parameter.is_cuda for model in models.values() for parameter in islice(model.parameters(), 1)):
+        start_if_cold()
     checks = self_check_enabled() if self_check is None else self_check
     denoisers = _denoisers(models)
     places = _places(models, allow)
