@@ -23,11 +23,12 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from concurrent.futures import Future, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -36,7 +37,17 @@ from triton.runtime import JITFunction
 
 from vidaccel.kernels.compile_cache import ensure_writable
 
-__all__ = ["available_cpus", "begin", "finish", "start_if_cold", "under_way"]
+__all__ = [
+    "USUAL",
+    "Foreseen",
+    "available_cpus",
+    "begin",
+    "finish",
+    "foreseeing",
+    "foreseen",
+    "start_if_cold",
+    "under_way",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +57,33 @@ MOST_UNDER_WAY = 1024  # from which on the ended ones are forgotten that no laun
 PATIENCE_SECONDS = 30  # that a launch waits for a job that has begun
 # sys.path as it is here, and no folder before it
 _COMMAND = "import sys; sys.path[:] = sys.argv[1:]; from vidaccel.kernels.compile_worker import main; main()"
+
+
+class Foreseen(NamedTuple):
+    """What weights do not tell of the calls to come.
+
+    Attributes:
+        frames: Of a clip: what most pipelines make if they are not told.
+        upcast: Whether the weights will be float32.
+    """
+
+    frames: int = 16
+    upcast: bool = False
+
+
+USUAL = Foreseen()
+_foreseen: ContextVar[Foreseen] = ContextVar("foreseen", default=USUAL)
+foreseen = _foreseen.get
+
+
+@contextmanager
+def foreseeing(calls: Foreseen) -> Iterator[None]:
+    """Compile for such calls inside the ``with`` block."""
+    token = _foreseen.set(calls)
+    try:
+        yield
+    finally:
+        _foreseen.reset(token)
 
 
 class _Worker:

@@ -151,6 +151,8 @@ class Launch:
         is passed over.
         """
         if self._direct and device.type == "cuda":
+            if compile_ahead.foreseen().upcast:
+                dtypes = (torch.float32,) * len(dtypes)
             arguments = (*dtypes, *self._numbers)
             compile_ahead.begin((*self._identity(), *dtypes), self._kernel, device, arguments, self._constants)
 

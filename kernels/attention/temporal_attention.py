@@ -32,10 +32,19 @@ from torch import Tensor
 from vidaccel.kernels.arguments import require_floats
 from vidaccel.kernels.attention.alignment import aligned_rows
 from vidaccel.kernels.check import Part, cuts, heads_apart
+from vidaccel.kernels.compile_ahead import foreseen
 from vidaccel.kernels.launch import Launch
-from vidaccel.kernels.op import Costs, Implementation, Op, device_reason, tensors_reason
+from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason, tensors_reason
 
-__all__ = ["TEMPORAL_ATTENTION", "Tiling", "bind", "choose_tiling", "temporal_attention", "temporal_attention_ref"]
+__all__ = [
+    "TEMPORAL_ATTENTION",
+    "Tiling",
+    "bind",
+    "choose_tiling",
+    "compile_ahead",
+    "temporal_attention",
+    "temporal_attention_ref",
+]
 
 MAX_HEAD_DIM = 160
 MAX_FRAMES = 128
@@ -44,6 +53,7 @@ MAX_FRAMES_FLOAT32 = 32  # longer tiles spill: without tensor cores the operands
 MAX_SDPA_BATCH = 65535  # the flash and efficient kernels launch one grid row per batch entry: pytorch/pytorch#146704
 PREFETCHED_TILE_BYTES = 24 * 1024  # two of them and the scratch fit the 64 KB of an MI300 multiprocessor
 RESIDENT_BYTES = 132 * 192 * 1024  # of the tiles of all programs: twice what an H100 or H200 works on at a time
+AHEAD_PIXELS = 4096  # of a clip whose size is not known yet: many
 WIDE_ITEMS = 8192  # from which on wider tiles leave enough programs
 SHORT_PROGRAMS = 6  # times as many programs where each is one warp: they share the work out more evenly
 
@@ -309,6 +319,20 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_heads: int) 
 def _mismatch(expected: str, q: Tensor, k: Tensor, v: Tensor) -> ValueError:
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     return ValueError(f"temporal_attention: {expected}, got {shapes}")
+
+
+def compile_ahead(weight: Tensor, num_heads: int) -> None:
+    """Begin to compile what will run for clips of foreseen length, whose queries are a projection by ``weight``.
+
+    Args:
+        weight: ``[H*D, C]``.
+        num_heads: ``H``.
+    """
+    frames, head_dim = foreseen().frames, len(weight) // num_heads
+    most = MAX_FRAMES_FLOAT32 if weight.dtype == torch.float32 else _most_frames(weight)
+    if weight.dtype in DTYPES and head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM and frames <= most:
+        x = weight.new_empty(frames, AHEAD_PIXELS, len(weight), device="meta")
+        TEMPORAL_ATTENTION.compile_ahead(weight.device, x, x, x, frames, num_heads, 1.0, impl="triton")
 
 
 def temporal_attention(

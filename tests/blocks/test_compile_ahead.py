@@ -12,9 +12,11 @@ from tiny_models import tiny_autoencoder_kl, tiny_svd_pipeline
 from torch import Tensor
 
 from vidaccel import patch_module, patch_pipeline
+from vidaccel.blocks.unet.resnet import FusedResnetBlock2D
+from vidaccel.kernels.compile_ahead import foreseen
 from vidaccel.kernels.launch import Launch
 
-UNTOLD = {"_temporal_attention_kernel", "_softmax_kernel"}  # they depend on the number of frames or of keys
+UNTOLD = {"_softmax_kernel"}  # it depends on the number of keys
 
 
 class Kernels:
@@ -35,9 +37,11 @@ def _of(launch: Launch) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("name", ["svd", "animatediff", "modelscope", "i2vgen-xl"])
-def test_a_denoisers_kernels_are_foretold(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe, given = first_call(name, 3)
+@pytest.mark.parametrize(("name", "frames"), [("svd", 14), ("animatediff", 16), ("modelscope", 16), ("i2vgen-xl", 16)])
+def test_a_denoisers_kernels_are_foretold(
+    name: str, frames: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, given = first_call(name, frames)
     kernels = Kernels(monkeypatch)
     pipe.to(dtype)
     given = {key: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for key, x in given.items()}
@@ -62,3 +66,16 @@ def test_a_decoders_kernels_are_foretold(
         vae.decode(torch.randn(3, vae.config.latent_channels, 8, 8).half(), **options)
     assert len(kernels.launched) > 5
     assert not kernels.untold()
+
+
+def test_an_encoders_kernels_are_foretold_in_the_dtype_of_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, bool]] = []
+    monkeypatch.setattr(
+        FusedResnetBlock2D, "compile_ahead", lambda block: told.append((name_of[block], foreseen().upcast))
+    )
+    vae = tiny_svd_pipeline().vae.half()
+    name_of = {module: name for name, module in vae.named_modules()}
+    patch_module(vae)
+    parts = [(name.split(".")[0], of_float32) for name, of_float32 in told]
+    assert parts == sorted(parts, key=lambda part: part[0] != "encoder")  # and these come first
+    assert set(parts) == {("encoder", True), ("decoder", False)}

@@ -14,11 +14,12 @@ from functools import partial
 from itertools import islice
 from typing import Any, Literal, get_args
 
+import torch
 from torch import nn
 
 from vidaccel.config import check_environment, self_check_enabled
 from vidaccel.errors import UsageError, did_you_mean, first_line, nearest
-from vidaccel.kernels.compile_ahead import start_if_cold
+from vidaccel.kernels.compile_ahead import USUAL, foreseeing, start_if_cold
 from vidaccel.kernels.launch import DIRECT
 from vidaccel.kernels.op import check_wishes
 from vidaccel.kernels.settings import FIDELITIES, Fidelity
@@ -163,8 +164,7 @@ def _patch(
         _check_strict(report, strict)
         for name, model in models.items():
             _wrap(name, model, report, allow, checks, cuda_graph if name in denoisers else False, parallel.get(name))
-        for place in sorted(places, key=_turn):
-            _compile_ahead(place.module)
+        _compile_ahead(models, places)
     except BaseException:  # nobody would have a report to restore with
         report.undo_patches()
         _put_back(earlier)
@@ -173,14 +173,28 @@ def _patch(
     return report
 
 
-def _turn(place: _Place) -> int:
-    """When a pipeline calls a module: those that encode first, those that decode last."""
-    paths = {part for site in place.sites for part in site.path.split(".")}
-    return 0 if "encoder" in paths else 2 if "decoder" in paths else 1
+def _compile_ahead(models: Mapping[str, nn.Module], places: list[_Place]) -> None:
+    """Begin to compile what the first calls of fused blocks will need, in the order in which a pipeline calls them."""
+    encode: set[nn.Module] = set()
+    upcast: set[nn.Module] = set()
+    denoise: set[nn.Module] = set()
+    calls = USUAL
+    for model in models.values():
+        config, encoder = getattr(model, "config", None), getattr(model, "encoder", None)
+        if is_denoiser(model):
+            denoise.update(model.modules())
+            calls = calls._replace(frames=getattr(config, "num_frames", None) or calls.frames)
+        elif isinstance(encoder, nn.Module):
+            encode.update(encoder.modules())
+            # pipelines encode in float32 with such a VAE
+            if getattr(config, "force_upcast", False) and next(model.parameters()).dtype == torch.float16:
+                upcast.update(encoder.modules())
+    for place in sorted(places, key=lambda place: (place.module not in encode, place.module not in denoise)):
+        with foreseeing(calls._replace(upcast=place.module in upcast)):
+            _compile_block_ahead(place.module)
 
 
-def _compile_ahead(module: nn.Module) -> None:
-    """Begin to compile what the first call of a fused block will need, if its layers are such as it can tell from."""
+def _compile_block_ahead(module: nn.Module) -> None:
     try:
         if isinstance(module, FusedBlock):
             module.compile_ahead()

@@ -37,6 +37,7 @@ from vidaccel.blocks.unet.normalization import add_layer_norm_module, norms_reas
 from vidaccel.blocks.unet.text_context import distinct_rows
 from vidaccel.kernels.attention.qkv_projection import qkv_projection
 from vidaccel.kernels.attention.spatial_attention import compile_ahead as compile_attention_ahead
+from vidaccel.kernels.attention.temporal_attention import compile_ahead as compile_temporal_attention_ahead
 from vidaccel.kernels.attention.temporal_attention import temporal_attention
 from vidaccel.kernels.ffn.residual_projection import residual_projection
 from vidaccel.kernels.norm.add_layer_norm import RowTo
@@ -137,6 +138,12 @@ class _TransformerBlock(FusedBlock):
         plain = type(norm) is nn.LayerNorm and type(norm.weight) is nn.Parameter
         if plain and self.runs("add_layer_norm"):
             compile_norm_ahead(norm.weight, residual=residual, row_to=row_to, position=position)
+
+    def _compile_frames_ahead(self, attn: Attention) -> None:
+        """For :meth:`_attend_frames`."""
+        weight: Any = getattr(attn.to_q, "weight", None)
+        if type(weight) is nn.Parameter and self.runs("temporal_attention"):
+            compile_temporal_attention_ahead(weight, attn.heads)
 
     def _norms_reason(self, x: Tensor, *norms: Any) -> str | None:
         return norms_reason(nn.LayerNorm, x, *norms) if self.runs("add_layer_norm") else None
@@ -389,6 +396,7 @@ class FusedTemporalBasicTransformerBlock(_TransformerBlock, TemporalBasicTransfo
         self._compile_norm_ahead(self.norm3, residual=True, row_to="sum")
         self._compile_norm_ahead(self.norm_in)  # without a fused parent, and when that checks itself
         self._compile_norm_ahead(self.norm1, residual=True)
+        self._compile_frames_ahead(self.attn1)
 
     def last_addends(
         self, addends: tuple[Tensor, Tensor], frame_embedding: Tensor, num_frames: int, context: Tensor | None
@@ -485,6 +493,7 @@ class TemporalSelfAttention(_TransformerBlock):
             if block.attn2 is not None:
                 self._compile_norm_ahead(block.norm2, residual=True, position=position)
             self._compile_norm_ahead(block.norm3, residual=True, row_to="stored")
+            self._compile_frames_ahead(block.attn1)
 
     def run_blocks(self, hidden_states: Tensor, num_frames: int) -> Tensor:
         for block in self.transformer_blocks:
