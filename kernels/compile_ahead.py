@@ -45,6 +45,7 @@ __all__ = [
     "finish",
     "foreseeing",
     "foreseen",
+    "is_cold",
     "start_if_cold",
     "under_way",
 ]
@@ -196,6 +197,11 @@ def start_if_cold() -> None:
     with _lock, suppress(OSError):
         if _may_start() and not any(Path(triton.knobs.cache.dir).iterdir()):
             _the_worker()
+
+
+def is_cold() -> bool:
+    """Whether this process had kernels to compile: then there may be more of them."""
+    return _worker is not None
 
 
 def _forget_ended() -> None:

@@ -96,7 +96,7 @@ class TileLaunch:
 
     def __call__(self, *tensors: Tensor) -> None:
         """Launch on the device of the tensors, which are as they were described, at multiples of 16 bytes."""
-        if ahead := ahead_on(tensors[0]):
+        if ahead := ahead_on():
             self._compile_ahead(ahead)
             return
         if not self._has_launched:

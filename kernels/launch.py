@@ -42,7 +42,7 @@ _ahead: ContextVar[torch.device | None] = ContextVar("ahead", default=None)
 
 @contextmanager
 def launching_ahead(device: torch.device) -> Iterator[None]:
-    """Inside the ``with`` block, a launch of tensors on the meta device begins to compile its kernel for ``device``."""
+    """Inside the ``with`` block, a launch begins to compile its kernel for ``device``, and launches nothing."""
     token = _ahead.set(device)
     try:
         yield
@@ -50,9 +50,7 @@ def launching_ahead(device: torch.device) -> Iterator[None]:
         _ahead.reset(token)
 
 
-def ahead_on(x: Tensor) -> torch.device | None:
-    """The device to compile for in place of a launch of ``x``, or None."""
-    return _ahead.get() if x.is_meta else None
+ahead_on = _ahead.get  # the device to compile for in place of a launch, or None
 
 
 def prepared(make: Callable[..., _Made]) -> Callable[..., _Made]:
@@ -112,11 +110,11 @@ class Launch:
             tensors: All on one device; the first is not None.
         """
         x: Any = tensors[0]
+        if ahead := ahead_on():
+            self.compile_ahead(ahead, *(x.dtype if tensor is None else tensor.dtype for tensor in tensors))
+            return
         if not x.is_cuda:
-            if ahead := ahead_on(x):
-                self.compile_ahead(ahead, *(x.dtype if tensor is None else tensor.dtype for tensor in tensors))
-            else:
-                self._through_triton(tensors)
+            self._through_triton(tensors)
             return
         device = x.get_device()
         if device != torch.cuda.current_device():

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from vidaccel.config import entries, preferred_implementation
 from vidaccel.errors import UsageError, first_line, nearest
-from vidaccel.kernels import choice, settings
+from vidaccel.kernels import choice, compile_ahead, settings
 from vidaccel.kernels.check import Part, Problem, disagreement
 from vidaccel.kernels.launch import launching_ahead
 from vidaccel.kernels.settings import FIDELITIES, Fidelity
@@ -294,6 +294,7 @@ class Op:
         self._measures, self._key, self._default, self._beaten = measures, key, default, beaten
         self._overwrites, self._validate, self._small, self._sample = overwrites, validate, small, sample
         self._plans: dict[Signature, _Plan] = {}
+        self._foretold: set[Any] = set()
         self._failed: dict[Signature, _Plan] = {}  # those of them in whose place the reference runs
         self._told: set[str] = set()
         _ops[name] = self
@@ -336,19 +337,36 @@ class Op:
         return [name for name in serving if name not in beaten]
 
     def compile_ahead(self, device: torch.device, *args: Any, impl: str) -> None:
-        """Begin to compile, in the background, what ``impl`` launches on ``device``.
+        """Begin to compile, in the background, what ``impl`` launches on ``device``; nothing is launched.
 
         Args:
             device: The GPU.
-            args: As those of a call, their tensors on the meta device.
+            args: As those of a call; tensors may be on the meta device.
             impl: An implementation's name.
         """
         way = self.implementations[impl]
         with torch.no_grad(), launching_ahead(device):
             (way.bind(*args) if way.bind else way.run)(*args)
 
+    def _foretell(self, plan: _Plan, args: tuple[Any, ...]) -> None:
+        """Compile ahead for the call whose corner has these arguments: what runs for it, or might by measurement."""
+        alike = plan.name, _signature(args)
+        if alike in self._foretold:
+            return
+        self._foretold.add(alike)
+        device = next(x.device for x in args if isinstance(x, Tensor))
+        try:
+            names = [plan.name, *(self.competitors(*args) if self._measures else ())]
+            with listening(only_references=True):  # ops within this one
+                for name in dict.fromkeys(names):
+                    if self.implementations[name].registered:
+                        self.compile_ahead(device, *self._with_copy(args), impl=name)
+        except Exception as error:  # the call will tell, if it is an error there
+            logger.debug("%s: nothing is compiled beforehand: %s", self.name, first_line(error))
+
     def forget(self) -> None:
         """Settle every signature anew."""
+        self._foretold.clear()
         self._plans.clear()
         self._failed.clear()
         self._told.clear()
@@ -459,6 +477,8 @@ class Op:
         self, plan: _Plan, args: tuple[Any, ...], signature: Signature | None, listener: Listener
     ) -> Outputs:
         if listener.only_references:
+            if compile_ahead.is_cold():
+                self._foretell(plan, args)
             out = self.reference(*args)
             listener.hear(Event(self.name, plan.name, plan.reason, self.costs(*args)))
             return out
