@@ -48,7 +48,8 @@ logger = logging.getLogger(__name__)
 HOPELESS = 1.5  # times the fastest so far, after one repetition
 # What beats the favourite by less than this in a few repetitions on a cool GPU may well lose in the midst of a model.
 MARGIN = 0.03
-REPEATS = 5
+REPEATS = 5  # at most: of what takes long, as many as take about this time, and one in any case
+REPEATED_MILLISECONDS = 20
 HEAD_START = 2_000_000  # GPU clocks, about a millisecond: longer than it takes to launch a call
 MOST_SETTLED = 4096  # answers that a process keeps, those asked for last; the others are read from disk again
 
@@ -157,8 +158,9 @@ def fastest(
                 problems[name] = problem
                 continue
             times[name] = milliseconds(run)
-            if times[name] <= HOPELESS * min(times.values()):
-                times[name] = statistics.median(milliseconds(run) for _ in range(REPEATS))
+            repeats = min(REPEATS, int(REPEATED_MILLISECONDS / times[name])) if times[name] else REPEATS
+            if repeats and times[name] <= HOPELESS * min(times.values()):
+                times[name] = statistics.median(milliseconds(run) for _ in range(repeats))
         except Exception as error:  # whatever one candidate does on this GPU, the others are still to choose from
             times.pop(name, None)
             problems[name] = first_line(error)

@@ -8,7 +8,7 @@ or of ``y + i`` and ``x + j`` where the rows bring their border (``bordered``).
   fast kernel for so many where a tensor is below 2**31 numbers, and one above that works on tiles of 64.
 * ``winograd``: with two thirds of the products, in ``clip_conv_winograd.py``. On an H200, convolutions of 128 to 1024
   channels took 0.69 to 0.89 of the library's time, with the best of three numbers of frames at once
-  (clip-conv-variants-h200.json); with ``bordered``, 0.83 to 2.5 of it. The faster one is found by measuring.
+  (clip-conv-variants-h200.json); with ``bordered``, 0.83 to 2.5 of it, and the faster one is found by measuring.
 * ``library``: PyTorch's, which is cuDNN's on a GPU.
 
 Fidelity: math-exact. Bound by the tensor cores, or by the shared memory that feeds them.
@@ -130,12 +130,15 @@ def _winograd(rows: Tensor, weight: Tensor, largest: Tensor | None, bordered: bo
 
 
 def _winograd_pays(rows: Tensor, weight: Tensor, largest: Tensor | None, bordered: bool) -> bool:
-    """Where nothing is measured. With the zeros in their input, the library's kernels are faster."""
-    return _measures(rows, weight, largest, bordered) and not bordered
+    return not bordered and _may_pay(rows, weight, largest, bordered)
 
 
 def _measures(rows: Tensor, weight: Tensor, largest: Tensor | None, bordered: bool) -> bool:
-    """Which of the library's kernels run depends on sizes in a way of its own: 400 to 1000 TFLOP/s on one GPU."""
+    """Of rows that bring their border the library's kernels do 400 to 1000 TFLOP/s on one GPU, by size."""
+    return bordered and _may_pay(rows, weight, largest, bordered)
+
+
+def _may_pay(rows: Tensor, weight: Tensor, largest: Tensor | None, bordered: bool) -> bool:
     samples, frames, height, width, channels_out = _shape(rows, weight, bordered)
     much = _is_much(samples, frames, height * width, weight.shape[1], channels_out)
     return rows.is_cuda and largest is not None and much

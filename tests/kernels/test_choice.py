@@ -234,6 +234,18 @@ def test_the_favourite_is_beaten_by_a_margin_only() -> None:
     assert measured(barely=0.9).winner == "barely"
 
 
+@pytest.mark.parametrize(("milliseconds", "timed"), [(0.1, 6), (8.0, 3), (60.0, 1)])
+def test_what_takes_long_is_not_timed_often(milliseconds: float, timed: int) -> None:
+    times: list[float] = []
+
+    def clock(run: Callable[[], object]) -> float:
+        times.append(milliseconds)
+        return milliseconds
+
+    fastest({"only": lambda: None}, lambda *_: None, clock, "only")
+    assert len(times) == timed
+
+
 @pytest.mark.parametrize("links", [True, False], ids=["links", "no-links"])
 def test_of_several_processes_the_first_to_be_done_answers(
     links: bool, cache: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch

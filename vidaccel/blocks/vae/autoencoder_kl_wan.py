@@ -209,7 +209,8 @@ class FusedWanDecoder3d(TileDecoder, WanDecoder3d):
         return structure_reason(module, decoder_reasons)
 
     def compile_ahead(self) -> None:
-        for before, block in itertools.pairwise(self.up_blocks):
+        _compile_ahead(self, [resnet for block in self.up_blocks for resnet in block.resnets])
+        for halo, (before, block) in itertools.product((False, True), itertools.pairwise(self.up_blocks)):
             gamma, shortcut = block.resnets[0].norm1.gamma.detach().flatten(), getattr(before, "avg_shortcut", None)
             half = half_dtype(self, gamma)
             compile_ahead(
@@ -220,9 +221,9 @@ class FusedWanDecoder3d(TileDecoder, WanDecoder3d):
                 factor_t=0 if shortcut is None else shortcut.factor_t,
                 step=1 if shortcut is None else shortcut.in_channels // shortcut.out_channels,
                 keep=True,
+                halo=halo,
                 out_dtype=half,
             )
-        _compile_ahead(self, [resnet for block in self.up_blocks for resnet in block.resnets])
 
     def forward(
         self, x: Tensor, feat_cache: Any = None, feat_idx: Any = [0], first_chunk: bool = False  # noqa: B006
@@ -527,13 +528,15 @@ def _clip_behind(x: Tensor) -> Tensor:
 
 
 def _compile_ahead(coder: Any, resnets: list[Any]) -> None:
-    """Begin to compile what the middle, the end and these ResNet blocks will need."""
-    for resnet in (*coder.mid_block.resnets, *resnets):
-        gamma, next_gamma = (norm.gamma.detach().flatten() for norm in (resnet.norm1, resnet.norm2))
-        half = half_dtype(coder, gamma)
-        compile_ahead(gamma, residual=True, keep=True, out_dtype=half)
-        compile_ahead(next_gamma, out_dtype=half)
-        if isinstance(resnet.conv_shortcut, WanCausalConv3d):
-            compile_ahead(next_gamma, residual=True, residual_bias=True, keep=True, out_dtype=half)
-    gamma = coder.norm_out.gamma.detach().flatten()
-    compile_ahead(gamma, residual=True, out_dtype=half_dtype(coder, gamma))
+    """Begin to compile what the middle, the end and these ResNet blocks will need, then what later pieces will."""
+    for halo in (False, True):
+        begin = partial(compile_ahead, halo=halo)
+        for resnet in (*coder.mid_block.resnets, *resnets):
+            gamma, next_gamma = (norm.gamma.detach().flatten() for norm in (resnet.norm1, resnet.norm2))
+            half = half_dtype(coder, gamma)
+            begin(gamma, residual=True, keep=True, out_dtype=half)
+            begin(next_gamma, out_dtype=half)
+            if isinstance(resnet.conv_shortcut, WanCausalConv3d):
+                begin(next_gamma, residual=True, residual_bias=True, keep=True, out_dtype=half)
+        gamma = coder.norm_out.gamma.detach().flatten()
+        begin(gamma, residual=True, out_dtype=half_dtype(coder, gamma))
