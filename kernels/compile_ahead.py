@@ -1,8 +1,10 @@
 """Compiling kernels before they are needed, in other processes.
 
 A model's first call needs dozens of kernels, and compiles them one after the other. Which ones follows in part from its
-weights alone. These are compiled meanwhile by a process that fills Triton's disk cache, where the first launch finds
-them. Threads would not do: compiling holds Python's lock for long enough to slow the calls beside it.
+weights alone: blocks foretell those when they are patched. The others are foretold by the check of a block's corner,
+which comes to every op of the block before the first kernel runs (``Op._foretell``). They are compiled meanwhile by a
+process that fills Triton's disk cache, where the first launch finds them. Threads would not do: compiling holds
+Python's lock for long enough to slow the calls beside it.
 
 Nothing depends on it. Whatever is not compiled when its first launch comes is compiled by that launch: where the
 process is not ready, where it failed, where it is not started at all.
