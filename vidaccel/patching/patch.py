@@ -187,11 +187,15 @@ def _compile_ahead(models: Mapping[str, nn.Module], places: list[_Place]) -> Non
         elif isinstance(encoder, nn.Module):
             encode.update(encoder.modules())
             # pipelines encode in float32 with such a VAE
-            if getattr(config, "force_upcast", False) and next(model.parameters()).dtype == torch.float16:
-                upcast.update(encoder.modules())
+            if getattr(config, "force_upcast", False):
+                upcast.update(part for part in encoder.modules() if _is_half(part))
     for place in sorted(places, key=lambda place: (place.module not in encode, place.module not in denoise)):
         with foreseeing(calls._replace(upcast=place.module in upcast)):
             _compile_block_ahead(place.module)
+
+
+def _is_half(module: nn.Module) -> bool:
+    return all(parameter.dtype == torch.float16 for parameter in module.parameters())
 
 
 def _compile_block_ahead(module: nn.Module) -> None:
