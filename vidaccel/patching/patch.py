@@ -11,27 +11,23 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
-from itertools import islice
 from typing import Any, Literal, get_args
 
-import torch
 from torch import nn
 
 from vidaccel.config import check_environment, self_check_enabled
-from vidaccel.errors import UsageError, did_you_mean, first_line, nearest
-from vidaccel.kernels.compile_ahead import USUAL, foreseeing, start_if_cold
-from vidaccel.kernels.launch import DIRECT
+from vidaccel.errors import UsageError, did_you_mean, nearest
 from vidaccel.kernels.op import check_wishes
 from vidaccel.kernels.settings import FIDELITIES, Fidelity
 from vidaccel.parallel.asked import CALL_SLOT
 from vidaccel.patching.cuda_capture import CudaCapture
 from vidaccel.patching.cuda_graph import Graphs, GraphSite, is_denoiser
 from vidaccel.patching.families import off_reason, reason_unserved, rules_for, unserved_denoiser, unwrapped
+from vidaccel.patching.first_calls import compile_first_calls, start_compiler
 from vidaccel.patching.model_call import DecodeCall, ModelCall, wrap_call, wrap_decode
 from vidaccel.patching.parallel import Parallel, ParallelCall, parallel_calls
 from vidaccel.patching.premises import capture_reason
 from vidaccel.patching.report import PatchReport, path_pattern
-from vidaccel.sites.block import FusedBlock
 from vidaccel.sites.rules import Patch, Rule, patches_of
 from vidaccel.sites.site import Site
 
@@ -148,8 +144,7 @@ def _patch(
     cuda_graph: CudaGraph,
     parallel: Mapping[str, ParallelCall],
 ) -> PatchReport:
-    if DIRECT and any(parameter.is_cuda for model in models.values() for parameter in islice(model.parameters(), 1)):
-        start_if_cold()
+    start_compiler(models.values())
     checks = self_check_enabled() if self_check is None else self_check
     denoisers = _denoisers(models)
     places = _places(models, allow)
@@ -164,46 +159,13 @@ def _patch(
         _check_strict(report, strict)
         for name, model in models.items():
             _wrap(name, model, report, allow, checks, cuda_graph if name in denoisers else False, parallel.get(name))
-        _compile_ahead(models, places)
+        compile_first_calls(models.values(), [place.module for place in places])
     except BaseException:  # nobody would have a report to restore with
         report.undo_patches()
         _put_back(earlier)
         report.restore()
         raise
     return report
-
-
-def _compile_ahead(models: Mapping[str, nn.Module], places: list[_Place]) -> None:
-    """Begin to compile what the first calls of fused blocks will need, in the order in which a pipeline calls them."""
-    encode: set[nn.Module] = set()
-    upcast: set[nn.Module] = set()
-    denoise: set[nn.Module] = set()
-    calls = USUAL
-    for model in models.values():
-        config, encoder = getattr(model, "config", None), getattr(model, "encoder", None)
-        if is_denoiser(model):
-            denoise.update(model.modules())
-            calls = calls._replace(frames=getattr(config, "num_frames", None) or calls.frames)
-        elif isinstance(encoder, nn.Module):
-            encode.update(encoder.modules())
-            # pipelines encode in float32 with such a VAE
-            if getattr(config, "force_upcast", False):
-                upcast.update(part for part in encoder.modules() if _is_half(part))
-    for place in sorted(places, key=lambda place: (place.module not in encode, place.module not in denoise)):
-        with foreseeing(calls._replace(upcast=place.module in upcast)):
-            _compile_block_ahead(place.module)
-
-
-def _is_half(module: nn.Module) -> bool:
-    return all(parameter.dtype == torch.float16 for parameter in module.parameters())
-
-
-def _compile_block_ahead(module: nn.Module) -> None:
-    try:
-        if isinstance(module, FusedBlock):
-            module.compile_ahead()
-    except Exception as error:  # a layer is somebody's own, or its weights are elsewhere, as with DeepSpeed's ZeRO-3
-        logger.debug("%s: nothing is compiled beforehand: %s", type(module).__name__, first_line(error))
 
 
 def _check_uncompiled(pipe: Any, denoisers: Mapping[str, nn.Module]) -> None:

@@ -465,6 +465,7 @@ def compile_gluon(head_dim: int, config: Any) -> dict[str, str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not GLUON, reason="another Gluon")
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_gluon_kernel_overlaps_products_with_the_softmax(head_dim: int) -> None:

@@ -411,6 +411,7 @@ def test_accesses_are_16_bytes_wide(target: str, epilogue: str) -> None:
     assert len(narrow_accesses(asm)) == scalars, "all but the scalars of the blend"
 
 
+@pytest.mark.slow
 @pairwise(
     {
         "segment_rows": [pytest.param(64, id="small"), pytest.param(9216, id="large")],

@@ -132,6 +132,7 @@ def test_numbers_only() -> None:
         pixel_shuffle(torch.zeros(1, 1, 1, 1, 8), torch.zeros(8, dtype=torch.int32), cell=(2, 2, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", [True, False])
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles(target: str, source: bool) -> None:

@@ -272,6 +272,7 @@ def compile_gluon(in_features: int, config: Any, dtype: str) -> dict[str, str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not GLUON, reason="another Gluon")
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize(("out_features", "in_features"), [(1280, 320), (2560, 640)])

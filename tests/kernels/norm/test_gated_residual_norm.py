@@ -485,6 +485,7 @@ def test_accesses_are_16_bytes_wide_and_prefetched(target: str, model: str, monk
         assert programs * registers * 32 * launch._constants["num_warps"] <= 2**16, "a second wave would come"
 
 
+@pytest.mark.slow
 def test_no_two_roundings_become_one_instruction() -> None:
     """On GPUs with products and sums in bfloat16 the compiler would make one fused operation of them."""
     _, asm = compiled("sm_90", 2048, MODELS["ltx"])

@@ -512,6 +512,7 @@ def assert_loads_16_bytes_ahead(asm: dict[str, str]) -> None:
     assert sizes and set(sizes) == {"0x10"}, "the tiles are not prefetched, or not 16 bytes at a time"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_threads_work_alone_on_the_statistics(target: str) -> None:
     asm = compile_tiled(target, op._chunk_stats_kernel, choose_tiling(28, 9216, 320, 64), FOLD=FOLD)
@@ -537,6 +538,7 @@ def test_apply_prefetches_and_stores_16_bytes(target: str, shift: bool) -> None:
         assert re.search(r"(global|buffer)_store_dwordx4", asm["amdgcn"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_merge_of_the_statistics_compiles(target: str) -> None:
     for num_warps in (1, 8):
