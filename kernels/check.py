@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from vidaccel.kernels import settings
+from vidaccel.kernels.screen import frames_of, limits, screen
 
 if TYPE_CHECKING:
     from vidaccel.kernels.op import Op
@@ -44,11 +45,8 @@ __all__ = [
 ]
 
 MOST_ELEMENTS = 2**25  # of a part: half a GiB, with everything that is made of it
-SCREEN_ROWS = 2.0  # units in the last place, relative L2: less needs no second look
-SCREEN_GAIN = 0.5
 CHAIN, CHAIN_GAIN = 16.0, 16.0  # of a dozen ops, whose roundings are the same but for their order
 LOSSY = 16  # times the tolerance of math-exact
-SMALL = 1e-12  # norms whose squares, and those of their parts, float32 holds
 PERTURBATION = 2.0**-22
 # float32 sums in another order; with TF32, numbers are cut to 10 bits before they are multiplied
 _MEASURES = ("the worst row", "the worst channel of a frame", "the scale of a frame")  # of _distances
@@ -162,21 +160,20 @@ def disagreement(
     parts = list(sample or (op.parts(*args) if op.parts else [Part(args, _all)]))
     exact = fidelity == "bit-exact"
     with torch.no_grad():
-        seen: list[tuple[int, Any]] = []
-        eps = 0.0
+        suspects = torch.zeros(len(parts), dtype=torch.int32, device=outputs[0].device)
         for at, part in enumerate(parts):
             mine, expected = part.of(outputs), _referred(op, part, part.args)
             if problem := _shapes_differ(mine, expected):
                 return problem
-            look = _bits_differ if exact else _norms
-            seen += [(at, look(x, y)) for x, y in zip(mine, expected, strict=True) if x.numel()]
-            eps = _eps(*expected)
-        if not seen:
-            return None
-        if exact:
-            differ = any(torch.stack([differs for _, differs in seen]).tolist())
-            return Problem("differs from the reference in some bits, and is declared bit-exact") if differ else None
-        for at in _suspects(seen, eps * (LOSSY if fidelity == "lossy" else 1), op.screen):
+            allowed = limits(_eps(*expected) * (LOSSY if fidelity == "lossy" else 1), op.screen)
+            for x, y in zip(mine, expected, strict=True):
+                if exact:
+                    suspects[at] += _bits_differ(x, y)
+                elif x.numel():
+                    screen(x, y, allowed, suspects, at)
+        for at in (at for at, frames in enumerate(suspects.tolist()) if frames):  # the host waits for the GPU
+            if exact:
+                return Problem("differs from the reference in some bits, and is declared bit-exact")
             if problem := _second_look(op, parts[at], parts[at].of(outputs), fidelity):
                 return problem
     return None
@@ -238,75 +235,6 @@ def _bits_differ(x: Tensor, y: Tensor) -> Tensor:
     return ((x != y) & ~(x.isnan() & y.isnan())).any()
 
 
-class _Norms(NamedTuple):
-    """What an output of a part is screened by.
-
-    Attributes:
-        rows: Of the reference, ``[frames, rows]``.
-        own_rows: Of the output.
-        row_errors: Of the difference.
-        columns: Of the reference's channels, ``[frames, channels]``.
-        column_errors: Of the difference's.
-    """
-
-    rows: Tensor
-    own_rows: Tensor
-    row_errors: Tensor
-    columns: Tensor
-    column_errors: Tensor
-
-
-def _norms(x: Tensor, y: Tensor) -> _Norms:
-    """Those of an output x and of what it should be.
-
-    Both are read in their own dtype, without copies in float32: what their difference is rounded by is small beside it.
-    """
-    norms = functools.partial(
-        torch.linalg.vector_norm, dtype=torch.float32 if y.dtype.itemsize == 2 else torch.float64
-    )  # fmt: skip
-    x, y = _frames(x), _frames(y)
-    difference = x - y
-    return _Norms(
-        norms(y, dim=2), norms(x, dim=2), norms(difference, dim=2), norms(y, dim=1), norms(difference, dim=1)
-    )  # fmt: skip
-
-
-def _suspects(seen: list[tuple[int, _Norms]], eps: float, screen: float) -> list[int]:
-    """The parts of which an output deserves a second look; the host waits for the GPU.
-
-    Outputs of one shape are judged together. They are small by now, and what that takes are launches.
-    """
-    alike: dict[Any, list[tuple[int, _Norms]]] = {}
-    for at, norms in seen:
-        alike.setdefault((norms.rows.shape, norms.columns.shape, norms.rows.dtype), []).append((at, norms))
-    near = []
-    for group in alike.values():
-        together = zip(*(norms for _, norms in group), strict=True)
-        near.append(_plainly_near(_Norms(*map(_joined, together)), eps, screen).view(len(group), -1).all(1))
-    order = [at for group in alike.values() for at, _ in group]
-    return sorted({at for at, fine in zip(order, _joined(near).tolist(), strict=True) if not fine})
-
-
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
-
-
-def _plainly_near(norms: _Norms, eps: float, screen: float) -> Tensor:
-    """For each frame: what nearly every right result is; not that, for numbers that are not finite, or too small.
-
-    The scale follows from three norms: ``|x|**2 = |y|**2 + 2 (x - y) y + |x - y|**2``.
-    """
-    of_frames = torch.linalg.vector_norm(torch.stack(norms[:3]), dim=2)  # [3, frames]
-    norm, (square, square_x, square_error) = of_frames[0], of_frames * of_frames
-    near = (norm > SMALL) & (norm < 1 / SMALL)
-    near &= (square_x - square - square_error).abs() <= 2 * SCREEN_GAIN * eps * square
-    rows, columns = (norms.row_errors, norms.rows), (norms.column_errors, norms.columns)
-    for (error, size), units in ((rows, screen * SCREEN_ROWS), (columns, SCREEN_ROWS)):
-        mean = (norm / math.sqrt(size.shape[1]))[:, None]
-        near &= (error <= units * eps * torch.maximum(size, mean)).all(1)
-    return near
-
-
 def _referred(op: Op, part: Part, args: Iterable[Any]) -> tuple[Tensor, ...]:
     return part.of_reference(_tuple(op.reference(*args)))
 
@@ -363,8 +291,8 @@ def _distances(x: Tensor, y: Tensor, finite_in: Tensor) -> tuple[Tensor, Tensor,
     All relative to ``y``, where ``finite_in`` is finite; rows and channels that are small beside their frame, to that.
     """
     dtype = torch.float64 if torch.float64 in (x.dtype, y.dtype) or y.dtype == torch.float32 else torch.float32
-    finite = _frames(finite_in).isfinite()
-    x, y = _frames(x), _frames(y)
+    finite = frames_of(finite_in).isfinite()
+    x, y = frames_of(x), frames_of(y)
     lost = (finite & ~x.isfinite()).any()
     y = torch.where(finite, y, 0).to(dtype)
     largest = y.abs().amax((1, 2), keepdim=True)
@@ -385,15 +313,6 @@ def _worst(difference: Tensor, y: Tensor, norm: Tensor, dim: int) -> Tensor:
     error = torch.linalg.vector_norm(difference, dim=dim)
     # a difference where there is nothing at all counts as infinitely large
     return torch.where(error > 0, error / torch.maximum(size, mean), 0.0).amax()
-
-
-def _frames(x: Tensor) -> Tensor:
-    """``[frames, rows, channels]`` of rows ``[B, S, C]``, images ``[N, C, H, W]`` or clips ``[B, C, F, H, W]``."""
-    if x.ndim == 5:
-        return x.permute(0, 2, 3, 4, 1).flatten(2, 3).flatten(0, 1)
-    if x.ndim == 4:
-        return x.permute(0, 2, 3, 1).flatten(1, 2)
-    return x if x.ndim == 3 else as_rows(x if x.ndim else x[None])[None]
 
 
 def _eps(*outputs: Tensor) -> float:

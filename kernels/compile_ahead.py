@@ -48,6 +48,7 @@ __all__ = [
     "foreseeing",
     "foreseen",
     "is_cold",
+    "is_under_way",
     "start_if_cold",
     "under_way",
 ]
@@ -204,6 +205,12 @@ def start_if_cold() -> None:
 def is_cold() -> bool:
     """Whether this process had kernels to compile: then there may be more of them."""
     return _worker is not None
+
+
+def is_under_way(name: Hashable) -> bool:
+    """Whether a job has begun, or waits for its turn, and has not ended."""
+    future = under_way.get(name)
+    return future is not None and not future.done()
 
 
 def _forget_ended() -> None:

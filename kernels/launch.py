@@ -154,6 +154,10 @@ class Launch:
             arguments = (*dtypes, *self._numbers)
             compile_ahead.begin((*self._identity(), *dtypes), self._kernel, device, arguments, self._constants)
 
+    def is_awaited(self, *dtypes: torch.dtype) -> bool:
+        """Whether what :meth:`compile_ahead` has begun for these dtypes is still under way."""
+        return compile_ahead.is_under_way((*self._identity(), *dtypes))
+
     def _identity(self) -> tuple[Any, ...]:
         return self._kernel, *sorted(self._constants.items())
 

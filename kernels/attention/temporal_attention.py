@@ -24,13 +24,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vidaccel.kernels.arguments import require_floats
 from vidaccel.kernels.attention.alignment import aligned_rows
+from vidaccel.kernels.attention.attention_ref import attention_ref
 from vidaccel.kernels.check import Part, cuts, heads_apart
 from vidaccel.kernels.compile_ahead import foreseen
 from vidaccel.kernels.launch import Launch
@@ -68,7 +68,7 @@ def temporal_attention_ref(
     for sample in range(samples):  # samples and pixels do not merge into the one batch axis of SDPA without a copy
         for start in range(0, num_pixels, MAX_SDPA_BATCH):
             part = sample, slice(start, start + MAX_SDPA_BATCH)
-            out_items[part] = F.scaled_dot_product_attention(q[part], k[part], v[part], scale=scale)
+            out_items[part] = attention_ref(q[part], k[part], v[part], scale)
     return out
 
 

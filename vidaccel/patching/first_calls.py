@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from vidaccel.errors import first_line
+from vidaccel.kernels import screen
 from vidaccel.kernels.compile_ahead import USUAL, foreseeing, start_if_cold
 from vidaccel.kernels.launch import DIRECT
 from vidaccel.patching.cuda_graph import is_denoiser
@@ -28,6 +29,9 @@ def start_compiler(models: Iterable[nn.Module]) -> None:
 
 def compile_first_calls(models: Iterable[nn.Module], blocks: Iterable[nn.Module]) -> None:
     """Begin to compile what the first calls of fused blocks will need, in the order in which a pipeline calls them."""
+    models = list(models)
+    for device, dtype in {(x.device, x.dtype) for model in models for x in islice(model.parameters(), 1)}:
+        screen.compile_ahead(device, dtype)
     encode: set[nn.Module] = set()
     upcast: set[nn.Module] = set()
     denoise: set[nn.Module] = set()

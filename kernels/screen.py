@@ -1,0 +1,303 @@
+"""The first look of a check: is an output so near to the reference's that float64 need not decide?
+
+Both are seen as frames of rows of channels (:func:`frames_of`). With the difference d = x - y of what came, x, and what
+should have come, y, a frame is plainly right if
+
+* each row's and each channel's ``|d|`` is within a few units in the last place of its ``|y|``, or of the mean one of
+  the frame where that is larger;
+* ``|sum(d y)|``, what the frame is scaled by, is within half a unit of ``|y|**2``;
+* ``|y|`` is neither zero nor infinite, and every number is finite.
+
+On a GPU a kernel reads x and y once for all of these sums, in float32; PyTorch's norms would read them five times, and
+take longer than the call that is checked. A check that finds nothing wrong is believed, so the kernel has to find
+planted faults before it is used, and PyTorch runs as long as it is being compiled.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vidaccel.errors import first_line
+from vidaccel.kernels.launch import Launch, prepared
+
+__all__ = ["Limits", "compile_ahead", "frames_of", "limits", "screen", "screen_by_kernel", "screen_ref"]
+
+logger = logging.getLogger(__name__)
+
+ROW_UNITS, CHANNEL_UNITS, GAIN_UNITS = 2.0, 2.0, 0.5  # units in the last place, relative L2: less needs no second look
+SMALL = 1e-12  # norms whose squares, and those of their parts, float32 holds
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+VECTOR = 8  # numbers that a thread reads at once
+BLOCK_OUTER, BLOCK_INNER, CHUNK = 64, 64, 1024  # of numbers one after the other in memory (inner) and rows of them
+BLOCK_VERDICT = 1024
+
+
+class Limits(NamedTuple):
+    """How far a plainly right result may be off, relative to what it should be: a row, a channel, a frame's scale."""
+
+    row: float
+    channel: float
+    gain: float
+
+
+def limits(eps: float, rows: float = 1.0) -> Limits:
+    """For results that are rounded to units of ``eps``; ``rows``: how many times more is right for a row of them."""
+    return Limits(rows * ROW_UNITS * eps, CHANNEL_UNITS * eps, GAIN_UNITS * eps)
+
+
+def frames_of(x: Tensor) -> Tensor:
+    """``[frames, rows, channels]`` of rows ``[..., S, C]``, images ``[N, C, H, W]`` or clips ``[B, C, F, H, W]``."""
+    if x.ndim == 5:
+        return x.permute(0, 2, 3, 4, 1).flatten(2, 3).flatten(0, 1)
+    if x.ndim == 4:
+        return x.permute(0, 2, 3, 1).flatten(1, 2)
+    if x.ndim == 3:
+        return x
+    return x.reshape(1, math.prod(x.shape[:-1]), x.shape[-1] if x.ndim else 1)
+
+
+def screen(x: Tensor, y: Tensor, allowed: Limits, suspects: Tensor, at: int) -> None:
+    """Add to ``suspects[at]`` how many frames of ``x`` need a second look; the host waits for nothing.
+
+    Args:
+        x: What an implementation returned, not empty.
+        y: What it should be, of the same shape and dtype.
+        allowed: How near is near.
+        suspects: int32, on the device of both.
+        at: An index of it.
+    """
+    x, y = frames_of(x), frames_of(y)
+    if x.is_cuda and x.dtype in KERNEL_DTYPES and _kernels_are_ready(x, y):
+        screen_by_kernel(x, y, allowed, suspects, at)
+    else:
+        suspects[at] += (~screen_ref(x, y, allowed)).sum()
+
+
+def screen_ref(x: Tensor, y: Tensor, allowed: Limits) -> Tensor:
+    """The specification: for each frame of ``x`` and ``y``, ``[frames, rows, channels]``, whether it is plainly right.
+
+    Both are read in their own dtype, without copies in float32: what their difference is rounded by is small beside it.
+    The scale follows from three norms: ``|x|**2 = |y|**2 + 2 (x - y) y + |x - y|**2``.
+    """
+    dtype = torch.float32 if y.dtype.itemsize == 2 else torch.float64
+    norms = functools.partial(torch.linalg.vector_norm, dtype=dtype)
+    difference = x - y
+    rows = norms(y, dim=2), norms(x, dim=2), norms(difference, dim=2)
+    of_frames = torch.linalg.vector_norm(torch.stack(rows), dim=2)  # [3, frames]
+    norm, (square, square_x, square_error) = of_frames[0], of_frames * of_frames
+    near = (norm > SMALL) & (norm < 1 / SMALL)
+    near &= (square_x - square - square_error).abs() <= 2 * allowed.gain * square
+    of_rows = rows[2], rows[0], allowed.row
+    of_channels = norms(difference, dim=1), norms(y, dim=1), allowed.channel
+    for error, size, limit in (of_rows, of_channels):
+        mean = (norm / math.sqrt(size.shape[1]))[:, None]
+        near &= (error <= limit * torch.maximum(size, mean)).all(1)
+    return near
+
+
+@triton.jit
+def _places(rows, offs, stride, UNIT: tl.constexpr):
+    """Pointers to the numbers ``offs`` of ``rows``, ``[BLOCK_OUTER, BLOCK_INNER]``."""
+    if UNIT:
+        return rows[:, None] + offs[None, :]
+    return rows[:, None] + (offs.to(tl.int64) * stride)[None, :]
+
+
+@triton.jit(
+    do_not_specialize=[
+        "outer", "inner", "blocks", "stride_x_frame", "stride_x_outer", "stride_x_inner", "stride_y_frame",
+        "stride_y_outer", "stride_y_inner",
+    ],
+)  # fmt: skip
+def _screen_sums_kernel(
+    x_ptr, y_ptr, sums_ptr,
+    outer, inner, blocks,
+    stride_x_frame, stride_x_outer, stride_x_inner, stride_y_frame, stride_y_outer, stride_y_inner,
+    X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_OUTER: tl.constexpr, BLOCK_INNER: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """For a block of outer rows and a chunk of inner numbers: the sums of y^2, d^2 and d y; of d^2 and y^2."""
+    frame = (tl.program_id(0) // blocks).to(tl.int64)
+    offs_o = (tl.program_id(0) % blocks) * BLOCK_OUTER + tl.arange(0, BLOCK_OUTER)
+    mask_o = offs_o < outer
+    rows = offs_o.to(tl.int64)
+    x_rows = x_ptr + tl.multiple_of(frame * stride_x_frame + rows * stride_x_outer, ALIGN)
+    y_rows = y_ptr + tl.multiple_of(frame * stride_y_frame + rows * stride_y_outer, ALIGN)
+    sums_ptr += frame * (3 * outer.to(tl.int64) + 2 * inner)
+    inner_ptr = sums_ptr + 3 * outer
+    sizes = tl.zeros([BLOCK_OUTER], dtype=tl.float32)
+    errors = tl.zeros([BLOCK_OUTER], dtype=tl.float32)
+    crossed = tl.zeros([BLOCK_OUTER], dtype=tl.float32)
+    first = tl.program_id(1) * CHUNK
+    for start in range(first, tl.minimum(first + CHUNK, inner), BLOCK_INNER):
+        offs_i = tl.multiple_of(start, ALIGN) + tl.arange(0, BLOCK_INNER)
+        mask_i = tl.arange(0, BLOCK_INNER) < tl.multiple_of(inner - start, ALIGN)
+        mask = mask_o[:, None] & mask_i[None, :]
+        x = tl.load(_places(x_rows, offs_i, stride_x_inner, X_UNIT), mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(_places(y_rows, offs_i, stride_y_inner, Y_UNIT), mask=mask, other=0.0).to(tl.float32)
+        difference = x - y
+        size, error = y * y, difference * difference
+        sizes += tl.sum(size, axis=1)
+        errors += tl.sum(error, axis=1)
+        crossed += tl.sum(difference * y, axis=1)
+        tl.atomic_add(inner_ptr + offs_i, tl.sum(size, axis=0), mask=mask_i, sem="relaxed")
+        tl.atomic_add(inner_ptr + inner + offs_i, tl.sum(error, axis=0), mask=mask_i, sem="relaxed")
+    tl.atomic_add(sums_ptr + offs_o, sizes, mask=mask_o, sem="relaxed")
+    tl.atomic_add(sums_ptr + outer + offs_o, errors, mask=mask_o, sem="relaxed")
+    tl.atomic_add(sums_ptr + 2 * outer + offs_o, crossed, mask=mask_o, sem="relaxed")
+
+
+@triton.jit
+def _all_near(sums_ptr, count, mean, limit, BLOCK: tl.constexpr):
+    """1 if each error is within ``limit`` of its size, or of ``mean`` where that is larger; else, as of NaN, 0."""
+    near = tl.full([BLOCK], 1, dtype=tl.int32)
+    for start in range(0, count, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        size = tl.sqrt(tl.load(sums_ptr + offs, mask=offs < count, other=0.0))
+        error = tl.sqrt(tl.load(sums_ptr + count + offs, mask=offs < count, other=0.0))
+        near &= (error <= limit * tl.maximum(size, mean)).to(tl.int32)
+    return tl.min(near, axis=0)
+
+
+@triton.jit(do_not_specialize=["outer", "inner", "at"])
+def _screen_verdict_kernel(
+    sums_ptr, suspects_ptr,
+    outer, inner, at,
+    outer_limit, inner_limit, gain_limit, least, most,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Whether the sums of a frame are those of a right one; if not, it is counted."""
+    sums_ptr += tl.program_id(0).to(tl.int64) * (3 * outer.to(tl.int64) + 2 * inner)
+    squares = tl.zeros([BLOCK], dtype=tl.float32)
+    crossed = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(0, outer, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        squares += tl.load(sums_ptr + offs, mask=offs < outer, other=0.0)
+        crossed += tl.load(sums_ptr + 2 * outer + offs, mask=offs < outer, other=0.0)
+    square = tl.sum(squares, axis=0)
+    norm = tl.sqrt(square)
+    near = ((norm > least) & (norm < most)).to(tl.int32)
+    near &= (tl.abs(tl.sum(crossed, axis=0)) <= gain_limit * square).to(tl.int32)
+    near &= _all_near(sums_ptr, outer, tl.sqrt(square / outer), outer_limit, BLOCK)
+    near &= _all_near(sums_ptr + 3 * outer, inner, tl.sqrt(square / inner), inner_limit, BLOCK)
+    tl.atomic_add(suspects_ptr + at, 1 - near, sem="relaxed")
+
+
+def screen_by_kernel(x: Tensor, y: Tensor, allowed: Limits, suspects: Tensor, at: int) -> None:
+    """:func:`screen` of ``[frames, rows, channels]`` on a GPU, float16, bfloat16 or float32."""
+    row, channel, gain = allowed
+    if not _inner_is_last(x, y):
+        x, y, row, channel = x.transpose(1, 2), y.transpose(1, 2), channel, row
+    frames, outer, inner = x.shape
+    sums = torch.zeros(frames * (3 * outer + 2 * inner), dtype=torch.float32, device=x.device)
+    _sums_launch(x.shape, x.stride(), y.stride(), *_layout(x, y))(x, y, sums)
+    _verdict_launch(frames, outer, inner, at, row, channel, gain)(sums, suspects)
+
+
+def _inner_is_last(x: Tensor, y: Tensor) -> bool:
+    """Whether neighbours along the last axis are more likely to lie side by side than those along the one before."""
+    return any(t.stride(2) == 1 for t in (x, y)) or not any(t.stride(1) == 1 for t in (x, y))
+
+
+def _layout(x: Tensor, y: Tensor) -> tuple[bool, bool, int]:
+    """X_UNIT, Y_UNIT and ALIGN of ``[frames, outer, inner]``."""
+    steps = [x.shape[2], *x.stride()[:2], *y.stride()[:2]]
+    return x.stride(2) == 1, y.stride(2) == 1, 1 if any(step % VECTOR for step in steps) else VECTOR
+
+
+@prepared
+def _sums_launch(
+    shape: tuple[int, ...], strides_x: tuple[int, ...], strides_y: tuple[int, ...], *layout: Any
+) -> Launch:
+    frames, outer, inner = shape
+    blocks = triton.cdiv(outer, BLOCK_OUTER)
+    x_unit, y_unit, align = layout
+    return Launch(
+        _screen_sums_kernel, (frames * blocks, triton.cdiv(inner, CHUNK)), outer, inner, blocks, *strides_x, *strides_y,
+        X_UNIT=x_unit, Y_UNIT=y_unit, ALIGN=align, BLOCK_OUTER=BLOCK_OUTER, BLOCK_INNER=BLOCK_INNER, CHUNK=CHUNK,
+        num_warps=4,
+    )  # fmt: skip
+
+
+@prepared
+def _verdict_launch(frames: int, outer: int, inner: int, at: int, row: float, channel: float, gain: float) -> Launch:
+    allowed = row, channel, gain, SMALL, 1 / SMALL
+    return Launch(_screen_verdict_kernel, (frames,), outer, inner, at, *allowed, BLOCK=BLOCK_VERDICT, num_warps=4)
+
+
+_proven: dict[tuple[Any, ...], bool] = {}  # by device, dtype and layout: whether the kernels found what was planted
+
+
+def _kernels_are_ready(x: Tensor, y: Tensor) -> bool:
+    """Whether the kernels are compiled for such tensors, and find faults."""
+    if not _inner_is_last(x, y):
+        x, y = x.transpose(1, 2), y.transpose(1, 2)
+    layout = _layout(x, y)
+    key = x.device, x.dtype, layout
+    proven = _proven.get(key)
+    if proven is None:
+        if _are_awaited(x.device, x.dtype, layout):
+            return False
+        try:
+            proven = _finds_faults(x.device, x.dtype, layout)
+        except Exception as error:  # of a new GPU, or a new compiler
+            logger.debug("checks are screened by PyTorch: %s", first_line(error))
+            proven = False
+        _proven[key] = proven
+    return proven
+
+
+def compile_ahead(device: torch.device, dtype: torch.dtype) -> None:
+    """Begin to compile, in the background, what the checks of a model of this dtype need first."""
+    if dtype in KERNEL_DTYPES:
+        _are_awaited(device, dtype, (True, True, VECTOR))
+
+
+def _are_awaited(device: torch.device, dtype: torch.dtype, layout: tuple[bool, bool, int]) -> bool:
+    """Begin to compile the kernels if they are not; whether that is still under way."""
+    launches = (
+        (_sums_launch((1, 1, 1), (1, 1, 1), (1, 1, 1), *layout), (dtype, dtype, torch.float32)),
+        (_verdict_launch(1, 1, 1, 0, 1.0, 1.0, 1.0), (torch.float32, torch.int32)),
+    )
+    for launch, dtypes in launches:
+        launch.compile_ahead(device, *dtypes)
+    return any(launch.is_awaited(*dtypes) for launch, dtypes in launches)
+
+
+def _finds_faults(device: torch.device, dtype: torch.dtype, layout: tuple[bool, bool, int]) -> bool:
+    """Whether the kernels pass what is right, and find a wrong row, a wrong channel and a wrong scale by themselves."""
+    frames, outer, inner = 2, BLOCK_OUTER + VECTOR, CHUNK + BLOCK_INNER + VECTOR
+    x_unit, y_unit, align = layout
+
+    def laid_out(values: Tensor, unit: bool) -> Tensor:
+        step, row = 1 if unit else 2, inner if align == VECTOR else inner + 1
+        return values.new_empty(frames, outer, row * step)[:, :, : inner * step : step].copy_(values)
+
+    values = torch.linspace(-1, 1, frames * outer * inner, device=device).sin_().view(frames, outer, inner).to(dtype)
+    row, channel = values.clone(), values.clone()
+    row[1, outer - 1] *= 0.5
+    channel[1, :, inner - 1] *= 0.5
+    near, far = limits(torch.finfo(dtype).eps), math.inf
+    cases = [
+        (values, near, 0),
+        (row, near._replace(channel=far, gain=far), 1),
+        (channel, near._replace(row=far, gain=far), 1),
+        (values * 1.25, near._replace(row=far, channel=far), 2),
+        (values * math.nan, Limits(far, far, far), 2),
+    ]
+    suspects = torch.zeros(len(cases), dtype=torch.int32, device=device)
+    y = laid_out(values, y_unit)
+    for at, (x, allowed, _) in enumerate(cases):
+        screen_by_kernel(laid_out(x, x_unit), y, allowed, suspects, at)
+    found = suspects.tolist() == [count for _, _, count in cases]
+    if not found:
+        logger.warning("the kernels that screen checks do not find planted faults on %s: PyTorch does it", device)
+    return found
