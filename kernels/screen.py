@@ -36,7 +36,8 @@ ROW_UNITS, CHANNEL_UNITS, GAIN_UNITS = 2.0, 2.0, 0.5  # units in the last place,
 SMALL = 1e-12  # norms whose squares, and those of their parts, float32 holds
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 VECTOR = 8  # numbers that a thread reads at once
-BLOCK_OUTER, BLOCK_INNER, CHUNK = 64, 64, 1024  # of numbers one after the other in memory (inner) and rows of them
+BLOCK_OUTER, BLOCK_INNER = 64, 64  # of a tile: rows of numbers that lie one after the other in memory (inner)
+CHUNK = 512  # rows that a program walks
 BLOCK_VERDICT = 1024
 
 
@@ -65,7 +66,7 @@ def frames_of(x: Tensor) -> Tensor:
 
 
 def screen(x: Tensor, y: Tensor, allowed: Limits, suspects: Tensor, at: int) -> None:
-    """Add to ``suspects[at]`` how many frames of ``x`` need a second look; the host waits for nothing.
+    """Add to ``suspects[at]`` if something in ``x`` needs a second look; the host waits for nothing.
 
     Args:
         x: What an implementation returned, not empty.
@@ -104,90 +105,91 @@ def screen_ref(x: Tensor, y: Tensor, allowed: Limits) -> Tensor:
 
 
 @triton.jit
-def _places(rows, offs, stride, UNIT: tl.constexpr):
-    """Pointers to the numbers ``offs`` of ``rows``, ``[BLOCK_OUTER, BLOCK_INNER]``."""
+def _places(ptr, offs_o, offs_i, stride_outer, stride_inner, UNIT: tl.constexpr, ALIGN: tl.constexpr):
+    """Pointers to a tile, ``[BLOCK_OUTER, BLOCK_INNER]``."""
+    rows = ptr + tl.multiple_of(offs_o.to(tl.int64) * stride_outer, ALIGN)
+    if ALIGN > 1:
+        rows = tl.multiple_of(rows, 16)  # bytes; the launch has looked
     if UNIT:
-        return rows[:, None] + offs[None, :]
-    return rows[:, None] + (offs.to(tl.int64) * stride)[None, :]
+        return rows[:, None] + offs_i[None, :]
+    return rows[:, None] + (offs_i.to(tl.int64) * stride_inner)[None, :]
 
 
 @triton.jit(
     do_not_specialize=[
-        "outer", "inner", "blocks", "stride_x_frame", "stride_x_outer", "stride_x_inner", "stride_y_frame",
+        "outer", "inner", "chunks", "stride_x_frame", "stride_x_outer", "stride_x_inner", "stride_y_frame",
         "stride_y_outer", "stride_y_inner",
     ],
+    do_not_specialize_on_alignment=["x_ptr", "y_ptr"],
 )  # fmt: skip
 def _screen_sums_kernel(
     x_ptr, y_ptr, sums_ptr,
-    outer, inner, blocks,
+    outer, inner, chunks,
     stride_x_frame, stride_x_outer, stride_x_inner, stride_y_frame, stride_y_outer, stride_y_inner,
     X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_OUTER: tl.constexpr, BLOCK_INNER: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """For a block of outer rows and a chunk of inner numbers: the sums of y^2, d^2 and d y; of d^2 and y^2."""
-    frame = (tl.program_id(0) // blocks).to(tl.int64)
-    offs_o = (tl.program_id(0) % blocks) * BLOCK_OUTER + tl.arange(0, BLOCK_OUTER)
-    mask_o = offs_o < outer
-    rows = offs_o.to(tl.int64)
-    x_rows = x_ptr + tl.multiple_of(frame * stride_x_frame + rows * stride_x_outer, ALIGN)
-    y_rows = y_ptr + tl.multiple_of(frame * stride_y_frame + rows * stride_y_outer, ALIGN)
-    sums_ptr += frame * (3 * outer.to(tl.int64) + 2 * inner)
-    inner_ptr = sums_ptr + 3 * outer
-    sizes = tl.zeros([BLOCK_OUTER], dtype=tl.float32)
-    errors = tl.zeros([BLOCK_OUTER], dtype=tl.float32)
-    crossed = tl.zeros([BLOCK_OUTER], dtype=tl.float32)
-    first = tl.program_id(1) * CHUNK
-    for start in range(first, tl.minimum(first + CHUNK, inner), BLOCK_INNER):
-        offs_i = tl.multiple_of(start, ALIGN) + tl.arange(0, BLOCK_INNER)
-        mask_i = tl.arange(0, BLOCK_INNER) < tl.multiple_of(inner - start, ALIGN)
+    """Add up, of a frame: y^2 and d y; for each outer row y^2 and d^2; for each inner one the same."""
+    tiles = tl.cdiv(inner, BLOCK_INNER)
+    index = tl.program_id(0) // tiles
+    frame = (index // chunks).to(tl.int64)
+    first = index % chunks * CHUNK
+    x_ptr += tl.multiple_of(frame * stride_x_frame, ALIGN)
+    y_ptr += tl.multiple_of(frame * stride_y_frame, ALIGN)
+    start = tl.program_id(0) % tiles * BLOCK_INNER
+    offs_i = start + tl.arange(0, BLOCK_INNER)
+    mask_i = tl.arange(0, BLOCK_INNER) < tl.multiple_of(inner - start, ALIGN)
+    sums_ptr += frame * 2 * (1 + outer.to(tl.int64) + inner)
+    outer_ptr, inner_ptr = sums_ptr + 2, sums_ptr + 2 + 2 * outer
+    sizes = tl.zeros([BLOCK_INNER], dtype=tl.float32)
+    errors = tl.zeros([BLOCK_INNER], dtype=tl.float32)
+    crossed = tl.zeros([BLOCK_INNER], dtype=tl.float32)
+    for row in range(first, tl.minimum(first + CHUNK, outer), BLOCK_OUTER):
+        offs_o = row + tl.arange(0, BLOCK_OUTER)
+        mask_o = offs_o < outer
         mask = mask_o[:, None] & mask_i[None, :]
-        x = tl.load(_places(x_rows, offs_i, stride_x_inner, X_UNIT), mask=mask, other=0.0).to(tl.float32)
-        y = tl.load(_places(y_rows, offs_i, stride_y_inner, Y_UNIT), mask=mask, other=0.0).to(tl.float32)
-        difference = x - y
+        x_ptrs = _places(x_ptr, offs_o, offs_i, stride_x_outer, stride_x_inner, X_UNIT, ALIGN)
+        y_ptrs = _places(y_ptr, offs_o, offs_i, stride_y_outer, stride_y_inner, Y_UNIT, ALIGN)
+        y = tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
+        difference = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32) - y
         size, error = y * y, difference * difference
-        sizes += tl.sum(size, axis=1)
-        errors += tl.sum(error, axis=1)
-        crossed += tl.sum(difference * y, axis=1)
-        tl.atomic_add(inner_ptr + offs_i, tl.sum(size, axis=0), mask=mask_i, sem="relaxed")
-        tl.atomic_add(inner_ptr + inner + offs_i, tl.sum(error, axis=0), mask=mask_i, sem="relaxed")
-    tl.atomic_add(sums_ptr + offs_o, sizes, mask=mask_o, sem="relaxed")
-    tl.atomic_add(sums_ptr + outer + offs_o, errors, mask=mask_o, sem="relaxed")
-    tl.atomic_add(sums_ptr + 2 * outer + offs_o, crossed, mask=mask_o, sem="relaxed")
+        sizes += tl.sum(size, axis=0)
+        errors += tl.sum(error, axis=0)
+        crossed += tl.sum(difference * y, axis=0)
+        # the longer axis is looped over: few programs add to one place
+        tl.atomic_add(outer_ptr + offs_o, tl.sum(size, axis=1), mask=mask_o, sem="relaxed")
+        tl.atomic_add(outer_ptr + outer + offs_o, tl.sum(error, axis=1), mask=mask_o, sem="relaxed")
+    tl.atomic_add(inner_ptr + offs_i, sizes, mask=mask_i, sem="relaxed")
+    tl.atomic_add(inner_ptr + inner + offs_i, errors, mask=mask_i, sem="relaxed")
+    tl.atomic_add(sums_ptr, tl.sum(sizes, axis=0), sem="relaxed")
+    tl.atomic_add(sums_ptr + 1, tl.sum(crossed, axis=0), sem="relaxed")
 
 
 @triton.jit
-def _all_near(sums_ptr, count, mean, limit, BLOCK: tl.constexpr):
+def _all_near(sums_ptr, start, count, mean, limit, BLOCK: tl.constexpr):
     """1 if each error is within ``limit`` of its size, or of ``mean`` where that is larger; else, as of NaN, 0."""
-    near = tl.full([BLOCK], 1, dtype=tl.int32)
-    for start in range(0, count, BLOCK):
-        offs = start + tl.arange(0, BLOCK)
-        size = tl.sqrt(tl.load(sums_ptr + offs, mask=offs < count, other=0.0))
-        error = tl.sqrt(tl.load(sums_ptr + count + offs, mask=offs < count, other=0.0))
-        near &= (error <= limit * tl.maximum(size, mean)).to(tl.int32)
-    return tl.min(near, axis=0)
+    offs = start + tl.arange(0, BLOCK)
+    size = tl.sqrt(tl.load(sums_ptr + offs, mask=offs < count, other=0.0))
+    error = tl.sqrt(tl.load(sums_ptr + count + offs, mask=offs < count, other=0.0))
+    return tl.min((error <= limit * tl.maximum(size, mean)).to(tl.int32), axis=0)
 
 
-@triton.jit(do_not_specialize=["outer", "inner", "at"])
+@triton.jit(do_not_specialize=["outer", "inner", "blocks", "at"])
 def _screen_verdict_kernel(
     sums_ptr, suspects_ptr,
-    outer, inner, at,
+    outer, inner, blocks, at,
     outer_limit, inner_limit, gain_limit, least, most,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Whether the sums of a frame are those of a right one; if not, it is counted."""
-    sums_ptr += tl.program_id(0).to(tl.int64) * (3 * outer.to(tl.int64) + 2 * inner)
-    squares = tl.zeros([BLOCK], dtype=tl.float32)
-    crossed = tl.zeros([BLOCK], dtype=tl.float32)
-    for start in range(0, outer, BLOCK):
-        offs = start + tl.arange(0, BLOCK)
-        squares += tl.load(sums_ptr + offs, mask=offs < outer, other=0.0)
-        crossed += tl.load(sums_ptr + 2 * outer + offs, mask=offs < outer, other=0.0)
-    square = tl.sum(squares, axis=0)
+    """Whether the sums of a frame, and of one block of its rows either way, are those of a right one; if not, count."""
+    sums_ptr += (tl.program_id(0) // blocks).to(tl.int64) * 2 * (1 + outer.to(tl.int64) + inner)
+    start = tl.program_id(0) % blocks * BLOCK
+    square = tl.load(sums_ptr)
     norm = tl.sqrt(square)
-    near = ((norm > least) & (norm < most)).to(tl.int32)
-    near &= (tl.abs(tl.sum(crossed, axis=0)) <= gain_limit * square).to(tl.int32)
-    near &= _all_near(sums_ptr, outer, tl.sqrt(square / outer), outer_limit, BLOCK)
-    near &= _all_near(sums_ptr + 3 * outer, inner, tl.sqrt(square / inner), inner_limit, BLOCK)
+    near = ((norm > least) & (norm < most) & (tl.abs(tl.load(sums_ptr + 1)) <= gain_limit * square)).to(tl.int32)
+    outer_ptr = sums_ptr + 2
+    near &= _all_near(outer_ptr, start, outer, tl.sqrt(square / outer), outer_limit, BLOCK)
+    near &= _all_near(outer_ptr + 2 * outer, start, inner, tl.sqrt(square / inner), inner_limit, BLOCK)
     tl.atomic_add(suspects_ptr + at, 1 - near, sem="relaxed")
 
 
@@ -197,7 +199,7 @@ def screen_by_kernel(x: Tensor, y: Tensor, allowed: Limits, suspects: Tensor, at
     if not _inner_is_last(x, y):
         x, y, row, channel = x.transpose(1, 2), y.transpose(1, 2), channel, row
     frames, outer, inner = x.shape
-    sums = torch.zeros(frames * (3 * outer + 2 * inner), dtype=torch.float32, device=x.device)
+    sums = torch.zeros(frames * 2 * (1 + outer + inner), dtype=torch.float32, device=x.device)
     _sums_launch(x.shape, x.stride(), y.stride(), *_layout(x, y))(x, y, sums)
     _verdict_launch(frames, outer, inner, at, row, channel, gain)(sums, suspects)
 
@@ -210,7 +212,8 @@ def _inner_is_last(x: Tensor, y: Tensor) -> bool:
 def _layout(x: Tensor, y: Tensor) -> tuple[bool, bool, int]:
     """X_UNIT, Y_UNIT and ALIGN of ``[frames, outer, inner]``."""
     steps = [x.shape[2], *x.stride()[:2], *y.stride()[:2]]
-    return x.stride(2) == 1, y.stride(2) == 1, 1 if any(step % VECTOR for step in steps) else VECTOR
+    aligned = not any(step % VECTOR for step in steps) and (x.data_ptr() | y.data_ptr()) % 16 == 0
+    return x.stride(2) == 1, y.stride(2) == 1, VECTOR if aligned else 1
 
 
 @prepared
@@ -218,10 +221,11 @@ def _sums_launch(
     shape: tuple[int, ...], strides_x: tuple[int, ...], strides_y: tuple[int, ...], *layout: Any
 ) -> Launch:
     frames, outer, inner = shape
-    blocks = triton.cdiv(outer, BLOCK_OUTER)
+    chunks = triton.cdiv(outer, CHUNK)
+    grid = (frames * chunks * triton.cdiv(inner, BLOCK_INNER),)
     x_unit, y_unit, align = layout
     return Launch(
-        _screen_sums_kernel, (frames * blocks, triton.cdiv(inner, CHUNK)), outer, inner, blocks, *strides_x, *strides_y,
+        _screen_sums_kernel, grid, outer, inner, chunks, *strides_x, *strides_y,
         X_UNIT=x_unit, Y_UNIT=y_unit, ALIGN=align, BLOCK_OUTER=BLOCK_OUTER, BLOCK_INNER=BLOCK_INNER, CHUNK=CHUNK,
         num_warps=4,
     )  # fmt: skip
@@ -229,8 +233,11 @@ def _sums_launch(
 
 @prepared
 def _verdict_launch(frames: int, outer: int, inner: int, at: int, row: float, channel: float, gain: float) -> Launch:
+    blocks = triton.cdiv(max(outer, inner), BLOCK_VERDICT)
     allowed = row, channel, gain, SMALL, 1 / SMALL
-    return Launch(_screen_verdict_kernel, (frames,), outer, inner, at, *allowed, BLOCK=BLOCK_VERDICT, num_warps=4)
+    return Launch(
+        _screen_verdict_kernel, (frames * blocks,), outer, inner, blocks, at, *allowed, BLOCK=BLOCK_VERDICT, num_warps=4
+    )
 
 
 _proven: dict[tuple[Any, ...], bool] = {}  # by device, dtype and layout: whether the kernels found what was planted
@@ -274,7 +281,7 @@ def _are_awaited(device: torch.device, dtype: torch.dtype, layout: tuple[bool, b
 
 def _finds_faults(device: torch.device, dtype: torch.dtype, layout: tuple[bool, bool, int]) -> bool:
     """Whether the kernels pass what is right, and find a wrong row, a wrong channel and a wrong scale by themselves."""
-    frames, outer, inner = 2, BLOCK_OUTER + VECTOR, CHUNK + BLOCK_INNER + VECTOR
+    frames, outer, inner = 2, CHUNK + BLOCK_OUTER + VECTOR, BLOCK_INNER + VECTOR
     x_unit, y_unit, align = layout
 
     def laid_out(values: Tensor, unit: bool) -> Tensor:
@@ -287,17 +294,17 @@ def _finds_faults(device: torch.device, dtype: torch.dtype, layout: tuple[bool, 
     channel[1, :, inner - 1] *= 0.5
     near, far = limits(torch.finfo(dtype).eps), math.inf
     cases = [
-        (values, near, 0),
-        (row, near._replace(channel=far, gain=far), 1),
-        (channel, near._replace(row=far, gain=far), 1),
-        (values * 1.25, near._replace(row=far, channel=far), 2),
-        (values * math.nan, Limits(far, far, far), 2),
+        (values, near, False),
+        (row, near._replace(channel=far, gain=far), True),
+        (channel, near._replace(row=far, gain=far), True),
+        (values * 1.25, near._replace(row=far, channel=far), True),
+        (values * math.nan, Limits(far, far, far), True),
     ]
     suspects = torch.zeros(len(cases), dtype=torch.int32, device=device)
     y = laid_out(values, y_unit)
     for at, (x, allowed, _) in enumerate(cases):
         screen_by_kernel(laid_out(x, x_unit), y, allowed, suspects, at)
-    found = suspects.tolist() == [count for _, _, count in cases]
+    found = [count > 0 for count in suspects.tolist()] == [wrong for _, _, wrong in cases]
     if not found:
         logger.warning("the kernels that screen checks do not find planted faults on %s: PyTorch does it", device)
     return found

@@ -103,23 +103,28 @@ def group_norm_silu_ref(
 
 
 def group_norm_ref(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-    """``F.group_norm`` of ``[N, C, *spatial]`` in ``x.dtype``, channels first in memory."""
-    # channels first: for the other order PyTorch's CPU kernel takes E[x^2] - mean^2, too poor to judge by
-    x, weight, bias = x.contiguous(), weight.to(x.dtype), bias.to(x.dtype)
+    """``F.group_norm`` of ``[N, C, *spatial]`` in ``x.dtype``, in any memory order."""
+    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     if x.is_cuda and not torch.is_grad_enabled() and x.numel() > LONG_GROUP * len(x) * groups:
         return _by_reductions(x, weight, bias, groups, eps)
-    return F.group_norm(x, groups, weight, bias, eps)
+    # channels first: for the other order PyTorch's CPU kernel takes E[x^2] - mean^2, too poor to judge by
+    return F.group_norm(x.contiguous(), groups, weight, bias, eps)
 
 
 def _by_reductions(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
     """The same by reductions over the whole GPU: PyTorch's norm gives one block to a group, however long that is."""
-    rows = x.view(len(x), groups, -1)
+    spatial = list(range(2, x.ndim))
     dtype = torch.promote_types(x.dtype, torch.float32)
-    size = rows.shape[2]
-    deviation = rows - rows.sum(2, keepdim=True, dtype=dtype) / size
-    variance = torch.linalg.vector_norm(deviation, dim=2, keepdim=True).square() / size
-    y = deviation.mul_((variance + eps).rsqrt()).view(len(x), len(weight), -1)
-    return y.mul_(weight[:, None]).add_(bias[:, None]).to(x.dtype).view(x.shape)
+    ones = (1,) * len(spatial)
+
+    def mean_of_groups(sums: Tensor) -> Tensor:
+        mean = sums.unflatten(1, (groups, -1)).sum(2, keepdim=True) / (x[0].numel() // groups)
+        return mean.expand(-1, -1, len(weight) // groups).reshape(len(x), len(weight), *ones)
+
+    deviation = x - mean_of_groups(x.sum(spatial, dtype=dtype))
+    variance = mean_of_groups(torch.linalg.vector_norm(deviation, dim=spatial).square())
+    scale = (variance + eps).rsqrt() * weight.view(-1, *ones)
+    return torch.addcmul(bias.to(dtype).view(-1, *ones), deviation, scale).to(x.dtype)
 
 
 def group_norm_and_sum_ref(

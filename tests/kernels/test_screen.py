@@ -16,7 +16,15 @@ from vidaccel.kernels import screen as module
 from vidaccel.kernels.screen import Limits, frames_of, limits, screen, screen_by_kernel, screen_ref
 
 FRAMES = 3
-SHAPES = [(FRAMES, 5, 7), (FRAMES, 130, 72), (FRAMES, 33, 1100), (FRAMES, 1, 64), (FRAMES, 70, 1), (1, 1, 1)]
+SHAPES = [
+    (FRAMES, 5, 7),
+    (FRAMES, 1, 64),
+    (FRAMES, 130, 72),
+    (FRAMES, 1100, 33),
+    (FRAMES, 3, 1300),
+    (FRAMES, 70, 1),
+    (1, 1, 1),
+]
 Fault = Callable[[Tensor], Tensor]
 
 
@@ -75,13 +83,13 @@ def values_of(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
     return (1 + torch.randn(shape, dtype=torch.float64)).to(device, dtype)
 
 
-def suspects_of(x: Tensor, y: Tensor, allowed: Limits) -> int:
-    """How many frames the kernel finds wrong; beside the slot there is another, which stays as it is."""
+def is_suspect(x: Tensor, y: Tensor, allowed: Limits) -> bool:
+    """What the kernel says; beside its slot there is another, which stays as it is."""
     suspects = torch.tensor([7, 0], dtype=torch.int32, device=x.device)
     screen_by_kernel(x, y, allowed, suspects, 1)
     other, found = suspects.tolist()
     assert other == 7
-    return found
+    return found > 0
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -90,9 +98,9 @@ def test_the_kernel_sees_what_the_specification_sees(shape: tuple[int, ...], fau
     y = values_of(shape, torch.float32, device)
     make, frames = FAULTS[fault]
     x, allowed = make(y.clone()), limits(2.0**-20)
-    expected = int((~screen_ref(x, y, allowed)).sum())
-    assert expected == min(frames, shape[0])
-    assert suspects_of(x, y, allowed) == expected
+    wrong = int((~screen_ref(x, y, allowed)).sum())
+    assert wrong == min(frames, shape[0])
+    assert is_suspect(x, y, allowed) == (wrong > 0)
 
 
 @pytest.mark.parametrize("theirs", LAYOUTS)
@@ -100,8 +108,8 @@ def test_the_kernel_sees_what_the_specification_sees(shape: tuple[int, ...], fau
 def test_every_memory_order(mine: str, theirs: str, device: torch.device) -> None:
     y, allowed = values_of((FRAMES, 130, 72), torch.float16, device), limits(2.0**-10)
     right, wrong = (LAYOUTS[mine](x) for x in (y, wrong_row(y.clone())))
-    assert suspects_of(right, LAYOUTS[theirs](y), allowed) == 0
-    assert suspects_of(wrong, LAYOUTS[theirs](y), allowed) == 1
+    assert not is_suspect(right, LAYOUTS[theirs](y), allowed)
+    assert is_suspect(wrong, LAYOUTS[theirs](y), allowed)
 
 
 @pytest.mark.parametrize("order", ["channels last", "rows last"])
@@ -110,25 +118,26 @@ def test_each_rule_by_itself(rule: int, order: str, device: torch.device) -> Non
     """What is just within a limit passes, what is just beyond it does not; the other two are off."""
     y = LAYOUTS[order](values_of((1, 96, 80), torch.float32, device))
     x = 1.001 * y  # a row, a channel and the scale are off by as much
-    for limit, found in ((1.01e-3, 0), (0.99e-3, 1)):
+    for limit, wrong in ((1.01e-3, False), (0.99e-3, True)):
         allowed = Limits(*(limit if at == rule else math.inf for at in range(3)))
-        assert int((~screen_ref(x, y, allowed)).sum()) == found
-        assert suspects_of(x, y, allowed) == found
+        assert bool((~screen_ref(x, y, allowed)).any()) is wrong
+        assert is_suspect(x, y, allowed) is wrong
 
 
 def test_rows_may_be_further_off_than_channels(device: torch.device) -> None:
     y = values_of((1, 64, 48), torch.float32, device)
     x = y.clone()
     x[0, 0] *= 1 + 3 * 2.0**-10
-    assert suspects_of(x, y, limits(2.0**-10)._replace(channel=math.inf, gain=math.inf)) == 1
-    assert suspects_of(x, y, limits(2.0**-10, rows=2)._replace(channel=math.inf, gain=math.inf)) == 0
+    assert is_suspect(x, y, limits(2.0**-10)._replace(channel=math.inf, gain=math.inf))
+    assert not is_suspect(x, y, limits(2.0**-10, rows=2)._replace(channel=math.inf, gain=math.inf))
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-14, 1e14, math.inf, math.nan])
 def test_what_float32_cannot_judge_needs_a_second_look(size: float, device: torch.device) -> None:
     y, allowed = torch.full((2, 16, 16), size, device=device), Limits(1.0, 1.0, 1.0)
     with np.errstate(invalid="ignore"):  # the interpreter computes with NumPy
-        assert suspects_of(y, y, allowed) == int((~screen_ref(y, y, allowed)).sum()) == 2
+        assert is_suspect(y, y, allowed)
+        assert not screen_ref(y, y, allowed).any()
 
 
 @pytest.mark.parametrize("shape", [(5,), (4, 6), (2, 4, 6), (2, 6, 3, 5), (2, 6, 3, 2, 5), (2, 3, 4, 5, 6, 7), ()])
@@ -156,23 +165,23 @@ def test_one_wrong_pixel_of_a_real_clip(order: str, dtype: torch.dtype) -> None:
     suspects = torch.zeros(2, dtype=torch.int32, device=device)
     for at, x in enumerate((right, wrong)):
         screen(x, y, limits(unit), suspects, at)
-    assert suspects.tolist() == [0, 1]
+    assert [count > 0 for count in suspects.tolist()] == [False, True]
 
 
 @pytest.mark.gpu
 def test_more_than_two_to_the_31_numbers() -> None:
     y = torch.ones(1, 2**16 + 3, 2**15 + 8, dtype=torch.bfloat16, device="cuda")
-    assert suspects_of(y, y, limits(2.0**-7)) == 0
+    assert not is_suspect(y, y, limits(2.0**-7))
     x = y.clone()
     x[0, -1, -1] = 200
-    assert suspects_of(x, y, limits(2.0**-7)) == 1
+    assert is_suspect(x, y, limits(2.0**-7))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_loads_are_16_bytes_wide(target: str) -> None:
     kernel = module._screen_sums_kernel
-    types = ["*fp16:16", "*fp16:16", "*fp32:16", *("i32",) * 9]
+    types = ["*fp16", "*fp16", "*fp32:16", *("i32",) * 9]
     blocks = {"BLOCK_OUTER": module.BLOCK_OUTER, "BLOCK_INNER": module.BLOCK_INNER, "CHUNK": module.CHUNK}
     constants = {"X_UNIT": True, "Y_UNIT": True, "ALIGN": module.VECTOR, **blocks}
     asm = compile_for(target, kernel, dict(zip(kernel.arg_names, types, strict=False)), constants)

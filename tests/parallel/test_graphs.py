@@ -58,9 +58,8 @@ class AgainCapture(CpuCapture):
         run()
         return 1.0 if isinstance(run, cuda_graph.partial) else 0.5  # the call; its graph
 
-    def queueing_milliseconds(self, run: Callable[[], Any], device: torch.device) -> tuple[float, float]:
-        run()
-        return (1.0 if self.launches_are_slow_on == dist.get_rank() else 0.1), 1.0
+    def queueing_milliseconds(self, run: Callable[[], Any], device: torch.device) -> tuple[Any, float, float]:
+        return run(), (1.0 if self.launches_are_slow_on == dist.get_rank() else 0.1), 1.0
 
 
 def nothing(report: PatchReport) -> None:

@@ -470,22 +470,40 @@ def test_auto_keeps_what_is_faster(
 def test_auto_leaves_alone_what_does_not_wait_for_its_launches(
     unet: UNetSpatioTemporalConditionModel, tape: type[TapeCapture], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(TapeCapture, "queueing_milliseconds", lambda *args: (5.0, 10.0))
+    monkeypatch.setattr(TapeCapture, "queueing_milliseconds", lambda self, run, device: (run(), 5.0, 10.0))
     report = patch_module(unet)
     assert_right(unet, range(3))
     assert reasons(report) == {"the GPU is the slower one: launching takes 5.0 ms of 10.0": 3}
     assert tape.captures == 0
 
 
-def test_auto_does_not_even_time_a_call_of_much_work(
-    unet: UNetSpatioTemporalConditionModel, tape: type[TapeCapture], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("queueing", [5.0, 10.0])
+def test_auto_times_a_call_of_much_work_when_it_comes_again(
+    queueing: float, unet: UNetSpatioTemporalConditionModel, tape: type[TapeCapture], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Not by a call of its own; and where the GPU is the slower one, what was timed is what is returned."""
+    runs = []
+
+    def timed(self: TapeCapture, run: Callable[[], Any], device: torch.device) -> tuple[Any, float, float]:
+        runs.append(run())
+        return runs[-1], queueing, 10.0
+
     monkeypatch.setattr(cuda_graph, "MANY_FLOPS", 1)
-    monkeypatch.setattr(TapeCapture, "queueing_milliseconds", lambda *args: pytest.fail("it was run to be timed"))
+    monkeypatch.setattr(TapeCapture, "queueing_milliseconds", timed)
+    times = iter((10.0, 5.0))  # the call, its graph
+    monkeypatch.setattr(TapeCapture, "milliseconds", lambda *args: next(times))
     report = patch_module(unet)
+    assert_right(unet, range(1))
+    assert not runs
+    assert graph_site(report).implementation == "not captured yet"
+    out = called(unet, 1)
+    assert len(runs) == 1
+    slower = "the GPU is the slower one: launching takes 5.0 ms of 10.0"
+    assert reasons(report) == ({slower: 1} if queueing < 10 else {})
+    assert (out is runs[0].sample) == (queueing < 10)
+    assert tape.captures == (queueing == 10)
     assert_right(unet, range(3))
-    assert reasons(report) == {"the GPU is the slower one: an op has 0.0 TFLOP to do": 3}
-    assert tape.captures == 0
+    assert len(runs) == 1
 
 
 def test_what_keeps_changing_is_captured_when_it_comes_again(

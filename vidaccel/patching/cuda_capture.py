@@ -89,14 +89,14 @@ class CudaCapture:
         stream.synchronize()
         return 1e3 * (time.perf_counter() - start)
 
-    def queueing_milliseconds(self, run: Callable[[], Any], device: torch.device) -> tuple[float, float]:
-        """How long ``run`` takes to return, and until the GPU has done its work, from an idle GPU on."""
+    def queueing_milliseconds(self, run: Callable[[], Any], device: torch.device) -> tuple[Any, float, float]:
+        """What ``run`` returns, after how long, and after how long the GPU has done its work, from an idle GPU on."""
         stream = _idle_stream(device)
         start = time.perf_counter()
-        run()
+        out = run()
         queued = time.perf_counter()
         stream.synchronize()
-        return 1e3 * (queued - start), 1e3 * (time.perf_counter() - start)
+        return out, 1e3 * (queued - start), 1e3 * (time.perf_counter() - start)
 
     def wait(self) -> None:
         """Until no replay is under way, so that its graph may go."""

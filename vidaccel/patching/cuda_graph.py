@@ -6,7 +6,7 @@ A call that comes through ``model_call.py`` goes one of three ways:
 
 * the first of its kind (shapes, strides, dtypes, Python values, settings) runs as ever: kernels compile, sites are
   checked. Then it runs once more, on static buffers, and is captured there, so that a user's second call is a replay;
-  the graph's first replay is held against it bit for bit;
+  the graph's first replay is held against it bit for bit. Where ops have much to do, that comes with the second call;
 * the later ones copy their tensors into those buffers, replay, and return copies of the static outputs;
 * now and then one also runs without its graph, for its sites to check themselves, and the graph is held against it.
 
@@ -51,9 +51,9 @@ MAX_KINDS = 8
 MAX_VALUES_PER_SHAPE = 4
 # "auto" captures a call whose launches take at least this part of its time, and keeps a graph that takes at most this.
 HOST_BOUND, WORTH_IT = 0.8, 0.95
-# Of an op, on average: a GPU takes 0.25 ms and more for them, and hardly a host as long to launch the op and what comes
-# beside it. Whether launches are what such a call waits for is not measured.
-MANY_FLOPS = 5e11
+# Of an op, on average: a GPU takes about as long for them as a host for the op's launches, or longer. Such a call is
+# not run again to find out whether it waits for its launches: the next one is timed.
+MANY_FLOPS = 3e10
 FIRST_AUDIT, AUDIT_GROWTH = 64, 8
 PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size)
 
@@ -304,10 +304,13 @@ class Graphs:
             self._gpu.wait()
             del self._entries[0]
         self._entries.append(entry)
-        if not entry.reason and not self._has_changed:
+        if not entry.reason and not self._has_changed and not self._is_timed_later(entry):
             self._gpu.follow_last_stream(call.tensors[0].device)
             self._capture(call, entry)
         return out
+
+    def _is_timed_later(self, entry: _Entry) -> bool:
+        return self._only_if_faster and bool(self._on_any("later" if entry.flops >= MANY_FLOPS else ""))
 
     def _capture(self, call: _Call, entry: _Entry) -> Any:
         """Run the call on static buffers, then capture it there; a failure costs the graph, never the result.
@@ -324,12 +327,13 @@ class Graphs:
             failure = _one_line(error)
         if reason := self._on_any(failure):
             return self._refuse(call, entry, reason, warn=True)
-        if self._only_if_faster and (reason := self._on_any(_flops_reason(entry.flops))):
-            return self._refuse(call, entry, reason)
         run = call.on(entry.buffers)
         try:
-            if self._only_if_faster and (reason := self._launches_reason(run, device)):
-                return self._refuse(call, entry, reason)
+            if self._only_if_faster:
+                out, *times = self._gpu.queueing_milliseconds(run, device)
+                if reason := self._launches_reason(*times):
+                    self._refuse(call, entry, reason)
+                    return out
             out = run()  # what is still to compile or to choose for these addresses, a capture could not do
         except Exception as error:
             if self._shared is not None:  # the others are in the middle of it
@@ -388,9 +392,9 @@ class Graphs:
         entry.graph, entry.buffers = None, []
         self._gpu.give_back_memory()
 
-    def _launches_reason(self, run: Callable[[], Any], device: torch.device) -> str:
-        """Why saving the launches of ``run`` would gain nothing, or ""."""
-        queueing, total = self._slowest(*self._gpu.queueing_milliseconds(run, device))
+    def _launches_reason(self, queueing: float, total: float) -> str:
+        """Why saving the launches of a call that took so many milliseconds would gain nothing, or ""."""
+        queueing, total = self._slowest(queueing, total)
         if queueing >= HOST_BOUND * total:
             return ""
         return f"the GPU is the slower one: launching takes {queueing:.1f} ms of {total:.1f}"
@@ -415,11 +419,6 @@ class Graphs:
 
     def _slowest(self, *milliseconds: float) -> list[float]:
         return self._shared.slowest(*milliseconds) if self._shared else [*milliseconds]
-
-
-def _flops_reason(flops: float) -> str:
-    """Why ops of so much work do not wait for their launches, or ""."""
-    return f"the GPU is the slower one: an op has {flops / 1e12:.1f} TFLOP to do" if flops >= MANY_FLOPS else ""
 
 
 def _same_bits(outputs: Any, expected: Any) -> bool:
