@@ -186,12 +186,18 @@ def begin(
         try:
             with torch.cuda.device(device):
                 job = _job(kernel, arguments, constants)
-            if job is not None:
-                if len(under_way) >= MOST_UNDER_WAY:
-                    _forget_ended()
-                under_way[name] = _the_worker().submit(job)
+            if len(under_way) >= MOST_UNDER_WAY:
+                _forget_ended()
+            under_way[name] = _nothing_to_do() if job is None else _the_worker().submit(job)
         except Exception as error:  # the launch will tell, if it is an error there
             logger.debug("%s is not compiled ahead: %s", kernel.__name__, error)
+
+
+def _nothing_to_do() -> Future[None]:
+    """For a kernel in the cache: a model's blocks ask for the same ones, and each time it takes 1 ms to find out."""
+    future: Future[None] = Future()
+    future.set_result(None)
+    return future
 
 
 def start_if_cold() -> None:
