@@ -141,9 +141,9 @@ def _screen_sums_kernel(
     mask_i = tl.arange(0, BLOCK_INNER) < tl.multiple_of(inner - start, ALIGN)
     sums_ptr += frame * 2 * (1 + outer.to(tl.int64) + inner)
     outer_ptr, inner_ptr = sums_ptr + 2, sums_ptr + 2 + 2 * outer
-    sizes = tl.zeros([BLOCK_INNER], dtype=tl.float32)
-    errors = tl.zeros([BLOCK_INNER], dtype=tl.float32)
-    crossed = tl.zeros([BLOCK_INNER], dtype=tl.float32)
+    sizes = tl.zeros([BLOCK_OUTER, BLOCK_INNER], dtype=tl.float32)
+    errors = tl.zeros([BLOCK_OUTER, BLOCK_INNER], dtype=tl.float32)
+    crossed = tl.zeros([BLOCK_OUTER, BLOCK_INNER], dtype=tl.float32)
     for row in range(first, tl.minimum(first + CHUNK, outer), BLOCK_OUTER):
         offs_o = row + tl.arange(0, BLOCK_OUTER)
         mask_o = offs_o < outer
@@ -153,16 +153,17 @@ def _screen_sums_kernel(
         y = tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
         difference = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32) - y
         size, error = y * y, difference * difference
-        sizes += tl.sum(size, axis=0)
-        errors += tl.sum(error, axis=0)
-        crossed += tl.sum(difference * y, axis=0)
-        # the longer axis is looped over: few programs add to one place
+        sizes += size  # added up across warps at the end, once
+        errors += error
+        crossed += difference * y
+        # rows, the longer axis in images and clips, are looped over: few programs add to one place
         tl.atomic_add(outer_ptr + offs_o, tl.sum(size, axis=1), mask=mask_o, sem="relaxed")
         tl.atomic_add(outer_ptr + outer + offs_o, tl.sum(error, axis=1), mask=mask_o, sem="relaxed")
-    tl.atomic_add(inner_ptr + offs_i, sizes, mask=mask_i, sem="relaxed")
-    tl.atomic_add(inner_ptr + inner + offs_i, errors, mask=mask_i, sem="relaxed")
-    tl.atomic_add(sums_ptr, tl.sum(sizes, axis=0), sem="relaxed")
-    tl.atomic_add(sums_ptr + 1, tl.sum(crossed, axis=0), sem="relaxed")
+    of_inner = tl.sum(sizes, axis=0)
+    tl.atomic_add(inner_ptr + offs_i, of_inner, mask=mask_i, sem="relaxed")
+    tl.atomic_add(inner_ptr + inner + offs_i, tl.sum(errors, axis=0), mask=mask_i, sem="relaxed")
+    tl.atomic_add(sums_ptr, tl.sum(of_inner, axis=0), sem="relaxed")
+    tl.atomic_add(sums_ptr + 1, tl.sum(tl.sum(crossed, axis=0), axis=0), sem="relaxed")
 
 
 @triton.jit
@@ -227,7 +228,7 @@ def _sums_launch(
     return Launch(
         _screen_sums_kernel, grid, outer, inner, chunks, *strides_x, *strides_y,
         X_UNIT=x_unit, Y_UNIT=y_unit, ALIGN=align, BLOCK_OUTER=BLOCK_OUTER, BLOCK_INNER=BLOCK_INNER, CHUNK=CHUNK,
-        num_warps=4,
+        num_warps=8,
     )  # fmt: skip
 
 

@@ -184,7 +184,7 @@ def test_loads_are_16_bytes_wide(target: str) -> None:
     types = ["*fp16", "*fp16", "*fp32:16", *("i32",) * 9]
     blocks = {"BLOCK_OUTER": module.BLOCK_OUTER, "BLOCK_INNER": module.BLOCK_INNER, "CHUNK": module.CHUNK}
     constants = {"X_UNIT": True, "Y_UNIT": True, "ALIGN": module.VECTOR, **blocks}
-    asm = compile_for(target, kernel, dict(zip(kernel.arg_names, types, strict=False)), constants)
+    asm = compile_for(target, kernel, dict(zip(kernel.arg_names, types, strict=False)), constants, num_warps=8)
     assert_no_spills(asm)
     code = asm.get("sass") or asm["amdgcn"]
     loads = re.findall(r"\bLDG(?:STS)?\.\S+|\b(?:global|buffer)_load_\w+", code)
