@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from block_checks import relative_error
 from coexistence.families import build
 from coexistence.feature import Subject
+from quick_and_slow import first_is_quick
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_map
@@ -124,7 +125,7 @@ CHANGES = [
 @torch.no_grad()
 @pytest.mark.parametrize("first", ["changed", "patched"])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", first_is_quick(FAMILIES))
 def test_changed_classes(family: str, change: Change, first: str) -> None:
     subject = build(family)
     plain = subject.noise()

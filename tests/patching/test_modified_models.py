@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from block_checks import relative_error
 from diffusers.models.attention_processor import AttnProcessor
+from quick_and_slow import first_is_quick
 from tiny_models import tiny_motion_unet, tiny_synthetic_pipeline
 from torch import Tensor, nn
 
@@ -215,7 +216,7 @@ def svd() -> tuple[Any, dict[str, Any]]:
     }
 
 
-FAMILIES = [animatediff, modelscope, svd]
+FAMILIES = [svd, animatediff, modelscope]
 
 
 @torch.no_grad()
@@ -243,7 +244,7 @@ def stock(family: Family, change: Change | None = None) -> Tensor:
 # the orders are next to one another: what they share is found in one process
 @pytest.mark.parametrize("order", ["change, then patch", "patch, call, then change"])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
+@pytest.mark.parametrize("family", first_is_quick(FAMILIES), ids=lambda family: family.__name__)
 def test_changed_models(family: Family, change: Change, order: str) -> None:
     if family is svd and change in (pre_hook_on_the_text, pre_hook_on_a_blocks_text):
         pytest.skip("SVD has one token and no text")

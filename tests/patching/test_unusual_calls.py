@@ -11,6 +11,7 @@ from block_checks import relative_error
 from coexistence.families import build
 from coexistence.feature import Subject, seeded
 from peft import LoraConfig
+from quick_and_slow import first_is_quick
 from tiny_models import tiny_autoencoder_kl_cogvideox, tiny_autoencoder_kl_wan
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,7 +23,7 @@ from transformer_checks import fallback_reasons
 from vidaccel import patch_module
 from vidaccel.sites.block import FORWARD_GRADIENTS, NO_NUMBERS
 
-FAMILIES = ["CogVideoX", "HunyuanVideo", "LTX", "LTX-2", "Wan 2.1"]
+FAMILIES = ["LTX", "CogVideoX", "HunyuanVideo", "LTX-2", "Wan 2.1"]
 
 
 def each_tensor(change: Any, given: Any) -> Any:
@@ -42,7 +43,7 @@ def test_on_the_meta_device(family: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", first_is_quick(FAMILIES))
 def test_fake_tensors(family: str) -> None:
     subject = build(family)
     expected = subject.noise()
@@ -145,7 +146,7 @@ def by_vmap(noise: Callable[[Tensor], Tensor], latents: Tensor, direction: Tenso
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated", "ignore:There is a performance drop")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", first_is_quick(FAMILIES))
 @pytest.mark.parametrize(
     ("transformed", "reason"),
     [(by_dual_numbers, FORWARD_GRADIENTS), (by_jvp, NO_NUMBERS), (by_vjp, NO_NUMBERS), (by_vmap, NO_NUMBERS)],

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from block_checks import relative_error
 from diffusers import AutoencoderKLWan
 from kernel_checks import planted
+from quick_and_slow import first_is_quick
 from tiny_models import tiny_autoencoder_kl_wan
 from torch import Tensor
 from vae_checks import (
@@ -167,7 +168,7 @@ def test_memory_decides_how_many_frames(vae: AutoencoderKLWan, monkeypatch: pyte
             assert f"{step} of 15 frames" in ran(report)
 
 
-@pytest.mark.parametrize("mode", ["slicing", "tiling", "both"])
+@pytest.mark.parametrize("mode", first_is_quick(["both", "slicing", "tiling"]))
 def test_slicing_and_tiling_keep_their_meaning(mode: str, either_vae: AutoencoderKLWan) -> None:
     vae = either_vae
     if mode != "tiling":

@@ -12,6 +12,7 @@ import pytest
 import torch
 from block_checks import relative_error
 from diffusers.models.attention_processor import AttnProcessor2_0
+from quick_and_slow import first_is_quick
 from tiny_models import (
     tiny_autoencoder_kl,
     tiny_autoencoder_kl_cogvideox,
@@ -97,7 +98,7 @@ def test_the_clip_is_stocks(case: str) -> None:
     assert "tiled_decode" not in vars(vae) and torch.equal(run(vae, latents), expected)
 
 
-@pytest.mark.parametrize("case", ["image", "CogVideoX", "HunyuanVideo 1.5", "Wan"])
+@pytest.mark.parametrize("case", first_is_quick(["image", "CogVideoX", "HunyuanVideo 1.5", "Wan"]))
 def test_as_many_as_memory_holds(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     vae, latents, run = made(case)
     expected = run(vae, latents)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_checks import assert_close_to_gold, planted
+from kernel_checks import assert_close_to_gold, pairwise, planted
 from torch import Tensor
 
 from vidaccel.kernels import check
@@ -32,12 +32,14 @@ def draw(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, centr
     return x, shift, weight, bias
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("centre", [0.0, 30.0], ids=["centred", "off-centre"])
-@pytest.mark.parametrize(
-    "shape", [(1, 32, 1, 1, 2), (2, 64, 3, 5, 7), (1, 320, 2, 9, 16)], ids=["two-pixels", "odd", "svd"]
+@pairwise(
+    {
+        "shape": [(1, 32, 1, 1, 2), (2, 64, 3, 5, 7), (1, 320, 2, 9, 16)],
+        "shifted": [False, True, "bias"],
+        "centre": [0.0, 30.0],
+        "dtype": DTYPES,
+    }
 )
-@pytest.mark.parametrize("shifted", [False, True, "bias"], ids=["plain", "shift", "bias"])
 def test_matches_reference(
     shape: tuple[int, ...], shifted: bool | str, centre: float, dtype: torch.dtype, device: torch.device
 ) -> None:

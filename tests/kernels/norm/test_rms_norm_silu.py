@@ -142,10 +142,17 @@ def test_frames_before(before: int, dtype: torch.dtype, device: torch.device) ->
         assert torch.equal(y[:, before:], rms_norm_silu(x, gamma, impl="triton")[1])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("padding", PADDINGS, ids=str)
-@pytest.mark.parametrize("names", [(), ("bias", "residual", "scale", "shift", "halo")], ids=["alone", "everything"])
-@pytest.mark.parametrize("kind", ["normalize", "mean", "none"])
+EVERYTHING = ("bias", "residual", "scale", "shift", "halo")
+
+
+@pairwise(
+    {
+        "kind": ["normalize", "mean", "none"],
+        "names": [pytest.param((), id="alone"), pytest.param(EVERYTHING, id="everything")],
+        "padding": [pytest.param(padding, id=str(padding)) for padding in PADDINGS],
+        "dtype": DTYPES,
+    }
+)
 def test_padding(
     kind: str, names: tuple[str, ...], padding: Padding, dtype: torch.dtype, device: torch.device
 ) -> None:  # fmt: skip
