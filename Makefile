@@ -1,7 +1,7 @@
 # make demo       generate a clip with the bundled model, unpatched and patched, and compare the two
-# make test       what to run at every change: six and a half minutes on two cores, without a GPU
+# make test       what to run at every change: six minutes on two cores, without a GPU
 # make slow-test  the other tests without a GPU: several processes, whole models compiled, kernels for
-#                 many GPUs, many clips; twelve minutes more
+#                 many GPUs, many clips, more families; fourteen minutes more
 # make gpu-test   the tests that need one; leaves samples/benchmarks/gpu-tests.json
 # make matrix     what users do with a pipeline, on every family, before the patch and after: half an hour, one table
 # make check      ruff, mypy
