@@ -258,6 +258,8 @@ class Graphs:
         self._entries.append(entry)
         self._gpu.follow_last_stream(call.tensors[0].device)
         if entry.graph is None:
+            if self._only_if_faster:
+                return self._timed(call, entry)
             out = self._capture(call, entry)
             return call.run() if out is None else out
         entry.fill(call.tensors)
@@ -312,8 +314,26 @@ class Graphs:
     def _is_timed_later(self, entry: _Entry) -> bool:
         return self._only_if_faster and bool(self._on_any("later" if entry.flops >= MANY_FLOPS else ""))
 
-    def _capture(self, call: _Call, entry: _Entry) -> Any:
+    def _timed(self, call: _Call, entry: _Entry) -> Any:
+        """The call itself, on the caller's tensors; then, where it waited for its launches, capture it.
+
+        Of the caller's tensors a block may know more than of buffers, as :meth:`_audit` says, and a call that is not
+        captured is to have the same bits every time.
+        """
+        out, *times = self._gpu.queueing_milliseconds(call.run, call.tensors[0].device)
+        if reason := self._launches_reason(*times):
+            self._refuse(call, entry, reason)
+        else:
+            self._capture(call, entry, timed=True)
+        return out
+
+    def _capture(self, call: _Call, entry: _Entry, timed: bool = False) -> Any:
         """Run the call on static buffers, then capture it there; a failure costs the graph, never the result.
+
+        Args:
+            call: The call.
+            entry: What is kept of its kind.
+            timed: Whether it is known to wait for its launches.
 
         Returns:
             What the call returns; None if it did not get as far.
@@ -329,11 +349,10 @@ class Graphs:
             return self._refuse(call, entry, reason, warn=True)
         run = call.on(entry.buffers)
         try:
-            if self._only_if_faster:
-                out, *times = self._gpu.queueing_milliseconds(run, device)
+            if self._only_if_faster and not timed:
+                _, *times = self._gpu.queueing_milliseconds(run, device)
                 if reason := self._launches_reason(*times):
-                    self._refuse(call, entry, reason)
-                    return out
+                    return self._refuse(call, entry, reason)
             out = run()  # what is still to compile or to choose for these addresses, a capture could not do
         except Exception as error:
             if self._shared is not None:  # the others are in the middle of it
