@@ -6,8 +6,9 @@ differ by roundings, which have no common sign). Where that is more than roundin
 may be twice the reference's own, plus what the reference's result moves by when its inputs are off in the last places
 of float32. An overflow in the reference is not held against anybody; a value that is not finite elsewhere is.
 
-The reference works part by part, so that a check takes little memory beside the call that it belongs to; the host waits
-for the GPU once. Of an op whose reference takes as long as the op, a sample may do (``op.py``, ``sampling``).
+The reference works part by part, so that a check takes little memory beside the call that it belongs to. The host waits
+for the GPU once in a check, or once for several (:class:`Verdicts`). Of an op whose reference takes as long as the op,
+a sample may do (``sampling.py``).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ __all__ = [
     "Distance",
     "Part",
     "Problem",
+    "Verdicts",
     "as_rows",
     "cuts",
     "disagreement",
@@ -149,12 +151,45 @@ def heads_apart(heads: int, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(out.unflatten(2, (heads, -1)).transpose(1, 2).flatten(0, 1) for out in outputs)
 
 
+class Verdicts:
+    """First looks of several checks, which the host has not waited for: the GPU works while the host goes on.
+
+    Whoever asks for one answer to all of them has to be able to do again what was checked, one check after the other.
+    """
+
+    def __init__(self) -> None:
+        self._suspects: list[Tensor] = []
+
+    def add(self, suspects: Tensor) -> None:
+        """Of one check: for each of its parts, in how many frames something needs a second look."""
+        self._suspects.append(suspects)
+
+    def are_clear(self) -> bool:
+        """Whether nothing needs a second look; the host waits for each GPU once."""
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for suspects in self._suspects:
+            by_device.setdefault(suspects.device, []).append(suspects)
+        return not any(bool(torch.cat(together).any()) for together in by_device.values())
+
+
 def disagreement(
-    op: Op, args: tuple[Any, ...], out: Any, fidelity: str, sample: Iterable[Part] | None = None
+    op: Op,
+    args: tuple[Any, ...],
+    out: Any,
+    fidelity: str,
+    sample: Iterable[Part] | None = None,
+    verdicts: Verdicts | None = None,
 ) -> Problem | None:
     """One line on why ``out`` is not what ``op`` means by ``args``, or None if it is.
 
-    ``sample``: the parts that are looked at. None: all.
+    Args:
+        op: The op.
+        args: Those of the call.
+        out: What it has returned.
+        fidelity: The class of the implementation that ran.
+        sample: The parts that are looked at. None: all.
+        verdicts: What is to be told of the first look, in place of waiting for it. None: this waits, and looks again at
+            what needs that.
     """
     outputs = _tuple(out)
     parts = list(sample or (op.parts(*args) if op.parts else [Part(args, _all)]))
@@ -171,6 +206,9 @@ def disagreement(
                     suspects[at] += _bits_differ(x, y)
                 elif x.numel():
                     screen(x, y, allowed, suspects, at)
+        if verdicts is not None:
+            verdicts.add(suspects)
+            return None
         for at in (at for at, frames in enumerate(suspects.tolist()) if frames):  # the host waits for the GPU
             if exact:
                 return Problem("differs from the reference in some bits, and is declared bit-exact")

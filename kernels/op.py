@@ -30,8 +30,9 @@ from torch import Tensor
 from vidaccel.config import entries, preferred_implementation
 from vidaccel.errors import UsageError, first_line, nearest
 from vidaccel.kernels import choice, compile_ahead, settings
-from vidaccel.kernels.check import Part, Problem, disagreement
+from vidaccel.kernels.check import Part, Problem, Verdicts, disagreement
 from vidaccel.kernels.launch import launching_ahead
+from vidaccel.kernels.sampling import count_check, times_right
 from vidaccel.kernels.settings import FIDELITIES, Fidelity
 
 __all__ = [
@@ -50,7 +51,6 @@ __all__ = [
     "ops",
     "overheard",
     "runs_triton",
-    "sampling",
     "scaled",
     "tensors_reason",
     "when_failing",
@@ -104,18 +104,22 @@ class Listener(NamedTuple):
     probes: bool = False  # whether that is done for a small input, too
     only_references: bool = False  # whether references run in place of what was chosen
     covers: bool = False  # whether what lies between the ops has been checked already
+    verdicts: Verdicts | None = None  # who asks for the results of the checks of all calls at once
 
 
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
-# By op, implementation and signature: how many checks have passed in a call of a model; -inf: one has not.
-_passed: ContextVar[dict[Any, float] | None] = ContextVar("passed", default=None)
 # Called when an implementation has failed and another one takes its place: for those who keep what they have heard.
 when_failing: list[Callable[[], None]] = []
 
 
 @contextmanager
 def listening(
-    *, checks: bool = False, only_references: bool = False, covers: bool = False, probes: bool = False
+    *,
+    checks: bool = False,
+    only_references: bool = False,
+    covers: bool = False,
+    probes: bool = False,
+    verdicts: Verdicts | None = None,
 ) -> Iterator[list[Event]]:
     """Collect the events inside the ``with`` block, in this thread; what a nested listener hears is its own.
 
@@ -124,27 +128,15 @@ def listening(
         only_references: Choose as ever, but run the reference: for a check of what lies between the ops.
         covers: Tell blocks below that this check has been made, for them too.
         probes: With ``checks``, also for the same input made small, where a wrong epsilon shows, or a lost bias.
+        verdicts: With ``checks``, what is told of their first looks; results that need another one are returned. None:
+            each is waited for.
     """
     events: list[Event] = []
-    token = _listener.set(Listener(events.append, checks, probes, only_references, covers))
+    token = _listener.set(Listener(events.append, checks, probes, only_references, covers, verdicts))
     try:
         yield events
     finally:
         _listener.reset(token)
-
-
-@contextmanager
-def sampling() -> Iterator[None]:
-    """Inside the ``with`` block, which is a call of a model, let checks look at samples, where an op has some.
-
-    The blocks of a model call an op alike, and what is wrong with a kernel is wrong in all of them. So the first of
-    these calls are checked whole, and so are all as soon as one was wrong.
-    """
-    token = _passed.set({})
-    try:
-        yield
-    finally:
-        _passed.reset(token)
 
 
 def overheard() -> Listener | None:
@@ -488,7 +480,7 @@ class Op:
         if signature is not None:  # what ran may have failed, and be another one from now on
             plan = self._failed.get(signature, plan)
         if checked and plan.name != REFERENCE:
-            problem = self._problem(plan, args, out, signature) or ""
+            problem = self._problem(plan, args, out, signature, listener.verdicts) or ""
             if problem:
                 out = self.reference(*args)
             elif listener.probes and signature is not None and not torch.is_grad_enabled():
@@ -502,20 +494,23 @@ class Op:
         return args if at is None else (*args[:at], args[at].clone(), *args[at + 1 :])
 
     def _problem(
-        self, plan: _Plan, args: tuple[Any, ...], out: Outputs, signature: Signature | None
-    ) -> Problem | None:  # fmt: skip
-        passed = _passed.get()
-        if passed is None or signature is None:
-            passed = {}
+        self,
+        plan: _Plan,
+        args: tuple[Any, ...],
+        out: Outputs,
+        signature: Signature | None,
+        verdicts: Verdicts | None = None,
+    ) -> Problem | None:
         alike = self.name, plan.name, signature
-        times = passed.get(alike, 0)
+        times = 0 if signature is None else times_right(alike)
         sample = self._sample(times, *args) if self._sample and times >= WHOLE_CHECKS else None
         try:
-            problem = disagreement(self, args, out, self.implementations[plan.name].fidelity, sample)
+            problem = disagreement(self, args, out, self.implementations[plan.name].fidelity, sample, verdicts)
         except torch.OutOfMemoryError:  # for the check alone: the call itself had what it needed
             logger.warning("%s: not checked against its reference: out of memory", self.name)
             return None
-        passed[alike] = -math.inf if problem else times + 1
+        if signature is not None:
+            count_check(alike, not problem)
         return problem
 
     def _problem_when_small(self, args: tuple[Any, ...]) -> str:

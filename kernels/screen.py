@@ -76,10 +76,12 @@ def screen(x: Tensor, y: Tensor, allowed: Limits, suspects: Tensor, at: int) -> 
         at: An index of it.
     """
     x, y = frames_of(x), frames_of(y)
-    if x.is_cuda and x.dtype in KERNEL_DTYPES and _kernels_are_ready(x, y):
-        screen_by_kernel(x, y, allowed, suspects, at)
-    else:
-        suspects[at] += (~screen_ref(x, y, allowed)).sum()
+    if x.is_cuda and x.dtype in KERNEL_DTYPES:
+        pair = _pair(x, y)
+        if _kernels_are_ready(pair):
+            _launch(pair, allowed, suspects, at)
+            return
+    suspects[at] += (~screen_ref(x, y, allowed)).sum()
 
 
 def screen_ref(x: Tensor, y: Tensor, allowed: Limits) -> Tensor:
@@ -194,27 +196,47 @@ def _screen_verdict_kernel(
     tl.atomic_add(suspects_ptr + at, 1 - near, sem="relaxed")
 
 
+class _Pair(NamedTuple):
+    """What came and what should have come, ``[frames, outer, inner]``: numbers along the last are likelier neighbours.
+
+    Attributes:
+        x: The one.
+        y: The other.
+        turned: Whether the outer rows are channels.
+        layout: X_UNIT, Y_UNIT and ALIGN of the kernel.
+    """
+
+    x: Tensor
+    y: Tensor
+    turned: bool
+    layout: tuple[bool, bool, int]
+
+
+def _pair(x: Tensor, y: Tensor) -> _Pair:
+    """Of ``[frames, rows, channels]``."""
+    strides_x, strides_y = x.stride(), y.stride()
+    turned = 1 in (strides_x[1], strides_y[1]) and 1 not in (strides_x[2], strides_y[2])
+    if turned:
+        x, y = x.transpose(1, 2), y.transpose(1, 2)
+        strides_x, strides_y = x.stride(), y.stride()
+    odd = any(step % VECTOR for step in (x.shape[2], *strides_x[:2], *strides_y[:2]))
+    aligned = not odd and (x.data_ptr() | y.data_ptr()) % 16 == 0
+    return _Pair(x, y, turned, (strides_x[2] == 1, strides_y[2] == 1, VECTOR if aligned else 1))
+
+
 def screen_by_kernel(x: Tensor, y: Tensor, allowed: Limits, suspects: Tensor, at: int) -> None:
     """:func:`screen` of ``[frames, rows, channels]`` on a GPU, float16, bfloat16 or float32."""
+    _launch(_pair(x, y), allowed, suspects, at)
+
+
+def _launch(pair: _Pair, allowed: Limits, suspects: Tensor, at: int) -> None:
+    x, y, turned, layout = pair
     row, channel, gain = allowed
-    if not _inner_is_last(x, y):
-        x, y, row, channel = x.transpose(1, 2), y.transpose(1, 2), channel, row
     frames, outer, inner = x.shape
     sums = torch.zeros(frames * 2 * (1 + outer + inner), dtype=torch.float32, device=x.device)
-    _sums_launch(x.shape, x.stride(), y.stride(), *_layout(x, y))(x, y, sums)
-    _verdict_launch(frames, outer, inner, at, row, channel, gain)(sums, suspects)
-
-
-def _inner_is_last(x: Tensor, y: Tensor) -> bool:
-    """Whether neighbours along the last axis are more likely to lie side by side than those along the one before."""
-    return any(t.stride(2) == 1 for t in (x, y)) or not any(t.stride(1) == 1 for t in (x, y))
-
-
-def _layout(x: Tensor, y: Tensor) -> tuple[bool, bool, int]:
-    """X_UNIT, Y_UNIT and ALIGN of ``[frames, outer, inner]``."""
-    steps = [x.shape[2], *x.stride()[:2], *y.stride()[:2]]
-    aligned = not any(step % VECTOR for step in steps) and (x.data_ptr() | y.data_ptr()) % 16 == 0
-    return x.stride(2) == 1, y.stride(2) == 1, VECTOR if aligned else 1
+    _sums_launch(x.shape, x.stride(), y.stride(), *layout)(x, y, sums)
+    of_outer, of_inner = (channel, row) if turned else (row, channel)
+    _verdict_launch(frames, outer, inner, at, of_outer, of_inner, gain)(sums, suspects)
 
 
 @prepared
@@ -244,11 +266,9 @@ def _verdict_launch(frames: int, outer: int, inner: int, at: int, row: float, ch
 _proven: dict[tuple[Any, ...], bool] = {}  # by device, dtype and layout: whether the kernels found what was planted
 
 
-def _kernels_are_ready(x: Tensor, y: Tensor) -> bool:
+def _kernels_are_ready(pair: _Pair) -> bool:
     """Whether the kernels are compiled for such tensors, and find faults."""
-    if not _inner_is_last(x, y):
-        x, y = x.transpose(1, 2), y.transpose(1, 2)
-    layout = _layout(x, y)
+    x, layout = pair.x, pair.layout
     key = x.device, x.dtype, layout
     proven = _proven.get(key)
     if proven is None:

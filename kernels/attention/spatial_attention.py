@@ -37,12 +37,12 @@ from torch import Tensor
 
 from vidaccel.kernels.arguments import require_floats
 from vidaccel.kernels.attention.alignment import aligned_rows
-from vidaccel.kernels.attention.attention_ref import attention_ref
 from vidaccel.kernels.attention.gemm_attention import MOST_KEYS, bind_gemm_attention
 from vidaccel.kernels.check import Part, cuts, heads_apart
 from vidaccel.kernels.hopper import gluon_reason, on_hopper
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.op import REFERENCE, Costs, Implementation, Op, device_reason, tensors_reason
+from vidaccel.kernels.without_plans import attention_without_plans
 
 __all__ = [
     "SPATIAL_ATTENTION",
@@ -67,7 +67,7 @@ def spatial_attention_ref(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale
     """The specification. Pass float64 inputs for gold values."""
     q, k, v = _heads(q, num_heads), _heads(k, num_heads), _heads(v, num_heads)
     if q.dtype != torch.float64:
-        return _rows(attention_ref(q, k, v, scale))
+        return _rows(attention_without_plans(q, k, v, scale=scale))
     # No fused kernel takes float64, and the scores of all rows at once may not fit the memory.
     parts = cuts(q.shape[2], q.shape[0] * num_heads * k.shape[2])
     return _rows(torch.cat([F.scaled_dot_product_attention(q[:, :, rows], k, v, scale=scale) for rows in parts], dim=2))

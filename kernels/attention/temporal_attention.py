@@ -30,11 +30,11 @@ from torch import Tensor
 
 from vidaccel.kernels.arguments import require_floats
 from vidaccel.kernels.attention.alignment import aligned_rows
-from vidaccel.kernels.attention.attention_ref import attention_ref
 from vidaccel.kernels.check import Part, cuts, heads_apart
 from vidaccel.kernels.compile_ahead import foreseen
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason, tensors_reason
+from vidaccel.kernels.without_plans import attention_without_plans
 
 __all__ = [
     "TEMPORAL_ATTENTION",
@@ -68,7 +68,7 @@ def temporal_attention_ref(
     for sample in range(samples):  # samples and pixels do not merge into the one batch axis of SDPA without a copy
         for start in range(0, num_pixels, MAX_SDPA_BATCH):
             part = sample, slice(start, start + MAX_SDPA_BATCH)
-            out_items[part] = attention_ref(q[part], k[part], v[part], scale)
+            out_items[part] = attention_without_plans(q[part], k[part], v[part], scale=scale)
     return out
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vidaccel.kernels.attention.spatial_attention import SPATIAL_ATTENTION
 from vidaccel.kernels.attention.temporal_attention import TEMPORAL_ATTENTION
-from vidaccel.kernels.check import disagreement
+from vidaccel.kernels.check import Verdicts, disagreement
 from vidaccel.kernels.conv.conv_epilogue import CONV_EPILOGUE
 from vidaccel.kernels.conv.pixel_conv import PIXEL_CONV
 from vidaccel.kernels.conv.temporal_conv import TEMPORAL_CONV
@@ -116,6 +116,17 @@ def test_right_calls_pass(dtype: torch.dtype) -> None:
         if problem := disagreement(GROUP_NORM_SILU, args, in_float32(*args), "math-exact"):
             alarms[seed] = problem
     assert not alarms
+
+
+@pytest.mark.parametrize("fault", [None, *FAULTS])
+def test_several_checks_have_one_answer(fault: str | None) -> None:
+    torch.manual_seed(0)
+    args = norm_arguments(2 * torch.randn(FRAMES, CHANNELS, SIDE, SIDE) + 0.3)
+    right, verdicts = in_float32(*args), Verdicts()
+    assert verdicts.are_clear()
+    for out in (right, right if fault is None else FAULTS[fault](right), right):
+        assert disagreement(GROUP_NORM_SILU, args, out, "math-exact", verdicts=verdicts) is None
+    assert verdicts.are_clear() is (fault is None)
 
 
 ATTENTIONS: dict[Op, tuple[Any, ...]] = {SPATIAL_ATTENTION: (4, 0.25), TEMPORAL_ATTENTION: (3, 4, 0.25)}

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from vidaccel.kernels import choice
 from vidaccel.kernels.check import Part
-from vidaccel.kernels.op import MOST_PLANS, WHOLE_CHECKS, Costs, Implementation, Op, listening, note, ops, sampling
+from vidaccel.kernels.op import MOST_PLANS, WHOLE_CHECKS, Costs, Implementation, Op, listening, note, ops
+from vidaccel.kernels.sampling import sampling
 from vidaccel.kernels.settings import Settings, allowed, constants_overridden
 
 calls: Counter[str] = Counter()

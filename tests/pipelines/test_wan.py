@@ -469,3 +469,39 @@ def test_corner_of_a_long_call(timesteps: int | None) -> None:
     check_corner(model.blocks[0], FusedWanTransformerBlock, (x, *rest))
     if timesteps is None:
         check_corner(model.vace_blocks[0], FusedWanVACETransformerBlock, (x, rest[0], x + 1, *rest[1:]))
+
+
+def fused_calls(monkeypatch: pytest.MonkeyPatch, added: float = 0.0) -> list[int]:
+    """A list that grows at each run of a fused block, corners included, to whose result ``added`` is added."""
+    calls: list[int] = []
+    right = FusedWanTransformerBlock.fused_forward
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return right(self, *args, **kwargs) + added
+
+    monkeypatch.setattr(FusedWanTransformerBlock, "fused_forward", run)
+    return calls
+
+
+def test_of_blocks_that_are_alike_one_corner_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = transformer("wan2.1-t2v-1.3b", num_layers=4)
+    calls = fused_calls(monkeypatch)
+    with patch_module(model, strict=True):
+        call(model)
+        assert len(calls) == 4 + 1
+        call(model)
+        assert len(calls) == 2 * 4 + 1
+        model.blocks[2].ffn.net[2].weight.data = model.blocks[2].ffn.net[2].weight.data.mT.contiguous().mT
+        call(model)
+        assert len(calls) == 3 * 4 + 2, "a weight in another order is another kind of block"
+
+
+def test_a_fault_between_the_ops_of_a_block_is_found_in_all_of_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = transformer("wan2.1-t2v-1.3b", num_layers=4)
+    expected = call(model)
+    fused_calls(monkeypatch, added=0.01)
+    with patch_module(model, strict=True) as report:
+        assert torch.equal(call(model), expected)
+        failed = {site.path for site in report.sites if site.state == "failed"}
+        assert failed >= {f"blocks.{number}" for number in range(4)}

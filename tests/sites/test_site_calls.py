@@ -56,6 +56,31 @@ def test_a_fault_fails_the_site_and_the_call_is_right(block: GEGLU, monkeypatch:
 
 
 @torch.no_grad()
+def test_a_fault_that_comes_and_goes_fails_the_block(block: GEGLU, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a kernel with a race: the second run, in which each op waits for its verdict, finds nothing."""
+    calls = []
+
+    def at_first(x: Tensor) -> Tensor:
+        calls.append(1)
+        return geglu_file.geglu_ref(x) * (1.01 if len(calls) == 1 else 1)
+
+    plant(monkeypatch, at_first)
+    expected = block(rows())
+    with fused(block, FusedGEGLU, OPS) as sites:
+        assert torch.equal(block(rows()), expected)
+        assert sites["geglu"].state == "failed" and "something else" in sites["geglu"].reason
+
+
+@torch.no_grad()
+def test_a_check_of_what_is_right_runs_nothing_twice(block: GEGLU, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    plant(monkeypatch, lambda x: (calls.append(1), geglu_file.geglu_ref(x))[1])
+    with fused(block, FusedGEGLU, OPS) as sites:
+        block(rows())
+        assert len(calls) == 1 and sites["geglu"].state == "active"
+
+
+@torch.no_grad()
 def test_a_fault_of_another_shape_is_found(block: GEGLU, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, lambda x: geglu_file.geglu_ref(x) * (1.01 if len(x) == 5 else 1))
     with fused(block, FusedGEGLU, OPS) as sites:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vidaccel.kernels.op import sampling
+from vidaccel.kernels.sampling import sampling
 from vidaccel.kernels.settings import Fidelity, Settings, allowed, frozen
 from vidaccel.parallel.asked import CALL_SLOT, Answer, HearsStandIns, stand_in_of
 from vidaccel.parallel.layout import layout
@@ -107,6 +107,7 @@ class ModelCall(HearsStandIns):
             memo.text = None  # also after an interrupt: no later call may take it for its own
             memo.of_call.clear()
             memo.flops = memo.ops = 0
+            memo.postpone.clear()
 
     def _settle(self, model: nn.Module, settings: Settings) -> None:
         """Forget what was found out if the model or the settings are not what they were."""

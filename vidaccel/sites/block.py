@@ -6,10 +6,15 @@ of the two is settled the first time that a call of this signature is seen under
 and stands as long as that does.
 
 The first call of a signature is checked, and others now and then, for a fault may need other values. Every op in it is
-held against its reference on its very tensors (``kernels/check.py``); no child, hook or random number runs twice. What
-lies between the ops, the block itself, is held against the original block where that is safe: where all below it is
-plain, on the call's own tensors or a corner of them, with references in place of kernels. That covers all blocks below;
-they are looked at one by one only if it finds something. So a check takes little memory and time.
+held against its reference on its very tensors (``kernels/check.py``); no child, hook or random number runs twice. Where
+a second run could do no harm, the host waits for the verdicts of all ops of a block together, and the block runs once
+more, each op waiting for its own, only if one of them is not clear at first sight.
+
+What lies between the ops, the block itself, is held against the original block where that is safe: where all below it
+is plain, on the call's own tensors or a corner of them, with references in place of kernels. That covers all blocks
+below, which are looked at one by one only if it finds something, and all blocks of this call of the model that are
+alike (of one class, with the same attributes, sizes of weights and arguments), whose code does the same. So a check
+takes little memory and time.
 
 A module that lost its sites (a copy, or a bound forward that somebody kept when it was restored) does what the original
 does.
@@ -33,10 +38,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from vidaccel.environment import memory_ran_out
 from vidaccel.errors import first_line
 from vidaccel.kernels import settings
-from vidaccel.kernels.check import near, perturbing
+from vidaccel.kernels.check import Verdicts, near, perturbing
 from vidaccel.kernels.op import Event, capturing, listening, overheard
+from vidaccel.kernels.sampling import count_check, forget_samples, times_right
+from vidaccel.kernels.without_plans import WithoutPlans
 from vidaccel.parallel.layout import layout, tokens
-from vidaccel.sites.memo import Memo, Way, held, holding, once_per_call, signature
+from vidaccel.sites.memo import BY_VALUE, Memo, Way, generation, held, holding, once_per_call, signature
 from vidaccel.sites.plain import (
     fingerprint,
     method_reason,
@@ -71,6 +78,7 @@ logger = logging.getLogger(__name__)
 SITES = "_vidaccel"  # the attribute that a module or processor has its sites in
 CORNER = 8  # pixels of an image's sides, in a check of what lies between ops
 CORNER_ROWS = CORNER * CORNER
+CORNERS = 1  # that are looked at of blocks that are alike, in a call of a model
 MOST_WHOLE = 2**21  # numbers in a call's tensors that need not be cut
 # A checked call costs about two; so few of a model's blocks are due at once, and later ones ever more rarely.
 FIRST_RECHECK, RECHECK_SPREAD, RECHECK_GROWTH = 32, 128, 4
@@ -110,10 +118,11 @@ class _Seen:
 class _Plan:
     """What stands for calls of one signature: the reason to go the original way, or none; what fell back inside."""
 
-    __slots__ = ("fallbacks", "heard", "reason", "seen")
+    __slots__ = ("fallbacks", "heard", "path", "reason", "seen")
 
-    def __init__(self, reason: str, seen: _Seen) -> None:
+    def __init__(self, reason: str, path: int, seen: _Seen) -> None:
         self.reason = reason
+        self.path = path  # of blocks of one kind with the same, all do the same
         self.seen = seen
         self.heard = False
         self.fallbacks: list[tuple[str, str]] = []
@@ -155,6 +164,10 @@ class Host:
     def corner(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Small arguments for which fused and original forward do the same, cut from these; None if there are none."""
         return cut_corner(args, kwargs)
+
+    def can_run_again(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the fused forward could run twice on these arguments: it changes none, and takes no random number."""
+        return all(map(_stays, (*args, *kwargs.values())))
 
     def path_in_data(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the values of a call's tensors decide about the way that it takes, hashable; None: nothing."""
@@ -337,7 +350,9 @@ def run_part(host: Host, part: Callable[..., Result], *args: Any, **kwargs: Any)
     if torch.compiler.is_compiling() or (listener := overheard()) is None or listener.only_references:
         return part(*args, **kwargs)
     sites: SiteGroup = getattr(host, SITES)
-    with listening(checks=listener.checks, covers=listener.covers, probes=listener.probes) as events:
+    with listening(
+        checks=listener.checks, covers=listener.covers, probes=listener.probes, verdicts=listener.verdicts
+    ) as events:
         result = part(*args, **kwargs)
     _hear(sites, events)
     return result
@@ -360,7 +375,7 @@ def _plan(host: Host, sites: SiteGroup, kind_of_call: Any, args: tuple[Any, ...]
         if len(sites.seen) >= MOST_SEEN:
             sites.seen.clear()
         seen = sites.seen[path] = _Seen(sites.paths, sites.checks)
-    return _Plan(reason, seen)
+    return _Plan(reason, path, seen)
 
 
 def unserved_reason(host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
@@ -400,16 +415,22 @@ def _heard(
 ) -> Any:
     """A call whose events are noted, and whose ops and what lies between them are checked if it is their turn."""
     unsafe = subtree_reason(host.module_of(args))
+    if checked and (memo := held()) is not None:
+        memo.postpone.append(plan.seen.postponed)
     listener = overheard()
     judged = checked and not unsafe and not (listener is not None and listener.covers)
     try:
         # not where a clip is spread over ranks: the others would wait for what the corner's blocks send
-        problem = None if not judged or layout() else _problem_between_ops(kind, host, sites, args, kwargs)
-        with listening(checks=checked, covers=checked and not unsafe and not problem) as events:
-            out = host.fused_forward(*args, **kwargs)
+        looked_at = judged and not layout() and times_right((kind, plan.path)) < CORNERS
+        problem = _problem_between_ops(kind, host, sites, args, kwargs) if looked_at else None
+        if looked_at:
+            count_check((kind, plan.path), not problem)
+        together = checked and not unsafe and not layout() and host.can_run_again(args, kwargs)
+        run = _listened if not together else _judged_together
+        out, events, changes = run(host, args, kwargs, checked, checked and not unsafe and not problem)
         # Where a block below is at fault, it has failed by now, and this one is right.
-        if problem and (problem := _problem_between_ops(kind, host, sites, args, kwargs)):
-            sites.fail(problem)
+        if wrong := changes or (problem and _problem_between_ops(kind, host, sites, args, kwargs)):
+            sites.fail(wrong)
             return kind.original_forward(host, *args, **kwargs)
     except BaseException as error:
         if checked:
@@ -432,6 +453,46 @@ def _heard(
     return out
 
 
+def _listened(
+    host: Any, args: tuple[Any, ...], kwargs: dict[str, Any], checks: bool, covers: bool
+) -> tuple[Any, list[Event], str]:
+    """The fused forward, its events, and nothing else; the host waits for the verdict of every op."""
+    with listening(checks=checks, covers=covers) as events:
+        return host.fused_forward(*args, **kwargs), events, ""
+
+
+def _judged_together(
+    host: Any, args: tuple[Any, ...], kwargs: dict[str, Any], checks: bool, covers: bool
+) -> tuple[Any, list[Event], str]:
+    """As :func:`_listened`, but the host waits once; last comes what is wrong if a second run does something else."""
+    verdicts, memo = Verdicts(), held()
+    assert memo is not None
+    checks_before = len(memo.postpone)
+    with listening(checks=checks, covers=covers, verdicts=verdicts) as events:
+        out = host.fused_forward(*args, **kwargs)
+    if verdicts.are_clear():
+        return out, events, ""
+    # what followed a wrong result is wrong, too, and blocks below were checked on that
+    for postpone in memo.postpone[checks_before:]:
+        postpone()
+    forget_samples()
+    first, so_far = _tensors(out), generation()
+    del out
+    out, events, _ = _listened(host, args, kwargs, checks, covers)
+    found = generation() != so_far or any(event.problem for event in events)
+    changes = not found and any(map(near, first, _tensors(out)))
+    return out, events, "it returned something else when it ran once more" if changes else ""
+
+
+def _stays(value: Any) -> bool:
+    """Whether a call finds this argument as the one before found it; what is not known may be a cache."""
+    if isinstance(value, tuple):
+        return all(map(_stays, value))
+    if isinstance(value, list | dict):
+        return not value
+    return isinstance(value, Tensor | nn.Module) or type(value) in BY_VALUE
+
+
 def _problem_between_ops(
     kind: type[Host], host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> str | None:
@@ -441,10 +502,11 @@ def _problem_between_ops(
         return None
     args, kwargs = corner
     try:
-        with going(original_way):
-            expected = _tensors(kind.original_forward(host, *args, **kwargs))
-        with going(fused_way), listening(only_references=True):
-            found = _tensors(host.fused_forward(*args, **kwargs))
+        with WithoutPlans():
+            with going(original_way):
+                expected = _tensors(kind.original_forward(host, *args, **kwargs))
+            with going(fused_way), listening(only_references=True):
+                found = _tensors(host.fused_forward(*args, **kwargs))
         if not any(map(near, found, expected)):
             return None
         # It may be the original that is wrong, or both: a norm of a near constant, or of next to nothing, is roundings.

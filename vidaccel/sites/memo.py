@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from vidaccel.kernels.op import when_failing
 
 __all__ = [
+    "BY_VALUE",
     "Memo",
     "Way",
     "generation",
@@ -55,6 +56,7 @@ class Memo(dict[Hashable, Any]):
             mask), for the blocks behind them.
         flops: Of those ops of this call whose events were heard, as all are where its blocks meet such a call first.
         ops: How many those are.
+        postpone: What each check of this call was counted by; called, it makes that check due again.
         hooked: Whether somebody's code in a layer of the model may look at what nobody else needs (padding).
         way: What runs each call of a block under this call, for those who compare the two ways. None: as planned.
     """
@@ -64,6 +66,7 @@ class Memo(dict[Hashable, Any]):
         self.text: Any = None
         self.of_call: dict[Hashable, Any] = {}
         self.flops = self.ops = 0
+        self.postpone: list[Callable[[], None]] = []
         self.hooked = False
         self.way: Way | None = None
 
@@ -145,7 +148,10 @@ def version(tensor: Tensor) -> int:
 
 
 def once_in_call(name: str, tensor: Tensor, make: Callable[[], Answer]) -> Answer:
-    """What ``make`` returns, made once in a call of a model for each ``tensor``, which the call keeps alive."""
+    """What ``make`` returns, made once in a call of a model for each ``tensor``, which the call keeps alive.
+
+    ``make`` calls no op: that an op was wrong may show behind it only, and its block then runs once more.
+    """
     if (memo := memo_of_call(tensor)) is None:
         return make()
     # the tensor is kept with the answer: its id is nobody else's for as long
@@ -178,12 +184,12 @@ def signature(values: Any) -> tuple[Any, ...]:
     return tuple([_described(value) for value in values])
 
 
-_BY_VALUE = frozenset([int, float, bool, str, type(None), torch.dtype])
+BY_VALUE = frozenset([int, float, bool, str, type(None), torch.dtype])  # told apart by their values
 
 
 def _described(value: Any) -> Any:
     kind = type(value)
-    if kind in _BY_VALUE:
+    if kind in BY_VALUE:
         return value
     if isinstance(value, Tensor):
         return kind, value.shape, value.stride(), value.dtype, value.device

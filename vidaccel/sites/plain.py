@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrizations import _SpectralNorm
 
 from vidaccel.sites.memo import once_per_call
@@ -255,7 +256,7 @@ def random_reason(module: nn.Module) -> str | None:
 
 
 def fingerprint(module: nn.Module) -> tuple[Any, ...]:
-    """What about ``module`` and all below it may pick another code path: classes, hooks, plain attributes."""
+    """What about ``module`` and all below it may pick another code path: classes, hooks, plain attributes, weights."""
     return tuple(_traits(module))
 
 
@@ -267,6 +268,13 @@ def _traits(module: nn.Module) -> Iterator[Any]:
         for name, value in vars(part).items():
             if type(value) in (int, float, bool, str, tuple) and _is_hashable(value):
                 yield name, value
+        for name, weight in part._parameters.items():
+            yield name
+            if weight is not None and not is_lazy(weight):
+                yield type(weight)
+                yield weight.dtype
+                yield weight.shape
+                yield weight.stride() if weight.layout == torch.strided else weight.layout
 
 
 def _is_hashable(value: Any) -> bool:

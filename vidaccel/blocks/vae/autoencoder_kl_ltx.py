@@ -137,9 +137,15 @@ class RowsDecoder(TileDecoder, _RowsCoder):
     def bytes_at_once(self, latents: Tensor) -> int:
         return decode_bytes(self, latents)
 
+    def can_run_again(self, args: Any, kwargs: Any) -> bool:
+        return super().can_run_again(args, kwargs) and not self._takes_random_numbers()
+
+    def _takes_random_numbers(self) -> bool:
+        return any(_injects_noise(part) for part in self.modules())
+
     def corner(self, args: Any, kwargs: Any) -> Any:
-        if any(_injects_noise(part) for part in self.modules()):
-            return None  # it would take random numbers that are the clip's
+        if self._takes_random_numbers():
+            return None  # they are the clip's
         latents, *others = args
         return cut_corner((latents[:, :, :CORNER_FRAMES], *others), kwargs, most_whole=0)
 
