@@ -22,7 +22,7 @@ waits for them, and nothing goes stale.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,8 +39,68 @@ ENOUGH_PIXELS = 2**17  # of all pairs that are convolved at once: more are no fa
 WORKSPACE_BYTES = 2**31  # at most, where a pair of frames does not need more
 _BYTES_OF_A_PAIR = 4 * 2  # for each pixel and channel: four numbers in float16
 LARGEST_SUM, LARGEST_PRODUCT = 2.0**15, 2.0**15  # half of what float16 holds: roundings are on top
-MOST_EXPONENT = 60.0  # of a scale: float32 holds the inverse of two of them
+MOST_EXPONENT = 60  # of a scale: float32 holds the inverse of two of them
 BLOCK, NUM_WARPS = 2048, 8
+BLOCK_WEIGHT, NUM_WARPS_WEIGHT = 1024, 4
+
+
+@triton.jit
+def _power_of_two(x, EXPONENT: tl.constexpr):
+    """The largest that is no larger, within reason; of NaN, 1."""
+    found = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)  # its exponent alone
+    return tl.where(x == x, tl.minimum(tl.maximum(found, 2.0**-EXPONENT), 2.0**EXPONENT), 1.0)
+
+
+@triton.jit
+def _measure_kernel(weight_ptr, units_ptr, lengths_ptr, numbers, EXPONENT: tl.constexpr, BLOCK: tl.constexpr):
+    """Of the weight of one output channel: what brings its largest number to 1 or below, and how long it is then."""
+    weight_ptr += tl.program_id(0).to(tl.int64) * numbers
+    largest = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(0, numbers, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        largest = tl.maximum(largest, tl.abs(tl.load(weight_ptr + at, mask=at < numbers, other=0.0).to(tl.float32)))
+    unit = _power_of_two(1 / tl.maximum(tl.max(largest, axis=0), 2.0**-EXPONENT), EXPONENT)
+    squares = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(0, numbers, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        row = tl.load(weight_ptr + at, mask=at < numbers, other=0.0).to(tl.float32) * unit
+        squares += row * row
+    tl.store(units_ptr + tl.program_id(0), unit)
+    tl.store(lengths_ptr + tl.program_id(0), tl.sqrt(tl.sum(squares, axis=0)))
+
+
+@triton.jit
+def _planes_kernel(
+    weight_ptr, units_ptr, lengths_ptr, largest_ptr, planes_ptr, scale_ptr, inverses_ptr,
+    numbers, largest_sum, largest_product,
+    CHANNELS: tl.constexpr, EXPONENT: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The four planes of one output channel; the input's scale; what undoes that and the weight's."""
+    channel = tl.program_id(0)
+    channels = tl.arange(0, BLOCK_CHANNELS)
+    lengths = tl.load(lengths_ptr + channels, mask=channels < CHANNELS, other=0.0)
+    longest = tl.maximum(tl.max(lengths, axis=0), 2.0**-EXPONENT)  # so that nothing is divided by zero
+    largest = tl.maximum(tl.load(largest_ptr).to(tl.float32), 2.0**-EXPONENT)
+    fits = tl.minimum(largest_sum / (2 * largest), largest_product / (6 * largest * longest))
+    scale = _power_of_two(fits, EXPONENT)
+    unit = tl.load(units_ptr + channel)
+    if tl.program_id(1) == 0:
+        tl.store(scale_ptr, scale)
+        tl.store(inverses_ptr + channel, 1 / (scale * unit))
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < numbers
+    weight_ptr += channel.to(tl.int64) * 3 * numbers + at
+    g0 = tl.load(weight_ptr, mask=inside).to(tl.float32) * unit
+    g1 = tl.load(weight_ptr + numbers, mask=inside).to(tl.float32) * unit
+    g2 = tl.load(weight_ptr + 2 * numbers, mask=inside).to(tl.float32) * unit
+    outer = g0 + g2
+    planes_ptr += channel.to(tl.int64) * numbers + at
+    step = tl.num_programs(0).to(tl.int64) * numbers
+    dtype = planes_ptr.dtype.element_ty
+    tl.store(planes_ptr, g0.to(dtype), mask=inside)
+    tl.store(planes_ptr + step, ((outer + g1) / 2).to(dtype), mask=inside)
+    tl.store(planes_ptr + 2 * step, ((outer - g1) / 2).to(dtype), mask=inside)
+    tl.store(planes_ptr + 3 * step, g2.to(dtype), mask=inside)
 
 
 @triton.jit(do_not_specialize=["sample_frames"])
@@ -118,9 +178,10 @@ def prepare(
         padding: Zeros above and below, left and right of each picture.
     """
     steps = list(_steps(shape, out_shape))
+    of_weight = _weight_launches(out_shape[4], 27 * shape[4])
 
     def run(rows: Tensor, weight: Tensor, largest: Tensor, out: Tensor) -> None:
-        scale, inverses, planes = _scaled_planes(weight, largest)
+        scale, inverses, planes = _scaled_planes(of_weight, weight, largest)
         for samples, start, pairs, spread, join in steps:
             some, made = rows[samples, start:], out[samples, start:]
             sums = rows.new_empty((4, len(some) * pairs, *shape[2:]), dtype=torch.float16)
@@ -174,23 +235,34 @@ def workspace_bytes(samples: int, frames: int, pixels: int, channels: int) -> in
     return pairs * _BYTES_OF_A_PAIR * pixels * channels
 
 
-def _scaled_planes(weight: Tensor, largest: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _weight_launches(channels: int, of_channel: int) -> tuple[Launch, Launch]:
+    """Of a weight ``[C', 3, 3, 3, C]``, ``27 C`` numbers of each output channel."""
+    measure = Launch(
+        _measure_kernel, (channels,), of_channel,
+        EXPONENT=MOST_EXPONENT, BLOCK=BLOCK_WEIGHT, num_warps=NUM_WARPS_WEIGHT,
+    )  # fmt: skip
+    of_plane = of_channel // 3
+    planes = Launch(
+        _planes_kernel, (channels, triton.cdiv(of_plane, BLOCK_WEIGHT)), of_plane, LARGEST_SUM, LARGEST_PRODUCT,
+        CHANNELS=channels, EXPONENT=MOST_EXPONENT, BLOCK_CHANNELS=triton.next_power_of_2(channels),
+        BLOCK=BLOCK_WEIGHT, num_warps=NUM_WARPS_WEIGHT,
+    )  # fmt: skip
+    return measure, planes
+
+
+def _scaled_planes(
+    launches: tuple[Launch, Launch], weight: Tensor, largest: Tensor
+) -> tuple[Tensor, Tensor, Iterable[Tensor]]:
     """The input's scale ``[1]``; what undoes it and the weight's ``[C']``; four planes, as the library takes them.
 
     These are ``[C', C, 3, 3]``, channels-last, float16.
     """
-    weight = weight.float()
-    units = _power_of_two(1 / weight.flatten(1).abs().amax(dim=1))
-    weight = weight * units.view(-1, 1, 1, 1, 1)
-    longest = torch.linalg.vector_norm(weight.flatten(1), dim=1).amax()
-    scale = _power_of_two(torch.minimum(LARGEST_SUM / (2 * largest), LARGEST_PRODUCT / (6 * largest * longest)))
-    g0, g1, g2 = weight.unbind(2)
-    outer = g0 + g2
-    planes = g0, (outer + g1) / 2, (outer - g1) / 2, g2
-    halves = [plane.to(torch.float16).contiguous(memory_format=torch.channels_last) for plane in planes]
-    return scale, 1 / (scale * units), halves
-
-
-def _power_of_two(x: Tensor) -> Tensor:
-    """The largest that is no larger, within reason."""
-    return torch.exp2(torch.floor(torch.log2(x)).nan_to_num(0.0).clamp(-MOST_EXPONENT, MOST_EXPONENT))
+    measure, make = launches
+    rows = weight.permute(0, 2, 3, 4, 1).contiguous()
+    channels, _, height, width, inner = rows.shape
+    numbers = torch.empty(3 * channels + 1, dtype=torch.float32, device=weight.device)
+    units, lengths, inverses, scale = numbers.split([channels, channels, channels, 1])
+    planes = rows.new_empty((4, channels, height, width, inner), dtype=torch.float16)
+    measure(rows, units, lengths)
+    make(rows, units, lengths, largest, planes, scale, inverses)
+    return scale, inverses, planes.permute(0, 1, 4, 2, 3)

@@ -26,7 +26,8 @@ from vidaccel.kernels.attention.spatial_attention import (
 )
 from vidaccel.kernels.check import MOST_ELEMENTS
 from vidaccel.kernels.hopper import GLUON
-from vidaccel.kernels.op import WHOLE_CHECKS, Implementation, listening, sampling
+from vidaccel.kernels.op import WHOLE_CHECKS, Implementation, listening
+from vidaccel.kernels.sampling import sampling
 
 DTYPES = [torch.float16]
 if torch.cuda.is_available():

@@ -24,7 +24,8 @@ from vidaccel.kernels.conv import clip_conv as op
 from vidaccel.kernels.conv import clip_conv_winograd as winograd
 from vidaccel.kernels.conv.clip_conv import CLIP_CONV, clip_conv, clip_conv_ref
 from vidaccel.kernels.hopper import GLUON
-from vidaccel.kernels.op import WHOLE_CHECKS, Implementation, listening, sampling
+from vidaccel.kernels.op import WHOLE_CHECKS, Implementation, listening
+from vidaccel.kernels.sampling import sampling
 
 # samples, frames, height and width of the output; channels; frames that the convolution sees
 SHAPES = [
