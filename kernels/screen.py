@@ -33,7 +33,8 @@ __all__ = ["Limits", "compile_ahead", "frames_of", "limits", "screen", "screen_b
 logger = logging.getLogger(__name__)
 
 ROW_UNITS, CHANNEL_UNITS, GAIN_UNITS = 2.0, 2.0, 0.5  # units in the last place, relative L2: less needs no second look
-SMALL = 1e-12  # norms whose squares, and those of their parts, float32 holds
+# By the bytes of a number: norms of a frame in which float32 holds the squares of errors in the last place.
+SMALL = {2: 1e-12, 4: 1e-6}
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 VECTOR = 8  # numbers that a thread reads at once
 BLOCK_OUTER, BLOCK_INNER = 64, 64  # of a tile: rows of numbers that lie one after the other in memory (inner)
@@ -96,7 +97,8 @@ def screen_ref(x: Tensor, y: Tensor, allowed: Limits) -> Tensor:
     rows = norms(y, dim=2), norms(x, dim=2), norms(difference, dim=2)
     of_frames = torch.linalg.vector_norm(torch.stack(rows), dim=2)  # [3, frames]
     norm, (square, square_x, square_error) = of_frames[0], of_frames * of_frames
-    near = (norm > SMALL) & (norm < 1 / SMALL)
+    small = SMALL[2]  # in float64, which adds up those of float32, it is more than small enough
+    near = (norm > small) & (norm < 1 / small)
     near &= (square_x - square - square_error).abs() <= 2 * allowed.gain * square
     of_rows = rows[2], rows[0], allowed.row
     of_channels = norms(difference, dim=1), norms(y, dim=1), allowed.channel
@@ -236,7 +238,8 @@ def _launch(pair: _Pair, allowed: Limits, suspects: Tensor, at: int) -> None:
     sums = torch.zeros(frames * 2 * (1 + outer + inner), dtype=torch.float32, device=x.device)
     _sums_launch(x.shape, x.stride(), y.stride(), *layout)(x, y, sums)
     of_outer, of_inner = (channel, row) if turned else (row, channel)
-    _verdict_launch(frames, outer, inner, at, of_outer, of_inner, gain)(sums, suspects)
+    small = SMALL[x.element_size()]
+    _verdict_launch(frames, outer, inner, at, of_outer, of_inner, gain, small)(sums, suspects)
 
 
 @prepared
@@ -255,9 +258,11 @@ def _sums_launch(
 
 
 @prepared
-def _verdict_launch(frames: int, outer: int, inner: int, at: int, row: float, channel: float, gain: float) -> Launch:
+def _verdict_launch(
+    frames: int, outer: int, inner: int, at: int, row: float, channel: float, gain: float, small: float
+) -> Launch:
     blocks = triton.cdiv(max(outer, inner), BLOCK_VERDICT)
-    allowed = row, channel, gain, SMALL, 1 / SMALL
+    allowed = row, channel, gain, small, 1 / small
     return Launch(
         _screen_verdict_kernel, (frames * blocks,), outer, inner, blocks, at, *allowed, BLOCK=BLOCK_VERDICT, num_warps=4
     )
@@ -293,7 +298,7 @@ def _are_awaited(device: torch.device, dtype: torch.dtype, layout: tuple[bool, b
     """Begin to compile the kernels if they are not; whether that is still under way."""
     launches = (
         (_sums_launch((1, 1, 1), (1, 1, 1), (1, 1, 1), *layout), (dtype, dtype, torch.float32)),
-        (_verdict_launch(1, 1, 1, 0, 1.0, 1.0, 1.0), (torch.float32, torch.int32)),
+        (_verdict_launch(1, 1, 1, 0, 1.0, 1.0, 1.0, 1.0), (torch.float32, torch.int32)),
     )
     for launch, dtypes in launches:
         launch.compile_ahead(device, *dtypes)

@@ -129,6 +129,23 @@ def test_several_checks_have_one_answer(fault: str | None) -> None:
     assert verdicts.are_clear() is (fault is None)
 
 
+def test_where_all_has_overflowed_nothing_is_computed_in_float64() -> None:
+    """As in a model whose input was not a number: a minute of float64 would find nothing to go by."""
+    dtypes = []
+
+    def reference(x: Tensor) -> Tensor:
+        dtypes.append(x.dtype)
+        return GEGLU.reference(x)
+
+    op = Op("overflows", reference=reference, implementations={}, fake=reference, costs=GEGLU.costs)
+    x = torch.full((4, 8), torch.nan)
+    assert disagreement(op, (x,), op.reference(x), "math-exact") is None
+    assert set(dtypes) == {torch.float32}
+    x[0] = 1.0
+    assert disagreement(op, (x,), op.reference(x), "math-exact") is None
+    assert torch.float64 in dtypes
+
+
 ATTENTIONS: dict[Op, tuple[Any, ...]] = {SPATIAL_ATTENTION: (4, 0.25), TEMPORAL_ATTENTION: (3, 4, 0.25)}
 
 

@@ -140,6 +140,15 @@ def test_what_float32_cannot_judge_needs_a_second_look(size: float, device: torc
         assert not screen_ref(y, y, allowed).any()
 
 
+@pytest.mark.parametrize("order", LAYOUTS)
+@pytest.mark.parametrize("size", [1e-3, 1e-9, 2e-14, 1e-16])
+def test_errors_of_small_float32_numbers_are_seen(size: float, order: str, device: torch.device) -> None:
+    y = size * values_of((2, 64, 48), torch.float32, device)
+    x = LAYOUTS[order](y.clone())
+    x[1, 5] *= 1 + 2.0**-18
+    assert is_suspect(x, LAYOUTS[order](y), limits(2.0**-20)._replace(channel=math.inf, gain=math.inf))
+
+
 @pytest.mark.parametrize("shape", [(5,), (4, 6), (2, 4, 6), (2, 6, 3, 5), (2, 6, 3, 2, 5), (2, 3, 4, 5, 6, 7), ()])
 def test_frames(shape: tuple[int, ...]) -> None:
     x = torch.arange(math.prod(shape)).reshape(shape)
