@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LOSSY",
     "MOST_ELEMENTS",
+    "PICTURES",
     "Distance",
     "Part",
     "Problem",
@@ -47,6 +48,7 @@ __all__ = [
 ]
 
 MOST_ELEMENTS = 2**25  # of a part: half a GiB, with everything that is made of it
+PICTURES = 2  # times as many of pictures: between channels these are cut within cache lines, and slow to read
 CHAIN, CHAIN_GAIN = 16.0, 16.0  # of a dozen ops, whose roundings are the same but for their order
 LOSSY = 16  # times the tolerance of math-exact
 PERTURBATION = 2.0**-22
@@ -102,25 +104,28 @@ class Part(NamedTuple):
     of_reference: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = _all
 
 
-def cuts(length: int, elements: int) -> Iterator[slice]:
-    """``length`` items of ``elements`` numbers each, cut so that none but a single item has too many numbers."""
-    step = max(MOST_ELEMENTS // max(elements, 1), 1)
+def cuts(length: int, elements: int, times: int = 1) -> Iterator[slice]:
+    """``length`` items of ``elements`` numbers each, cut so that none but a single item has too many numbers.
+
+    ``times``: as many as of rows may a part have.
+    """
+    step = max(times * MOST_ELEMENTS // max(elements, 1), 1)
     for start in range(0, length, step):
         yield slice(start, min(start + step, length))
 
 
 def pieces(shape: Sequence[int], *dims: int) -> Iterator[tuple[slice, ...]]:
-    """Indices that cut ``shape`` along ``dims``, the first of them first, until no piece has too many numbers."""
+    """Indices that cut pictures of ``shape`` along ``dims``, the first of them first: none has too many numbers."""
     yield from _pieces(tuple(slice(0, size) for size in shape), dims, math.prod(shape))
 
 
 def _pieces(index: tuple[slice, ...], dims: Sequence[int], elements: int) -> Iterator[tuple[slice, ...]]:
-    if elements <= MOST_ELEMENTS or not dims:
+    if elements <= PICTURES * MOST_ELEMENTS or not dims:
         yield index
         return
     dim, *inner = dims
     length = index[dim].stop
-    for part in cuts(length, elements // length):
+    for part in cuts(length, elements // length, PICTURES):
         piece = (*index[:dim], part, *index[dim + 1 :])
         yield from _pieces(piece, inner, elements // length * (part.stop - part.start))
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from vidaccel.kernels.arguments import require_floats
 from vidaccel.kernels.channels_last import channels_last, channels_last_strides, empty_channels_last
-from vidaccel.kernels.check import Part, cuts, piece_of, pieces
+from vidaccel.kernels.check import PICTURES, Part, cuts, piece_of, pieces
 from vidaccel.kernels.conv.alpha_blend import alpha_blend_ref, blend
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.norm.channel_statistics import (
@@ -382,10 +382,11 @@ def _parts_with_statistics(*args: Any) -> Iterator[Part]:
     samples, frames = (shape[0], shape[2]) if len(shape) == 5 else (1, shape[0])
     seen = functools.partial(moments, chunk_rows, call.x.dtype)
     for sample in range(samples):
-        for some in cuts(frames, rows * shape[1]):
+        for some in cuts(frames, rows * shape[1], PICTURES):
             segments = slice(sample * frames + some.start, sample * frames + some.stop)
             stills = None if call.image_only is None else call.image_only.flatten()[segments]
-            for chunks in cuts(triton.cdiv(rows, chunk_rows), (some.stop - some.start) * chunk_rows * shape[1]):
+            of_chunk = (some.stop - some.start) * chunk_rows * shape[1]
+            for chunks in cuts(triton.cdiv(rows, chunk_rows), of_chunk, PICTURES):
                 where = sample, some, slice(chunks.start * chunk_rows, chunks.stop * chunk_rows)
                 residual = None if call.residual is None else _rows_of(call.residual, *where)
                 part = call._replace(x=_rows_of(call.x, *where), residual=residual, image_only=stills)

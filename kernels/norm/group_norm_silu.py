@@ -35,7 +35,7 @@ from vidaccel.kernels.channels_last import (
     channels_last_strides,
     empty_channels_last,
 )
-from vidaccel.kernels.check import Part, cuts
+from vidaccel.kernels.check import PICTURES, Part, cuts
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.norm.channel_statistics import (
     FOLD,
@@ -706,8 +706,8 @@ def _cuts(call: _Call) -> Iterator[tuple[_Call, Callable[[tuple[Tensor, ...]], t
     """
     x, weight, bias, groups, eps, silu, shift, tail, parts, segment_rows, chunk_rows, row = call
     width, head = len(weight) // groups, x.shape[1]
-    for n in cuts(len(x), len(weight) * call.rows):
-        for some in cuts(groups, (n.stop - n.start) * width * call.rows):
+    for n in cuts(len(x), len(weight) * call.rows, PICTURES):
+        for some in cuts(groups, (n.stop - n.start) * width * call.rows, PICTURES):
             c = slice(some.start * width, some.stop * width)
             some_parts = None
             if parts is not None and call.statistics_of_more:

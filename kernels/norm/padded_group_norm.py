@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidaccel.kernels.arguments import require_floats
-from vidaccel.kernels.check import Part, cuts
+from vidaccel.kernels.check import PICTURES, Part, cuts
 from vidaccel.kernels.conv.padded_clip import NO_PADDING, Padding, pad_clip, padded_pixel, require_padding
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.norm.channel_statistics import ChannelStatistics, are_of_dtype, choose_tiling, empty_parts, locate
@@ -315,8 +315,8 @@ def parts_of_groups(call: Any, *clips: str) -> Iterator[Part]:
     """Some groups of some samples of a norm's call, statistics computed anew; ``clips`` are its ``[B, ..., C]``."""
     x, width = call.x, call.x.shape[-1] // call.groups
     pixels = math.prod(x.shape[1:4])
-    for n in cuts(len(x), x.shape[-1] * pixels):
-        for some in cuts(call.groups, (n.stop - n.start) * width * pixels):
+    for n in cuts(len(x), x.shape[-1] * pixels, PICTURES):
+        for some in cuts(call.groups, (n.stop - n.start) * width * pixels, PICTURES):
             c = slice(some.start * width, some.stop * width)
             cut = {name: None if (clip := getattr(call, name)) is None else clip[n, ..., c] for name in clips}
             part = call._replace(
