@@ -415,8 +415,9 @@ def _heard(
 ) -> Any:
     """A call whose events are noted, and whose ops and what lies between them are checked if it is their turn."""
     unsafe = subtree_reason(host.module_of(args))
-    if checked and (memo := held()) is not None:
-        memo.postpone.append(plan.seen.postponed)
+    checks_before = len(_checks_of_call())
+    if checked:
+        _checks_of_call().append(plan.seen.postponed)
     listener = overheard()
     judged = checked and not unsafe and not (listener is not None and listener.covers)
     try:
@@ -433,8 +434,7 @@ def _heard(
             sites.fail(wrong)
             return kind.original_forward(host, *args, **kwargs)
     except BaseException as error:
-        if checked:
-            plan.seen.postponed()
+        _make_due_again(checks_before)
         if unsafe or memory_ran_out(error) or not isinstance(error, Exception):
             raise  # it may be the user's own, or an interrupt
         if capturing() or layout():
@@ -465,16 +465,12 @@ def _judged_together(
     host: Any, args: tuple[Any, ...], kwargs: dict[str, Any], checks: bool, covers: bool
 ) -> tuple[Any, list[Event], str]:
     """As :func:`_listened`, but the host waits once; last comes what is wrong if a second run does something else."""
-    verdicts, memo = Verdicts(), held()
-    assert memo is not None
-    checks_before = len(memo.postpone)
+    verdicts, checks_before = Verdicts(), len(_checks_of_call())
     with listening(checks=checks, covers=covers, verdicts=verdicts) as events:
         out = host.fused_forward(*args, **kwargs)
     if verdicts.are_clear():
         return out, events, ""
-    # what followed a wrong result is wrong, too, and blocks below were checked on that
-    for postpone in memo.postpone[checks_before:]:
-        postpone()
+    _make_due_again(checks_before)  # what followed a wrong result is wrong, too, and blocks below were checked on that
     forget_samples()
     first, so_far = _tensors(out), generation()
     del out
@@ -482,6 +478,18 @@ def _judged_together(
     found = generation() != so_far or any(event.problem for event in events)
     changes = not found and any(map(near, first, _tensors(out)))
     return out, events, "it returned something else when it ran once more" if changes else ""
+
+
+def _checks_of_call() -> list[Callable[[], None]]:
+    memo = held()
+    assert memo is not None, "call_site holds one"
+    return memo.postpone
+
+
+def _make_due_again(since: int) -> None:
+    """Let the checks of this call, but for so many at its start, count for nothing."""
+    for postpone in _checks_of_call()[since:]:
+        postpone()
 
 
 def _stays(value: Any) -> bool:
