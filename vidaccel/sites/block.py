@@ -6,9 +6,9 @@ of the two is settled the first time that a call of this signature is seen under
 and stands as long as that does.
 
 The first call of a signature is checked, and others now and then, for a fault may need other values. Every op in it is
-held against its reference on its very tensors (``kernels/check.py``); no child, hook or random number runs twice. Where
-a second run could do no harm, the host waits for the verdicts of all ops of a block together, and the block runs once
-more, each op waiting for its own, only if one of them is not clear at first sight.
+held against its reference on its very tensors (``kernels/check.py``); nobody else's code, no hook and no random number
+runs twice. Where a second run could do no harm, the host waits for the verdicts of all ops of a block together, and the
+block runs once more, each op waiting for its own, only if one of them is not clear at first sight.
 
 What lies between the ops, the block itself, is held against the original block where that is safe: where all below it
 is plain, on the call's own tensors or a corner of them, with references in place of kernels. That covers all blocks
@@ -422,12 +422,9 @@ def _heard(
     judged = checked and not unsafe and not (listener is not None and listener.covers)
     try:
         # not where a clip is spread over ranks: the others would wait for what the corner's blocks send
-        looked_at = judged and not layout() and times_right((kind, plan.path)) < CORNERS
-        problem = _problem_between_ops(kind, host, sites, args, kwargs) if looked_at else None
-        if looked_at:
-            count_check((kind, plan.path), not problem)
+        problem = _problem_of_kind(kind, host, sites, plan, args, kwargs) if judged and not layout() else None
         together = checked and not unsafe and not layout() and host.can_run_again(args, kwargs)
-        run = _listened if not together else _judged_together
+        run = _judged_together if together else _listened
         out, events, changes = run(host, args, kwargs, checked, checked and not unsafe and not problem)
         # Where a block below is at fault, it has failed by now, and this one is right.
         if wrong := changes or (problem and _problem_between_ops(kind, host, sites, args, kwargs)):
@@ -499,6 +496,18 @@ def _stays(value: Any) -> bool:
     if isinstance(value, list | dict):
         return not value
     return isinstance(value, Tensor | nn.Module) or type(value) in BY_VALUE
+
+
+def _problem_of_kind(
+    kind: type[Host], host: Any, sites: SiteGroup, plan: _Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str | None:
+    """:func:`_problem_between_ops`, but for blocks that are like one which was right in this call of the model."""
+    alike = kind, plan.path
+    if times_right(alike) >= CORNERS:
+        return None
+    problem = _problem_between_ops(kind, host, sites, args, kwargs)
+    count_check(alike, not problem)
+    return problem
 
 
 def _problem_between_ops(
