@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 MOST_ELEMENTS = 2**25  # of a part: half a GiB, with everything that is made of it
-PICTURES = 2  # times as many of pictures: between channels these are cut within cache lines, and slow to read
+PICTURES = 2  # times as many of pictures: fewer launches, and fewer cuts between channels, within cache lines
 CHAIN, CHAIN_GAIN = 16.0, 16.0  # of a dozen ops, whose roundings are the same but for their order
 LOSSY = 16  # times the tolerance of math-exact
 PERTURBATION = 2.0**-22

@@ -1,8 +1,9 @@
 """Attention and convolutions of sizes that come once: what PyTorch says, without what a library takes to get ready.
 
-cuDNN builds a plan for each shape that it has not seen in a process: 50 ms for an attention, a few for a convolution
-(cuDNN 9, H200). A check cuts a call into parts, or takes a corner of it, whose shapes nothing else has. There an
-attention is left to FlashAttention-2, and a convolution is one matrix product of its patches.
+cuDNN builds a plan for each shape that it has not seen in a process, for an attention in 50 ms (cuDNN 9, H200). A check
+cuts a call into parts, or takes a corner of it, whose shapes nothing else has: in a first clip of SVD-XT their plans
+took 0.3 s (profiles-h200.txt). So an attention is left to FlashAttention-2, and a convolution is one matrix product of
+the windows that its taps see.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["WithoutPlans", "attention_without_plans", "convolution_without_plans", "patch_product"]
+__all__ = ["WithoutPlans", "attention_without_plans", "convolution_by_product", "convolution_without_plans"]
 
 PLANNED_FLOPS = 1e12  # of an attention, from which on cuDNN's faster kernel makes up for its plan
-MOST_PATCHES = 2**27  # numbers
+MOST_NUMBERS = 2**27  # of all windows
 
 
 class WithoutPlans(TorchFunctionMode):
-    """Inside the ``with`` block, in this thread, whoever asks PyTorch for these gets them like that."""
+    """Inside the ``with`` block, in this thread, PyTorch's own functions for these need no plans."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: Iterable[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -70,11 +71,11 @@ def convolution_without_plans(
 ) -> Tensor:
     """``convolve``, which is ``torch.conv2d`` or ``torch.conv3d``, of ``[N, C, (T,) H, W]``."""
     simple = input.is_cuda and groups == 1 and set(_each(dilation)) == {1} and not isinstance(padding, str)
-    product = patch_product(input, weight, bias, _each(stride), _each(padding)) if simple else None
+    product = convolution_by_product(input, weight, bias, _each(stride), _each(padding)) if simple else None
     return convolve(input, weight, bias, stride, padding, dilation, groups) if product is None else product
 
 
-def patch_product(
+def convolution_by_product(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: tuple[int, ...]
 ) -> Tensor | None:
     """A convolution as one matrix product.
@@ -90,19 +91,20 @@ def patch_product(
         ``[N, O, *places]``; None where that would take too much memory, and where the arguments do not fit together.
     """
     dims = weight.ndim - 2
-    fits = x.ndim == weight.ndim and x.dtype == weight.dtype and x.shape[1] == weight.shape[1]
+    plain = type(weight) in (Tensor, nn.Parameter)  # not a quantised one
+    fits = plain and x.ndim == weight.ndim and x.dtype == weight.dtype and x.shape[1] == weight.shape[1]
     if not fits or {len(stride), len(padding)} - {1, dims} or not x.numel():
         return None
     strides, pads = (each * dims if len(each) == 1 else each for each in (stride, padding))
-    patches = F.pad(x, [pad for size in reversed(pads) for pad in (size, size)])
-    if any(size > length for size, length in zip(weight.shape[2:], patches.shape[2:], strict=True)):
+    windows = F.pad(x, [pad for size in reversed(pads) for pad in (size, size)])
+    if any(size > length for size, length in zip(weight.shape[2:], windows.shape[2:], strict=True)):
         return None
     for dim, (size, step) in enumerate(zip(weight.shape[2:], strides, strict=True), 2):
-        patches = patches.unfold(dim, size, step)
-    if patches.numel() > MOST_PATCHES:
+        windows = windows.unfold(dim, size, step)
+    if windows.numel() > MOST_NUMBERS:
         return None
     places, taps = range(2, 2 + dims), range(2 + dims, 2 + 2 * dims)
-    rows = patches.permute(0, *places, *taps, 1).flatten(1 + dims)
+    rows = windows.permute(0, *places, *taps, 1).flatten(1 + dims)
     matrix = weight.permute(0, *places, 1).flatten(1)  # of a channels-last weight a view
     out = F.linear(rows, matrix, bias).movedim(-1, 1)
     return out if any(map(_is_channels_last, (x, weight))) else out.contiguous()

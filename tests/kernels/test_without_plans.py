@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vidaccel.kernels.without_plans import WithoutPlans, patch_product
+from vidaccel.kernels.without_plans import WithoutPlans, convolution_by_product
 
 CONVOLVE = {4: F.conv2d, 5: F.conv3d}
 ORDERS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -28,7 +28,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("channels_last", ["neither", "clip", "weight"])
 @pytest.mark.parametrize(("shape", "taps", "stride", "padding"), SHAPES)
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_a_product_of_patches_is_the_convolution(
+def test_a_product_is_the_convolution(
     shape: tuple[int, ...],
     taps: tuple[int, ...],
     stride: tuple[int, ...],
@@ -41,7 +41,7 @@ def test_a_product_of_patches_is_the_convolution(
     x = x.contiguous(memory_format=order) if channels_last == "clip" else x
     weight = weight.contiguous(memory_format=order) if channels_last == "weight" else weight
     expected = CONVOLVE[x.ndim](x, weight, bias, stride, padding)
-    out = patch_product(x, weight, bias, stride, padding)
+    out = convolution_by_product(x, weight, bias, stride, padding)
     assert out is not None
     torch.testing.assert_close(out, expected)
     last = any(t.is_contiguous(memory_format=order) and not t.is_contiguous() for t in (x, weight))
@@ -58,13 +58,13 @@ def test_a_product_of_patches_is_the_convolution(
     ],
 )
 def test_what_does_not_fit_is_left_to_the_library(shape: tuple[int, ...], taps: tuple[int, ...]) -> None:
-    assert patch_product(random(*shape), random(*taps), None, (1,), (0,)) is None
+    assert convolution_by_product(random(*shape), random(*taps), None, (1,), (0,)) is None
 
 
 @torch.no_grad()
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_whoever_asks_pytorch_gets_it_without_a_plan(dtype: torch.dtype) -> None:
+def test_inside_the_block_no_plan_is_made(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(64, 96, 3, stride=2, padding=1).to("cuda", dtype)
     over_frames = nn.Conv3d(96, 32, (3, 1, 1), padding=(1, 0, 0)).to("cuda", dtype)

@@ -80,6 +80,14 @@ def test_a_check_of_what_is_right_runs_nothing_twice(block: GEGLU, monkeypatch: 
         assert len(calls) == 1 and sites["geglu"].state == "active"
 
 
+def test_what_may_be_a_cache_is_given_to_one_run_alone() -> None:
+    block, x = FusedGEGLU(16, 32), rows()
+    assert block.can_run_again((x, None, 3, (x, "silu", (x, 0.5))), {"mask": None, "attn": block})
+    for cache in ([], [x], {}, {"keys": x}, (x, []), object(), iter([x])):
+        assert not block.can_run_again((x, cache), {})
+        assert not block.can_run_again((x,), {"cache": cache})
+
+
 @torch.no_grad()
 def test_a_fault_of_another_shape_is_found(block: GEGLU, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, lambda x: geglu_file.geglu_ref(x) * (1.01 if len(x) == 5 else 1))

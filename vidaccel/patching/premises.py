@@ -58,10 +58,9 @@ class Premises:
         self._methods = _methods(self._kinds)
         self._attributes = list(map(vars, self._modules))
         self._counts = list(map(len, self._attributes))  # one more: somebody replaced a method of an instance
-        # two lists rather than one of pairs: so many objects would make Python look through all there are for garbage
-        told = [[name for name in own if name not in _OF_EVERY_MODULE] + ["training"] for own in self._attributes]
-        self._owners = [own for own, names in zip(self._attributes, told, strict=True) for _ in names]
-        self._names = [name for names in told for name in names]
+        told = [(own, name) for own in self._attributes for name in own if name not in _OF_EVERY_MODULE]
+        told += [(own, "training") for own in self._attributes]
+        self._owners, self._names = [own for own, _ in told], [name for _, name in told]
         self._values_then = list(map(getitem, self._owners, self._names))
         self._tables = [vars(module)[name] for module in modules for name in _TABLES]
         self._tables_then = list(map(dict, self._tables))

@@ -490,11 +490,9 @@ def _make_due_again(since: int) -> None:
 
 
 def _stays(value: Any) -> bool:
-    """Whether a call finds this argument as the one before found it; what is not known may be a cache."""
+    """Whether a call finds this argument as the one before found it; a list, a dict, an object may be a cache."""
     if isinstance(value, tuple):
         return all(map(_stays, value))
-    if isinstance(value, list | dict):
-        return not value
     return isinstance(value, Tensor | nn.Module) or type(value) in BY_VALUE
 
 

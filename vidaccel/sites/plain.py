@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from types import MethodType
+from types import BuiltinFunctionType, FunctionType, MethodType, NoneType
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ __all__ = [
 ]
 
 _LIBRARIES = ("torch.nn.", "diffusers.", "vidaccel.")
+_PLAIN_ATTRIBUTES = (int, float, bool, str, tuple, NoneType, FunctionType, BuiltinFunctionType)
 _HOOKS = frozenset(["_hf_hook", "_diffusers_hook"])  # where libraries keep those that replaced an instance's forward
 # Of torch.nn, what draws random numbers or changes its buffers in training mode.
 _STATEFUL = (_DropoutNd, _NormBase, _SpectralNorm, nn.RReLU)
@@ -266,7 +267,7 @@ def _traits(module: nn.Module) -> Iterator[Any]:
         yield hook_reason(part)
         yield type(vars(part).get("processor"))
         for name, value in vars(part).items():
-            if type(value) in (int, float, bool, str, tuple) and _is_hashable(value):
+            if type(value) in _PLAIN_ATTRIBUTES and _is_hashable(value):
                 yield name, value
         for name, weight in part._parameters.items():
             yield name
