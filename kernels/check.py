@@ -6,9 +6,9 @@ differ by roundings, which have no common sign). Where that is more than roundin
 may be twice the reference's own, plus what the reference's result moves by when its inputs are off in the last places
 of float32. An overflow in the reference is not held against anybody; a value that is not finite elsewhere is.
 
-The reference works part by part, so that a check takes little memory beside the call that it belongs to. The host waits
-for the GPU once in a check, or once for several (:class:`Verdicts`). Of an op whose reference takes as long as the op,
-a sample may do (``sampling.py``).
+The reference works part by part, so that a check takes little memory beside the call that it belongs to; float64 gets
+smaller parts than the first look. The host waits for the GPU once in a check, or once for several (:class:`Verdicts`).
+Of an op whose reference takes as long as the op, a sample may do (``sampling.py``).
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -40,6 +42,7 @@ __all__ = [
     "disagreement",
     "distance",
     "heads_apart",
+    "lean",
     "near",
     "perturbing",
     "piece_of",
@@ -48,13 +51,15 @@ __all__ = [
 ]
 
 MOST_ELEMENTS = 2**25  # of a part: half a GiB, with everything that is made of it
-PICTURES = 2  # times as many of pictures: fewer launches, and fewer cuts between channels, within cache lines
+PICTURES = 2  # times as many of pictures, at first sight: fewer launches, and fewer cuts between channels
 CHAIN, CHAIN_GAIN = 16.0, 16.0  # of a dozen ops, whose roundings are the same but for their order
 LOSSY = 16  # times the tolerance of math-exact
 PERTURBATION = 2.0**-22
 # float32 sums in another order; with TF32, numbers are cut to 10 bits before they are multiplied
 _MEASURES = ("the worst row", "the worst channel of a frame", "the scale of a frame")  # of _distances
 FP32_EPS, TF32_EPS, FP64_EPS = 2.0**-20, 2.0**-10, 2.0**-49
+
+_for_float64: ContextVar[bool] = ContextVar("for_float64", default=False)
 
 
 class Distance(NamedTuple):
@@ -105,13 +110,33 @@ class Part(NamedTuple):
 
 
 def cuts(length: int, elements: int, times: int = 1) -> Iterator[slice]:
-    """``length`` items of ``elements`` numbers each, cut so that none but a single item has too many numbers.
+    """``length`` items of ``elements`` numbers each, cut evenly so that none but a single item has too many numbers.
 
-    ``times``: as many as of rows may a part have.
+    ``times``: as many as of rows may a part have, unless it is for float64.
     """
-    step = max(times * MOST_ELEMENTS // max(elements, 1), 1)
+    most = max(_most(times) // max(elements, 1), 1)
+    step = math.ceil(length / math.ceil(length / most)) if length else 1
     for start in range(0, length, step):
         yield slice(start, min(start + step, length))
+
+
+def lean(x: Tensor) -> int:
+    """``times`` of :func:`cuts` where a reference makes little of other dtypes beside a result like ``x``."""
+    return 8 // x.itemsize
+
+
+def _most(times: int) -> int:
+    return MOST_ELEMENTS if _for_float64.get() else times * MOST_ELEMENTS
+
+
+@contextmanager
+def _parts_for_float64() -> Iterator[None]:
+    """Inside the ``with`` block, in this thread, cut parts that leave room for copies in float64."""
+    token = _for_float64.set(True)
+    try:
+        yield
+    finally:
+        _for_float64.reset(token)
 
 
 def pieces(shape: Sequence[int], *dims: int) -> Iterator[tuple[slice, ...]]:
@@ -120,7 +145,7 @@ def pieces(shape: Sequence[int], *dims: int) -> Iterator[tuple[slice, ...]]:
 
 
 def _pieces(index: tuple[slice, ...], dims: Sequence[int], elements: int) -> Iterator[tuple[slice, ...]]:
-    if elements <= PICTURES * MOST_ELEMENTS or not dims:
+    if elements <= _most(PICTURES) or not dims:
         yield index
         return
     dim, *inner = dims
@@ -214,12 +239,14 @@ def disagreement(
         if verdicts is not None:
             verdicts.add(suspects)
             return None
-        for at in (at for at, frames in enumerate(suspects.tolist()) if frames):  # the host waits for the GPU
-            if exact:
-                return Problem("differs from the reference in some bits, and is declared bit-exact")
-            if problem := _second_look(op, parts[at], parts[at].of(outputs), fidelity):
-                return problem
-    return None
+        doubtful = [part for part, frames in zip(parts, suspects.tolist(), strict=True) if frames]  # waits for the GPU
+        if doubtful and exact:
+            return Problem("differs from the reference in some bits, and is declared bit-exact")
+        if doubtful and sample is None and not _for_float64.get():
+            with _parts_for_float64():
+                return disagreement(op, args, out, fidelity)
+        problems = (_second_look(op, part, part.of(outputs), fidelity) for part in doubtful)
+        return next(filter(None, problems), None)
 
 
 def near(out: Tensor, expected: Tensor, gold: Tensor | None = None, moved: Tensor | None = None) -> str | None:

@@ -37,8 +37,9 @@ ROW_UNITS, CHANNEL_UNITS, GAIN_UNITS = 2.0, 2.0, 0.5  # units in the last place,
 SMALL = {2: 1e-12, 4: 1e-6}
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 VECTOR = 8  # numbers that a thread reads at once
-BLOCK_OUTER, BLOCK_INNER = 64, 64  # of a tile: rows of numbers that lie one after the other in memory (inner)
-CHUNK = 512  # rows that a program walks
+BLOCK_OUTER, BLOCK_INNER = 32, 64  # of a tile: rows of numbers that lie one after the other in memory (inner)
+CHUNK = 1024  # rows that a program walks
+STAGES = 4  # tiles in flight, and at work
 BLOCK_VERDICT = 1024
 
 
@@ -131,7 +132,7 @@ def _screen_sums_kernel(
     outer, inner, chunks,
     stride_x_frame, stride_x_outer, stride_x_inner, stride_y_frame, stride_y_outer, stride_y_inner,
     X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_OUTER: tl.constexpr, BLOCK_INNER: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_OUTER: tl.constexpr, BLOCK_INNER: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Add up, of a frame: y^2 and d y; for each outer row y^2 and d^2; for each inner one the same."""
     tiles = tl.cdiv(inner, BLOCK_INNER)
@@ -148,7 +149,7 @@ def _screen_sums_kernel(
     sizes = tl.zeros([BLOCK_OUTER, BLOCK_INNER], dtype=tl.float32)
     errors = tl.zeros([BLOCK_OUTER, BLOCK_INNER], dtype=tl.float32)
     crossed = tl.zeros([BLOCK_OUTER, BLOCK_INNER], dtype=tl.float32)
-    for row in range(first, tl.minimum(first + CHUNK, outer), BLOCK_OUTER):
+    for row in tl.range(first, tl.minimum(first + CHUNK, outer), BLOCK_OUTER, num_stages=STAGES):
         offs_o = row + tl.arange(0, BLOCK_OUTER)
         mask_o = offs_o < outer
         mask = mask_o[:, None] & mask_i[None, :]
@@ -253,7 +254,7 @@ def _sums_launch(
     return Launch(
         _screen_sums_kernel, grid, outer, inner, chunks, *strides_x, *strides_y,
         X_UNIT=x_unit, Y_UNIT=y_unit, ALIGN=align, BLOCK_OUTER=BLOCK_OUTER, BLOCK_INNER=BLOCK_INNER, CHUNK=CHUNK,
-        num_warps=8,
+        STAGES=STAGES, num_warps=4,
     )  # fmt: skip
 
 

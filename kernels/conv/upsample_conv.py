@@ -27,6 +27,7 @@ at once and one half after the other are two implementations, of which the faste
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,7 +40,7 @@ from torch import Tensor
 from vidaccel.kernels import settings
 from vidaccel.kernels.arguments import require_floats
 from vidaccel.kernels.channels_last import channels_last, channels_last_strides
-from vidaccel.kernels.check import Part, cuts
+from vidaccel.kernels.check import Part, cuts, lean
 from vidaccel.kernels.conv.enlarged_clip import cells_of_rows, rows_of_cells
 from vidaccel.kernels.conv.merged_taps import load_plane
 from vidaccel.kernels.launch import Launch
@@ -442,11 +443,11 @@ def _of_both(
 
 
 def _images_and_channels(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Some images, or one of them and some output channels."""
-    pixels = 4 * x.shape[2] * x.shape[3]
-    for images in cuts(x.shape[0], pixels * max(weight.shape[:2])):
-        for channels in cuts(weight.shape[0], (images.stop - images.start) * pixels):
-            yield images, channels
+    """Some images, or one of them and some output channels, by eights where there are eights."""
+    pixels, many = 4 * x.shape[2] * x.shape[3], math.gcd(weight.shape[0], 8)
+    for images in cuts(x.shape[0], pixels * max(weight.shape[:2]), lean(x)):
+        for some in cuts(weight.shape[0] // many, (images.stop - images.start) * pixels * many, lean(x)):
+            yield images, slice(some.start * many, some.stop * many)
 
 
 def _validate(op: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:

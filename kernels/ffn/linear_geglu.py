@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vidaccel.kernels.arguments import require_one_dtype
-from vidaccel.kernels.check import Part, cuts
-from vidaccel.kernels.ffn.geglu import GEGLU, geglu, geglu_ref
+from vidaccel.kernels.check import Part, cuts, lean
+from vidaccel.kernels.ffn.geglu import GEGLU, geglu
 from vidaccel.kernels.hopper import aligned, gluon_reason
 from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, tensors_reason
 
@@ -34,7 +34,8 @@ MEASURED_PRODUCTS = 4e9  # M * K * D; fewer take too little of a model's time
 
 def linear_geglu_ref(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The specification. Pass float64 inputs for gold values."""
-    return geglu_ref(F.linear(x, weight, bias))
+    value, gate = map(F.linear, (x, x), weight.chunk(2), bias.chunk(2))
+    return value * F.gelu(gate)
 
 
 def _two_step(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -103,7 +104,7 @@ def _parts(x: Tensor, weight: Tensor, bias: Tensor) -> Iterator[Part]:
     x, pairs, biases = x.reshape(rows, in_features), weight.unflatten(0, (2, dim)), bias.unflatten(0, (2, dim))
     for columns in cuts(dim, 2 * in_features):  # a view of the weight, where all of them are one part
         value_and_gate = pairs[:, columns].flatten(0, 1), biases[:, columns].flatten()
-        for some in cuts(rows, max(in_features, 2 * (columns.stop - columns.start))):
+        for some in cuts(rows, max(in_features, 2 * (columns.stop - columns.start)), lean(x)):
             yield Part((x[some], *value_and_gate), functools.partial(_at, (rows, dim), (some, columns)))
 
 

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidaccel.kernels.arguments import require_floats
-from vidaccel.kernels.check import Part, cuts
+from vidaccel.kernels.check import Part, cuts, lean
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason, scaled, tensors_reason
 
@@ -284,10 +284,10 @@ def _parts(
     row_to: str,
 ) -> Iterator[Part]:
     samples, rows, channels = x.shape
-    for n in cuts(samples, rows * channels):
+    for n in cuts(samples, rows * channels, lean(x)):
         if position is not None:
             positions = position[torch.arange(n.start, n.stop, device=x.device) % len(position)]
-        for s in cuts(rows, (n.stop - n.start) * channels):
+        for s in cuts(rows, (n.stop - n.start) * channels, lean(x)):
             yield Part(
                 (
                     x[n, s], weight, bias, eps,

@@ -35,7 +35,7 @@ from vidaccel.kernels.channels_last import (
     channels_last_strides,
     empty_channels_last,
 )
-from vidaccel.kernels.check import PICTURES, Part, cuts
+from vidaccel.kernels.check import Part, cuts, lean
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.norm.channel_statistics import (
     FOLD,
@@ -112,19 +112,28 @@ def group_norm_ref(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: fl
 
 
 def _by_reductions(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-    """The same by reductions over the whole GPU: PyTorch's norm gives one block to a group, however long that is."""
+    """The same by reductions over the whole GPU: PyTorch's norm gives one block to a group, however long that is.
+
+    Nothing of x's size is made in a higher precision than x has.
+    """
     spatial = list(range(2, x.ndim))
     dtype = torch.promote_types(x.dtype, torch.float32)
-    ones = (1,) * len(spatial)
+    per_channel = -1, *(1,) * len(spatial)
 
     def mean_of_groups(sums: Tensor) -> Tensor:
-        mean = sums.unflatten(1, (groups, -1)).sum(2, keepdim=True) / (x[0].numel() // groups)
-        return mean.expand(-1, -1, len(weight) // groups).reshape(len(x), len(weight), *ones)
+        mean = sums.unflatten(1, (groups, -1)).sum(2) / (x[0].numel() // groups)
+        return mean.repeat_interleave(len(weight) // groups, dim=1).unflatten(1, per_channel)
 
-    deviation = x - mean_of_groups(x.sum(spatial, dtype=dtype))
-    variance = mean_of_groups(torch.linalg.vector_norm(deviation, dim=spatial).square())
-    scale = (variance + eps).rsqrt() * weight.view(-1, *ones)
-    return torch.addcmul(bias.to(dtype).view(-1, *ones), deviation, scale).to(x.dtype)
+    mean = mean_of_groups(x.sum(spatial, dtype=dtype))
+    pivot = mean.to(x.dtype)  # near the mean, so that little cancels in the variance
+    deviation = x - pivot
+    square = mean_of_groups(torch.linalg.vector_norm(deviation, dim=spatial, dtype=dtype).square())
+    variance = (square - (mean - pivot).square()).clamp_min(0)
+    scale = (variance + eps).rsqrt() * weight.view(per_channel)
+    if x.dtype == dtype:
+        x, mean = deviation, mean - pivot
+    shift = torch.addcmul(bias.to(dtype).view(per_channel), mean, scale, value=-1)
+    return torch.addcmul(shift, x, scale, out=torch.empty_like(x))
 
 
 def group_norm_and_sum_ref(
@@ -706,14 +715,15 @@ def _cuts(call: _Call) -> Iterator[tuple[_Call, Callable[[tuple[Tensor, ...]], t
     """
     x, weight, bias, groups, eps, silu, shift, tail, parts, segment_rows, chunk_rows, row = call
     width, head = len(weight) // groups, x.shape[1]
-    for n in cuts(len(x), len(weight) * call.rows, PICTURES):
-        for some in cuts(groups, (n.stop - n.start) * width * call.rows, PICTURES):
-            c = slice(some.start * width, some.stop * width)
+    many = math.gcd(8 // math.gcd(8, width), groups)  # whose channels begin at a multiple of 16 bytes
+    for n in cuts(len(x), len(weight) * call.rows, lean(x)):
+        for some in cuts(groups // many, (n.stop - n.start) * width * call.rows * many, lean(x)):
+            c = slice(some.start * many * width, some.stop * many * width)
             some_parts = None
             if parts is not None and call.statistics_of_more:
                 some_parts = parts.unflatten(0, (len(x), -1))[n, ..., c].flatten(0, 1)
             part = _Call(
-                x[n, c], weight[c], bias[c], some.stop - some.start, eps, silu,
+                x[n, c], weight[c], bias[c], (some.stop - some.start) * many, eps, silu,
                 None if shift is None else shift[n, :, c],
                 None if tail is None else tail[n, max(c.start - head, 0) : max(c.stop - head, 0)],
                 some_parts, segment_rows, chunk_rows,

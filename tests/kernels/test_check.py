@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vidaccel.kernels import check
 from vidaccel.kernels.attention.spatial_attention import SPATIAL_ATTENTION
 from vidaccel.kernels.attention.temporal_attention import TEMPORAL_ATTENTION
 from vidaccel.kernels.check import Verdicts, disagreement
@@ -144,6 +145,26 @@ def test_where_all_has_overflowed_nothing_is_computed_in_float64() -> None:
     x[0] = 1.0
     assert disagreement(op, (x,), op.reference(x), "math-exact") is None
     assert torch.float64 in dtypes
+
+
+def test_float64_gets_smaller_parts_than_the_first_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a part may be large without copies of it that are four times as large."""
+    most = 4 * CHANNELS * SIDE * SIDE  # four of the fourteen pictures
+    monkeypatch.setattr(check, "MOST_ELEMENTS", most)
+    torch.manual_seed(0)
+    args = norm_arguments(torch.randn(FRAMES, CHANNELS, SIDE, SIDE).half())
+    wrong = 1.01 * in_float32(*args)
+    sizes: dict[torch.dtype, list[int]] = {}
+
+    def reference(x: Tensor, *others: Any) -> Tensor:
+        sizes.setdefault(x.dtype, []).append(x.numel())
+        return GROUP_NORM_SILU.reference(x, *others)
+
+    op = Op("sized", reference=reference, implementations={}, fake=reference, costs=GROUP_NORM_SILU.costs,
+            parts=GROUP_NORM_SILU.parts)  # fmt: skip
+    assert disagreement(op, args, wrong, "math-exact")
+    assert max(sizes[torch.float16]) == args[0].numel()
+    assert max(sizes[torch.float64]) <= most
 
 
 ATTENTIONS: dict[Op, tuple[Any, ...]] = {SPATIAL_ATTENTION: (4, 0.25), TEMPORAL_ATTENTION: (3, 4, 0.25)}

@@ -18,6 +18,7 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
 from vidaccel import patch_module
+from vidaccel.kernels.check import Verdicts
 from vidaccel.kernels.op import Implementation, Op, ops
 from vidaccel.patching.report import PatchReport
 
@@ -139,3 +140,44 @@ def test_an_implementation_that_returns_what_is_not_finite(value: float, caplog:
         failed = [site for site in report.sites if site.state == "failed"]
         assert failed and all("not finite" in site.reason for site in failed)
         assert len(caplog.records) == len(failed)
+
+
+def planted_with(change: Callable[[str, Any], Any]) -> None:
+    """Let every op do what its reference does, and then ``change`` what that has returned."""
+
+    def make(op: Op) -> Implementation:
+        return Implementation(lambda *args: change(op.name, op.reference(*args)))
+
+    plant(make)
+
+
+@torch.no_grad()
+def test_the_host_waits_once_for_a_block_and_all_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    unet, waits = tiny_motion_unet(), []
+    are_clear = Verdicts.are_clear
+    monkeypatch.setattr(Verdicts, "are_clear", lambda self: (waits.append(1), are_clear(self))[1])
+    planted_with(lambda name, out: out)
+    with patch_module(unet) as report:
+        called(unet)
+        patched = {site.path for site in report.sites if site.state == "active"}
+        outermost = {path for path in patched if not any(path.startswith(f"{other}.") for other in patched)}
+        assert 0 < len(waits) <= len(outermost) < len(patched)
+
+
+@torch.no_grad()
+def test_a_fault_that_comes_and_goes_fails_whatever_may_have_it() -> None:
+    """A block in a block is wrong in the run whose verdicts are awaited together, and right in the next."""
+    unet = tiny_motion_unet()
+    expected, calls = called(unet), []
+
+    def wrong_once(name: str, out: Any) -> Any:
+        calls.append(name)
+        return tree_map(lambda x: 1.05 * x, out) if name == at_fault and calls.count(name) == 1 else out
+
+    at_fault = "linear_geglu"  # in the feed-forwards of transformer blocks
+    planted_with(wrong_once)
+    with patch_module(unet) as report:
+        assert relative_error(called(unet), expected) <= 1e-5
+        failed = {site.op for site in report.sites if site.state == "failed"}
+        assert at_fault in failed, str(report)
+        assert relative_error(called(unet), expected) <= 1e-5

@@ -107,7 +107,7 @@ class ModelCall(HearsStandIns):
             memo.text = None  # also after an interrupt: no later call may take it for its own
             memo.of_call.clear()
             memo.flops = memo.ops = 0
-            memo.postpone.clear()
+            memo.checks.clear()
 
     def _settle(self, model: nn.Module, settings: Settings) -> None:
         """Forget what was found out if the model or the settings are not what they were."""

@@ -7,8 +7,8 @@ and stands as long as that does.
 
 The first call of a signature is checked, and others now and then, for a fault may need other values. Every op in it is
 held against its reference on its very tensors (``kernels/check.py``); nobody else's code, no hook and no random number
-runs twice. Where a second run could do no harm, the host waits for the verdicts of all ops of a block together, and the
-block runs once more, each op waiting for its own, only if one of them is not clear at first sight.
+runs twice. Where a second run could do no harm, the host waits for the verdicts of all ops of a block together, those
+of blocks in it among them, and the block runs once more, each op waiting for its own, only if one is not clear.
 
 What lies between the ops, the block itself, is held against the original block where that is safe: where all below it
 is plain, on the call's own tensors or a corner of them, with references in place of kernels. That covers all blocks
@@ -43,7 +43,7 @@ from vidaccel.kernels.op import Event, capturing, listening, overheard
 from vidaccel.kernels.sampling import count_check, forget_samples, times_right
 from vidaccel.kernels.without_plans import WithoutPlans
 from vidaccel.parallel.layout import layout, tokens
-from vidaccel.sites.memo import BY_VALUE, Memo, Way, generation, held, holding, once_per_call, signature
+from vidaccel.sites.memo import BY_VALUE, Check, Memo, Way, generation, held, holding, once_per_call, signature
 from vidaccel.sites.plain import (
     fingerprint,
     method_reason,
@@ -417,7 +417,7 @@ def _heard(
     unsafe = subtree_reason(host.module_of(args))
     checks_before = len(_checks_of_call())
     if checked:
-        _checks_of_call().append(plan.seen.postponed)
+        _checks_of_call().append(Check(plan.seen.postponed, sites.fail))
     listener = overheard()
     judged = checked and not unsafe and not (listener is not None and listener.covers)
     try:
@@ -429,6 +429,8 @@ def _heard(
         # Where a block below is at fault, it has failed by now, and this one is right.
         if wrong := changes or (problem and _problem_between_ops(kind, host, sites, args, kwargs)):
             sites.fail(wrong)
+            for check in _checks_of_call()[checks_before:] if changes else ():  # it may be any block in this one
+                check.fail(wrong)
             return kind.original_forward(host, *args, **kwargs)
     except BaseException as error:
         _make_due_again(checks_before)
@@ -461,11 +463,16 @@ def _listened(
 def _judged_together(
     host: Any, args: tuple[Any, ...], kwargs: dict[str, Any], checks: bool, covers: bool
 ) -> tuple[Any, list[Event], str]:
-    """As :func:`_listened`, but the host waits once; last comes what is wrong if a second run does something else."""
-    verdicts, checks_before = Verdicts(), len(_checks_of_call())
+    """As :func:`_listened`, but the host waits once; last comes what is wrong if a second run does something else.
+
+    A block in one that is judged like this is left to that one, which would run it again.
+    """
+    listener, checks_before = overheard(), len(_checks_of_call())
+    above = None if listener is None else listener.verdicts
+    verdicts = above or Verdicts()
     with listening(checks=checks, covers=covers, verdicts=verdicts) as events:
         out = host.fused_forward(*args, **kwargs)
-    if verdicts.are_clear():
+    if above or verdicts.are_clear():
         return out, events, ""
     _make_due_again(checks_before)  # what followed a wrong result is wrong, too, and blocks below were checked on that
     forget_samples()
@@ -477,16 +484,16 @@ def _judged_together(
     return out, events, "it returned something else when it ran once more" if changes else ""
 
 
-def _checks_of_call() -> list[Callable[[], None]]:
+def _checks_of_call() -> list[Check]:
     memo = held()
     assert memo is not None, "call_site holds one"
-    return memo.postpone
+    return memo.checks
 
 
 def _make_due_again(since: int) -> None:
     """Let the checks of this call, but for so many at its start, count for nothing."""
-    for postpone in _checks_of_call()[since:]:
-        postpone()
+    for check in _checks_of_call()[since:]:
+        check.postpone()
 
 
 def _stays(value: Any) -> bool:

@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,6 +22,7 @@ from vidaccel.kernels.op import when_failing
 
 __all__ = [
     "BY_VALUE",
+    "Check",
     "Memo",
     "Way",
     "generation",
@@ -47,6 +48,18 @@ Answer = TypeVar("Answer")
 _generation = 0
 
 
+class Check(NamedTuple):
+    """A check of a block's call, made in a call that is under way.
+
+    Attributes:
+        postpone: Makes it due again.
+        fail: Takes the reason why the block goes back to the original code.
+    """
+
+    postpone: Callable[[], None]
+    fail: Callable[[str], None]
+
+
 class Memo(dict[Hashable, Any]):
     """Answers by question; and what is known of the very call that is under way.
 
@@ -56,7 +69,7 @@ class Memo(dict[Hashable, Any]):
             mask), for the blocks behind them.
         flops: Of those ops of this call whose events were heard, as all are where its blocks meet such a call first.
         ops: How many those are.
-        postpone: What each check of this call was counted by; called, it makes that check due again.
+        checks: Those that this call has made so far.
         hooked: Whether somebody's code in a layer of the model may look at what nobody else needs (padding).
         way: What runs each call of a block under this call, for those who compare the two ways. None: as planned.
     """
@@ -66,7 +79,7 @@ class Memo(dict[Hashable, Any]):
         self.text: Any = None
         self.of_call: dict[Hashable, Any] = {}
         self.flops = self.ops = 0
-        self.postpone: list[Callable[[], None]] = []
+        self.checks: list[Check] = []
         self.hooked = False
         self.way: Way | None = None
 
