@@ -34,6 +34,7 @@ __all__ = [
     "MOST_ELEMENTS",
     "PICTURES",
     "Distance",
+    "Fail",
     "Part",
     "Problem",
     "Verdicts",
@@ -89,6 +90,13 @@ class Problem(str):
         problem = super().__new__(cls, text)
         problem.distance = distance
         return problem
+
+
+Fail = Callable[[str], None]  # takes the reason
+
+
+def _nobody(reason: str) -> None:
+    """Where no block is at fault."""
 
 
 def _all(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -184,22 +192,36 @@ def heads_apart(heads: int, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 class Verdicts:
     """First looks of several checks, which the host has not waited for: the GPU works while the host goes on.
 
-    Whoever asks for one answer to all of them has to be able to do again what was checked, one check after the other.
+    Whoever asks for all of them at once has to be able to do again what was checked, one check after the other.
     """
 
     def __init__(self) -> None:
-        self._suspects: list[Tensor] = []
+        self._suspects: list[tuple[Tensor, Fail]] = []
+        self._fail: Fail = _nobody
+
+    @contextmanager
+    def about(self, fail: Fail) -> Iterator[None]:
+        """Inside the ``with`` block, ``fail`` is what lets the block fail whose ops are checked."""
+        outer, self._fail = self._fail, fail
+        try:
+            yield
+        finally:
+            self._fail = outer
 
     def add(self, suspects: Tensor) -> None:
         """Of one check: for each of its parts, in how many frames something needs a second look."""
-        self._suspects.append(suspects)
+        self._suspects.append((suspects, self._fail))
 
-    def are_clear(self) -> bool:
-        """Whether nothing needs a second look; the host waits for each GPU once."""
+    def doubted(self) -> list[Fail]:
+        """What lets the blocks fail in which something needs a second look, in the order of the checks.
+
+        The host waits for each GPU once.
+        """
         by_device: dict[torch.device, list[Tensor]] = {}
-        for suspects in self._suspects:
-            by_device.setdefault(suspects.device, []).append(suspects)
-        return not any(bool(torch.cat(together).any()) for together in by_device.values())
+        for suspects, _ in self._suspects:
+            by_device.setdefault(suspects.device, []).append(suspects.sum()[None])
+        counts = {device: iter(torch.cat(sums).tolist()) for device, sums in by_device.items()}
+        return [fail for suspects, fail in self._suspects if next(counts[suspects.device])]
 
 
 def disagreement(

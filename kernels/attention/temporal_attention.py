@@ -30,7 +30,7 @@ from torch import Tensor
 
 from vidaccel.kernels.arguments import require_floats
 from vidaccel.kernels.attention.alignment import aligned_rows
-from vidaccel.kernels.check import Part, cuts, heads_apart
+from vidaccel.kernels.check import Part, cuts, heads_apart, lean
 from vidaccel.kernels.compile_ahead import foreseen
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason, tensors_reason
@@ -276,10 +276,10 @@ def _parts(q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_heads: int, sca
     (_, num_pixels, channels), samples = q.shape, q.shape[0] // num_frames
     frames_k, head_dim = k.shape[0] // max(samples, 1), channels // num_heads
     elements = (num_frames + frames_k) * head_dim + num_frames * frames_k
-    for sample, heads in itertools.product(range(samples), cuts(num_heads, elements * num_pixels)):
+    for sample, heads in itertools.product(range(samples), cuts(num_heads, elements * num_pixels, lean(q))):
         channel, count = slice(heads.start * head_dim, heads.stop * head_dim), heads.stop - heads.start
         frames, keys = (slice(sample * length, (sample + 1) * length) for length in (num_frames, frames_k))
-        for pixels in cuts(num_pixels, elements * count):
+        for pixels in cuts(num_pixels, elements * count, lean(q)):
             place = frames, pixels, channel
             args = q[place], k[keys, pixels, channel], v[keys, pixels, channel], num_frames, count, scale
             yield Part(args, functools.partial(_place, place, count), functools.partial(heads_apart, count))

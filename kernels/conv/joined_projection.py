@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vidaccel.kernels import settings
 from vidaccel.kernels.arguments import require_one_dtype
-from vidaccel.kernels.check import Part, cuts
+from vidaccel.kernels.check import Part, cuts, lean
 from vidaccel.kernels.op import Costs, Implementation, Op, device_reason, tensors_reason
 
 __all__ = ["JOINED_PROJECTION", "joined_projection", "joined_projection_ref", "joining_pays"]
@@ -66,7 +66,7 @@ def _costs(x: Tensor, skip: Tensor, weight: Tensor) -> Costs:
 
 
 def _parts(x: Tensor, skip: Tensor, weight: Tensor) -> Iterator[Part]:
-    for images in cuts(x.shape[0], weight.shape[1] * x.shape[2] * x.shape[3]):
+    for images in cuts(x.shape[0], weight.shape[1] * x.shape[2] * x.shape[3], lean(x)):
         yield Part((x[images], skip[images], weight), lambda outputs, images=images: (outputs[0][images],))  # type: ignore[misc]
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vidaccel.kernels.arguments import require_one_dtype
-from vidaccel.kernels.check import Part, cuts
+from vidaccel.kernels.check import Part, cuts, lean
 from vidaccel.kernels.op import Costs, Implementation, Op, device_reason, tensors_reason
 
 __all__ = ["PADDED_CHANNELS", "padded_channels", "padded_channels_ref"]
@@ -61,7 +61,7 @@ def _costs(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ..
 
 
 def _parts(x: Tensor, weight: Tensor, *others: Any) -> Iterator[Part]:
-    for images in cuts(x.shape[0], weight.shape[0] * x.shape[2] * x.shape[3]):
+    for images in cuts(x.shape[0], weight.shape[0] * x.shape[2] * x.shape[3], lean(x)):
         yield Part((x[images], weight, *others), lambda outputs, images=images: (outputs[0][images],))  # type: ignore[misc]
 
 

@@ -123,11 +123,18 @@ def test_right_calls_pass(dtype: torch.dtype) -> None:
 def test_several_checks_have_one_answer(fault: str | None) -> None:
     torch.manual_seed(0)
     args = norm_arguments(2 * torch.randn(FRAMES, CHANNELS, SIDE, SIDE) + 0.3)
-    right, verdicts = in_float32(*args), Verdicts()
-    assert verdicts.are_clear()
-    for out in (right, right if fault is None else FAULTS[fault](right), right):
-        assert disagreement(GROUP_NORM_SILU, args, out, "math-exact", verdicts=verdicts) is None
-    assert verdicts.are_clear() is (fault is None)
+    right, verdicts, failed = in_float32(*args), Verdicts(), []
+    assert not verdicts.doubted()
+    for name, out in {
+        "first": right,
+        "second": right if fault is None else FAULTS[fault](right),
+        "third": right,
+    }.items():
+        with verdicts.about(lambda reason, name=name: failed.append(name)):  # type: ignore[misc]
+            assert disagreement(GROUP_NORM_SILU, args, out, "math-exact", verdicts=verdicts) is None
+    for fail in verdicts.doubted():
+        fail("it is wrong")
+    assert failed == ([] if fault is None else ["second"])
 
 
 def test_where_all_has_overflowed_nothing_is_computed_in_float64() -> None:

@@ -152,16 +152,17 @@ def planted_with(change: Callable[[str, Any], Any]) -> None:
 
 
 @torch.no_grad()
-def test_the_host_waits_once_for_a_block_and_all_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("alone", [False, True], ids=["a-model", "a-block"])
+def test_the_host_waits_once_for_all_checks_in(alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     unet, waits = tiny_motion_unet(), []
-    are_clear = Verdicts.are_clear
-    monkeypatch.setattr(Verdicts, "are_clear", lambda self: (waits.append(1), are_clear(self))[1])
+    doubted = Verdicts.doubted
+    monkeypatch.setattr(Verdicts, "doubted", lambda self: (waits.append(1), doubted(self))[1])
     planted_with(lambda name, out: out)
+    block, x = unet.down_blocks[0].attentions[0], torch.randn(2, 64, 8, 8)  # a block with other blocks in it
     with patch_module(unet) as report:
-        called(unet)
-        patched = {site.path for site in report.sites if site.state == "active"}
-        outermost = {path for path in patched if not any(path.startswith(f"{other}.") for other in patched)}
-        assert 0 < len(waits) <= len(outermost) < len(patched)
+        block(x, torch.randn(2, 7, 32)) if alone else called(unet)
+        assert len(waits) == 1
+        assert all(site.state != "failed" for site in report.sites)
 
 
 @torch.no_grad()

@@ -7,8 +7,8 @@ and stands as long as that does.
 
 The first call of a signature is checked, and others now and then, for a fault may need other values. Every op in it is
 held against its reference on its very tensors (``kernels/check.py``); nobody else's code, no hook and no random number
-runs twice. Where a second run could do no harm, the host waits for the verdicts of all ops of a block together, those
-of blocks in it among them, and the block runs once more, each op waiting for its own, only if one is not clear.
+runs twice. Where a second run could do no harm, the host waits for the verdicts of all ops of a block together, or of
+the whole model (``patching/model_call.py``), and that runs once more only if one of them is not clear.
 
 What lies between the ops, the block itself, is held against the original block where that is safe: where all below it
 is plain, on the call's own tensors or a corner of them, with references in place of kernels. That covers all blocks
@@ -27,6 +27,7 @@ import logging
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -38,12 +39,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from vidaccel.environment import memory_ran_out
 from vidaccel.errors import first_line
 from vidaccel.kernels import settings
-from vidaccel.kernels.check import Verdicts, near, perturbing
+from vidaccel.kernels.check import Fail, Verdicts, near, perturbing
 from vidaccel.kernels.op import Event, capturing, listening, overheard
 from vidaccel.kernels.sampling import count_check, forget_samples, times_right
 from vidaccel.kernels.without_plans import WithoutPlans
 from vidaccel.parallel.layout import layout, tokens
-from vidaccel.sites.memo import BY_VALUE, Check, Memo, Way, generation, held, holding, once_per_call, signature
+from vidaccel.sites.memo import BY_VALUE, Memo, Way, generation, held, holding, once_per_call, signature
 from vidaccel.sites.plain import (
     fingerprint,
     method_reason,
@@ -66,10 +67,13 @@ __all__ = [
     "going",
     "have_no_numbers",
     "looking_reason",
+    "make_due_again",
     "numberless_way",
     "original_of",
     "original_way",
+    "run_once_more",
     "run_part",
+    "stay",
     "unserved_reason",
 ]
 
@@ -167,7 +171,7 @@ class Host:
 
     def can_run_again(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the fused forward could run twice on these arguments: it changes none, and takes no random number."""
-        return all(map(_stays, (*args, *kwargs.values())))
+        return stay(args, kwargs)
 
     def path_in_data(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the values of a call's tensors decide about the way that it takes, hashable; None: nothing."""
@@ -417,7 +421,7 @@ def _heard(
     unsafe = subtree_reason(host.module_of(args))
     checks_before = len(_checks_of_call())
     if checked:
-        _checks_of_call().append(Check(plan.seen.postponed, sites.fail))
+        _checks_of_call().append(plan.seen.postponed)
     listener = overheard()
     judged = checked and not unsafe and not (listener is not None and listener.covers)
     try:
@@ -425,15 +429,13 @@ def _heard(
         problem = _problem_of_kind(kind, host, sites, plan, args, kwargs) if judged and not layout() else None
         together = checked and not unsafe and not layout() and host.can_run_again(args, kwargs)
         run = _judged_together if together else _listened
-        out, events, changes = run(host, args, kwargs, checked, checked and not unsafe and not problem)
+        out, events = run(host, sites, args, kwargs, checked, checked and not unsafe and not problem)
         # Where a block below is at fault, it has failed by now, and this one is right.
-        if wrong := changes or (problem and _problem_between_ops(kind, host, sites, args, kwargs)):
+        if wrong := problem and _problem_between_ops(kind, host, sites, args, kwargs):
             sites.fail(wrong)
-            for check in _checks_of_call()[checks_before:] if changes else ():  # it may be any block in this one
-                check.fail(wrong)
             return kind.original_forward(host, *args, **kwargs)
     except BaseException as error:
-        _make_due_again(checks_before)
+        make_due_again(checks_before)
         if unsafe or memory_ran_out(error) or not isinstance(error, Exception):
             raise  # it may be the user's own, or an interrupt
         if capturing() or layout():
@@ -444,7 +446,6 @@ def _heard(
         sites.count(plan.reason)
         logger.warning("%s: the fused block failed, the original runs: %s", sites.paths, plan.reason)
         return out
-    _hear(sites, events)
     plan.heard = True
     plan.fallbacks = [(event.op, event.reason) for event in events if event.reason]
     for op, reason in plan.fallbacks:
@@ -453,47 +454,72 @@ def _heard(
 
 
 def _listened(
-    host: Any, args: tuple[Any, ...], kwargs: dict[str, Any], checks: bool, covers: bool
-) -> tuple[Any, list[Event], str]:
-    """The fused forward, its events, and nothing else; the host waits for the verdict of every op."""
+    host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: dict[str, Any], checks: bool, covers: bool
+) -> tuple[Any, list[Event]]:
+    """The fused forward and its events; the host waits for the verdict of every op."""
     with listening(checks=checks, covers=covers) as events:
-        return host.fused_forward(*args, **kwargs), events, ""
+        out = host.fused_forward(*args, **kwargs)
+    _hear(sites, events)
+    return out, events
 
 
 def _judged_together(
-    host: Any, args: tuple[Any, ...], kwargs: dict[str, Any], checks: bool, covers: bool
-) -> tuple[Any, list[Event], str]:
-    """As :func:`_listened`, but the host waits once; last comes what is wrong if a second run does something else.
-
-    A block in one that is judged like this is left to that one, which would run it again.
-    """
-    listener, checks_before = overheard(), len(_checks_of_call())
-    above = None if listener is None else listener.verdicts
+    host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: dict[str, Any], checks: bool, covers: bool
+) -> tuple[Any, list[Event]]:
+    """As :func:`_listened`, but the host waits once for all ops, or leaves that to what would run this block again."""
+    above, checks_before = _verdicts_above(), len(_checks_of_call())
     verdicts = above or Verdicts()
-    with listening(checks=checks, covers=covers, verdicts=verdicts) as events:
+    with verdicts.about(sites.fail), listening(checks=checks, covers=covers, verdicts=verdicts) as events:
         out = host.fused_forward(*args, **kwargs)
-    if above or verdicts.are_clear():
-        return out, events, ""
-    _make_due_again(checks_before)  # what followed a wrong result is wrong, too, and blocks below were checked on that
+    if not above and (doubted := verdicts.doubted()):
+        again = partial(_listened, host, sites, args, kwargs, checks, covers)
+        return run_once_more(again, out, doubted, checks_before)
+    _hear(sites, events)
+    return out, events
+
+
+def _verdicts_above() -> Verdicts | None:
+    """What a block leaves its verdicts to: a block or a model around it that can run again. None: it waits for them."""
+    if (listener := overheard()) is not None:
+        return listener.verdicts
+    memo = held()
+    return None if memo is None or capturing() else memo.verdicts
+
+
+def run_once_more(run: Callable[[], Result], first: Any, doubted: list[Fail], checks_before: int = 0) -> Result:
+    """What ``run`` returns the second time, when each op waits for its verdict, or each block for those of its ops.
+
+    Args:
+        run: What to run.
+        first: The outputs of the first run.
+        doubted: What lets the blocks fail whose results were doubted then, in order. If the second run finds nothing
+            wrong, and yet its result is another one, the first of them fails: what came before it was right.
+        checks_before: How many checks of this call were made before ``run``.
+    """
+    make_due_again(checks_before)  # what followed a wrong result is wrong, too, and blocks were checked on that
     forget_samples()
-    first, so_far = _tensors(out), generation()
-    del out
-    out, events, _ = _listened(host, args, kwargs, checks, covers)
-    found = generation() != so_far or any(event.problem for event in events)
-    changes = not found and any(map(near, first, _tensors(out)))
-    return out, events, "it returned something else when it ran once more" if changes else ""
+    so_far = generation()
+    result = run()
+    if generation() == so_far and any(map(near, _tensors(first), _tensors(result))):
+        doubted[0]("it returned something else when it ran once more")
+    return result
 
 
-def _checks_of_call() -> list[Check]:
+def _checks_of_call() -> list[Callable[[], None]]:
     memo = held()
     assert memo is not None, "call_site holds one"
-    return memo.checks
+    return memo.postpone
 
 
-def _make_due_again(since: int) -> None:
+def make_due_again(since: int = 0) -> None:
     """Let the checks of this call, but for so many at its start, count for nothing."""
-    for check in _checks_of_call()[since:]:
-        check.postpone()
+    for postpone in _checks_of_call()[since:]:
+        postpone()
+
+
+def stay(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a second call would find these arguments as the first one did."""
+    return all(map(_stays, (*args, *kwargs.values())))
 
 
 def _stays(value: Any) -> bool:

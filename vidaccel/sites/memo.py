@@ -12,17 +12,17 @@ import functools
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from vidaccel.kernels.check import Verdicts
 from vidaccel.kernels.op import when_failing
 
 __all__ = [
     "BY_VALUE",
-    "Check",
     "Memo",
     "Way",
     "generation",
@@ -48,18 +48,6 @@ Answer = TypeVar("Answer")
 _generation = 0
 
 
-class Check(NamedTuple):
-    """A check of a block's call, made in a call that is under way.
-
-    Attributes:
-        postpone: Makes it due again.
-        fail: Takes the reason why the block goes back to the original code.
-    """
-
-    postpone: Callable[[], None]
-    fail: Callable[[str], None]
-
-
 class Memo(dict[Hashable, Any]):
     """Answers by question; and what is known of the very call that is under way.
 
@@ -69,7 +57,8 @@ class Memo(dict[Hashable, Any]):
             mask), for the blocks behind them.
         flops: Of those ops of this call whose events were heard, as all are where its blocks meet such a call first.
         ops: How many those are.
-        checks: Those that this call has made so far.
+        postpone: What each check of this call was counted by; called, it makes that check due again.
+        verdicts: What is told of those checks where the whole call could run again. None: whoever checks, waits.
         hooked: Whether somebody's code in a layer of the model may look at what nobody else needs (padding).
         way: What runs each call of a block under this call, for those who compare the two ways. None: as planned.
     """
@@ -79,7 +68,8 @@ class Memo(dict[Hashable, Any]):
         self.text: Any = None
         self.of_call: dict[Hashable, Any] = {}
         self.flops = self.ops = 0
-        self.checks: list[Check] = []
+        self.postpone: list[Callable[[], None]] = []
+        self.verdicts: Verdicts | None = None
         self.hooked = False
         self.way: Way | None = None
 
