@@ -34,7 +34,6 @@ __all__ = [
     "MOST_ELEMENTS",
     "PICTURES",
     "Distance",
-    "Fail",
     "Part",
     "Problem",
     "Verdicts",

@@ -152,15 +152,14 @@ def planted_with(change: Callable[[str, Any], Any]) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("alone", [False, True], ids=["a-model", "a-block"])
-def test_the_host_waits_once_for_all_checks_in(alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_host_waits_once_for_a_block_and_all_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     unet, waits = tiny_motion_unet(), []
     doubted = Verdicts.doubted
     monkeypatch.setattr(Verdicts, "doubted", lambda self: (waits.append(1), doubted(self))[1])
     planted_with(lambda name, out: out)
-    block, x = unet.down_blocks[0].attentions[0], torch.randn(2, 64, 8, 8)  # a block with other blocks in it
+    block = unet.down_blocks[0].attentions[0]
     with patch_module(unet) as report:
-        block(x, torch.randn(2, 7, 32)) if alone else called(unet)
+        block(torch.randn(2, 64, 8, 8), torch.randn(2, 7, 32))
         assert len(waits) == 1
         assert all(site.state != "failed" for site in report.sites)
 

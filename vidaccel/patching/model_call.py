@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from vidaccel.kernels.check import Verdicts
 from vidaccel.kernels.sampling import sampling
 from vidaccel.kernels.settings import Fidelity, Settings, allowed, frozen
 from vidaccel.parallel.asked import CALL_SLOT, Answer, HearsStandIns, stand_in_of
@@ -32,9 +31,9 @@ from vidaccel.parallel.layout import layout
 from vidaccel.patching.cuda_graph import Graphs, Shared
 from vidaccel.patching.parallel import ParallelCall, is_looked_at
 from vidaccel.patching.premises import Premises
-from vidaccel.sites.block import have_no_numbers, make_due_again, numberless_way, run_once_more, stay
+from vidaccel.sites.block import have_no_numbers, numberless_way
 from vidaccel.sites.memo import Memo, generation, holding, preparations, watched
-from vidaccel.sites.plain import rows_are_seen, stock_method, subtree_reason
+from vidaccel.sites.plain import rows_are_seen, stock_method
 
 __all__ = ["DecodeCall", "ModelCall", "uncompiled", "unwrap_call", "wrap_call", "wrap_decode"]
 
@@ -58,7 +57,6 @@ class ModelCall(HearsStandIns):
         self._settings: Settings | None = None
         self._memo = Memo()
         self._looked_at = False
-        self._can_run_again = False
         self.graphs: Graphs | None = None
         self.parallel: ParallelCall | None = None
 
@@ -101,13 +99,10 @@ class ModelCall(HearsStandIns):
                     prepare(memo, args, kwargs)
             with holding(memo), sampling():
                 over, parallel = layout(), self.parallel
-                shared = Shared(over, parallel.agreement) if over is not None and parallel is not None else None
                 if graphs is None or (over is not None and parallel is None):
-                    run = partial(model._call_impl, *args, **kwargs)
-                else:
-                    run = partial(graphs.call, model, args, kwargs, shared)
-                together = self._can_run_again and over is None and stay(args, kwargs)
-                return _judged_together(memo, run) if together else run()
+                    return model._call_impl(*args, **kwargs)
+                shared = Shared(over, parallel.agreement) if over is not None and parallel is not None else None
+                return graphs.call(model, args, kwargs, shared)
         finally:
             memo.text = None  # also after an interrupt: no later call may take it for its own
             memo.of_call.clear()
@@ -130,21 +125,6 @@ class ModelCall(HearsStandIns):
         self._premises, self._settings = Premises(model), settings
         self._memo.hooked = rows_are_seen(*list(model.modules())[1:])
         self._looked_at = is_looked_at(model)
-        self._can_run_again = subtree_reason(model) is None
-
-
-def _judged_together(memo: Memo, run: Callable[[], Answer]) -> Answer:
-    """What ``run``, a model's call, returns; the host waits once for the verdicts of all checks in it."""
-    memo.verdicts = Verdicts()
-    try:
-        out = run()
-        doubted = memo.verdicts.doubted()
-    except BaseException:
-        make_due_again()  # nobody has asked for what was found
-        raise
-    finally:
-        memo.verdicts = None
-    return run_once_more(run, out, doubted) if doubted else out
 
 
 def wrap_call(model: nn.Module, allow: Fidelity) -> ModelCall | None:

@@ -7,8 +7,8 @@ and stands as long as that does.
 
 The first call of a signature is checked, and others now and then, for a fault may need other values. Every op in it is
 held against its reference on its very tensors (``kernels/check.py``); nobody else's code, no hook and no random number
-runs twice. Where a second run could do no harm, the host waits for the verdicts of all ops of a block together, or of
-the whole model (``patching/model_call.py``), and that runs once more only if one of them is not clear.
+runs twice. Where a second run could do no harm, the host waits for the verdicts of all ops of a block together, and
+for those of all blocks in it, and the block runs once more only if one of them is not clear.
 
 What lies between the ops, the block itself, is held against the original block where that is safe: where all below it
 is plain, on the call's own tensors or a corner of them, with references in place of kernels. That covers all blocks
@@ -27,7 +27,6 @@ import logging
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -39,7 +38,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from vidaccel.environment import memory_ran_out
 from vidaccel.errors import first_line
 from vidaccel.kernels import settings
-from vidaccel.kernels.check import Fail, Verdicts, near, perturbing
+from vidaccel.kernels.check import Verdicts, near, perturbing
 from vidaccel.kernels.op import Event, capturing, listening, overheard
 from vidaccel.kernels.sampling import count_check, forget_samples, times_right
 from vidaccel.kernels.without_plans import WithoutPlans
@@ -67,13 +66,10 @@ __all__ = [
     "going",
     "have_no_numbers",
     "looking_reason",
-    "make_due_again",
     "numberless_way",
     "original_of",
     "original_way",
-    "run_once_more",
     "run_part",
-    "stay",
     "unserved_reason",
 ]
 
@@ -171,7 +167,7 @@ class Host:
 
     def can_run_again(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the fused forward could run twice on these arguments: it changes none, and takes no random number."""
-        return stay(args, kwargs)
+        return all(map(_stays, (*args, *kwargs.values())))
 
     def path_in_data(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the values of a call's tensors decide about the way that it takes, hashable; None: nothing."""
@@ -435,7 +431,7 @@ def _heard(
             sites.fail(wrong)
             return kind.original_forward(host, *args, **kwargs)
     except BaseException as error:
-        make_due_again(checks_before)
+        _make_due_again(checks_before)
         if unsafe or memory_ran_out(error) or not isinstance(error, Exception):
             raise  # it may be the user's own, or an interrupt
         if capturing() or layout():
@@ -466,43 +462,26 @@ def _listened(
 def _judged_together(
     host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: dict[str, Any], checks: bool, covers: bool
 ) -> tuple[Any, list[Event]]:
-    """As :func:`_listened`, but the host waits once for all ops, or leaves that to what would run this block again."""
-    above, checks_before = _verdicts_above(), len(_checks_of_call())
+    """As :func:`_listened`, but the host waits once for all ops.
+
+    A block in one that is judged like this leaves its verdicts to that one, which would run it again.
+    """
+    listener, checks_before = overheard(), len(_checks_of_call())
+    above = None if listener is None else listener.verdicts
     verdicts = above or Verdicts()
     with verdicts.about(sites.fail), listening(checks=checks, covers=covers, verdicts=verdicts) as events:
         out = host.fused_forward(*args, **kwargs)
     if not above and (doubted := verdicts.doubted()):
-        again = partial(_listened, host, sites, args, kwargs, checks, covers)
-        return run_once_more(again, out, doubted, checks_before)
+        _make_due_again(checks_before)  # what followed a wrong result is wrong, too, and blocks were checked on that
+        forget_samples()
+        first, so_far = _tensors(out), generation()
+        del out
+        out, events = _listened(host, sites, args, kwargs, checks, covers)
+        if generation() == so_far and any(map(near, first, _tensors(out))):  # nothing has failed
+            doubted[0]("it returned something else when it ran once more")  # what came before it was right
+        return out, events
     _hear(sites, events)
     return out, events
-
-
-def _verdicts_above() -> Verdicts | None:
-    """What a block leaves its verdicts to: a block or a model around it that can run again. None: it waits for them."""
-    if (listener := overheard()) is not None:
-        return listener.verdicts
-    memo = held()
-    return None if memo is None or capturing() else memo.verdicts
-
-
-def run_once_more(run: Callable[[], Result], first: Any, doubted: list[Fail], checks_before: int = 0) -> Result:
-    """What ``run`` returns the second time, when each op waits for its verdict, or each block for those of its ops.
-
-    Args:
-        run: What to run.
-        first: The outputs of the first run.
-        doubted: What lets the blocks fail whose results were doubted then, in order. If the second run finds nothing
-            wrong, and yet its result is another one, the first of them fails: what came before it was right.
-        checks_before: How many checks of this call were made before ``run``.
-    """
-    make_due_again(checks_before)  # what followed a wrong result is wrong, too, and blocks were checked on that
-    forget_samples()
-    so_far = generation()
-    result = run()
-    if generation() == so_far and any(map(near, _tensors(first), _tensors(result))):
-        doubted[0]("it returned something else when it ran once more")
-    return result
 
 
 def _checks_of_call() -> list[Callable[[], None]]:
@@ -511,15 +490,10 @@ def _checks_of_call() -> list[Callable[[], None]]:
     return memo.postpone
 
 
-def make_due_again(since: int = 0) -> None:
+def _make_due_again(since: int) -> None:
     """Let the checks of this call, but for so many at its start, count for nothing."""
     for postpone in _checks_of_call()[since:]:
         postpone()
-
-
-def stay(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a second call would find these arguments as the first one did."""
-    return all(map(_stays, (*args, *kwargs.values())))
 
 
 def _stays(value: Any) -> bool:

@@ -18,7 +18,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from vidaccel.kernels.check import Verdicts
 from vidaccel.kernels.op import when_failing
 
 __all__ = [
@@ -58,7 +57,6 @@ class Memo(dict[Hashable, Any]):
         flops: Of those ops of this call whose events were heard, as all are where its blocks meet such a call first.
         ops: How many those are.
         postpone: What each check of this call was counted by; called, it makes that check due again.
-        verdicts: What is told of those checks where the whole call could run again. None: whoever checks, waits.
         hooked: Whether somebody's code in a layer of the model may look at what nobody else needs (padding).
         way: What runs each call of a block under this call, for those who compare the two ways. None: as planned.
     """
@@ -69,7 +67,6 @@ class Memo(dict[Hashable, Any]):
         self.of_call: dict[Hashable, Any] = {}
         self.flops = self.ops = 0
         self.postpone: list[Callable[[], None]] = []
-        self.verdicts: Verdicts | None = None
         self.hooked = False
         self.way: Way | None = None
 
