@@ -165,7 +165,7 @@ def test_the_host_waits_once_for_a_block_and_all_in_it(monkeypatch: pytest.Monke
 
 
 @torch.no_grad()
-def test_a_fault_that_comes_and_goes_fails_whatever_may_have_it() -> None:
+def test_a_fault_that_comes_and_goes_fails_the_block_inside_that_has_it() -> None:
     """A block in a block is wrong in the run whose verdicts are awaited together, and right in the next."""
     unet = tiny_motion_unet()
     expected, calls = called(unet), []
