@@ -53,7 +53,7 @@ sanitize: $(READY)
 	$(BIN)/python scripts/sanitize.py --out samples/benchmarks/sanitizer.json
 
 benchmarks: $(READY)
-	$(BIN)/python scripts/draw_benchmarks.py --readme README.md
+	$(BIN)/python scripts/draw_benchmarks.py --readme README.md --tables samples/benchmarks/README.md
 
 # The stamp is written last, so that a set-up cut short is begun again; a second `make` installs nothing.
 $(READY): pyproject.toml constraints.txt

@@ -1,8 +1,9 @@
-"""Draw the README's benchmark tables from the committed records, so that no figure is ever typed by hand.
+"""Draw the benchmark tables from the committed records, so that no figure is ever typed by hand.
 
-python scripts/draw_benchmarks.py                      # print the tables
-python scripts/draw_benchmarks.py --readme README.md   # put them between the README's two marks
-python scripts/draw_benchmarks.py --readme README.md --check   # exit code 1 if they are not what stands there
+python scripts/draw_benchmarks.py                      # print all tables
+python scripts/draw_benchmarks.py --tables samples/benchmarks/README.md   # put them between that file's two marks
+python scripts/draw_benchmarks.py --readme README.md   # put a short one between those of the README
+python scripts/draw_benchmarks.py --readme README.md --check   # exit code 1 if it is not what stands there
 """
 
 from __future__ import annotations
@@ -27,20 +28,56 @@ FirstCalls = Mapping[tuple[str, str], Row]  # by variant and caches
 def main() -> int:
     parser = argparse.ArgumentParser(description="Draw the benchmark tables from records.")
     parser.add_argument("records", nargs="*", type=Path, help="JSON files (default: all in samples/benchmarks)")
-    parser.add_argument("--readme", type=Path, help=f"file to put them into, between {BEGIN.strip()} and {END.strip()}")
-    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if the file is out of date")
+    between = f"between {BEGIN.strip()} and {END.strip()}"
+    parser.add_argument("--readme", type=Path, help=f"file to put the short table into, {between}")
+    parser.add_argument("--tables", type=Path, help=f"file to put all tables into, {between}")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a file is out of date")
     args = parser.parse_args()
     records = [json.loads(path.read_text()) for path in args.records or sorted(RECORDS.glob("*.json"))]
-    drawn = draw([record for record in records if "subject" in record])  # those of tests have none
-    if args.readme is None:
-        print(drawn, end="")
+    records = [record for record in records if "subject" in record]  # those of tests have none
+    if not (args.readme or args.tables):
+        print(draw(records), end="")
         return 0
-    before = args.readme.read_text()
-    after = placed(drawn, before)
+    pages = [(args.readme, summary), (args.tables, draw)]
+    before = {path: path.read_text() for path, _ in pages if path}
+    after = {path: placed(drawn(records), before[path]) for path, drawn in pages if path}
     if args.check:
         return int(before != after)
-    args.readme.write_text(after)
+    for path, text in after.items():
+        path.write_text(text)
     return 0
+
+
+def summary(records: list[dict[str, Any]]) -> str:
+    """Markdown: for each device one row a call of a pipeline, from the newest record of it on any."""
+    newest: dict[str, tuple[dict[str, Any], str]] = {}
+    for record in sorted(records, key=lambda record: str(record["environment"]["date"])):
+        if "op" not in record["subject"] and "ranks" not in record:
+            newest |= {_call(record, scope): (record, scope) for scope in _scopes(record)}
+    parts = []
+    for device in dict.fromkeys(record["environment"]["device"] for record in records):
+        here = [(call, *found) for call, found in newest.items() if found[0]["environment"]["device"] == device]
+        here.sort(key=lambda found: (_ORDER.index(found[2]), found[0]))
+        if rows := [row for found in here for row in _summary_row(*found)]:
+            parts += [f"On one {device}:", _table(_SUMMARY_COLUMNS, rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _summary_row(call: str, record: dict[str, Any], scope: str) -> Iterator[list[str]]:
+    """One, or none if the patched pipeline's call was not measured."""
+    rows, compiled = _measured(record, scope), best_compile(record["results"], scope)
+    if "patched" not in rows or "eager" not in rows:
+        return
+    stock, ours = rows["eager"], rows["patched"]
+    memory = [_shown(row, "peak_memory_gib", "{:.1f}") for row in (stock, ours)]
+    yield [
+        call,
+        *map(_milliseconds, (stock, compiled, ours)),
+        _shown(ours, "of_eager", "**{:.2f}**"),
+        _shown(ours, "of_best_compile", "{:.2f}"),
+        _first_call(ours, _first_calls(record, scope)),
+        " -> ".join(memory) + " GiB" if NONE not in memory else NONE,
+    ]
 
 
 def draw(records: list[dict[str, Any]]) -> str:
@@ -72,6 +109,17 @@ def placed(drawn: str, text: str) -> str:
     return f"{head}{begin}\n{drawn}\n{end}{tail}"
 
 
+_ORDER = ("denoiser", "vae", "end-to-end")  # of scopes
+_SUMMARY_COLUMNS = (
+    "call",
+    "stock",
+    "best torch.compile",
+    "vidaccel",
+    "of stock's",
+    "of torch.compile's",
+    "first call, warm caches (empty)",
+    "peak memory",
+)
 _CALL_COLUMNS = (
     "call",
     "variant",

@@ -503,13 +503,16 @@ def test_records_are_strict_json() -> None:
 
 
 def test_the_readme_tables_are_drawn_from_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    record = _record("H200", {"synthetic": "svd"}, {"scope": "denoiser", "variant": "eager", "median_ms": 200.0})
-    path, readme = tmp_path / "svd.json", tmp_path / "README.md"
+    measured = {"scope": "denoiser", "variant": "eager", "median_ms": 200.0}
+    record = _record("H200", {"synthetic": "svd"}, measured, measured | {"variant": "patched", "median_ms": 100.0})
+    path, readme, tables = tmp_path / "svd.json", tmp_path / "README.md", tmp_path / "tables.md"
     path.write_text(json.dumps(record))
-    readme.write_text("before\n<!-- benchmarks -->\nold\n<!-- /benchmarks -->\nafter\n")
+    for page in (readme, tables):
+        page.write_text("before\n<!-- benchmarks -->\nold\n<!-- /benchmarks -->\nafter\n")
 
     def draw(*options: str) -> object:
-        monkeypatch.setattr(sys, "argv", ["draw_benchmarks.py", str(path), "--readme", str(readme), *options])
+        pages = "--readme", str(readme), "--tables", str(tables)
+        monkeypatch.setattr(sys, "argv", ["draw_benchmarks.py", str(path), *pages, *options])
         with pytest.raises(SystemExit) as exited:
             runpy.run_path(str(ROOT / "scripts" / "draw_benchmarks.py"), run_name="__main__")
         return exited.value.code
@@ -517,9 +520,16 @@ def test_the_readme_tables_are_drawn_from_records(tmp_path: Path, monkeypatch: p
     assert draw("--check") == 1
     assert draw() == 0
     assert draw("--check") == 0
-    text = readme.read_text()
-    assert text.startswith("before\n<!-- benchmarks -->\n") and text.endswith("<!-- /benchmarks -->\nafter\n")
-    assert "\nold\n" not in text and "| svd denoiser, 2x14, float16 |" in text and f"`{record['command']}`" in text
+    texts = [page.read_text() for page in (readme, tables)]
+    for text in texts:
+        assert text.startswith("before\n<!-- benchmarks -->\n") and text.endswith("<!-- /benchmarks -->\nafter\n")
+        assert "\nold\n" not in text
+    assert "| svd denoiser, 2x14, float16 | 200 ms | - | 100 ms | **0.50** | - | - | - |" in texts[0]
+    assert "| svd denoiser, 2x14, float16 | eager | 200 ms |" in texts[1] and f"`{record['command']}`" in texts[1]
+    tables.write_text("changed\n" + texts[1])
+    assert draw("--check") == 0  # what stands beside the tables is written by hand
+    tables.write_text(texts[1].replace("200 ms", "20 ms"))
+    assert draw("--check") == 1
     readme.write_text("no marks\n")
     assert draw() not in (0, None) and readme.read_text() == "no marks\n"
 
@@ -592,6 +602,14 @@ def test_tables_of_many_records() -> None:
         "| geglu: level 0, float16 with cudnn.benchmark | 3 ms | - | failed: RuntimeError: no | - | - | - | - | - |",
     ]
     assert sum(line.startswith("- `vidaccel bench") for line in lines) == 3
+
+    older = _record("H100", {"synthetic": "svd"}, measured | {"variant": "eager", "median_ms": 400.0})
+    older["environment"]["date"] = "2026-11-22T00:00:00"
+    short = runpy.run_path(str(ROOT / "scripts" / "draw_benchmarks.py"))["summary"]
+    lines = short([calls, older, kernels, calls | {"ranks": 2}]).splitlines()
+    assert lines[0] == "On one H200:" and lines[4:] == [
+        "| svd denoiser, 2x14, float16 | 200 ms | 160 ms | 80 ms | **0.40** | 0.50 | 2 s (9.5 s) | 1.2 -> 1.2 GiB |"
+    ]
 
     pinned = draw([calls | {"settings": {"cpus": 2}}])
     assert "| svd denoiser, 2x14, float16, on 2 CPU cores | eager |" in pinned
