@@ -75,7 +75,7 @@ def _summary_row(call: str, record: dict[str, Any], scope: str) -> Iterator[list
         *map(_milliseconds, (stock, compiled, ours)),
         _shown(ours, "of_eager", "**{:.2f}**"),
         _shown(ours, "of_best_compile", "{:.2f}"),
-        _first_call(ours, _first_calls(record, scope)),
+        _first_calls_of(ours["variant"], _first_calls(record, scope)),
         " -> ".join(memory) + " GiB" if NONE not in memory else NONE,
     ]
 
@@ -117,7 +117,7 @@ _SUMMARY_COLUMNS = (
     "vidaccel",
     "of stock's",
     "of torch.compile's",
-    "first call, warm caches (empty)",
+    "first call of a process, warm caches (empty)",
     "peak memory",
 )
 _CALL_COLUMNS = (
@@ -226,11 +226,14 @@ def _call_cells(row: Row, first: FirstCalls) -> list[str]:
 
 def _first_call(row: Row, first: FirstCalls) -> str:
     """Seconds, patching or compiling included: in new processes if there were any, else as it came in a longer one."""
-    rows = [first.get((row["variant"], caches)) for caches in ("warm", "empty")]
-    seconds = [f"{r['patch_s'] + r['first_call_s']:.3g} s" for r in rows if r]
-    if not seconds:
-        return _shown(row, "cold_start_s", "{:.3g} s")
-    return seconds[0] + (f" ({seconds[1]})" if len(seconds) == 2 else "")
+    in_new_processes = _first_calls_of(row["variant"], first)
+    return _shown(row, "cold_start_s", "{:.3g} s") if in_new_processes == NONE else in_new_processes
+
+
+def _first_calls_of(variant: str, first: FirstCalls) -> str:
+    rows = [first.get((variant, caches)) for caches in ("warm", "empty")]
+    seconds = [f"{row['patch_s'] + row['first_call_s']:.3g} s" for row in rows if row]
+    return seconds[0] + (f" ({seconds[1]})" if len(seconds) == 2 else "") if seconds else NONE
 
 
 def _next_calls(variant: str, first: FirstCalls) -> str:

@@ -24,7 +24,7 @@ from vidaccel.clips.video_model import dtype_of
 from vidaccel.environment import device_of, environment
 from vidaccel.errors import UsageError, nearest
 from vidaccel.parallel.team import team
-from vidaccel.patching.patch import patch_pipeline
+from vidaccel.patching.patch import check_choice
 
 __all__ = ["benchmark"]
 
@@ -128,8 +128,9 @@ def _measure_pipeline(
     recorder.record["ceilings"] = ceilings(device)
     pipe, arguments = load_subject(args, device, dtype)
     if any("patched" in variant.split("+") for variant in settings.variants):
-        # What cannot be patched, or an --only that names nothing, is found out before eager has been measured.
-        patch_pipeline(pipe, only=args.only, skip=args.skip).restore()
+        # What cannot be patched, or an --only that names nothing, is found out before eager has been measured. No patch
+        # is tried: kernels of the first patched call would compile meanwhile.
+        check_choice(pipe, args.only, args.skip)
     measure_pipeline(pipe, arguments, device, settings, recorder)
 
 

@@ -23,7 +23,7 @@ from torch import nn
 from vidaccel.clips.clip_request import ClipRequest, option_called, pipeline_names
 from vidaccel.errors import UsageError, first_line
 from vidaccel.patching.families import served_models, unserved_pipeline
-from vidaccel.patching.patch import check_names
+from vidaccel.patching.patch import check_choice
 
 __all__ = ["VideoModel", "dtype_of", "find_model", "load_pipeline", "parameters_of_call"]
 
@@ -76,7 +76,7 @@ class VideoModel:
         except Exception:  # it may need more than its configuration; then loading will tell
             return
         if components:
-            check_names(SimpleNamespace(components=components), only, skip)
+            check_choice(SimpleNamespace(components=components), only, skip)
 
     def _empty(self, part: str) -> nn.Module:
         model_class: Any = self._empty_class(part)

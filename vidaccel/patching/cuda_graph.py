@@ -50,7 +50,7 @@ MAX_KINDS = 8
 # A Python value that differs at every call (a time step as a float) would push out all other kinds, and never return.
 MAX_VALUES_PER_SHAPE = 4
 # "auto" captures a call whose launches take at least this part of its time, and keeps a graph that takes at most this.
-HOST_BOUND, WORTH_IT = 0.8, 0.95
+HOST_BOUND, WORTH_IT = 0.8, 0.97
 # Of an op, on average: a GPU takes about as long for them as a host for the op's launches, or longer. Such a call is
 # not run again to find out whether it waits for its launches: the next one is timed.
 MANY_FLOPS = 3e10

@@ -31,7 +31,7 @@ from vidaccel.patching.report import PatchReport, path_pattern
 from vidaccel.sites.rules import Patch, Rule, patches_of
 from vidaccel.sites.site import Site
 
-__all__ = ["CudaGraph", "check_names", "patch_module", "patch_pipeline"]
+__all__ = ["CudaGraph", "check_choice", "patch_module", "patch_pipeline"]
 
 logger = logging.getLogger(__name__)
 
@@ -104,13 +104,15 @@ def patch_module(
     return _patch({"": unwrapped(model)}, [], only, skip, allow, strict, self_check, cuda_graph, {})
 
 
-def check_names(pipe: Any, only: Names, skip: Names) -> None:
-    """Raise what :func:`patch_pipeline` would if ``only`` or ``skip`` names no site; change nothing.
+def check_choice(pipe: Any, only: Names, skip: Names) -> None:
+    """Raise what :func:`patch_pipeline` would if there is nothing to patch, or a name is wrong; change nothing.
 
-    The pipeline's models may be on the meta device.
+    Names are those of ``only``, ``skip`` and environment variables. The pipeline's models may be on the meta device.
     """
     models, off = _models_of(pipe)
-    _selection(only, skip, [*off, *(site for place in _places(models, "lossy") for site in place.sites)])
+    sites = [site for place in _places(models, "lossy") for site in place.sites]
+    _selection(only, skip, [*off, *sites])
+    _check_environment(sites)
 
 
 def _models_of(pipe: Any) -> tuple[dict[str, nn.Module], list[Site]]:
@@ -149,7 +151,8 @@ def _patch(
     denoisers = _denoisers(models)
     places = _places(models, allow)
     chosen = _selection(only, skip, [*off, *(site for place in places for site in place.sites)])
-    _check_arguments(allow, cuda_graph, denoisers, [site.op for place in places for site in place.sites])
+    _check_environment([site for place in places for site in place.sites])
+    _check_arguments(allow, cuda_graph, denoisers)
     report = PatchReport()
     report.sites += filter(chosen, off)
     earlier = [(place.module, place.patch, list(place.patch.sites)) for place in places if place.patch]
@@ -353,11 +356,12 @@ def _choices(entry: str, sites: list[Site]) -> str:
     return near or f"; ops are: {', '.join(sorted(ops))}; components are: {', '.join(sorted(components))}"
 
 
-def _check_arguments(
-    allow: Fidelity, cuda_graph: CudaGraph, denoisers: Mapping[str, nn.Module], shortcuts: list[str]
-) -> None:
+def _check_environment(sites: list[Site]) -> None:
     check_environment()
-    check_wishes(shortcuts)
+    check_wishes([site.op for site in sites])  # shortcuts are no ops
+
+
+def _check_arguments(allow: Fidelity, cuda_graph: CudaGraph, denoisers: Mapping[str, nn.Module]) -> None:
     if allow not in get_args(Fidelity):
         raise UsageError(f"allow={allow!r} is no fidelity class{nearest(str(allow), FIDELITIES)}")
     if cuda_graph not in (False, True, "auto"):
