@@ -16,7 +16,7 @@ from diffusers import AutoencoderKLWan
 from kernel_checks import planted
 from quick_and_slow import first_is_quick
 from tiny_models import tiny_autoencoder_kl_wan
-from torch import Tensor
+from torch import Tensor, nn
 from vae_checks import (
     Lora,
     check_bad_latents,
@@ -267,14 +267,19 @@ def train(vae: AutoencoderKLWan) -> None:
     vae.train()
 
 
+def one_module_more(vae: AutoencoderKLWan) -> None:
+    vae.decoder.up_blocks[0].upsamplers[0].resample.append(nn.Tanh())
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         (hook_a_child, "forward hooks"),
+        (one_module_more, "it is not built as expected"),
         (swap_a_child, "replaced by Lora"),
         (train, "dropout is on"),
     ],
-    ids=["hook", "lora", "dropout"],
+    ids=["hook", "more", "lora", "dropout"],
 )
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_changed_child_runs_as_it_is(

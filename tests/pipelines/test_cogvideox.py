@@ -305,6 +305,20 @@ def test_one_row_of_angles_for_all_tokens() -> None:
     assert "its rotary table has not one row for each token" in fallback_reasons(report)
 
 
+@pytest.mark.parametrize("first", ["an ordinary one first", "it first"])
+def test_a_table_of_two_angles_for_a_pair_of_channels(first: str) -> None:
+    generator = torch.Generator().manual_seed(2)
+    table = tuple(torch.randn(angles.shape, generator=generator) for angles in rotary(3, 2, 3))
+    model = build()
+    expected, ordinary = call(model, image_rotary_emb=table), call(model)
+    with patch_module(model) as report:
+        if first == "an ordinary one first":
+            assert relative_error(call(model), ordinary) <= 1e-5
+        assert relative_error(call(model, image_rotary_emb=table), expected) <= 1e-5
+        assert not any(site.state == "failed" for site in report.sites)
+        assert "its rotary table has two angles for a pair of channels" in fallback_reasons(report)
+
+
 # torch.compile, half precision
 
 

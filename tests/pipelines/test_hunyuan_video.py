@@ -344,6 +344,40 @@ def foreign_processor(model: Any) -> None:
         attn.processor = Doubled(attn.processor)
 
 
+def processor_that_knows_no_mask(model: Any) -> None:
+    attn = model.transformer_blocks[1].attn
+
+    class NoMask(type(attn.processor)):  # type: ignore[misc]
+        def __call__(
+            self,
+            attn: Any,
+            hidden_states: Tensor,
+            encoder_hidden_states: Tensor,
+            attention_mask: Tensor,
+            image_rotary_emb: Any,
+        ) -> Any:
+            every = torch.ones_like(attention_mask)
+            return super().__call__(attn, hidden_states, encoder_hidden_states, every, image_rotary_emb)
+
+    attn.processor = NoMask()
+
+
+class Pooled(nn.Module):
+    """A layer with a global branch: the mean of all tokens is added to each."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x)
+        return out + out.mean(1, keepdim=True)
+
+
+def global_branch(model: Any) -> None:
+    model.transformer_blocks[0].ff_context = Pooled(model.transformer_blocks[0].ff_context)
+
+
 def hooks(model: Any) -> None:
     for path, module in model.named_modules():
         if path.endswith(("to_k", "norm_q", "ff.net.0", "act_mlp", "norm2", "norm.norm", "proj_out")) and "1" in path:
@@ -356,7 +390,9 @@ def other_norm(model: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["1.5", "1.0"])
-@pytest.mark.parametrize("change", [with_lora, foreign_processor, hooks, other_norm])
+@pytest.mark.parametrize(
+    "change", [with_lora, foreign_processor, processor_that_knows_no_mask, global_branch, hooks, other_norm]
+)
 @pytest.mark.parametrize("first", ["patched first", "changed first"])
 def test_a_changed_model(name: str, change: Callable[[Any], None], first: str) -> None:
     model, changed = build(name), build(name)
@@ -394,6 +430,16 @@ def write_to_the_table(module: nn.Module, args: tuple[Any, ...]) -> None:
 def test_another_rotary_table_for_a_block(name: str, hook: Callable[..., Any]) -> None:
     def change(model: Any) -> None:
         model.transformer_blocks[1].register_forward_pre_hook(hook)
+
+    check_changed(functools.partial(build, name), run, change, "patched first")
+
+
+@pytest.mark.parametrize("name", ["1.5", "1.0"])
+def test_a_table_of_two_angles_for_a_pair_of_channels(name: str) -> None:
+    def change(model: Any) -> None:
+        model.rope.register_forward_hook(
+            lambda module, args, tables: tuple(table + torch.linspace(0, 0.5, table.shape[-1]) for table in tables)
+        )
 
     check_changed(functools.partial(build, name), run, change, "patched first")
 

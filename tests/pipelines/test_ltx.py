@@ -614,6 +614,46 @@ def test_an_embedding_of_timesteps_that_tells_tokens_apart(name: str, way: Calla
     check_changed(functools.partial(build, name), call, change, "patched first")
 
 
+@pytest.mark.parametrize("name", ["ltx", "ltx2, interleaved"])
+def test_a_table_of_two_angles_for_a_pair_of_channels(name: str) -> None:
+    def change(model: Any) -> None:
+        model.rope.register_forward_hook(
+            lambda module, args, tables: tuple(table + torch.linspace(0, 0.5, table.shape[-1]) for table in tables)
+        )
+
+    check_changed(functools.partial(build, name), run, change, "patched first")
+
+
+@pytest.mark.parametrize("name", THREE)
+def test_gradient_checkpointing_with_a_timestep_for_each_token(name: str) -> None:
+    """What is asked about a call records nothing: a call made anew for its gradients must record the same."""
+
+    def gradients(model: Any) -> Tensor:
+        model.requires_grad_(True).train().enable_gradient_checkpointing()
+        out = model(**arguments(model, timesteps="of an image and a video"), return_dict=False)
+        sum(x.square().sum() for x in out).backward()
+        found = [weight.grad.flatten() for weight in model.parameters() if weight.grad is not None]
+        return torch.cat(found)
+
+    expected, model = gradients(build(name)), build(name)
+    with patch_module(model):
+        assert torch.equal(gradients(model), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text", ["encoder_hidden_states", "audio_encoder_hidden_states"])
+def test_one_text_for_all_samples(text: str) -> None:
+    """A question about the sizes of texts fails; stock code broadcasts."""
+    model = build("ltx2.3")
+    call = arguments(model)
+    call[text] = call[text][0]
+    expected = torch.cat([x.flatten(1) for x in model(**call, return_dict=False)], dim=1)
+    with patch_module(model) as report:
+        out = torch.cat([x.flatten(1) for x in model(**call, return_dict=False)], dim=1)
+    assert relative_error(out, expected) <= 1e-6
+    assert any("ValueError" in reason for reason in fallbacks_of(report, "gated_residual_norm"))
+
+
 def test_the_rest_of_a_block_with_a_foreign_attention_is_fused() -> None:
     model = build("ltx2.3")
     foreign_self_attention(model)

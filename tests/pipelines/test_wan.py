@@ -330,11 +330,12 @@ def test_timesteps_of_tokens(timestep: Tensor, size: tuple[int, int, int], rows:
     model = transformer("wan2.2-ti2v-5b")
     embedded: list[int] = []
 
-    class Counting(torch.nn.Linear):  # a layer of a library, which treats all rows alike; a hook may not
+    class Counting(torch.nn.Linear):
         def forward(self, input: Tensor) -> Tensor:
             embedded.append(input.shape[1])
             return super().forward(input)
 
+    Counting.__module__ = "peft.tuners.lora.layer"  # of a library whose layers treat all rows alike; a hook may not
     model.condition_embedder.time_proj.__class__ = Counting
     report = check_same(model, lambda model: call(model, size=size, batch=len(timestep), timestep=timestep))
     assert not report.fallbacks

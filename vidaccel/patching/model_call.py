@@ -55,7 +55,7 @@ class ModelCall(HearsStandIns):
         self._lock = threading.RLock()
         self._premises: Premises | None = None
         self._settings: Settings | None = None
-        self._memo = Memo()
+        self._memo = Memo(of_model=True)
         self._looked_at = False
         self.graphs: Graphs | None = None
         self.parallel: ParallelCall | None = None
@@ -88,10 +88,10 @@ class ModelCall(HearsStandIns):
             self._settle(model, settings)  # what failed on another rank has just been switched off here
         memo, graphs = self._memo, self.graphs
         if way := watched():
-            memo, graphs = Memo(), None
+            memo, graphs = Memo(of_model=True), None
             memo.way, memo.hooked = way, self._memo.hooked
         elif have_no_numbers(args, kwargs):
-            memo = Memo()
+            memo = Memo(of_model=True)
             memo.way = numberless_way
         try:
             if memo.way is not numberless_way:  # they look at what is in the tensors

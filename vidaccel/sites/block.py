@@ -272,18 +272,28 @@ def _call_site(kind: type[Host], host: Any, *args: Any, **kwargs: Any) -> Any:
             return _call_site(kind, host, *args, **kwargs)
     if memo.way:
         return memo.way(kind, host, sites, args, kwargs)
-    in_data = host.path_in_data(args, kwargs)
+    gradients = torch.is_grad_enabled() or forward_ad._current_level >= 0
+    # asked first: what other questions compute would be recorded, and told apart from what is when a call is made anew
+    reason, in_data = _gradients_reason(host, args, kwargs) if gradients else None, None
+    if reason is None:
+        try:
+            in_data = host.path_in_data(args, kwargs)
+        except Exception as error:
+            reason = _of_a_question(error)
+    if reason:
+        sites.count(reason)
+        return kind.original_forward(host, *args, **kwargs)
     over = layout()
     question = (
         host,
-        torch.is_grad_enabled() or forward_ad._current_level >= 0,
+        gradients,
         in_data,
         None if over is None else over.total,  # all ranks are to plan alike, whatever their own shares
         *signature(args),
         *signature(kwargs.values()),
     )
     plan = memo.get(question)
-    if plan is None or question[1]:
+    if plan is None or gradients:
         plan = memo[question] = _plan(host, sites, question[1:], args, kwargs)
     if plan.reason:
         sites.count(plan.reason)
@@ -340,7 +350,7 @@ def going(way: Way) -> Iterator[None]:
     memo = Memo()
     memo.way = way
     if of_the_call := held():
-        memo.text, memo.hooked = of_the_call.text, of_the_call.hooked
+        memo.text, memo.hooked, memo.of_model = of_the_call.text, of_the_call.hooked, of_the_call.of_model
     with holding(memo):
         yield
 
@@ -379,7 +389,26 @@ def _plan(host: Host, sites: SiteGroup, kind_of_call: Any, args: tuple[Any, ...]
 
 
 def unserved_reason(host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Why a call of ``host`` goes to the original forward, or None."""
+    """Why a call of ``host`` goes to the original forward, or None.
+
+    A question that raises is about arguments of another kind, which the original may serve, or refuse in its own words.
+    """
+    if torch.compiler.is_compiling():
+        return _unserved_reason(host, sites, args, kwargs)
+    try:
+        return _unserved_reason(host, sites, args, kwargs)
+    except Exception as error:
+        return _of_a_question(error)
+
+
+def _of_a_question(error: Exception) -> str:
+    """The reason that an error of a question is."""
+    if memory_ran_out(error):
+        raise error
+    return first_line(error)
+
+
+def _unserved_reason(host: Any, sites: SiteGroup, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     if not sites.running():
         return "it is off, or failed"
     if reason := _gradients_reason(host, args, kwargs) or replaced_reason(host.original):

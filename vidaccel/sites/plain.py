@@ -45,6 +45,11 @@ __all__ = [
 ]
 
 _LIBRARIES = ("torch.nn.", "diffusers.", "vidaccel.")
+# Whose layers treat all rows alike: those of LoRA and of quantised weights. Of step caches, what follows the pictures.
+_ROWWISE = (
+    *_LIBRARIES,
+    *("torch.ao.nn.", "peft.", "loralib.", "bitsandbytes.", "torchao.", "optimum.", "quanto.", "cache_dit."),
+)
 _PLAIN_ATTRIBUTES = (int, float, bool, str, tuple, NoneType, FunctionType, BuiltinFunctionType)
 _HOOKS = frozenset(["_hf_hook", "_diffusers_hook"])  # where libraries keep those that replaced an instance's forward
 # Of torch.nn, what draws random numbers or changes its buffers in training mode.
@@ -186,7 +191,7 @@ def order_reason(module: nn.Module) -> str | None:
         kind = stock_class(part)
         if _sees_rows(part):
             return f"somebody looks at the rows of a {kind.__name__}, which have another order in the fused block"
-        if not isinstance(part, nn.Linear) and not f"{kind.__module__}.".startswith((*_LIBRARIES, "peft.")):
+        if not _is_rowwise(kind):
             return f"a {kind.__name__}, which is not of PyTorch or diffusers, may tell rows apart"
         if is_of_a_library(kind.__module__) and (reason := replaced_reason(kind) or _foreign_processor_reason(part)):
             return reason
@@ -195,7 +200,18 @@ def order_reason(module: nn.Module) -> str | None:
 
 def rows_are_seen(*modules: nn.Module) -> bool:
     """Whether calls of these very modules run somebody's code that may tell rows apart."""
-    return bool(hooks_on_all()) or any(map(_sees_rows, modules))
+    return bool(hooks_on_all()) or any(_sees_rows(part) or _is_foreign(part) for part in modules)
+
+
+def _is_foreign(part: nn.Module) -> bool:
+    """Whether the class of this very module, or of its attention processor, is that of somebody's own code."""
+    kind = stock_class(part)
+    replaced = is_of_a_library(kind.__module__) and replaced_reason(kind)
+    return bool(not _is_rowwise(kind) or replaced or _foreign_processor_reason(part))
+
+
+def _is_rowwise(kind: type) -> bool:
+    return f"{kind.__module__}.".startswith(_ROWWISE)
 
 
 def _sees_rows(module: nn.Module) -> bool:

@@ -266,6 +266,36 @@ def test_layers_of_images_see_stocks_calls(change: Callable[[Any], None], reason
     assert any(reason in why for why in site_of(report).fallbacks), site_of(report).fallbacks
 
 
+def test_a_method_of_somebodys_own_runs_as_often_as_in_stock() -> None:
+    vae, latents, run = made("Wan")
+    calls = [0]
+
+    class Mine(type(vae)):  # type: ignore[misc]
+        def clear_cache(self) -> None:
+            calls[0] += 1
+            super().clear_cache()
+
+    vae.__class__ = Mine
+    run(vae, latents)
+    as_stock, calls[0] = calls[0], 0
+    report = patch_module(vae)
+    run(vae, latents)
+    assert calls[0] == as_stock
+    assert any("its clear_cache is not that" in why for why in site_of(report).fallbacks), site_of(report).fallbacks
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(), (1, 2)])
+def test_a_tensor_that_is_not_of_as_many_samples(shape: tuple[int, ...]) -> None:
+    vae = tiny_autoencoder_kl_ltx_video(timestep_conditioning=True)
+    vae.enable_tiling(8, 8, None, 6, 6)
+    latents = torch.randn(2 if shape else 1, 4, 3, 8, 6, generator=torch.Generator().manual_seed(0))
+    timestep = torch.full(shape, 0.05)
+    expected = vae.decode(latents, timestep).sample
+    with patch_module(vae):
+        assert relative_error(vae.decode(latents, timestep).sample, expected) <= EQUAL
+
+
 @pytest.mark.parametrize("case", ["image", "Wan"])
 @pytest.mark.parametrize("of_class", [True, False])
 def test_blends_of_somebodys_own_see_pixels_only(case: str, of_class: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from block_checks import relative_error
 from kernel_checks import FAULTS, TARGETS, assert_close_to_gold, assert_no_spills, compile_for, pairwise, planted
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from vidaccel.kernels.norm.group_norm_silu import (
     choose_apply_tiling,
     group_norm_and_sum,
     group_norm_and_sum_ref,
+    group_norm_ref,
     group_norm_silu,
     group_norm_silu_ref,
 )
@@ -225,6 +227,14 @@ def test_takes_any_strides(layout: Callable[[Tensor], Tensor], device: torch.dev
     out = group_norm_silu(laid_out, weight, bias, GROUPS, EPS, impl="triton")
     assert torch.equal(out, group_norm_silu(x, weight, bias, GROUPS, EPS, impl="triton"))
     assert out.movedim(1, -1).is_contiguous()
+
+
+def test_images_of_one_pixel(device: torch.device) -> None:
+    """They lie in both orders at once, and PyTorch's CPU kernel for one of them is poor."""
+    x = (torch.randn(4, 1, 1, 64, generator=torch.Generator().manual_seed(0)) + 30).to(device).permute(0, 3, 1, 2)
+    weight, bias = torch.ones(64, device=device), torch.zeros(64, device=device)
+    gold = group_norm_ref(x.double(), weight.double(), bias.double(), 16, EPS)
+    assert relative_error(group_norm_ref(x, weight, bias, 16, EPS).double(), gold) <= 1e-4
 
 
 def test_parameters_of_another_dtype(device: torch.device) -> None:

@@ -28,7 +28,7 @@ from vidaccel.blocks.dit.attention import (
 )
 from vidaccel.blocks.dit.gated_residual import GatedResidualBlock
 from vidaccel.blocks.dit.joint_streams import joined
-from vidaccel.blocks.dit.rotary import half_tables
+from vidaccel.blocks.dit.rotary import alike_reason, half_tables
 from vidaccel.blocks.dit.step_caches import known_to_step_caches
 from vidaccel.kernels.attention.qk_norm_rope import HeadNorm, Rope, qk_norm_rope
 from vidaccel.kernels.attention.spatial_attention import spatial_attention
@@ -78,6 +78,10 @@ class JointBlock(GatedResidualBlock):
         self, video: Tensor, text: Tensor, temb: Tensor, rotary: Any, attention_kwargs: Any = None
     ) -> str | None:
         return _foreign_reason(self.attn1, attention_kwargs or {}) or self._rope_reason(video, rotary)
+
+    def path_in_data(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        _, _, _, rotary, *_ = args
+        return alike_reason(*(rotary or ()), given=True)
 
     def corner(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         video, text, temb, rotary, *others = args
@@ -155,7 +159,9 @@ class JointBlock(GatedResidualBlock):
         for norm in norms:
             if reason := parameters_reason(norm, nn.LayerNorm, x.device):
                 return reason
-        return "its norms differ in eps" if norms[0].eps != norms[1].eps else None
+        if norms[0].eps != norms[1].eps:
+            return "its norms differ in eps"
+        return alike_reason(*(rotary or ()), given=True)
 
 
 def _foreign_reason(attn: Any, attention_kwargs: dict[str, Any]) -> str | None:

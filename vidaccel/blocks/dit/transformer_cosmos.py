@@ -25,6 +25,7 @@ from vidaccel.blocks.dit.attention import attend, attend_to_all, attention_reaso
 from vidaccel.blocks.dit.gated_residual import GatedResidualBlock, norm_heads
 from vidaccel.blocks.dit.modulation_rows import own_rows, stretches_of
 from vidaccel.blocks.dit.padded_text import layers_are_hooked
+from vidaccel.blocks.dit.rotary import alike_reason, halves_alike
 from vidaccel.kernels.attention.qk_norm_rope import HeadNorm, Rope, qk_norm_rope
 from vidaccel.kernels.op import REFERENCE, note, one_or
 from vidaccel.parallel.layout import all_tokens, own_tokens
@@ -115,8 +116,8 @@ class FusedCosmosTransformerBlock(GatedResidualBlock, CosmosTransformerBlock):
         return self._self_attention_reason(x, rotary)
 
     def path_in_data(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        _, _, embedded_timestep, temb, *_ = args
-        return self._timesteps(embedded_timestep, temb).embedded.shape[1]
+        _, _, embedded_timestep, temb, rotary, *_ = args
+        return self._timesteps(embedded_timestep, temb).embedded.shape[1], _angles_reason(rotary)
 
     def corner(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, context, *timesteps, rotary, extra_pos_emb, mask, residual, latents, block_idx = args
@@ -203,7 +204,9 @@ class FusedCosmosTransformerBlock(GatedResidualBlock, CosmosTransformerBlock):
             return "its rotary table is not float32"
         if reason := _norm_reason(attn.norm_q, x) or _norm_reason(attn.norm_k, x):
             return reason
-        return "its norms differ in eps" if attn.norm_q.eps != attn.norm_k.eps else None
+        if attn.norm_q.eps != attn.norm_k.eps:
+            return "its norms differ in eps"
+        return _angles_reason(rotary)
 
     def _cross_attention(self, x: Tensor, context: Any, mask: Any) -> Tensor:
         attn = self.attn2
@@ -269,6 +272,10 @@ def _stock_norm(attn: Any, norm: Any, x: Tensor) -> Tensor:
     # [B, H, S, D] as stock gives it: it may be hooked
     normed: Tensor = norm(x.unflatten(2, (attn.heads, -1)).transpose(1, 2))
     return normed.transpose(1, 2).flatten(2)
+
+
+def _angles_reason(rotary: Rotary | None) -> str | None:
+    return alike_reason(*(rotary or ()), alike=halves_alike)
 
 
 def _rope(rotary: Rotary | None) -> Rope | None:

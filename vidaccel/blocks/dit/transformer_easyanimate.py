@@ -29,7 +29,7 @@ from vidaccel.blocks.dit.attention import (
     project,
 )
 from vidaccel.blocks.dit.gated_residual import FLOAT32_NORMS, GatedResidualBlock
-from vidaccel.blocks.dit.rotary import half_tables
+from vidaccel.blocks.dit.rotary import alike_reason, half_tables
 from vidaccel.kernels.attention.qk_norm_rope import HeadNorm, Rope, SecondStream, qk_norm_rope
 from vidaccel.kernels.attention.spatial_attention import spatial_attention
 from vidaccel.kernels.op import REFERENCE, note
@@ -94,6 +94,10 @@ class FusedEasyAnimateTransformerBlock(GatedResidualBlock, EasyAnimateTransforme
     def spread_reason(self, x: Tensor, text: Tensor, temb: Tensor, rotary: Rotary | None) -> str | None:
         return self._attention_reason(x, rotary)
 
+    def path_in_data(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        *_, rotary = args
+        return alike_reason(*(rotary or ()))
+
     def corner(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, text, temb, rotary = args
         if x.numel() <= MOST_WHOLE:
@@ -152,7 +156,9 @@ class FusedEasyAnimateTransformerBlock(GatedResidualBlock, EasyAnimateTransforme
         for norm in norms:
             if reason := parameters_reason(norm, nn.LayerNorm, x.device):
                 return reason
-        return "its norms differ in eps" if len({norm.eps for norm in norms}) > 1 else None
+        if len({norm.eps for norm in norms}) > 1:
+            return "its norms differ in eps"
+        return alike_reason(*(rotary or ()))
 
     def _joint(self, x: Tensor, text: Tensor, rotary: Rotary | None) -> list[Tensor]:
         """Queries, keys and values ``[B, T + S, H*D]``."""

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from vidaccel.blocks.dit.attention import attend_to_all, attention_reason, feed_forward, parameters_reason
 from vidaccel.blocks.dit.gated_residual import GatedResidualBlock
 from vidaccel.blocks.dit.padded_text import cut_padding, padded, valid_length
-from vidaccel.blocks.dit.rotary import half_tables
+from vidaccel.blocks.dit.rotary import alike_reason, half_tables
 from vidaccel.blocks.dit.step_caches import known_to_step_caches
 from vidaccel.kernels.attention.qk_norm_rope import HeadNorm, Rope, SecondStream, qk_norm_rope
 from vidaccel.kernels.ffn.linear_gelu import linear_gelu
@@ -127,10 +127,11 @@ class HunyuanBlock(GatedResidualBlock):
         return None if isinstance(length, int) else f"{length}, and attention keeps its mask"
 
     def path_in_data(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x, text, _, mask, *_ = args
+        x, text, _, mask, freqs_cis, *_ = args
+        angles = alike_reason(*(freqs_cis or ()))
         if not self.runs("padded_text") or self.mask_reason(x, text, mask) or mask is None:
-            return None
-        return valid_length(mask, self.tokens_before_text(x))
+            return angles
+        return valid_length(mask, self.tokens_before_text(x)), angles
 
     def comparable(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """No padding, for what stands there is neither alike nor of any use."""
@@ -179,7 +180,9 @@ class HunyuanBlock(GatedResidualBlock):
                 return reason
             if norm.weight is None or norm.weight.dtype != x.dtype or norm.bias is not None:
                 return "a norm of queries or keys has a bias, no weight, or one of another dtype"
-        return "its norms differ in eps" if len({norm.eps for norm in norms}) > 1 else None
+        if len({norm.eps for norm in norms}) > 1:
+            return "its norms differ in eps"
+        return alike_reason(*freqs_cis)
 
     def head_norm(self) -> HeadNorm:
         attn = self.attn

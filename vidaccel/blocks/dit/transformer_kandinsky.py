@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vidaccel.blocks.dit.attention import attend, attention_reason, parameters_reason
 from vidaccel.blocks.dit.gated_residual import FLOAT32_NORMS, GatedResidualBlock, norm_heads
+from vidaccel.blocks.dit.rotary import alike_reason
 from vidaccel.blocks.dit.step_caches import known_to_step_caches
 from vidaccel.kernels.attention.qk_norm_rope import HeadNorm, Rope, qk_norm_rope
 from vidaccel.kernels.norm.gated_residual_norm import Rounding
@@ -51,6 +52,10 @@ class KandinskyBlock(GatedResidualBlock):
     self_attention: Any
     feed_forward_norm: Any
     feed_forward: Any
+
+    def path_in_data(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        (rope,) = (x for x in args if isinstance(x, Tensor) and x.ndim > 3)
+        return alike_reason(rope, alike=_are_rotations)
 
     def corner(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, *others, rope = args
@@ -99,12 +104,19 @@ class KandinskyBlock(GatedResidualBlock):
         for norm in (attn.query_norm, attn.key_norm):
             if reason := parameters_reason(norm, nn.RMSNorm, x.device):
                 return reason
-        return "its norms differ in eps" if attn.query_norm.eps != attn.key_norm.eps else None
+        if attn.query_norm.eps != attn.key_norm.eps:
+            return "its norms differ in eps"
+        return alike_reason(rope, alike=_are_rotations)
 
     def attend(self, attn: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         fused = self.runs("spatial_attention")
         out: Tensor = attn.out_layer(attend(attn.processor, query, key, value, attn.num_heads, fused=fused))
         return out
+
+
+def _are_rotations(rope: Tensor) -> bool:
+    cos, sin = rope[..., 0, 0], rope[..., 1, 0]
+    return torch.equal(rope[..., 1, 1], cos) and torch.equal(rope[..., 0, 1], -sin)
 
 
 def _rope(rope: Tensor) -> Rope:

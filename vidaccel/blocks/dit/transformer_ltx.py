@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from vidaccel.blocks.dit.attention import attend_to_all, attention_reason, feed_forward, parameters_reason, project
 from vidaccel.blocks.dit.modulation_rows import distinct_rows, own_rows
 from vidaccel.blocks.dit.padded_text import layers_are_hooked
+from vidaccel.blocks.dit.rotary import alike_reason
 from vidaccel.blocks.dit.step_caches import known_to_step_caches
 from vidaccel.blocks.dit.text_attention import Lengths, attend_to_text, valid_lengths
 from vidaccel.kernels.attention.qk_norm_rope import HeadNorm, Rope, qk_norm_rope
@@ -160,6 +161,10 @@ class LTXBlock(FusedBlock):
                 return "one of its RMSNorms has a weight of another dtype"
         return None
 
+    def angles_reason(self, *tables: Tables | None) -> str | None:
+        """Why these do not hold every angle twice, as :func:`paired_rope` expects them, or None."""
+        return alike_reason(*(table for pair in tables if pair is not None for table in pair))
+
     def path_of(self, masked: list[tuple[Tensor | None, Tensor]], *modulated: tuple[Tensor, Tensor]) -> Any:
         """What the values of a call decide: lengths of texts, and how many timesteps the tokens have between them.
 
@@ -280,8 +285,8 @@ class FusedLTXVideoTransformerBlock(LTXBlock, LTXVideoTransformerBlock):
         return self._self_attention_reason(x, tables)
 
     def path_in_data(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        _, context, temb, _, mask = args
-        return self.path_of([(mask, context)], (self.scale_shift_table, temb))
+        _, context, temb, tables, mask = args
+        return self.path_of([(mask, context)], (self.scale_shift_table, temb)), self.angles_reason(tables)
 
     def corner(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, context, temb, tables, mask = args
@@ -314,7 +319,7 @@ class FusedLTXVideoTransformerBlock(LTXBlock, LTXVideoTransformerBlock):
     def _self_attention_reason(self, x: Tensor, tables: Tables | None) -> str | None:
         attn: Any = self.attn1
         reason = attention_reason(attn, LTXAttention, LTXVideoAttnProcessor)
-        return reason or self.rope_reason(x, tables, attn.norm_q, attn.norm_k)
+        return reason or self.rope_reason(x, tables, attn.norm_q, attn.norm_k) or self.angles_reason(tables)
 
     def _cross_attention(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
         attn: Any = self.attn2

@@ -214,7 +214,11 @@ class FusedLTX2VideoTransformerBlock(LTXBlock, LTX2VideoTransformerBlock):
             call.masked_texts(),
             (self.scale_shift_table, call.temb), (table[:4], call.temb_ca_scale_shift), (table[4:], call.temb_ca_gate),
         )  # fmt: skip
-        return path, self._is_perturbed(call), _all_perturbed(call)
+        return path, self._is_perturbed(call), _all_perturbed(call), self._all_angles_reason(call)
+
+    def _all_angles_reason(self, call: _Call) -> str | None:
+        tables = call.video_rotary_emb, call.audio_rotary_emb, call.ca_video_rotary_emb, call.ca_audio_rotary_emb
+        return self.angles_reason(*tables) if self.attn1.rope_type == "interleaved" else None
 
     def corner(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = _Call(*args)
@@ -339,7 +343,7 @@ class FusedLTX2VideoTransformerBlock(LTXBlock, LTX2VideoTransformerBlock):
     def _self_attention_reason(self, attn: Any, x: Tensor, tables: Tables | None) -> str | None:
         """Why a self-attention has to be called, or None."""
         reason = self._foreign_reason(attn) or self.rope_reason(x, tables, attn.norm_q, attn.norm_k)
-        return reason or _tables_reason(attn, tables, tables)
+        return reason or self._tables_reason(attn, tables, tables)
 
     def _attend_masked(
         self, attn: Any, mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor, num_heads: int
@@ -398,7 +402,19 @@ class FusedLTX2VideoTransformerBlock(LTXBlock, LTX2VideoTransformerBlock):
                 return reason
         if a2v.rope_type != v2a.rope_type:
             return "its rotary embeddings differ in kind"
-        return _tables_reason(a2v, tables, audio_tables)
+        return self._tables_reason(a2v, tables, audio_tables)
+
+    def _tables_reason(self, attn: Any, tables: Tables | None, others: Tables | None) -> str | None:
+        """Why queries and keys cannot be turned by ``tables`` and ``others``, or None."""
+        if (tables is None) != (others is None):
+            return "only one of queries and keys has a rotary table"
+        if tables is None or others is None:
+            return None
+        if attn.rope_type == "interleaved":
+            return self.angles_reason(tables, others)
+        if any(cos.ndim != 4 or 2 * cos.shape[1] * cos.shape[3] != attn.inner_dim for cos, _ in (tables, others)):
+            return "its rotary table is not [B, H, S, D/2]"
+        return None
 
     def _project(self, attn: Any, x: Tensor, out: Tensor) -> Tensor:
         """``out`` ``[B, S, H*D]`` times the gates of its heads, which ``x`` has opened, and projected."""
@@ -422,17 +438,6 @@ def _modulated_text(text: Tensor, table: Tensor, temb: Tensor | None) -> Tensor:
     else:
         shift, scale = (table[None, None] + temb.unflatten(2, (2, -1))).unbind(2)
     return text * (1 + scale) + shift
-
-
-def _tables_reason(attn: Any, tables: Tables | None, others: Tables | None) -> str | None:
-    """Why queries and keys cannot be turned by ``tables`` and ``others``, or None."""
-    if (tables is None) != (others is None):
-        return "only one of queries and keys has a rotary table"
-    if tables is None or others is None or attn.rope_type == "interleaved":
-        return None
-    if any(cos.ndim != 4 or 2 * cos.shape[1] * cos.shape[3] != attn.inner_dim for cos, _ in (tables, others)):
-        return "its rotary table is not [B, H, S, D/2]"
-    return None
 
 
 def _rope(attn: Any, tables: Tables | None, whole: bool) -> tuple[int, Rope | None]:

@@ -236,6 +236,8 @@ def _reasons(decoder: Any) -> Iterator[str | None]:
             yield plain_reason(block, MochiMidBlock3D)
             if any(attention is not None for attention in block.attentions):
                 yield "it has attention, as only encoders do"
+            if not len(block.resnets) == len(block.attentions) == len(block.norms):  # stock code goes by the shortest
+                yield "it has not as many resnets as attentions and norms"
         else:
             yield plain_reason(block, MochiUpBlock3D)
             yield _linear_reason(block.proj)

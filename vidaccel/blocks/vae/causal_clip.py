@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from vidaccel.blocks.pixel_rows import convolve_rows
 from vidaccel.blocks.vae.half_operands import largest_pixel
 from vidaccel.environment import memory_ran_out, usable_bytes
+from vidaccel.errors import first_line
 from vidaccel.kernels.conv.channels_last_weight import channels_last_weight
 from vidaccel.kernels.conv.clip_conv import clip_conv
 from vidaccel.kernels.conv.conv_epilogue import (
@@ -286,7 +287,7 @@ def _frames_that_fit(frames: int, needs: Callable[[int], int], free: int) -> int
 def same_bits(x: Tensor, y: Tensor) -> bool:
     """Whether tensors of one shape and dtype hold the same bits: what is no number is the same as itself."""
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-    return torch.equal(x.view(bits), y.view(bits))
+    return torch.equal(*(t.resolve_neg().view(bits) for t in (x, y)))
 
 
 def free_bytes(device: torch.device) -> int:
@@ -337,13 +338,13 @@ def structure_reason(coder: nn.Module, reasons: Callable[..., Iterable[str | Non
 
     Args:
         coder: A decoder or encoder.
-        reasons: Takes it and ``of``; those of its parts, one by one. To read them may fail with an ``AttributeError``,
-            which is a reason, too.
+        reasons: Takes it and ``of``; those of its parts, one by one. To read them may fail where a part is not there,
+            or there are more: that is a reason, too.
     """
     try:
         reason = next(filter(None, reasons(coder, *of)), None)
-    except AttributeError as error:
-        return f"it is not built as expected: {error}"
+    except (AttributeError, TypeError, ValueError, LookupError) as error:
+        return f"it is not built as expected: {first_line(error)}"
     if reason:
         return reason
     weights = list(coder.parameters())

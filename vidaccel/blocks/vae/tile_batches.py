@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from functools import partial
 from typing import Any, ClassVar
 
@@ -18,9 +18,18 @@ import torch
 from torch import Tensor
 
 from vidaccel.blocks.vae.causal_clip import decode_in_chunks
-from vidaccel.blocks.vae.tile_blends import TileBlends
 from vidaccel.errors import first_line
-from vidaccel.parallel.asked import Asked, Call, Part, joined, noise_reason, slot_of, stand_in_of, standing_in
+from vidaccel.parallel.asked import (
+    CALL_SLOT,
+    Asked,
+    Call,
+    Part,
+    joined,
+    noise_reason,
+    slot_of,
+    stand_in_of,
+    standing_in,
+)
 from vidaccel.parallel.layout import layout
 from vidaccel.sites.block import SITES, FusedBlock, looking_reason, unserved_reason
 from vidaccel.sites.plain import is_of_a_library, rows_are_seen, stock_class
@@ -87,44 +96,65 @@ def _reason(vae: Any, z: Tensor) -> str | None:
         return "its decoder is not patched"
     if slot_of(decoder) is None:
         return "its decoder is compiled, or somebody's"
+    if reason := _foreign_reason(vae):
+        return reason
     if rows_are_seen(decoder, *filter(None, [getattr(vae, "post_quant_conv", None)])):
         return "a hook on its decoder would see other calls"
-    return _foreign_reason(vae) or noise_reason(decoder) or looking_reason(decoder, z)
+    return noise_reason(decoder) or looking_reason(decoder, z)
 
 
 def _foreign_reason(vae: Any) -> str | None:
     """Why hearing which tiles there are would run a user's code once more, or on tensors without numbers, or None."""
-    for name in TileBlends.stand_ins:
-        methods = filter(None, [getattr(type(vae), name, None), vars(vae).get(name)])
-        if not all(is_of_a_library(method.__module__) for method in methods):
-            return f"its {name} is not that of diffusers"
+    if name := next((name for name, function in _functions(vae) if not _is_of_a_library(function)), None):
+        return f"its {name} is not that of diffusers"
     before = getattr(vae, "post_quant_conv", None)
     if before is not None and not is_of_a_library(stock_class(before).__module__):
         return f"its post_quant_conv is a {type(before).__name__}, which is not of PyTorch or diffusers"
     return None
 
 
+def _functions(vae: Any) -> Iterator[tuple[str, Any]]:
+    """What of ``vae`` a decode may call, by name: of its classes, and of itself. A forward it does not."""
+    for kind in type(vae).__mro__:
+        if not kind.__module__.startswith("torch."):  # libraries hang methods of their own on every nn.Module
+            yield from ((name, value) for name, value in vars(kind).items() if inspect.isfunction(value))
+    own = {name: value for name, value in vars(vae).items() if callable(value) and name != CALL_SLOT}
+    yield from ((name, value) for name, value in own.items() if not name.endswith("forward"))
+
+
+def _is_of_a_library(function: Any) -> bool:
+    written = inspect.unwrap(getattr(function, "__func__", function))
+    module = written.__module__ if inspect.isfunction(written) else type(function).__module__
+    return is_of_a_library(module) or module.startswith("huggingface_hub.")
+
+
 def _part_reason(decoder: TileDecoder, parts: list[Part]) -> str | None:
     if not parts:
         return "its decode does not call its decoder"
+    if not all(_goes_by_sample(call) for part in parts for call in part.calls):
+        return "its decoder is given a tensor that is not of as many samples as the latents"
     reasons = (decoder.tile_reason(*part.calls[0].args, **part.calls[0].kwargs) for part in parts)
     slot = slot_of(decoder)
     assert slot is not None
     return slot.asked(lambda: next(filter(None, reasons), None))
 
 
+def _goes_by_sample(call: Call) -> bool:
+    """Whether all its tensors are of as many samples, so that those of several calls may be one."""
+    tensors = (x for x in (*call.args, *call.kwargs.values()) if isinstance(x, Tensor))
+    return all(x.ndim and len(x) == len(call.sample) for x in tensors)
+
+
 def _kind(part: Part) -> Hashable:
     """What parts have in common that can be decoded together."""
     return tuple(
-        (len(call.args), *call.kwargs, *(_kind_of(x, call) for x in (*call.args, *call.kwargs.values())))
-        for call in part.calls
+        (len(call.args), *call.kwargs, *map(_kind_of, (*call.args, *call.kwargs.values()))) for call in part.calls
     )
 
 
-def _kind_of(x: Any, call: Call) -> Hashable:
+def _kind_of(x: Any) -> Hashable:
     if isinstance(x, Tensor):
-        by_sample = x.ndim and len(x) == len(call.sample)
-        return (*x.shape, x.dtype, x.device) if by_sample else id(x)
+        return *x.shape, x.dtype, x.device
     if isinstance(x, (Call, list)):  # a cache, of which each part has its own
         return type(x).__name__
     return x if isinstance(x, Hashable) else id(x)
@@ -171,7 +201,7 @@ def _merged(calls: tuple[Call, ...], sample: Tensor) -> Call:
     def merged(x: Any, others: list[Any]) -> Any:
         if x is first.sample:
             return sample
-        return torch.cat(others) if isinstance(x, Tensor) and x.ndim and len(x) == len(first.sample) else x
+        return torch.cat(others) if isinstance(x, Tensor) else x
 
     args = tuple(merged(x, [call.args[at] for call in calls]) for at, x in enumerate(first.args))
     kwargs = {name: merged(x, [call.kwargs[name] for call in calls]) for name, x in first.kwargs.items()}

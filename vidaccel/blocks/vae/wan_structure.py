@@ -376,8 +376,8 @@ def _downsample_reasons(resample: Any) -> Iterator[str | None]:
         return
     pad, conv = resample.resample
     yield plain_reason(pad, nn.ZeroPad2d)
-    if tuple(pad.padding) != (0, 1, 0, 1):
-        yield "it does not pad by a pixel at the right and below"
+    if tuple(pad.padding) != (0, 1, 0, 1) or pad.value != 0:
+        yield "it does not pad by a pixel of zeros at the right and below"
     yield _conv2d_reason(conv, 3, stride=2)
     if shortens(resample):
         yield conv_reason(resample.time_conv, 3, 1, stride=2)
