@@ -438,7 +438,8 @@ class Op:
         if self._default is not None:
             return self._default(*args)
         ways = self.implementations.items()
-        return next(name for name, way in ways if way.pays(*args) and self.unserved(*args, impl=name) is None)
+        serving = (name for name, way in ways if way.pays(*args) and self.unserved(*args, impl=name) is None)
+        return next(serving, REFERENCE)  # which has to run even where it is looser than what is allowed
 
     def _why_not_first(self, args: tuple[Any, ...], default: str) -> str:
         """Why the first implementation does not run, where that is worth telling: on a device that it is made for."""

@@ -420,6 +420,16 @@ def test_bit_exact_leaves_the_rest_alone(pipe: StableVideoDiffusionPipeline) -> 
     }
 
 
+def test_a_second_patch_may_allow_more(pipe: StableVideoDiffusionPipeline) -> None:
+    before = clip(pipe)
+    patch_pipeline(pipe, allow="bit-exact")
+    with patch_pipeline(pipe) as report:
+        assert np.allclose(clip(pipe), before, atol=1e-3)
+        assert not report.fallbacks
+        assert {site.fidelity for site in report.sites if site.implementations} == {"bit-exact", "math-exact"}
+    assert np.array_equal(clip(pipe), before)
+
+
 @pytest.mark.parametrize(
     ("arguments", "variables", "message"),
     [

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from vidaccel.kernels.sampling import sampling
-from vidaccel.kernels.settings import Fidelity, Settings, allowed, frozen
+from vidaccel.kernels.settings import FIDELITIES, Fidelity, Settings, allowed, frozen
 from vidaccel.parallel.asked import CALL_SLOT, Answer, HearsStandIns, stand_in_of
 from vidaccel.parallel.layout import layout
 from vidaccel.patching.cuda_graph import Graphs, Shared
@@ -72,6 +72,10 @@ class ModelCall(HearsStandIns):
             if self.parallel is None:
                 return run(*args, **kwargs)
             return self.parallel.call(run, model, args, kwargs, self._looked_at)
+
+    def allow_too(self, fidelity: Fidelity) -> None:
+        """Allow what is this loose: a model that is patched twice runs the sites of both patches."""
+        self._allow = max(self._allow, fidelity, key=FIDELITIES.index)
 
     def asked(self, question: Callable[[], Answer]) -> Answer:
         model: Any = self._model()
@@ -132,7 +136,10 @@ def wrap_call(model: nn.Module, allow: Fidelity) -> ModelCall | None:
     call = vars(model).get(CALL_SLOT)
     if call is None:
         call = vars(model)[CALL_SLOT] = ModelCall(model, allow)
-    return call if isinstance(call, ModelCall) else None
+    if not isinstance(call, ModelCall):
+        return None
+    call.allow_too(allow)
+    return call
 
 
 class DecodeCall:
