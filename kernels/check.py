@@ -37,7 +37,6 @@ __all__ = [
     "Part",
     "Problem",
     "Verdicts",
-    "as_rows",
     "cuts",
     "disagreement",
     "distance",
@@ -167,20 +166,35 @@ def piece_of(index: tuple[slice, ...], outputs: tuple[Tensor, ...]) -> tuple[Ten
     return tuple(out[index] for out in outputs)
 
 
-def row_parts(x: Tensor) -> Iterator[tuple[Tensor, Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]]]:
-    """For an op that works row by row on ``x`` ``[..., C]``: some of its rows, and where they lie in the outputs."""
-    rows = as_rows(x)
-    for part in cuts(*rows.shape):
-        yield rows[part], functools.partial(_rows_of, part)
+def row_parts(
+    x: Tensor, elements: int | None = None, times: int = 1
+) -> Iterator[tuple[Tensor, Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]]]:
+    """For an op that works row by row on ``x`` ``[..., S, C]``: some of its rows, and where they lie in the outputs.
+
+    They are ``[frames, rows, C]``: each frame is to be right by its own scale.
+
+    Args:
+        x: The rows.
+        elements: Numbers that are made of one. None: C.
+        times: As of :func:`cuts`.
+    """
+    x = _as_frames(x)
+    frames, rows, channels = x.shape
+    elements = channels if elements is None else elements
+    for some in cuts(frames, rows * elements, times):
+        for part in cuts(rows, (some.stop - some.start) * elements, times):
+            yield x[some, part], functools.partial(_rows_of, some, part)
 
 
-def _rows_of(part: slice, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(as_rows(out)[part] for out in outputs)
+def _rows_of(frames: slice, rows: slice, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(_as_frames(out)[frames, rows] for out in outputs)
 
 
-def as_rows(x: Tensor) -> Tensor:
-    """``x`` ``[..., C]`` as ``[R, C]``, also where one of them is 0."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+def _as_frames(x: Tensor) -> Tensor:
+    """``x`` ``[..., S, C]`` as ``[F, S, C]``, also where one of them is 0; fewer dimensions are one frame."""
+    if x.ndim < 3:
+        return x.reshape(1, *x.shape) if x.ndim == 2 else x.reshape(1, 1, -1)
+    return x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
 
 
 def heads_apart(heads: int, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -230,6 +244,7 @@ def disagreement(
     fidelity: str,
     sample: Iterable[Part] | None = None,
     verdicts: Verdicts | None = None,
+    given: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> Problem | None:
     """One line on why ``out`` is not what ``op`` means by ``args``, or None if it is.
 
@@ -241,12 +256,15 @@ def disagreement(
         sample: The parts that are looked at. None: all.
         verdicts: What is to be told of the first look, in place of waiting for it. None: this waits, and looks again at
             what needs that.
+        given: Copies of arguments that the op was given, and those: it is to leave them as they are.
     """
     outputs = _tuple(out)
     parts = list(sample or (op.parts(*args) if op.parts else [Part(args, _all)]))
     exact = fidelity == "bit-exact"
     with torch.no_grad():
-        suspects = torch.zeros(len(parts), dtype=torch.int32, device=outputs[0].device)
+        suspects = torch.zeros(len(parts) + 1, dtype=torch.int32, device=outputs[0].device)
+        for copy, x in given:
+            suspects[-1] += _is_changed(copy, x)
         for at, part in enumerate(parts):
             mine, expected = part.of(outputs), _referred(op, part, part.args)
             if problem := _shapes_differ(mine, expected):
@@ -260,7 +278,10 @@ def disagreement(
         if verdicts is not None:
             verdicts.add(suspects)
             return None
-        doubtful = [part for part, frames in zip(parts, suspects.tolist(), strict=True) if frames]  # waits for the GPU
+        *frames_of_parts, changed = suspects.tolist()  # waits for the GPU
+        if changed:
+            return Problem("changes its arguments")
+        doubtful = [part for part, frames in zip(parts, frames_of_parts, strict=True) if frames]
         if doubtful and exact:
             return Problem("differs from the reference in some bits, and is declared bit-exact")
         if doubtful and sample is None and not _for_float64.get():
@@ -319,6 +340,12 @@ def _shapes_differ(mine: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> Pr
 
 def _describe(x: Tensor) -> str:
     return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+
+
+def _is_changed(copy: Tensor, x: Tensor) -> Tensor:
+    """Whether a copy of ``x`` holds other bits by now, a bool on the device."""
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return (copy.view(bits) != x.view(bits)).any()
 
 
 def _bits_differ(x: Tensor, y: Tensor) -> Tensor:

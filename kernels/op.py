@@ -61,6 +61,7 @@ logger = logging.getLogger(__name__)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 REFERENCE = "torch"  # the name of the implementation that is the reference itself
 SMALL_INPUT = 2.0**-10  # the root mean square of a probe: its square is near the epsilons of norms
+MOST_COPIED = 2**29  # bytes of a checked call's arguments, so that a check takes little memory beside the call
 MOST_PLANS = 4096  # that an op keeps: more than the shapes of several models
 WHOLE_CHECKS = 2  # of calls that are alike, before samples are enough
 # Fixed when Triton is imported, and not a thing that Dynamo can trace.
@@ -453,13 +454,15 @@ class Op:
         assert self._key is not None
         return self._key(*args)
 
-    def _run(self, plan: _Plan, args: tuple[Any, ...], signature: Signature | None, copied: bool = False) -> Outputs:
+    def _run(
+        self, plan: _Plan, args: tuple[Any, ...], signature: Signature | None, given: tuple[Any, ...] | None = None
+    ) -> Outputs:
         """The outputs; where the implementation raises and nobody has asked for it by name, the reference's.
 
-        ``copied``: what it may overwrite is a copy, and the arguments stay as they are.
+        ``given``: what it gets in place of the arguments, which stay as they are.
         """
         try:
-            return plan.run(*(self._with_copy(args) if copied else args))
+            return plan.run(*(args if given is None else given))
         except Exception as error:
             if signature is None or _stops(plan, error):
                 raise
@@ -477,11 +480,12 @@ class Op:
             return out
         problem = ""
         checked = listener.checks and plan.name != REFERENCE
-        out = self._run(plan, args, signature, copied=checked)
+        given = self._with_copies(args) if checked else args
+        out = self._run(plan, args, signature, given)
         if signature is not None:  # what ran may have failed, and be another one from now on
             plan = self._failed.get(signature, plan)
         if checked and plan.name != REFERENCE:
-            problem = self._problem(plan, args, out, signature, listener.verdicts) or ""
+            problem = self._problem(plan, args, out, signature, listener.verdicts, given) or ""
             if problem:
                 out = self.reference(*args)
             elif listener.probes and signature is not None and not torch.is_grad_enabled():
@@ -489,10 +493,30 @@ class Op:
         listener.hear(Event(self.name, plan.name, plan.reason, self.costs(*args), problem))
         return out
 
+    def _overwritten(self, args: tuple[Any, ...]) -> int | None:
+        """Position of the argument whose memory the result may take."""
+        return self._overwrites(*args) if callable(self._overwrites) else self._overwrites
+
     def _with_copy(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The arguments such that the reference will find all of them as they are after the op has run."""
-        at = self._overwrites(*args) if callable(self._overwrites) else self._overwrites
+        at = self._overwritten(args)
         return args if at is None else (*args[:at], args[at].clone(), *args[at + 1 :])
+
+    def _with_copies(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The same if the op is at fault and writes to what it should only read, as far as copies take little memory.
+
+        Weights stay: what was made of one may be kept by the tensor that it is.
+        """
+        at = self._overwritten(args)
+        args = self._with_copy(args)
+        read = {
+            place: x
+            for place, x in enumerate(args)
+            if isinstance(x, Tensor) and not isinstance(x, torch.nn.Parameter) and place != at
+        }
+        if sum(x.nbytes for x in read.values()) > MOST_COPIED:
+            return args
+        return tuple(_copied(x) if place in read else x for place, x in enumerate(args))
 
     def _problem(
         self,
@@ -501,18 +525,27 @@ class Op:
         out: Outputs,
         signature: Signature | None,
         verdicts: Verdicts | None = None,
+        given: tuple[Any, ...] | None = None,
     ) -> Problem | None:
         alike = self.name, plan.name, signature
         times = 0 if signature is None else times_right(alike)
         sample = self._sample(times, *args) if self._sample and times >= WHOLE_CHECKS else None
         try:
-            problem = disagreement(self, args, out, self.implementations[plan.name].fidelity, sample, verdicts)
+            fidelity = self.implementations[plan.name].fidelity
+            copies = [] if given is None else self._copies(given, args)
+            problem = disagreement(self, args, out, fidelity, sample, verdicts, copies)
         except torch.OutOfMemoryError:  # for the check alone: the call itself had what it needed
             logger.warning("%s: not checked against its reference: out of memory", self.name)
             return None
         if signature is not None:
             count_check(alike, not problem)
         return problem
+
+    def _copies(self, given: tuple[Any, ...], args: tuple[Any, ...]) -> list[tuple[Tensor, Tensor]]:
+        """Copies among what the op was given, and what they were made of; but for what it may overwrite."""
+        at = self._overwritten(args)
+        pairs = enumerate(zip(given, args, strict=True))
+        return [(copy, x) for place, (copy, x) in pairs if copy is not x and place != at]
 
     def _problem_when_small(self, args: tuple[Any, ...]) -> str:
         """The same of other numbers: so small that a wrong epsilon, or a bias, is no rounding beside them."""
@@ -523,7 +556,7 @@ class Op:
         args = self._small(SMALL_INPUT / size, *args)
         signature = _signature(args)
         plan = self._plans.get(signature) or self._settle(signature, args)
-        problem = self._problem(plan, args, self._run(plan, args, signature, copied=True), None)
+        problem = self._problem(plan, args, self._run(plan, args, signature, self._with_copy(args)), None)
         return Problem(f"{problem} when its input is small", problem.distance) if problem else ""
 
     def _traced(self, args: tuple[Any, ...], impl: str | None) -> Outputs:
@@ -573,6 +606,16 @@ def check_wishes(shortcuts: Sequence[str] = ()) -> None:
         if way not in ways:
             which = f"{op} has" if op else "there is"
             raise UsageError(f"VIDACCEL_IMPL: {which} no implementation {way!r}{nearest(way, ways)}")
+
+
+def _copied(x: Tensor) -> Tensor:
+    """``x`` in other memory of the same order; itself if it lies there with gaps, or some of it twice."""
+    expected = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride != expected:
+            return x
+        expected *= size
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
 
 def _stops(plan: _Plan, error: Exception) -> bool:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vidaccel.kernels.arguments import require_one_dtype
-from vidaccel.kernels.check import Part, cuts, lean
+from vidaccel.kernels.check import Part, cuts, lean, row_parts
 from vidaccel.kernels.ffn.geglu import GEGLU, geglu, geglu_ref
 from vidaccel.kernels.hopper import aligned, gluon_reason
 from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, tensors_reason
@@ -99,16 +99,18 @@ def _costs(x: Tensor, weight: Tensor, bias: Tensor) -> Costs:
 
 
 def _parts(x: Tensor, weight: Tensor, bias: Tensor) -> Iterator[Part]:
-    rows, in_features, dim = _sizes(x, weight)
-    x, pairs, biases = x.reshape(rows, in_features), weight.unflatten(0, (2, dim)), bias.unflatten(0, (2, dim))
+    _, in_features, dim = _sizes(x, weight)
+    pairs, biases = weight.unflatten(0, (2, dim)), bias.unflatten(0, (2, dim))
     for columns in cuts(dim, 2 * in_features):  # a view of the weight, where all of them are one part
         value_and_gate = pairs[:, columns].flatten(0, 1), biases[:, columns].flatten()
-        for some in cuts(rows, max(in_features, 2 * (columns.stop - columns.start)), lean(x)):
-            yield Part((x[some], *value_and_gate), functools.partial(_at, (rows, dim), (some, columns)))
+        for rows, of in row_parts(x, max(in_features, 2 * (columns.stop - columns.start)), lean(x)):
+            yield Part((rows, *value_and_gate), functools.partial(_columns_of, of, columns))
 
 
-def _at(shape: tuple[int, int], index: tuple[slice, slice], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(out.view(shape)[index] for out in outputs)
+def _columns_of(
+    of: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]], columns: slice, outputs: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return tuple(out[..., columns] for out in of(outputs))
 
 
 def _measures(x: Tensor, weight: Tensor, bias: Tensor) -> bool:

@@ -12,7 +12,6 @@ Fidelity: math-exact; eager rounds the sum before GELU, the epilogue does not.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vidaccel.kernels.arguments import require_one_dtype
-from vidaccel.kernels.check import Part, cuts
+from vidaccel.kernels.check import Part, row_parts
 from vidaccel.kernels.op import Costs, Implementation, Op, scaled
 
 __all__ = ["LINEAR_GELU", "linear_gelu", "linear_gelu_ref"]
@@ -60,13 +59,8 @@ def _costs(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> 
 
 
 def _parts(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Iterator[Part]:
-    rows = x.reshape(-1, x.shape[-1])
-    for part in cuts(len(rows), max(weight.shape)):
-        yield Part((rows[part], weight, bias, approximate), functools.partial(_rows_of, part))
-
-
-def _rows_of(part: slice, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(out.flatten(0, -2)[part] for out in outputs)
+    for rows, of in row_parts(x, max(weight.shape)):
+        yield Part((rows, weight, bias, approximate), of)
 
 
 def _validate(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> None:

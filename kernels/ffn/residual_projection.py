@@ -10,6 +10,7 @@ plus bias first. Fidelity: math-exact.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vidaccel.kernels.arguments import require_floats, require_one_dtype
-from vidaccel.kernels.check import Part, as_rows, row_parts
+from vidaccel.kernels.check import Part, row_parts
 from vidaccel.kernels.op import Costs, Implementation, Op, device_reason
 
 __all__ = ["RESIDUAL_PROJECTION", "residual_projection", "residual_projection_ref"]
@@ -29,8 +30,13 @@ def residual_projection_ref(x: Tensor, weight: Tensor, with_bias: Tensor) -> Ten
 
 
 def _addmm(x: Tensor, weight: Tensor, with_bias: Tensor) -> Tensor:
-    as_rows(with_bias).addmm_(as_rows(x), weight.t())
+    _rows(with_bias).addmm_(_rows(x), weight.t())
     return with_bias
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``x`` ``[..., C]`` as ``[R, C]``, also where one of them is 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _reason(x: Tensor, weight: Tensor, with_bias: Tensor) -> str | None:
@@ -51,11 +57,8 @@ def _costs(x: Tensor, weight: Tensor, with_bias: Tensor) -> Costs:
 
 
 def _parts(x: Tensor, weight: Tensor, with_bias: Tensor) -> Iterator[Part]:
-    addend = as_rows(with_bias)
-    start = 0
     for rows, of in row_parts(x):
-        yield Part((rows, weight, addend[start : start + len(rows)]), of)
-        start += len(rows)
+        yield Part((rows, weight, *of((with_bias,))), of)
 
 
 def _validate(x: Tensor, weight: Tensor, with_bias: Tensor) -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vidaccel.kernels import check
+from vidaccel.kernels.attention.qkv_projection import QKV_PROJECTION
 from vidaccel.kernels.attention.spatial_attention import SPATIAL_ATTENTION
 from vidaccel.kernels.attention.temporal_attention import TEMPORAL_ATTENTION
 from vidaccel.kernels.check import Verdicts, disagreement
@@ -19,7 +20,10 @@ from vidaccel.kernels.conv.pixel_conv import PIXEL_CONV
 from vidaccel.kernels.conv.temporal_conv import TEMPORAL_CONV
 from vidaccel.kernels.conv.upsample_conv import UPSAMPLE_CONV
 from vidaccel.kernels.ffn.geglu import GEGLU
+from vidaccel.kernels.ffn.linear_geglu import LINEAR_GEGLU
 from vidaccel.kernels.ffn.linear_gelu import LINEAR_GELU
+from vidaccel.kernels.ffn.residual_projection import RESIDUAL_PROJECTION
+from vidaccel.kernels.ffn.swiglu import SWIGLU
 from vidaccel.kernels.norm.group_norm_silu import GROUP_NORM_SILU
 from vidaccel.kernels.op import Implementation, Op, listening
 
@@ -189,6 +193,33 @@ def test_each_head_of_each_sample_is_right_by_its_own_scale(op: Op, dtype: torch
         wrong = right.clone()
         wrong[2, :, 16 * head : 16 * (head + 1)] *= 1.05
         assert "is off by" in str(disagreement(op, args, wrong, "math-exact")), head
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", [GEGLU, SWIGLU, LINEAR_GEGLU, LINEAR_GELU, QKV_PROJECTION, RESIDUAL_PROJECTION])
+@pytest.mark.parametrize("last", [1.0, 1e-2])
+def test_each_frame_of_rows_is_right_by_its_own_scale(last: float, op: Op, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    scales = torch.ones(FRAMES, 1, 1)
+    scales[-1] = last
+    x, weight = scales * draw(FRAMES, 100, CHANNELS), draw(2 * CHANNELS, CHANNELS) / 8
+    others: dict[Op, tuple[Any, ...]] = {
+        LINEAR_GEGLU: (weight, torch.zeros(2 * CHANNELS)),
+        LINEAR_GELU: (weight, None, "tanh"),
+        QKV_PROJECTION: (weight[:CHANNELS], weight[CHANNELS:], weight[:CHANNELS]),
+        RESIDUAL_PROJECTION: (weight[:CHANNELS], scales * draw(FRAMES, 100, CHANNELS)),
+    }
+    args = tuple(t.to(dtype) if isinstance(t, Tensor) else t for t in (x, *others.get(op, ())))
+    out = op.reference(*args)
+    right = [out] if isinstance(out, Tensor) else list(out)
+    assert disagreement(op, args, out, "math-exact") is None
+    wrong = [*right[:-1], right[-1].clone()]
+    wrong[-1][-1] *= 1.02
+    assert disagreement(op, args, tuple(wrong), "math-exact")
 
 
 def test_another_shape_is_told_in_one_line() -> None:

@@ -56,6 +56,23 @@ def test_a_fault_fails_the_site_and_the_call_is_right(block: GEGLU, monkeypatch:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("when", ["before", "behind"])
+def test_an_op_that_writes_to_its_input_fails_and_the_call_is_right(
+    when: str, block: GEGLU, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(x: Tensor) -> Tensor:
+        out = geglu_file.geglu_ref(x.mul_(1.3) if when == "before" else x)
+        x.mul_(1.3)
+        return out
+
+    plant(monkeypatch, run)
+    expected = block(rows())
+    with fused(block, FusedGEGLU, OPS) as sites:
+        assert torch.equal(block(rows()), expected)
+        assert sites["geglu"].state == "failed" and "changes its arguments" in sites["geglu"].reason
+
+
+@torch.no_grad()
 def test_a_fault_that_comes_and_goes_fails_the_block(block: GEGLU, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of a kernel with a race: the second run, in which each op waits for its verdict, finds nothing."""
     calls = []
