@@ -37,6 +37,7 @@ import triton
 import triton.language as tl
 from triton.runtime import JITFunction
 
+from vidaccel.config import count_of
 from vidaccel.kernels.compile_cache import ensure_writable
 
 __all__ = [
@@ -238,7 +239,7 @@ def available_cpus() -> int:
     with suppress(OSError, ValueError):  # no such file, or no quota ("max")
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cpus = min(cpus, int(quota) // int(period))
-    return cpus // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    return cpus // count_of("LOCAL_WORLD_SIZE")
 
 
 def _may_start() -> bool:

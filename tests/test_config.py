@@ -8,6 +8,7 @@ from vidaccel.config import (
     adopt,
     cache_directory,
     check_environment,
+    count_of,
     preferred_implementation,
     self_check_enabled,
     tuning_enabled,
@@ -124,3 +125,13 @@ def test_a_wrong_wish_names_the_nearest(wishes: str, message: str, monkeypatch: 
     with pytest.raises(UsageError) as error:
         check_wishes(["a_shortcut", "a_shortcut"])  # one for each site
     assert message in str(error.value) and str(error.value).count("a_shortcut") <= 1
+
+
+def test_a_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert count_of("WORLD_SIZE") == 3
+    monkeypatch.setenv("WORLD_SIZE", "abc")
+    with pytest.raises(UsageError, match="WORLD_SIZE='abc' is no whole number"):
+        count_of("WORLD_SIZE")
+    monkeypatch.delenv("WORLD_SIZE")
+    assert count_of("WORLD_SIZE") == 1

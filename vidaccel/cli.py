@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from vidaccel import __version__
-from vidaccel.errors import OutputError, UsageError, error_line
+from vidaccel.errors import OutputError, UsageError, error_line, shortened
 
 __all__ = ["main"]
 
@@ -25,6 +25,7 @@ COMMANDS = {
     "bench": ("vidaccel.commands.bench", "measure speed and memory against eager and torch.compile"),
     "env": ("vidaccel.commands.env", "print devices and versions, for bug reports and records"),
 }
+_BAD_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EPIPE)
 FIRST_SPEAKS_SECONDS = 3.0  # torchrun looks at its processes ten times a second
 INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended
@@ -56,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("vidaccel: interrupted", file=sys.stderr)
         return INTERRUPTED
     except OSError as error:
+        if error.errno in _BAD_NAME and error.filename is not None:
+            print(error_line(UsageError(f"{shortened(error.filename)}: {error.strerror}")), file=sys.stderr)
+            return UsageError.exit_code
         if error.errno not in _NO_ROOM:
             raise
         _give_up_output()

@@ -1,4 +1,4 @@
-"""Every ``VIDACCEL_*`` environment variable, read here and nowhere else (listed in the README).
+"""Every ``VIDACCEL_*`` environment variable, read here and nowhere else (listed in the README), and torchrun's counts.
 
 A leaf: it imports nothing of the project but its errors, so every floor may import it.
 """
@@ -14,6 +14,7 @@ __all__ = [
     "adopt",
     "cache_directory",
     "check_environment",
+    "count_of",
     "entries",
     "preferred_implementation",
     "preferred_implementations",
@@ -60,6 +61,18 @@ def cache_directory() -> str:
 def tuning_enabled() -> bool:
     """``VIDACCEL_TUNE=0``: run default implementations, measure nothing and read no earlier measurement."""
     return _switch("VIDACCEL_TUNE")
+
+
+def count_of(name: str) -> int:
+    """A number of processes that ``torchrun`` sets; 1 if it has not.
+
+    Raises:
+        UsageError: it is no whole number.
+    """
+    value = os.environ.get(name) or "1"
+    if not value.isdecimal():
+        raise UsageError(f"{name}={value!r} is no whole number")
+    return int(value)
 
 
 def variables() -> dict[str, str]:

@@ -52,7 +52,7 @@ def device_of(name: str | None) -> torch.device:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # not every device has numbers
     except (RuntimeError, AssertionError, ImportError) as error:
         raise UsageError(f"device {name!r} cannot be used here: {first_line(error)}") from error
     return device
@@ -122,8 +122,9 @@ def free_memory() -> None:
 
 
 def memory_ran_out(error: BaseException) -> bool:
-    """Whether memory of a GPU did, or of the host, for which PyTorch has no error of its own."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+    """Whether memory of a GPU did, or of the host, for which PyTorch has no error of its own; or none could do."""
+    known = "DefaultCPUAllocator", "Storage size calculation overflowed"
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in known)
 
 
 def free_host_bytes() -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["OutputError", "UsageError", "did_you_mean", "error_line", "first_line", "nearest"]
+__all__ = ["OutputError", "UsageError", "did_you_mean", "error_line", "first_line", "nearest", "shortened"]
 
 
 class UsageError(Exception):
@@ -26,6 +26,12 @@ class OutputError(UsageError):
 def error_line(error: UsageError) -> str:
     """The one line that a command says it in."""
     return f"vidaccel: error: {' '.join(str(error).split())}"
+
+
+def shortened(name: object, most: int = 80) -> str:
+    """A name for a message: the middle of a long one is left out."""
+    text = str(name)
+    return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 4 :]}"
 
 
 def first_line(error: BaseException) -> str:

@@ -382,6 +382,10 @@ BAD_INPUT = {
     "graph-on-cpu": (["--cuda-graph"], "--cuda-graph needs a GPU, and the device is cpu"),
     "graph-unpatched": (["--no-patch", "--cuda-graph"], "--no-patch leaves nothing to do"),
     "device": (["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
+    "numberless-device": (["--device", "meta"], "device 'meta' cannot be used here"),
+    "most-frames": (["--frames", "1000000000000000000"], "frames must be at most 1073741824, got"),
+    "most-height": (["--height", "8000000000"], "height must be at most 65536, got"),
+    "long-model": (["--model", "x" * 300], "File name too long"),
     "unknown-device": (["--device", "abacus"], "device 'abacus' cannot be used here"),
     "unknown-option": (["--framez", "3"], "unrecognized arguments: --framez"),
     "contradiction": (["--no-patch", "--compare"], "--no-patch leaves nothing to do"),
@@ -413,7 +417,7 @@ def test_bad_input_is_one_line_before_anything_is_loaded(
 def test_memory_that_runs_out_is_told_in_one_line(
     generate: Generate, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert generate("--no-patch", "--frames", 10**11, "--out", out / "clip.gif", "--quiet") == 2
+    assert generate("--no-patch", "--frames", 10**9, "--out", out / "clip.gif", "--quiet") == 2
     assert "out of memory on cpu: ask for fewer frames" in the_only_line(capsys)
     assert files_in(out) == []
 

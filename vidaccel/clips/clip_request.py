@@ -23,13 +23,19 @@ __all__ = [
 
 RANDOM_SEED = -1
 _LARGEST = 2**63 - 1  # seed that PyTorch takes
+MOST_FRAMES, MOST_PIXELS = 2**30, 2**16  # of a side: what a tensor's size can still be told by
 
 
 def _option(
-    kind: type, *pipeline_names: str, help: str, least: int | None = None, parse: Callable[[str], Any] | None = None
+    kind: type,
+    *pipeline_names: str,
+    help: str,
+    least: int | None = None,
+    most: int = _LARGEST,
+    parse: Callable[[str], Any] | None = None,
 ) -> Any:
-    metadata = {"kind": kind, "pipeline_names": pipeline_names, "help": help, "least": least, "parse": parse or kind}
-    return field(default=None, metadata=metadata)
+    metadata = {"kind": kind, "pipeline_names": pipeline_names, "help": help, "least": least, "most": most}
+    return field(default=None, metadata=metadata | {"parse": parse or kind})
 
 
 def parse_seed(text: str) -> int:
@@ -52,7 +58,7 @@ class ClipRequest:
         str, "image", help="image to start from; cut around its centre and resized to width x height"
     )
     prompt: str | None = _option(str, "prompt", help="text to start from")
-    frames: int | None = _option(int, "num_frames", "video_length", least=1, help="number of frames")
+    frames: int | None = _option(int, "num_frames", "video_length", least=1, most=MOST_FRAMES, help="number of frames")
     steps: int | None = _option(int, "num_inference_steps", least=1, help="number of denoising steps")
     seed: int | None = _option(
         int,
@@ -64,8 +70,10 @@ class ClipRequest:
     fps: float | None = _option(
         float, "fps", "target_fps", "frame_rate", least=1, help="frames per second, such as 8 or 23.976"
     )
-    height: int | None = _option(int, "height", least=1, help="pixels; a multiple of the VAE's factor")
-    width: int | None = _option(int, "width", least=1, help="pixels; a multiple of the VAE's factor")
+    height: int | None = _option(
+        int, "height", least=1, most=MOST_PIXELS, help="pixels; a multiple of the VAE's factor"
+    )
+    width: int | None = _option(int, "width", least=1, most=MOST_PIXELS, help="pixels; a multiple of the VAE's factor")
     guidance_scale: float | None = _option(
         float, "guidance_scale", "max_guidance_scale", help="classifier-free guidance; SVD's for the last frame"
     )
@@ -82,14 +90,14 @@ class ClipRequest:
         for option in fields(self):
             value = getattr(self, option.name)
             if value is not None:
-                _check(option.name, value, option.metadata["kind"], option.metadata["least"])
+                _check(option.name, value, *(option.metadata[limit] for limit in ("kind", "least", "most")))
 
     def filled_from(self, defaults: Mapping[str, Any]) -> ClipRequest:
         """The same request with ``defaults`` where it says None."""
         return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
 
-def _check(name: str, value: Any, kind: type, least: int | None) -> None:
+def _check(name: str, value: Any, kind: type, least: int | None, most: int) -> None:
     accepted: Any = (int, float) if kind is float else kind
     if not isinstance(value, accepted) or isinstance(value, bool):
         raise UsageError(f"{name} must be {_NAMES_OF_KINDS[kind]}, got {value!r}")
@@ -99,8 +107,8 @@ def _check(name: str, value: Any, kind: type, least: int | None) -> None:
         raise UsageError(f"{name} must be finite, got {value}")
     if least is not None and value < least:
         raise UsageError(f"{name} must be at least {least}, got {value}")
-    if abs(value) > _LARGEST:
-        raise UsageError(f"{name} must be at most {_LARGEST}, got {str(value)[:40]}")
+    if abs(value) > most:
+        raise UsageError(f"{name} must be at most {most}, got {str(value)[:40]}")
 
 
 _NAMES_OF_KINDS = {int: "a whole number", float: "a number", str: "text"}

@@ -9,14 +9,14 @@ import os
 import shutil
 import tempfile
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from vidaccel.clips.clip_request import RANDOM_SEED
 from vidaccel.clips.encoding import SUFFIXES, frames_in, unwritable_reason
-from vidaccel.errors import UsageError
+from vidaccel.errors import UsageError, shortened
 
 __all__ = [
     "Claims",
@@ -78,11 +78,16 @@ def _name_reason(out: Path, compare: bool) -> str | None:
         return "has a null byte in it"
     if out.name.lower() in SUFFIXES:
         return "has no name before its suffix"
-    there = next(folder for folder in out.absolute().parents if folder.is_dir())
-    most = os.pathconf(there, "PC_NAME_MAX")
-    longest = max(len(os.fsencode(_sibling(path, "part").name)) for path in _files_of(out, compare))
-    if 0 < most < longest:
-        return f"is too long a name: with what is written beside it, it takes {longest} bytes, and {most} are allowed"
+    return _length_reason(_files_of(out, compare))
+
+
+def _length_reason(paths: Iterable[Path]) -> str | None:
+    """Why names of ``paths``, which are written under others first, are too long, or None."""
+    longest = max(paths, key=lambda path: len(os.fsencode(path.name)))
+    there = next(folder for folder in longest.absolute().parents if folder.is_dir())
+    most, length = os.pathconf(there, "PC_NAME_MAX"), len(os.fsencode(_sibling(longest, "part").name))
+    if 0 < most < length:
+        return f"is too long a name: with what is written beside it, it takes {length} bytes, and {most} are allowed"
     return None
 
 
@@ -144,9 +149,14 @@ def check_record(path: Path) -> None:
     Raises:
         UsageError: nobody can write it.
     """
-    _make_writable(path.parent, levels=1)
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder")
+    try:
+        if path.name and (reason := _length_reason([path])):
+            raise UsageError(f"{shortened(path)} {reason}")
+        _make_writable(path.parent, levels=1)
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot write {shortened(path)}: {in_words(error)}") from error
 
 
 def _make_writable(folder: Path, levels: int | None = None) -> None:

@@ -21,12 +21,14 @@ def check_files(args: argparse.Namespace) -> None:
     Raises:
         UsageError: nobody can, or it would take the place of a clip that is compared, or of the other.
     """
-    files = [Path(name) for name in (args.json, args.html) if name not in (None, "-")]
+    files = [Path(name) for name in (None if args.json == "-" else args.json, args.html) if name is not None]
     clips = [clip.resolve() for clip in (vars(args).get("a"), vars(args).get("b")) if clip is not None]
     for path in files:
         check_record(path)
-        if path.exists() and any(clip in (path.resolve(), path.resolve().parent) for clip in clips):
-            raise UsageError(f"{path} is of a clip that is compared, and would be replaced")
+        if any(clip in (path.resolve(), path.resolve().parent) for clip in clips):
+            if path.exists():
+                raise UsageError(f"{path} is of a clip that is compared, and would be replaced")
+            raise UsageError(f"{path} would be taken for a frame of a clip that is compared")
     if len({path.resolve() for path in files}) < len(files):
         raise UsageError(f"{files[0]}: --json and --html need a file each")
 

@@ -6,12 +6,12 @@ Commands ask :func:`team`; in a process of its own there is nobody to ask, and i
 from __future__ import annotations
 
 import argparse
-import os
 from functools import cache
 from typing import Any, TypeVar
 
 import torch
 
+from vidaccel.config import count_of
 from vidaccel.environment import device_of
 from vidaccel.errors import UsageError
 from vidaccel.parallel.ranks import Agreement, join
@@ -51,7 +51,7 @@ class _Ranks(Team):
 @cache
 def team() -> Team:
     """All processes of ``torchrun``, joined now if they are not yet; else this process alone."""
-    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+    if count_of("WORLD_SIZE") < 2:
         return Team()
     device = device_of(None)
     if device.type == "cuda":
