@@ -36,7 +36,7 @@ from vidaccel.kernels.op import REFERENCE, Op, listening, ops
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 LAYOUTS = ("contiguous", "transposed", "sliced", "expanded", "shifted", "channels last")
-SMALL_PART = 64  # numbers: what else is cut only where an activation is large is cut then
+SMALL_PART = 256  # numbers: what else is cut only where an activation is large is cut then
 VALUES = ("normal", "off-centre", "huge", "tiny", "zeros", "constant", "one large")
 # Those that check their arguments themselves.
 PUBLIC: dict[str, Callable[..., Any]] = {
