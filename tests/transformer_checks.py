@@ -42,6 +42,7 @@ __all__ = [
     "halve",
     "telling_rows_apart",
     "tiny_transformer",
+    "turning_channels_apart",
 ]
 
 Call = Callable[[Any], Tensor]
@@ -217,6 +218,13 @@ def telling_rows_apart(way: Callable[[nn.Module], None], *names: str) -> Callabl
                 way(layer)
 
     return change
+
+
+def turning_channels_apart(model: Any) -> None:
+    """A change for :func:`check_changed`: both channels of a pair turn by angles of their own."""
+    model.rope.register_forward_hook(
+        lambda module, args, tables: tuple(table + torch.linspace(0, 0.5, table.shape[-1]) for table in tables)
+    )
 
 
 def halve(x: Tensor) -> None:

@@ -214,6 +214,17 @@ def test_a_changed_child_runs_as_it_is(when: str, change: Callable[[Any], None],
     check_changed_child(vae, draw(vae), change, when, reason)
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_lists_of_other_lengths_run_as_they_are(when: str) -> None:
+    """Mochi's blocks go by the shortest of theirs."""
+    vae = tiny_autoencoder_kl_mochi()
+
+    def change(vae: Any) -> None:
+        vae.decoder.block_out.resnets.append(copy.deepcopy(vae.decoder.block_out.resnets[0]))
+
+    check_changed_child(vae, draw(vae), change, when, "not as many resnets")
+
+
 def take_a_bias(vae: Any) -> None:
     vae.decoder.mid_block.attentions[0].to_out[0].bias = None
 

@@ -315,6 +315,11 @@ def pad_in_front(vae: AutoencoderKLWan) -> None:
     resample.resample[0].padding = (1, 0, 1, 0)
 
 
+def pad_with_ones(vae: AutoencoderKLWan) -> None:
+    resample = next(block for block in vae.encoder.down_blocks if hasattr(block, "resample"))
+    resample.resample[0].value = 1.0
+
+
 def train(vae: AutoencoderKLWan) -> None:
     vae.encoder.down_blocks[0].dropout.p = 0.5
     vae.train()
@@ -327,9 +332,10 @@ def train(vae: AutoencoderKLWan) -> None:
         (swap_a_child, "replaced by Lora"),
         (swap_a_downsampler, "replaced by Lora"),
         (pad_in_front, "does not pad"),
+        (pad_with_ones, "does not pad"),
         (train, "dropout is on"),
     ],
-    ids=["hook", "lora", "downsampler", "other-pad", "dropout"],
+    ids=["hook", "lora", "downsampler", "other-pad", "ones", "dropout"],
 )
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_changed_child_runs_as_it_is(

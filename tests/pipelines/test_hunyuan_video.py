@@ -33,7 +33,14 @@ from family_checks import check_clip, check_compiled, check_kernels
 from tiny_models import tiny_synthetic_pipeline
 from tiny_pipelines import FRAMEPACK, hunyuan_image_to_video
 from torch import Tensor, nn
-from transformer_checks import ORDERS, TELLING_ROWS_APART, check_changed, halve, telling_rows_apart
+from transformer_checks import (
+    ORDERS,
+    TELLING_ROWS_APART,
+    check_changed,
+    halve,
+    telling_rows_apart,
+    turning_channels_apart,
+)
 
 from vidaccel import patch_module, patch_pipeline
 from vidaccel.bench.synthetic import specification
@@ -436,12 +443,7 @@ def test_another_rotary_table_for_a_block(name: str, hook: Callable[..., Any]) -
 
 @pytest.mark.parametrize("name", ["1.5", "1.0"])
 def test_a_table_of_two_angles_for_a_pair_of_channels(name: str) -> None:
-    def change(model: Any) -> None:
-        model.rope.register_forward_hook(
-            lambda module, args, tables: tuple(table + torch.linspace(0, 0.5, table.shape[-1]) for table in tables)
-        )
-
-    check_changed(functools.partial(build, name), run, change, "patched first")
+    check_changed(functools.partial(build, name), run, turning_channels_apart, "patched first")
 
 
 @pytest.mark.parametrize("first", ORDERS)

@@ -41,7 +41,7 @@ from family_checks import check_clip, check_compiled, check_kernels
 from PIL import Image
 from tiny_models import tiny_synthetic_pipeline
 from torch import Tensor, nn
-from transformer_checks import TELLING_ROWS_APART, check_changed, halve, telling_rows_apart
+from transformer_checks import TELLING_ROWS_APART, check_changed, halve, telling_rows_apart, turning_channels_apart
 
 from vidaccel import patch_module, patch_pipeline
 from vidaccel.bench.synthetic import specification
@@ -616,12 +616,7 @@ def test_an_embedding_of_timesteps_that_tells_tokens_apart(name: str, way: Calla
 
 @pytest.mark.parametrize("name", ["ltx", "ltx2, interleaved"])
 def test_a_table_of_two_angles_for_a_pair_of_channels(name: str) -> None:
-    def change(model: Any) -> None:
-        model.rope.register_forward_hook(
-            lambda module, args, tables: tuple(table + torch.linspace(0, 0.5, table.shape[-1]) for table in tables)
-        )
-
-    check_changed(functools.partial(build, name), run, change, "patched first")
+    check_changed(functools.partial(build, name), run, turning_channels_apart, "patched first")
 
 
 @pytest.mark.parametrize("name", THREE)

@@ -55,7 +55,7 @@ class ModelCall(HearsStandIns):
         self._lock = threading.RLock()
         self._premises: Premises | None = None
         self._settings: Settings | None = None
-        self._memo = Memo(of_model=True)
+        self._memo = Memo()
         self._looked_at = False
         self.graphs: Graphs | None = None
         self.parallel: ParallelCall | None = None
@@ -92,10 +92,10 @@ class ModelCall(HearsStandIns):
             self._settle(model, settings)  # what failed on another rank has just been switched off here
         memo, graphs = self._memo, self.graphs
         if way := watched():
-            memo, graphs = Memo(of_model=True), None
-            memo.way, memo.hooked = way, self._memo.hooked
+            memo, graphs = Memo(), None
+            memo.way, memo.hooked, memo.of_model = way, self._memo.hooked, self._memo.of_model
         elif have_no_numbers(args, kwargs):
-            memo = Memo(of_model=True)
+            memo = Memo()
             memo.way = numberless_way
         try:
             if memo.way is not numberless_way:  # they look at what is in the tensors
@@ -128,6 +128,7 @@ class ModelCall(HearsStandIns):
         self._memo.clear()
         self._premises, self._settings = Premises(model), settings
         self._memo.hooked = rows_are_seen(*list(model.modules())[1:])
+        self._memo.of_model = not rows_are_seen(model)
         self._looked_at = is_looked_at(model)
 
 

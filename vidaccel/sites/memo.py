@@ -57,14 +57,14 @@ class Memo(dict[Hashable, Any]):
         flops: Of those ops of this call whose events were heard, as all are where its blocks meet such a call first.
         ops: How many those are.
         postpone: What each check of this call was counted by; called, it makes that check due again.
-        of_model: Whether a whole model's call is under way, not that of a block by itself.
+        of_model: Whether it is the library's code of a whole model that calls the blocks, and nobody else's.
         hooked: Whether somebody's code in a layer of the model may look at what nobody else needs (padding).
         way: What runs each call of a block under this call, for those who compare the two ways. None: as planned.
     """
 
-    def __init__(self, of_model: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.of_model = of_model
+        self.of_model = False
         self.text: Any = None
         self.of_call: dict[Hashable, Any] = {}
         self.flops = self.ops = 0
