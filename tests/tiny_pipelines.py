@@ -18,6 +18,7 @@ from diffusers import (
     AutoencoderKLHunyuanVideo,
     AutoencoderKLMagvit,
     ChronoEditPipeline,
+    ClassifierFreeGuidance,
     DDIMScheduler,
     EasyAnimatePipeline,
     EulerAncestralDiscreteScheduler,
@@ -30,6 +31,7 @@ from diffusers import (
     HunyuanVideoTransformer3DModel,
     Kandinsky5T2VPipeline,
     LattePipeline,
+    MotifVideoPipeline,
     SanaVideoPipeline,
     SkyReelsV2Pipeline,
 )
@@ -50,6 +52,7 @@ __all__ = [
     "HELIOS",
     "KANDINSKY",
     "LATTE",
+    "MOTIF",
     "SANA_VIDEO",
     "SKYREELS",
     "Guardrail",
@@ -66,6 +69,7 @@ __all__ = [
     "hunyuan_image_to_video",
     "kandinsky",
     "latte",
+    "motif_video",
     "sana_video",
     "skyreels",
     "wide_vae_of_wan",
@@ -101,6 +105,10 @@ LATTE = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "i
          "cross_attention_dim": 24, "attention_bias": True, "sample_size": 8, "patch_size": 2, "caption_channels": 12,
          "activation_fn": "gelu-approximate", "num_embeds_ada_norm": 10, "norm_type": "ada_norm_single",
          "norm_elementwise_affine": False, "norm_eps": 1e-6, "video_length": 3}  # fmt: skip
+# two blocks of two streams, one of one, and one of one that decodes
+MOTIF = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "num_single_layers": 2,
+         "num_decoder_layers": 1, "text_embed_dim": 12, "image_embed_dim": 8, "rope_axes_dim": (4, 6, 6),
+         "enable_text_cross_attention_dual": True, "enable_text_cross_attention_single": True}  # fmt: skip
 SANA_VIDEO = {"num_attention_heads": 2, "attention_head_dim": 12, "num_cross_attention_heads": 2, "num_layers": 2,
               "cross_attention_head_dim": 12, "cross_attention_dim": 24, "caption_channels": 12, "in_channels": 16,
               "out_channels": 16, "attention_bias": True, "sample_size": 4, "rope_max_seq_len": 32}  # fmt: skip
@@ -259,6 +267,31 @@ def latte() -> Made:
     texts = {name: torch.randn(1, 5, 12) for name in ("prompt_embeds", "negative_prompt_embeds")}
     call = {"height": 16, "width": 16, "video_length": 3, "num_inference_steps": 2, "negative_prompt": None}
     return _quiet(pipe), call | texts
+
+
+class _SeesImages(SiglipVisionModel):
+    """Stands for the text encoder, whose part for images an image-to-video pipeline takes."""
+
+    @property
+    def vision_tower(self) -> SiglipVisionModel:
+        return self
+
+
+def motif_video(pipeline_class: type[Any] = MotifVideoPipeline) -> Made:
+    torch.manual_seed(0)
+    vision = SiglipVisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+                                image_size=28, patch_size=14)  # fmt: skip
+    pipe = pipeline_class(
+        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        wide_vae_of_wan(),
+        _SeesImages(vision).eval(),
+        None,
+        tiny_transformer("MotifVideoTransformer3DModel", MOTIF),
+        ClassifierFreeGuidance(),
+        SiglipImageProcessor(size={"height": 28, "width": 28}),
+    )
+    call = {"prompt": None, "height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 2}
+    return _quiet(pipe), call | _texts((torch.arange(5) < 3)[None])
 
 
 def sana_video(pipeline_class: type[Any] = SanaVideoPipeline) -> Made:

@@ -74,6 +74,7 @@ FAMILIES: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
     "Helios": tiny_pipelines.helios,
     "Kandinsky 5": tiny_pipelines.kandinsky,
     "Latte": tiny_pipelines.latte,
+    "Motif-Video": tiny_pipelines.motif_video,
     "Sana-Video": tiny_pipelines.sana_video,
     "SkyReels-V2": tiny_pipelines.skyreels,
 }

@@ -442,9 +442,9 @@ def test_unknown_pipelines(
 def test_pipeline_without_an_adapter(
     tmp_path: Path, generate: Generate, out: Path, no_loading: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = index_only(tmp_path / "motif", "MotifVideoPipeline")
+    model = index_only(tmp_path / "sana", "SanaWMPipeline")
     assert generate("--model", model, "--out", out / "clip.mp4") == 2
-    assert "MotifVideoPipeline has no part that vidaccel can patch" in the_only_line(capsys)
+    assert "SanaWMPipeline has no part that vidaccel can patch" in the_only_line(capsys)
 
 
 def test_broken_weights(model: Path, tmp_path: Path, generate: Generate, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers import DDPMScheduler, MotifVideoPipeline, UNet2DModel
+from diffusers import DDPMScheduler, SanaWMPipeline, UNet2DModel
 from tiny_models import tiny_autoencoder_kl_wan, tiny_svd_pipeline
 from torch import nn
 
@@ -91,13 +91,13 @@ def test_a_pipeline_with_a_compiled_model_has_the_same_paths() -> None:
         assert [site.path for site in report.sites] == paths
 
 
-def motif_video(vae: Any = None) -> Any:
-    return MotifVideoPipeline(DDPMScheduler(), vae, None, None, None, None)
+def sana_wm() -> Any:
+    return SanaWMPipeline(None, None, None, None, DDPMScheduler())
 
 
 def test_other_pipelines_are_named_with_the_served_ones_and_the_nearest() -> None:
-    reason = reason_unserved(motif_video())
-    assert reason.startswith("MotifVideoPipeline has no part that vidaccel can patch (it has no model): its transf")
+    reason = reason_unserved(sana_wm())
+    assert reason.startswith("SanaWMPipeline has no part that vidaccel can patch (it has no model): its atten")
     assert "supported families" in reason and "stable_video_diffusion" in reason
     assert "; did you mean AnimateDiffPipeline" in unserved_pipeline("AnimateDifPipeline", ["UNet"])
 
@@ -121,11 +121,11 @@ def test_every_video_pipeline_is_served_or_explained() -> None:
 
 
 def test_a_denoiser_that_nobody_serves_is_in_the_report() -> None:
-    pipe = motif_video(tiny_autoencoder_kl_wan())
-    pipe.register_modules(transformer=nn.Linear(1, 1))
+    pipe = sana_wm()
+    pipe.register_modules(transformer=nn.Linear(1, 1), vae=tiny_autoencoder_kl_wan())
     with patch_pipeline(pipe) as report:
         (site,) = [site for site in report.sites if site.path == "transformer"]
-        assert site.state == "left alone" and site.reason == UNSERVED["MotifVideoPipeline"]
+        assert site.state == "left alone" and site.reason == UNSERVED["SanaWMPipeline"]
         assert any(site.path.startswith("vae.") and site.state == "active" for site in report.sites)
     with pytest.raises(UsageError, match="strict"):
         patch_pipeline(pipe, strict=True)

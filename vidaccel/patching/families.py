@@ -135,6 +135,9 @@ _FAMILIES = {
         ),
     ),
     "mochi": _Family(models=("AutoencoderKLMochi", "MochiTransformer3DModel"), pipelines=("MochiPipeline",)),
+    "motif_video": _Family(
+        models=("MotifVideoTransformer3DModel",), pipelines=("MotifVideoImage2VideoPipeline", "MotifVideoPipeline")
+    ),
     "sana_video": _Family(
         models=("SanaVideoTransformer3DModel",), pipelines=("SanaImageToVideoPipeline", "SanaVideoPipeline")
     ),
@@ -177,8 +180,6 @@ UNSERVED = {
     "LTX2LatentUpsamplePipeline": _NO_DENOISER,
     "LTX2VideoDiffusionDecodePipeline": _NO_DENOISER,
     "LTXLatentUpsamplePipeline": _NO_DENOISER,
-    "MotifVideoImage2VideoPipeline": _NO_BLOCKS,
-    "MotifVideoPipeline": _NO_BLOCKS,
     "SanaWMPipeline": "its attention is linear, of which there is no kernel yet",
     "TextToVideoZeroPipeline": "it runs an image UNet with a processor of its own",
     "TextToVideoZeroSDXLPipeline": "it runs an image UNet with a processor of its own",

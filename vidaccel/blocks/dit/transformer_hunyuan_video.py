@@ -46,12 +46,19 @@ from vidaccel.sites.plain import plain_reason, readable_reason
 from vidaccel.sites.site import Fidelity
 
 __all__ = [
+    "ONE_STREAM_OPS",
     "TWO_STREAM_OPS",
     "FusedHunyuanVideoSingleTransformerBlock",
     "FusedHunyuanVideoTokenReplaceSingleTransformerBlock",
     "FusedHunyuanVideoTokenReplaceTransformerBlock",
     "FusedHunyuanVideoTransformerBlock",
+    "HunyuanBlock",
+    "OneStreamBlock",
+    "Rotary",
     "TwoStreamBlock",
+    "normed_heads",
+    "rope_of",
+    "turned_rows",
 ]
 
 TWO_STREAM_OPS: dict[str, Fidelity] = {
@@ -70,7 +77,9 @@ Modulation = tuple[tuple[Tensor, ...], Tensor | None]  # [B, R, C] each, and the
 class HunyuanBlock(GatedResidualBlock):
     """What blocks of two streams and of one do alike: video ``[B, S, C]``, text ``[B, T, C]``, the video first."""
 
+    attention: ClassVar[type[nn.Module]] = Attention
     attention_processor: ClassVar[type] = HunyuanVideoAttnProcessor2_0
+    head_norms: ClassVar[type[nn.Module]] = RMSNorm
     adaptive_norms: ClassVar[dict[str, type[nn.Module]]]
     norms: ClassVar[tuple[str, ...]] = ()
 
@@ -142,13 +151,12 @@ class HunyuanBlock(GatedResidualBlock):
         return (x, text, temb, self.mask_of_ones(text), *others), kwargs
 
     def corner(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        (x, text, temb, _, freqs_cis, *token_replace), kwargs = self.comparable(args, kwargs)
+        (x, text, temb, _, freqs_cis, *others), kwargs = self.comparable(args, kwargs)
         if x.numel() > MOST_WHOLE:
             x, text = x[:, :CORNER_ROWS], text[:, :CORNER_ROWS]
             freqs_cis = None if freqs_cis is None else tuple(table[:CORNER_ROWS] for table in freqs_cis)
-            if token_replace:
-                token_replace[1] = min(token_replace[1], CORNER_ROWS // 2)
-        return (x, text, temb, self.mask_of_ones(text), freqs_cis, *token_replace), kwargs
+            others = [min(other, CORNER_ROWS // 2) if isinstance(other, int) else other for other in others]
+        return (x, text, temb, self.mask_of_ones(text), freqs_cis, *others), kwargs
 
     def without_padding(self, x: Tensor, text: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The text to work on, and the mask that attention needs then."""
@@ -163,9 +171,9 @@ class HunyuanBlock(GatedResidualBlock):
 
     def foreign_reason(self) -> str | None:
         """Why attention has to be called, or None."""
-        return attention_reason(self.attn, Attention, self.attention_processor)
+        return attention_reason(self.attn, self.attention, self.attention_processor)
 
-    def modulation(self, norm: Any, x: Tensor, temb: Tensor, *token_replace: Any) -> Modulation:
+    def modulation(self, norm: Any, x: Tensor, temb: Tensor, *others: Any) -> Modulation:
         """What an AdaLayerNormZero makes of the timestep for the tokens of ``x``: shift, scale, gate, and so on."""
         return norm.linear(norm.silu(temb))[:, None].split(x.shape[2], dim=2), None
 
@@ -176,17 +184,20 @@ class HunyuanBlock(GatedResidualBlock):
         if freqs_cis is None or any(table.dtype != torch.float32 for table in freqs_cis):
             return "its rotary table is not float32"
         for norm in norms:
-            if reason := parameters_reason(norm, RMSNorm, x.device):
+            if reason := parameters_reason(norm, self.head_norms, x.device):
                 return reason
-            if norm.weight is None or norm.weight.dtype != x.dtype or norm.bias is not None:
+            if norm.weight is None or norm.weight.dtype != x.dtype or getattr(norm, "bias", None) is not None:
                 return "a norm of queries or keys has a bias, no weight, or one of another dtype"
         if len({norm.eps for norm in norms}) > 1:
             return "its norms differ in eps"
         return alike_reason(*freqs_cis)
 
-    def head_norm(self) -> HeadNorm:
-        attn = self.attn
-        return HeadNorm("rms_head", attn.norm_q.eps, attn.norm_q.weight, attn.norm_k.weight, rounding="each")
+    def head_norm(self, norm_q: Any, norm_k: Any) -> HeadNorm:
+        return HeadNorm("rms_head", norm_q.eps, norm_q.weight, norm_k.weight, rounding="each")
+
+    def beside_attention(self, attended: Tensor, text: Tensor, mask: Tensor | None, *others: Any) -> Tensor | None:
+        """What is added to what the tokens of the video ``attended``; ``text`` as it went into attention."""
+        return None
 
     def attend(self, qkv: Sequence[Tensor], tokens: int, mask: Tensor | None) -> Tensor:
         """Of queries, keys and values ``[B, S + T, H*D]``, of which the first ``tokens`` are those of the video."""
@@ -204,7 +215,7 @@ def own_tables(freqs_cis: Rotary | None) -> Rotary | None:
     return cos, sin
 
 
-def _rope(freqs_cis: Rotary, still: int = 0) -> Rope:
+def rope_of(freqs_cis: Rotary, still: int = 0) -> Rope:
     """The rotary embedding of the video's tokens, and of as many more that do not turn."""
     cos, sin = half_tables(freqs_cis)
     if still:  # an angle of zero: x * 1 - y * 0 has the bits of x
@@ -213,13 +224,13 @@ def _rope(freqs_cis: Rotary, still: int = 0) -> Rope:
     return Rope("pairs", cos[None, :, None], sin[None, :, None])
 
 
-def _normed(norm: Any, x: Tensor, num_heads: int) -> Tensor:
+def normed_heads(norm: Any, x: Tensor, num_heads: int) -> Tensor:
     """``[B, S, H*D]`` as ``[B, S, H, D]``, normed by a module if there is one."""
     heads = x.unflatten(2, (num_heads, -1))
     return heads if norm is None else norm(heads)
 
 
-def _turned(x: Tensor, freqs_cis: Rotary | None, tokens: int) -> Tensor:
+def turned_rows(x: Tensor, freqs_cis: Rotary | None, tokens: int) -> Tensor:
     """``[B, S + T, H, D]``, of which the first ``tokens`` turn, as rows."""
     if freqs_cis is None:
         return x.flatten(2)
@@ -259,26 +270,32 @@ class TwoStreamBlock(HunyuanBlock):
         temb: Tensor,
         attention_mask: Tensor | None,
         freqs_cis: Rotary | None,
-        *token_replace: Any,
+        *others: Any,
     ) -> tuple[Tensor, Tensor]:
         x = hidden_states
         text, mask = self.without_padding(x, encoder_hidden_states, attention_mask)
-        of_video = self.modulation(self.norm1, x, temb, *token_replace)
+        of_video = self.modulation(self.norm1, x, temb, *others)
         of_text = HunyuanBlock.modulation(self, self.norm1_context, text, temb)
         normed = self._into_attention(self.norm1, x, of_video)
         text_normed = self._into_attention(self.norm1_context, text, of_text)
         attended, text_attended = self._attention(normed, text_normed, mask, freqs_cis)
-        x = self._behind_attention(x, attended, of_video, self.norm2, self.ff)
-        text = self._behind_attention(text, text_attended, of_text, self.norm2_context, self.ff_context)
+        beside = self.beside_attention(attended, text_normed, mask, freqs_cis, *others)
+        x = self._behind_attention(x, attended, beside, of_video, self.norm2, self.ff)
+        text = self._behind_attention(text, text_attended, None, of_text, self.norm2_context, self.ff_context)
         return x, padded(text, encoder_hidden_states.shape[1])
 
     def _into_attention(self, norm: Any, x: Tensor, modulation: Modulation) -> Tensor:
         (shift, scale, *_), rows = modulation
         return self.modulate(norm.norm, x, scale, shift, rows)
 
-    def _behind_attention(self, x: Tensor, attended: Tensor, modulation: Modulation, norm: Any, ff: Any) -> Tensor:
+    def _behind_attention(
+        self, x: Tensor, attended: Tensor, beside: Tensor | None, modulation: Modulation, norm: Any, ff: Any
+    ) -> Tensor:
         (_, _, gate, shift, scale, ff_gate), rows = modulation
-        x, normed = self.add_norm(x, attended, gate, norm, scale, shift, rows)
+        if beside is None:
+            x, normed = self.add_norm(x, attended, gate, norm, scale, shift, rows)
+        else:
+            x, normed = self.add_norm(self.add(x, attended, gate, rows), beside, None, norm, scale, shift, rows)
         return self.add(x, feed_forward(ff, normed, fused=self.runs("linear_gelu")), ff_gate, rows)
 
     def _attention(
@@ -303,10 +320,10 @@ class TwoStreamBlock(HunyuanBlock):
             note("qk_norm_rope", "torch", reason)
             return self._stock_joint((query, key, value), second, freqs_cis)
         assert freqs_cis is not None
-        norm = self.head_norm()
-        added = norm._replace(weight_q=attn.norm_added_q.weight, weight_k=attn.norm_added_k.weight)
+        norm = self.head_norm(attn.norm_q, attn.norm_k)
+        added = self.head_norm(attn.norm_added_q, attn.norm_added_k)
         return qk_norm_rope(
-            query, key, attn.heads, norm, _rope(freqs_cis), v=value, second=SecondStream(*second, added)
+            query, key, attn.heads, norm, rope_of(freqs_cis), v=value, second=SecondStream(*second, added)
         )  # fmt: skip
 
     def _stock_joint(
@@ -315,10 +332,10 @@ class TwoStreamBlock(HunyuanBlock):
         attn, tokens = self.attn, first[0].shape[1]
         norms = (attn.norm_q, attn.norm_added_q), (attn.norm_k, attn.norm_added_k), (None, None)
         query, key, value = (
-            torch.cat([_normed(norm, x, attn.heads), _normed(added, y, attn.heads)], dim=1)
+            torch.cat([normed_heads(norm, x, attn.heads), normed_heads(added, y, attn.heads)], dim=1)
             for (norm, added), x, y in zip(norms, first, second, strict=True)
         )
-        return [_turned(query, freqs_cis, tokens), _turned(key, freqs_cis, tokens), value.flatten(2)]
+        return [turned_rows(query, freqs_cis, tokens), turned_rows(key, freqs_cis, tokens), value.flatten(2)]
 
 
 class OneStreamBlock(HunyuanBlock):
@@ -338,14 +355,18 @@ class OneStreamBlock(HunyuanBlock):
         temb: Tensor,
         attention_mask: Tensor | None,
         freqs_cis: Rotary | None,
-        *token_replace: Any,
+        *others: Any,
     ) -> tuple[Tensor, Tensor]:
         tokens = hidden_states.shape[1]
         text, mask = self.without_padding(hidden_states, encoder_hidden_states, attention_mask)
         x = torch.cat([hidden_states, text], dim=1)
-        (shift, scale, gate), rows = self.modulation(self.norm, x, temb, *token_replace)
+        (shift, scale, gate), rows = self.modulation(self.norm, x, temb, *others)
         normed = self.modulate(self.norm.norm, x, scale, shift, rows)
         attended = self._attention(normed, tokens, mask, freqs_cis)
+        of_video = attended[:, :tokens]
+        beside = self.beside_attention(of_video, normed[:, tokens:], mask, freqs_cis, *others)
+        if beside is not None:
+            of_video += beside
         x = self.add(x, self._project(attended, self._feed_forward(normed)), gate, rows)
         return x[:, :tokens], padded(x[:, tokens:], encoder_hidden_states.shape[1])
 
@@ -367,10 +388,11 @@ class OneStreamBlock(HunyuanBlock):
         query, key, value = attn.to_q(x), attn.to_k(x), attn.to_v(x)
         if reason := self.rope_reason(x, freqs_cis, attn.norm_q, attn.norm_k):
             note("qk_norm_rope", "torch", reason)
-            query, key = _normed(attn.norm_q, query, attn.heads), _normed(attn.norm_k, key, attn.heads)
-            return _turned(query, freqs_cis, tokens), _turned(key, freqs_cis, tokens), value
+            query, key = normed_heads(attn.norm_q, query, attn.heads), normed_heads(attn.norm_k, key, attn.heads)
+            return turned_rows(query, freqs_cis, tokens), turned_rows(key, freqs_cis, tokens), value
         assert freqs_cis is not None
-        query, key = qk_norm_rope(query, key, attn.heads, self.head_norm(), _rope(freqs_cis, x.shape[1] - tokens))
+        norm, rope = self.head_norm(attn.norm_q, attn.norm_k), rope_of(freqs_cis, x.shape[1] - tokens)
+        query, key = qk_norm_rope(query, key, attn.heads, norm, rope)
         return query, key, value
 
     def _feed_forward(self, x: Tensor) -> Tensor:
