@@ -30,6 +30,7 @@ from diffusers import (
     HunyuanVideoFramepackTransformer3DModel,
     HunyuanVideoTransformer3DModel,
     Kandinsky5T2VPipeline,
+    Kandinsky6TI2VAPipeline,
     LattePipeline,
     MotifVideoPipeline,
     SanaVideoPipeline,
@@ -51,6 +52,7 @@ __all__ = [
     "FRAMEPACK",
     "HELIOS",
     "KANDINSKY",
+    "KANDINSKY_6",
     "LATTE",
     "MOTIF",
     "SANA_VIDEO",
@@ -68,6 +70,7 @@ __all__ = [
     "helios",
     "hunyuan_image_to_video",
     "kandinsky",
+    "kandinsky_6",
     "latte",
     "motif_video",
     "sana_video",
@@ -101,6 +104,12 @@ FRAMEPACK = {"kind": HunyuanVideoFramepackTransformer3DModel, "has_image_proj": 
 KANDINSKY = {"in_visual_dim": 4, "out_visual_dim": 4, "in_text_dim": 12, "in_text_dim2": 6, "time_dim": 8,
              "model_dim": 32, "ff_dim": 24, "num_text_blocks": 1, "num_visual_blocks": 2,
              "axes_dims": (4, 6, 6)}  # fmt: skip
+# as released: rotary tables between the streams, gates of the other one, each stream modulated by its own timestep
+KANDINSKY_6 = {"in_visual_dim": 4, "out_visual_dim": 4, "in_text_dim": 12, "in_text_dim2": 6, "time_dim": 8,
+               "model_dim": 32, "ff_dim": 24, "num_text_blocks": 1, "num_visual_blocks": 2, "axes_dims": (4, 6, 6),
+               "in_audio_dim": 3, "out_audio_dim": 3, "model_dim_a": 48, "time_dim_a": 8, "ff_dim_a": 24,
+               "axes_dims_a": (4, 6, 6), "ca_rope": True, "cross_gates": True, "fix_modulation": True,
+               "visual_token_type_num_embeddings": 2}  # fmt: skip
 LATTE = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "in_channels": 4, "out_channels": 8,
          "cross_attention_dim": 24, "attention_bias": True, "sample_size": 8, "patch_size": 2, "caption_channels": 12,
          "activation_fn": "gelu-approximate", "num_embeds_ada_norm": 10, "norm_type": "ada_norm_single",
@@ -256,6 +265,24 @@ def kandinsky(pipeline_class: type[Any] = Kandinsky5T2VPipeline) -> Made:
             f"{which}prompt_embeds_clip": torch.randn(1, 6).bfloat16(),
             f"{which}prompt_cu_seqlens": torch.tensor([0, 5]),
         }
+    return _quiet(pipe), call
+
+
+def kandinsky_6() -> Made:
+    """Without sound, for which the pipeline would need a decoder and a vocoder."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLHunyuanVideo(
+        block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4
+    )  # fmt: skip
+    pipe = Kandinsky6TI2VAPipeline(
+        tiny_transformer("Kandinsky6Transformer3DModel", KANDINSKY_6),
+        frozen(vae),
+        *[None] * 4,
+        FlowMatchEulerDiscreteScheduler(shift=5.0),
+    )
+    call = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 2, "sample_audio": False}
+    for which in ("", "negative_"):
+        call |= {f"{which}prompt_embeds": torch.randn(1, 5, 12), f"{which}pooled_prompt_embeds": torch.randn(1, 6)}
     return _quiet(pipe), call
 
 

@@ -73,6 +73,7 @@ FAMILIES: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
     "EasyAnimate": tiny_pipelines.easyanimate,
     "Helios": tiny_pipelines.helios,
     "Kandinsky 5": tiny_pipelines.kandinsky,
+    "Kandinsky 6": tiny_pipelines.kandinsky_6,
     "Latte": tiny_pipelines.latte,
     "Motif-Video": tiny_pipelines.motif_video,
     "Sana-Video": tiny_pipelines.sana_video,

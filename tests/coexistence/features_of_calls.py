@@ -28,6 +28,7 @@ __all__ = ["FEATURES"]
 HOOKED = (
     "a hook replaced the forward|has forward hooks|somebody hooked it|looks at the rows|goes on where stock has begun"
 )
+REPLACED = "was replaced by|which may look at the padding|which may tell rows apart"
 PROCESSOR = "its processor is a|a processor of its own|has a processor"
 
 
@@ -622,9 +623,9 @@ FEATURES = [
     Feature("a hook that changes the text", pre_hook,
             lambda subject: None if "encoder_hidden_states" in subject.call[1] else "its text comes by position",
             fallback=HOOKED, shows=True),
-    Feature("layers of another class", other_class, fallback="was replaced by", shows=True),
-    Feature("replaced layers", replaced_layers, fallback="was replaced by", shows=True),
-    Feature("a replaced block", replaced_block, fallback="its module is gone|was replaced by Halved", shows=True),
+    Feature("layers of another class", other_class, fallback=REPLACED, shows=True),
+    Feature("replaced layers", replaced_layers, fallback=REPLACED, shows=True),
+    Feature("a replaced block", replaced_block, fallback=f"its module is gone|{REPLACED}", shows=True),
     Feature("processors of the user's", users_processors, fallback=PROCESSOR, shows=True),
     Feature("AttnProcessor2_0 everywhere", stock_processors, takes_stock_processors, fallback=PROCESSOR),
     Feature("AttnProcessor everywhere", default_processors, takes_stock_processors, fallback=PROCESSOR),
@@ -643,7 +644,7 @@ FEATURES = [
             fallback="differ in batch size|spatial_attention: q must be"),
     Feature("two prompts", needs=has_a_prompt, run=two_prompts),
     Feature("an exception, then a clip", after_an_exception,
-            fallback="which may look at the padding|which may tell rows apart"),
+            fallback=REPLACED),
     Feature("a wrong call, then a clip", after_a_wrong_call),
     Feature("a second pipeline of the same parts", shared),
     Feature("threads", run=in_threads),

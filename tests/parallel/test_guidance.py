@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
+import tiny_pipelines
 import torch
 from ranks import Team
 from tiny_models import tiny_svd_unet, tiny_synthetic_pipeline
@@ -24,7 +25,7 @@ from vidaccel.patching.parallel import is_guided
 pytestmark = pytest.mark.slow
 
 BATCHED = ["svd", "animatediff", "i2vgen-xl", "modelscope", "cogvideox-5b", "ltx-video-2b", "mochi-1"]
-ONE_AFTER_THE_OTHER = ["wan2.1-t2v-1.3b", "hunyuanvideo1.5-480p"]
+ONE_AFTER_THE_OTHER = ["wan2.1-t2v-1.3b", "hunyuanvideo1.5-480p", "kandinsky_6", "motif_video"]
 STEPS = 3
 
 
@@ -53,8 +54,13 @@ def clip(pipe: Any, call: dict[str, Any]) -> np.ndarray[Any, Any]:
     return out.frames.float().numpy()
 
 
+def made(name: str) -> tiny_pipelines.Made:
+    make = getattr(tiny_pipelines, name, None)
+    return make() if make else tiny_synthetic_pipeline(name)
+
+
 def two_clips(name: str) -> dict[str, Any]:
-    pipe, call = tiny_synthetic_pipeline(name)
+    pipe, call = made(name)
     call |= {"num_inference_steps": STEPS}
     part = "unet" if hasattr(pipe, "unet") else "transformer"
     denoiser = getattr(pipe, part)
@@ -72,7 +78,7 @@ def two_clips(name: str) -> dict[str, Any]:
         "sum": float(found.sum()),
     }
     report.restore()
-    outcome["restored"] = bool((clip(pipe, call) == clip(tiny_synthetic_pipeline(name)[0], call)).all())
+    outcome["restored"] = bool((clip(pipe, call) == clip(made(name)[0], call)).all())
     return outcome
 
 

@@ -107,6 +107,20 @@ def test_padding_that_stays(valid: tuple[int, ...], reason: str, image: bool) ->
 
 
 @torch.no_grad()
+def test_one_mask_for_all_samples() -> None:
+    """What the pipeline gives for several videos of a prompt."""
+    block, tables = build().transformer_blocks[0], build().rope(torch.zeros(1, 33, 1, 4, 6))
+    mask = (torch.arange(6 + TEXT) < 9)[None, None, None]
+    arguments = torch.randn(2, 6, 32), torch.randn(2, TEXT, 32), torch.randn(2, 32), mask, tables
+    expected = block(*arguments)
+    model = build()
+    with patch_module(model) as report:
+        out = model.transformer_blocks[0](*arguments)
+    assert relative_error(out[0], expected[0]) <= 1e-5 and relative_error(out[1][:, :3], expected[1][:, :3]) <= 1e-5
+    assert fallback_reasons(report) == set()
+
+
+@torch.no_grad()
 def test_a_text_of_an_image_alone() -> None:
     model = build()
     block = model.transformer_blocks[0]

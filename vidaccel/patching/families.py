@@ -112,6 +112,7 @@ _FAMILIES = {
     "kandinsky5": _Family(
         models=("Kandinsky5Transformer3DModel",), pipelines=("Kandinsky5I2VPipeline", "Kandinsky5T2VPipeline")
     ),
+    "kandinsky6": _Family(models=("Kandinsky6Transformer3DModel",), pipelines=("Kandinsky6TI2VAPipeline",)),
     "latte": _Family(models=("LatteTransformer3DModel",), pipelines=("LattePipeline",)),
     "ltx": _Family(
         models=("AutoencoderKLLTXVideo", "LTXVideoTransformer3DModel"),
@@ -170,13 +171,11 @@ _FAMILIES = {
         ),
     ),
 }
-_NO_BLOCKS = "its transformer's blocks have no fused ones yet"
 _NO_DENOISER = "it runs no denoiser, only an upsampler or a decoder of latents, which has no fused blocks yet"
 # Every other pipeline of diffusers that makes a video, and why it has no adapter.
 UNSERVED = {
     "Cosmos3OmniPipeline": "its transformer is a language model with experts, another design than Cosmos 1 and 2",
-    "Kandinsky6SRPipeline": _NO_BLOCKS,
-    "Kandinsky6TI2VAPipeline": _NO_BLOCKS,
+    "Kandinsky6SRPipeline": "its attention is sparse, and works under torch.compile alone",
     "LTX2LatentUpsamplePipeline": _NO_DENOISER,
     "LTX2VideoDiffusionDecodePipeline": _NO_DENOISER,
     "LTXLatentUpsamplePipeline": _NO_DENOISER,

@@ -38,7 +38,7 @@ from vidaccel.blocks.dit.step_caches import known_to_step_caches
 from vidaccel.kernels.attention.qk_norm_rope import HeadNorm, Rope, SecondStream, qk_norm_rope
 from vidaccel.kernels.ffn.linear_gelu import linear_gelu
 from vidaccel.kernels.ffn.residual_projection import residual_projection
-from vidaccel.kernels.op import note
+from vidaccel.kernels.op import note, one_or
 from vidaccel.parallel.layout import all_tokens, own_tokens, tokens_before
 from vidaccel.sites.block import CORNER_ROWS, MOST_WHOLE, call_site, fuses
 from vidaccel.sites.memo import once_in_call
@@ -111,7 +111,9 @@ class HunyuanBlock(GatedResidualBlock):
     def mask_reason(self, x: Tensor, text: Tensor, mask: Tensor | None) -> str | None:
         """Why the mask of a call is none of keys, or None."""
         keys = all_tokens(x) + text.shape[1]
-        if mask is None or (mask.shape == (len(x), 1, 1, keys) and mask.dtype == torch.bool):
+        if mask is None:
+            return None
+        if mask.shape[1:] == (1, 1, keys) and one_or(len(x), len(mask)) and mask.dtype == torch.bool:
             return None
         return "its attention mask is not [B, 1, 1, S + T] of booleans"
 

@@ -33,6 +33,8 @@ __all__ = [
     "KANDINSKY_OPS",
     "FusedKandinsky5TransformerDecoderBlock",
     "FusedKandinsky5TransformerEncoderBlock",
+    "are_rotations",
+    "rope_of",
 ]
 
 KANDINSKY_OPS: dict[str, Fidelity] = {
@@ -55,7 +57,7 @@ class KandinskyBlock(GatedResidualBlock):
 
     def path_in_data(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         (rope,) = (x for x in args if isinstance(x, Tensor) and x.ndim > 3)
-        return alike_reason(rope, alike=_are_rotations)
+        return alike_reason(rope, alike=are_rotations)
 
     def corner(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, *others, rope = args
@@ -87,7 +89,7 @@ class KandinskyBlock(GatedResidualBlock):
         q, k = attn.query_norm, attn.key_norm
         eps = torch.finfo(torch.float32).eps if q.eps is None else q.eps
         norm = HeadNorm("rms_head", eps, q.weight, k.weight)
-        query, key = qk_norm_rope(query, key, attn.num_heads, norm, _rope(rope))
+        query, key = qk_norm_rope(query, key, attn.num_heads, norm, rope_of(rope))
         return self.attend(attn, query, key, value)
 
     def _self_attention_reason(self, x: Tensor, rope: Tensor, sparse_params: Any) -> str | None:
@@ -106,7 +108,7 @@ class KandinskyBlock(GatedResidualBlock):
                 return reason
         if attn.query_norm.eps != attn.key_norm.eps:
             return "its norms differ in eps"
-        return alike_reason(rope, alike=_are_rotations)
+        return alike_reason(rope, alike=are_rotations)
 
     def attend(self, attn: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         fused = self.runs("spatial_attention")
@@ -114,16 +116,19 @@ class KandinskyBlock(GatedResidualBlock):
         return out
 
 
-def _are_rotations(rope: Tensor) -> bool:
+def are_rotations(rope: Tensor) -> bool:
     cos, sin = rope[..., 0, 0], rope[..., 1, 0]
     return torch.equal(rope[..., 1, 1], cos) and torch.equal(rope[..., 0, 1], -sin)
 
 
-def _rope(rope: Tensor) -> Rope:
-    """The rotary embedding of ``[B, S, 1, D/2, 2, 2]``, rotations; its sines and cosines are taken once in a call."""
+def rope_of(rope: Tensor) -> Rope:
+    """The rotary embedding of ``[B, S, 1, D/2, 2, 2]``, or of ``[S, 1, D/2, 2, 2]`` for all samples: rotations.
+
+    Its sines and cosines are taken once in a call.
+    """
     cos = once_in_call("cosines", rope, lambda: rope[..., 0, 0].contiguous())
     sin = once_in_call("sines", rope, lambda: rope[..., 1, 0].contiguous())
-    return Rope("pairs", cos, sin)
+    return Rope("pairs", cos, sin) if cos.ndim == 4 else Rope("pairs", cos[None], sin[None])
 
 
 def _normed(norm: Any, x: Tensor, num_heads: int) -> Tensor:
