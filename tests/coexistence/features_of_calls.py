@@ -28,7 +28,7 @@ __all__ = ["FEATURES"]
 HOOKED = (
     "a hook replaced the forward|has forward hooks|somebody hooked it|looks at the rows|goes on where stock has begun"
 )
-REPLACED = "was replaced by|which may look at the padding|which may tell rows apart"
+REPLACED = "was replaced by|may look at the padding|may tell rows apart"
 PROCESSOR = "its processor is a|a processor of its own|has a processor"
 
 
