@@ -21,6 +21,8 @@ from vidaccel.blocks.unet.normalization import FusedGroupNorm
 from vidaccel.errors import UsageError
 from vidaccel.fidelity.comparison import Baseline, Comparison, compare, unpatched
 
+pytestmark = pytest.mark.usefixtures("plain_pytorch")
+
 STEPS = 2
 CALL: dict[str, Any] = {
     "image": Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)),
@@ -30,12 +32,6 @@ CALL: dict[str, Any] = {
     "num_inference_steps": STEPS,
 }
 Compare = Callable[..., Comparison]
-
-
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The PyTorch implementations: this is about the comparison, and interpreted kernels are slow."""
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
 
 
 @pytest.fixture(scope="module")

@@ -30,11 +30,6 @@ from vidaccel import patch_module, patch_pipeline
 from vidaccel.blocks.dit.transformer_allegro import ALLEGRO_OPS, FusedAllegroTransformerBlock
 
 
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
-
-
 def build(dtype: torch.dtype = torch.float32) -> Any:
     return tiny_transformer("AllegroTransformer3DModel", ALLEGRO, dtype)
 

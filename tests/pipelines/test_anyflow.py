@@ -31,11 +31,6 @@ from vidaccel.blocks.dit.transformer_anyflow import FusedAnyFlowTransformerBlock
 CHUNKS = {"chunk_partition": [1, 2, 2], "full_chunk_limit": 2}
 
 
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
-
-
 def transformer(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     return tiny_transformer("AnyFlowTransformer3DModel", ANYFLOW | options, dtype)
 

@@ -14,12 +14,6 @@ from torch import Tensor
 from vidaccel import patch_module
 
 
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The PyTorch implementations: interpreted kernels are slow."""
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
-
-
 @pytest.fixture
 def vae() -> AutoencoderKL:
     return tiny_autoencoder_kl()

@@ -36,12 +36,6 @@ from vidaccel.kernels.norm.spatial_norm_silu import SPATIAL_NORM_SILU
 EQUAL = 1e-5
 
 
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The PyTorch implementations: interpreted kernels are slow."""
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
-
-
 @pytest.fixture
 def vae() -> AutoencoderKLCogVideoX:
     return tiny_autoencoder_kl_cogvideox()

@@ -38,12 +38,6 @@ OPS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The PyTorch implementations: interpreted kernels are slow."""
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
-
-
 @pytest.fixture(params=VAES)
 def model(request: pytest.FixtureRequest) -> str:
     return request.param

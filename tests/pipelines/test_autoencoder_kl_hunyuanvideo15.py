@@ -34,12 +34,6 @@ from vidaccel.kernels.norm.rms_norm_silu import RMS_NORM_SILU
 EQUAL = 1e-5
 
 
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The PyTorch implementations: interpreted kernels are slow."""
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
-
-
 @pytest.fixture
 def vae() -> AutoencoderKLHunyuanVideo15:
     return tiny_autoencoder_kl_hunyuanvideo15()

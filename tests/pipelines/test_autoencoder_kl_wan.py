@@ -39,12 +39,6 @@ from vidaccel.kernels.norm.rms_norm_silu import RMS_NORM_SILU
 EQUAL = 1e-5
 
 
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The PyTorch implementations: interpreted kernels are slow."""
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
-
-
 def tiny_wan_22() -> AutoencoderKLWan:
     """Residual up-blocks, and pixels in patches of 2 x 2; widths as in the released model, 32 times as narrow."""
     return tiny_autoencoder_kl_wan(

@@ -37,12 +37,6 @@ from vidaccel.patching.report import PatchReport
 EQUAL = 1e-5
 
 
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The PyTorch implementations: interpreted kernels are slow."""
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
-
-
 def tiny_wan_22() -> AutoencoderKLWan:
     """Shortcuts of which each kind is there: over pixels, over pixels and frames, and over nothing."""
     return tiny_autoencoder_kl_wan(

@@ -23,11 +23,6 @@ from transformer_checks import (
 from vidaccel.blocks.dit.transformer_chronoedit import FusedChronoEditTransformerBlock
 
 
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
-
-
 def transformer(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     return tiny_transformer("ChronoEditTransformer3DModel", CHRONOEDIT | options, dtype)
 

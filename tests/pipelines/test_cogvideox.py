@@ -51,11 +51,6 @@ MODELS: dict[str, dict[str, Any]] = {
 TEXT = 5
 
 
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
-
-
 def build(name: str = "5b", dtype: torch.dtype = torch.float32) -> Any:
     return tiny_transformer("CogVideoXTransformer3DModel", SIZES | MODELS[name], dtype)
 

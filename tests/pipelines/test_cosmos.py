@@ -60,11 +60,6 @@ FRAMES, HEIGHT, WIDTH = 3, 4, 6
 GIVEN = torch.tensor([[0.1, 0.5, 0.5]]).view(1, 1, FRAMES, 1, 1)  # timesteps where the first frame is given
 
 
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
-
-
 def build(name: str = "2.0", dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     return tiny_transformer("CosmosTransformer3DModel", COSMOS | MODELS[name] | options, dtype)
 

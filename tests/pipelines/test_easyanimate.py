@@ -31,11 +31,6 @@ from vidaccel.blocks.dit.transformer_easyanimate import EASYANIMATE_OPS, FusedEa
 from vidaccel.sites.memo import Memo, holding
 
 
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
-
-
 def build(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     return tiny_transformer("EasyAnimateTransformer3DModel", EASYANIMATE | options, dtype)
 

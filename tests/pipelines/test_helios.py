@@ -30,11 +30,6 @@ SECTIONS = {"history_sizes": [4, 2, 1], "num_latent_frames_per_chunk": 3, "num_f
 EVERYTHING_ALIKE = {"guidance_cross_attn": False, "zero_history_timestep": False}
 
 
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
-
-
 def transformer(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     return tiny_transformer("HeliosTransformer3DModel", HELIOS | options, dtype)
 

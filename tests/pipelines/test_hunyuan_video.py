@@ -65,11 +65,6 @@ MODELS: dict[str, tuple[type[Any], dict[str, Any]]] = {
 TEXT = 7  # tokens, of which some are valid
 
 
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
-
-
 def build(name: str, **options: Any) -> Any:
     """A model with weights of its own, the same at every call."""
     return copy.deepcopy(built(name, **options))

@@ -40,11 +40,6 @@ ROUNDED = "its rotary embedding is rounded to bfloat16, or its table is not floa
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")  # in stock code
 
 
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
-
-
 def build(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     return tiny_transformer("Kandinsky5Transformer3DModel", KANDINSKY | options, dtype)
 

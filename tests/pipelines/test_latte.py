@@ -29,11 +29,6 @@ from vidaccel import patch_module, patch_pipeline
 from vidaccel.blocks.dit.latte_transformer_3d import LATTE_OPS, FusedLatteTransformerBlock
 
 
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
-
-
 def build(dtype: torch.dtype = torch.float32) -> Any:
     return tiny_transformer("LatteTransformer3DModel", LATTE, dtype)
 

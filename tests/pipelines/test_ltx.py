@@ -92,11 +92,6 @@ MODELS: dict[str, tuple[type[Any], dict[str, Any]]] = {
 THREE = "ltx", "ltx2", "ltx2.3"
 
 
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
-
-
 def build(name: str, **options: Any) -> Any:
     model_class, config = MODELS[name]
     with torch.random.fork_rng():

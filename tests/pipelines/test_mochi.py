@@ -41,11 +41,6 @@ TEXT = 7  # tokens, of which some are valid
 VALID = [(3, 5), (3, 3), (7, 7), (0, 5), (0, 0), (2, 5, 5)]
 
 
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
-
-
 def build(dtype: torch.dtype = torch.float32) -> Any:
     return tiny_transformer("MochiTransformer3DModel", SIZES, dtype)
 

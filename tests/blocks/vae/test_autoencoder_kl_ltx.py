@@ -24,6 +24,8 @@ from vidaccel.patching.report import PatchReport
 from vidaccel.sites.block import SITES
 from vidaccel.sites.site import Site
 
+pytestmark = pytest.mark.usefixtures("plain_pytorch")
+
 EQUAL = 1e-5
 OPS = {"channels_last", "rms_norm_silu", "pixel_shuffle"}
 CHANNELS = 8  # of the latents
@@ -94,12 +96,6 @@ ENCODERS = {
     "ltx2, not causal, reflect": ("ltx2", {"encoder_causal": False, "encoder_spatial_padding_mode": "reflect"}),
     "ltx2, convolutions": ("ltx2", {"downsample_type": ("conv",) * 4, "block_out_channels": (8,) * 4}),
 }
-
-
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The PyTorch implementations: interpreted kernels are slow."""
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
 
 
 def tiny(kind: str, **options: Any) -> Vae:
