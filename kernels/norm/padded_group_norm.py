@@ -193,7 +193,7 @@ def prepare_norms(
     first_span: int,
     span: int,
     has_addend: bool,
-    known_chunk_rows: int | None = None,
+    known_chunk_rows: int | None,
 ) -> Callable[..., Tensor]:
     """What computes ``[B, spans, 2, C]``, the mean and the scale of every channel in every span of frames.
 

@@ -85,7 +85,7 @@ def qkv(attn: Any, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Te
 
 
 def attend(
-    processor: Any, q: Tensor, k: Tensor, v: Tensor, num_heads: int, *, mask: Tensor | None = None, fused: bool = True
+    processor: Any, q: Tensor, k: Tensor, v: Tensor, num_heads: int, *, mask: Tensor | None = None, fused: bool
 ) -> Tensor:
     """``softmax(q k^T / sqrt(D)) v`` of ``[B, S, H*D]``, by our choice, or by the backend that the user has chosen.
 
@@ -121,13 +121,12 @@ def attend_to_all(
     num_heads: int,
     *,
     mask: Tensor | None = None,
-    fused: bool = True,
-    before: int = 0,
+    fused: bool,
     behind: int = 0,
 ) -> Tensor:
     """:func:`attend` as :func:`over_heads` does it."""
     attention = partial(attend, processor, mask=mask, fused=fused)
-    return over_heads(attention, q, k, v, num_heads, before=before, behind=behind)
+    return over_heads(attention, q, k, v, num_heads, behind=behind)
 
 
 def over_heads(
@@ -163,7 +162,7 @@ def project(attn: Any, out: Tensor) -> Tensor:
     return projected
 
 
-def feed_forward(ff: Any, x: Tensor, *, fused: bool = True) -> Tensor:
+def feed_forward(ff: Any, x: Tensor, *, fused: bool) -> Tensor:
     """``ff(x)``, where ``fused`` with GELU in the epilogue of its first product."""
     if not fused:
         return ff(x)
@@ -190,7 +189,7 @@ def _feed_forward_reason(ff: Any, device: torch.device) -> str | None:
     return readable_reason(first.proj, nn.Linear, torch.empty(0, device=device), with_bias=False)
 
 
-def gated_feed_forward(ff: Any, x: Tensor, *, fused: bool = True) -> Tensor:
+def gated_feed_forward(ff: Any, x: Tensor, *, fused: bool) -> Tensor:
     """``ff(x)``, where ``fused`` with value times SiLU of gate in one pass behind its first product."""
     if not fused:
         return ff(x)

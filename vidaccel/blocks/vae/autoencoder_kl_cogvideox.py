@@ -350,7 +350,7 @@ class _Decode:
 
         explain = partial(out_of_memory, samples, height, width, frames=ends[0])
         step = decode_in_chunks(len(ends), latents.device, needs, decode, explain, over)
-        tell_chunk(decoder, "whole_clip", ends[step - 1], ends[-1])
+        tell_chunk(decoder, ends[step - 1], ends[-1])
         return pixels, halos
 
     def _chunk(self, chunk: Chunk, out: Tensor) -> Halos:

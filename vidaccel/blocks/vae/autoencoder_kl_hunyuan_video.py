@@ -133,7 +133,7 @@ class _Decode:
         # the norms need all frames: they are the only chunk
         explain = partial(out_of_memory, samples, height, width, frames=frames)
         decode_in_chunks(1, latents.device, needs, lambda start, end: self._decode(latents, pixels), explain)
-        tell_chunk(decoder, "whole_clip", frames, frames)
+        tell_chunk(decoder, frames, frames)
         return pixels
 
     def _decode(self, latents: Tensor, out: Tensor) -> None:

@@ -278,7 +278,7 @@ class _Decode(_Rows):
         needs = partial(decode_bytes, decoder, latents)
         explain = partial(out_of_memory, samples, height, width)
         step = decode_in_chunks(frames, latents.device, needs, decode, explain)
-        tell_chunk(decoder, "whole_clip", step, frames)
+        tell_chunk(decoder, step, frames)
         return pixels
 
     def _middle(self, latents: Tensor) -> Tensor:
@@ -340,7 +340,7 @@ class _Encode(_Rows):
         needs = partial(encode_bytes, encoder, pixels)
         explain = partial(out_of_memory, samples, height, width, verb="encode")
         step = decode_in_chunks(frames, pixels.device, needs, encode, explain)
-        tell_chunk(encoder, "whole_clip", step, frames)
+        tell_chunk(encoder, step, frames)
         return self._latents(Chunk(Sum(middle), {}, False))
 
     def _down(self, chunk: Chunk) -> None:

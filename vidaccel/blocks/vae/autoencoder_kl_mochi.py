@@ -137,7 +137,7 @@ class _Decode:
         step = decode_in_chunks(
             frames, latents.device, needs, decode, partial(out_of_memory, samples, height, width)
         )  # fmt: skip
-        tell_chunk(decoder, "whole_clip", step, frames)
+        tell_chunk(decoder, step, frames)
         return pixels
 
     def _chunk(self, latents: Tensor, halos: Halos, out: Tensor, keep: bool) -> Halos:

@@ -308,17 +308,17 @@ def out_of_memory(
     )
 
 
-def tell_chunk(decoder: nn.Module, op: str, step: int, frames: int, then: str = "") -> None:
-    """Tell the report, at the site of ``op``, that ``step`` of ``frames`` latent frames went through at once.
+def tell_chunk(decoder: nn.Module, step: int, frames: int, then: str = "") -> None:
+    """Tell the report, at the site of ``whole_clip``, that ``step`` of ``frames`` latent frames went through at once.
 
     And what happened ``then``.
     """
     if (memo := held()) is not None and memo.way:
         return  # it is a check
     ran = f"{step} of {frames} frames{then}"
-    note(op, ran)
+    note("whole_clip", ran)
     sites: SiteGroup | None = getattr(decoder, SITES, None)
-    if sites is not None and (site := sites.sites.get(op)):
+    if sites is not None and (site := sites.sites.get("whole_clip")):
         site.implementations.add(ran)  # also where nobody listens: memory may be another from clip to clip
 
 
