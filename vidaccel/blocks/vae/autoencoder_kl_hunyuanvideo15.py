@@ -36,6 +36,7 @@ from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import (
 from torch import Tensor, nn
 
 from vidaccel.blocks.vae.causal_clip import (
+    UNPADDED,
     Chunk,
     Halos,
     Sum,
@@ -43,10 +44,11 @@ from vidaccel.blocks.vae.causal_clip import (
     conv_reason,
     conv_rows,
     decode_in_chunks,
-    latents_reason,
     out_of_memory,
     structure_reason,
     tell_chunk,
+    upsamplers_of,
+    whole_clip_reason,
 )
 from vidaccel.blocks.vae.tile_batches import TileDecoder
 from vidaccel.kernels.attention.block_causal_attention import block_causal_attention, block_causal_attention_ref
@@ -61,7 +63,6 @@ from vidaccel.sites.plain import plain_reason, replaced_attention_reason
 __all__ = ["FusedHunyuanVideo15Decoder3D", "FusedHunyuanVideo15Encoder3D", "decode_bytes", "encode_bytes"]
 
 CAUSAL = Padding(before=2, border=1, frame_mode="replicate", pixel_mode="replicate")
-UNPADDED = 0, 0, 0  # what a convolution adds to input that is padded already
 CORNER_FRAMES = 3  # of latents
 CORNER_PIXELS = 2
 _MARGIN = 1.1  # the allocator's rounding, the borders, the convolutions' workspaces, all that is small
@@ -108,9 +109,7 @@ class FusedHunyuanVideo15Decoder3D(TileDecoder, HunyuanVideo15Decoder3D):
         return out
 
     def call_reason(self, hidden_states: Tensor) -> str | None:
-        if not self.runs("whole_clip"):
-            return "whole_clip is off, or failed"
-        return latents_reason(hidden_states, self.conv_in.conv.weight)
+        return whole_clip_reason(self, hidden_states, self.conv_in.conv.weight)
 
     def bytes_at_once(self, latents: Tensor) -> int:
         return decode_bytes(self, latents, latents.shape[2])
@@ -169,9 +168,7 @@ class FusedHunyuanVideo15Encoder3D(FusedBlock, HunyuanVideo15Encoder3D):
         return out
 
     def call_reason(self, hidden_states: Tensor) -> str | None:
-        if not self.runs("whole_clip"):
-            return "whole_clip is off, or failed"
-        if reason := latents_reason(hidden_states, self.conv_in.conv.weight, "pixels"):
+        if reason := whole_clip_reason(self, hidden_states, self.conv_in.conv.weight, "pixels"):
             return reason
         (frames, *sides), (rate, scale) = hidden_states.shape[2:], _compression(self)
         if (frames - 1) % rate or any(side % scale for side in sides):
@@ -256,7 +253,7 @@ class _Decode(_Rows):
     def run(self, latents: Tensor) -> Tensor:
         decoder = self._coder
         samples, _, frames, height, width = latents.shape
-        upsamplers = list(_upsamplers(decoder))
+        upsamplers = list(upsamplers_of(decoder))
         rate = 2 ** sum(upsampler.add_temporal_upsample for upsampler in upsamplers)
         height, width = height * 2 ** len(upsamplers), width * 2 ** len(upsamplers)
 
@@ -401,11 +398,6 @@ def _compression(encoder: Any) -> tuple[int, int]:
 
 def _latent_frames(encoder: Any, pixels: Tensor) -> int:
     return 1 + (pixels.shape[2] - 1) // _compression(encoder)[0]
-
-
-def _upsamplers(decoder: Any) -> Iterator[Any]:
-    for block in decoder.up_blocks:
-        yield from block.upsamplers or ()
 
 
 def decode_bytes(decoder: Any, latents: Tensor, frames: int) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -39,12 +39,13 @@ from vidaccel.kernels.norm.channel_statistics import ChannelStatistics
 from vidaccel.kernels.op import note
 from vidaccel.parallel.layout import LatentFrames, PixelRows
 from vidaccel.parallel.ranks import Ranks
-from vidaccel.sites.block import SITES
+from vidaccel.sites.block import SITES, FusedBlock
 from vidaccel.sites.memo import held, once_per_call
 from vidaccel.sites.plain import plain_reason
 from vidaccel.sites.site import SiteGroup
 
 __all__ = [
+    "UNPADDED",
     "Chunk",
     "Halos",
     "Sum",
@@ -62,7 +63,11 @@ __all__ = [
     "same_bits",
     "structure_reason",
     "tell_chunk",
+    "upsamplers_of",
+    "whole_clip_reason",
 ]
+
+UNPADDED = 0, 0, 0  # what a convolution adds to input that is padded already
 
 Halos = dict[nn.Module, Tensor]  # the last frames of the input of each convolution, [B, F, H, W, C]
 
@@ -322,6 +327,11 @@ def tell_chunk(decoder: nn.Module, step: int, frames: int, then: str = "") -> No
         site.implementations.add(ran)  # also where nobody listens: memory may be another from clip to clip
 
 
+def whole_clip_reason(coder: FusedBlock, clip: Tensor, weight: Tensor, what: str = "latents") -> str | None:
+    """Why a call of ``coder`` does not take a whole clip, or None; arguments as of :func:`latents_reason`."""
+    return latents_reason(clip, weight, what) if coder.runs("whole_clip") else "whole_clip is off, or failed"
+
+
 def latents_reason(latents: Tensor, weight: Tensor, what: str = "latents") -> str | None:
     """Why latents, or ``what`` they are, are not what a coder whose first convolution has this ``weight`` takes."""
     if torch.is_autocast_enabled(latents.device.type):
@@ -363,6 +373,12 @@ def conv_reason(conv: Any, kind: type[nn.Module], taps: tuple[int, ...], padding
     found = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
     plain = found == (taps, ones, padding, ones, 1, "zeros") and conv.bias is not None
     return None if plain else "a convolution is not a plain one"
+
+
+def upsamplers_of(decoder: Any) -> Iterator[Any]:
+    """Those of all its blocks."""
+    for block in decoder.up_blocks:
+        yield from block.upsamplers or ()
 
 
 def dropout_reason(dropout: Any) -> str | None:
