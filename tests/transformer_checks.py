@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import diffusers
@@ -39,7 +40,10 @@ __all__ = [
     "check_lora",
     "check_same",
     "fallback_reasons",
+    "fallbacks_of",
     "halve",
+    "patched",
+    "sites_of",
     "telling_rows_apart",
     "tiny_transformer",
     "turning_channels_apart",
@@ -56,6 +60,22 @@ def tiny_transformer(class_name: str, config: dict[str, Any], dtype: torch.dtype
         torch.manual_seed(0)
         model = build_component(class_name, config, torch.device("cpu"), dtype)
         return frozen(model)
+
+
+@contextmanager
+def patched(model: Any) -> Iterator[PatchReport]:
+    """``model`` patched inside the ``with`` block, and no site of it left alone or failed."""
+    with patch_module(model, strict=True) as report:
+        yield report
+        assert {site.state for site in report.sites} <= {"active", "off"}, str(report)
+
+
+def sites_of(report: PatchReport, op: str) -> list[Any]:
+    return [site for site in report.sites if site.op == op]
+
+
+def fallbacks_of(report: PatchReport, op: str) -> set[str]:
+    return {reason for site in sites_of(report, op) for reason in site.fallbacks}
 
 
 def check_same(model: Any, call: Call) -> PatchReport:
@@ -83,8 +103,10 @@ def check_each_op_off(model: Any, call: Call) -> None:
 
 def check_attention_backend(model: Any, call: Call) -> None:
     """A user's choice of a backend wins, that of a model as well as that of a context."""
-    with patch_module(model) as report, attention_backend("_native_math"):
-        call(model)
+    with attention_backend("_native_math"):
+        expected = call(model)
+        with patch_module(model) as report:
+            assert relative_error(call(model), expected) <= 1e-5
     _only_ran_attention(report, "_native_math")
     try:
         model.set_attention_backend("_native_math")
