@@ -19,7 +19,7 @@ __all__ = [
     "PIXEL_FAULTS",
     "Lora",
     "assert_no_worse",
-    "check_bad_latents",
+    "check_bad_input",
     "check_changed_child",
     "check_fault_found",
     "check_gradients",
@@ -137,12 +137,15 @@ def check_halves(
     assert_no_worse(out, stock, gold)
 
 
-def check_gradients(vae: Any, latents: Tensor) -> None:
+def check_gradients(
+    vae: Any, x: Tensor, call: Callable[[Any, Tensor], Tensor] = lambda vae, x: vae.decode(x).sample
+) -> None:
+    """A ``call`` that records gradients is stock's."""
     outcomes = []
     for patched in (False, True):
         report = patch_module(vae) if patched else None
-        leaf = latents.clone().requires_grad_()
-        out = vae.decode(leaf).sample
+        leaf = x.clone().requires_grad_()
+        out = call(vae, leaf)
         out.square().sum().backward()
         outcomes.append((out, leaf.grad))
     assert all(map(torch.equal, *outcomes))
@@ -168,16 +171,17 @@ def check_gradients_of_the_last(
 
 
 @torch.no_grad()
-def check_bad_latents(vae: Any, latents: Tensor) -> None:
+def check_bad_input(vae: Any, x: Tensor, run: Callable[[Any, Tensor], Tensor] = decode) -> PatchReport:
     """The error is stock's."""
     outcomes = []
     for patched in (False, True):
         if patched:
-            patch_module(vae)
+            report = patch_module(vae)
         with pytest.raises(Exception) as error:
-            vae.decode(latents)
+            run(vae, x)
         outcomes.append((error.type, str(error.value)))
     assert outcomes[0] == outcomes[1]
+    return report
 
 
 def _swapped_frames(pixels: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from tiny_models import tiny_autoencoder_kl_wan
 from torch import Tensor, nn
 from vae_checks import (
     Lora,
-    check_bad_latents,
+    check_bad_input,
     check_changed_child,
     check_gradients,
     check_gradients_of_the_last,
@@ -465,7 +465,7 @@ def test_torch_compile_traces_the_original(vae: AutoencoderKLWan) -> None:
     ids=["rank-4", "channels", "dtype", "no-frames"],
 )
 def test_bad_latents_raise_what_the_stock_vae_raises(latents: Tensor, vae: AutoencoderKLWan) -> None:
-    check_bad_latents(vae, latents)
+    check_bad_input(vae, latents)
 
 
 @pytest.mark.slow

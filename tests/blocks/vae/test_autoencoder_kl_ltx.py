@@ -15,7 +15,7 @@ from copy_checks import Held, hollow_conv3d, hollow_out
 from diffusers import AutoencoderKLLTX2Video, AutoencoderKLLTXVideo
 from kernel_checks import planted
 from torch import Tensor, nn
-from vae_checks import assert_no_worse
+from vae_checks import assert_no_worse, reasons
 
 from vidaccel import patch_module
 from vidaccel.blocks.vae.autoencoder_kl_ltx import FusedLTXVideoDecoder3d, decode_bytes
@@ -132,10 +132,6 @@ def encode(vae: Vae, clip: Tensor, **options: Any) -> Tensor:
 
 def sites_of(report: PatchReport, path: str = "decoder") -> dict[str, Site]:
     return {site.op: site for site in report.sites if site.path == path}
-
-
-def reasons(report: PatchReport) -> str:
-    return "; ".join(sorted({reason for _, _, reason in report.fallbacks}))
 
 
 @pytest.mark.parametrize("kind", KINDS)
