@@ -27,6 +27,10 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from vidaccel.kernels.op import Op
 
+DTYPES = [torch.float32, torch.float16]
+if torch.cuda.is_available():
+    DTYPES.append(torch.bfloat16)  # the interpreter's bfloat16 is wrong
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_89": GPUTarget("cuda", 89, 32),

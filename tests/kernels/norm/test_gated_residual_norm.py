@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kernel_checks import (
+    DTYPES,
     FAULTS,
     TARGETS,
     assert_close_to_gold,
@@ -37,9 +38,6 @@ from vidaccel.kernels.op import listening
 from vidaccel.kernels.settings import constants_overridden
 
 EPS = 1e-6
-DTYPES = [torch.float32, torch.float16]
-if torch.cuda.is_available():
-    DTYPES.append(torch.bfloat16)  # the interpreter's bfloat16 is wrong
 
 SHAPES = [
     pytest.param((1, 1, 64), id="one-row"),
