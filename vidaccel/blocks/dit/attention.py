@@ -23,7 +23,7 @@ from vidaccel.kernels.ffn.swiglu import swiglu
 from vidaccel.kernels.op import REFERENCE, note
 from vidaccel.parallel.layout import tokens
 from vidaccel.sites.memo import once_per_call
-from vidaccel.sites.plain import plain_reason, readable_reason, replaced_attention_reason, replaced_reason
+from vidaccel.sites.plain import parameters_reason, plain_reason, replaced_attention_reason, replaced_reason
 
 __all__ = [
     "CROSS_ATTENTION",
@@ -34,7 +34,6 @@ __all__ = [
     "feed_forward",
     "gated_feed_forward",
     "over_heads",
-    "parameters_reason",
     "project",
     "qkv",
     "whole_over_heads",
@@ -54,22 +53,6 @@ def attention_reason(attn: Any, kind: type[nn.Module], processor: type) -> str |
     if getattr(attn.processor, "_parallel_config", None) is not None:
         return "its tokens are spread over several GPUs (context parallel)"
     return replaced_reason(processor) or replaced_attention_reason()
-
-
-@once_per_call
-def parameters_reason(module: Any, kind: type[nn.Module], device: torch.device) -> str | None:
-    """Why a kernel may not stand for ``module``, a ``kind`` whose weight and bias may be missing, or None."""
-    if reason := plain_reason(module, kind):
-        return reason
-    for name in ("weight", "bias"):
-        parameter = getattr(module, name, None)
-        if parameter is None:
-            continue
-        if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
-            return f"the {name} of a {kind.__name__} is no plain parameter"
-        if parameter.device != device:
-            return f"a {kind.__name__} is on {parameter.device}, its input on {device}"
-    return None
 
 
 def qkv(attn: Any, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,7 +169,7 @@ def _feed_forward_reason(ff: Any, device: torch.device) -> str | None:
         return reason
     if dropout.training and dropout.p:
         return "dropout is on"
-    return readable_reason(first.proj, nn.Linear, torch.empty(0, device=device), with_bias=False)
+    return parameters_reason(first.proj, nn.Linear, device, ("weight",))
 
 
 def gated_feed_forward(ff: Any, x: Tensor, *, fused: bool) -> Tensor:

@@ -30,7 +30,7 @@ from diffusers.models.transformers.transformer_hunyuan_video import (
 )
 from torch import Tensor, nn
 
-from vidaccel.blocks.dit.attention import attend_to_all, attention_reason, feed_forward, parameters_reason
+from vidaccel.blocks.dit.attention import attend_to_all, attention_reason, feed_forward
 from vidaccel.blocks.dit.gated_residual import GatedResidualBlock
 from vidaccel.blocks.dit.padded_text import cut_padding, padded, valid_length
 from vidaccel.blocks.dit.rotary import alike_reason, half_tables
@@ -42,7 +42,7 @@ from vidaccel.kernels.op import note
 from vidaccel.parallel.layout import all_tokens, own_tokens, tokens_before
 from vidaccel.sites.block import CORNER_ROWS, MOST_WHOLE, call_site, fuses
 from vidaccel.sites.memo import once_in_call
-from vidaccel.sites.plain import plain_reason, readable_reason
+from vidaccel.sites.plain import parameters_reason, plain_reason, readable_reason
 from vidaccel.sites.site import Fidelity
 
 __all__ = [

@@ -23,7 +23,7 @@ from diffusers.models.transformers.transformer_ltx import (
 )
 from torch import Tensor, nn
 
-from vidaccel.blocks.dit.attention import attend_to_all, attention_reason, feed_forward, parameters_reason, project
+from vidaccel.blocks.dit.attention import attend_to_all, attention_reason, feed_forward, project
 from vidaccel.blocks.dit.modulation_rows import distinct_rows, own_rows
 from vidaccel.blocks.dit.padded_text import layers_are_hooked
 from vidaccel.blocks.dit.rotary import alike_reason
@@ -35,6 +35,7 @@ from vidaccel.kernels.op import REFERENCE, note
 from vidaccel.parallel.layout import all_tokens, own_tokens
 from vidaccel.sites.block import CORNER_ROWS, MOST_WHOLE, FusedBlock, call_site, fuses
 from vidaccel.sites.memo import once_in_call
+from vidaccel.sites.plain import parameters_reason
 from vidaccel.sites.site import Fidelity
 
 __all__ = [

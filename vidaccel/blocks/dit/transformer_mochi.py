@@ -25,7 +25,7 @@ from diffusers.models.transformers.transformer_mochi import (
 )
 from torch import Tensor, nn
 
-from vidaccel.blocks.dit.attention import attention_reason, gated_feed_forward, over_heads, parameters_reason, project
+from vidaccel.blocks.dit.attention import attention_reason, gated_feed_forward, over_heads, project
 from vidaccel.blocks.dit.gated_residual import FLOAT32_NORMS
 from vidaccel.blocks.dit.padded_text import padded, valid_lengths
 from vidaccel.blocks.dit.step_caches import known_to_step_caches
@@ -35,7 +35,7 @@ from vidaccel.kernels.norm.gated_residual_norm import Norm, gated_residual, gate
 from vidaccel.kernels.op import REFERENCE, note
 from vidaccel.parallel.layout import own_tokens
 from vidaccel.sites.block import CORNER_ROWS, MOST_WHOLE, FusedBlock, call_site, fuses
-from vidaccel.sites.plain import plain_reason
+from vidaccel.sites.plain import parameters_reason, plain_reason
 from vidaccel.sites.site import Fidelity
 
 __all__ = ["MOCHI_OPS", "FusedMochiTransformerBlock"]

@@ -31,7 +31,6 @@ from vidaccel.blocks.dit.attention import (
     attention_reason,
     feed_forward,
     over_heads,
-    parameters_reason,
     project,
     qkv,
 )
@@ -49,7 +48,7 @@ from vidaccel.kernels.norm.gated_residual_norm import (
 from vidaccel.kernels.op import REFERENCE, note
 from vidaccel.parallel.layout import all_tokens, own_tokens
 from vidaccel.sites.block import CORNER_ROWS, MOST_WHOLE, FusedBlock, call_site, fuses
-from vidaccel.sites.plain import order_reason
+from vidaccel.sites.plain import order_reason, parameters_reason
 from vidaccel.sites.site import Fidelity
 
 __all__ = [

@@ -46,7 +46,7 @@ from vidaccel.kernels.op import note, runs_triton
 from vidaccel.parallel.layout import frames
 from vidaccel.sites.block import FusedBlock, call_site, cut_corner, fuses
 from vidaccel.sites.memo import once_per_call
-from vidaccel.sites.plain import hook_reason, order_reason, plain_reason, readable_reason
+from vidaccel.sites.plain import hook_reason, order_reason, parameters_reason, plain_reason
 
 __all__ = [
     "FusedBasicTransformerBlock",
@@ -95,7 +95,7 @@ def _last_projection(feed_forward: Any, device: torch.device) -> nn.Linear | Non
     net = feed_forward.net
     if len(net) != 3 or plain_reason(net[1], nn.Dropout) or net[1].training:
         return None
-    return None if readable_reason(net[2], nn.Linear, torch.empty(0, device=device)) else net[2]
+    return None if parameters_reason(net[2], nn.Linear, device, ("weight", "bias")) else net[2]
 
 
 def _attend_by_pixel(attn: Attention, x: Tensor, num_frames: int, context: Tensor | None = None) -> Tensor:
