@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from block_checks import frozen, relative_error
-from copy_checks import Held, hollow_conv3d, hollow_out
+from copy_checks import Held, hollow_out
 from diffusers import AutoencoderKLLTX2Video, AutoencoderKLLTXVideo
 from kernel_checks import planted
 from torch import Tensor, nn
@@ -372,7 +372,6 @@ def test_halves_are_no_worse_than_stock(kind: str) -> None:
 def test_memory_held(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted without the workspaces of convolutions; as on a GPU, whose convolutions leave rows."""
     hollow_out(monkeypatch)
-    monkeypatch.setattr(F, "conv3d", hollow_conv3d)
     monkeypatch.delenv("VIDACCEL_IMPL")
     vae, latents = tiny(kind), draw(9, 8, 8)
     with patch_module(vae, self_check=False):
