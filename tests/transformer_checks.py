@@ -13,12 +13,13 @@ from block_checks import all_fused, frozen, relative_error, tensor_of
 from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.attention_dispatch import attention_backend
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from vidaccel import patch_module
 from vidaccel.bench.synthetic import build_component, specification
+from vidaccel.kernels.check import in_float64
 from vidaccel.patching.report import PatchReport
 from vidaccel.sites.block import FusedBlock
 
@@ -28,6 +29,7 @@ __all__ = [
     "TELLING_ROWS_APART",
     "Shifted",
     "check_attention_backend",
+    "check_autocast",
     "check_cache",
     "check_changed",
     "check_corner",
@@ -47,6 +49,7 @@ __all__ = [
     "telling_rows_apart",
     "tiny_transformer",
     "turning_channels_apart",
+    "with_injected_lora",
 ]
 
 Call = Callable[[Any], Tensor]
@@ -142,6 +145,14 @@ def check_lora(model: Any, call: Call, *targets: str) -> PatchReport:
     assert relative_error(patched, plain) > 1e-3
     assert relative_error(call(model), patched) <= 1e-5
     return check_same(model, call)
+
+
+def with_injected_lora(model: Any) -> None:
+    """A change for :func:`check_changed`, where the model knows of no adapters: random ones, always the same."""
+    torch.manual_seed(0)
+    config = LoraConfig(init_lora_weights=False, target_modules=["to_q", "to_v", "net.0.proj"])
+    inject_adapter_in_model(config, model)
+    model.requires_grad_(False)
 
 
 def check_foreign_processors(model: Any, call: Call, *names: str) -> None:
@@ -319,6 +330,13 @@ def check_hooks(model: Any, call: Call, *names: str) -> None:
         handle.remove()
 
 
+def check_autocast(model: Any, call: Call) -> None:
+    """A call under autocast goes the original way."""
+    with patch_module(model) as report, torch.autocast("cpu", torch.bfloat16):
+        call(model)
+        assert fallback_reasons(report) == {"autocast is on"}
+
+
 def check_corner(block: Any, fused_class: type[FusedBlock], arguments: tuple[Any, ...]) -> None:
     """The arguments that a long call is checked with are few, and valid for both forwards."""
     with all_fused(block, fused_class):
@@ -331,17 +349,13 @@ def check_corner(block: Any, fused_class: type[FusedBlock], arguments: tuple[Any
 
 def check_error_in_bfloat16(block: nn.Module, fused_class: type[FusedBlock], arguments: tuple[Any, ...]) -> None:
     """Of a block in bfloat16, against itself in float64: at most twice what the stock block's is."""
-    gold = tensor_of(copy.deepcopy(block).double()(*tree_map(_double, arguments)))
+    gold = tensor_of(copy.deepcopy(block).double()(*tree_map(in_float64, arguments)))
     stock = tensor_of(block(*arguments))
     with all_fused(block, fused_class) as sites:
         out = tensor_of(block(*arguments))
     assert not any(site.fallbacks for site in sites)
     assert (out.double() - gold).norm() <= 2 * (stock.double() - gold).norm()
     assert (out.double() - gold).abs().max() <= 2 * (stock.double() - gold).abs().max()
-
-
-def _double(x: Any) -> Any:
-    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def fallback_reasons(report: PatchReport) -> set[str]:

@@ -36,6 +36,7 @@ __all__ = [
     "over_heads",
     "project",
     "qkv",
+    "stock_heads",
     "whole_over_heads",
 ]
 
@@ -136,6 +137,12 @@ def whole_over_heads(attention: Attention, q: Tensor, k: Tensor, v: Tensor, num_
     key, value = over.to_heads(k, v)
     out = attention(over.ranks.part(q, 2), key, value, num_heads // over.ranks.size)
     return over.ranks.gather(out, 2, q.shape[2])
+
+
+def stock_heads(norm: Any, x: Tensor, num_heads: int) -> Tensor:
+    """``[B, S, H*D]`` as ``[B, S, H, D]``, normed by a module if there is one."""
+    heads = x.unflatten(2, (num_heads, -1))
+    return heads if norm is None else norm(heads)
 
 
 def project(attn: Any, out: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from diffusers.models.transformers.transformer_hunyuan_video import (
 )
 from torch import Tensor, nn
 
-from vidaccel.blocks.dit.attention import attend_to_all, attention_reason, feed_forward
+from vidaccel.blocks.dit.attention import attend_to_all, attention_reason, feed_forward, stock_heads
 from vidaccel.blocks.dit.gated_residual import GatedResidualBlock
 from vidaccel.blocks.dit.padded_text import cut_padding, padded, valid_length
 from vidaccel.blocks.dit.rotary import alike_reason, half_tables
@@ -213,12 +213,6 @@ def _rope(freqs_cis: Rotary, still: int = 0) -> Rope:
     return Rope("pairs", cos[None, :, None], sin[None, :, None])
 
 
-def _normed(norm: Any, x: Tensor, num_heads: int) -> Tensor:
-    """``[B, S, H*D]`` as ``[B, S, H, D]``, normed by a module if there is one."""
-    heads = x.unflatten(2, (num_heads, -1))
-    return heads if norm is None else norm(heads)
-
-
 def _turned(x: Tensor, freqs_cis: Rotary | None, tokens: int) -> Tensor:
     """``[B, S + T, H, D]``, of which the first ``tokens`` turn, as rows."""
     if freqs_cis is None:
@@ -315,7 +309,7 @@ class TwoStreamBlock(HunyuanBlock):
         attn, tokens = self.attn, first[0].shape[1]
         norms = (attn.norm_q, attn.norm_added_q), (attn.norm_k, attn.norm_added_k), (None, None)
         query, key, value = (
-            torch.cat([_normed(norm, x, attn.heads), _normed(added, y, attn.heads)], dim=1)
+            torch.cat([stock_heads(norm, x, attn.heads), stock_heads(added, y, attn.heads)], dim=1)
             for (norm, added), x, y in zip(norms, first, second, strict=True)
         )
         return [_turned(query, freqs_cis, tokens), _turned(key, freqs_cis, tokens), value.flatten(2)]
@@ -367,7 +361,7 @@ class OneStreamBlock(HunyuanBlock):
         query, key, value = attn.to_q(x), attn.to_k(x), attn.to_v(x)
         if reason := self.rope_reason(x, freqs_cis, attn.norm_q, attn.norm_k):
             note("qk_norm_rope", "torch", reason)
-            query, key = _normed(attn.norm_q, query, attn.heads), _normed(attn.norm_k, key, attn.heads)
+            query, key = stock_heads(attn.norm_q, query, attn.heads), stock_heads(attn.norm_k, key, attn.heads)
             return _turned(query, freqs_cis, tokens), _turned(key, freqs_cis, tokens), value
         assert freqs_cis is not None
         query, key = qk_norm_rope(query, key, attn.heads, self.head_norm(), _rope(freqs_cis, x.shape[1] - tokens))
