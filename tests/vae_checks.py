@@ -25,6 +25,7 @@ __all__ = [
     "check_gradients",
     "check_gradients_of_the_last",
     "check_halves",
+    "count_convolutions",
     "decode",
     "encode",
     "host_is_full",
@@ -75,6 +76,19 @@ def out_of_memory_beyond(
 
     right = F.conv3d
     monkeypatch.setattr(F, "conv3d", conv3d)
+
+
+def count_convolutions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list of how many frames each convolution reads from now on."""
+    frames: list[int] = []
+
+    def conv3d(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        frames.append(x.shape[2])
+        return right(x, *args, **kwargs)
+
+    right = F.conv3d
+    monkeypatch.setattr(F, "conv3d", conv3d)
+    return frames
 
 
 class Lora(nn.Module):

@@ -58,10 +58,6 @@ def blamed(comparison: Comparison) -> set[tuple[str, str]]:
     return {(site.path, site.op) for site in comparison.blame or () if site.ratio > 1}
 
 
-def is_of(path: str, op: str, fault: Fault) -> bool:
-    return op in fault.ops and (path == fault.site if fault.at else path.endswith(fault.site))
-
-
 def test_a_right_patch_passes_and_nothing_stays_behind(pipe: Any) -> None:
     classes = [type(module) for module in (*pipe.unet.modules(), *pipe.vae.modules())]
     attributes = [set(vars(module)) for module in (*pipe.unet.modules(), *pipe.vae.modules())]
@@ -112,7 +108,7 @@ def test_a_planted_fault_fails_and_is_blamed(pipe: Any, compared: Compare, fault
     with planted(pipe, fault, steps=STEPS):
         comparison = compared({"self_check": False})
     assert not comparison.passed and comparison.verdict.reasons
-    assert blamed(comparison) and all(is_of(*site, fault) for site in blamed(comparison))
+    assert blamed(comparison) and all(fault.is_at(*site) for site in blamed(comparison))
 
 
 @pytest.mark.parametrize("fault", [FAULTS[0], FAULTS[14]], ids=lambda fault: fault.name)
@@ -245,4 +241,4 @@ def test_faults_and_right_variants_on_a_gpu(dtype: torch.dtype, monkeypatch: pyt
             patch = {"self_check": False, "cuda_graph": False}
             comparison = compare(pipe, patch, baseline=baseline, progress=False)
         assert not comparison.passed, fault.name
-        assert blamed(comparison) and all(is_of(*site, fault) for site in blamed(comparison)), fault.name
+        assert blamed(comparison) and all(fault.is_at(*site) for site in blamed(comparison)), fault.name

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from block_checks import relative_error
 from diffusers import AutoencoderKLWan
 from kernel_checks import planted
@@ -24,6 +23,7 @@ from vae_checks import (
     check_gradients,
     check_gradients_of_the_last,
     check_halves,
+    count_convolutions,
     decode,
     host_is_full,
     out_of_memory_beyond,
@@ -92,18 +92,6 @@ def test_the_decoder_runs_once(vae: AutoencoderKLWan, monkeypatch: pytest.Monkey
     decode(vae, draw(frames=9))
     # one for each causal convolution of the decoder, and the 1 x 1 x 1 one before it
     assert len(calls) == whole == 1 + vae._cached_conv_counts["decoder"]
-
-
-def count_convolutions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    frames: list[int] = []
-
-    def conv3d(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        frames.append(x.shape[2])
-        return right(x, *args, **kwargs)
-
-    right = F.conv3d
-    monkeypatch.setattr(F, "conv3d", conv3d)
-    return frames
 
 
 @pytest.mark.parametrize("fit", [1, 2, 3, 4])

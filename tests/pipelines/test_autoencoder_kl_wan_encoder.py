@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from block_checks import relative_error
 from diffusers import AutoencoderKLWan
 from kernel_checks import planted
@@ -24,6 +23,7 @@ from vae_checks import (
     check_gradients,
     check_gradients_of_the_last,
     check_halves,
+    count_convolutions,
     encode,
     out_of_memory_beyond,
     ran,
@@ -62,18 +62,6 @@ def draw(frames: int = 9, height: int = 16, width: int = 16, batch: int = 1) -> 
 
 def encoder_sites(report: PatchReport) -> dict[str, Any]:
     return {site.op: site for site in report.sites if site.path == "encoder"}
-
-
-def count_convolutions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    frames: list[int] = []
-
-    def conv3d(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        frames.append(x.shape[2])
-        return right(x, *args, **kwargs)
-
-    right = F.conv3d
-    monkeypatch.setattr(F, "conv3d", conv3d)
-    return frames
 
 
 @pytest.mark.parametrize(

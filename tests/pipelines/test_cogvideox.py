@@ -19,6 +19,7 @@ from transformer_checks import (
     CACHES,
     ORDERS,
     Shifted,
+    check_autocast,
     check_cache,
     check_changed,
     check_corner,
@@ -330,7 +331,4 @@ def test_error_in_bfloat16() -> None:
 
 
 def test_a_call_under_autocast_goes_the_original_way() -> None:
-    model = build()
-    with patch_module(model) as report, torch.autocast("cpu", torch.bfloat16):
-        call(model)
-        assert fallback_reasons(report) == {"autocast is on"}
+    check_autocast(build(), call)

@@ -31,6 +31,7 @@ from transformer_checks import (
     TELLING_ROWS_APART,
     Shifted,
     check_attention_backend,
+    check_autocast,
     check_changed,
     check_corner,
     check_each_op_off,
@@ -325,7 +326,4 @@ def test_error_in_bfloat16() -> None:
 
 
 def test_a_call_under_autocast_goes_the_original_way() -> None:
-    model = build()
-    with patch_module(model) as report, torch.autocast("cpu", torch.bfloat16):
-        call(model)
-        assert fallback_reasons(report) == {"autocast is on"}
+    check_autocast(build(), call)

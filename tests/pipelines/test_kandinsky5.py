@@ -16,6 +16,7 @@ from transformer_checks import (
     ORDERS,
     Shifted,
     check_attention_backend,
+    check_autocast,
     check_cache,
     check_changed,
     check_corner,
@@ -28,7 +29,7 @@ from transformer_checks import (
     tiny_transformer,
 )
 
-from vidaccel import patch_module, patch_pipeline
+from vidaccel import patch_pipeline
 from vidaccel.blocks.dit.transformer_kandinsky import (
     KANDINSKY_OPS,
     FusedKandinsky5TransformerDecoderBlock,
@@ -164,7 +165,4 @@ def test_error_in_bfloat16() -> None:
 
 
 def test_a_call_under_autocast_goes_the_original_way() -> None:
-    model = build()
-    with patch_module(model) as report, torch.autocast("cpu", torch.bfloat16):
-        call(model)
-        assert fallback_reasons(report) == {"autocast is on"}
+    check_autocast(build(), call)

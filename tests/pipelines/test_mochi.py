@@ -15,6 +15,7 @@ from transformer_checks import (
     CACHES,
     ORDERS,
     Shifted,
+    check_autocast,
     check_cache,
     check_changed,
     check_corner,
@@ -219,7 +220,4 @@ def test_error_in_bfloat16(last: bool) -> None:
 
 
 def test_a_call_under_autocast_goes_the_original_way() -> None:
-    model = build()
-    with patch_module(model) as report, torch.autocast("cpu", torch.bfloat16):
-        call(model)
-        assert fallback_reasons(report) == {"autocast is on"}
+    check_autocast(build(), call)
