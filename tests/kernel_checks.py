@@ -110,7 +110,6 @@ def compile_for(
     constexprs: Mapping[str, Any],
     *,
     num_warps: int = 4,
-    num_stages: int = 3,
     enable_fp_fusion: bool = True,
 ) -> dict[str, str]:
     """Compile a ``@triton.jit`` or ``@gluon.jit`` kernel for a GPU that need not be here.
@@ -127,7 +126,7 @@ def compile_for(
     Returns:
         The text of every stage: ``"ttir"``, ``"ttgir"``, ``"llir"``, then ``"ptx"`` and ``"sass"``, or ``"amdgcn"``.
     """
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion}
+    options = {"num_warps": num_warps, "num_stages": 3, "enable_fp_fusion": enable_fp_fusion}
     task = (target, kernel.fn.__module__, kernel.fn.__name__, dict(signature), dict(constexprs), options)
     return _compiler().submit(_compile, *task).result()
 
