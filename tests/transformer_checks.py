@@ -40,6 +40,7 @@ __all__ = [
     "check_full_size",
     "check_hooks",
     "check_lora",
+    "check_relative_of_wan",
     "check_same",
     "fallback_reasons",
     "fallbacks_of",
@@ -47,6 +48,7 @@ __all__ = [
     "patched",
     "sites_of",
     "telling_rows_apart",
+    "telling_transformer",
     "tiny_transformer",
     "turning_channels_apart",
     "with_injected_lora",
@@ -63,6 +65,16 @@ def tiny_transformer(class_name: str, config: dict[str, Any], dtype: torch.dtype
         torch.manual_seed(0)
         model = build_component(class_name, config, torch.device("cpu"), dtype)
         return frozen(model)
+
+
+def telling_transformer(model_class: type[Any], config: dict[str, Any]) -> Any:
+    """The same of a class, with weights so large that what attention finds shows in the output."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: Any = frozen(model_class(**config))
+    for parameter in model.parameters():
+        parameter.data *= 2 if parameter.ndim > 1 else 1
+    return model
 
 
 @contextmanager
@@ -173,6 +185,14 @@ def _doubled(kind: type) -> type:
             return 2 * super().__call__(*args, **kwargs)
 
     return Doubled
+
+
+def check_relative_of_wan(build: Callable[[], Any], call: Call) -> None:
+    """What users put into models whose blocks are Wan's with other attentions."""
+    check_attention_backend(build(), call)
+    check_foreign_processors(build(), call, "attn1", "attn2")
+    check_hooks(build(), call, "attn1", "net.0", "norm3")
+    assert not check_lora(build(), call, "to_q", "to_out.0").fallbacks
 
 
 class Shifted(nn.Module):

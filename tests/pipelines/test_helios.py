@@ -12,13 +12,10 @@ from tiny_models import tiny_relative
 from tiny_pipelines import HELIOS, helios
 from torch import Tensor
 from transformer_checks import (
-    check_attention_backend,
     check_corner,
     check_each_op_off,
     check_error_in_bfloat16,
-    check_foreign_processors,
-    check_hooks,
-    check_lora,
+    check_relative_of_wan,
     check_same,
     fallback_reasons,
     tiny_transformer,
@@ -94,10 +91,7 @@ def test_sizes(size: tuple[int, int, int], history: bool) -> None:
 
 
 def test_what_users_put_in() -> None:
-    check_attention_backend(transformer(), call)
-    check_foreign_processors(transformer(), call, "attn1", "attn2")
-    check_hooks(transformer(), call, "attn1", "net.0", "norm3")
-    assert not check_lora(transformer(), call, "to_q", "to_out.0").fallbacks
+    check_relative_of_wan(transformer, call)
 
 
 @torch.no_grad()

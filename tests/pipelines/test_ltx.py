@@ -49,6 +49,7 @@ from transformer_checks import (
     halve,
     patched,
     telling_rows_apart,
+    telling_transformer,
     turning_channels_apart,
 )
 
@@ -101,12 +102,7 @@ THREE = "ltx", "ltx2", "ltx2.3"
 
 def build(name: str, **options: Any) -> Any:
     model_class, config = MODELS[name]
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = frozen(model_class(**config | options))
-    for parameter in model.parameters():
-        parameter.data *= 2 if parameter.ndim > 1 else 1  # so that what attention finds shows in the output
-    return model
+    return telling_transformer(model_class, config | options)
 
 
 def arguments(
