@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from block_checks import relative_error
 from diffusers import AutoencoderKL
 from peft import LoraConfig
 from tiny_models import tiny_autoencoder_kl
@@ -17,10 +18,6 @@ from vidaccel import patch_module
 @pytest.fixture
 def vae() -> AutoencoderKL:
     return tiny_autoencoder_kl()
-
-
-def relative_error(out: Tensor, expected: Tensor) -> float:
-    return float((out - expected).norm() / expected.norm())
 
 
 @torch.no_grad()

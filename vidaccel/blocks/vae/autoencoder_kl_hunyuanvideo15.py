@@ -45,6 +45,7 @@ from vidaccel.blocks.vae.causal_clip import (
     conv_rows,
     decode_in_chunks,
     out_of_memory,
+    rms_norm_reason,
     structure_reason,
     tell_chunk,
     upsamplers_of,
@@ -519,12 +520,12 @@ def _reasons_of_both(coder: Any) -> Iterator[str | None]:
     for attention in mid.attentions:
         if attention is not None:
             yield plain_reason(attention, HunyuanVideo15AttnBlock) or replaced_attention_reason()
-            yield _norm_reason(attention.norm)
+            yield rms_norm_reason(attention.norm, HunyuanVideo15RMS_norm)
             for conv in (attention.to_q, attention.to_k, attention.to_v, attention.proj_out):
                 yield conv_reason(conv, nn.Conv3d, (1,) * 3, (0,) * 3)
     for resnet in mid.resnets:
         yield from _resnet_reasons(resnet)
-    yield _norm_reason(coder.norm_out)
+    yield rms_norm_reason(coder.norm_out, HunyuanVideo15RMS_norm)
     yield _causal_reason(coder.conv_out)
 
 
@@ -532,7 +533,7 @@ def _resnet_reasons(resnet: Any) -> Iterator[str | None]:
     yield plain_reason(resnet, HunyuanVideo15ResnetBlock)
     yield plain_reason(resnet.nonlinearity, nn.SiLU)
     for norm, conv in ((resnet.norm1, resnet.conv1), (resnet.norm2, resnet.conv2)):
-        yield _norm_reason(norm)
+        yield rms_norm_reason(norm, HunyuanVideo15RMS_norm)
         yield _causal_reason(conv)
     if resnet.conv_shortcut is not None:
         yield conv_reason(resnet.conv_shortcut, nn.Conv3d, (1,) * 3, (0,) * 3)
@@ -544,11 +545,3 @@ def _causal_reason(conv: Any) -> str | None:
     if conv.pad_mode != "replicate" or tuple(conv.time_causal_padding) != (1, 1, 1, 1, 2, 0):
         return "a convolution is not padded by what it repeats"
     return conv_reason(conv.conv, nn.Conv3d, (3,) * 3, (0,) * 3)
-
-
-def _norm_reason(norm: Any) -> str | None:
-    if reason := plain_reason(norm, HunyuanVideo15RMS_norm):
-        return reason
-    if not norm.channel_first or isinstance(norm.bias, Tensor) or norm.bias != 0.0:
-        return "a norm has a bias, or its channels come last"
-    return "a norm scales by another factor" if norm.scale != norm.gamma.numel() ** 0.5 else None

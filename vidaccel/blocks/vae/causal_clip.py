@@ -60,6 +60,7 @@ __all__ = [
     "images_of",
     "latents_reason",
     "out_of_memory",
+    "rms_norm_reason",
     "same_bits",
     "structure_reason",
     "tell_chunk",
@@ -379,6 +380,15 @@ def upsamplers_of(decoder: Any) -> Iterator[Any]:
     """Those of all its blocks."""
     for block in decoder.up_blocks:
         yield from block.upsamplers or ()
+
+
+def rms_norm_reason(norm: Any, kind: type[nn.Module]) -> str | None:
+    """Why ``norm`` is no ``kind`` of RMS norm over channels with nothing but its gamma, or None."""
+    if reason := plain_reason(norm, kind):
+        return reason
+    if not norm.channel_first or isinstance(norm.bias, Tensor) or norm.bias != 0.0:
+        return "a norm has a bias, or its channels come last"
+    return "a norm scales by another factor" if norm.scale != norm.gamma.numel() ** 0.5 else None
 
 
 def dropout_reason(dropout: Any) -> str | None:
