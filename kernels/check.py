@@ -41,9 +41,12 @@ __all__ = [
     "disagreement",
     "distance",
     "heads_apart",
+    "heads_of",
+    "in_float64",
     "lean",
     "near",
     "perturbing",
+    "pictures_apart",
     "piece_of",
     "pieces",
     "row_parts",
@@ -200,6 +203,16 @@ def _as_frames(x: Tensor) -> Tensor:
 def heads_apart(heads: int, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """``[B, S, H*D]`` as ``[B*H, S, D]``: each head of each sample is to be right by its own scale."""
     return tuple(out.unflatten(2, (heads, -1)).transpose(1, 2).flatten(0, 1) for out in outputs)
+
+
+def heads_of(index: tuple[slice, ...], heads: int, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The same of a piece of them, in which there are so many ``heads``."""
+    return heads_apart(heads, piece_of(index, outputs))
+
+
+def pictures_apart(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """``[B, F, H, W, C]`` as ``[B*F, H*W, C]``: each picture is to be right by its own scale."""
+    return tuple(out.flatten(2, 3).flatten(0, 1) for out in outputs)
 
 
 class Verdicts:
@@ -361,14 +374,15 @@ def _second_look(op: Op, part: Part, mine: tuple[Tensor, ...], fidelity: str) ->
     expected = _referred(op, part, part.args)
     if not any(bool(x.isfinite().any()) for x in expected):  # as of a model that has overflowed: nothing to go by
         return None
-    gold = _referred(op, part, map(_double, part.args))
+    gold = _referred(op, part, map(in_float64, part.args))
     moved = _referred(op, part, map(perturbing(), part.args))
     eps = _eps(*expected)
     problems = (_judge(*tensors, eps, fidelity) for tensors in zip(mine, expected, gold, moved, strict=True))
     return next(filter(None, problems), None)
 
 
-def _double(x: Any) -> Any:
+def in_float64(x: Any) -> Any:
+    """``x``, if it is a tensor of floats."""
     return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 

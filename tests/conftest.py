@@ -86,6 +86,12 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture
+def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The PyTorch implementations, for tests that are not about kernels: interpreted these are slow."""
+    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def memory_of_the_gpu_is_given_back() -> Iterator[None]:
     """Several processes share a GPU; what PyTorch keeps of one module's large tensors, another's may need."""

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vidaccel.kernels.launch import Launch
 
-__all__ = ["Copies", "Held", "hollow_conv3d", "hollow_out"]
+__all__ = ["Copies", "Held", "hollow_out"]
 
 _COPIES = ("clone", "copy_", "_to_copy", "cat", "constant_pad_nd", "upsample_nearest2d")
 
@@ -66,13 +66,13 @@ def _our_line() -> str:
 
 
 def hollow_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What surrounds the kernels runs as on a GPU, the kernels do not: for memory and its order, fast."""
+    """What surrounds kernels and 3-D convolutions runs as on a GPU, these do not: for memory and its order, fast."""
     monkeypatch.setattr(Launch, "__call__", lambda launch, *tensors: None)
-    # the 3-D convolution of a CPU answers in its own memory order, whatever it is given; all here keep the shape
-    monkeypatch.setattr(torch.nn.functional, "conv3d", lambda x, weight, *options, **others: torch.empty_like(x))
+    # that of a CPU answers in its own memory order, whatever it is given
+    monkeypatch.setattr(torch.nn.functional, "conv3d", _hollow_conv3d)
 
 
-def hollow_conv3d(
+def _hollow_conv3d(
     x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: tuple[int, ...] = (0, 0, 0), *_: Any
 ) -> Tensor:
     """Stands for ``F.conv3d``, and does nothing but leave memory in the order that a GPU's leaves it in."""

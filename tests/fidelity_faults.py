@@ -163,7 +163,7 @@ def _environment(name: str, value: str) -> Iterator[None]:
 
 def _row(found: Comparison, dtype: str, name: str, fault: Fault | None, checked: bool) -> dict[str, Any]:
     blamed = [site for site in found.blame or () if site.ratio > 1]
-    right = fault is not None and bool(blamed) and all(_is_of(site.path, site.op, fault) for site in blamed)
+    right = fault is not None and bool(blamed) and all(fault.is_at(site.path, site.op) for site in blamed)
     worst = min((control.clip.psnr_db.minimum for control in found.floor), default=math.inf)
     return {
         "fault": None if fault is None else name,
@@ -181,10 +181,6 @@ def _row(found: Comparison, dtype: str, name: str, fault: Fault | None, checked:
         "seconds": found.seconds["patched"] + found.seconds["steps"] + found.seconds["sites"],
         "reasons": list(found.verdict.reasons[:4]),
     }
-
-
-def _is_of(path: str, op: str, fault: Fault) -> bool:
-    return op in fault.ops and (path == fault.site if fault.at else path.endswith(fault.site))
 
 
 def _finite(value: float) -> float | str:

@@ -27,6 +27,10 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from vidaccel.kernels.op import Op
 
+DTYPES = [torch.float32, torch.float16]
+if torch.cuda.is_available():
+    DTYPES.append(torch.bfloat16)  # the interpreter's bfloat16 is wrong
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_89": GPUTarget("cuda", 89, 32),
@@ -106,7 +110,6 @@ def compile_for(
     constexprs: Mapping[str, Any],
     *,
     num_warps: int = 4,
-    num_stages: int = 3,
     enable_fp_fusion: bool = True,
 ) -> dict[str, str]:
     """Compile a ``@triton.jit`` or ``@gluon.jit`` kernel for a GPU that need not be here.
@@ -123,7 +126,7 @@ def compile_for(
     Returns:
         The text of every stage: ``"ttir"``, ``"ttgir"``, ``"llir"``, then ``"ptx"`` and ``"sass"``, or ``"amdgcn"``.
     """
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion}
+    options = {"num_warps": num_warps, "num_stages": 3, "enable_fp_fusion": enable_fp_fusion}
     task = (target, kernel.fn.__module__, kernel.fn.__name__, dict(signature), dict(constexprs), options)
     return _compiler().submit(_compile, *task).result()
 

@@ -46,6 +46,10 @@ class Fault:
     site: str = ""
     first_call: int = 1
 
+    def is_at(self, path: str, op: str) -> bool:
+        """Whether it is right to blame this site."""
+        return op in self.ops and (path == self.site if self.at else path.endswith(self.site))
+
 
 _RESNET = "unet.mid_block.resnets.0.spatial_res_block"
 _TEMPORAL = "unet.mid_block.resnets.1.temporal_res_block"

@@ -34,6 +34,7 @@ from vidaccel.bench.synthetic import build_pipeline, pipeline_inputs, specificat
 __all__ = [
     "tiny_animatediff_pipeline",
     "tiny_autoencoder_kl",
+    "tiny_autoencoder_kl_cogvideox",
     "tiny_autoencoder_kl_hunyuan_video",
     "tiny_autoencoder_kl_hunyuanvideo15",
     "tiny_autoencoder_kl_ltx_video",
@@ -52,13 +53,13 @@ __all__ = [
 CONTEXT_DIM = 32
 
 
-def tiny_svd_pipeline(seed: int = 0) -> StableVideoDiffusionPipeline:
+def tiny_svd_pipeline() -> StableVideoDiffusionPipeline:
     """Stable Video Diffusion, fp32 on the CPU: 64 channels, head dims 32 and 64, 3 frames, VAE factor 2.
 
-    Made for clips of 16 x 16 pixels or more; the same ``seed`` gives the same weights.
+    Made for clips of 16 x 16 pixels or more; the weights are always the same.
     """
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         models = {"unet": _svd_unet(), "vae": _vae(), "image_encoder": _image_encoder()}
         for model in models.values():
             _leave_the_initial_values(model)
@@ -83,26 +84,24 @@ def tiny_svd_pipeline(seed: int = 0) -> StableVideoDiffusionPipeline:
     return pipe
 
 
-def tiny_svd_unet(seed: int = 0, **options: Any) -> UNetSpatioTemporalConditionModel:
+def tiny_svd_unet(**options: Any) -> UNetSpatioTemporalConditionModel:
     """The UNet of :func:`tiny_svd_pipeline`, or one with other ``options``."""
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         unet = _svd_unet(**options)
         _leave_the_initial_values(unet)
     return unet
 
 
-def tiny_animatediff_pipeline(
-    pipeline_class: type[DiffusionPipeline] = AnimateDiffPipeline, seed: int = 0, **components: Any
-) -> Any:
+def tiny_animatediff_pipeline(pipeline_class: type[DiffusionPipeline] = AnimateDiffPipeline, **components: Any) -> Any:
     """AnimateDiff or a variant of it, for text given as ``prompt_embeds`` ``[1, 77, 32]``; VAE factor 2.
 
     Its UNet is ``tiny_motion_unet``'s unless ``components`` has one; what else the class wants is in there too.
     """
     absent = {"text_encoder": None, "tokenizer": None, "motion_adapter": None}
     scheduler = DDIMScheduler(beta_schedule="linear", steps_offset=1, clip_sample=False)
-    defaults = absent | {"unet": components.pop("unet", None) or tiny_motion_unet(seed)}
-    pipe = pipeline_class(vae=tiny_autoencoder_kl(seed), scheduler=scheduler, **defaults, **components)
+    defaults = absent | {"unet": components.pop("unet", None) or tiny_motion_unet()}
+    pipe = pipeline_class(vae=tiny_autoencoder_kl(), scheduler=scheduler, **defaults, **components)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -119,34 +118,26 @@ def tiny_motion_unet(seed: int = 0, **options: Any) -> UNetMotionModel:
         "motion_num_attention_heads": 2,
         "cross_attention_dim": CONTEXT_DIM,
     }
-    return _seeded(UNetMotionModel, seed, config | options)
+    return _seeded(UNetMotionModel, config | options, seed)
 
 
 def tiny_controlnet(seed: int = 0) -> ControlNetModel:
     """A ControlNet for :func:`tiny_motion_unet`."""
-    return _seeded(
-        ControlNetModel,
-        seed,
-        {
-            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-            "conditioning_embedding_out_channels": (16, 32),  # halves the sides, as the VAE does
-            **_CONTROLNET,
-        },
-    )
+    config = {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "conditioning_embedding_out_channels": (16, 32),  # halves the sides, as the VAE does
+    }
+    return _seeded(ControlNetModel, config | _CONTROLNET, seed)
 
 
-def tiny_sparse_controlnet(seed: int = 0) -> SparseControlNetModel:
+def tiny_sparse_controlnet() -> SparseControlNetModel:
     """A SparseCtrl model for :func:`tiny_motion_unet`, which takes latents of key frames."""
-    return _seeded(
-        SparseControlNetModel,
-        seed,
-        {
-            "conditioning_channels": 4,
-            "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"),
-            "motion_num_attention_heads": 2,
-            **_CONTROLNET,
-        },
-    )
+    config = {
+        "conditioning_channels": 4,
+        "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"),
+        "motion_num_attention_heads": 2,
+    }
+    return _seeded(SparseControlNetModel, config | _CONTROLNET)
 
 
 _CONTROLNET = {
@@ -157,7 +148,7 @@ _CONTROLNET = {
 }
 
 
-def _seeded(model_class: type[nn.Module], seed: int, config: dict[str, Any]) -> Any:
+def _seeded(model_class: type[nn.Module], config: dict[str, Any], seed: int = 0) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = model_class(**config).eval()
@@ -165,126 +156,103 @@ def _seeded(model_class: type[nn.Module], seed: int, config: dict[str, Any]) -> 
     return model
 
 
-def tiny_autoencoder_kl_cogvideox(seed: int = 0, **options: Any) -> AutoencoderKLCogVideoX:
+def _drawn(vae_class: type[nn.Module], config: dict[str, Any], seed: int = 0) -> Any:
+    """A video VAE, no parameter of which is left at 0 or 1."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        vae = vae_class(**config).eval()
+        for parameter in vae.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return vae
+
+
+def tiny_autoencoder_kl_cogvideox(**options: Any) -> AutoencoderKLCogVideoX:
     """CogVideoX's video VAE, on the CPU: 4 latent channels, 8 and 16 channels, factors 8 and 4, 64-pixel tiles."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        config = {
-            "latent_channels": 4,
-            "block_out_channels": (8, 8, 8, 16),
-            "layers_per_block": 1,
-            "norm_num_groups": 4,
-            "sample_height": 64,
-            "sample_width": 64,
-        }
-        vae = AutoencoderKLCogVideoX(**config | options).eval()
-        for parameter in vae.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return vae
+    config = {
+        "latent_channels": 4,
+        "block_out_channels": (8, 8, 8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "sample_height": 64,
+        "sample_width": 64,
+    }
+    return _drawn(AutoencoderKLCogVideoX, config | options)
 
 
-def tiny_autoencoder_kl_hunyuanvideo15(seed: int = 0, **options: Any) -> AutoencoderKLHunyuanVideo15:
+def tiny_autoencoder_kl_hunyuanvideo15(**options: Any) -> AutoencoderKLHunyuanVideo15:
     """HunyuanVideo 1.5's video VAE, on the CPU: 4 latent channels, 8 to 32 channels, factors 16 and 4."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        config = {"latent_channels": 4, "block_out_channels": (8, 8, 16, 32, 32), "layers_per_block": 1}
-        vae = AutoencoderKLHunyuanVideo15(**config | options).eval()
-        for parameter in vae.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return vae
+    config = {"latent_channels": 4, "block_out_channels": (8, 8, 16, 32, 32), "layers_per_block": 1}
+    return _drawn(AutoencoderKLHunyuanVideo15, config | options)
 
 
-def tiny_autoencoder_kl_hunyuan_video(seed: int = 0, **options: Any) -> AutoencoderKLHunyuanVideo:
+def tiny_autoencoder_kl_hunyuan_video(**options: Any) -> AutoencoderKLHunyuanVideo:
     """HunyuanVideo's video VAE, on the CPU: 4 latent channels, 8 to 32 channels, factors 8 and 4."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        config = {
-            "latent_channels": 4,
-            "block_out_channels": (8, 16, 32, 32),
-            "layers_per_block": 1,
-            "norm_num_groups": 4,
-        }
-        vae = AutoencoderKLHunyuanVideo(**config | options).eval()
-        for parameter in vae.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return vae
+    config = {
+        "latent_channels": 4,
+        "block_out_channels": (8, 16, 32, 32),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+    }
+    return _drawn(AutoencoderKLHunyuanVideo, config | options)
 
 
-def tiny_autoencoder_kl_ltx_video(seed: int = 0, **options: Any) -> AutoencoderKLLTXVideo:
+def tiny_autoencoder_kl_ltx_video(**options: Any) -> AutoencoderKLLTXVideo:
     """LTX-Video's VAE, on the CPU: 4 latent channels, 8 channels, a factor of 2."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        config = {
-            "block_out_channels": (8, 8),
-            "decoder_block_out_channels": (8, 8),
-            "layers_per_block": (1, 1),
-            "decoder_layers_per_block": (1, 1, 1),
-            "spatio_temporal_scaling": (True, False),
-            "decoder_spatio_temporal_scaling": (True, False),
-            "decoder_inject_noise": (False, False, False),
-            "upsample_residual": (False, False),
-            "upsample_factor": (1, 1),
-            "latent_channels": 4,
-            "patch_size": 1,
-        }
-        vae = AutoencoderKLLTXVideo(**config | options).eval()
-        for parameter in vae.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return vae
+    config = {
+        "block_out_channels": (8, 8),
+        "decoder_block_out_channels": (8, 8),
+        "layers_per_block": (1, 1),
+        "decoder_layers_per_block": (1, 1, 1),
+        "spatio_temporal_scaling": (True, False),
+        "decoder_spatio_temporal_scaling": (True, False),
+        "decoder_inject_noise": (False, False, False),
+        "upsample_residual": (False, False),
+        "upsample_factor": (1, 1),
+        "latent_channels": 4,
+        "patch_size": 1,
+    }
+    return _drawn(AutoencoderKLLTXVideo, config | options)
 
 
-def tiny_autoencoder_kl_mochi(seed: int = 0, **options: Any) -> AutoencoderKLMochi:
+def tiny_autoencoder_kl_mochi(**options: Any) -> AutoencoderKLMochi:
     """Mochi's video VAE, on the CPU: 12 latent channels, 32 and 64 channels, factors 8 and 6."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        config = {
-            "encoder_block_out_channels": (32,) * 4,
-            "decoder_block_out_channels": (32, 32, 32, 64),
-            "layers_per_block": (1, 1, 1, 1, 1),
-        }
-        vae = AutoencoderKLMochi(**config | options).eval()
-        for parameter in vae.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return vae
+    config = {
+        "encoder_block_out_channels": (32,) * 4,
+        "decoder_block_out_channels": (32, 32, 32, 64),
+        "layers_per_block": (1, 1, 1, 1, 1),
+    }
+    return _drawn(AutoencoderKLMochi, config | options)
 
 
 def tiny_autoencoder_kl_wan(seed: int = 0, **options: Any) -> AutoencoderKLWan:
     """Wan's video VAE, on the CPU: 4 latent channels, 8 to 32 channels, factors 8 and 4."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        config = {
-            "base_dim": 8,
-            "z_dim": 4,
-            "num_res_blocks": 1,
-            "latents_mean": [0.0] * 4,
-            "latents_std": [1.0] * 4,
-        }
-        vae = AutoencoderKLWan(**config | options).eval()
-        for parameter in vae.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return vae
+    config = {
+        "base_dim": 8,
+        "z_dim": 4,
+        "num_res_blocks": 1,
+        "latents_mean": [0.0] * 4,
+        "latents_std": [1.0] * 4,
+    }
+    return _drawn(AutoencoderKLWan, config | options, seed)
 
 
-def tiny_autoencoder_kl(seed: int = 0) -> AutoencoderKL:
+def tiny_autoencoder_kl() -> AutoencoderKL:
     """The image VAE of the text-to-video pipelines, on the CPU: 32 and 64 channels, factor 2, 16-pixel tiles."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-            up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-            block_out_channels=(32, 64),
-            sample_size=16,
-        ).eval()
-        _leave_the_initial_values(vae)
-    return vae
+    config = {
+        "down_block_types": ("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        "up_block_types": ("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        "block_out_channels": (32, 64),
+        "sample_size": 16,
+    }
+    return _seeded(AutoencoderKL, config)
 
 
-def tiny_synthetic_pipeline(name: str, seed: int = 0) -> tuple[DiffusionPipeline, dict[str, Any]]:
+def tiny_synthetic_pipeline(name: str) -> tuple[DiffusionPipeline, dict[str, Any]]:
     """The synthetic pipeline called ``name``, tiny and fp32 on the CPU, and what to call it with."""
     specified, cpu = specification(name, "tiny"), torch.device("cpu")
-    pipe = build_pipeline(specified, cpu, torch.float32, seed)
+    pipe = build_pipeline(specified, cpu, torch.float32)
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         for model in pipe.components.values():
             if isinstance(model, nn.Module):
                 _leave_the_initial_values(model)

@@ -243,19 +243,24 @@ def hunyuan_image_to_video(pipeline_class: type[Any], **config: Any) -> Made:
     return _quiet(pipeline_class(**parts)), texts | shape | given
 
 
+def _vae_of_hunyuan_video() -> Any:
+    widths = (8, 8, 8, 8)
+    return frozen(
+        AutoencoderKLHunyuanVideo(block_out_channels=widths, layers_per_block=1, latent_channels=4, norm_num_groups=4)
+    )
+
+
 def kandinsky(pipeline_class: type[Any] = Kandinsky5T2VPipeline) -> Made:
     """In bfloat16, which the family is made for; its VAE in float32, or a decode would be rounded otherwise."""
     torch.manual_seed(0)
-    vae = AutoencoderKLHunyuanVideo(
-        block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4
-    )  # fmt: skip
+    vae = _vae_of_hunyuan_video()
     vae.encoder.register_forward_pre_hook(lambda _, args: args[0].float())  # the pipeline encodes in bfloat16
     transformer = tiny_transformer("Kandinsky5Transformer3DModel", {**KANDINSKY, "visual_cond": True}, torch.bfloat16)
     parts = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
     pipe = pipeline_class(
         **parts,
         transformer=transformer,
-        vae=frozen(vae),
+        vae=vae,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
     )
     call: dict[str, Any] = {"height": 32, "width": 48, "num_frames": 17, "num_inference_steps": 2}
@@ -271,12 +276,9 @@ def kandinsky(pipeline_class: type[Any] = Kandinsky5T2VPipeline) -> Made:
 def kandinsky_6() -> Made:
     """Without sound, for which the pipeline would need a decoder and a vocoder."""
     torch.manual_seed(0)
-    vae = AutoencoderKLHunyuanVideo(
-        block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4
-    )  # fmt: skip
     pipe = Kandinsky6TI2VAPipeline(
         tiny_transformer("Kandinsky6Transformer3DModel", KANDINSKY_6),
-        frozen(vae),
+        _vae_of_hunyuan_video(),
         *[None] * 4,
         FlowMatchEulerDiscreteScheduler(shift=5.0),
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import diffusers
@@ -12,12 +13,13 @@ from block_checks import all_fused, frozen, relative_error, tensor_of
 from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.attention_dispatch import attention_backend
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from vidaccel import patch_module
 from vidaccel.bench.synthetic import build_component, specification
+from vidaccel.kernels.check import in_float64
 from vidaccel.patching.report import PatchReport
 from vidaccel.sites.block import FusedBlock
 
@@ -27,6 +29,7 @@ __all__ = [
     "TELLING_ROWS_APART",
     "Shifted",
     "check_attention_backend",
+    "check_autocast",
     "check_cache",
     "check_changed",
     "check_corner",
@@ -37,12 +40,18 @@ __all__ = [
     "check_full_size",
     "check_hooks",
     "check_lora",
+    "check_relative_of_wan",
     "check_same",
     "fallback_reasons",
+    "fallbacks_of",
     "halve",
+    "patched",
+    "sites_of",
     "telling_rows_apart",
+    "telling_transformer",
     "tiny_transformer",
     "turning_channels_apart",
+    "with_injected_lora",
 ]
 
 Call = Callable[[Any], Tensor]
@@ -56,6 +65,32 @@ def tiny_transformer(class_name: str, config: dict[str, Any], dtype: torch.dtype
         torch.manual_seed(0)
         model = build_component(class_name, config, torch.device("cpu"), dtype)
         return frozen(model)
+
+
+def telling_transformer(model_class: type[Any], config: dict[str, Any]) -> Any:
+    """The same of a class, with weights so large that what attention finds shows in the output."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: Any = frozen(model_class(**config))
+    for parameter in model.parameters():
+        parameter.data *= 2 if parameter.ndim > 1 else 1
+    return model
+
+
+@contextmanager
+def patched(model: Any) -> Iterator[PatchReport]:
+    """``model`` patched inside the ``with`` block, and no site of it left alone or failed."""
+    with patch_module(model, strict=True) as report:
+        yield report
+        assert {site.state for site in report.sites} <= {"active", "off"}, str(report)
+
+
+def sites_of(report: PatchReport, op: str) -> list[Any]:
+    return [site for site in report.sites if site.op == op]
+
+
+def fallbacks_of(report: PatchReport, op: str) -> set[str]:
+    return {reason for site in sites_of(report, op) for reason in site.fallbacks}
 
 
 def check_same(model: Any, call: Call) -> PatchReport:
@@ -83,8 +118,10 @@ def check_each_op_off(model: Any, call: Call) -> None:
 
 def check_attention_backend(model: Any, call: Call) -> None:
     """A user's choice of a backend wins, that of a model as well as that of a context."""
-    with patch_module(model) as report, attention_backend("_native_math"):
-        call(model)
+    with attention_backend("_native_math"):
+        expected = call(model)
+        with patch_module(model) as report:
+            assert relative_error(call(model), expected) <= 1e-5
     _only_ran_attention(report, "_native_math")
     try:
         model.set_attention_backend("_native_math")
@@ -122,6 +159,14 @@ def check_lora(model: Any, call: Call, *targets: str) -> PatchReport:
     return check_same(model, call)
 
 
+def with_injected_lora(model: Any) -> None:
+    """A change for :func:`check_changed`, where the model knows of no adapters: random ones, always the same."""
+    torch.manual_seed(0)
+    config = LoraConfig(init_lora_weights=False, target_modules=["to_q", "to_v", "net.0.proj"])
+    inject_adapter_in_model(config, model)
+    model.requires_grad_(False)
+
+
 def check_foreign_processors(model: Any, call: Call, *names: str) -> None:
     """A processor of a user's own on the attentions of the first block, one after the other."""
     block = next(module for module in model.modules() if hasattr(module, names[0]))
@@ -140,6 +185,14 @@ def _doubled(kind: type) -> type:
             return 2 * super().__call__(*args, **kwargs)
 
     return Doubled
+
+
+def check_relative_of_wan(build: Callable[[], Any], call: Call) -> None:
+    """What users put into models whose blocks are Wan's with other attentions."""
+    check_attention_backend(build(), call)
+    check_foreign_processors(build(), call, "attn1", "attn2")
+    check_hooks(build(), call, "attn1", "net.0", "norm3")
+    assert not check_lora(build(), call, "to_q", "to_out.0").fallbacks
 
 
 class Shifted(nn.Module):
@@ -297,6 +350,13 @@ def check_hooks(model: Any, call: Call, *names: str) -> None:
         handle.remove()
 
 
+def check_autocast(model: Any, call: Call) -> None:
+    """A call under autocast goes the original way."""
+    with patch_module(model) as report, torch.autocast("cpu", torch.bfloat16):
+        call(model)
+        assert fallback_reasons(report) == {"autocast is on"}
+
+
 def check_corner(block: Any, fused_class: type[FusedBlock], arguments: tuple[Any, ...]) -> None:
     """The arguments that a long call is checked with are few, and valid for both forwards."""
     with all_fused(block, fused_class):
@@ -309,17 +369,13 @@ def check_corner(block: Any, fused_class: type[FusedBlock], arguments: tuple[Any
 
 def check_error_in_bfloat16(block: nn.Module, fused_class: type[FusedBlock], arguments: tuple[Any, ...]) -> None:
     """Of a block in bfloat16, against itself in float64: at most twice what the stock block's is."""
-    gold = tensor_of(copy.deepcopy(block).double()(*tree_map(_double, arguments)))
+    gold = tensor_of(copy.deepcopy(block).double()(*tree_map(in_float64, arguments)))
     stock = tensor_of(block(*arguments))
     with all_fused(block, fused_class) as sites:
         out = tensor_of(block(*arguments))
     assert not any(site.fallbacks for site in sites)
     assert (out.double() - gold).norm() <= 2 * (stock.double() - gold).norm()
     assert (out.double() - gold).abs().max() <= 2 * (stock.double() - gold).abs().max()
-
-
-def _double(x: Any) -> Any:
-    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def fallback_reasons(report: PatchReport) -> set[str]:

@@ -19,12 +19,13 @@ __all__ = [
     "PIXEL_FAULTS",
     "Lora",
     "assert_no_worse",
-    "check_bad_latents",
+    "check_bad_input",
     "check_changed_child",
     "check_fault_found",
     "check_gradients",
     "check_gradients_of_the_last",
     "check_halves",
+    "count_convolutions",
     "decode",
     "encode",
     "host_is_full",
@@ -75,6 +76,19 @@ def out_of_memory_beyond(
 
     right = F.conv3d
     monkeypatch.setattr(F, "conv3d", conv3d)
+
+
+def count_convolutions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list of how many frames each convolution reads from now on."""
+    frames: list[int] = []
+
+    def conv3d(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        frames.append(x.shape[2])
+        return right(x, *args, **kwargs)
+
+    right = F.conv3d
+    monkeypatch.setattr(F, "conv3d", conv3d)
+    return frames
 
 
 class Lora(nn.Module):
@@ -137,12 +151,15 @@ def check_halves(
     assert_no_worse(out, stock, gold)
 
 
-def check_gradients(vae: Any, latents: Tensor) -> None:
+def check_gradients(
+    vae: Any, x: Tensor, call: Callable[[Any, Tensor], Tensor] = lambda vae, x: vae.decode(x).sample
+) -> None:
+    """A ``call`` that records gradients is stock's."""
     outcomes = []
     for patched in (False, True):
         report = patch_module(vae) if patched else None
-        leaf = latents.clone().requires_grad_()
-        out = vae.decode(leaf).sample
+        leaf = x.clone().requires_grad_()
+        out = call(vae, leaf)
         out.square().sum().backward()
         outcomes.append((out, leaf.grad))
     assert all(map(torch.equal, *outcomes))
@@ -168,16 +185,17 @@ def check_gradients_of_the_last(
 
 
 @torch.no_grad()
-def check_bad_latents(vae: Any, latents: Tensor) -> None:
+def check_bad_input(vae: Any, x: Tensor, run: Callable[[Any, Tensor], Tensor] = decode) -> PatchReport:
     """The error is stock's."""
     outcomes = []
     for patched in (False, True):
         if patched:
-            patch_module(vae)
+            report = patch_module(vae)
         with pytest.raises(Exception) as error:
-            vae.decode(latents)
+            run(vae, x)
         outcomes.append((error.type, str(error.value)))
     assert outcomes[0] == outcomes[1]
+    return report
 
 
 def _swapped_frames(pixels: Tensor) -> Tensor:

@@ -31,7 +31,6 @@ __all__ = [
     "cpu_cores",
     "device_of",
     "environment",
-    "free_host_bytes",
     "free_memory",
     "memory_ran_out",
     "peak_memory_gib",
@@ -127,7 +126,7 @@ def memory_ran_out(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in known)
 
 
-def free_host_bytes() -> int:
+def _free_host_bytes() -> int:
     """What this process may still take of the host's memory, by the limits of its container and of its own, too.
 
     Where it takes more than a container has, Linux ends it, and nothing is raised. Files in the page cache give way.
@@ -150,7 +149,7 @@ def free_host_bytes() -> int:
 def usable_bytes(device: torch.device) -> int:
     """What this process may allocate on ``device``, counting what it has allocated, if that is a GPU of CUDA's."""
     if device.type != "cuda":
-        return free_host_bytes()
+        return _free_host_bytes()
     driver_free, total = torch.cuda.mem_get_info(device)
     limit = int(torch.cuda.get_per_process_memory_fraction(device) * total)
     return min(driver_free + torch.cuda.memory_reserved(device), limit)

@@ -28,10 +28,10 @@ def error_line(error: UsageError) -> str:
     return f"vidaccel: error: {' '.join(str(error).split())}"
 
 
-def shortened(name: object, most: int = 80) -> str:
+def shortened(name: object) -> str:
     """A name for a message: the middle of a long one is left out."""
     text = str(name)
-    return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 4 :]}"
+    return text if len(text) <= 80 else f"{text[:40]}...{text[-20:]}"
 
 
 def first_line(error: BaseException) -> str:

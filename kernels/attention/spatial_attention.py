@@ -38,7 +38,7 @@ from torch import Tensor
 from vidaccel.kernels.arguments import require_floats
 from vidaccel.kernels.attention.alignment import aligned_rows
 from vidaccel.kernels.attention.gemm_attention import MOST_KEYS, bind_gemm_attention
-from vidaccel.kernels.check import Part, cuts, heads_apart
+from vidaccel.kernels.check import Part, cuts, heads_apart, heads_of
 from vidaccel.kernels.hopper import gluon_reason, on_hopper
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.op import REFERENCE, Costs, Implementation, Op, device_reason, tensors_reason
@@ -359,11 +359,7 @@ def _parts_of(some: slice, q: Tensor, k: Tensor, v: Tensor, num_heads: int, scal
             for rows in cuts(seq_q, together * count * head_dim):
                 place = samples, slice(some.start + rows.start, some.start + rows.stop), channel
                 args = q[place], k[samples, :, channel], v[samples, :, channel], count, scale
-                yield Part(args, functools.partial(_place, place, count), functools.partial(heads_apart, count))
-
-
-def _place(place: tuple[slice, slice, slice], heads: int, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return heads_apart(heads, (outputs[0][place],))
+                yield Part(args, functools.partial(heads_of, place, count), functools.partial(heads_apart, count))
 
 
 def _measures(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> bool:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from vidaccel.kernels.arguments import require_floats
 from vidaccel.kernels.attention.alignment import aligned_rows
-from vidaccel.kernels.check import Part, cuts, heads_apart, lean
+from vidaccel.kernels.check import Part, cuts, heads_apart, heads_of, lean
 from vidaccel.kernels.compile_ahead import foreseen
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason, tensors_reason
@@ -282,11 +282,7 @@ def _parts(q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_heads: int, sca
         for pixels in cuts(num_pixels, elements * count, lean(q)):
             place = frames, pixels, channel
             args = q[place], k[keys, pixels, channel], v[keys, pixels, channel], num_frames, count, scale
-            yield Part(args, functools.partial(_place, place, count), functools.partial(heads_apart, count))
-
-
-def _place(place: tuple[slice, slice, slice], heads: int, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return heads_apart(heads, (outputs[0][place],))
+            yield Part(args, functools.partial(heads_of, place, count), functools.partial(heads_apart, count))
 
 
 TEMPORAL_ATTENTION = Op(

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidaccel.kernels.arguments import require_floats
-from vidaccel.kernels.check import Part, pieces
+from vidaccel.kernels.check import Part, pictures_apart, piece_of, pieces
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.op import Costs, Implementation, Op, device_reason, tensors_reason
 
@@ -181,15 +181,11 @@ def _parts(x: Tensor, bias: Tensor, source: Tensor, factor_t: int, first: bool) 
         begins = frames.start == 0
         written = slice(factor_t * frames.start - alone * (not begins), factor_t * frames.stop - alone)
         args = x[piece], bias, source[samples, frames], factor_t, first and begins
-        yield Part(args, functools.partial(_part_of, (samples, written)), _as_frames)
+        yield Part(args, functools.partial(_part_of, (samples, written)), pictures_apart)
 
 
 def _part_of(written: tuple[slice, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return _as_frames((outputs[0][written],))
-
-
-def _as_frames(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (outputs[0].flatten(2, 3).flatten(0, 1),)  # [frames, H*W, C]
+    return pictures_apart(piece_of(written, outputs))
 
 
 def _validate(x: Tensor, bias: Tensor, source: Tensor, factor_t: int, first: bool) -> None:

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidaccel.kernels.arguments import require_floats
-from vidaccel.kernels.check import Part, pieces
+from vidaccel.kernels.check import Part, pictures_apart, piece_of, pieces
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.op import Costs, Implementation, Op, device_reason, tensors_reason
 
@@ -198,15 +198,11 @@ def _parts(*args: Any) -> Iterator[Part]:
         part = call._replace(x=call.x[piece], source=source, drop=drop)
         written = slice(frames.start * call.t - call.drop + drop, frames.stop * call.t - call.drop)
         rows = slice(height.start * call.u, height.stop * call.u - 2 * call.crop)
-        yield Part(tuple(part), functools.partial(_part_of, (samples, written, rows)), _as_frames)
+        yield Part(tuple(part), functools.partial(_part_of, (samples, written, rows)), pictures_apart)
 
 
 def _part_of(piece: tuple[slice, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return _as_frames(tuple(out[piece] for out in outputs))
-
-
-def _as_frames(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(out.flatten(2, 3).flatten(0, 1) for out in outputs)  # [frames, H*W, C]
+    return pictures_apart(piece_of(piece, outputs))
 
 
 def _validate(*args: Any) -> None:

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidaccel.kernels.arguments import require_floats
-from vidaccel.kernels.check import Part, cuts, lean
+from vidaccel.kernels.check import Part, cuts, lean, piece_of
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.op import DTYPES, Costs, Implementation, Op, device_reason, scaled, tensors_reason
 
@@ -296,12 +296,8 @@ def _parts(
                     None if position is None else positions,
                     row_to,
                 ),
-                functools.partial(_at, (n, s)),
+                functools.partial(piece_of, (n, s)),
             )  # fmt: skip
-
-
-def _at(index: tuple[slice, slice], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(out[index] for out in outputs)
 
 
 def _validate(

@@ -52,6 +52,7 @@ __all__ = [
     "gated_residual_norm",
     "gated_residual_norm_ref",
     "norm_modulate",
+    "rows_of_tokens",
 ]
 
 Kind = Literal["layer", "rms", "none"]
@@ -138,10 +139,10 @@ def _residual(call: _Call) -> Tensor:
     wide, rounded = _wide(call), x.dtype if call.rounding == "each" else _wide(call)
     if call.branch_eps is not None:  # Mochi's, in float32 up to and with the gate
         branch = F.rms_norm(branch.to(wide), branch.shape[-1:], eps=call.branch_eps)
-        branch = branch if call.gate is None else branch * _of_tokens(call.gate, call.rows).to(wide)
+        branch = branch if call.gate is None else branch * rows_of_tokens(call.gate, call.rows).to(wide)
         return x + branch.to(x.dtype)
     if call.gate is not None:
-        branch = branch.to(rounded) * _of_tokens(call.gate, call.rows).to(rounded)
+        branch = branch.to(rounded) * rows_of_tokens(call.gate, call.rows).to(rounded)
     return (x.to(rounded) + branch).to(x.dtype)
 
 
@@ -159,13 +160,13 @@ def _norm(call: _Call, z: Tensor) -> Tensor:
 def _modulated(call: _Call, normed: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     y = normed
     if scale is not None:
-        y = y * (1 + _of_tokens(scale, call.rows).to(y.dtype))
+        y = y * (1 + rows_of_tokens(scale, call.rows).to(y.dtype))
     if shift is not None:
-        y = y + _of_tokens(shift, call.rows).to(y.dtype)
+        y = y + rows_of_tokens(shift, call.rows).to(y.dtype)
     return y.to(call.x.dtype)
 
 
-def _of_tokens(modulation: Tensor, rows: Tensor | None) -> Tensor:
+def rows_of_tokens(modulation: Tensor, rows: Tensor | None) -> Tensor:
     """``[B, R, C]`` as it meets ``[B, S, C]``."""
     return modulation if rows is None else modulation[:, rows]
 

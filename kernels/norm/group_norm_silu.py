@@ -35,7 +35,7 @@ from vidaccel.kernels.channels_last import (
     channels_last_strides,
     empty_channels_last,
 )
-from vidaccel.kernels.check import Part, cuts, lean
+from vidaccel.kernels.check import Part, cuts, lean, piece_of
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.norm.channel_statistics import (
     FOLD,
@@ -731,11 +731,7 @@ def _cuts(call: _Call) -> Iterator[tuple[_Call, Callable[[tuple[Tensor, ...]], t
                 some_parts, segment_rows, chunk_rows,
                 None if row is None else row[c],
             )  # fmt: skip
-            yield part, functools.partial(_at, (n, c))
-
-
-def _at(index: tuple[slice, slice], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(out[index] for out in outputs)
+            yield part, functools.partial(piece_of, (n, c))
 
 
 GROUP_NORM_SILU = Op(

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidaccel.kernels.arguments import require_floats
-from vidaccel.kernels.check import PICTURES, Part, cuts
+from vidaccel.kernels.check import PICTURES, Part, cuts, pictures_apart
 from vidaccel.kernels.conv.padded_clip import NO_PADDING, Padding, pad_clip, padded_pixel, require_padding
 from vidaccel.kernels.launch import Launch
 from vidaccel.kernels.norm.channel_statistics import ChannelStatistics, are_of_dtype, choose_tiling, empty_parts, locate
@@ -193,7 +193,7 @@ def prepare_norms(
     first_span: int,
     span: int,
     has_addend: bool,
-    known_chunk_rows: int | None = None,
+    known_chunk_rows: int | None,
 ) -> Callable[..., Tensor]:
     """What computes ``[B, spans, 2, C]``, the mean and the scale of every channel in every span of frames.
 
@@ -327,15 +327,11 @@ def parts_of_groups(call: Any, *clips: str) -> Iterator[Part]:
                 addend=None if call.addend is None else call.addend[c],
                 parts=None,
             )
-            yield Part(tuple(part), functools.partial(_part_of, n, c), _as_frames)
+            yield Part(tuple(part), functools.partial(_part_of, n, c), pictures_apart)
 
 
 def _part_of(samples: slice, channels: slice, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return _as_frames(tuple(out[samples, ..., channels] for out in outputs))
-
-
-def _as_frames(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(out.flatten(2, 3).flatten(0, 1) for out in outputs)  # [frames, H*W, C]
+    return pictures_apart(tuple(out[samples, ..., channels] for out in outputs))
 
 
 def require_norm(name: str, call: Any, padding: Padding) -> None:

@@ -40,7 +40,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidaccel.kernels.arguments import require_floats
-from vidaccel.kernels.check import Part, pieces
+from vidaccel.kernels.check import Part, pictures_apart, pieces
 from vidaccel.kernels.conv.enlarged_clip import enlarged, pixel_in_cells, pixel_in_shortcut, rows_of_cells, small_frames
 from vidaccel.kernels.conv.padded_clip import NO_PADDING, Padding, pad_clip, padded_lines, padded_tiles, require_padding
 from vidaccel.kernels.launch import Launch
@@ -560,7 +560,7 @@ def _parts(*args: Any) -> Iterator[Part]:
         )
         written = slice(frames.start + call.before - before, frames.stop + call.before + after)
         rows = slice(height.start, height.stop + 2 * call.border)
-        yield Part(tuple(part), functools.partial(_part_of, piece, (samples, written, rows)), _as_frames)
+        yield Part(tuple(part), functools.partial(_part_of, piece, (samples, written, rows)), pictures_apart)
 
 
 def _residual_of(call: _Call, piece: tuple[slice, ...]) -> tuple[Tensor | None, int]:
@@ -573,11 +573,7 @@ def _residual_of(call: _Call, piece: tuple[slice, ...]) -> tuple[Tensor | None, 
 
 def _part_of(piece: tuple[slice, ...], written: tuple[slice, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     *sums, y = outputs
-    return _as_frames((*(z[piece] for z in sums), y[written]))
-
-
-def _as_frames(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(out.flatten(2, 3).flatten(0, 1) for out in outputs)  # [frames, H*W, C]
+    return pictures_apart((*(z[piece] for z in sums), y[written]))
 
 
 def _validate(*args: Any) -> None:

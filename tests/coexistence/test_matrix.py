@@ -18,6 +18,7 @@ from coexistence.matrix import ORDERS, outcome
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("plain_pytorch"),
     pytest.mark.filterwarnings("ignore"),  # of PEFT, accelerate, the quantisers: not ours, which we only log
 ]
 
@@ -26,11 +27,6 @@ pytestmark = [
 CHEAP = "Wan 2.1"
 ON_A_GPU = ("AnimateDiff", "SVD", "LTX", "Wan 2.1")
 UNETS_OWN = {"AnimateDiff": ("sequential offload", "forward chunking", "a replaced block")}
-
-
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
 
 
 def _named(x: Any) -> str:

@@ -62,12 +62,6 @@ Bench = Callable[..., tuple[int, Record]]
 
 
 @pytest.fixture
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The PyTorch implementations: interpreted kernels are slow."""
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
-
-
-@pytest.fixture
 def bench(tmp_path: Path, plain_pytorch: None) -> Bench:
     """Run the command and return its exit code and the record it wrote."""
 

@@ -13,17 +13,13 @@ import pytest
 from vidaccel.blocks.unet.normalization import FusedGroupNorm
 from vidaccel.cli import main
 
+pytestmark = pytest.mark.usefixtures("plain_pytorch")
+
 Validate = Callable[..., int]
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("--height", "32", "--width", "32", "--frames", "2", "--steps", "1", "--device", "cpu")
 SHORT = ("--quick", "--controls", "math attention")
-
-
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The PyTorch implementations: this is about the command, and interpreted kernels are slow."""
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
 
 
 @pytest.fixture

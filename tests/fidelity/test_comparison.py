@@ -21,6 +21,8 @@ from vidaccel.blocks.unet.normalization import FusedGroupNorm
 from vidaccel.errors import UsageError
 from vidaccel.fidelity.comparison import Baseline, Comparison, compare, unpatched
 
+pytestmark = pytest.mark.usefixtures("plain_pytorch")
+
 STEPS = 2
 CALL: dict[str, Any] = {
     "image": Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)),
@@ -30,12 +32,6 @@ CALL: dict[str, Any] = {
     "num_inference_steps": STEPS,
 }
 Compare = Callable[..., Comparison]
-
-
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The PyTorch implementations: this is about the comparison, and interpreted kernels are slow."""
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +56,6 @@ def compared(pipe: Any, baseline: Baseline) -> Compare:
 
 def blamed(comparison: Comparison) -> set[tuple[str, str]]:
     return {(site.path, site.op) for site in comparison.blame or () if site.ratio > 1}
-
-
-def is_of(path: str, op: str, fault: Fault) -> bool:
-    return op in fault.ops and (path == fault.site if fault.at else path.endswith(fault.site))
 
 
 def test_a_right_patch_passes_and_nothing_stays_behind(pipe: Any) -> None:
@@ -116,7 +108,7 @@ def test_a_planted_fault_fails_and_is_blamed(pipe: Any, compared: Compare, fault
     with planted(pipe, fault, steps=STEPS):
         comparison = compared({"self_check": False})
     assert not comparison.passed and comparison.verdict.reasons
-    assert blamed(comparison) and all(is_of(*site, fault) for site in blamed(comparison))
+    assert blamed(comparison) and all(fault.is_at(*site) for site in blamed(comparison))
 
 
 @pytest.mark.parametrize("fault", [FAULTS[0], FAULTS[14]], ids=lambda fault: fault.name)
@@ -249,4 +241,4 @@ def test_faults_and_right_variants_on_a_gpu(dtype: torch.dtype, monkeypatch: pyt
             patch = {"self_check": False, "cuda_graph": False}
             comparison = compare(pipe, patch, baseline=baseline, progress=False)
         assert not comparison.passed, fault.name
-        assert blamed(comparison) and all(is_of(*site, fault) for site in blamed(comparison)), fault.name
+        assert blamed(comparison) and all(fault.is_at(*site) for site in blamed(comparison)), fault.name

@@ -17,7 +17,7 @@ from denoiser_calls import denoised, first_call
 from diffusers.models.resnet import SpatioTemporalResBlock, TemporalConvLayer
 from ranks import Team
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map
 
 from vidaccel import patch_pipeline
 from vidaccel.blocks.unet.resnet import (
@@ -27,6 +27,7 @@ from vidaccel.blocks.unet.resnet import (
     FusedTemporalConvLayer,
     FusedTemporalResnetBlock,
 )
+from vidaccel.kernels.check import in_float64
 from vidaccel.parallel.layout import Frames as FramesOverRanks
 from vidaccel.parallel.layout import spread
 from vidaccel.parallel.ranks import axes_of
@@ -36,10 +37,6 @@ pytestmark = pytest.mark.slow
 
 RESNETS = FusedResnetBlock2D, FusedTemporalResnetBlock, FusedAlphaBlender, FusedSpatioTemporalResBlock
 FAMILIES = ["svd", "i2vgen-xl", "animatediff", "modelscope"]
-
-
-def in_double(x: Tensor) -> Tensor:
-    return x.double() if x.is_floating_point() else x
 
 
 def frames_site(report: PatchReport) -> tuple[str, str, dict[str, int]]:
@@ -80,7 +77,7 @@ def compared(
     pipe, given = first_call(name, frames)
     gold = copy.deepcopy(pipe.unet).double()
     with torch.no_grad():
-        expected = gold(**tree_map_only(Tensor, in_double, given))[0]
+        expected = gold(**tree_map(in_float64, given))[0]
     stock = denoised(pipe, given)
     with patch_pipeline(pipe, only="unet") as report:
         alone, of_one = denoised(pipe, given), reasons(report)

@@ -43,6 +43,8 @@ from vidaccel.patching.cuda_graph import Graphs, GraphSite
 from vidaccel.patching.model_call import wrap_call
 from vidaccel.patching.report import PatchReport
 
+pytestmark = pytest.mark.usefixtures("plain_pytorch")
+
 ONE_LEVEL = {  # with attention in the middle
     "down_block_types": ("DownBlockSpatioTemporal",),
     "up_block_types": ("UpBlockSpatioTemporal",),
@@ -89,11 +91,6 @@ class TapeCapture(CpuCapture):
         pool = pool or object()
         TapeCapture.pools.add(id(pool))
         return Captured(replay, outputs, pool)
-
-
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
 
 
 @pytest.fixture

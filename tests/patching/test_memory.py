@@ -31,7 +31,7 @@ from vidaccel import patch_module, patch_pipeline
 from vidaccel.clips.generation import generate
 from vidaccel.sites.plain import hook_reason
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("plain_pytorch")]
 
 ONE_LEVEL = {  # with attention in the middle
     "down_block_types": ("DownBlockMotion",),
@@ -40,11 +40,6 @@ ONE_LEVEL = {  # with attention in the middle
 }
 ONE_STEP = {"num_inference_steps": 1}
 PIPELINES = ("svd", "animatediff", "wan2.1-t2v-1.3b", "ltx-video-2b", "hunyuanvideo1.5-480p")
-
-
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
 
 
 def called(unet: nn.Module, size: int, device: torch.device | None = None) -> Tensor:

@@ -23,13 +23,10 @@ from transformer_checks import fallback_reasons
 from vidaccel import patch_module
 from vidaccel.sites.block import FusedBlock, fuses
 
+pytestmark = pytest.mark.usefixtures("plain_pytorch")
+
 Change = Callable[[Subject], Any]
 FAMILIES = ["Wan 2.1", "HunyuanVideo", "CogVideoX", "AnimateDiff"]
-
-
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
 
 
 def shifted(out: Any) -> Any:

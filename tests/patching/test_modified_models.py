@@ -19,13 +19,10 @@ from torch import Tensor, nn
 
 from vidaccel import patch_module
 
+pytestmark = pytest.mark.usefixtures("plain_pytorch")
+
 Change = Callable[[Any], None]
 Family = Callable[[], tuple[Any, dict[str, Any]]]
-
-
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
 
 
 class QuantisedLinear(nn.Linear):

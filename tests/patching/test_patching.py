@@ -38,13 +38,9 @@ from vidaccel.patching import families
 from vidaccel.sites.block import SITES
 from vidaccel.sites.rules import ChannelsLastWeights, Rule, Swap
 
+pytestmark = pytest.mark.usefixtures("plain_pytorch")
+
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8))
-
-
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The PyTorch implementations: this is about patching, and interpreted kernels are slow."""
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
 
 
 @pytest.fixture

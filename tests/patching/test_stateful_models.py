@@ -16,12 +16,9 @@ from torch import Tensor, nn
 from vidaccel import patch_module, patch_pipeline
 from vidaccel.clips.generation import generate
 
+pytestmark = pytest.mark.usefixtures("plain_pytorch")
+
 Change = Callable[[Any], None]
-
-
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
 
 
 def pyramid_attention_broadcast(unet: Any) -> None:

@@ -17,12 +17,9 @@ from vidaccel import patch_module
 from vidaccel.kernels.ffn.geglu import GEGLU
 from vidaccel.kernels.op import Implementation, listening
 
+pytestmark = pytest.mark.usefixtures("plain_pytorch")
+
 ROUNDS = 30
-
-
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
 
 
 def together(*jobs: Callable[[], Any]) -> list[Any]:

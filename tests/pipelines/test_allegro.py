@@ -14,6 +14,7 @@ from torch import Tensor
 from transformer_checks import (
     ORDERS,
     Shifted,
+    check_autocast,
     check_cache,
     check_changed,
     check_corner,
@@ -24,15 +25,11 @@ from transformer_checks import (
     check_same,
     fallback_reasons,
     tiny_transformer,
+    with_injected_lora,
 )
 
 from vidaccel import patch_module, patch_pipeline
 from vidaccel.blocks.dit.transformer_allegro import ALLEGRO_OPS, FusedAllegroTransformerBlock
-
-
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
 
 
 def build(dtype: torch.dtype = torch.float32) -> Any:
@@ -111,15 +108,7 @@ def scaled(model: Any) -> None:
     model.transformer_blocks[1].attn1.residual_connection = True
 
 
-def with_lora(model: Any) -> None:
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
-    config = peft.LoraConfig(init_lora_weights=False, target_modules=["to_q", "to_v", "net.0.proj"])
-    peft.inject_adapter_in_model(config, model)
-    model.requires_grad_(False)
-
-
-@pytest.mark.parametrize("change", [foreign_processors, scaled, with_lora])
+@pytest.mark.parametrize("change", [foreign_processors, scaled, with_injected_lora])
 @pytest.mark.parametrize("first", ORDERS)
 def test_a_changed_model(change: Callable[[Any], None], first: str) -> None:
     check_changed(build, call, change, first)
@@ -143,7 +132,4 @@ def test_error_in_bfloat16() -> None:
 
 
 def test_a_call_under_autocast_goes_the_original_way() -> None:
-    model = build()
-    with patch_module(model) as report, torch.autocast("cpu", torch.bfloat16):
-        call(model)
-        assert fallback_reasons(report) == {"autocast is on"}
+    check_autocast(build(), call)

@@ -26,12 +26,6 @@ NOISE = np.random.default_rng(0).integers(0, 256, (FRAMES, 16, 16, 3), np.uint8)
 IMAGES = [Image.fromarray(frame) for frame in NOISE]
 
 
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The PyTorch implementations: this is about patching, and interpreted kernels are slow."""
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
-
-
 def _text(seed: int = 0, tokens: int = 77) -> Tensor:
     return torch.randn(1, tokens, 32, generator=torch.Generator().manual_seed(seed))
 

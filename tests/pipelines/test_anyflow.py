@@ -13,13 +13,10 @@ from tiny_models import tiny_relative
 from tiny_pipelines import ANYFLOW, anyflow
 from torch import Tensor
 from transformer_checks import (
-    check_attention_backend,
     check_corner,
     check_each_op_off,
     check_error_in_bfloat16,
-    check_foreign_processors,
-    check_hooks,
-    check_lora,
+    check_relative_of_wan,
     check_same,
     fallback_reasons,
     tiny_transformer,
@@ -29,11 +26,6 @@ from vidaccel import patch_module
 from vidaccel.blocks.dit.transformer_anyflow import FusedAnyFlowTransformerBlock
 
 CHUNKS = {"chunk_partition": [1, 2, 2], "full_chunk_limit": 2}
-
-
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
 
 
 def transformer(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
@@ -96,10 +88,7 @@ def test_sizes(size: tuple[int, int, int]) -> None:
 
 
 def test_what_users_put_in() -> None:
-    check_attention_backend(transformer(), call)
-    check_foreign_processors(transformer(), call, "attn1", "attn2")
-    check_hooks(transformer(), call, "attn1", "net.0", "norm3")
-    assert not check_lora(transformer(), call, "to_q", "to_out.0").fallbacks
+    check_relative_of_wan(transformer, call)
 
 
 def test_norms_with_a_bias() -> None:

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from block_checks import relative_error
 from diffusers import AutoencoderKL
 from peft import LoraConfig
 from tiny_models import tiny_autoencoder_kl
@@ -14,19 +15,9 @@ from torch import Tensor
 from vidaccel import patch_module
 
 
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The PyTorch implementations: interpreted kernels are slow."""
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
-
-
 @pytest.fixture
 def vae() -> AutoencoderKL:
     return tiny_autoencoder_kl()
-
-
-def relative_error(out: Tensor, expected: Tensor) -> float:
-    return float((out - expected).norm() / expected.norm())
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch import Tensor
 from vae_checks import (
     PIXEL_FAULTS,
     Lora,
-    check_bad_latents,
+    check_bad_input,
     check_changed_child,
     check_fault_found,
     check_gradients,
@@ -34,12 +34,6 @@ from vidaccel.blocks.vae import causal_clip
 from vidaccel.kernels.norm.spatial_norm_silu import SPATIAL_NORM_SILU
 
 EQUAL = 1e-5
-
-
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The PyTorch implementations: interpreted kernels are slow."""
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
 
 
 @pytest.fixture
@@ -309,7 +303,7 @@ def test_gradients_of_the_last_batch_alone(vae: AutoencoderKLCogVideoX) -> None:
     ids=["rank-4", "channels", "dtype", "no-frames"],
 )
 def test_bad_latents_raise_what_the_stock_vae_raises(latents: Tensor, vae: AutoencoderKLCogVideoX) -> None:
-    check_bad_latents(vae, latents)
+    check_bad_input(vae, latents)
 
 
 @pytest.mark.parametrize("fault", PIXEL_FAULTS)

@@ -15,7 +15,7 @@ from tiny_models import tiny_autoencoder_kl_hunyuan_video, tiny_autoencoder_kl_m
 from torch import Tensor, nn
 from vae_checks import (
     Lora,
-    check_bad_latents,
+    check_bad_input,
     check_changed_child,
     check_gradients,
     check_halves,
@@ -36,12 +36,6 @@ OPS = {
     "mochi": set(),
     "both": {"whole_clip", "group_norm_silu", "conv_epilogue", "rms_norm_silu", "pixel_shuffle", "pixel_conv"},
 }
-
-
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The PyTorch implementations: interpreted kernels are slow."""
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
 
 
 @pytest.fixture(params=VAES)
@@ -290,7 +284,7 @@ def test_bad_latents_raise_what_the_stock_vae_raises(case: str, vae: Any) -> Non
         "dtype": draw(vae).half(),
         "no-frames": draw(vae)[:, :, :0],
     }[case]
-    check_bad_latents(vae, latents)
+    check_bad_input(vae, latents)
 
 
 def test_kernels_run_and_a_fault_in_one_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

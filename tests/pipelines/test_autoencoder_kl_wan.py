@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from block_checks import relative_error
 from diffusers import AutoencoderKLWan
 from kernel_checks import planted
@@ -19,11 +18,12 @@ from tiny_models import tiny_autoencoder_kl_wan
 from torch import Tensor, nn
 from vae_checks import (
     Lora,
-    check_bad_latents,
+    check_bad_input,
     check_changed_child,
     check_gradients,
     check_gradients_of_the_last,
     check_halves,
+    count_convolutions,
     decode,
     host_is_full,
     out_of_memory_beyond,
@@ -37,12 +37,6 @@ from vidaccel.blocks.vae import causal_clip, wan_layers, wan_structure
 from vidaccel.kernels.norm.rms_norm_silu import RMS_NORM_SILU
 
 EQUAL = 1e-5
-
-
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The PyTorch implementations: interpreted kernels are slow."""
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
 
 
 def tiny_wan_22() -> AutoencoderKLWan:
@@ -98,18 +92,6 @@ def test_the_decoder_runs_once(vae: AutoencoderKLWan, monkeypatch: pytest.Monkey
     decode(vae, draw(frames=9))
     # one for each causal convolution of the decoder, and the 1 x 1 x 1 one before it
     assert len(calls) == whole == 1 + vae._cached_conv_counts["decoder"]
-
-
-def count_convolutions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    frames: list[int] = []
-
-    def conv3d(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        frames.append(x.shape[2])
-        return right(x, *args, **kwargs)
-
-    right = F.conv3d
-    monkeypatch.setattr(F, "conv3d", conv3d)
-    return frames
 
 
 @pytest.mark.parametrize("fit", [1, 2, 3, 4])
@@ -471,7 +453,7 @@ def test_torch_compile_traces_the_original(vae: AutoencoderKLWan) -> None:
     ids=["rank-4", "channels", "dtype", "no-frames"],
 )
 def test_bad_latents_raise_what_the_stock_vae_raises(latents: Tensor, vae: AutoencoderKLWan) -> None:
-    check_bad_latents(vae, latents)
+    check_bad_input(vae, latents)
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from block_checks import relative_error
 from diffusers import AutoencoderKLWan
 from kernel_checks import planted
@@ -19,9 +18,12 @@ from tiny_models import tiny_autoencoder_kl_wan
 from torch import Tensor
 from vae_checks import (
     Lora,
+    check_bad_input,
     check_changed_child,
+    check_gradients,
     check_gradients_of_the_last,
     check_halves,
+    count_convolutions,
     encode,
     out_of_memory_beyond,
     ran,
@@ -35,12 +37,6 @@ from vidaccel.kernels.norm.rms_norm_silu import RMS_NORM_SILU
 from vidaccel.patching.report import PatchReport
 
 EQUAL = 1e-5
-
-
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The PyTorch implementations: interpreted kernels are slow."""
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
 
 
 def tiny_wan_22() -> AutoencoderKLWan:
@@ -66,18 +62,6 @@ def draw(frames: int = 9, height: int = 16, width: int = 16, batch: int = 1) -> 
 
 def encoder_sites(report: PatchReport) -> dict[str, Any]:
     return {site.op: site for site in report.sites if site.path == "encoder"}
-
-
-def count_convolutions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    frames: list[int] = []
-
-    def conv3d(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        frames.append(x.shape[2])
-        return right(x, *args, **kwargs)
-
-    right = F.conv3d
-    monkeypatch.setattr(F, "conv3d", conv3d)
-    return frames
 
 
 @pytest.mark.parametrize(
@@ -485,15 +469,7 @@ def test_survives_copy_and_change_of_dtype(vae: AutoencoderKLWan) -> None:
 
 
 def test_gradients_go_through_the_original(vae: AutoencoderKLWan) -> None:
-    outcomes = []
-    for patched in (False, True):
-        report = patch_module(vae) if patched else None
-        leaf = draw().requires_grad_()
-        out = vae.encode(leaf).latent_dist.parameters
-        out.square().sum().backward()
-        outcomes.append((out, leaf.grad))
-    assert all(map(torch.equal, *outcomes))
-    assert report is not None and "gradients" in reasons(report)
+    check_gradients(vae, draw(), lambda vae, clip: vae.encode(clip).latent_dist.parameters)
 
 
 def test_gradients_of_the_last_frames_alone(vae: AutoencoderKLWan) -> None:
@@ -517,23 +493,11 @@ def test_torch_compile_traces_the_original(vae: AutoencoderKLWan) -> None:
 )
 @pytest.mark.parametrize("make", [tiny_autoencoder_kl_wan, tiny_wan_22], ids=["wan2.1", "wan2.2"])
 def test_bad_clips_raise_what_the_stock_vae_raises(make: Callable[[], AutoencoderKLWan], clip: Tensor) -> None:
-    check_raises(make(), clip)
+    check_bad_input(make(), clip, encode)
 
 
 def test_pictures_that_a_shortcut_does_not_divide() -> None:
-    check_raises(tiny_wan_22(), draw(5, 24, 16))
-
-
-@torch.no_grad()
-def check_raises(vae: AutoencoderKLWan, clip: Tensor) -> None:
-    outcomes = []
-    for patched in (False, True):
-        if patched:
-            patch_module(vae)
-        with pytest.raises(Exception) as error:
-            vae.encode(clip)
-        outcomes.append((error.type, str(error.value)))
-    assert outcomes[0] == outcomes[1]
+    check_bad_input(tiny_wan_22(), draw(5, 24, 16), encode)
 
 
 @pytest.mark.slow

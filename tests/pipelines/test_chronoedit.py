@@ -10,22 +10,14 @@ from family_checks import check_clip, check_compiled
 from tiny_pipelines import CHRONOEDIT, chronoedit
 from torch import Tensor
 from transformer_checks import (
-    check_attention_backend,
     check_each_op_off,
     check_error_in_bfloat16,
-    check_foreign_processors,
-    check_hooks,
-    check_lora,
+    check_relative_of_wan,
     check_same,
     tiny_transformer,
 )
 
 from vidaccel.blocks.dit.transformer_chronoedit import FusedChronoEditTransformerBlock
-
-
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
 
 
 def transformer(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
@@ -68,10 +60,7 @@ def test_sizes(size: tuple[int, int, int]) -> None:
 
 
 def test_what_users_put_in() -> None:
-    check_attention_backend(transformer(), call)
-    check_foreign_processors(transformer(), call, "attn1", "attn2")
-    check_hooks(transformer(), call, "attn1", "net.0", "norm3")
-    assert not check_lora(transformer(), call, "to_q", "to_out.0").fallbacks
+    check_relative_of_wan(transformer, call)
 
 
 @torch.no_grad()

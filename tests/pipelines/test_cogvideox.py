@@ -19,6 +19,7 @@ from transformer_checks import (
     CACHES,
     ORDERS,
     Shifted,
+    check_autocast,
     check_cache,
     check_changed,
     check_corner,
@@ -49,11 +50,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "without weights": {"norm_elementwise_affine": False},
 }
 TEXT = 5
-
-
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
 
 
 def build(name: str = "5b", dtype: torch.dtype = torch.float32) -> Any:
@@ -335,7 +331,4 @@ def test_error_in_bfloat16() -> None:
 
 
 def test_a_call_under_autocast_goes_the_original_way() -> None:
-    model = build()
-    with patch_module(model) as report, torch.autocast("cpu", torch.bfloat16):
-        call(model)
-        assert fallback_reasons(report) == {"autocast is on"}
+    check_autocast(build(), call)

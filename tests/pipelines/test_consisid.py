@@ -28,11 +28,6 @@ from vidaccel.blocks.dit.consisid_transformer_3d import FusedConsisIDBlock
 ROTARY = get_3d_rotary_pos_embed(16, ((0, 0), (2, 3)), (2, 3), 3)
 
 
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
-
-
 def build(dtype: torch.dtype = torch.float32) -> Any:
     return tiny_transformer("ConsisIDTransformer3DModel", CONSISID, dtype)
 

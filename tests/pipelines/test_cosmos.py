@@ -31,6 +31,7 @@ from transformer_checks import (
     TELLING_ROWS_APART,
     Shifted,
     check_attention_backend,
+    check_autocast,
     check_changed,
     check_corner,
     check_each_op_off,
@@ -58,11 +59,6 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 FRAMES, HEIGHT, WIDTH = 3, 4, 6
 GIVEN = torch.tensor([[0.1, 0.5, 0.5]]).view(1, 1, FRAMES, 1, 1)  # timesteps where the first frame is given
-
-
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
 
 
 def build(name: str = "2.0", dtype: torch.dtype = torch.float32, **options: Any) -> Any:
@@ -330,7 +326,4 @@ def test_error_in_bfloat16() -> None:
 
 
 def test_a_call_under_autocast_goes_the_original_way() -> None:
-    model = build()
-    with patch_module(model) as report, torch.autocast("cpu", torch.bfloat16):
-        call(model)
-        assert fallback_reasons(report) == {"autocast is on"}
+    check_autocast(build(), call)

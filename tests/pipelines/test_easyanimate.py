@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformer_checks import (
     ORDERS,
     Shifted,
+    check_autocast,
     check_changed,
     check_corner,
     check_deaf_to_attention_backends,
@@ -25,15 +26,10 @@ from transformer_checks import (
     tiny_transformer,
 )
 
-from vidaccel import patch_module, patch_pipeline
+from vidaccel import patch_pipeline
 from vidaccel.blocks.dit.gated_residual import FLOAT32_NORMS
 from vidaccel.blocks.dit.transformer_easyanimate import EASYANIMATE_OPS, FusedEasyAnimateTransformerBlock, _here
 from vidaccel.sites.memo import Memo, holding
-
-
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
 
 
 def build(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
@@ -146,7 +142,4 @@ def test_error_in_bfloat16(place: int) -> None:
 
 
 def test_a_call_under_autocast_goes_the_original_way() -> None:
-    model = build()
-    with patch_module(model) as report, torch.autocast("cpu", torch.bfloat16):
-        call(model)
-        assert fallback_reasons(report) == {"autocast is on"}
+    check_autocast(build(), call)

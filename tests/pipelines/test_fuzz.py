@@ -21,12 +21,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # schedulers'
 PIPELINES = ("svd", "animatediff", "wan2.1-t2v-1.3b", "ltx-video-2b", "hunyuanvideo1.5-480p")
 
 
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels have a test of their own, and are slow in the interpreter."""
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
-
-
 pipeline = functools.cache(tiny_synthetic_pipeline)
 side = st.sampled_from([32, 64, 96, 32, 64, 48, 32, 16, 40, 33, 0])
 

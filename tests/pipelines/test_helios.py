@@ -12,13 +12,10 @@ from tiny_models import tiny_relative
 from tiny_pipelines import HELIOS, helios
 from torch import Tensor
 from transformer_checks import (
-    check_attention_backend,
     check_corner,
     check_each_op_off,
     check_error_in_bfloat16,
-    check_foreign_processors,
-    check_hooks,
-    check_lora,
+    check_relative_of_wan,
     check_same,
     fallback_reasons,
     tiny_transformer,
@@ -28,11 +25,6 @@ from vidaccel.blocks.dit.transformer_helios import FusedHeliosTransformerBlock
 
 SECTIONS = {"history_sizes": [4, 2, 1], "num_latent_frames_per_chunk": 3, "num_frames": 18}
 EVERYTHING_ALIKE = {"guidance_cross_attn": False, "zero_history_timestep": False}
-
-
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
 
 
 def transformer(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
@@ -99,10 +91,7 @@ def test_sizes(size: tuple[int, int, int], history: bool) -> None:
 
 
 def test_what_users_put_in() -> None:
-    check_attention_backend(transformer(), call)
-    check_foreign_processors(transformer(), call, "attn1", "attn2")
-    check_hooks(transformer(), call, "attn1", "net.0", "norm3")
-    assert not check_lora(transformer(), call, "to_q", "to_out.0").fallbacks
+    check_relative_of_wan(transformer, call)
 
 
 @torch.no_grad()

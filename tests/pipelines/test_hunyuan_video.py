@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import diffusers
 import pytest
 import torch
-from block_checks import frozen, relative_error
+from block_checks import relative_error
 from diffusers import (
-    FirstBlockCacheConfig,
     HunyuanSkyreelsImageToVideoPipeline,
     HunyuanVideo15ImageToVideoPipeline,
     HunyuanVideo15Transformer3DModel,
@@ -22,8 +19,6 @@ from diffusers import (
     HunyuanVideoFramepackTransformer3DModel,
     HunyuanVideoImageToVideoPipeline,
     HunyuanVideoTransformer3DModel,
-    PyramidAttentionBroadcastConfig,
-    attention_backend,
 )
 from diffusers.hooks.smoothed_energy_guidance_utils import (
     SmoothedEnergyGuidanceConfig,
@@ -36,18 +31,24 @@ from torch import Tensor, nn
 from transformer_checks import (
     ORDERS,
     TELLING_ROWS_APART,
+    check_attention_backend,
+    check_cache,
     check_changed,
+    check_each_op_off,
+    check_full_size,
+    fallbacks_of,
     halve,
+    patched,
+    sites_of,
     telling_rows_apart,
+    telling_transformer,
     turning_channels_apart,
 )
 
 from vidaccel import patch_module, patch_pipeline
-from vidaccel.bench.synthetic import specification
-from vidaccel.blocks.dit import attention, padded_text
+from vidaccel.blocks.dit import padded_text
 from vidaccel.blocks.dit import transformer_hunyuan_video as blocks
-from vidaccel.blocks.dit.transformer_hunyuan_video import ONE_STREAM_OPS, TWO_STREAM_OPS
-from vidaccel.patching.report import PatchReport
+from vidaccel.blocks.dit.transformer_hunyuan_video import TWO_STREAM_OPS
 
 SIZES = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "num_refiner_layers": 1,
          "text_embed_dim": 12, "rope_axes_dim": (4, 6, 6)}  # fmt: skip
@@ -65,11 +66,6 @@ MODELS: dict[str, tuple[type[Any], dict[str, Any]]] = {
 TEXT = 7  # tokens, of which some are valid
 
 
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
-
-
 def build(name: str, **options: Any) -> Any:
     """A model with weights of its own, the same at every call."""
     return copy.deepcopy(built(name, **options))
@@ -78,12 +74,7 @@ def build(name: str, **options: Any) -> Any:
 @functools.cache
 def built(name: str, **options: Any) -> Any:
     model_class, config = MODELS[name]
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = frozen(model_class(**config | options))
-    for parameter in model.parameters():
-        parameter.data *= 2 if parameter.ndim > 1 else 1  # so that what attention finds shows in the output
-    return model
+    return telling_transformer(model_class, config | options)
 
 
 def arguments(model: Any, valid: tuple[int, ...] = (3,), size: tuple[int, ...] = (3, 4, 6)) -> dict[str, Any]:
@@ -118,21 +109,6 @@ def run(model: Any, **options: Any) -> Tensor:
     return model(**call, return_dict=False)[0]
 
 
-@contextmanager
-def patched(model: Any) -> Iterator[PatchReport]:
-    with patch_module(model, strict=True) as report:
-        yield report
-        assert {site.state for site in report.sites} <= {"active", "off"}, str(report)
-
-
-def sites_of(report: PatchReport, op: str) -> list[Any]:
-    return [site for site in report.sites if site.op == op]
-
-
-def fallbacks_of(report: PatchReport, op: str) -> set[str]:
-    return {reason for site in sites_of(report, op) for reason in site.fallbacks}
-
-
 # whole clips
 
 
@@ -146,10 +122,7 @@ def test_same_clip_and_exact_restore(name: str) -> None:
     ("name", "parameters"), [("hunyuanvideo1.5-480p", 8_326_608_160), ("hunyuanvideo", 12_821_012_544)]
 )
 def test_the_full_model_has_the_size_of_the_released_one(name: str, parameters: int) -> None:
-    components = specification(name)["components"]
-    with torch.device("meta"):
-        made = {part: getattr(diffusers, kind)(**config) for part, (kind, config) in components.items()}
-    assert sum(p.numel() for p in made["transformer"].parameters()) == parameters
+    check_full_size(name, parameters)
 
 
 PIPELINES: dict[str, tuple[type[Any], dict[str, Any]]] = {
@@ -315,21 +288,14 @@ def test_a_wrong_block_is_found_out(name: str, whole: bool, monkeypatch: pytest.
 
 @pytest.mark.parametrize("name", ["1.5", "token_replace"])
 def test_every_op_can_be_off(name: str) -> None:
-    model = build(name)
-    expected = run(model)
-    with patched(model) as report:
-        for op in {*TWO_STREAM_OPS, *ONE_STREAM_OPS} & {site.op for site in report.sites}:
-            for site in sites_of(report, op):
-                site.on = False
-            assert relative_error(run(model), expected) <= 1e-5, op
-            for site in sites_of(report, op):
-                site.on = True
+    check_each_op_off(build(name), run)
 
 
 def with_lora(model: Any) -> None:
     peft = pytest.importorskip("peft")
     layers = ["to_q", "add_k_proj", "to_out.0", "proj_out", "proj_mlp", "net.0.proj", "norm1.linear", "norm.linear"]
     targets = [path for path, _ in model.named_modules() if path.endswith(tuple(layers)) and "blocks" in path]
+    torch.manual_seed(0)
     model.add_adapter(peft.LoraConfig(target_modules=targets, init_lora_weights=False))
     model.requires_grad_(False)
 
@@ -400,22 +366,9 @@ def other_norm(model: Any) -> None:
 @pytest.mark.parametrize(
     "change", [with_lora, foreign_processor, processor_that_knows_no_mask, global_branch, hooks, other_norm]
 )
-@pytest.mark.parametrize("first", ["patched first", "changed first"])
+@pytest.mark.parametrize("first", ORDERS)
 def test_a_changed_model(name: str, change: Callable[[Any], None], first: str) -> None:
-    model, changed = build(name), build(name)
-    torch.manual_seed(0)
-    change(changed)
-    expected = run(changed)
-    torch.manual_seed(0)
-    if first == "changed first":
-        change(model)
-    with patch_module(model):
-        if first == "patched first":
-            run(model)
-            change(model)
-        assert relative_error(run(model), expected) <= 1e-5
-        assert relative_error(run(model), expected) <= 1e-5
-    assert relative_error(run(build(name)), expected) > 1e-3  # the change shows
+    check_changed(functools.partial(build, name), run, change, first)
 
 
 def smoothed_energy_guidance(model: Any) -> None:
@@ -469,60 +422,23 @@ def test_layers_that_tell_rows_apart_where_a_forward_is_called_as_such() -> None
     check_changed(functools.partial(build, "1.0"), call, change, "patched first")
 
 
-def first_block_cache(model: Any) -> None:
-    model.enable_cache(FirstBlockCacheConfig(threshold=0.5))
-
-
-def pyramid_attention_broadcast(model: Any) -> None:
-    model.enable_cache(
-        PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500)
-    )
-
-
-def three_calls(model: Any) -> Tensor:
-    with model.cache_context("cond"):
-        return torch.stack([run(model, valid=(valid,)) for valid in (3, 3, 3)])
-
-
-CACHES = [("1.0", first_block_cache), ("1.0", pyramid_attention_broadcast), ("token_replace", first_block_cache),
-          ("1.5", pyramid_attention_broadcast)]  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "cache"), CACHES)
-@pytest.mark.parametrize("first", ["patched first", "cached first"])
-def test_step_caches(name: str, cache: Callable[[Any], None], first: str) -> None:
-    model, stock = build(name), build(name)
-    cache(stock)
-    expected = three_calls(stock)
-    if first == "cached first":
-        cache(model)
-    with patch_module(model):
-        if first == "patched first":
-            cache(model)
-        assert relative_error(three_calls(model), expected) <= 1e-5
-        model.disable_cache()
-        assert relative_error(run(model), run(build(name))) <= 1e-5
+@pytest.mark.parametrize(
+    ("name", "cache"),
+    [
+        ("1.0", "first block"),
+        ("1.0", "pyramid attention broadcast"),
+        ("token_replace", "first block"),
+        ("1.5", "pyramid attention broadcast"),
+    ],
+)
+@pytest.mark.parametrize("first", ORDERS)
+def test_step_caches(name: str, cache: str, first: str) -> None:
+    check_cache(functools.partial(build, name), run, cache, first)
 
 
 @pytest.mark.parametrize("name", ["1.5", "1.0"])
-@pytest.mark.parametrize("way", ["of the model", "of a context"])
-def test_the_chosen_attention_backend_runs(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build(name)
-    expected = run(model)
-
-    def never(*args: Any) -> Tensor:
-        raise AssertionError("another attention was chosen")
-
-    monkeypatch.setattr(attention, "spatial_attention", never)
-    with patched(model) as report:
-        if way == "of the model":
-            model.set_attention_backend("_native_math")
-            assert relative_error(run(model), expected) <= 1e-5
-            model.reset_attention_backend()
-        else:
-            with attention_backend("_native_math"):
-                assert relative_error(run(model), expected) <= 1e-5
-        assert {site.implementation for site in sites_of(report, "spatial_attention")} == {"_native_math"}
+def test_the_chosen_attention_backend_runs(name: str) -> None:
+    check_attention_backend(build(name), run)
 
 
 # torch.compile, half precision

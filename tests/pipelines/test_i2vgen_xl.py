@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from family_checks import check_clip
 from tiny_models import tiny_synthetic_pipeline
 
 from vidaccel.clips.generation import generate
-
-
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
 
 
 def test_same_clip_and_exact_restore() -> None:

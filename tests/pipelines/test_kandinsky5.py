@@ -16,6 +16,7 @@ from transformer_checks import (
     ORDERS,
     Shifted,
     check_attention_backend,
+    check_autocast,
     check_cache,
     check_changed,
     check_corner,
@@ -28,7 +29,7 @@ from transformer_checks import (
     tiny_transformer,
 )
 
-from vidaccel import patch_module, patch_pipeline
+from vidaccel import patch_pipeline
 from vidaccel.blocks.dit.transformer_kandinsky import (
     KANDINSKY_OPS,
     FusedKandinsky5TransformerDecoderBlock,
@@ -38,11 +39,6 @@ from vidaccel.blocks.dit.transformer_kandinsky import (
 ROUNDED = "its rotary embedding is rounded to bfloat16, or its table is not float32"
 
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")  # in stock code
-
-
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
 
 
 def build(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
@@ -169,7 +165,4 @@ def test_error_in_bfloat16() -> None:
 
 
 def test_a_call_under_autocast_goes_the_original_way() -> None:
-    model = build()
-    with patch_module(model) as report, torch.autocast("cpu", torch.bfloat16):
-        call(model)
-        assert fallback_reasons(report) == {"autocast is on"}
+    check_autocast(build(), call)

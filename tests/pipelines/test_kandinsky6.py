@@ -39,11 +39,6 @@ TEXT, SOUND = 5, 7  # tokens
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")  # in stock code
 
 
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
-
-
 def build(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     return tiny_transformer("Kandinsky6Transformer3DModel", KANDINSKY_6 | options, dtype)
 

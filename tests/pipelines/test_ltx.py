@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -30,7 +29,6 @@ from diffusers import (
     LTXImageToVideoPipeline,
     LTXVideoTransformer3DModel,
     PyramidAttentionBroadcastConfig,
-    attention_backend,
 )
 from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
 from diffusers.pipelines.ltx2 import LTX2LatentUpsamplerModel
@@ -41,12 +39,23 @@ from family_checks import check_clip, check_compiled, check_kernels
 from PIL import Image
 from tiny_models import tiny_synthetic_pipeline
 from torch import Tensor, nn
-from transformer_checks import TELLING_ROWS_APART, check_changed, halve, telling_rows_apart, turning_channels_apart
+from transformer_checks import (
+    ORDERS,
+    TELLING_ROWS_APART,
+    check_attention_backend,
+    check_changed,
+    check_each_op_off,
+    fallbacks_of,
+    halve,
+    patched,
+    telling_rows_apart,
+    telling_transformer,
+    turning_channels_apart,
+)
 
 from vidaccel import patch_module, patch_pipeline
 from vidaccel.bench.synthetic import specification
 from vidaccel.blocks.dit import (
-    attention,
     modulation_rows,
     normalization,
     text_attention,
@@ -54,7 +63,6 @@ from vidaccel.blocks.dit import (
     transformer_ltx2,
 )
 from vidaccel.blocks.dit.transformer_ltx import LTX_OPS
-from vidaccel.patching.report import PatchReport
 from vidaccel.sites import block
 
 TEXT = 6  # tokens, of which some are valid
@@ -92,19 +100,9 @@ MODELS: dict[str, tuple[type[Any], dict[str, Any]]] = {
 THREE = "ltx", "ltx2", "ltx2.3"
 
 
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
-
-
 def build(name: str, **options: Any) -> Any:
     model_class, config = MODELS[name]
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = frozen(model_class(**config | options))
-    for parameter in model.parameters():
-        parameter.data *= 2 if parameter.ndim > 1 else 1  # so that what attention finds shows in the output
-    return model
+    return telling_transformer(model_class, config | options)
 
 
 def arguments(
@@ -160,21 +158,6 @@ def run(model: Any, **options: Any) -> Tensor:
     """The video, and the audio if there is one, in one tensor ``[B, N]``."""
     call = {name: x.to(model.device) if isinstance(x, Tensor) else x for name, x in arguments(model, **options).items()}
     return torch.cat([x.flatten(1) for x in model(**call, return_dict=False)], dim=1)
-
-
-@contextmanager
-def patched(model: Any) -> Iterator[PatchReport]:
-    with patch_module(model, strict=True) as report:
-        yield report
-        assert {site.state for site in report.sites} <= {"active", "off"}, str(report)
-
-
-def sites_of(report: PatchReport, op: str) -> list[Any]:
-    return [site for site in report.sites if site.op == op]
-
-
-def fallbacks_of(report: PatchReport, op: str) -> set[str]:
-    return {reason for site in sites_of(report, op) for reason in site.fallbacks}
 
 
 # whole clips
@@ -452,22 +435,14 @@ def test_samples_share_a_rotary_table() -> None:
 
 @pytest.mark.parametrize("name", THREE)
 def test_every_op_can_be_off(name: str) -> None:
-    model = build(name)
-    options = {"timesteps": "of an image and a video"}
-    expected = run(model, **options)
-    with patched(model) as report:
-        for op in {site.op for site in report.sites}:
-            for site in sites_of(report, op):
-                site.on = False
-            assert relative_error(run(model, **options), expected) <= 1e-5, op
-            for site in sites_of(report, op):
-                site.on = True
+    check_each_op_off(build(name), functools.partial(run, timesteps="of an image and a video"))
 
 
 def with_lora(model: Any) -> None:
     peft = pytest.importorskip("peft")
     layers = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "to_gate_logits", "time_embed.linear")
     targets = [path for path, _ in model.named_modules() if path.endswith(layers)]
+    torch.manual_seed(0)
     model.add_adapter(peft.LoraConfig(target_modules=targets, init_lora_weights=False))
     model.requires_grad_(False)
 
@@ -522,22 +497,9 @@ CHANGES = [with_lora, foreign_self_attention, foreign_text_attention, one_foreig
 
 @pytest.mark.parametrize("name", ["ltx", "ltx2.3"])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-@pytest.mark.parametrize("first", ["patched first", "changed first"])
+@pytest.mark.parametrize("first", ORDERS)
 def test_a_changed_model(name: str, change: Callable[[Any], None], first: str) -> None:
-    model, changed = build(name), build(name)
-    torch.manual_seed(0)
-    change(changed)
-    expected = run(changed)
-    torch.manual_seed(0)
-    if first == "changed first":
-        change(model)
-    with patch_module(model):
-        if first == "patched first":
-            run(model)
-            change(model)
-        assert relative_error(run(model), expected) <= 1e-5
-        assert relative_error(run(model), expected) <= 1e-5
-    assert relative_error(run(build(name)), expected) > 1e-3  # the change shows
+    check_changed(functools.partial(build, name), run, change, first)
 
 
 def writing_behind_the_embedding(model: Any) -> None:
@@ -701,24 +663,8 @@ def test_step_caches(name: str, cache: Callable[[Any], None], first: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["ltx", "ltx2.3"])
-@pytest.mark.parametrize("way", ["of the model", "of a context"])
-def test_the_chosen_attention_backend_runs(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build(name)
-    expected = run(model)
-
-    def never(*args: Any) -> Tensor:
-        raise AssertionError("another attention was chosen")
-
-    monkeypatch.setattr(attention, "spatial_attention", never)
-    with patched(model) as report:
-        if way == "of the model":
-            model.set_attention_backend("_native_math")
-            assert relative_error(run(model), expected) <= 1e-5
-            model.reset_attention_backend()
-        else:
-            with attention_backend("_native_math"):
-                assert relative_error(run(model), expected) <= 1e-5
-        assert {site.implementation for site in sites_of(report, "spatial_attention")} == {"_native_math"}
+def test_the_chosen_attention_backend_runs(name: str) -> None:
+    check_attention_backend(build(name), run)
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # stock's own norms

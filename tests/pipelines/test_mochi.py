@@ -15,6 +15,7 @@ from transformer_checks import (
     CACHES,
     ORDERS,
     Shifted,
+    check_autocast,
     check_cache,
     check_changed,
     check_corner,
@@ -39,11 +40,6 @@ SIZES = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 3, "p
          "in_channels": 4, "text_embed_dim": 16, "time_embed_dim": 8}  # fmt: skip
 TEXT = 7  # tokens, of which some are valid
 VALID = [(3, 5), (3, 3), (7, 7), (0, 5), (0, 0), (2, 5, 5)]
-
-
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
 
 
 def build(dtype: torch.dtype = torch.float32) -> Any:
@@ -224,7 +220,4 @@ def test_error_in_bfloat16(last: bool) -> None:
 
 
 def test_a_call_under_autocast_goes_the_original_way() -> None:
-    model = build()
-    with patch_module(model) as report, torch.autocast("cpu", torch.bfloat16):
-        call(model)
-        assert fallback_reasons(report) == {"autocast is on"}
+    check_autocast(build(), call)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from block_checks import relative_error
-from diffusers import MotifVideoImage2VideoPipeline, MotifVideoPipeline
+from diffusers import MotifVideoImage2VideoPipeline, MotifVideoPipeline, MotifVideoTransformer3DModel
 from family_checks import check_clip, check_compiled, check_kernels
 from tiny_models import tiny_video
 from tiny_pipelines import MOTIF, motif_video
@@ -30,7 +30,7 @@ from transformer_checks import (
     check_same,
     fallback_reasons,
     telling_rows_apart,
-    tiny_transformer,
+    telling_transformer,
     turning_channels_apart,
 )
 
@@ -46,16 +46,8 @@ PLAIN = {"enable_text_cross_attention_dual": False, "enable_text_cross_attention
 TEXT, IMAGE = 7, 4  # tokens
 
 
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
-
-
 def build(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    model = tiny_transformer("MotifVideoTransformer3DModel", MOTIF | options, dtype)
-    for parameter in model.parameters():
-        parameter.data *= 2 if parameter.ndim > 1 else 1  # so that what attention finds shows in the output
-    return model
+    return telling_transformer(MotifVideoTransformer3DModel, MOTIF | options).to(dtype)
 
 
 @torch.no_grad()

@@ -31,11 +31,6 @@ from vidaccel.blocks.dit import modulation_rows
 from vidaccel.blocks.dit.transformer_sana_video import FusedSanaVideoTransformerBlock
 
 
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
-
-
 def build(dtype: torch.dtype = torch.float32) -> Any:
     return tiny_transformer("SanaVideoTransformer3DModel", SANA_VIDEO, dtype)
 

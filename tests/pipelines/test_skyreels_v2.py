@@ -38,11 +38,6 @@ IMAGE = {"in_channels": 36, "image_dim": 32, "added_kv_proj_dim": 24}
 FORCING = {"prompt": None, "base_num_frames": 17}
 
 
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
-
-
 def transformer(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     return tiny_transformer("SkyReelsV2Transformer3DModel", SKYREELS | options, dtype)
 

@@ -12,11 +12,6 @@ from torch import Tensor, nn
 from vidaccel.bench.synthetic import specification
 
 
-@pytest.fixture
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
-
-
 @torch.no_grad()
 def unet_call(unet: nn.Module) -> Tensor:
     generator = torch.Generator().manual_seed(0)
@@ -25,7 +20,7 @@ def unet_call(unet: nn.Module) -> Tensor:
     return unet(sample.to(device), torch.tensor(5), context.to(device)).sample
 
 
-def test_same_clip_and_exact_restore(plain_pytorch: None) -> None:
+def test_same_clip_and_exact_restore() -> None:
     report = check_clip(*tiny_synthetic_pipeline("modelscope"))
     sites = {(site.path, site.op) for site in report.sites}
     assert ("unet.transformer_in", "temporal_attention") in sites
@@ -33,7 +28,7 @@ def test_same_clip_and_exact_restore(plain_pytorch: None) -> None:
     assert ("unet.down_blocks.1.temp_convs.0", "conv_epilogue") in sites
 
 
-def test_video_to_video_has_the_same_unet(plain_pytorch: None) -> None:
+def test_video_to_video_has_the_same_unet() -> None:
     text_to_video, arguments = tiny_synthetic_pipeline("modelscope")
     pipe = VideoToVideoSDPipeline(**text_to_video.components)
     pipe.set_progress_bar_config(disable=True)
@@ -59,11 +54,12 @@ def unet(device: torch.device) -> nn.Module:
     return unet.eval()
 
 
-def test_with_the_kernels(unet: nn.Module) -> None:
+def test_with_the_kernels(unet: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VIDACCEL_IMPL")
     ops = {"group_norm_silu", "conv_epilogue", "temporal_attention", "add_layer_norm", "geglu"}
     check_kernels(unet, unet_call, ops)
 
 
 @pytest.mark.slow
-def test_patched_unet_compiles_in_one_graph(unet: nn.Module, plain_pytorch: None) -> None:
+def test_patched_unet_compiles_in_one_graph(unet: nn.Module) -> None:
     check_compiled(unet, unet_call)

@@ -65,11 +65,6 @@ ANIMATE = {
 }
 
 
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
-
-
 def transformer(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     class_name, config = specification(name, "tiny")["components"]["transformer"]
     return tiny_transformer(class_name, config | options, dtype)

@@ -22,7 +22,7 @@ from vidaccel.bench.op_stock import STOCK, Stock, as_it_is
 from vidaccel.bench.record import Recorder, Row
 from vidaccel.bench.settings import Settings
 from vidaccel.bench.timing import time_call, time_calls, time_queued
-from vidaccel.kernels.check import Part
+from vidaccel.kernels.check import Part, in_float64
 from vidaccel.kernels.op import REFERENCE, Costs, Op, device_reason, listening, ops
 from vidaccel.kernels.settings import constants_overridden
 
@@ -168,11 +168,7 @@ def _stock_order(prepare: Callable[..., tuple[Any, ...]], *args: Any) -> tuple[A
 @torch.no_grad()
 def _gold(op: Op, args: tuple[Any, ...]) -> list[_Gold]:
     parts = op.parts(*args) if op.parts else [Part(args, lambda outputs: outputs)]
-    return [_Gold(part.of, part.of_reference(_tensors(op.reference(*map(_double, part.args))))) for part in parts]
-
-
-def _double(x: Any) -> Any:
-    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+    return [_Gold(part.of, part.of_reference(_tensors(op.reference(*map(in_float64, part.args))))) for part in parts]
 
 
 def _tensors(outputs: Any) -> tuple[Tensor, ...]:

@@ -15,7 +15,6 @@ __all__ = [
     "Call",
     "Latency",
     "ceilings",
-    "summarise",
     "time_call",
     "time_calls",
     "time_queued",
@@ -117,7 +116,7 @@ def time_calls(
         previous = start, end
     if previous is not None:
         milliseconds.append(_elapsed_ms(*previous))
-    return summarise(milliseconds)
+    return _summarise(milliseconds)
 
 
 def time_queued(calls: Sequence[Callable[[], object]], device: torch.device, *, budget_seconds: float) -> Latency:
@@ -143,7 +142,7 @@ def time_queued(calls: Sequence[Callable[[], object]], device: torch.device, *, 
     return Latency(median, p20, p80, laps.repeats)
 
 
-def summarise(milliseconds: list[float]) -> Latency:
+def _summarise(milliseconds: list[float]) -> Latency:
     """Order statistics of measured times."""
     p20, median, p80 = np.percentile(milliseconds, (20, 50, 80)).tolist()
     return Latency(median, p20, p80, len(milliseconds))

@@ -113,7 +113,7 @@ def _additions(weight: Tensor, rows: tuple[Tensor | None, Tensor | None]) -> lis
 
 
 def statistics_of_pictures(
-    x: Tensor, shift: Tensor | None = None, given: ChannelStatistics | None = None
+    x: Tensor, shift: Tensor | None, given: ChannelStatistics | None
 ) -> ChannelStatistics | None:
     """Those of ``x + shift`` on all ranks together, or what is ``given`` where pictures are whole.
 

@@ -16,9 +16,9 @@ from types import TracebackType
 import imageio_ffmpeg
 import numpy as np
 
-__all__ = ["WINDOW", "FfmpegSsim"]
+__all__ = ["FfmpegSsim"]
 
-WINDOW = 8
+_WINDOW = 8
 _FILTER = (
     "format=gbrp,split[upper][lower];[upper]crop=iw:ih/2:0:0:exact=1[a];[lower]crop=iw:ih/2:0:ih/2:exact=1[b];"
     "[a][b]ssim=stats_file=ssim.txt"
@@ -32,8 +32,8 @@ class FfmpegSsim:
     """
 
     def __init__(self, height: int, width: int) -> None:
-        if min(height, width) < WINDOW:
-            raise ValueError(f"ssim: frames must be at least {WINDOW}x{WINDOW} pixels, got {height}x{width}")
+        if min(height, width) < _WINDOW:
+            raise ValueError(f"ssim: frames must be at least {_WINDOW}x{_WINDOW} pixels, got {height}x{width}")
         self.frames = np.empty(0)
         self._folder = tempfile.TemporaryDirectory(prefix="vidaccel-")
         size = f"{width}x{2 * height}"

@@ -66,8 +66,8 @@ def controls_for(
     vae: Any,
     device: torch.device,
     *,
-    wanted: Sequence[str] | None = None,
-    compile: bool = False,
+    wanted: Sequence[str] | None,
+    compile: bool,
 ) -> list[EqualMaths]:
     """The controls that can be tried on ``device``, or those of them that are ``wanted``.
 

@@ -18,7 +18,7 @@ def clip_lines(clip: Mapping[str, Any]) -> list[str]:
     """What was measured of two clips."""
     size = f"{clip['frames']} frames of {clip['width']}x{clip['height']} pixels"
     whole = clip["psnr_db"].get("of_mean_error")
-    rows = [("", "mean", "worst", "frame"), *_score_rows("", clip)]
+    rows = [("", "mean", "worst", "frame"), *_score_rows(clip)]
     if whole is not None:
         rows.insert(2, ("PSNR of the mean error", decibels(whole), "", ""))
     return [f"{size}{', bit-identical' if clip['bit_identical'] else ''}", *_aligned(rows)]
@@ -27,7 +27,7 @@ def clip_lines(clip: Mapping[str, Any]) -> list[str]:
 def comparison_lines(summary: Mapping[str, Any]) -> list[str]:
     """A :class:`~vidaccel.fidelity.comparison.Comparison`: the figures, whom to blame, and last the verdict."""
     clip, verdict = summary["clip"], summary["verdict"]
-    rows = [("", "mean", "worst", "frame"), *_score_rows("", clip)]
+    rows = [("", "mean", "worst", "frame"), *_score_rows(clip)]
     if summary["vae"]:
         rows.append(_row("VAE alone", summary["vae"]["psnr_db"], decibels))
     rows += [_row(f"floor: {control['control']}", control["psnr_db"], decibels) for control in summary["floor"]]
@@ -55,11 +55,11 @@ def verdict_line(verdict: Mapping[str, Any], clip: Mapping[str, Any]) -> str:
     return f"{'PASS' if verdict['passed'] else 'FAIL'} ({verdict['rule']}): {worst}"
 
 
-def _score_rows(prefix: str, clip: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    yield _row(f"{prefix}PSNR", clip["psnr_db"], decibels)
-    yield _row(f"{prefix}SSIM", clip["ssim"], similarity)
+def _score_rows(clip: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    yield _row("PSNR", clip["psnr_db"], decibels)
+    yield _row("SSIM", clip["ssim"], similarity)
     if clip["flicker_psnr_db"]:
-        yield _row(f"{prefix}flicker", clip["flicker_psnr_db"], decibels, first_frame=1)
+        yield _row("flicker", clip["flicker_psnr_db"], decibels, first_frame=1)
 
 
 def _row(name: str, scores: Mapping[str, Any], text: Any, first_frame: int = 0) -> tuple[str, ...]:

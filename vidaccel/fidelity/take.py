@@ -49,7 +49,7 @@ class Take:
         return torch.cat(rows) if rows else None
 
 
-def film(pipe: Any, call: dict[str, Any], seed: int, what: str, *, progress: bool, with_outputs: bool = False) -> Take:
+def film(pipe: Any, call: dict[str, Any], seed: int, what: str, *, progress: bool, with_outputs: bool) -> Take:
     """Let ``pipe`` make the clip of ``call`` and ``seed``; ``with_outputs`` keeps what the VAE returned.
 
     The bar says ``what``.

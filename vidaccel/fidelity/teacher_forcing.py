@@ -88,7 +88,7 @@ class Recording:
 
 
 @contextmanager
-def recording(denoisers: dict[str, nn.Module], most: int = MOST_STEPS) -> Iterator[Recording]:
+def recording(denoisers: dict[str, nn.Module], most: int) -> Iterator[Recording]:
     """Record the calls of unpatched ``denoisers`` inside the ``with`` block."""
     record = Recording([], most)
     with ExitStack() as hooks:

@@ -192,7 +192,7 @@ class Tokens(Layout):
         out[:, before + self.total :] = ranks.part(x[:, end:], 2)
         return out, work
 
-    def to_tokens(self, x: Tensor, channels: int, before: int = 0, behind: int = 0) -> Tensor:
+    def to_tokens(self, x: Tensor, channels: int, before: int, behind: int) -> Tensor:
         """The way back, to ``[B, S, channels]``."""
         ranks, end = self.ranks, x.shape[1] - behind
         batch, _, own = x.shape

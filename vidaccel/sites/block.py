@@ -38,7 +38,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from vidaccel.environment import memory_ran_out
 from vidaccel.errors import first_line
 from vidaccel.kernels import settings
-from vidaccel.kernels.check import Verdicts, near, perturbing
+from vidaccel.kernels.check import Verdicts, in_float64, near, perturbing
 from vidaccel.kernels.op import Event, capturing, listening, overheard
 from vidaccel.kernels.sampling import count_check, forget_samples, times_right
 from vidaccel.kernels.without_plans import WithoutPlans
@@ -561,7 +561,7 @@ def _problem_between_ops(
         if not any(map(near, found, expected)):
             return None
         # It may be the original that is wrong, or both: a norm of a near constant, or of next to nothing, is roundings.
-        gold, moved = (original_of(kind, host, change, args, kwargs) for change in (_double, perturbing()))
+        gold, moved = (original_of(kind, host, change, args, kwargs) for change in (in_float64, perturbing()))
         return next(filter(None, map(near, found, expected, gold, moved)), None)
     except RuntimeError as error:
         if not memory_ran_out(error):
@@ -578,10 +578,6 @@ def original_of(
     args, kwargs = tree_map(change, (args, kwargs))
     with going(original_way), _changed(host.module_of(args), change):
         return _tensors(kind.original_forward(host, *args, **kwargs))
-
-
-def _double(x: Any) -> Any:
-    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 @contextmanager

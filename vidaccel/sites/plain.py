@@ -33,6 +33,7 @@ __all__ = [
     "is_of_a_library",
     "method_reason",
     "order_reason",
+    "parameters_reason",
     "plain_reason",
     "random_reason",
     "readable_reason",
@@ -155,18 +156,22 @@ def readable_reason(child: Any, expected: type[nn.Module], x: Tensor, *, with_bi
 
     Without ``with_bias`` a child that has no bias will do.
     """
-    return _readable_reason(child, expected, x.device, with_bias)
+    return parameters_reason(child, expected, x.device, ("weight", "bias") if with_bias else ("weight",))
 
 
 @once_per_call
-def _readable_reason(child: Any, expected: type[nn.Module], device: torch.device, with_bias: bool) -> str | None:
+def parameters_reason(
+    child: Any, expected: type[nn.Module], device: torch.device, needed: tuple[str, ...] = ()
+) -> str | None:
+    """The same of a call with input on ``device``; those of weight and bias may be missing that are not ``needed``."""
     if reason := plain_reason(child, expected):
         return reason
-    for parameter in (child.weight, child.bias):
-        if parameter is None and not with_bias:
+    for name in ("weight", "bias"):
+        parameter = getattr(child, name, None)
+        if parameter is None and name not in needed:
             continue
         if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
-            return f"a {expected.__name__} has no plain weight and bias"
+            return f"a {expected.__name__} has no plain {name}"
         if parameter.device != device:
             return f"a {expected.__name__} is on {parameter.device}, its input on {device}"
     return None

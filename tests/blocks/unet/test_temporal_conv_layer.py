@@ -35,11 +35,6 @@ def layer() -> nn.Module:
     return frozen(TemporalConvLayer(CHANNELS, dropout=0.1, norm_num_groups=2))
 
 
-@pytest.fixture
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
-
-
 def draw(clips: int, num_frames: int, size: tuple[int, int], order: torch.memory_format) -> Tensor:
     return torch.randn(clips * num_frames, CHANNELS, *size).contiguous(memory_format=order)
 

@@ -15,13 +15,9 @@ from torch.overrides import TorchFunctionMode
 
 from vidaccel import patch_module
 
+pytestmark = pytest.mark.usefixtures("plain_pytorch")
+
 BATCH, FRAMES, TEXT = 2, 3, 32
-
-
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The PyTorch implementations: this is about what is projected."""
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
 
 
 def sample(step: int) -> Tensor:

@@ -17,14 +17,10 @@ from vidaccel.blocks.unet.transformer_2d import FusedTransformer2DModel
 from vidaccel.sites.block import SITES
 from vidaccel.sites.rules import Swap
 
+pytestmark = pytest.mark.usefixtures("plain_pytorch")
+
 CHANNELS, TEXT = 64, 24
 FUSED = FusedTransformer2DModel, FusedTextTransformerBlock
-
-
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The PyTorch implementations; the kernels run in test_every_block.py."""
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
 
 
 def transformer(**options: Any) -> Any:

@@ -53,11 +53,6 @@ def call(module: nn.Module, x: Tensor, num_frames: int, **options: Any) -> Tenso
     return tensor_of(module(x, num_frames=num_frames, **options))
 
 
-@pytest.fixture
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
-
-
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("clips", "num_frames", "size"), SHAPES)

@@ -298,7 +298,7 @@ CHANGES = [
     (offload_resnet, CALLED),
     (replace_norm, CALLED),
     (widen_shortcut, "the convolution on its residual is not a 1x1 one"),
-    (drop_bias, "a Conv2d has no plain weight and bias"),
+    (drop_bias, "a Conv2d has no plain bias"),
     (never_fuse, "its ResNet block is not fused"),
 ]
 

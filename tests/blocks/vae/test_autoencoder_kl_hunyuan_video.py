@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from block_checks import relative_error
 from copy_checks import Held, hollow_out
 from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLMochi
@@ -25,23 +24,9 @@ def draw(vae: Any, frames: int, side: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def without_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels that write nothing, and convolutions that multiply nothing."""
-    hollow_out(monkeypatch)
-
-    def conv3d(
-        x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: tuple[int, ...] = (0, 0, 0), *_: Any
-    ) -> Tensor:
-        found = zip(x.shape[2:], padding, weight.shape[2:], strict=True)
-        sides = [size + 2 * edge - taps + 1 for size, edge, taps in found]
-        return torch.empty(len(x), *sides, len(weight)).permute(0, 4, 1, 2, 3)
-
-    monkeypatch.setattr(F, "conv3d", conv3d)
-
-
 def test_memory_that_hunyuanvideo_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted without the workspaces of convolutions, and the pixels."""
-    without_numbers(monkeypatch)
+    hollow_out(monkeypatch)
     vae = tiny_autoencoder_kl_hunyuan_video(block_out_channels=(32, 64, 64, 64))
     z = draw(vae, 4, 6)
     needed = autoencoder_kl_hunyuan_video.decode_bytes(vae.decoder, z)
@@ -54,7 +39,7 @@ def test_memory_that_hunyuanvideo_holds(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("fit", [5, 2], ids=["whole", "pieces"])
 def test_memory_that_mochi_holds(fit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    without_numbers(monkeypatch)
+    hollow_out(monkeypatch)
     vae = tiny_autoencoder_kl_mochi(decoder_block_out_channels=(32, 64, 64, 64))
     z = draw(vae, 5, 8)
     needed = autoencoder_kl_mochi.decode_bytes(vae.decoder, z, fit)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from block_checks import relative_error
-from copy_checks import Held, hollow_conv3d, hollow_out
+from copy_checks import Held, hollow_out
 from diffusers import AutoencoderKLHunyuanVideo15
 from tiny_models import tiny_autoencoder_kl_hunyuanvideo15
 from torch import Tensor
@@ -34,7 +33,6 @@ def draw_clip(frames: int, side: int) -> Tensor:
 def test_memory_held(fit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted without the workspaces of convolutions, and the pixels."""
     hollow_out(monkeypatch)
-    monkeypatch.setattr(F, "conv3d", hollow_conv3d)
     vae, z = tiny_autoencoder_kl_hunyuanvideo15(block_out_channels=(16, 16, 32, 32, 32)), draw(7, 6)
     needed = decode_bytes(vae.decoder, z, fit)
     monkeypatch.setattr(causal_clip, "free_bytes", lambda _: needed)
@@ -56,7 +54,6 @@ def test_memory_held_by_an_encode(frames: int, fit: int, monkeypatch: pytest.Mon
     with Held() as stock:
         encode(vae, clip)
     hollow_out(monkeypatch)
-    monkeypatch.setattr(F, "conv3d", hollow_conv3d)
     needed = encode_bytes(vae.encoder, clip, fit)
     monkeypatch.setattr(causal_clip, "free_bytes", lambda _: needed)
     with patch_module(vae, self_check=False) as report:

@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from block_checks import frozen, relative_error
-from copy_checks import Held, hollow_conv3d, hollow_out
+from copy_checks import Held, hollow_out
 from diffusers import AutoencoderKLLTX2Video, AutoencoderKLLTXVideo
 from kernel_checks import planted
 from torch import Tensor, nn
-from vae_checks import assert_no_worse
+from vae_checks import assert_no_worse, reasons
 
 from vidaccel import patch_module
 from vidaccel.blocks.vae.autoencoder_kl_ltx import FusedLTXVideoDecoder3d, decode_bytes
@@ -23,6 +23,8 @@ from vidaccel.kernels.norm.rms_norm_silu import RMS_NORM_SILU
 from vidaccel.patching.report import PatchReport
 from vidaccel.sites.block import SITES
 from vidaccel.sites.site import Site
+
+pytestmark = pytest.mark.usefixtures("plain_pytorch")
 
 EQUAL = 1e-5
 OPS = {"channels_last", "rms_norm_silu", "pixel_shuffle"}
@@ -96,12 +98,6 @@ ENCODERS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The PyTorch implementations: interpreted kernels are slow."""
-    monkeypatch.setenv("VIDACCEL_IMPL", "torch")
-
-
 def tiny(kind: str, **options: Any) -> Vae:
     model, config = KINDS[kind]
     with torch.random.fork_rng():
@@ -136,10 +132,6 @@ def encode(vae: Vae, clip: Tensor, **options: Any) -> Tensor:
 
 def sites_of(report: PatchReport, path: str = "decoder") -> dict[str, Site]:
     return {site.op: site for site in report.sites if site.path == path}
-
-
-def reasons(report: PatchReport) -> str:
-    return "; ".join(sorted({reason for _, _, reason in report.fallbacks}))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -380,7 +372,6 @@ def test_halves_are_no_worse_than_stock(kind: str) -> None:
 def test_memory_held(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted without the workspaces of convolutions; as on a GPU, whose convolutions leave rows."""
     hollow_out(monkeypatch)
-    monkeypatch.setattr(F, "conv3d", hollow_conv3d)
     monkeypatch.delenv("VIDACCEL_IMPL")
     vae, latents = tiny(kind), draw(9, 8, 8)
     with patch_module(vae, self_check=False):

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from block_checks import relative_error
-from copy_checks import Copies, Held, hollow_conv3d, hollow_out
+from copy_checks import Copies, Held, hollow_out
 from diffusers import AutoencoderKLWan
 from tiny_models import tiny_autoencoder_kl_wan
 from torch import Tensor, nn
@@ -42,7 +42,6 @@ def draw_clip(frames: int, side: int) -> Tensor:
 def hollow(monkeypatch: pytest.MonkeyPatch) -> None:
     """No kernel and no causal convolution runs: they leave memory in the order that a GPU's have."""
     hollow_out(monkeypatch)
-    monkeypatch.setattr(F, "conv3d", hollow_conv3d)
 
 
 def in_pieces(monkeypatch: pytest.MonkeyPatch, numbers: int) -> None:

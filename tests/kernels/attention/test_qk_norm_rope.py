@@ -11,6 +11,7 @@ import pytest
 import torch
 import triton
 from kernel_checks import (
+    DTYPES,
     FAULTS,
     TARGETS,
     assert_close_to_gold,
@@ -35,9 +36,6 @@ from vidaccel.kernels.attention.qk_norm_rope import (
 from vidaccel.kernels.op import listening
 
 EPS = 1e-6
-DTYPES = [torch.float32, torch.float16]
-if torch.cuda.is_available():
-    DTYPES.append(torch.bfloat16)  # the interpreter's bfloat16 is wrong
 
 
 class Case(NamedTuple):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import triton
-from kernel_checks import TARGETS, assert_close_to_gold, assert_no_spills, compile_for
+from kernel_checks import DTYPES, TARGETS, assert_close_to_gold, assert_no_spills, compile_for
 from torch import Tensor
 
 from vidaccel.kernels.attention import temporal_attention as op
@@ -23,10 +23,6 @@ from vidaccel.kernels.attention.temporal_attention import (
 )
 from vidaccel.kernels.check import MOST_ELEMENTS
 from vidaccel.kernels.op import Implementation, listening
-
-DTYPES = [torch.float32, torch.float16]
-if torch.cuda.is_available():
-    DTYPES.append(torch.bfloat16)  # the interpreter's bfloat16 is wrong
 
 
 class Shape(NamedTuple):

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from kernel_checks import (
+    DTYPES,
     FAULTS,
     TARGETS,
     assert_close_to_gold,
@@ -18,10 +19,6 @@ from torch import Tensor
 from vidaccel.kernels.conv import alpha_blend as op
 from vidaccel.kernels.conv.alpha_blend import ALPHA_BLEND, alpha_blend, alpha_blend_ref
 from vidaccel.kernels.op import listening
-
-DTYPES = [torch.float32, torch.float16]
-if torch.cuda.is_available():
-    DTYPES.append(torch.bfloat16)  # the interpreter's bfloat16 is wrong
 
 SHAPES = [
     pytest.param((1, 1, 1, 1, 1), id="one-number"),

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_checks import (
+    DTYPES,
     FAULTS,
     TARGETS,
     assert_close_to_gold,
@@ -30,10 +31,6 @@ from vidaccel.kernels.norm.channel_statistics import FOLD, ChannelStatistics, ch
 from vidaccel.kernels.norm.group_norm_silu import group_norm_silu, group_norm_silu_ref
 from vidaccel.kernels.norm.padded_group_norm import padded_group_norm
 from vidaccel.kernels.op import listening
-
-DTYPES = [torch.float32, torch.float16]
-if torch.cuda.is_available():
-    DTYPES.append(torch.bfloat16)  # the interpreter's bfloat16 is wrong
 
 SHAPES = [
     pytest.param((2, 1, 3, 5, 7), id="one-channel"),

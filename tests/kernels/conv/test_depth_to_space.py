@@ -3,17 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import HunyuanVideo15Upsample
-from kernel_checks import FAULTS, TARGETS, assert_no_spills, compile_for, narrow_accesses, planted
+from kernel_checks import DTYPES, FAULTS, TARGETS, assert_no_spills, compile_for, narrow_accesses, planted
 from torch import Tensor
 
 from vidaccel.kernels import check
 from vidaccel.kernels.conv import depth_to_space as op
 from vidaccel.kernels.conv.depth_to_space import DEPTH_TO_SPACE, depth_to_space, depth_to_space_ref
 from vidaccel.kernels.op import listening
-
-DTYPES = [torch.float32, torch.float16]
-if torch.cuda.is_available():
-    DTYPES.append(torch.bfloat16)  # the interpreter's bfloat16 is wrong
 
 CASES = [  # frames, height, width, channels of y, of the source, factor of time, first frame
     pytest.param((3, 2, 3, 6, 12, 2, True), id="first"),

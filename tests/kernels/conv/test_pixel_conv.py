@@ -4,17 +4,13 @@ import weakref
 
 import pytest
 import torch
-from kernel_checks import FAULTS, TARGETS, assert_close_to_gold, assert_no_spills, compile_for, planted
+from kernel_checks import DTYPES, FAULTS, TARGETS, assert_close_to_gold, assert_no_spills, compile_for, planted
 from torch import Tensor
 
 from vidaccel.kernels import check
 from vidaccel.kernels.conv import pixel_conv as op
 from vidaccel.kernels.conv.pixel_conv import PIXEL_CONV, pixel_conv, pixel_conv_ref
 from vidaccel.kernels.op import listening
-
-DTYPES = [torch.float32, torch.float16]
-if torch.cuda.is_available():
-    DTYPES.append(torch.bfloat16)  # the interpreter's bfloat16 is wrong
 
 SHAPES = [
     pytest.param((1, 3, 1, 1, 8), (3, 3, 3, 3), id="one-pixel"),

@@ -6,17 +6,13 @@ import re
 import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_ltx import LTXVideoUpsampler3d
-from kernel_checks import FAULTS, TARGETS, assert_no_spills, compile_for, narrow_accesses, planted
+from kernel_checks import DTYPES, FAULTS, TARGETS, assert_no_spills, compile_for, narrow_accesses, planted
 from torch import Tensor
 
 from vidaccel.kernels import check
 from vidaccel.kernels.conv import pixel_shuffle as op
 from vidaccel.kernels.conv.pixel_shuffle import PIXEL_SHUFFLE, pixel_shuffle, pixel_shuffle_ref
 from vidaccel.kernels.op import listening
-
-DTYPES = [torch.float32, torch.float16]
-if torch.cuda.is_available():
-    DTYPES.append(torch.bfloat16)  # the interpreter's bfloat16 is wrong
 
 Cell = tuple[int, int, int]
 STRIDES = ("stride_source_sample", "stride_source_frame", "stride_source_row", "stride_source_pixel")

@@ -7,16 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import FAULTS, TARGETS, assert_close_to_gold, assert_no_spills, compile_for, pairwise, planted
+from kernel_checks import (
+    DTYPES,
+    FAULTS,
+    TARGETS,
+    assert_close_to_gold,
+    assert_no_spills,
+    compile_for,
+    pairwise,
+    planted,
+)
 from torch import Tensor
 
 from vidaccel.kernels.conv import temporal_conv as op
 from vidaccel.kernels.conv.temporal_conv import TEMPORAL_CONV, Tiling, choose_tiling, temporal_conv, temporal_conv_ref
 from vidaccel.kernels.op import listening
-
-DTYPES = [torch.float32, torch.float16]
-if torch.cuda.is_available():
-    DTYPES.append(torch.bfloat16)  # the interpreter's bfloat16 is wrong
 
 SHAPES = [  # N, C_in, F, H, W, C
     pytest.param((2, 48, 5, 3, 7, 32), id="channels-cut"),

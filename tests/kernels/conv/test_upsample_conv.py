@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_checks import (
+    DTYPES,
     FAULTS,
     TARGETS,
     assert_close_to_gold,
@@ -34,10 +35,6 @@ from vidaccel.kernels.conv.upsample_conv import (
 from vidaccel.kernels.norm.channel_statistics import FOLD, channel_statistics_ref, writer_tiling
 from vidaccel.kernels.norm.group_norm_silu import group_norm_silu, group_norm_silu_ref
 from vidaccel.kernels.op import listening
-
-DTYPES = [torch.float32, torch.float16]
-if torch.cuda.is_available():
-    DTYPES.append(torch.bfloat16)  # the interpreter's bfloat16 is wrong
 
 SHAPES = [
     pytest.param((1, 32, 8, 1, 1), id="one-pixel"),

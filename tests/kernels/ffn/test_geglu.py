@@ -5,16 +5,12 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_checks import TARGETS, assert_close_to_gold, assert_no_spills, compile_for, narrow_accesses
+from kernel_checks import DTYPES, TARGETS, assert_close_to_gold, assert_no_spills, compile_for, narrow_accesses
 from torch import Tensor
 
 from vidaccel.kernels.ffn import geglu as op
 from vidaccel.kernels.ffn.geglu import GEGLU, geglu, geglu_ref
 from vidaccel.kernels.op import listening
-
-DTYPES = [torch.float32, torch.float16]
-if torch.cuda.is_available():
-    DTYPES.append(torch.bfloat16)  # the interpreter's bfloat16 is wrong
 
 SHAPES = [
     pytest.param((1, 2), id="one-number"),

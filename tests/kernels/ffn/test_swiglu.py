@@ -5,14 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_checks import assert_close_to_gold
+from kernel_checks import DTYPES, assert_close_to_gold
 from torch import Tensor
 
 from vidaccel.kernels.ffn.swiglu import SWIGLU, swiglu, swiglu_ref
-
-DTYPES = [torch.float32, torch.float16]
-if torch.cuda.is_available():
-    DTYPES.append(torch.bfloat16)  # the interpreter's bfloat16 is wrong
 
 SHAPES = [
     pytest.param((1, 2), id="one-number"),

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 import triton
 from kernel_checks import (
+    DTYPES,
     FAULTS,
     TARGETS,
     assert_close_to_gold,
@@ -26,9 +27,6 @@ from vidaccel.kernels.op import listening
 from vidaccel.kernels.settings import constants_overridden
 
 EPS = 1e-5
-DTYPES = [torch.float32, torch.float16]
-if torch.cuda.is_available():
-    DTYPES.append(torch.bfloat16)  # the interpreter's bfloat16 is wrong
 
 SHAPES = [
     pytest.param((1, 1, 64), id="one-row"),

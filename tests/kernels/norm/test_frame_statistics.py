@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_checks import assert_close_to_gold, pairwise, planted
+from kernel_checks import DTYPES, assert_close_to_gold, pairwise, planted
 from torch import Tensor
 
 from vidaccel.kernels import check
@@ -14,10 +14,6 @@ from vidaccel.kernels.norm.group_norm_silu import (
     group_norm_silu_ref,
 )
 from vidaccel.kernels.op import listening
-
-DTYPES = [torch.float32, torch.float16]
-if torch.cuda.is_available():
-    DTYPES.append(torch.bfloat16)  # the interpreter's bfloat16 is wrong
 
 EPS = 1e-6
 

@@ -8,7 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from block_checks import relative_error
-from kernel_checks import FAULTS, TARGETS, assert_close_to_gold, assert_no_spills, compile_for, pairwise, planted
+from kernel_checks import (
+    DTYPES,
+    FAULTS,
+    TARGETS,
+    assert_close_to_gold,
+    assert_no_spills,
+    compile_for,
+    pairwise,
+    planted,
+)
 from torch import Tensor
 
 from vidaccel.kernels import check
@@ -29,9 +38,6 @@ from vidaccel.kernels.settings import constants_overridden
 
 EPS = 1e-5
 GROUPS = 2  # where their number does not matter: the interpreter takes one after the other, and long for each
-DTYPES = [torch.float32, torch.float16]
-if torch.cuda.is_available():
-    DTYPES.append(torch.bfloat16)  # the interpreter's bfloat16 is wrong
 
 SHAPES = [
     pytest.param((2, 32, 1, 1), 4, id="one-pixel"),

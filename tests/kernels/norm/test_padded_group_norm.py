@@ -4,7 +4,16 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import FAULTS, TARGETS, assert_close_to_gold, assert_no_spills, compile_for, pairwise, planted
+from kernel_checks import (
+    DTYPES,
+    FAULTS,
+    TARGETS,
+    assert_close_to_gold,
+    assert_no_spills,
+    compile_for,
+    pairwise,
+    planted,
+)
 from torch import Tensor
 
 from vidaccel.kernels import check
@@ -14,10 +23,6 @@ from vidaccel.kernels.norm import padded_group_norm as op
 from vidaccel.kernels.norm.group_norm_silu import choose_apply_tiling, group_norm_silu
 from vidaccel.kernels.norm.padded_group_norm import PADDED_GROUP_NORM, padded_group_norm, padded_group_norm_ref
 from vidaccel.kernels.op import listening
-
-DTYPES = [torch.float32, torch.float16]
-if torch.cuda.is_available():
-    DTYPES.append(torch.bfloat16)  # the interpreter's bfloat16 is wrong
 
 EPS = 1e-6
 REPLICATE = Padding(2, 0, 1, "replicate", "replicate")  # HunyuanVideo, Mochi

@@ -11,6 +11,7 @@ from diffusers.models.autoencoders.autoencoder_kl_ltx2 import PerChannelRMSNorm
 from diffusers.models.autoencoders.autoencoder_kl_wan import DupUp3D, WanRMS_norm
 from diffusers.models.normalization import RMSNorm
 from kernel_checks import (
+    DTYPES,
     FAULTS,
     TARGETS,
     assert_close_to_gold,
@@ -29,10 +30,6 @@ from vidaccel.kernels.norm import rms_norm_silu as op
 from vidaccel.kernels.norm.rms_norm_silu import RMS_NORM_SILU, choose_tiling, rms_norm_silu, rms_norm_silu_ref
 from vidaccel.kernels.op import listening
 from vidaccel.kernels.settings import constants_overridden
-
-DTYPES = [torch.float32, torch.float16]
-if torch.cuda.is_available():
-    DTYPES.append(torch.bfloat16)  # the interpreter's bfloat16 is wrong
 
 SHAPES = [
     pytest.param((1, 1, 1, 1, 96), id="one-pixel"),

@@ -6,7 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXSpatialNorm3D
-from kernel_checks import FAULTS, TARGETS, assert_close_to_gold, assert_no_spills, compile_for, pairwise, planted
+from kernel_checks import (
+    DTYPES,
+    FAULTS,
+    TARGETS,
+    assert_close_to_gold,
+    assert_no_spills,
+    compile_for,
+    pairwise,
+    planted,
+)
 from torch import Tensor
 
 from vidaccel.kernels import check
@@ -16,10 +25,6 @@ from vidaccel.kernels.norm.group_norm_silu import choose_apply_tiling
 from vidaccel.kernels.norm.spatial_norm_silu import SPATIAL_NORM_SILU, spatial_norm_silu, spatial_norm_silu_ref
 from vidaccel.kernels.op import listening
 from vidaccel.kernels.settings import constants_overridden
-
-DTYPES = [torch.float32, torch.float16]
-if torch.cuda.is_available():
-    DTYPES.append(torch.bfloat16)  # the interpreter's bfloat16 is wrong
 
 EPS = 1e-6
 SHAPES = [

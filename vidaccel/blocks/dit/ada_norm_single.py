@@ -12,9 +12,10 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from vidaccel.blocks.dit.attention import attention_reason, parameters_reason
+from vidaccel.blocks.dit.attention import attention_reason
 from vidaccel.blocks.dit.gated_residual import GatedResidualBlock
 from vidaccel.sites.memo import once_per_call
+from vidaccel.sites.plain import parameters_reason
 
 __all__ = ["AdaNormSingleBlock", "plain_attention_reason"]
 

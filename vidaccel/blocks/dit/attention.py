@@ -23,7 +23,7 @@ from vidaccel.kernels.ffn.swiglu import swiglu
 from vidaccel.kernels.op import REFERENCE, note
 from vidaccel.parallel.layout import tokens
 from vidaccel.sites.memo import once_per_call
-from vidaccel.sites.plain import plain_reason, readable_reason, replaced_attention_reason, replaced_reason
+from vidaccel.sites.plain import parameters_reason, plain_reason, replaced_attention_reason, replaced_reason
 
 __all__ = [
     "CROSS_ATTENTION",
@@ -34,9 +34,9 @@ __all__ = [
     "feed_forward",
     "gated_feed_forward",
     "over_heads",
-    "parameters_reason",
     "project",
     "qkv",
+    "stock_heads",
     "whole_over_heads",
 ]
 
@@ -56,22 +56,6 @@ def attention_reason(attn: Any, kind: type[nn.Module], processor: type) -> str |
     return replaced_reason(processor) or replaced_attention_reason()
 
 
-@once_per_call
-def parameters_reason(module: Any, kind: type[nn.Module], device: torch.device) -> str | None:
-    """Why a kernel may not stand for ``module``, a ``kind`` whose weight and bias may be missing, or None."""
-    if reason := plain_reason(module, kind):
-        return reason
-    for name in ("weight", "bias"):
-        parameter = getattr(module, name, None)
-        if parameter is None:
-            continue
-        if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
-            return f"the {name} of a {kind.__name__} is no plain parameter"
-        if parameter.device != device:
-            return f"a {kind.__name__} is on {parameter.device}, its input on {device}"
-    return None
-
-
 def qkv(attn: Any, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values ``[B, S, H*D]`` of an ``AttentionModuleMixin``, its projections fused or not."""
     if not attn.fused_projections:
@@ -85,7 +69,7 @@ def qkv(attn: Any, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Te
 
 
 def attend(
-    processor: Any, q: Tensor, k: Tensor, v: Tensor, num_heads: int, *, mask: Tensor | None = None, fused: bool = True
+    processor: Any, q: Tensor, k: Tensor, v: Tensor, num_heads: int, *, mask: Tensor | None = None, fused: bool
 ) -> Tensor:
     """``softmax(q k^T / sqrt(D)) v`` of ``[B, S, H*D]``, by our choice, or by the backend that the user has chosen.
 
@@ -121,13 +105,12 @@ def attend_to_all(
     num_heads: int,
     *,
     mask: Tensor | None = None,
-    fused: bool = True,
-    before: int = 0,
+    fused: bool,
     behind: int = 0,
 ) -> Tensor:
     """:func:`attend` as :func:`over_heads` does it."""
     attention = partial(attend, processor, mask=mask, fused=fused)
-    return over_heads(attention, q, k, v, num_heads, before=before, behind=behind)
+    return over_heads(attention, q, k, v, num_heads, behind=behind)
 
 
 def over_heads(
@@ -156,6 +139,12 @@ def whole_over_heads(attention: Attention, q: Tensor, k: Tensor, v: Tensor, num_
     return over.ranks.gather(out, 2, q.shape[2])
 
 
+def stock_heads(norm: Any, x: Tensor, num_heads: int) -> Tensor:
+    """``[B, S, H*D]`` as ``[B, S, H, D]``, normed by a module if there is one."""
+    heads = x.unflatten(2, (num_heads, -1))
+    return heads if norm is None else norm(heads)
+
+
 def project(attn: Any, out: Tensor) -> Tensor:
     """``out`` ``[B, S, H*D]`` through the two layers that processors call; a third in the list is called by nobody."""
     projection, dropout = attn.to_out[0], attn.to_out[1]
@@ -163,7 +152,7 @@ def project(attn: Any, out: Tensor) -> Tensor:
     return projected
 
 
-def feed_forward(ff: Any, x: Tensor, *, fused: bool = True) -> Tensor:
+def feed_forward(ff: Any, x: Tensor, *, fused: bool) -> Tensor:
     """``ff(x)``, where ``fused`` with GELU in the epilogue of its first product."""
     if not fused:
         return ff(x)
@@ -187,10 +176,10 @@ def _feed_forward_reason(ff: Any, device: torch.device) -> str | None:
         return reason
     if dropout.training and dropout.p:
         return "dropout is on"
-    return readable_reason(first.proj, nn.Linear, torch.empty(0, device=device), with_bias=False)
+    return parameters_reason(first.proj, nn.Linear, device, ("weight",))
 
 
-def gated_feed_forward(ff: Any, x: Tensor, *, fused: bool = True) -> Tensor:
+def gated_feed_forward(ff: Any, x: Tensor, *, fused: bool) -> Tensor:
     """``ff(x)``, where ``fused`` with value times SiLU of gate in one pass behind its first product."""
     if not fused:
         return ff(x)

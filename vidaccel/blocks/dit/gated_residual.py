@@ -18,10 +18,11 @@ from vidaccel.kernels.norm.gated_residual_norm import (
     gated_residual,
     gated_residual_norm,
     norm_modulate,
+    rows_of_tokens,
 )
 from vidaccel.sites.block import FusedBlock
 
-__all__ = ["FLOAT32_NORMS", "GatedResidualBlock", "norm_heads"]
+__all__ = ["FLOAT32_NORMS", "GatedResidualBlock", "fuses_sum", "norm_heads"]
 
 FLOAT32_NORMS = "its norms are calculated in float32, and its tokens are float64"
 
@@ -44,7 +45,7 @@ class GatedResidualBlock(FusedBlock):
             return norm_modulate(x, _layer_norm(norm), scale, shift, rows=rows, rounding=self.rounding)
         y: Tensor = norm(self._wide(x))
         if scale is not None and shift is not None:
-            y = y * (1 + self._wide(_of_tokens(scale, rows))) + self._wide(_of_tokens(shift, rows))
+            y = y * (1 + self._wide(rows_of_tokens(scale, rows))) + self._wide(rows_of_tokens(shift, rows))
         return y.type_as(x)
 
     def add_norm(
@@ -58,7 +59,7 @@ class GatedResidualBlock(FusedBlock):
         rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """``z = x + gate * branch`` and its modulated norm; without a gate, ``x + branch``."""
-        if self._fuses_sum(x, branch):
+        if fuses_sum(self, x, branch):
             z, y = gated_residual_norm(
                 x, branch, gate, _layer_norm(norm), scale, shift, rows=rows, rounding=self.rounding
             )
@@ -68,18 +69,19 @@ class GatedResidualBlock(FusedBlock):
 
     def add(self, x: Tensor, branch: Tensor, gate: Tensor | None, rows: Tensor | None = None) -> Tensor:
         """``x + gate * branch``."""
-        if self._fuses_sum(x, branch):
+        if fuses_sum(self, x, branch):
             return gated_residual(x, branch, gate, rows=rows, rounding=self.rounding)
         branch = self._wide(branch)
-        z = self._wide(x) + (branch if gate is None else branch * self._wide(_of_tokens(gate, rows)))
+        z = self._wide(x) + (branch if gate is None else branch * self._wide(rows_of_tokens(gate, rows)))
         return z.type_as(x) if self.rounding == "once" else z
-
-    def _fuses_sum(self, x: Tensor, branch: Tensor) -> bool:
-        # stock code's sum of two dtypes has the wider one, the op's has that of x
-        return self.runs("gated_residual_norm") and branch.dtype == x.dtype
 
     def _wide(self, x: Tensor) -> Tensor:
         return x.float() if self.rounding == "once" else x
+
+
+def fuses_sum(block: FusedBlock, x: Tensor, branch: Tensor) -> bool:
+    """Whether the op is to add ``branch`` to ``x``: stock's sum of two dtypes has the wider, the op's has that of x."""
+    return block.runs("gated_residual_norm") and branch.dtype == x.dtype
 
 
 def norm_heads(norm: Any, x: Tensor, num_heads: int) -> Tensor:
@@ -94,7 +96,3 @@ def norm_heads(norm: Any, x: Tensor, num_heads: int) -> Tensor:
 
 def _layer_norm(norm: Any) -> Norm:
     return Norm("layer", norm.eps, norm.weight, norm.bias)
-
-
-def _of_tokens(modulation: Tensor, rows: Tensor | None) -> Tensor:
-    return modulation if rows is None else modulation[:, rows]

@@ -22,7 +22,7 @@ from vidaccel.sites.memo import held, once_in_call
 __all__ = ["cut_padding", "layers_are_hooked", "padded", "valid_length", "valid_lengths"]
 
 
-def cut_padding(block: FusedBlock, text: Tensor, mask: Tensor, before: int = 0) -> Tensor | None:
+def cut_padding(block: FusedBlock, text: Tensor, mask: Tensor, before: int) -> Tensor | None:
     """The valid tokens of ``text``, or None if the padding, and the mask, have to stay: then that is counted.
 
     Args:
@@ -46,7 +46,7 @@ def padded(text: Tensor, tokens: int) -> Tensor:
     return F.pad(text, (0, 0, 0, tokens - text.shape[1])) if text.shape[1] < tokens else text
 
 
-def valid_length(mask: Tensor, before: int = 0) -> int | str:
+def valid_length(mask: Tensor, before: int) -> int | str:
     """How many tokens of the text are valid, or why that is no one number; arguments as of :func:`cut_padding`."""
     return once_in_call("valid length", mask, lambda: _valid_length(mask.flatten(1).bool(), before))
 

@@ -21,7 +21,7 @@ from diffusers.models.transformers.transformer_cosmos import (
 )
 from torch import Tensor, nn
 
-from vidaccel.blocks.dit.attention import attend, attend_to_all, attention_reason, parameters_reason, project
+from vidaccel.blocks.dit.attention import attend, attend_to_all, attention_reason, project
 from vidaccel.blocks.dit.gated_residual import GatedResidualBlock, norm_heads
 from vidaccel.blocks.dit.modulation_rows import own_rows, stretches_of
 from vidaccel.blocks.dit.padded_text import layers_are_hooked
@@ -31,7 +31,7 @@ from vidaccel.kernels.op import REFERENCE, note, one_or
 from vidaccel.parallel.layout import all_tokens, own_tokens
 from vidaccel.sites.block import CORNER_ROWS, MOST_WHOLE, call_site, fuses
 from vidaccel.sites.memo import once_in_call
-from vidaccel.sites.plain import order_reason, plain_reason
+from vidaccel.sites.plain import order_reason, parameters_reason, plain_reason
 from vidaccel.sites.site import Fidelity
 
 __all__ = ["COSMOS_OPS", "FusedCosmosTransformerBlock"]

@@ -25,7 +25,6 @@ from vidaccel.blocks.dit.attention import (
     attention_reason,
     feed_forward,
     over_heads,
-    parameters_reason,
     project,
 )
 from vidaccel.blocks.dit.gated_residual import FLOAT32_NORMS, GatedResidualBlock
@@ -36,7 +35,7 @@ from vidaccel.kernels.op import REFERENCE, note
 from vidaccel.parallel.layout import own_tokens
 from vidaccel.sites.block import CORNER_ROWS, MOST_WHOLE, call_site, fuses
 from vidaccel.sites.memo import once_in_call
-from vidaccel.sites.plain import plain_reason
+from vidaccel.sites.plain import parameters_reason, plain_reason
 from vidaccel.sites.site import Fidelity
 
 __all__ = ["EASYANIMATE_OPS", "FusedEasyAnimateTransformerBlock"]

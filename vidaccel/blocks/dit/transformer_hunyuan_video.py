@@ -30,7 +30,7 @@ from diffusers.models.transformers.transformer_hunyuan_video import (
 )
 from torch import Tensor, nn
 
-from vidaccel.blocks.dit.attention import attend_to_all, attention_reason, feed_forward, parameters_reason
+from vidaccel.blocks.dit.attention import attend_to_all, attention_reason, feed_forward, stock_heads
 from vidaccel.blocks.dit.gated_residual import GatedResidualBlock
 from vidaccel.blocks.dit.padded_text import cut_padding, padded, valid_length
 from vidaccel.blocks.dit.rotary import alike_reason, half_tables
@@ -42,7 +42,7 @@ from vidaccel.kernels.op import note, one_or
 from vidaccel.parallel.layout import all_tokens, own_tokens, tokens_before
 from vidaccel.sites.block import CORNER_ROWS, MOST_WHOLE, call_site, fuses
 from vidaccel.sites.memo import once_in_call
-from vidaccel.sites.plain import plain_reason, readable_reason
+from vidaccel.sites.plain import parameters_reason, plain_reason, readable_reason
 from vidaccel.sites.site import Fidelity
 
 __all__ = [
@@ -56,7 +56,6 @@ __all__ = [
     "OneStreamBlock",
     "Rotary",
     "TwoStreamBlock",
-    "normed_heads",
     "rope_of",
     "turned_rows",
 ]
@@ -226,12 +225,6 @@ def rope_of(freqs_cis: Rotary, still: int = 0) -> Rope:
     return Rope("pairs", cos[None, :, None], sin[None, :, None])
 
 
-def normed_heads(norm: Any, x: Tensor, num_heads: int) -> Tensor:
-    """``[B, S, H*D]`` as ``[B, S, H, D]``, normed by a module if there is one."""
-    heads = x.unflatten(2, (num_heads, -1))
-    return heads if norm is None else norm(heads)
-
-
 def turned_rows(x: Tensor, freqs_cis: Rotary | None, tokens: int) -> Tensor:
     """``[B, S + T, H, D]``, of which the first ``tokens`` turn, as rows."""
     if freqs_cis is None:
@@ -334,7 +327,7 @@ class TwoStreamBlock(HunyuanBlock):
         attn, tokens = self.attn, first[0].shape[1]
         norms = (attn.norm_q, attn.norm_added_q), (attn.norm_k, attn.norm_added_k), (None, None)
         query, key, value = (
-            torch.cat([normed_heads(norm, x, attn.heads), normed_heads(added, y, attn.heads)], dim=1)
+            torch.cat([stock_heads(norm, x, attn.heads), stock_heads(added, y, attn.heads)], dim=1)
             for (norm, added), x, y in zip(norms, first, second, strict=True)
         )
         return [turned_rows(query, freqs_cis, tokens), turned_rows(key, freqs_cis, tokens), value.flatten(2)]
@@ -390,7 +383,7 @@ class OneStreamBlock(HunyuanBlock):
         query, key, value = attn.to_q(x), attn.to_k(x), attn.to_v(x)
         if reason := self.rope_reason(x, freqs_cis, attn.norm_q, attn.norm_k):
             note("qk_norm_rope", "torch", reason)
-            query, key = normed_heads(attn.norm_q, query, attn.heads), normed_heads(attn.norm_k, key, attn.heads)
+            query, key = stock_heads(attn.norm_q, query, attn.heads), stock_heads(attn.norm_k, key, attn.heads)
             return turned_rows(query, freqs_cis, tokens), turned_rows(key, freqs_cis, tokens), value
         assert freqs_cis is not None
         norm, rope = self.head_norm(attn.norm_q, attn.norm_k), rope_of(freqs_cis, x.shape[1] - tokens)

@@ -18,7 +18,7 @@ from diffusers.models.transformers.transformer_kandinsky import (
 )
 from torch import Tensor, nn
 
-from vidaccel.blocks.dit.attention import attend, attention_reason, parameters_reason
+from vidaccel.blocks.dit.attention import attend, attention_reason
 from vidaccel.blocks.dit.gated_residual import FLOAT32_NORMS, GatedResidualBlock, norm_heads
 from vidaccel.blocks.dit.rotary import alike_reason
 from vidaccel.blocks.dit.step_caches import known_to_step_caches
@@ -27,6 +27,7 @@ from vidaccel.kernels.norm.gated_residual_norm import Rounding
 from vidaccel.kernels.op import REFERENCE, note
 from vidaccel.sites.block import CORNER_ROWS, MOST_WHOLE, call_site, fuses
 from vidaccel.sites.memo import once_in_call
+from vidaccel.sites.plain import parameters_reason
 from vidaccel.sites.site import Fidelity
 
 __all__ = [

@@ -18,7 +18,7 @@ from diffusers.models.transformers.transformer_kandinsky6 import (
 )
 from torch import Tensor, nn
 
-from vidaccel.blocks.dit.attention import attend, attention_reason, parameters_reason
+from vidaccel.blocks.dit.attention import attend, attention_reason, stock_heads
 from vidaccel.blocks.dit.gated_residual import FLOAT32_NORMS, GatedResidualBlock
 from vidaccel.blocks.dit.rotary import alike_reason
 from vidaccel.blocks.dit.transformer_kandinsky import KANDINSKY_OPS, are_rotations, rope_of
@@ -26,6 +26,7 @@ from vidaccel.kernels.attention.qk_norm_rope import HeadNorm, qk_norm_rope
 from vidaccel.kernels.norm.gated_residual_norm import Rounding
 from vidaccel.kernels.op import REFERENCE, note
 from vidaccel.sites.block import CORNER_ROWS, MOST_WHOLE, call_site, fuses
+from vidaccel.sites.plain import parameters_reason
 
 __all__ = ["FusedKandinsky6FusedTransformerDecoderBlock", "FusedKandinsky6TransformerEncoderBlock"]
 
@@ -57,7 +58,7 @@ class Kandinsky6Block(GatedResidualBlock):
         each = list(zip((query, key), norms, ropes, strict=True))
         if reason := self._rope_reason(query, norms, ropes):
             note("qk_norm_rope", REFERENCE, reason)
-            return [_turned(norm(x.unflatten(2, (heads, -1))), rope) for x, norm, rope in each]
+            return [_turned(stock_heads(norm, x, heads), rope) for x, norm, rope in each]
         return [
             y
             for x, norm, rope in each

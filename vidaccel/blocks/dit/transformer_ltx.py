@@ -23,7 +23,8 @@ from diffusers.models.transformers.transformer_ltx import (
 )
 from torch import Tensor, nn
 
-from vidaccel.blocks.dit.attention import attend_to_all, attention_reason, feed_forward, parameters_reason, project
+from vidaccel.blocks.dit.attention import attend_to_all, attention_reason, feed_forward, project
+from vidaccel.blocks.dit.gated_residual import fuses_sum
 from vidaccel.blocks.dit.modulation_rows import distinct_rows, own_rows
 from vidaccel.blocks.dit.padded_text import layers_are_hooked
 from vidaccel.blocks.dit.rotary import alike_reason
@@ -35,6 +36,7 @@ from vidaccel.kernels.op import REFERENCE, note
 from vidaccel.parallel.layout import all_tokens, own_tokens
 from vidaccel.sites.block import CORNER_ROWS, MOST_WHOLE, FusedBlock, call_site, fuses
 from vidaccel.sites.memo import once_in_call
+from vidaccel.sites.plain import parameters_reason
 from vidaccel.sites.site import Fidelity
 
 __all__ = [
@@ -203,7 +205,7 @@ class LTXBlock(FusedBlock):
         *second: Modulation,
     ) -> list[Tensor]:
         """``z = x + gate * branch``, its modulated norm, and that norm modulated by a ``second`` scale and shift."""
-        if self._fuses_sum(x, branch):
+        if fuses_sum(self, x, branch):
             (gate_, scale_, shift_, *second_), rows = together(gate, scale, shift, *second)
             more: Any = tuple(second_) or None
             return gated_residual_norm(
@@ -215,14 +217,10 @@ class LTXBlock(FusedBlock):
 
     def add(self, x: Tensor, branch: Tensor, gate: Modulation | None) -> Tensor:
         """``x + gate * branch``."""
-        if self._fuses_sum(x, branch):
+        if fuses_sum(self, x, branch):
             (gate_,), rows = together(gate)
             return gated_residual(x, branch, gate_, rows=rows, rounding="each")
         return x + (branch if gate is None else branch * gate.of_tokens())
-
-    def _fuses_sum(self, x: Tensor, branch: Tensor) -> bool:
-        # stock's sum of two dtypes has the wider one, the op's has that of x
-        return self.runs("gated_residual_norm") and branch.dtype == x.dtype
 
     def rope_reason(self, x: Tensor, tables: Tables | None, *norms: Any) -> str | None:
         """Why an attention is called, and does its norms and its rotary embedding itself, or None."""

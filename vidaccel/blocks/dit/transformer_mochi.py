@@ -25,8 +25,8 @@ from diffusers.models.transformers.transformer_mochi import (
 )
 from torch import Tensor, nn
 
-from vidaccel.blocks.dit.attention import attention_reason, gated_feed_forward, over_heads, parameters_reason, project
-from vidaccel.blocks.dit.gated_residual import FLOAT32_NORMS
+from vidaccel.blocks.dit.attention import attention_reason, gated_feed_forward, over_heads, project, stock_heads
+from vidaccel.blocks.dit.gated_residual import FLOAT32_NORMS, fuses_sum
 from vidaccel.blocks.dit.padded_text import padded, valid_lengths
 from vidaccel.blocks.dit.step_caches import known_to_step_caches
 from vidaccel.kernels.attention.qk_norm_rope import HeadNorm, Rope, SecondStream, qk_norm_rope
@@ -35,7 +35,7 @@ from vidaccel.kernels.norm.gated_residual_norm import Norm, gated_residual, gate
 from vidaccel.kernels.op import REFERENCE, note
 from vidaccel.parallel.layout import own_tokens
 from vidaccel.sites.block import CORNER_ROWS, MOST_WHOLE, FusedBlock, call_site, fuses
-from vidaccel.sites.plain import plain_reason
+from vidaccel.sites.plain import parameters_reason, plain_reason
 from vidaccel.sites.site import Fidelity
 
 __all__ = ["MOCHI_OPS", "FusedMochiTransformerBlock"]
@@ -161,7 +161,7 @@ class FusedMochiTransformerBlock(FusedBlock, MochiTransformerBlock):
         self, x: Tensor, branch: Tensor, branch_norm: Any, gate: Tensor, norm: Any, scale: Tensor
     ) -> tuple[Tensor, Tensor]:
         """``z = x + tanh(gate) * branch_norm(branch)`` and its modulated norm."""
-        if self._fuses_sum(x, branch):
+        if fuses_sum(self, x, branch):
             eps = branch_norm.norm.eps
             z, y = gated_residual_norm(x, branch, gate.tanh(), _rms_norm(norm.norm), scale, branch_eps=eps)
             return z, y
@@ -170,13 +170,9 @@ class FusedMochiTransformerBlock(FusedBlock, MochiTransformerBlock):
 
     def _add(self, x: Tensor, branch: Tensor, branch_norm: Any, gate: Tensor) -> Tensor:
         """``x + tanh(gate) * branch_norm(branch)``."""
-        if self._fuses_sum(x, branch):
+        if fuses_sum(self, x, branch):
             return gated_residual(x, branch, gate.tanh(), branch_eps=branch_norm.norm.eps)
         return x + _stock_norm(branch_norm.norm, branch, gate.tanh())
-
-    def _fuses_sum(self, x: Tensor, branch: Tensor) -> bool:
-        # stock code's sum of two dtypes has the wider one, the op's has that of x
-        return self.runs("gated_residual_norm") and branch.dtype == x.dtype
 
     def _feed_forward(self, ff: Any, x: Tensor) -> Tensor:
         return gated_feed_forward(ff, x, fused=self.runs("swiglu"))
@@ -287,16 +283,12 @@ def _stock_joint(
 ) -> list[Tensor]:
     norms = (attn.norm_q, attn.norm_added_q), (attn.norm_k, attn.norm_added_k)
     joint = [
-        torch.cat([_turned(_normed(norm, x, attn.heads), rotary), _normed(added, y, attn.heads)], dim=1).flatten(2)
+        torch.cat(
+            [_turned(stock_heads(norm, x, attn.heads), rotary), stock_heads(added, y, attn.heads)], dim=1
+        ).flatten(2)
         for (norm, added), x, y in zip(norms, first, second, strict=False)
     ]
     return [*joint, torch.cat([first[2], second[2]], dim=1)]
-
-
-def _normed(norm: Any, x: Tensor, num_heads: int) -> Tensor:
-    """``[B, S, H*D]`` as ``[B, S, H, D]``, normed by a module if there is one."""
-    heads = x.unflatten(2, (num_heads, -1))
-    return heads if norm is None else norm(heads)
 
 
 def _turned(x: Tensor, rotary: Rotary | None) -> Tensor:

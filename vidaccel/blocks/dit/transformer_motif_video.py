@@ -19,7 +19,7 @@ from diffusers.models.transformers.transformer_motif_video import (
 )
 from torch import Tensor, nn
 
-from vidaccel.blocks.dit.attention import attend, attention_reason, project
+from vidaccel.blocks.dit.attention import attend, attention_reason, project, stock_heads
 from vidaccel.blocks.dit.step_caches import known_to_step_caches
 from vidaccel.blocks.dit.transformer_hunyuan_video import (
     ONE_STREAM_OPS,
@@ -28,7 +28,6 @@ from vidaccel.blocks.dit.transformer_hunyuan_video import (
     OneStreamBlock,
     Rotary,
     TwoStreamBlock,
-    normed_heads,
     rope_of,
     turned_rows,
 )
@@ -88,7 +87,7 @@ class MotifBlock(HunyuanBlock):
         query, key = attn.to_q(x), attn.to_k(text)
         if reason := self.rope_reason(x, freqs_cis, attn.norm_q, attn.norm_k):
             note("qk_norm_rope", REFERENCE, reason)
-            query, key = normed_heads(attn.norm_q, query, attn.heads), normed_heads(attn.norm_k, key, attn.heads)
+            query, key = stock_heads(attn.norm_q, query, attn.heads), stock_heads(attn.norm_k, key, attn.heads)
             return turned_rows(query, freqs_cis, x.shape[1]), key.flatten(2)
         assert freqs_cis is not None
         norm = self.head_norm(attn.norm_q, attn.norm_k)

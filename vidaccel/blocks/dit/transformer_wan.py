@@ -31,7 +31,6 @@ from vidaccel.blocks.dit.attention import (
     attention_reason,
     feed_forward,
     over_heads,
-    parameters_reason,
     project,
     qkv,
 )
@@ -45,11 +44,12 @@ from vidaccel.kernels.norm.gated_residual_norm import (
     gated_residual,
     gated_residual_norm,
     norm_modulate,
+    rows_of_tokens,
 )
 from vidaccel.kernels.op import REFERENCE, note
 from vidaccel.parallel.layout import all_tokens, own_tokens
 from vidaccel.sites.block import CORNER_ROWS, MOST_WHOLE, FusedBlock, call_site, fuses
-from vidaccel.sites.plain import order_reason
+from vidaccel.sites.plain import order_reason, parameters_reason
 from vidaccel.sites.site import Fidelity
 
 __all__ = [
@@ -195,7 +195,7 @@ class WanBlock(FusedBlock):
                 return z, z
             z, y = gated_residual_norm(x, branch, gate, norm_of(norm), scale, shift, rows=rows)
             return z, y
-        z = x + branch if gate is None else (x.float() + branch * _of_tokens(gate, rows)).type_as(x)
+        z = x + branch if gate is None else (x.float() + branch * rows_of_tokens(gate, rows)).type_as(x)
         return z, _stock_norm(norm, z, scale, shift, rows)
 
     def rest(self, x: Tensor, attended: Tensor, context: Tensor, modulation: Modulation, *args: Any) -> Tensor:
@@ -208,7 +208,7 @@ class WanBlock(FusedBlock):
         out = feed_forward(self.ffn, normed, fused=self.runs("linear_gelu"))
         if self.runs("gated_residual_norm"):
             return gated_residual(x, out, ff_gate, rows=rows)
-        return (x.float() + out.float() * _of_tokens(ff_gate, rows)).type_as(x)
+        return (x.float() + out.float() * rows_of_tokens(ff_gate, rows)).type_as(x)
 
     def self_attention(self, x: Tensor, rotary_emb: Any, mask: Any = None, *args: Any) -> Tensor:
         """The first attention; ``args`` are only for a processor that is not the expected one."""
@@ -287,14 +287,10 @@ def _image_keys_values(attn: Any, image: Tensor) -> tuple[Tensor, Tensor]:
     return attn.norm_added_k(key), value
 
 
-def _of_tokens(modulation: Tensor, rows: Tensor | None) -> Tensor:
-    return modulation if rows is None else modulation[:, rows]
-
-
 def _stock_norm(norm: Any, x: Tensor, scale: Tensor | None, shift: Tensor | None, rows: Tensor | None) -> Tensor:
     y = norm(x.float())
     if scale is not None and shift is not None:
-        y = y * (1 + _of_tokens(scale, rows)) + _of_tokens(shift, rows)
+        y = y * (1 + rows_of_tokens(scale, rows)) + rows_of_tokens(shift, rows)
     return y.type_as(x)
 
 

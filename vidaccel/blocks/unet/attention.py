@@ -33,20 +33,20 @@ from vidaccel.blocks.unet.attention_processor import (
     output_layers,
 )
 from vidaccel.blocks.unet.frames import by_pixels, whole_clip
-from vidaccel.blocks.unet.normalization import add_layer_norm_module, norms_reason
+from vidaccel.blocks.unet.normalization import norms_reason
 from vidaccel.blocks.unet.text_context import distinct_rows
 from vidaccel.kernels.attention.qkv_projection import qkv_projection
 from vidaccel.kernels.attention.spatial_attention import compile_ahead as compile_attention_ahead
 from vidaccel.kernels.attention.temporal_attention import compile_ahead as compile_temporal_attention_ahead
 from vidaccel.kernels.attention.temporal_attention import temporal_attention
 from vidaccel.kernels.ffn.residual_projection import residual_projection
-from vidaccel.kernels.norm.add_layer_norm import RowTo
+from vidaccel.kernels.norm.add_layer_norm import RowTo, add_layer_norm
 from vidaccel.kernels.norm.add_layer_norm import compile_ahead as compile_norm_ahead
 from vidaccel.kernels.op import note, runs_triton
 from vidaccel.parallel.layout import frames
 from vidaccel.sites.block import FusedBlock, call_site, cut_corner, fuses
 from vidaccel.sites.memo import once_per_call
-from vidaccel.sites.plain import hook_reason, order_reason, plain_reason, readable_reason
+from vidaccel.sites.plain import hook_reason, order_reason, parameters_reason, plain_reason
 
 __all__ = [
     "FusedBasicTransformerBlock",
@@ -95,7 +95,7 @@ def _last_projection(feed_forward: Any, device: torch.device) -> nn.Linear | Non
     net = feed_forward.net
     if len(net) != 3 or plain_reason(net[1], nn.Dropout) or net[1].training:
         return None
-    return None if readable_reason(net[2], nn.Linear, torch.empty(0, device=device)) else net[2]
+    return None if parameters_reason(net[2], nn.Linear, device, ("weight", "bias")) else net[2]
 
 
 def _attend_by_pixel(attn: Attention, x: Tensor, num_frames: int, context: Tensor | None = None) -> Tensor:
@@ -122,7 +122,8 @@ class _TransformerBlock(FusedBlock):
         The row joins the residual or what is normed instead, where ``row_to`` says so, as in ``add_layer_norm``.
         """
         if self.runs("add_layer_norm"):
-            return add_layer_norm_module(norm, x, residual, row, position, row_to)
+            weights = norm.weight, norm.bias, norm.eps
+            return add_layer_norm(x, *weights, residual=residual, row=row, position=position, row_to=row_to)
         if row is not None and residual is not None and row_to == "residual":
             residual, row = row + residual, None
         x = x if residual is None else x + residual

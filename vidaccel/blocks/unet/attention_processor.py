@@ -20,7 +20,7 @@ from vidaccel.kernels.attention.spatial_attention import spatial_attention
 from vidaccel.kernels.op import overheard
 from vidaccel.sites.block import SITES, Host, call_site
 from vidaccel.sites.memo import once_per_call
-from vidaccel.sites.plain import plain_reason, readable_reason, replaced_attention_reason, replaced_reason
+from vidaccel.sites.plain import parameters_reason, plain_reason, replaced_attention_reason, replaced_reason
 from vidaccel.sites.rules import Rule
 from vidaccel.sites.site import Fidelity, Site, SiteGroup
 
@@ -154,9 +154,8 @@ def merged_weights(attn: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor] 
 
 @once_per_call
 def _projections_reason(attn: Attention, device: torch.device) -> str | None:
-    here = torch.empty(0, device=device)
     for layer in (attn.to_q, attn.to_k, attn.to_v):
-        if reason := readable_reason(layer, nn.Linear, here, with_bias=False):
+        if reason := parameters_reason(layer, nn.Linear, device, ("weight",)):
             return reason
         if layer.bias is not None:
             return "a projection has a bias"

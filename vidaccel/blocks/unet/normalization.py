@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from vidaccel.blocks.pixel_rows import statistics_of_pictures, whole_pictures
 from vidaccel.blocks.unet.frames import statistics_of_clip, whole_clip
-from vidaccel.kernels.norm.add_layer_norm import RowTo, add_layer_norm
 from vidaccel.kernels.norm.channel_statistics import ChannelStatistics
 from vidaccel.kernels.norm.group_norm_silu import compile_ahead, group_norm_and_sum, group_norm_silu
 from vidaccel.sites.block import CORNER_ROWS, FusedBlock, call_site, cut_corner, fuses, run_part
@@ -16,7 +15,6 @@ from vidaccel.sites.plain import readable_reason
 
 __all__ = [
     "FusedGroupNorm",
-    "add_layer_norm_module",
     "as_clip",
     "as_frames",
     "compile_group_norm_ahead",
@@ -60,22 +58,6 @@ def compile_group_norm_ahead(norm: Any, *, silu: bool = True, shift: bool = Fals
     """Begin to compile what a GroupNorm module's parameters, if it has plain ones, will be given to."""
     if isinstance(norm, nn.GroupNorm) and type(norm.weight) is nn.Parameter:
         compile_ahead(norm.weight, norm.num_groups, silu=silu, shift=shift, and_sum=and_sum)
-
-
-def add_layer_norm_module(
-    norm: nn.LayerNorm,
-    x: Tensor,
-    residual: Tensor | None = None,
-    row: Tensor | None = None,
-    position: Tensor | None = None,
-    row_to: RowTo = "sum",
-) -> tuple[Tensor, Tensor]:
-    """``z = row + (x + residual)`` and ``norm(z) + position``, or what `row_to` makes of it.
-
-    `x` is ``[B, S, C]``, `row` ``[B, 1, C]``, `position` ``[T, C]`` with T a divisor of B.
-    """
-    weights = (norm.weight, norm.bias, norm.eps)
-    return add_layer_norm(x, *weights, residual=residual, row=row, position=position, row_to=row_to)
 
 
 def norms_reason(kind: type[nn.Module], x: Tensor, *norms: nn.Module) -> str | None:

@@ -54,6 +54,7 @@ from vidaccel.blocks.vae.causal_clip import (
     same_bits,
     structure_reason,
     tell_chunk,
+    upsamplers_of,
 )
 from vidaccel.blocks.vae.tile_batches import TileDecoder
 from vidaccel.kernels.conv.conv_epilogue import STATISTICS_STEP
@@ -321,7 +322,7 @@ class _Decode:
         decoder, latents, ends = self._decoder, self._latents, self._ends
         over = None if halos or keep else latent_frames()
         samples, _, _, height, width = latents.shape
-        upsamplers = list(_upsamplers(decoder))
+        upsamplers = list(upsamplers_of(decoder))
         rate = 2 ** sum(upsampler.compress_time for upsampler in upsamplers)
         height, width = height * 2 ** len(upsamplers), width * 2 ** len(upsamplers)
         shape = samples, len(decoder.conv_out.conv.weight), _frames_of(ends[-1], ends[0], rate), height, width
@@ -350,7 +351,7 @@ class _Decode:
 
         explain = partial(out_of_memory, samples, height, width, frames=ends[0])
         step = decode_in_chunks(len(ends), latents.device, needs, decode, explain, over)
-        tell_chunk(decoder, "whole_clip", ends[step - 1], ends[-1])
+        tell_chunk(decoder, ends[step - 1], ends[-1])
         return pixels, halos
 
     def _chunk(self, chunk: Chunk, out: Tensor) -> Halos:
@@ -474,11 +475,6 @@ def _cache_of(decoder: Any, halos: Halos) -> Cache:
             inner = inner.setdefault(step, {})
         inner[name] = clip_of(halos[conv])
     return cache
-
-
-def _upsamplers(decoder: Any) -> Iterator[Any]:
-    for block in decoder.up_blocks:
-        yield from block.upsamplers or ()
 
 
 def decode_bytes(decoder: Any, latents: Tensor, frames: int) -> int:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from vidaccel.blocks.unet.attention_processor import attention_reason
 from vidaccel.blocks.vae.causal_clip import (
+    UNPADDED,
     Chunk,
     Sum,
     added_up,
@@ -39,10 +40,11 @@ from vidaccel.blocks.vae.causal_clip import (
     conv_rows,
     decode_in_chunks,
     dropout_reason,
-    latents_reason,
     out_of_memory,
     structure_reason,
     tell_chunk,
+    upsamplers_of,
+    whole_clip_reason,
 )
 from vidaccel.blocks.vae.tile_batches import TileDecoder
 from vidaccel.kernels.attention.spatial_attention import spatial_attention, spatial_attention_ref
@@ -59,7 +61,6 @@ from vidaccel.sites.plain import plain_reason
 __all__ = ["FusedHunyuanVideoDecoder3D", "decode_bytes"]
 
 CAUSAL = Padding(before=2, border=1, frame_mode="replicate", pixel_mode="replicate")
-UNPADDED = 0, 0, 0  # what a convolution adds to input that is padded already
 CORNER_FRAMES = 3
 _MARGIN = 1.1  # the allocator's rounding, the borders, the convolutions' workspaces, all that is small
 
@@ -97,9 +98,7 @@ class FusedHunyuanVideoDecoder3D(TileDecoder, HunyuanVideoDecoder3D):
         return out
 
     def call_reason(self, hidden_states: Tensor) -> str | None:
-        if not self.runs("whole_clip"):
-            return "whole_clip is off, or failed"
-        return latents_reason(hidden_states, self.conv_in.conv.weight)
+        return whole_clip_reason(self, hidden_states, self.conv_in.conv.weight)
 
     def bytes_at_once(self, latents: Tensor) -> int:
         return decode_bytes(self, latents)
@@ -121,7 +120,7 @@ class _Decode:
     def run(self, latents: Tensor) -> Tensor:
         decoder = self._decoder
         samples, _, frames, height, width = latents.shape
-        factors = [upsampler.upsample_factor for upsampler in _upsamplers(decoder)]
+        factors = [upsampler.upsample_factor for upsampler in upsamplers_of(decoder)]
         rate, scale = 2 ** sum(factor[0] == 2 for factor in factors), 2 ** len(factors)
         height, width = height * scale, width * scale
         shape = samples, len(decoder.conv_out.conv.weight), 1 + rate * (frames - 1), height, width
@@ -133,7 +132,7 @@ class _Decode:
         # the norms need all frames: they are the only chunk
         explain = partial(out_of_memory, samples, height, width, frames=frames)
         decode_in_chunks(1, latents.device, needs, lambda start, end: self._decode(latents, pixels), explain)
-        tell_chunk(decoder, "whole_clip", frames, frames)
+        tell_chunk(decoder, frames, frames)
         return pixels
 
     def _decode(self, latents: Tensor, out: Tensor) -> None:
@@ -221,11 +220,6 @@ class _Decode:
         del chunk.flow, flow
         shuffle = pixel_shuffle if self._decoder.runs("pixel_shuffle") else pixel_shuffle_ref
         chunk.flow = Sum(upsample_clip(buffer, conv.weight, conv.bias, factor_t=factor_t, shuffle=shuffle))
-
-
-def _upsamplers(decoder: Any) -> Iterator[Any]:
-    for block in decoder.up_blocks:
-        yield from block.upsamplers or ()
 
 
 def decode_bytes(decoder: Any, latents: Tensor) -> int:

@@ -36,6 +36,7 @@ from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import (
 from torch import Tensor, nn
 
 from vidaccel.blocks.vae.causal_clip import (
+    UNPADDED,
     Chunk,
     Halos,
     Sum,
@@ -43,10 +44,12 @@ from vidaccel.blocks.vae.causal_clip import (
     conv_reason,
     conv_rows,
     decode_in_chunks,
-    latents_reason,
     out_of_memory,
+    rms_norm_reason,
     structure_reason,
     tell_chunk,
+    upsamplers_of,
+    whole_clip_reason,
 )
 from vidaccel.blocks.vae.tile_batches import TileDecoder
 from vidaccel.kernels.attention.block_causal_attention import block_causal_attention, block_causal_attention_ref
@@ -61,7 +64,6 @@ from vidaccel.sites.plain import plain_reason, replaced_attention_reason
 __all__ = ["FusedHunyuanVideo15Decoder3D", "FusedHunyuanVideo15Encoder3D", "decode_bytes", "encode_bytes"]
 
 CAUSAL = Padding(before=2, border=1, frame_mode="replicate", pixel_mode="replicate")
-UNPADDED = 0, 0, 0  # what a convolution adds to input that is padded already
 CORNER_FRAMES = 3  # of latents
 CORNER_PIXELS = 2
 _MARGIN = 1.1  # the allocator's rounding, the borders, the convolutions' workspaces, all that is small
@@ -108,9 +110,7 @@ class FusedHunyuanVideo15Decoder3D(TileDecoder, HunyuanVideo15Decoder3D):
         return out
 
     def call_reason(self, hidden_states: Tensor) -> str | None:
-        if not self.runs("whole_clip"):
-            return "whole_clip is off, or failed"
-        return latents_reason(hidden_states, self.conv_in.conv.weight)
+        return whole_clip_reason(self, hidden_states, self.conv_in.conv.weight)
 
     def bytes_at_once(self, latents: Tensor) -> int:
         return decode_bytes(self, latents, latents.shape[2])
@@ -169,9 +169,7 @@ class FusedHunyuanVideo15Encoder3D(FusedBlock, HunyuanVideo15Encoder3D):
         return out
 
     def call_reason(self, hidden_states: Tensor) -> str | None:
-        if not self.runs("whole_clip"):
-            return "whole_clip is off, or failed"
-        if reason := latents_reason(hidden_states, self.conv_in.conv.weight, "pixels"):
+        if reason := whole_clip_reason(self, hidden_states, self.conv_in.conv.weight, "pixels"):
             return reason
         (frames, *sides), (rate, scale) = hidden_states.shape[2:], _compression(self)
         if (frames - 1) % rate or any(side % scale for side in sides):
@@ -256,7 +254,7 @@ class _Decode(_Rows):
     def run(self, latents: Tensor) -> Tensor:
         decoder = self._coder
         samples, _, frames, height, width = latents.shape
-        upsamplers = list(_upsamplers(decoder))
+        upsamplers = list(upsamplers_of(decoder))
         rate = 2 ** sum(upsampler.add_temporal_upsample for upsampler in upsamplers)
         height, width = height * 2 ** len(upsamplers), width * 2 ** len(upsamplers)
 
@@ -278,7 +276,7 @@ class _Decode(_Rows):
         needs = partial(decode_bytes, decoder, latents)
         explain = partial(out_of_memory, samples, height, width)
         step = decode_in_chunks(frames, latents.device, needs, decode, explain)
-        tell_chunk(decoder, "whole_clip", step, frames)
+        tell_chunk(decoder, step, frames)
         return pixels
 
     def _middle(self, latents: Tensor) -> Tensor:
@@ -340,7 +338,7 @@ class _Encode(_Rows):
         needs = partial(encode_bytes, encoder, pixels)
         explain = partial(out_of_memory, samples, height, width, verb="encode")
         step = decode_in_chunks(frames, pixels.device, needs, encode, explain)
-        tell_chunk(encoder, "whole_clip", step, frames)
+        tell_chunk(encoder, step, frames)
         return self._latents(Chunk(Sum(middle), {}, False))
 
     def _down(self, chunk: Chunk) -> None:
@@ -401,11 +399,6 @@ def _compression(encoder: Any) -> tuple[int, int]:
 
 def _latent_frames(encoder: Any, pixels: Tensor) -> int:
     return 1 + (pixels.shape[2] - 1) // _compression(encoder)[0]
-
-
-def _upsamplers(decoder: Any) -> Iterator[Any]:
-    for block in decoder.up_blocks:
-        yield from block.upsamplers or ()
 
 
 def decode_bytes(decoder: Any, latents: Tensor, frames: int) -> int:
@@ -527,12 +520,12 @@ def _reasons_of_both(coder: Any) -> Iterator[str | None]:
     for attention in mid.attentions:
         if attention is not None:
             yield plain_reason(attention, HunyuanVideo15AttnBlock) or replaced_attention_reason()
-            yield _norm_reason(attention.norm)
+            yield rms_norm_reason(attention.norm, HunyuanVideo15RMS_norm)
             for conv in (attention.to_q, attention.to_k, attention.to_v, attention.proj_out):
                 yield conv_reason(conv, nn.Conv3d, (1,) * 3, (0,) * 3)
     for resnet in mid.resnets:
         yield from _resnet_reasons(resnet)
-    yield _norm_reason(coder.norm_out)
+    yield rms_norm_reason(coder.norm_out, HunyuanVideo15RMS_norm)
     yield _causal_reason(coder.conv_out)
 
 
@@ -540,7 +533,7 @@ def _resnet_reasons(resnet: Any) -> Iterator[str | None]:
     yield plain_reason(resnet, HunyuanVideo15ResnetBlock)
     yield plain_reason(resnet.nonlinearity, nn.SiLU)
     for norm, conv in ((resnet.norm1, resnet.conv1), (resnet.norm2, resnet.conv2)):
-        yield _norm_reason(norm)
+        yield rms_norm_reason(norm, HunyuanVideo15RMS_norm)
         yield _causal_reason(conv)
     if resnet.conv_shortcut is not None:
         yield conv_reason(resnet.conv_shortcut, nn.Conv3d, (1,) * 3, (0,) * 3)
@@ -552,11 +545,3 @@ def _causal_reason(conv: Any) -> str | None:
     if conv.pad_mode != "replicate" or tuple(conv.time_causal_padding) != (1, 1, 1, 1, 2, 0):
         return "a convolution is not padded by what it repeats"
     return conv_reason(conv.conv, nn.Conv3d, (3,) * 3, (0,) * 3)
-
-
-def _norm_reason(norm: Any) -> str | None:
-    if reason := plain_reason(norm, HunyuanVideo15RMS_norm):
-        return reason
-    if not norm.channel_first or isinstance(norm.bias, Tensor) or norm.bias != 0.0:
-        return "a norm has a bias, or its channels come last"
-    return "a norm scales by another factor" if norm.scale != norm.gamma.numel() ** 0.5 else None

@@ -29,6 +29,7 @@ from diffusers.models.autoencoders.autoencoder_kl_mochi import (
 from torch import Tensor, nn
 
 from vidaccel.blocks.vae.causal_clip import (
+    UNPADDED,
     Chunk,
     Halos,
     Sum,
@@ -36,10 +37,10 @@ from vidaccel.blocks.vae.causal_clip import (
     conv_reason,
     conv_rows,
     decode_in_chunks,
-    latents_reason,
     out_of_memory,
     structure_reason,
     tell_chunk,
+    whole_clip_reason,
 )
 from vidaccel.blocks.vae.tile_batches import TileDecoder
 from vidaccel.kernels.conv.padded_clip import Padding
@@ -54,7 +55,6 @@ from vidaccel.sites.plain import plain_reason
 __all__ = ["FusedMochiDecoder3D", "decode_bytes"]
 
 CAUSAL = Padding(before=2, border=1, frame_mode="replicate", pixel_mode="replicate")
-UNPADDED = 0, 0, 0  # what a convolution adds to input that is padded already
 CORNER_FRAMES = 2
 _MARGIN = 1.1  # the allocator's rounding, the borders, the convolutions' workspaces, all that is small
 
@@ -90,9 +90,7 @@ class FusedMochiDecoder3D(TileDecoder, MochiDecoder3D):
         return out
 
     def call_reason(self, hidden_states: Tensor, conv_cache: dict[str, Tensor] | None) -> str | None:
-        if not self.runs("whole_clip"):
-            return "whole_clip is off, or failed"
-        return latents_reason(hidden_states, self.conv_in.weight)
+        return whole_clip_reason(self, hidden_states, self.conv_in.weight)
 
     def bytes_at_once(self, latents: Tensor) -> int:
         return decode_bytes(self, latents, latents.shape[2])
@@ -137,7 +135,7 @@ class _Decode:
         step = decode_in_chunks(
             frames, latents.device, needs, decode, partial(out_of_memory, samples, height, width)
         )  # fmt: skip
-        tell_chunk(decoder, "whole_clip", step, frames)
+        tell_chunk(decoder, step, frames)
         return pixels
 
     def _chunk(self, latents: Tensor, halos: Halos, out: Tensor, keep: bool) -> Halos:

@@ -38,7 +38,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 )
 from torch import Tensor, nn
 
-from vidaccel.blocks.vae.causal_clip import Halos, same_bits, structure_reason
+from vidaccel.blocks.vae.causal_clip import Halos, same_bits, structure_reason, whole_clip_reason
 from vidaccel.blocks.vae.tile_batches import TileDecoder
 from vidaccel.blocks.vae.wan_layers import Decode, Encode
 from vidaccel.blocks.vae.wan_structure import (
@@ -283,7 +283,7 @@ class FusedWanDecoder3d(TileDecoder, WanDecoder3d):
         return decode_bytes(self, latents)
 
     def call_reason(self, clip: Tensor, progress: _Progress | None) -> str | None:
-        return _clip_reason(self, clip)
+        return whole_clip_reason(self, clip, self.conv_in.weight, "frames")
 
     def corner(self, args: Any, kwargs: Any) -> Any:
         clip, progress = args
@@ -399,7 +399,7 @@ class FusedWanEncoder3d(FusedBlock, WanEncoder3d):
         return WanEncoder3d.forward(self, x, feat_cache, feat_idx)
 
     def call_reason(self, clip: Tensor, progress: _Progress | None) -> str | None:
-        if reason := _clip_reason(self, clip):
+        if reason := whole_clip_reason(self, clip, self.conv_in.weight, "frames"):
             return reason
         sides, times = clip.shape[3:], len(downsamplers(self))
         if any(side >> times == 0 for side in sides):
@@ -486,23 +486,11 @@ def _first_call_reason(coder: FusedBlock, x: Tensor, feat_cache: Any, first_chun
     return looking_reason(coder, x) or coder.left_alone_reason(coder)
 
 
-def _going_on_reason(coder: FusedBlock, x: Tensor) -> str | None:
+def _going_on_reason(coder: FusedWanDecoder3d | FusedWanEncoder3d, x: Tensor) -> str | None:
     """Why a later call of ``coder`` is not to have what was made ahead of it, or None."""
-    return looking_reason(coder, x) or coder.left_alone_reason(coder) or _clip_reason(coder, x)
-
-
-def _clip_reason(coder: Any, clip: Tensor) -> str | None:
-    """Why a clip goes to the original forward of ``coder``, or None."""
-    if not coder.runs("whole_clip"):
-        return "whole_clip is off, or failed"
-    if torch.is_autocast_enabled(clip.device.type):
-        return "autocast is on"
-    weight = coder.conv_in.weight
-    if clip.ndim != 5 or clip.shape[1] != weight.shape[1] or not clip.numel():
-        return f"the clip is not [B, {weight.shape[1]}, F, H, W]"
-    if clip.dtype != weight.dtype or clip.device != weight.device:
-        return f"the clip is {clip.dtype} on {clip.device}, the weights {weight.dtype} on {weight.device}"
-    return None
+    if reason := looking_reason(coder, x) or coder.left_alone_reason(coder):
+        return reason
+    return whole_clip_reason(coder, x, coder.conv_in.weight, "frames")
 
 
 def _sites_of(coder: nn.Module) -> SiteGroup | None:

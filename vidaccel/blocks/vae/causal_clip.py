@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -39,12 +39,13 @@ from vidaccel.kernels.norm.channel_statistics import ChannelStatistics
 from vidaccel.kernels.op import note
 from vidaccel.parallel.layout import LatentFrames, PixelRows
 from vidaccel.parallel.ranks import Ranks
-from vidaccel.sites.block import SITES
+from vidaccel.sites.block import SITES, FusedBlock
 from vidaccel.sites.memo import held, once_per_call
 from vidaccel.sites.plain import plain_reason
 from vidaccel.sites.site import SiteGroup
 
 __all__ = [
+    "UNPADDED",
     "Chunk",
     "Halos",
     "Sum",
@@ -59,10 +60,15 @@ __all__ = [
     "images_of",
     "latents_reason",
     "out_of_memory",
+    "rms_norm_reason",
     "same_bits",
     "structure_reason",
     "tell_chunk",
+    "upsamplers_of",
+    "whole_clip_reason",
 ]
+
+UNPADDED = 0, 0, 0  # what a convolution adds to input that is padded already
 
 Halos = dict[nn.Module, Tensor]  # the last frames of the input of each convolution, [B, F, H, W, C]
 
@@ -308,18 +314,23 @@ def out_of_memory(
     )
 
 
-def tell_chunk(decoder: nn.Module, op: str, step: int, frames: int, then: str = "") -> None:
-    """Tell the report, at the site of ``op``, that ``step`` of ``frames`` latent frames went through at once.
+def tell_chunk(decoder: nn.Module, step: int, frames: int, then: str = "") -> None:
+    """Tell the report, at the site of ``whole_clip``, that ``step`` of ``frames`` latent frames went through at once.
 
     And what happened ``then``.
     """
     if (memo := held()) is not None and memo.way:
         return  # it is a check
     ran = f"{step} of {frames} frames{then}"
-    note(op, ran)
+    note("whole_clip", ran)
     sites: SiteGroup | None = getattr(decoder, SITES, None)
-    if sites is not None and (site := sites.sites.get(op)):
+    if sites is not None and (site := sites.sites.get("whole_clip")):
         site.implementations.add(ran)  # also where nobody listens: memory may be another from clip to clip
+
+
+def whole_clip_reason(coder: FusedBlock, clip: Tensor, weight: Tensor, what: str = "latents") -> str | None:
+    """Why a call of ``coder`` does not take a whole clip, or None; arguments as of :func:`latents_reason`."""
+    return latents_reason(clip, weight, what) if coder.runs("whole_clip") else "whole_clip is off, or failed"
 
 
 def latents_reason(latents: Tensor, weight: Tensor, what: str = "latents") -> str | None:
@@ -363,6 +374,21 @@ def conv_reason(conv: Any, kind: type[nn.Module], taps: tuple[int, ...], padding
     found = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
     plain = found == (taps, ones, padding, ones, 1, "zeros") and conv.bias is not None
     return None if plain else "a convolution is not a plain one"
+
+
+def upsamplers_of(decoder: Any) -> Iterator[Any]:
+    """Those of all its blocks."""
+    for block in decoder.up_blocks:
+        yield from block.upsamplers or ()
+
+
+def rms_norm_reason(norm: Any, kind: type[nn.Module]) -> str | None:
+    """Why ``norm`` is no ``kind`` of RMS norm over channels with nothing but its gamma, or None."""
+    if reason := plain_reason(norm, kind):
+        return reason
+    if not norm.channel_first or isinstance(norm.bias, Tensor) or norm.bias != 0.0:
+        return "a norm has a bias, or its channels come last"
+    return "a norm scales by another factor" if norm.scale != norm.gamma.numel() ** 0.5 else None
 
 
 def dropout_reason(dropout: Any) -> str | None:

@@ -241,7 +241,7 @@ class Decode(_Layers):
         made = pixel_frames(step)
         piece = frames_of_a_piece(decoder, self._most, made)
         then = "" if piece == made else f", {piece} of {made} in the last up-blocks"
-        tell_chunk(decoder, "whole_clip", step, frames, then)
+        tell_chunk(decoder, step, frames, then)
         return pixels, halos if keep else None
 
     def _chunk(self, latents: Tensor, halos: Halos, out: Tensor, keep: bool) -> Halos:
@@ -383,7 +383,7 @@ class Encode(_Layers):
 
         explain = partial(out_of_memory, len(clip), clip.shape[3], clip.shape[4], verb="encode")
         step = decode_in_chunks(out.shape[2], clip.device, needs, encode, explain)
-        tell_chunk(self._encoder, "whole_clip", rate * step, rate * out.shape[2], then)
+        tell_chunk(self._encoder, rate * step, rate * out.shape[2], then)
 
     def _chunk(self, clip: Tensor, halos: Halos, out: Tensor) -> Halos:
         encoder, before = self._encoder, None

@@ -27,7 +27,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 )
 from torch import Tensor, nn
 
-from vidaccel.blocks.vae.causal_clip import dropout_reason
+from vidaccel.blocks.vae.causal_clip import dropout_reason, rms_norm_reason
 from vidaccel.blocks.vae.half_operands import takes_tf32
 from vidaccel.kernels.conv.clip_conv import workspace_bytes
 from vidaccel.kernels.conv.padded_clip import Padding
@@ -335,12 +335,12 @@ def _end_reasons(coder: Any) -> Iterator[str | None]:
     yield plain_reason(mid, WanMidBlock)
     for attention in mid.attentions:
         yield plain_reason(attention, WanAttentionBlock) or replaced_attention_reason()
-        yield _norm_reason(attention.norm)
+        yield rms_norm_reason(attention.norm, WanRMS_norm)
         for conv in (attention.to_qkv, attention.proj):
             yield _conv2d_reason(conv, 1)
     for resnet in mid.resnets:
         yield from _resnet_reasons(resnet)
-    yield _norm_reason(coder.norm_out)
+    yield rms_norm_reason(coder.norm_out, WanRMS_norm)
     yield conv_reason(coder.conv_out, 3)
 
 
@@ -349,7 +349,7 @@ def _resnet_reasons(resnet: Any) -> Iterator[str | None]:
     yield plain_reason(resnet.nonlinearity, nn.SiLU)
     yield dropout_reason(resnet.dropout)
     for norm, conv in ((resnet.norm1, resnet.conv1), (resnet.norm2, resnet.conv2)):
-        yield _norm_reason(norm)
+        yield rms_norm_reason(norm, WanRMS_norm)
         yield conv_reason(conv, 3)
     if resnet.in_dim == resnet.out_dim:
         yield plain_reason(resnet.conv_shortcut, nn.Identity)
@@ -407,11 +407,3 @@ def _conv2d_reason(conv: Any, side: int, stride: int = 1) -> str | None:
     geometry = (side, side), (stride, stride), edge, (1, 1), 1, "zeros"
     found = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
     return "a convolution of images is not a plain one" if found != geometry or conv.bias is None else None
-
-
-def _norm_reason(norm: Any) -> str | None:
-    if reason := plain_reason(norm, WanRMS_norm):
-        return reason
-    if not norm.channel_first or isinstance(norm.bias, Tensor) or norm.bias != 0.0:
-        return "a norm has a bias, or its channels come last"
-    return "a norm scales by another factor" if norm.scale != norm.gamma.numel() ** 0.5 else None
