@@ -256,9 +256,9 @@ def _described(leaf: Any) -> Any:
 
 def _digest(value: Any) -> int:
     """63 bits that are the same in every process, which Python's own hash is not."""
-    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest()) >> 1
+    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), "little") >> 1
 
 
 def _checksum(leaves: list[Any]) -> int:
     total = sum(float(x.double().sum()) for x in leaves if isinstance(x, Tensor) and x.numel())
-    return int.from_bytes(struct.pack("d", total)) >> 1
+    return int.from_bytes(struct.pack("d", total), "little") >> 1
