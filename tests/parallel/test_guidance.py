@@ -12,8 +12,9 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
 from ranks import Team
-from tiny_models import tiny_svd_unet, tiny_synthetic_pipeline
+from tiny_models import tiny_animatediff_pipeline, tiny_svd_unet, tiny_synthetic_pipeline
 from torch import nn
 
 from vidaccel import patch_pipeline
@@ -103,6 +104,46 @@ def halves_apart() -> tuple[bool, bool]:
 
 def test_halves_have_the_bits_of_halves_run_apart(two_ranks: Team) -> None:
     assert two_ranks.run(halves_apart) == [(True, True)] * 2
+
+
+class TakesTheFirst(nn.Module):
+    """A processor that gives every sample the first one's output, as those do that edit one picture like another."""
+
+    def forward(self, attn: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        out = AttnProcessor2_0()(attn, hidden_states, *args, **kwargs)
+        return out[:1].expand_as(out)
+
+
+def with_processor(of_whom: str, scale: float) -> tuple[float, set[str]]:
+    """Two clips of AnimateDiff whose attentions look at all samples: how far they are off, and what is counted."""
+    pipe = tiny_animatediff_pipeline(diffusers.AnimateDiffPAGPipeline, pag_applied_layers="mid_block.*attn1")
+    if of_whom == "own":
+        attention = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1
+        del attention.processor  # a module cannot stand where an object stood
+        attention.processor = TakesTheFirst()
+    texts = (torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    call = {"num_inference_steps": STEPS, "num_frames": 3, "height": 16, "width": 16, "guidance_scale": scale}
+    call |= dict(zip(("prompt_embeds", "negative_prompt_embeds"), texts, strict=True))
+    call |= {"pag_scale": 2.0 if of_whom == "PAG" else 0.0}
+    with patch_pipeline(pipe, only="unet"):
+        expected = clip(pipe, call)
+    with patch_pipeline(pipe, only="unet", parallel="guidance") as report:
+        found = clip(pipe, call)
+    site = next(site for site in report.sites if site.op == "guidance")
+    return float(np.abs(found - expected).max() / np.abs(expected).max()), set(site.fallbacks)
+
+
+@pytest.mark.parametrize(
+    ("of_whom", "scale", "kind"),
+    [
+        ("PAG", 7.5, "PAGCFGIdentitySelfAttnProcessor2_0"),
+        ("PAG", 1.0, "PAGIdentitySelfAttnProcessor2_0"),
+        ("own", 7.5, "TakesTheFirst"),
+    ],
+)
+def test_a_processor_that_may_look_at_both_halves_does(two_ranks: Team, of_whom: str, scale: float, kind: str) -> None:
+    for error, reasons in two_ranks.run(with_processor, of_whom, scale):
+        assert error < 1e-5 and reasons == {f"a {kind} may look at both halves of guidance"}
 
 
 class Positions(nn.Module):

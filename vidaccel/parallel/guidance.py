@@ -11,7 +11,7 @@ Either way the results are gathered once a step, and both ranks have both.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from vidaccel.parallel.ranks import Ranks
 
-__all__ = ["Guidance"]
+__all__ = ["Guidance", "foreign_processors", "processors"]
 
 Run = Callable[..., Any]
 POSITIONS = ("rotary", "rope", "indices")  # what an argument is called that is the same for every sample
@@ -57,7 +57,7 @@ class Guidance:
             return self._whole(run, call, reason)
         if call.batch % self._ranks.size:
             return self._pair(run, call)
-        if reason := call.split_reason():
+        if reason := call.split_reason() or _mixing_reason(model):
             return self._whole(run, call, reason)
         return self._gathered(call.with_given(self._own(call)).run(run))
 
@@ -113,6 +113,27 @@ class Guidance:
 def is_whole(name: str) -> bool:
     """Whether an argument is a table of positions."""
     return any(word in name for word in POSITIONS)
+
+
+def processors(model: nn.Module) -> Iterator[Any]:
+    """Those of a model's attentions; one that is a module lies among the children."""
+    for layer in model.modules():
+        processor = vars(layer).get("processor") or layer._modules.get("processor")
+        if processor is not None:
+            yield processor
+
+
+def foreign_processors(model: nn.Module) -> Iterator[Any]:
+    """Those that are neither ours nor diffusers'."""
+    return (x for x in processors(model) if type(x).__module__.partition(".")[0] not in ("diffusers", "vidaccel"))
+
+
+def _mixing_reason(model: nn.Module) -> str | None:
+    """Why the samples of a batch cannot be apart, or None: those of PAG, and who knows which, read several of them."""
+    perturbed = (x for x in processors(model) if type(x).__name__.startswith("PAG"))
+    for processor in (*perturbed, *foreign_processors(model)):
+        return f"a {type(processor).__name__} may look at both halves of guidance"
+    return None
 
 
 def _half(number: int, x: Tensor) -> Tensor:

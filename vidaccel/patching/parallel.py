@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten
 
 from vidaccel.errors import UsageError, nearest
 from vidaccel.parallel.decode import Decode
-from vidaccel.parallel.guidance import Guidance
+from vidaccel.parallel.guidance import Guidance, foreign_processors
 from vidaccel.parallel.ranks import Agreement, RankError, Ranks, axes_of, join
 from vidaccel.patching.families import spread_for
 from vidaccel.sites.memo import generation
@@ -247,13 +247,10 @@ def is_looked_at(model: nn.Module) -> bool:
     """Whether a layer has a hook, or a processor that is neither ours nor diffusers'."""
     if hooks_on_all():
         return True
-    for layer in model.modules():
-        if layer is not model and (layer._forward_hooks or layer._forward_pre_hooks):
-            return True
-        processor = vars(layer).get("processor")
-        if processor is not None and type(processor).__module__.partition(".")[0] not in ("diffusers", "vidaccel"):
-            return True
-    return False
+    layers = list(model.modules())[1:]
+    if any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers):
+        return True
+    return next(foreign_processors(model), None) is not None
 
 
 def _sites(model: nn.Module) -> list[Site]:
