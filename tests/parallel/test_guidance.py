@@ -11,11 +11,13 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
+import tiny_pipelines
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from ranks import Team
-from tiny_models import tiny_animatediff_pipeline, tiny_svd_unet, tiny_synthetic_pipeline
+from tiny_models import tiny_animatediff_pipeline, tiny_relative, tiny_svd_unet, tiny_synthetic_pipeline
 from torch import nn
+from transformer_checks import tiny_transformer
 
 from vidaccel import patch_pipeline
 from vidaccel.parallel.guidance import UNEXPECTED, UNPAIRED, Guidance
@@ -218,6 +220,30 @@ def test_only_the_second_call_of_a_pair_is_foretold(two_ranks: Team) -> None:
     clip = [1, 1, 1, 0, 1, 0]  # of the first step both calls are run by both; then one each
     assert ran[:12] == clip * 2 and ran[12:14] == [1, 1], "a text that was written to is no text of the step before"
     assert reasons == {UNEXPECTED: 3}  # another scale, the call behind that, and another tensor
+
+
+def chunk_by_chunk() -> tuple[float, set[str]]:
+    """Two clips of AnyFlow FAR: its cache of keys and values, a pair of tensors, has two rows."""
+    chunks = {"chunk_partition": [1, 2, 2]}
+    model = tiny_transformer("AnyFlowFARTransformer3DModel", tiny_pipelines.ANYFLOW | chunks | {"full_chunk_limit": 2})
+    pipe, call = tiny_relative(
+        "wan2.1-t2v-1.3b",
+        diffusers.AnyFlowFARPipeline,
+        transformer=model,
+        scheduler=diffusers.FlowMapEulerDiscreteScheduler(),
+    )
+    call |= chunks | {"height": 64, "width": 64, "num_frames": 17, "guidance_scale": 3.0, "num_inference_steps": 2}
+    with patch_pipeline(pipe, only="transformer"):
+        expected = clip(pipe, call)
+    with patch_pipeline(pipe, only="transformer", parallel="guidance") as report:
+        found = clip(pipe, call)
+    site = next(site for site in report.sites if site.op == "guidance")
+    return float(np.abs(found - expected).max() / np.abs(expected).max()), set(site.fallbacks)
+
+
+def test_a_cache_that_later_calls_read_is_filled_on_all_ranks(two_ranks: Team) -> None:
+    for error, reasons in two_ranks.run(chunk_by_chunk):
+        assert error < 1e-5 and reasons == {"kv_cache is to have what the call leaves to later ones"}
 
 
 def calls_with_latents_of_their_own() -> dict[str, int]:

@@ -53,7 +53,7 @@ class Guidance:
     def call(self, run: Run, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``run(*args, **kwargs)``, a call of ``model``, of which this rank does its half."""
         call = _Call.of(model, args, kwargs)
-        if reason := _whole_reason(model):
+        if reason := _whole_reason(model) or call.cache_reason():
             return self._whole(run, call, reason)
         if call.batch % self._ranks.size:
             return self._pair(run, call)
@@ -167,6 +167,13 @@ class _Call(NamedTuple):
 
     def with_given(self, given: dict[str, Any]) -> _Call:
         return _Call(self.names, tuple(given[name] for name in self.names), {name: given[name] for name in self.kwargs})
+
+    def cache_reason(self) -> str | None:
+        """Why no other rank can run the call, or None: what it writes to a cache (AnyFlow FAR's), later calls read."""
+        for name, value in self.given.items():
+            if "cache" in name and any(isinstance(x, Tensor) for x in tree_flatten(value)[0]):
+                return f"{name} is to have what the call leaves to later ones"
+        return None
 
     def split_reason(self) -> str | None:
         """Why the samples of a batch cannot be told apart, or None."""
