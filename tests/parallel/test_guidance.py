@@ -14,13 +14,14 @@ import pytest
 import tiny_pipelines
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
+from peft import LoraConfig
 from ranks import Team
 from tiny_models import tiny_animatediff_pipeline, tiny_relative, tiny_svd_unet, tiny_synthetic_pipeline
 from torch import nn
 from transformer_checks import tiny_transformer
 
 from vidaccel import patch_pipeline
-from vidaccel.parallel.guidance import UNEXPECTED, UNPAIRED, Guidance
+from vidaccel.parallel.guidance import CHANGED, UNEXPECTED, UNPAIRED, Guidance
 from vidaccel.parallel.ranks import axes_of
 from vidaccel.patching.parallel import is_guided
 
@@ -220,6 +221,36 @@ def test_only_the_second_call_of_a_pair_is_foretold(two_ranks: Team) -> None:
     clip = [1, 1, 1, 0, 1, 0]  # of the first step both calls are run by both; then one each
     assert ran[:12] == clip * 2 and ran[12:14] == [1, 1], "a text that was written to is no text of the step before"
     assert reasons == {UNEXPECTED: 3}  # another scale, the call behind that, and another tensor
+
+
+def with_an_adapter_for_the_first() -> tuple[list[float], dict[str, int]]:
+    """How far off calls are whose second half goes without the LoRA of the first, and what is counted."""
+    pipe, call = tiny_synthetic_pipeline("wan2.1-t2v-1.3b")
+    model = pipe.transformer
+    torch.manual_seed(0)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    texts = [call["prompt_embeds"], call["negative_prompt_embeds"]]
+
+    def steps() -> list[torch.Tensor]:
+        outs, generator = [], torch.Generator().manual_seed(1)
+        for step in range(3):
+            x, timestep = torch.randn(1, 16, 2, 4, 4, generator=generator), torch.tensor([900.0 - step])
+            for text, switch in zip(texts, (model.enable_adapters, model.disable_adapters), strict=True):
+                switch()
+                outs.append(model(hidden_states=x, timestep=timestep, encoder_hidden_states=text).sample)
+        return outs
+
+    with torch.no_grad():
+        with patch_pipeline(pipe, only="transformer"):
+            expected = steps()
+        with patch_pipeline(pipe, only="transformer", parallel="guidance") as report:
+            errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(steps(), expected, strict=True)]
+    return errors, next(dict(site.fallbacks) for site in report.sites if site.op == "guidance")
+
+
+def test_a_model_that_changes_between_the_halves_is_run_again(two_ranks: Team) -> None:
+    for errors, reasons in two_ranks.run(with_an_adapter_for_the_first):
+        assert len(errors) == 6 and max(errors) < 1e-5 and reasons[CHANGED] == 2
 
 
 def chunk_by_chunk() -> tuple[float, set[str]]:

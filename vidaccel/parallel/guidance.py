@@ -33,6 +33,7 @@ OF_FRAMES = (
     "mid_block_additional_residual",
 )
 UNEXPECTED = "the call was not the second half of guidance that was expected"
+CHANGED = "the model changed between the halves of guidance"
 UNPAIRED = "it is not known what the other half will be: both do not get the same latents, or there is no guidance"
 
 
@@ -60,6 +61,11 @@ class Guidance:
         if reason := call.split_reason() or _mixing_reason(model):
             return self._whole(run, call, reason)
         return self._gathered(call.with_given(self._own(call)).run(run))
+
+    def model_changed(self) -> None:
+        """What the second call of a pair would have returned, it may return no more."""
+        if self._pairs.drop():
+            self._count(CHANGED)
 
     def _own(self, call: _Call) -> dict[str, Any]:
         """The arguments for this rank's samples; what has one row, or none, is for all.
@@ -244,6 +250,11 @@ class _Pairs:
         if ready is None or self.missed:
             return False, None
         return True, ready[1]
+
+    def drop(self) -> bool:
+        """Let the call behind be run when it comes; whether its result was there already."""
+        ready, self._ready = self._ready, None
+        return ready is not None
 
     def behind(self, call: _Call) -> _Call | None:
         """The call that comes behind ``call``, if it is the first of a pair."""

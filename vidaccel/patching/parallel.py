@@ -95,6 +95,12 @@ class ParallelCall:
                 run = partial(_by, way, run, model)
         return run(*args, **kwargs)
 
+    def model_changed(self) -> None:
+        """The model is not what it was in the call before."""
+        for way in self._ways:
+            if isinstance(way, Guidance):
+                way.model_changed()
+
     def taken_away(self) -> None:
         for site in self.sites:
             site.taken_away()
