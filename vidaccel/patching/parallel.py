@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from vidaccel.errors import UsageError, nearest
-from vidaccel.parallel.decode import Decode
+from vidaccel.parallel.decode import UNLIKE, Decode
 from vidaccel.parallel.guidance import Guidance, foreign_processors
 from vidaccel.parallel.ranks import Agreement, RankError, Ranks, axes_of, join
 from vidaccel.patching.families import spread_for
@@ -74,6 +74,7 @@ class ParallelCall:
         self.agreement = agreement
         self._kinds: set[int] = set()
         self._failed = self._switched = 0
+        self._alike = True
         self._generation = -1
 
     def add(self, site: AxisSite, way: Way) -> None:
@@ -90,6 +91,8 @@ class ParallelCall:
         for site, way in zip(reversed(self.sites), reversed(self._ways), strict=True):
             if site.on and looked_at and site.op in LOOKED_AT:
                 site.fallbacks[LOOKED_AT[site.op]] += 1
+            elif site.on and not self._alike:
+                site.fallbacks[UNLIKE] += 1
             elif site.on:
                 site.implementations.add(f"{site.ranks.size} ranks")
                 run = partial(_by, way, run, model)
@@ -126,7 +129,9 @@ class ParallelCall:
                 f"parallel: the ranks call {name} with different values; give all the same seed, and call "
                 "torch.manual_seed where a part draws without a generator"
             )
-        if len(switched) > 1:  # an original forward waits for other things than a fused one
+        self._alike = len(switched) == 1
+        if not self._alike and any(site.op != "decode" for site in self.sites):
+            # an original forward waits for other things than a fused one
             raise RankError(f"parallel: the ranks call {name} with other sites switched on; switch them alike on all")
         # only now: what was not the same is compared again
         self._kinds = {*self._kinds, kind} if len(self._kinds) < MOST_KINDS else {kind}
