@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from block_checks import all_fused, frozen, fused, relative_error
 from denoiser_calls import denoised, first_call
+from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.resnet import SpatioTemporalResBlock, TemporalConvLayer
 from ranks import Team
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from vidaccel import patch_pipeline
@@ -224,6 +225,30 @@ def test_what_somebody_put_there_sees_the_whole_clip(two_ranks: Team) -> None:
         "a SpatioTemporalResBlock is compiled, and would not see the frames of other ranks",
     )
     assert two_ranks.run(replaced) == [dict.fromkeys(reasons, 1)] * 2
+
+
+class MixesFrames(nn.Module):
+    """A processor that is a module, and gives every frame the first one's output."""
+
+    def forward(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out = AttnProcessor2_0()(attn, hidden_states, *args, **kwargs)
+        return out[:1].expand_as(out)
+
+
+def with_processor_of_ones_own() -> tuple[dict[str, int], bool]:
+    pipe, given = first_call("animatediff", 4)
+    attention = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    del attention.processor  # a module cannot stand where an object stood
+    attention.processor = MixesFrames()
+    expected = denoised(pipe, given)
+    with patch_pipeline(pipe, only="unet", parallel="frames") as report:
+        found = denoised(pipe, given)
+    return frames_site(report)[2], torch.allclose(found, expected, atol=1e-4)
+
+
+def test_a_processor_of_ones_own_sees_the_whole_clip(two_ranks: Team) -> None:
+    reason = "a hook, or a processor of somebody's own, may look at all frames"
+    assert two_ranks.run(with_processor_of_ones_own) == [({reason: 1}, True)] * 2
 
 
 def fails_on_one() -> tuple[dict[str, Any], list[str]]:

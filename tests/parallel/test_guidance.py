@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 import tiny_pipelines
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+from peft import LoraConfig
 from ranks import Team
-from tiny_models import tiny_svd_unet, tiny_synthetic_pipeline
+from tiny_models import tiny_animatediff_pipeline, tiny_relative, tiny_svd_unet, tiny_synthetic_pipeline
 from torch import nn
+from transformer_checks import tiny_transformer
 
 from vidaccel import patch_pipeline
-from vidaccel.parallel.guidance import UNEXPECTED, UNPAIRED, Guidance
+from vidaccel.parallel.guidance import CHANGED, UNEXPECTED, UNPAIRED, Guidance
 from vidaccel.parallel.ranks import axes_of
 from vidaccel.patching.parallel import is_guided
 
@@ -111,6 +114,46 @@ def test_halves_have_the_bits_of_halves_run_apart(two_ranks: Team) -> None:
     assert two_ranks.run(halves_apart) == [(True, True)] * 2
 
 
+class TakesTheFirst(nn.Module):
+    """A processor that gives every sample the first one's output, as those do that edit one picture like another."""
+
+    def forward(self, attn: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        out = AttnProcessor2_0()(attn, hidden_states, *args, **kwargs)
+        return out[:1].expand_as(out)
+
+
+def with_processor(of_whom: str, scale: float) -> tuple[float, set[str]]:
+    """Two clips of AnimateDiff whose attentions look at all samples: how far they are off, and what is counted."""
+    pipe = tiny_animatediff_pipeline(diffusers.AnimateDiffPAGPipeline, pag_applied_layers="mid_block.*attn1")
+    if of_whom == "own":
+        attention = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1
+        del attention.processor  # a module cannot stand where an object stood
+        attention.processor = TakesTheFirst()
+    texts = (torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    call = {"num_inference_steps": STEPS, "num_frames": 3, "height": 16, "width": 16, "guidance_scale": scale}
+    call |= dict(zip(("prompt_embeds", "negative_prompt_embeds"), texts, strict=True))
+    call |= {"pag_scale": 2.0 if of_whom == "PAG" else 0.0}
+    with patch_pipeline(pipe, only="unet"):
+        expected = clip(pipe, call)
+    with patch_pipeline(pipe, only="unet", parallel="guidance") as report:
+        found = clip(pipe, call)
+    site = next(site for site in report.sites if site.op == "guidance")
+    return float(np.abs(found - expected).max() / np.abs(expected).max()), set(site.fallbacks)
+
+
+@pytest.mark.parametrize(
+    ("of_whom", "scale", "kind"),
+    [
+        ("PAG", 7.5, "PAGCFGIdentitySelfAttnProcessor2_0"),
+        ("PAG", 1.0, "PAGIdentitySelfAttnProcessor2_0"),
+        ("own", 7.5, "TakesTheFirst"),
+    ],
+)
+def test_a_processor_that_may_look_at_both_halves_does(two_ranks: Team, of_whom: str, scale: float, kind: str) -> None:
+    for error, reasons in two_ranks.run(with_processor, of_whom, scale):
+        assert error < 1e-5 and reasons == {f"a {kind} may look at both halves of guidance"}
+
+
 class Positions(nn.Module):
     """Has arguments that are for all samples, and one that nobody knows."""
 
@@ -183,6 +226,60 @@ def test_only_the_second_call_of_a_pair_is_foretold(two_ranks: Team) -> None:
     clip = [1, 1, 1, 0, 1, 0]  # of the first step both calls are run by both; then one each
     assert ran[:12] == clip * 2 and ran[12:14] == [1, 1], "a text that was written to is no text of the step before"
     assert reasons == {UNEXPECTED: 3}  # another scale, the call behind that, and another tensor
+
+
+def with_an_adapter_for_the_first() -> tuple[list[float], dict[str, int]]:
+    """How far off calls are whose second half goes without the LoRA of the first, and what is counted."""
+    pipe, call = tiny_synthetic_pipeline("wan2.1-t2v-1.3b")
+    model = pipe.transformer
+    torch.manual_seed(0)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    texts = [call["prompt_embeds"], call["negative_prompt_embeds"]]
+
+    def steps() -> list[torch.Tensor]:
+        outs, generator = [], torch.Generator().manual_seed(1)
+        for step in range(3):
+            x, timestep = torch.randn(1, 16, 2, 4, 4, generator=generator), torch.tensor([900.0 - step])
+            for text, switch in zip(texts, (model.enable_adapters, model.disable_adapters), strict=True):
+                switch()
+                outs.append(model(hidden_states=x, timestep=timestep, encoder_hidden_states=text).sample)
+        return outs
+
+    with torch.no_grad():
+        with patch_pipeline(pipe, only="transformer"):
+            expected = steps()
+        with patch_pipeline(pipe, only="transformer", parallel="guidance") as report:
+            errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(steps(), expected, strict=True)]
+    return errors, next(dict(site.fallbacks) for site in report.sites if site.op == "guidance")
+
+
+def test_a_model_that_changes_between_the_halves_is_run_again(two_ranks: Team) -> None:
+    for errors, reasons in two_ranks.run(with_an_adapter_for_the_first):
+        assert len(errors) == 6 and max(errors) < 1e-5 and reasons[CHANGED] == 2
+
+
+def chunk_by_chunk() -> tuple[float, set[str]]:
+    """Two clips of AnyFlow FAR: its cache of keys and values, a pair of tensors, has two rows."""
+    chunks = {"chunk_partition": [1, 2, 2]}
+    model = tiny_transformer("AnyFlowFARTransformer3DModel", tiny_pipelines.ANYFLOW | chunks | {"full_chunk_limit": 2})
+    pipe, call = tiny_relative(
+        "wan2.1-t2v-1.3b",
+        diffusers.AnyFlowFARPipeline,
+        transformer=model,
+        scheduler=diffusers.FlowMapEulerDiscreteScheduler(),
+    )
+    call |= chunks | {"height": 64, "width": 64, "num_frames": 17, "guidance_scale": 3.0, "num_inference_steps": 2}
+    with patch_pipeline(pipe, only="transformer"):
+        expected = clip(pipe, call)
+    with patch_pipeline(pipe, only="transformer", parallel="guidance") as report:
+        found = clip(pipe, call)
+    site = next(site for site in report.sites if site.op == "guidance")
+    return float(np.abs(found - expected).max() / np.abs(expected).max()), set(site.fallbacks)
+
+
+def test_a_cache_that_later_calls_read_is_filled_on_all_ranks(two_ranks: Team) -> None:
+    for error, reasons in two_ranks.run(chunk_by_chunk):
+        assert error < 1e-5 and reasons == {"kv_cache is to have what the call leaves to later ones"}
 
 
 def calls_with_latents_of_their_own() -> dict[str, int]:

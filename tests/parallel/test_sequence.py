@@ -192,6 +192,13 @@ def test_tokens_need_not_divide_by_the_ranks(two_ranks: Team, name: str) -> None
         assert outcome["error"] < 1e-4 and not outcome["fallbacks"]
 
 
+def test_fewer_tokens_than_ranks_are_not_spread(two_ranks: Team) -> None:
+    one_token = {"num_frames": 1, "height": 16, "width": 16}
+    for outcome in two_ranks.run(two_clips, "wan2.1-t2v-1.3b", "sequence", (), "", one_token):
+        assert outcome["error"] < 1e-4 and not outcome["sent"]["sequence"]
+        assert outcome["fallbacks"] == [("sequence", "the clip has fewer tokens (1) than there are ranks (2)")]
+
+
 def first_call(pipe: Any, call: dict[str, Any]) -> dict[str, Any]:
     """What the transformer is called with first."""
     calls: list[dict[str, Any]] = []

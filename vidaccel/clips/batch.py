@@ -46,10 +46,12 @@ class ThisProcess:
         quiet = setup.args.quiet
         maker = ClipMaker(setup, self.device, show_progress=not quiet)
         for job in tqdm(jobs, desc="clips", disable=quiet or len(jobs) == 1):
+            failed = errors.count
             with errors.survived(job.origin):
                 told = maker.make(job)
                 if team().leads:
                     tqdm.write(told)
+            team().meet(failed=errors.count > failed)
         if quiet:
             return
         if maker.overview:

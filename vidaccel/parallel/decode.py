@@ -24,9 +24,10 @@ from vidaccel.parallel.asked import Asked, Call, Part, Run, joined, noise_reason
 from vidaccel.parallel.layout import LatentFrames, PixelRows, spread
 from vidaccel.parallel.ranks import Agreement, Ranks
 
-__all__ = ["Decode"]
+__all__ = ["UNLIKE", "Decode"]
 
 OURS = ("torch", "diffusers", "vidaccel")
+UNLIKE = "the ranks would split it in different ways: their latents, tiling, slicing or layers differ"
 
 
 class Decode:
@@ -49,7 +50,7 @@ class Decode:
         plan = "" if isinstance(over, str) else f"{type(over).__name__} {asked.shapes}"
         plans = self._agreement.all([zlib.crc32(plan.encode())])
         if any(other != plans[0] for other in plans):  # each rank would wait for what the others never send
-            over = "the ranks would split it in different ways: their latents, tiling, slicing or layers differ"
+            over = UNLIKE
         if isinstance(over, str):
             self._count(over)
             return decode()

@@ -11,7 +11,7 @@ Either way the results are gathered once a step, and both ranks have both.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from vidaccel.parallel.ranks import Ranks
 
-__all__ = ["Guidance"]
+__all__ = ["Guidance", "foreign_processors", "processors"]
 
 Run = Callable[..., Any]
 POSITIONS = ("rotary", "rope", "indices")  # what an argument is called that is the same for every sample
@@ -33,6 +33,7 @@ OF_FRAMES = (
     "mid_block_additional_residual",
 )
 UNEXPECTED = "the call was not the second half of guidance that was expected"
+CHANGED = "the model changed between the halves of guidance"
 UNPAIRED = "it is not known what the other half will be: both do not get the same latents, or there is no guidance"
 
 
@@ -53,13 +54,18 @@ class Guidance:
     def call(self, run: Run, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``run(*args, **kwargs)``, a call of ``model``, of which this rank does its half."""
         call = _Call.of(model, args, kwargs)
-        if reason := _whole_reason(model):
+        if reason := _whole_reason(model) or call.cache_reason():
             return self._whole(run, call, reason)
         if call.batch % self._ranks.size:
             return self._pair(run, call)
-        if reason := call.split_reason():
+        if reason := call.split_reason() or _mixing_reason(model):
             return self._whole(run, call, reason)
         return self._gathered(call.with_given(self._own(call)).run(run))
+
+    def model_changed(self) -> None:
+        """What the second call of a pair would have returned, it may return no more."""
+        if self._pairs.drop():
+            self._count(CHANGED)
 
     def _own(self, call: _Call) -> dict[str, Any]:
         """The arguments for this rank's samples; what has one row, or none, is for all.
@@ -115,6 +121,27 @@ def is_whole(name: str) -> bool:
     return any(word in name for word in POSITIONS)
 
 
+def processors(model: nn.Module) -> Iterator[Any]:
+    """Those of a model's attentions; one that is a module lies among the children."""
+    for layer in model.modules():
+        processor = vars(layer).get("processor") or layer._modules.get("processor")
+        if processor is not None:
+            yield processor
+
+
+def foreign_processors(model: nn.Module) -> Iterator[Any]:
+    """Those that are neither ours nor diffusers'."""
+    return (x for x in processors(model) if type(x).__module__.partition(".")[0] not in ("diffusers", "vidaccel"))
+
+
+def _mixing_reason(model: nn.Module) -> str | None:
+    """Why the samples of a batch cannot be apart, or None: those of PAG, and who knows which, read several of them."""
+    perturbed = (x for x in processors(model) if type(x).__name__.startswith("PAG"))
+    for processor in (*perturbed, *foreign_processors(model)):
+        return f"a {type(processor).__name__} may look at both halves of guidance"
+    return None
+
+
 def _half(number: int, x: Tensor) -> Tensor:
     return x.chunk(2)[number]
 
@@ -146,6 +173,13 @@ class _Call(NamedTuple):
 
     def with_given(self, given: dict[str, Any]) -> _Call:
         return _Call(self.names, tuple(given[name] for name in self.names), {name: given[name] for name in self.kwargs})
+
+    def cache_reason(self) -> str | None:
+        """Why no other rank can run the call, or None: what it writes to a cache (AnyFlow FAR's), later calls read."""
+        for name, value in self.given.items():
+            if "cache" in name and any(isinstance(x, Tensor) for x in tree_flatten(value)[0]):
+                return f"{name} is to have what the call leaves to later ones"
+        return None
 
     def split_reason(self) -> str | None:
         """Why the samples of a batch cannot be told apart, or None."""
@@ -216,6 +250,11 @@ class _Pairs:
         if ready is None or self.missed:
             return False, None
         return True, ready[1]
+
+    def drop(self) -> bool:
+        """Let the call behind be run when it comes; whether its result was there already."""
+        ready, self._ready = self._ready, None
+        return ready is not None
 
     def behind(self, call: _Call) -> _Call | None:
         """The call that comes behind ``call``, if it is the first of a pair."""

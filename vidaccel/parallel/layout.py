@@ -136,16 +136,30 @@ class Tokens(Layout):
 
     Texts, tables of positions and embeddings of timesteps are whole on every rank. A block's first argument, and its
     first output, are the tokens ``[B, S, C]``.
+
+    Args:
+        ranks: Over whom.
+        blocks: Those, in their order.
+        count: Told why the tokens of a call are whole on every rank after all.
     """
 
-    def __init__(self, ranks: Ranks, blocks: Sequence[nn.Module]) -> None:
+    def __init__(self, ranks: Ranks, blocks: Sequence[nn.Module], count: Callable[[str], None]) -> None:
         super().__init__(ranks)
+        self._count = count
         self._first, self._last = blocks[0], blocks[-1]
         self._blocks = set(map(id, blocks))
 
     def holds(self, block: Any) -> bool:
         """Whether ``block`` is one of those whose tokens are spread."""
         return id(block) in self._blocks
+
+    def too_few(self, block: Any, x: Tensor) -> bool:
+        """Whether the first block is given fewer tokens than there are ranks: then nothing of this call is spread."""
+        if block is not self._first or x.shape[1] >= self.ranks.size:
+            return False
+        self._count(f"the clip has fewer tokens ({x.shape[1]}) than there are ranks ({self.ranks.size})")
+        _layout.set(None)  # until the call ends, and with it its spread()
+        return True
 
     def enter(self, block: Any, x: Tensor) -> Tensor:
         """The tokens that this rank's ``block`` works on."""

@@ -215,11 +215,11 @@ class Agreement:
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
-    def all(self, facts: Sequence[int]) -> list[list[int]]:
+    def all(self, facts: Sequence[int], patience: timedelta = PATIENCE) -> list[list[int]]:
         """The ``facts`` (of 63 bits) of every rank."""
         own = torch.tensor(facts, dtype=torch.int64)
         out = own.new_empty(self.size * len(own))
-        self._all(lambda: _all_gather(out, own, group=self._group))
+        self._all(lambda: _all_gather(out, own, self._group, patience))
         found: list[list[int]] = out.view(self.size, -1).tolist()
         return found
 
@@ -247,8 +247,9 @@ def axes_of(world: Sequence[int]) -> list[Ranks]:
     return found
 
 
-def _all_gather(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> None:
+def _all_gather(out: Tensor, x: Tensor, group: dist.ProcessGroup, patience: timedelta | None = None) -> None:
     # the newer name, since PyTorch 2.13
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     # On a stream of NCCL's, as all else that is sent: to send from one stream, then from another, costs hosts more.
-    gather(out, x, group=group, async_op=True).wait()
+    work = gather(out, x, group=group, async_op=True)
+    work.wait(patience) if patience else work.wait()

@@ -6,6 +6,7 @@ Commands ask :func:`team`; in a process of its own there is nobody to ask, and i
 from __future__ import annotations
 
 import argparse
+from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
 
@@ -14,10 +15,11 @@ import torch
 from vidaccel.config import count_of
 from vidaccel.environment import device_of
 from vidaccel.errors import UsageError
-from vidaccel.parallel.ranks import Agreement, join
+from vidaccel.parallel.ranks import PATIENCE, Agreement, RankError, join
 
 __all__ = ["Team", "check_parallel", "parallel_of", "team"]
 
+AFTER_A_FAILURE = timedelta(minutes=1)  # what failed alike on all ranks does so at about the same time
 Answer = TypeVar("Answer")
 
 
@@ -36,6 +38,13 @@ class Team:
         """What the leading process has given, on all of them; each comes here as often as the others."""
         return answer
 
+    def meet(self, failed: bool) -> None:
+        """Wait for the others behind a job, which ``failed`` here or not.
+
+        Raises:
+            RankError: Others are gone; or it failed here, and they are still in the midst of it.
+        """
+
 
 class _Ranks(Team):
     def __init__(self) -> None:
@@ -46,6 +55,17 @@ class _Ranks(Team):
     def tell(self, answer: Answer) -> Answer:
         first: Answer = self._agreement.objects(answer if self.leads else None)[0]
         return first
+
+    def meet(self, failed: bool) -> None:
+        # Those who wait for this rank in a call would take its next clip for the one that has failed here.
+        try:
+            self._agreement.all([failed], AFTER_A_FAILURE if failed else PATIENCE)
+        except RankError as error:
+            if not failed:
+                raise
+            raise RankError(
+                "parallel: not all ranks failed alike: others are gone, or in the midst of it; start again for the rest"
+            ) from error
 
 
 @cache

@@ -125,6 +125,8 @@ class ModelCall(HearsStandIns):
             return
         if self.graphs is not None and premises is not None:
             self.graphs.changed()
+        if self.parallel is not None:
+            self.parallel.model_changed()
         self._memo.clear()
         self._premises, self._settings = Premises(model), settings
         self._memo.hooked = rows_are_seen(*list(model.modules())[1:])

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from vidaccel.errors import UsageError, nearest
-from vidaccel.parallel.decode import Decode
-from vidaccel.parallel.guidance import Guidance
+from vidaccel.parallel.decode import UNLIKE, Decode
+from vidaccel.parallel.guidance import Guidance, foreign_processors
 from vidaccel.parallel.ranks import Agreement, RankError, Ranks, axes_of, join
 from vidaccel.patching.families import spread_for
 from vidaccel.sites.memo import generation
@@ -30,7 +30,7 @@ from vidaccel.sites.plain import hooks_on_all
 from vidaccel.sites.rules import patches_of
 from vidaccel.sites.site import Site
 
-__all__ = ["Parallel", "ParallelCall", "is_looked_at", "parallel_calls"]
+__all__ = ["Parallel", "ParallelCall", "check_alike", "is_looked_at", "parallel_calls"]
 
 Parallel = Literal["auto", "guidance", "frames", "sequence"]
 Run = Callable[..., Any]
@@ -73,7 +73,8 @@ class ParallelCall:
         self._ways: list[Way] = []
         self.agreement = agreement
         self._kinds: set[int] = set()
-        self._failed = 0
+        self._failed = self._switched = 0
+        self._alike = True
         self._generation = -1
 
     def add(self, site: AxisSite, way: Way) -> None:
@@ -90,10 +91,18 @@ class ParallelCall:
         for site, way in zip(reversed(self.sites), reversed(self._ways), strict=True):
             if site.on and looked_at and site.op in LOOKED_AT:
                 site.fallbacks[LOOKED_AT[site.op]] += 1
+            elif site.on and not self._alike:
+                site.fallbacks[UNLIKE] += 1
             elif site.on:
                 site.implementations.add(f"{site.ranks.size} ranks")
                 run = partial(_by, way, run, model)
         return run(*args, **kwargs)
+
+    def model_changed(self) -> None:
+        """The model is not what it was in the call before."""
+        for way in self._ways:
+            if isinstance(way, Guidance):
+                way.model_changed()
 
     def taken_away(self) -> None:
         for site in self.sites:
@@ -105,12 +114,13 @@ class ParallelCall:
         settings = torch.is_grad_enabled(), getattr(model, "is_cache_enabled", False), [site.on for site in self.sites]
         kind = _digest((settings, list(map(_described, leaves))))
         values = 0 if kind in self._kinds else _checksum(leaves)  # once: it waits for the GPU
-        self._kinds = {*self._kinds, kind} if len(self._kinds) < MOST_KINDS else {kind}
         if self._generation != generation():
             self._generation = generation()
-            self._failed = _digest(sorted((site.path, site.op) for site in _sites(model) if site.state == "failed"))
-        facts = self.agreement.all([kind, values, self._failed, looked_at])
-        kinds, sums, failures, looked = (set(column) for column in zip(*facts, strict=True))
+            sites = _sites(model)
+            self._failed = _digest(sorted((site.path, site.op) for site in sites if site.state == "failed"))
+            self._switched = _digest(sorted((site.path, site.op, site.on) for site in sites))
+        facts = self.agreement.all([kind, values, self._failed, self._switched, looked_at])
+        kinds, sums, failures, switched, looked = (set(column) for column in zip(*facts, strict=True))
         name = type(model).__name__
         if len(kinds) > 1:
             raise RankError(f"parallel: the ranks call {name} with arguments of different shapes or settings")
@@ -119,6 +129,12 @@ class ParallelCall:
                 f"parallel: the ranks call {name} with different values; give all the same seed, and call "
                 "torch.manual_seed where a part draws without a generator"
             )
+        self._alike = len(switched) == 1
+        if not self._alike and any(site.op != "decode" for site in self.sites):
+            # an original forward waits for other things than a fused one
+            raise RankError(f"parallel: the ranks call {name} with other sites switched on; switch them alike on all")
+        # only now: what was not the same is compared again
+        self._kinds = {*self._kinds, kind} if len(self._kinds) < MOST_KINDS else {kind}
         if len(failures) > 1:
             self._fail_alike(model)
         return any(looked)
@@ -148,8 +164,9 @@ def parallel_calls(
     join(next(next(iter(models.values())).parameters()).device)
     axes = _axes(pipe, mode, models)
     _check_sizes(axes, models)
-    ranks = dict(zip(axes, axes_of(list(axes.values())), strict=True))
     agreement = Agreement()
+    check_alike(agreement, axes)  # groups of other ranks would wait for one another
+    ranks = dict(zip(axes, axes_of(list(axes.values())), strict=True))
     calls = {}
     for name, model in models.items():
         calls[name] = call = ParallelCall(agreement)
@@ -162,6 +179,12 @@ def parallel_calls(
         site = AxisSite(name, "decode", world)
         call.add(site, Decode(world, agreement, partial(_count, site)))
     return calls
+
+
+def check_alike(agreement: Agreement, chosen: Any) -> None:
+    """Raise on all ranks if what is to be patched, or how clips are split, is not the same on each."""
+    if len({digest for (digest,) in agreement.all([_digest(chosen)])}) > 1:
+        raise RankError("parallel: the ranks patch with other options, or other models; give all the same")
 
 
 def _axes(pipe: Any, mode: Parallel, models: Mapping[str, nn.Module]) -> dict[str, int]:
@@ -235,13 +258,10 @@ def is_looked_at(model: nn.Module) -> bool:
     """Whether a layer has a hook, or a processor that is neither ours nor diffusers'."""
     if hooks_on_all():
         return True
-    for layer in model.modules():
-        if layer is not model and (layer._forward_hooks or layer._forward_pre_hooks):
-            return True
-        processor = vars(layer).get("processor")
-        if processor is not None and type(processor).__module__.partition(".")[0] not in ("diffusers", "vidaccel"):
-            return True
-    return False
+    layers = list(model.modules())[1:]
+    if any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers):
+        return True
+    return next(foreign_processors(model), None) is not None
 
 
 def _sites(model: nn.Module) -> list[Site]:
@@ -256,9 +276,9 @@ def _described(leaf: Any) -> Any:
 
 def _digest(value: Any) -> int:
     """63 bits that are the same in every process, which Python's own hash is not."""
-    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest()) >> 1
+    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), "little") >> 1
 
 
 def _checksum(leaves: list[Any]) -> int:
     total = sum(float(x.double().sum()) for x in leaves if isinstance(x, Tensor) and x.numel())
-    return int.from_bytes(struct.pack("d", total)) >> 1
+    return int.from_bytes(struct.pack("d", total), "little") >> 1

@@ -25,7 +25,7 @@ from vidaccel.patching.cuda_graph import Graphs, GraphSite, is_denoiser
 from vidaccel.patching.families import off_reason, reason_unserved, rules_for, unserved_denoiser, unwrapped
 from vidaccel.patching.first_calls import compile_first_calls, start_compiler
 from vidaccel.patching.model_call import DecodeCall, ModelCall, wrap_call, wrap_decode
-from vidaccel.patching.parallel import Parallel, ParallelCall, parallel_calls
+from vidaccel.patching.parallel import Parallel, ParallelCall, check_alike, parallel_calls
 from vidaccel.patching.premises import capture_reason
 from vidaccel.patching.report import PatchReport, path_pattern
 from vidaccel.sites.rules import Patch, Rule, patches_of
@@ -163,6 +163,9 @@ def _patch(
         for name, model in models.items():
             _wrap(name, model, report, allow, checks, cuda_graph if name in denoisers else False, parallel.get(name))
         compile_first_calls(models.values(), [place.module for place in places])
+        if parallel:
+            agreement = next(iter(parallel.values())).agreement
+            check_alike(agreement, [(site.path, site.op, site.state == "left alone", site.on) for site in report.sites])
     except BaseException:  # nobody would have a report to restore with
         report.undo_patches()
         _put_back(earlier)

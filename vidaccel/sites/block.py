@@ -253,7 +253,7 @@ def fuses(original: type[nn.Module], ops: dict[str, Fidelity]) -> Callable[[Bloc
 def call_site(kind: type[Host], host: Any, *args: Any, **kwargs: Any) -> Any:
     """A call of ``host``, a ``kind`` or what was one: the fused forward if it serves the call, else the original."""
     over = tokens()
-    if over is None or not over.holds(host):
+    if over is None or not over.holds(host) or over.too_few(host, args[0]):
         return _call_site(kind, host, *args, **kwargs)
     x, *others = args
     return over.leave(host, _call_site(kind, host, over.enter(host, x), *others, **kwargs))

@@ -51,7 +51,7 @@ class _Way:
         if reason := _whole_reason(model, blocks):
             self._count(reason)
             return run(*args, **kwargs)
-        with spread(Tokens(self._ranks, blocks)):
+        with spread(Tokens(self._ranks, blocks, self._count)):
             return run(*args, **kwargs)
 
 
