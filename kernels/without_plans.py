@@ -22,6 +22,8 @@ __all__ = ["WithoutPlans", "attention_without_plans", "convolution_by_product", 
 PLANNED_FLOPS = 1e12  # of an attention, from which on cuDNN's faster kernel makes up for its plan
 MOST_NUMBERS = 2**27  # of all windows
 
+_ATTENTION: Any = torch._C._nn.scaled_dot_product_attention  # not what somebody has put in its place, which may call it
+
 
 class WithoutPlans(TorchFunctionMode):
     """Inside the ``with`` block, in this thread, PyTorch's own functions for these need no plans."""
@@ -45,7 +47,7 @@ def attention_without_plans(
     """``F.scaled_dot_product_attention`` of ``[B, H, S, D]``."""
     plain = attn_mask is None and not dropout_p and not is_causal and not any(others.values())
     if not plain or not _flash_serves(query, key, value):
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **others)
+        return _ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **others)
     out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention.default(query, key, value, scale=scale)[0]
     return out
 
@@ -120,7 +122,7 @@ def _is_channels_last(x: Tensor) -> bool:
 
 
 _WAYS: Mapping[Any, Callable[..., Tensor]] = {
-    F.scaled_dot_product_attention: attention_without_plans,
+    _ATTENTION: attention_without_plans,
     torch.conv2d: functools.partial(convolution_without_plans, torch.conv2d),
     torch.conv3d: functools.partial(convolution_without_plans, torch.conv3d),
 }

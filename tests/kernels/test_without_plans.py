@@ -99,3 +99,12 @@ def test_inside_the_block_no_plan_is_made(dtype: torch.dtype) -> None:
     assert calls.get("aten::cudnn_convolution", 0) == 2  # with a padding in words, and in groups
     if dtype != torch.float32:
         assert calls["aten::_scaled_dot_product_flash_attention"] == 2
+
+
+def test_attention_that_somebody_put_in_pytorchs_place_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock, (q, k, v) = F.scaled_dot_product_attention, (random(1, 2, 5, 4, seed=seed) for seed in range(3))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *args: stock(q / 2, *args))
+    expected = F.scaled_dot_product_attention(q, k, v)
+    with WithoutPlans():
+        out = F.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(out, expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from block_checks import relative_error
+from coexistence.families import build
 from diffusers.models.attention_processor import AttnProcessor
 from quick_and_slow import first_is_quick
 from tiny_models import tiny_motion_unet, tiny_synthetic_pipeline
@@ -290,3 +292,52 @@ def test_what_cannot_be_compiled_beforehand_is_patched() -> None:
     convolutions.conv2 = Stage(convolutions.conv2)
     patch_module(unet)
     assert relative_error(call(unet, arguments), expected) <= 2e-5
+
+
+def in_a_hook_of_the_model(model: Any, change: Callable[[], None]) -> None:
+    model.register_forward_pre_hook(lambda module, args: change())
+
+
+def in_a_forward_of_the_models_own(model: Any, change: Callable[[], None]) -> None:
+    stock = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        change()
+        return stock(*args, **kwargs)
+
+    model.forward = forward
+
+
+def in_a_hook_of_a_block(model: Any, change: Callable[[], None]) -> None:
+    model.blocks[0].register_forward_pre_hook(lambda module, args: change())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", [in_a_hook_of_the_model, in_a_forward_of_the_models_own, in_a_hook_of_a_block])
+def test_what_changes_within_a_call_is_heeded_in_it(place: Callable[[Any, Callable[[], None]], None]) -> None:
+    """As somebody gives attention another processor from some step on."""
+    runs = []
+    for patched in (False, True):
+        subject, calls = build("Wan 2.1"), itertools.count()
+        transformer = subject.denoiser
+        attention, norm = transformer.blocks[1].attn1, transformer.blocks[1].norm3
+
+        class Halving(type(attention.processor)):  # type: ignore[misc]
+            def __call__(self, *args: Any, **kwargs: Any) -> Any:
+                return super().__call__(*args, **kwargs) / 2
+
+        def change(calls: Any = calls, attention: Any = attention, norm: Any = norm, kind: Any = Halving) -> None:
+            call = next(calls)
+            if call == 2:
+                attention.set_processor(kind())
+            if call == 4:
+                norm.register_forward_hook(lambda module, args, out: out / 2)
+
+        if patched:
+            patch_module(transformer)
+        place(transformer, change)
+        runs.append([subject.noise() for _ in range(6)])
+    expected, found = runs
+    assert all(relative_error(now, before) > 1e-3 for before, now in ((expected[1], expected[2]), expected[3:5]))
+    for out, stock in zip(found, expected, strict=True):
+        assert relative_error(out, stock) <= 1e-5

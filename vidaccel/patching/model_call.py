@@ -5,7 +5,8 @@ forward, and deepcopy and pickle drop the slot. A call
 
 * waits for another thread's call of the same model: what is kept from call to call is for one at a time;
 * freezes the settings (``kernels/settings.py``) and compares the model with what it was (``premises.py``): while both
-  are the same, what was found out in earlier calls stands (``sites/memo.py``);
+  are the same, what was found out in earlier calls stands (``sites/memo.py``), but where somebody's own code runs in
+  the call, and may change the model on the way;
 * lets those who asked for it see the arguments (the text, ``blocks/unet/text_context.py``);
 * goes to a CUDA graph where one serves it (``cuda_graph.py``), else to the model.
 
@@ -120,8 +121,10 @@ class ModelCall(HearsStandIns):
             if self.graphs is not None and not premises.values_hold():
                 self.graphs.changed()
                 self._premises = Premises(model)
-            if len(self._memo) > MOST_ANSWERS:
-                self._memo.clear()
+            memo = self._memo
+            # a hook or a forward of somebody's own may change the model within the call
+            if len(memo) > MOST_ANSWERS or memo.hooked or not memo.of_model:
+                memo.clear()
             return
         if self.graphs is not None and premises is not None:
             self.graphs.changed()

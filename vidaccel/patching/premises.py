@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vidaccel.parallel.asked import CALL_SLOT
 from vidaccel.sites.memo import generation
-from vidaccel.sites.plain import hook_reason, hooks_on_all, stock_class
+from vidaccel.sites.plain import functions_of, hook_reason, hooks_on_all, stock_class
 
 __all__ = ["Premises", "capture_reason"]
 
@@ -54,8 +54,9 @@ class Premises:
         modules = list(model.modules())
         self._modules = modules[1:]
         self._classes = list(map(type, self._modules))
-        self._kinds = _kinds(modules)
-        self._methods = _methods(self._kinds)
+        places = dict.fromkeys(place for kind in _kinds(modules) for place in functions_of(kind))
+        self._places_of_functions = [owner for owner, _ in places], [name for _, name in places]
+        self._functions = _functions(*self._places_of_functions)
         self._attributes = list(map(vars, self._modules))
         self._counts = list(map(len, self._attributes))  # one more: somebody replaced a method of an instance
         told = [(own, name) for own in self._attributes for name in own if name not in _OF_EVERY_MODULE]
@@ -87,7 +88,7 @@ class Premises:
                 and self._own == _own_attributes(model)
                 and self._classes == list(map(type, self._modules))
                 and self._processor_kinds == list(map(type, self._processors))
-                and self._methods == _methods(self._kinds)
+                and self._functions == _functions(*self._places_of_functions)
                 and self._counts == list(map(len, self._attributes))
                 and self._values_then == list(map(getitem, self._owners, self._names))
                 and self._tables == self._tables_then
@@ -116,10 +117,9 @@ def _kinds(modules: list[nn.Module]) -> list[type]:
     return list({*map(stock_class, modules), *map(stock_class, processors)})
 
 
-def _methods(kinds: list[type]) -> list[Any]:
-    """What a call of an instance of each kind runs, and what runs at a call of any module."""
-    methods = [getattr(kind, name, None) for kind in kinds for name in ("forward", "__call__")]
-    return [*methods, *hooks_on_all(), F.scaled_dot_product_attention]
+def _functions(owners: list[Any], names: list[str]) -> list[Any]:
+    """What calls of instances run, and what runs at a call of any module."""
+    return [*map(getattr, owners, names), *hooks_on_all(), F.scaled_dot_product_attention]
 
 
 def _layouts(weights: list[Tensor]) -> list[Any]:

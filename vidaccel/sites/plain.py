@@ -9,8 +9,10 @@ class, or hung a hook on all modules.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterator
-from types import BuiltinFunctionType, FunctionType, MethodType, NoneType
+from itertools import chain
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, NoneType
 from typing import Any
 
 import torch
@@ -27,10 +29,12 @@ from vidaccel.sites.memo import once_per_call
 __all__ = [
     "fingerprint",
     "foreign_reason",
+    "functions_of",
     "has_own_forward",
     "hook_reason",
     "hooks_on_all",
     "is_of_a_library",
+    "is_replaced",
     "method_reason",
     "order_reason",
     "parameters_reason",
@@ -46,6 +50,8 @@ __all__ = [
 ]
 
 _LIBRARIES = ("torch.nn.", "diffusers.", "vidaccel.")
+# Whose functions those name.
+_PACKAGES = ("torch", "diffusers", "vidaccel", "builtins", "functools", "contextlib")
 # Whose layers treat all rows alike: those of LoRA and of quantised weights. Of step caches, what follows the pictures.
 _ROWWISE = (
     *_LIBRARIES,
@@ -116,15 +122,69 @@ def method_reason(module: nn.Module) -> str | None:
     return f"somebody replaced {min(replaced)} of a {kind.__name__}" if replaced else None
 
 
+@once_per_call
 def replaced_reason(kind: type) -> str | None:
     """Why what an instance of ``kind`` runs is no code of the library that wrote the class, or None."""
     if torch.compiler.is_compiling():
         return None
-    for name in ("forward", "__call__"):
-        method = getattr(kind, name, None)
-        if method is not None and not is_of_a_library(getattr(method, "__globals__", {}).get("__name__", "")):
-            return f"somebody replaced the {name} of every {kind.__name__}"
+    for owner, name in functions_of(kind):
+        if is_replaced(getattr(owner, name)):
+            of_all = f"every {kind.__name__}" if isinstance(owner, type) else owner.__name__
+            return f"somebody replaced the {name} of {of_all}"
     return None
+
+
+def functions_of(kind: type) -> list[tuple[Any, str]]:
+    """Where a call of an instance of ``kind`` finds the functions of libraries that it runs.
+
+    They are classes and modules, each with a name: the forward, and what that names, and what this names, and so on.
+    """
+    found: dict[tuple[Any, str], None] = {}
+    owners = [base for base in kind.__mro__ if base not in (nn.Module, object)]
+
+    def follow(owner: Any, name: str) -> None:
+        function = getattr(owner, name, None)
+        if not callable(function) or isinstance(function, type) or (owner, name) in found:
+            return
+        found[owner, name] = None
+        if _followed(function):
+            for place in (*owners, *_modules_of(function)):
+                for other in _names_in(function.__code__):
+                    follow(place, other)
+
+    for name in ("forward", "__call__"):
+        for owner in (kind, *owners):
+            follow(owner, name)
+    return list(found)
+
+
+def is_replaced(function: Any) -> bool:
+    """Whether somebody's own stands where PyTorch or diffusers had a function of theirs."""
+    while function is not None:
+        module = getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
+        if module.partition(".")[0] not in _PACKAGES:
+            return True
+        function = getattr(function, "__wrapped__", None) or getattr(function, "func", None)
+    return False
+
+
+def _followed(function: Any) -> bool:
+    where = getattr(function, "__globals__", {}).get("__name__", "")
+    return where.startswith(("diffusers.", "torch.nn.modules.")) and where != "torch.nn.modules.module"
+
+
+def _modules_of(function: FunctionType) -> list[Any]:
+    """The modules whose functions ``function`` may name: its own, PyTorch's, and those that it imports by itself."""
+    own = function.__globals__["__name__"]
+    folders = own.rpartition(".")[0], own.rpartition(".")[0].rpartition(".")[0]
+    imported = (sys.modules.get(f"{folder}.{name}") for folder in folders for name in _names_in(function.__code__))
+    return [sys.modules[own], F, *filter(None, imported)]
+
+
+@functools.lru_cache(maxsize=4096)
+def _names_in(code: CodeType) -> tuple[str, ...]:
+    inner = (_names_in(part) for part in code.co_consts if isinstance(part, CodeType))
+    return tuple({name: None for name in chain(code.co_names, *inner) if name not in ("forward", "__call__")})
 
 
 def replaced_attention_reason() -> str | None:

@@ -23,7 +23,13 @@ from vidaccel.kernels.ffn.swiglu import swiglu
 from vidaccel.kernels.op import REFERENCE, note
 from vidaccel.parallel.layout import tokens
 from vidaccel.sites.memo import once_per_call
-from vidaccel.sites.plain import parameters_reason, plain_reason, replaced_attention_reason, replaced_reason
+from vidaccel.sites.plain import (
+    is_replaced,
+    parameters_reason,
+    plain_reason,
+    replaced_attention_reason,
+    replaced_reason,
+)
 
 __all__ = [
     "CROSS_ATTENTION",
@@ -88,8 +94,9 @@ def attend(
     """
     backend = getattr(processor, "_attention_backend", None)
     # there is no public way to ask which one a context or the environment has made the default
-    active, _ = _AttentionBackendRegistry.get_active_backend()
-    ours = k.shape[1] > 0  # to no keys at all, as a text without tokens has, there is no kernel
+    active, function = _AttentionBackendRegistry.get_active_backend()
+    chosen = not torch.compiler.is_compiling() and is_replaced(function)  # by registering another of the same name
+    ours = k.shape[1] > 0 and not chosen  # to no keys at all, as a text without tokens has, there is no kernel
     if fused and ours and mask is None and backend is None and active == AttentionBackendName.NATIVE:
         return spatial_attention(q, k, v, num_heads)
     note("spatial_attention", str(getattr(backend or active, "value", backend or active)))
