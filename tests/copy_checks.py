@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from block_checks import OfPyTorch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -69,7 +70,7 @@ def hollow_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """What surrounds kernels and 3-D convolutions runs as on a GPU, these do not: for memory and its order, fast."""
     monkeypatch.setattr(Launch, "__call__", lambda launch, *tensors: None)
     # that of a CPU answers in its own memory order, whatever it is given
-    monkeypatch.setattr(torch.nn.functional, "conv3d", _hollow_conv3d)
+    monkeypatch.setattr(torch.nn.functional, "conv3d", OfPyTorch(_hollow_conv3d))
 
 
 def _hollow_conv3d(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from block_checks import relative_error
+from block_checks import OfPyTorch, relative_error
 from torch import Tensor, nn
 
 from vidaccel import patch_module
@@ -75,7 +75,7 @@ def out_of_memory_beyond(
         return right(x, *args, **kwargs)
 
     right = F.conv3d
-    monkeypatch.setattr(F, "conv3d", conv3d)
+    monkeypatch.setattr(F, "conv3d", OfPyTorch(conv3d))
 
 
 def count_convolutions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -87,7 +87,7 @@ def count_convolutions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return right(x, *args, **kwargs)
 
     right = F.conv3d
-    monkeypatch.setattr(F, "conv3d", conv3d)
+    monkeypatch.setattr(F, "conv3d", OfPyTorch(conv3d))
     return frames
 
 

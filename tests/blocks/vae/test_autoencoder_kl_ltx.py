@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from block_checks import frozen, relative_error
+from block_checks import OfPyTorch, frozen, relative_error
 from copy_checks import Held, hollow_out
 from diffusers import AutoencoderKLLTX2Video, AutoencoderKLLTXVideo
 from kernel_checks import planted
@@ -328,7 +328,7 @@ def test_what_memory_cannot_hold_is_explained(vae: Vae, monkeypatch: pytest.Monk
         return right(x, *args, **kwargs)
 
     with monkeypatch.context() as context:
-        context.setattr(F, "conv3d", conv3d)
+        context.setattr(F, "conv3d", OfPyTorch(conv3d))
         with pytest.raises(torch.OutOfMemoryError, match=r"3 latent frames of 2 clips of 2 x 3:.*use_framewise"):
             decode(vae, draw(batch=2))
     out = decode(vae, draw())

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from block_checks import relative_error
+from block_checks import OfPyTorch, relative_error
 from copy_checks import Copies, Held, hollow_out
 from diffusers import AutoencoderKLWan
 from tiny_models import tiny_autoencoder_kl_wan
@@ -169,7 +169,7 @@ def test_float16_operands_lose_no_more_than_tf32(
     vae = tiny_autoencoder_kl_wan(base_dim=16, num_res_blocks=2, **options)
     gold = run(copy.deepcopy(vae).double(), clip.double())
     for name in ("conv2d", "conv3d"):
-        monkeypatch.setattr(F, name, functools.partial(convolve_as_a_gpu, getattr(F, name)))
+        monkeypatch.setattr(F, name, OfPyTorch(functools.partial(convolve_as_a_gpu, getattr(F, name))))
     for kind, name in ((nn.Conv3d, "conv3d"), (nn.Conv2d, "conv2d")):
         monkeypatch.setattr(kind, "_conv_forward", functools.partialmethod(convolve_by, name))
     stock = run(vae, clip)
