@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pytest
 import torch
 from gpu_record import GpuRecord
 from hypothesis import HealthCheck, Phase, settings
+
+MOST_SECONDS_FOR_ROOM = 60  # that a test waits for those of other processes
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -92,9 +95,18 @@ def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VIDACCEL_IMPL", "torch")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def memory_of_the_gpu_is_given_back() -> Iterator[None]:
-    """Several processes share a GPU; what PyTorch keeps of one module's large tensors, another's may need."""
+@pytest.fixture(autouse=True)
+def memory_of_the_gpu_is_shared(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Where several processes share a GPU: a test waits until there is room for a large one, and keeps nothing."""
+    if request.node.get_closest_marker("gpu"):
+        deadline = time.monotonic() + MOST_SECONDS_FOR_ROOM
+        while not _has_room() and time.monotonic() < deadline:
+            time.sleep(0.1)
     yield
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+def _has_room() -> bool:
+    free, total = torch.cuda.mem_get_info()
+    return free > total / 3
