@@ -28,7 +28,8 @@ __all__ = ["FEATURES"]
 HOOKED = (
     "a hook replaced the forward|has forward hooks|somebody hooked it|looks at the rows|goes on where stock has begun"
 )
-REPLACED = "was replaced by|may look at the padding|may tell rows apart"
+SEEN = "may look at the padding|may tell rows apart"
+REPLACED = f"was replaced by|{SEEN}"
 PROCESSOR = "its processor is a|a processor of its own|has a processor"
 
 
@@ -626,7 +627,7 @@ FEATURES = [
     Feature("layers of another class", other_class, fallback=REPLACED, shows=True),
     Feature("replaced layers", replaced_layers, fallback=REPLACED, shows=True),
     Feature("a replaced block", replaced_block, fallback=f"its module is gone|{REPLACED}", shows=True),
-    Feature("processors of the user's", users_processors, fallback=PROCESSOR, shows=True),
+    Feature("processors of the user's", users_processors, fallback=f"{PROCESSOR}|{SEEN}", shows=True),
     Feature("AttnProcessor2_0 everywhere", stock_processors, takes_stock_processors, fallback=PROCESSOR),
     Feature("AttnProcessor everywhere", default_processors, takes_stock_processors, fallback=PROCESSOR),
     Feature("wrapped forwards (DeepCache)", wrapped_forwards, fallback=HOOKED, shows=True),

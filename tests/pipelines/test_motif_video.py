@@ -99,6 +99,18 @@ def test_padding_that_stays(valid: tuple[int, ...], reason: str, image: bool) ->
 
 
 @torch.no_grad()
+def test_one_text_for_all_samples() -> None:
+    """What the pipeline gives, of the negative prompt, for several videos of a prompt."""
+    model = build()
+    block, tables = model.transformer_blocks[0], model.rope(torch.zeros(1, 33, 1, 4, 6))
+    arguments = torch.randn(2, 6, 32), torch.randn(1, TEXT, 32), torch.randn(2, 32), None, tables
+    expected = block(*arguments)
+    with patch_module(model) as report:
+        assert torch.equal(block(*arguments)[0], expected[0])
+    assert fallback_reasons(report) == {"video, text and timestep embedding differ in batch size"}
+
+
+@torch.no_grad()
 def test_one_mask_for_all_samples() -> None:
     """What the pipeline gives for several videos of a prompt."""
     block, tables = build().transformer_blocks[0], build().rope(torch.zeros(1, 33, 1, 4, 6))

@@ -91,6 +91,8 @@ class HunyuanBlock(GatedResidualBlock):
             return "autocast is on"
         if not hidden_states.dtype == encoder_hidden_states.dtype == temb.dtype:
             return "video, text and timestep embedding differ in dtype"
+        if not len(hidden_states) == len(encoder_hidden_states) == len(temb):  # stock code broadcasts them
+            return "video, text and timestep embedding differ in batch size"
         if reason := self.mask_reason(hidden_states, encoder_hidden_states, attention_mask):
             return reason
         for name, kind in self.adaptive_norms.items():
