@@ -50,6 +50,8 @@ __all__ = [
 ]
 
 _LIBRARIES = ("torch.nn.", "diffusers.", "vidaccel.")
+MOST_KINDS = 1024  # whose functions are remembered: some libraries make a class for each module
+_places: dict[type, list[tuple[Any, str]]] = {}
 # Whose functions those name.
 _PACKAGES = ("torch", "diffusers", "vidaccel", "builtins", "functools", "contextlib")
 # Whose layers treat all rows alike: those of LoRA and of quantised weights. Of step caches, what follows the pictures.
@@ -139,6 +141,17 @@ def functions_of(kind: type) -> list[tuple[Any, str]]:
 
     They are classes and modules, each with a name: the forward, and what that names, and what this names, and so on.
     """
+    places = _places.get(kind)
+    if places is None:
+        places = _found_places(kind)
+        if not any(is_replaced(getattr(*place)) for place in places):  # what is behind a replaced one was not found
+            if len(_places) >= MOST_KINDS:
+                _places.clear()
+            _places[kind] = places
+    return places
+
+
+def _found_places(kind: type) -> list[tuple[Any, str]]:
     found: dict[tuple[Any, str], None] = {}
     owners = [base for base in kind.__mro__ if base not in (nn.Module, object)]
 
