@@ -36,6 +36,7 @@ __all__ = [
     "check_deaf_to_attention_backends",
     "check_each_op_off",
     "check_error_in_bfloat16",
+    "check_error_on_a_gpu",
     "check_foreign_processors",
     "check_full_size",
     "check_hooks",
@@ -376,6 +377,16 @@ def check_error_in_bfloat16(block: nn.Module, fused_class: type[FusedBlock], arg
     assert not any(site.fallbacks for site in sites)
     assert (out.double() - gold).norm() <= 2 * (stock.double() - gold).norm()
     assert (out.double() - gold).abs().max() <= 2 * (stock.double() - gold).abs().max()
+
+
+def check_error_on_a_gpu(build: Callable[..., Any], call: Call) -> None:
+    """Of a bfloat16 model with its kernels, against stock in float32, as float64 cannot be: at most twice stock's."""
+    gold = call(build().to("cuda"))
+    model = build(torch.bfloat16).to("cuda")
+    stock = relative_error(call(model), gold)
+    with patch_module(model, strict=True) as report:
+        assert relative_error(call(model), gold) <= 2 * stock
+        assert {site.state for site in report.sites} == {"active"}, str(report)
 
 
 def fallback_reasons(report: PatchReport) -> set[str]:

@@ -25,6 +25,7 @@ from transformer_checks import (
     check_corner,
     check_each_op_off,
     check_error_in_bfloat16,
+    check_error_on_a_gpu,
     check_hooks,
     check_lora,
     check_same,
@@ -240,9 +241,4 @@ def test_with_the_kernels(options: dict[str, int], device: torch.device, monkeyp
 @pytest.mark.gpu
 def test_error_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VIDACCEL_IMPL")
-    gold = call(build().to("cuda"))  # the stock model cannot be float64
-    model = build(torch.bfloat16).to("cuda")
-    stock = relative_error(call(model), gold)
-    with patch_module(model, strict=True) as report:
-        assert relative_error(call(model), gold) <= 2 * stock
-        assert {site.state for site in report.sites} == {"active"}, str(report)
+    check_error_on_a_gpu(build, call)
