@@ -459,7 +459,8 @@ def test_timing_stops_when_its_budget_is_spent() -> None:
 @pytest.mark.gpu
 def test_queueing_is_told_from_running(device: torch.device) -> None:
     times = time_call(lambda: torch.cuda._sleep(10**8), device)
-    assert 0 < times.host_ms < 5 and times.wall_ms > 20
+    assert times.wall_ms > 20
+    assert 0 < times.host_ms < times.wall_ms / 2  # that other processes may keep waiting
 
 
 @pytest.mark.gpu
