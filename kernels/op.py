@@ -16,12 +16,13 @@ What an op does is told as an :class:`Event` to whoever listens in the same cont
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import torch
 import triton
@@ -66,6 +67,7 @@ MOST_PLANS = 4096  # that an op keeps: more than the shapes of several models
 WHOLE_CHECKS = 2  # of calls that are alike, before samples are enough
 # Fixed when Triton is imported, and not a thing that Dynamo can trace.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+_POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
 _PLAIN = frozenset([int, float, bool, str, tuple, type(None), torch.dtype])  # tuples of these, that is
 
 Outputs = Any  # a Tensor, or a tuple or list of them
@@ -208,6 +210,50 @@ class Implementation(NamedTuple):
     registered: bool = False
     competes: bool = True
     pays: Callable[..., bool] = _always
+
+    @classmethod
+    def bound(
+        cls,
+        bind: Callable[..., Callable[..., Outputs]],
+        reason: Callable[..., str | None],
+        arguments: Callable[..., Any] | None = None,
+        *,
+        run: Callable[..., Outputs] | None = None,
+        **others: Any,
+    ) -> Implementation:
+        """One that launches kernels, and is registered.
+
+        Args:
+            bind: As above; annotated with what the bound call returns, ``Callable[..., Tensor]``.
+            reason: As above.
+            arguments: The function, or tuple with names, whose annotations are the types of the op's arguments. None:
+                ``bind``, as far as it takes them by position.
+            run: Runs without having been bound. None: what ``bind`` returns, at once.
+            others: As above.
+        """
+        runs = _typed(run or _at_once(bind), arguments or bind, _bound_result(bind))
+        return cls(runs, reason, bind, registered=True, **others)
+
+
+def _at_once(bind: Callable[..., Callable[..., Outputs]]) -> Callable[..., Outputs]:
+    return lambda *args: bind(*args)(*args)
+
+
+def _bound_result(bind: Callable[..., Any]) -> Any:
+    """The type of what a bound call returns."""
+    return get_args(inspect.signature(bind, eval_str=True).return_annotation)[1]
+
+
+def _typed(run: Callable[..., Outputs], arguments: Callable[..., Any], result: Any) -> Callable[..., Outputs]:
+    """``run`` with a signature to register it by, which lists the positional arguments of ``arguments``."""
+    if isinstance(arguments, type):  # whose signature does not evaluate its annotations
+        hints = get_type_hints(arguments)
+        taken = [inspect.Parameter(name, _POSITIONAL, annotation=hint) for name, hint in hints.items()]
+    else:
+        given = inspect.signature(arguments, eval_str=True).parameters.values()
+        taken = [parameter for parameter in given if parameter.kind is _POSITIONAL]
+    run.__signature__ = inspect.Signature(taken, return_annotation=result)  # type: ignore[attr-defined]
+    return run
 
 
 def scaled(*positions: int) -> Callable[..., tuple[Any, ...]]:

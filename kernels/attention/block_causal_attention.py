@@ -65,10 +65,6 @@ def _bind(q: Tensor, k: Tensor, v: Tensor, block: int) -> Callable[..., Tensor]:
     return run
 
 
-def _gemm(q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
-    return _bind(q, k, v, block)(q, k, v, block)
-
-
 def _fake(q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
@@ -115,7 +111,7 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, block: int) -> None:
 BLOCK_CAUSAL_ATTENTION = Op(
     "block_causal_attention",
     reference=block_causal_attention_ref,
-    implementations={"gemm": Implementation(_gemm, _reason, _bind, registered=True, pays=_pays)},
+    implementations={"gemm": Implementation.bound(_bind, _reason, pays=_pays)},
     fake=_fake,
     costs=_costs,
     parts=_checked,

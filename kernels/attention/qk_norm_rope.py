@@ -490,38 +490,6 @@ def _bind(*args: Any) -> Callable[..., list[Tensor]]:
     return run
 
 
-def _triton(
-    q: Tensor,
-    k: Tensor | None,
-    num_heads: int,
-    norm: str,
-    eps: float,
-    rounding: str,
-    weight_q: Tensor | None,
-    weight_k: Tensor | None,
-    bias_q: Tensor | None,
-    bias_k: Tensor | None,
-    rope: str,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    start: int,
-    v: Tensor | None,
-    second_q: Tensor | None,
-    second_k: Tensor | None,
-    second_v: Tensor | None,
-    second_weight_q: Tensor | None,
-    second_weight_k: Tensor | None,
-    second_bias_q: Tensor | None,
-    second_bias_k: Tensor | None,
-    second_first: bool,
-) -> list[Tensor]:
-    args = (
-        q, k, num_heads, norm, eps, rounding, weight_q, weight_k, bias_q, bias_k, rope, cos, sin, start, v,
-        second_q, second_k, second_v, second_weight_q, second_weight_k, second_bias_q, second_bias_k, second_first,
-    )  # fmt: skip
-    return _bind(*args)(*args)
-
-
 def _reason(*args: Any) -> str | None:
     call = _Call(*args)
     streams = _streams(call)
@@ -655,7 +623,7 @@ def _validate_second(call: _Call) -> None:
 QK_NORM_ROPE = Op(
     "qk_norm_rope",
     reference=qk_norm_rope_ref,
-    implementations={"triton": Implementation(_triton, _reason, _bind, registered=True)},
+    implementations={"triton": Implementation.bound(_bind, _reason, _Call)},
     fake=_fake,
     costs=_costs,
     parts=_parts,

@@ -206,18 +206,6 @@ def _bind_gluon(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -
     return run
 
 
-def _triton(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> Tensor:
-    return bind_triton(q, k, v, num_heads, scale)(q, k, v, num_heads, scale)
-
-
-def _gluon(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> Tensor:
-    return _bind_gluon(q, k, v, num_heads, scale)(q, k, v, num_heads, scale)
-
-
-def _gemm(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> Tensor:
-    return bind_gemm_attention(q, k, v, num_heads, scale)(q, k, v, num_heads, scale)
-
-
 def _fa3(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> Tensor:
     module = _fa3_module()
     assert module is not None
@@ -415,13 +403,13 @@ SPATIAL_ATTENTION = Op(
     # the likely winners first: those that come later are dropped by their times
     implementations={
         "fa3": Implementation(_fa3, _fa3_reason),
-        "gluon": Implementation(_gluon, _gluon_reason, _bind_gluon, registered=True),
-        "gemm": Implementation(_gemm, _gemm_reason, bind_gemm_attention, registered=True),
+        "gluon": Implementation.bound(_bind_gluon, _gluon_reason),
+        "gemm": Implementation.bound(bind_gemm_attention, _gemm_reason),
         "cudnn": _backend(_cudnn, _cuda.can_use_cudnn_attention),
         "flash": _backend(_flash, _cuda.can_use_flash_attention),
         "efficient": _backend(_efficient, _cuda.can_use_efficient_attention, competes=False),
         "math": Implementation(_math, competes=False),
-        "triton": Implementation(_triton, _triton_reason, bind_triton, registered=True),
+        "triton": Implementation.bound(bind_triton, _triton_reason),
     },
     fake=_empty_output,
     costs=_costs,

@@ -234,10 +234,6 @@ def bind(
     return run
 
 
-def _triton(q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_heads: int, scale: float) -> Tensor:
-    return bind(q, k, v, num_frames, num_heads, scale)(q, k, v, num_frames, num_heads, scale)
-
-
 def _block_rows(rows: int) -> int:
     return max(16, triton.next_power_of_2(rows))
 
@@ -288,7 +284,7 @@ def _parts(q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_heads: int, sca
 TEMPORAL_ATTENTION = Op(
     "temporal_attention",
     reference=temporal_attention_ref,
-    implementations={"triton": Implementation(_triton, _reason, bind, registered=True)},
+    implementations={"triton": Implementation.bound(bind, _reason)},
     fake=_empty_output,
     costs=_costs,
     parts=_parts,

@@ -126,18 +126,6 @@ def _bind(
     return run
 
 
-def _triton(
-    spatial: Tensor,
-    temporal: Tensor,
-    mix_factor: Tensor,
-    image_only: Tensor | None,
-    residual: Tensor | None,
-    spatial_is_second: bool,
-) -> Tensor:
-    args = spatial, temporal, mix_factor, image_only, residual, spatial_is_second
-    return _bind(*args)(*args)
-
-
 def _empty_output(spatial: Tensor, *others: object) -> Tensor:
     return torch.empty_like(spatial)
 
@@ -230,7 +218,7 @@ def _validate(
 ALPHA_BLEND = Op(
     "alpha_blend",
     reference=alpha_blend_ref,
-    implementations={"triton": Implementation(_triton, _reason, _bind, registered=True)},
+    implementations={"triton": Implementation.bound(_bind, _reason)},
     fake=_empty_output,
     costs=_costs,
     parts=_parts,

@@ -74,10 +74,6 @@ def _bind(weight: Tensor, dtype: torch.dtype) -> Callable[..., Tensor]:
     return run
 
 
-def _triton(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return _bind(weight, dtype)(weight, dtype)
-
-
 def _fake(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(weight, dtype=dtype, memory_format=torch.channels_last_3d)
 
@@ -119,9 +115,7 @@ def _validate(weight: Tensor, dtype: torch.dtype) -> None:
 CHANNELS_LAST_WEIGHT = Op(
     "channels_last_weight",
     reference=channels_last_weight_ref,
-    implementations={
-        "triton": Implementation(_triton, _reason, _bind, fidelity="bit-exact", registered=True, pays=_pays)
-    },
+    implementations={"triton": Implementation.bound(_bind, _reason, fidelity="bit-exact", pays=_pays)},
     fake=_fake,
     costs=_costs,
     parts=_parts,

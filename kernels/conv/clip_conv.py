@@ -81,10 +81,6 @@ def _bind_gluon(
     return run
 
 
-def _gluon(rows: Tensor, weight: Tensor, largest: Tensor | None, bordered: bool) -> Tensor:
-    return _bind_gluon(rows, weight, largest, bordered)(rows, weight, largest, bordered)
-
-
 def _gluon_pays(rows: Tensor, weight: Tensor, largest: Tensor | None, bordered: bool) -> bool:
     """Elsewhere nobody expects the kernel."""
     return on_hopper(rows) and len(weight) == CHANNELS and rows.dtype != torch.float32
@@ -123,10 +119,6 @@ def _bind_winograd(
             return _library(rows, weight, largest, bordered)
 
     return run
-
-
-def _winograd(rows: Tensor, weight: Tensor, largest: Tensor | None, bordered: bool) -> Tensor:
-    return _bind_winograd(rows, weight, largest, bordered)(rows, weight, largest, bordered)
 
 
 def _winograd_pays(rows: Tensor, weight: Tensor, largest: Tensor | None, bordered: bool) -> bool:
@@ -253,8 +245,8 @@ CLIP_CONV = Op(
     "clip_conv",
     reference=clip_conv_ref,
     implementations={
-        "gluon": Implementation(_gluon, _gluon_reason, _bind_gluon, registered=True, pays=_gluon_pays),
-        "winograd": Implementation(_winograd, _winograd_reason, _bind_winograd, registered=True, pays=_winograd_pays),
+        "gluon": Implementation.bound(_bind_gluon, _gluon_reason, pays=_gluon_pays),
+        "winograd": Implementation.bound(_bind_winograd, _winograd_reason, pays=_winograd_pays),
         "library": Implementation(_library),
     },
     fake=_fake,

@@ -304,19 +304,10 @@ def _bind_with_statistics(*args: Any) -> Callable[..., tuple[Tensor, Tensor]]:
     return run
 
 
-def _triton(
-    x: Tensor,
-    bias: Tensor,
-    residual: Tensor | None,
-    residual_bias: Tensor | None,
-    mix_factor: Tensor | None,
-    image_only: Tensor | None,
-    spatial_is_second: bool,
-    inplace: bool,
-) -> Tensor:
+def _out_of_place(*args: Any) -> Tensor:
     """Never in place, for ``torch.compile`` is told so."""
-    args = x, bias, residual, residual_bias, mix_factor, image_only, spatial_is_second, False
-    return _bind(*args)(*args)
+    call = _Call(*args)._replace(inplace=False)
+    return _bind(*call)(*call)
 
 
 def _triton_with_statistics(
@@ -458,7 +449,7 @@ def validate_epilogue(
 CONV_EPILOGUE = Op(
     "conv_epilogue",
     reference=conv_epilogue_ref,
-    implementations={"triton": Implementation(_triton, _reason, _bind, registered=True)},
+    implementations={"triton": Implementation.bound(_bind, _reason, _Call, run=_out_of_place)},
     fake=_empty_output,
     costs=_costs,
     parts=_parts,

@@ -145,10 +145,6 @@ def _bind(x: Tensor, bias: Tensor, source: Tensor, factor_t: int, first: bool) -
     return run
 
 
-def _triton(x: Tensor, bias: Tensor, source: Tensor, factor_t: int, first: bool) -> Tensor:
-    return _bind(x, bias, source, factor_t, first)(x, bias, source, factor_t, first)
-
-
 def _fake(x: Tensor, bias: Tensor, source: Tensor, factor_t: int, first: bool) -> Tensor:
     return x.new_empty(_shape(x, factor_t, first))
 
@@ -210,7 +206,7 @@ def _validate(x: Tensor, bias: Tensor, source: Tensor, factor_t: int, first: boo
 DEPTH_TO_SPACE = Op(
     "depth_to_space",
     reference=depth_to_space_ref,
-    implementations={"triton": Implementation(_triton, _reason, _bind, fidelity="bit-exact", registered=True)},
+    implementations={"triton": Implementation.bound(_bind, _reason, fidelity="bit-exact")},
     fake=_fake,
     costs=_costs,
     parts=_parts,

@@ -138,10 +138,6 @@ def _bind(weight: Tensor, factor_t: int) -> Callable[..., Tensor]:
     return run
 
 
-def _triton(weight: Tensor, factor_t: int) -> Tensor:
-    return _bind(weight, factor_t)(weight, factor_t)
-
-
 def _fake(weight: Tensor, factor_t: int) -> Tensor:
     channels, channels_in = weight.shape[:2]
     shape = 4 * factor_t * channels, channels_in, 2 if factor_t == 2 else 3, 2, 2
@@ -184,7 +180,7 @@ def _validate(weight: Tensor, factor_t: int) -> None:
 MERGED_TAPS = Op(
     "merged_taps",
     reference=merged_taps_ref,
-    implementations={"triton": Implementation(_triton, _reason, _bind, registered=True)},
+    implementations={"triton": Implementation.bound(_bind, _reason)},
     fake=_fake,
     costs=_costs,
     parts=_parts,

@@ -140,10 +140,6 @@ def _frames_at_once(rows: Tensor, planes: int, around: int) -> int:
     return max(min(MOST_PRODUCTS, rows[:1].numel()) // frame - around, 1)
 
 
-def _taps(rows: Tensor, weight: Tensor, bias: Tensor, bordered: bool) -> Tensor:
-    return _bind_taps(rows, weight, bias, bordered)(rows, weight, bias, bordered)
-
-
 def _cudnn(rows: Tensor, weight: Tensor, bias: Tensor, bordered: bool) -> Tensor:
     channels = len(weight)
     filled = F.pad(weight.to(rows.dtype), (0,) * 9 + (-channels % CUDNN_STEP,))
@@ -244,7 +240,7 @@ PIXEL_CONV = Op(
     "pixel_conv",
     reference=pixel_conv_ref,
     implementations={
-        "taps": Implementation(_taps, _taps_reason, _bind_taps, registered=True),
+        "taps": Implementation.bound(_bind_taps, _taps_reason),
         "cudnn": Implementation(_cudnn, _cudnn_reason),
     },
     fake=_fake,

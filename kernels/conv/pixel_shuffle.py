@@ -148,11 +148,6 @@ def _bind(*args: Any) -> Callable[..., Tensor]:
     return run
 
 
-def _triton(x: Tensor, bias: Tensor, source: Tensor | None, t: int, u: int, v: int, drop: int, crop: int) -> Tensor:
-    args = x, bias, source, t, u, v, drop, crop
-    return _bind(*args)(*args)
-
-
 def _reference(*args: Any) -> Tensor:
     call = _Call(*args)
     return pixel_shuffle_ref(call.x, call.bias, call.source, cell=call.cell, drop=call.drop, crop=call.crop)
@@ -235,7 +230,7 @@ def _validate(*args: Any) -> None:
 PIXEL_SHUFFLE = Op(
     "pixel_shuffle",
     reference=_reference,
-    implementations={"triton": Implementation(_triton, _reason, _bind, registered=True)},
+    implementations={"triton": Implementation.bound(_bind, _reason, _Call)},
     fake=_fake,
     costs=_costs,
     parts=_parts,

@@ -205,19 +205,6 @@ def _bind(*args: Any) -> Callable[..., Tensor]:
     return run
 
 
-def _triton(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual: Tensor | None,
-    mix_factor: Tensor | None,
-    image_only: Tensor | None,
-    spatial_is_second: bool,
-) -> Tensor:
-    args = x, weight, bias, residual, mix_factor, image_only, spatial_is_second
-    return _bind(*args)(*args)
-
-
 def _cudnn(
     x: Tensor,
     weight: Tensor,
@@ -325,7 +312,7 @@ TEMPORAL_CONV = Op(
     reference=temporal_conv_ref,
     implementations={
         "cudnn": Implementation(_cudnn, _cudnn_reason),
-        "triton": Implementation(_triton, _triton_reason, _bind, registered=True),
+        "triton": Implementation.bound(_bind, _triton_reason, _Call),
     },
     fake=_empty_output,
     costs=_costs,

@@ -314,26 +314,6 @@ def _bind_to_cells(x: Tensor, weight: Tensor) -> Callable[..., Tensor]:
     return run
 
 
-def _whole(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return _bind(1, x, weight, bias)(x, weight, bias)
-
-
-def _halves(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return _bind(2, x, weight, bias)(x, weight, bias)
-
-
-def _whole_to_cells(x: Tensor, weight: Tensor) -> Tensor:
-    return _bind_to_cells(x, weight)(x, weight)
-
-
-def _whole_with_statistics(x: Tensor, weight: Tensor, bias: Tensor, chunk_rows: int) -> tuple[Tensor, Tensor]:
-    return _bind_with_statistics(1, x, weight, bias, chunk_rows)(x, weight, bias, chunk_rows)
-
-
-def _halves_with_statistics(x: Tensor, weight: Tensor, bias: Tensor, chunk_rows: int) -> tuple[Tensor, Tensor]:
-    return _bind_with_statistics(2, x, weight, bias, chunk_rows)(x, weight, bias, chunk_rows)
-
-
 def _empty_output(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     shape = _shape(x, weight)
     return x.new_empty_strided(shape, channels_last_strides(shape))
@@ -467,7 +447,7 @@ def _validate_with_statistics(x: Tensor, weight: Tensor, bias: Tensor, chunk_row
 UPSAMPLE_CELLS = Op(
     "upsample_cells",
     reference=upsample_cells_ref,
-    implementations={"whole": Implementation(_whole_to_cells, _cells_reason, _bind_to_cells, registered=True)},
+    implementations={"whole": Implementation.bound(_bind_to_cells, _cells_reason)},
     fake=_empty_cells,
     costs=_costs,
     parts=_parts_to_cells,
@@ -479,8 +459,8 @@ UPSAMPLE_CONV = Op(
     "upsample_conv",
     reference=upsample_conv_ref,
     implementations={
-        "whole": Implementation(_whole, _reason, functools.partial(_bind, 1), registered=True),
-        "halves": Implementation(_halves, _halves_reason, functools.partial(_bind, 2), registered=True),
+        "whole": Implementation.bound(functools.partial(_bind, 1), _reason),
+        "halves": Implementation.bound(functools.partial(_bind, 2), _halves_reason),
     },
     fake=_empty_output,
     costs=_costs,
@@ -495,15 +475,8 @@ UPSAMPLE_CONV_AND_STATISTICS = Op(
     "upsample_conv_and_statistics",
     reference=upsample_conv_and_statistics_ref,
     implementations={
-        "whole": Implementation(
-            _whole_with_statistics, _statistics_reason, functools.partial(_bind_with_statistics, 1), registered=True
-        ),
-        "halves": Implementation(
-            _halves_with_statistics,
-            _statistics_halves_reason,
-            functools.partial(_bind_with_statistics, 2),
-            registered=True,
-        ),
+        "whole": Implementation.bound(functools.partial(_bind_with_statistics, 1), _statistics_reason),
+        "halves": Implementation.bound(functools.partial(_bind_with_statistics, 2), _statistics_halves_reason),
     },
     fake=_empty_outputs,
     costs=_costs,

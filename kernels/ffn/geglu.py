@@ -99,15 +99,10 @@ def _validate(x: Tensor, *, name: str) -> None:
 
 def gated_op(name: str, activation: str, reference: Callable[[Tensor], Tensor]) -> Op:
     """The product of value and ``activation`` (``"gelu"``, ``"silu"``) of gate."""
-    bind = functools.partial(_bind, activation=activation)
-
-    def run(x: Tensor) -> Tensor:
-        return bind(x)(x)
-
     return Op(
         name,
         reference=reference,
-        implementations={"triton": Implementation(run, _reason, bind, registered=True)},
+        implementations={"triton": Implementation.bound(functools.partial(_bind, activation=activation), _reason)},
         fake=_empty_output,
         costs=_costs,
         parts=_parts,

@@ -56,10 +56,6 @@ def _bind(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[..., Tensor]:
     return run
 
 
-def _gluon(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return _bind(x, weight, bias)(x, weight, bias)
-
-
 def _gluon_reason(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
     if reason := gluon_reason(x):
         return reason
@@ -135,7 +131,7 @@ LINEAR_GEGLU = Op(
     "linear_geglu",
     reference=linear_geglu_ref,
     implementations={
-        "gluon": Implementation(_gluon, _gluon_reason, _bind, registered=True),
+        "gluon": Implementation.bound(_bind, _gluon_reason),
         TWO_STEP: Implementation(_two_step),
     },
     fake=_empty_output,

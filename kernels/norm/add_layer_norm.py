@@ -214,20 +214,6 @@ def _stores_sum(residual: Tensor | None, row: Tensor | None, row_to: str) -> boo
     return residual is not None or (row is not None and row_to != "norm")
 
 
-def _triton(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    residual: Tensor | None,
-    row: Tensor | None,
-    position: Tensor | None,
-    row_to: str,
-) -> list[Tensor]:
-    args = x, weight, bias, eps, residual, row, position, row_to
-    return _bind(*args)(*args)
-
-
 @functools.wraps(add_layer_norm_ref)
 def _reference(*args: Any) -> list[Tensor]:
     """``[z, y]``, or only ``[y]`` when z is x: a custom op may not return its input."""
@@ -335,7 +321,7 @@ def _validate(
 ADD_LAYER_NORM = Op(
     "add_layer_norm",
     reference=_reference,
-    implementations={"triton": Implementation(_triton, _reason, _bind, registered=True)},
+    implementations={"triton": Implementation.bound(_bind, _reason)},
     fake=_fake,
     costs=_costs,
     parts=_parts,

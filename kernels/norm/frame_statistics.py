@@ -54,10 +54,6 @@ def _bind(x: Tensor, shift: Tensor | None, chunk_rows: int) -> Callable[..., Ten
     return run
 
 
-def _triton(x: Tensor, shift: Tensor | None, chunk_rows: int) -> Tensor:
-    return _bind(x, shift, chunk_rows)(x, shift, chunk_rows)
-
-
 def _fake(x: Tensor, shift: Tensor | None, chunk_rows: int) -> Tensor:
     segments, rows = frames_and_rows(x.shape)
     return x.new_empty(segments, -(-rows // chunk_rows), 2, x.shape[1], dtype=torch.float32)
@@ -104,7 +100,7 @@ def _seen_of(segments: slice, seen: Callable[..., tuple[Tensor, ...]], outputs: 
 FRAME_STATISTICS = Op(
     "frame_statistics",
     reference=frame_statistics_ref,
-    implementations={"triton": Implementation(_triton, _reason, _bind, registered=True)},
+    implementations={"triton": Implementation.bound(_bind, _reason)},
     fake=_fake,
     costs=lambda x, shift, chunk_rows: Costs(bytes=x.nbytes),
     parts=_parts,

@@ -497,26 +497,6 @@ def _bind(*args: Any) -> Callable[..., list[Tensor]]:
     return run
 
 
-def _triton(
-    x: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    scale2: Tensor | None,
-    shift2: Tensor | None,
-    rows: Tensor | None,
-    kind: str,
-    eps: float,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    branch_eps: float | None,
-    rounding: str,
-) -> list[Tensor]:
-    args = x, branch, gate, scale, shift, scale2, shift2, rows, kind, eps, weight, bias, branch_eps, rounding
-    return _bind(*args)(*args)
-
-
 def _reason(*args: Any) -> str | None:
     call = _Call(*args)
     x, modulation = call.x, [*_modulation(call), *(t for t in (call.weight, call.bias) if t is not None)]
@@ -617,7 +597,7 @@ def _validate(*args: Any) -> None:
 GATED_RESIDUAL_NORM = Op(
     "gated_residual_norm",
     reference=gated_residual_norm_ref,
-    implementations={"triton": Implementation(_triton, _reason, _bind, registered=True)},
+    implementations={"triton": Implementation.bound(_bind, _reason, _Call)},
     fake=_fake,
     costs=_costs,
     parts=_parts,

@@ -252,33 +252,6 @@ def _bind(*args: Any) -> Callable[..., Tensor]:
     return run
 
 
-def _triton(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    addend: Tensor | None,
-    halo: Tensor | None,
-    before: int,
-    after: int,
-    border: int,
-    frame_mode: str,
-    pixel_mode: str,
-    first_span: int,
-    span: int,
-    silu: bool,
-    parts: Tensor | None,
-    segment_rows: int,
-    chunk_rows: int,
-) -> Tensor:
-    args = (
-        x, weight, bias, groups, eps, addend, halo, before, after, border, frame_mode, pixel_mode, first_span, span,
-        silu, parts, segment_rows, chunk_rows,
-    )  # fmt: skip
-    return _bind(*args)(*args)
-
-
 def _reference(*args: Any) -> Tensor:
     call = _Call(*args)
     return padded_group_norm_ref(
@@ -374,7 +347,7 @@ def _validate(*args: Any) -> None:
 PADDED_GROUP_NORM = Op(
     "padded_group_norm",
     reference=_reference,
-    implementations={"triton": Implementation(_triton, _reason, _bind, registered=True)},
+    implementations={"triton": Implementation.bound(_bind, _reason, _Call)},
     fake=_fake,
     costs=_costs,
     parts=lambda *args: parts_of_groups(_Call(*args), "x", "halo"),

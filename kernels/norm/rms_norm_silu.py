@@ -463,38 +463,6 @@ def _bind(*args: Any) -> Callable[..., list[Tensor]]:
     return run
 
 
-def _triton(
-    x: Tensor,
-    gamma: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    residual_bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    halo: Tensor | None,
-    x_scale: Tensor | None,
-    factor_t: int,
-    skip: int,
-    before: int,
-    after: int,
-    border: int,
-    frame_mode: str,
-    pixel_mode: str,
-    kind: str,
-    eps: float,
-    silu: bool,
-    keep: bool,
-    inplace: bool,
-    out_dtype: torch.dtype | None,
-) -> list[Tensor]:
-    """Never in place, for ``torch.compile`` is told so."""
-    args = (
-        x, gamma, bias, residual, residual_bias, scale, shift, halo, x_scale, factor_t, skip,
-        before, after, border, frame_mode, pixel_mode, kind, eps, silu, keep, False, out_dtype,
-    )  # fmt: skip
-    return _bind(*args)(*args)
-
-
 def _reference(*args: Any) -> list[Tensor]:
     """``[z, y]``, or only ``[y]`` when z is x or unwanted."""
     call = _Call(*args)
@@ -504,6 +472,12 @@ def _reference(*args: Any) -> list[Tensor]:
         padding=call.padding, kind=call.kind, eps=call.eps, silu=call.silu, out_dtype=call.out_dtype,
     )  # fmt: skip
     return [z.contiguous(), y] if call.stores_sum() else [y]
+
+
+def _out_of_place(*args: Any) -> list[Tensor]:
+    """Never in place, for ``torch.compile`` is told so."""
+    call = _Call(*args)._replace(inplace=False)
+    return _bind(*call)(*call)
 
 
 def _fake(*args: Any) -> list[Tensor]:
@@ -631,7 +605,7 @@ def _validate_residual(name: str, call: _Call) -> None:
 RMS_NORM_SILU = Op(
     "rms_norm_silu",
     reference=_reference,
-    implementations={"triton": Implementation(_triton, _reason, _bind, registered=True)},
+    implementations={"triton": Implementation.bound(_bind, _reason, _Call, run=_out_of_place)},
     fake=_fake,
     costs=_costs,
     parts=_parts,

@@ -231,31 +231,6 @@ def _bind(*args: Any) -> Callable[..., Tensor]:
     return run
 
 
-def _triton(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    gain: Tensor,
-    shift: Tensor,
-    addend: Tensor | None,
-    halo: Tensor | None,
-    before: int,
-    first_span: int,
-    span: int,
-    silu: bool,
-    parts: Tensor | None,
-    segment_rows: int,
-    chunk_rows: int,
-) -> Tensor:
-    args = (
-        x, weight, bias, groups, eps, gain, shift, addend, halo, before, first_span, span, silu, parts, segment_rows,
-        chunk_rows,
-    )  # fmt: skip
-    return _bind(*args)(*args)
-
-
 def _reference(*args: Any) -> Tensor:
     call = _Call(*args)
     return spatial_norm_silu_ref(
@@ -311,7 +286,7 @@ def _validate(*args: Any) -> None:
 SPATIAL_NORM_SILU = Op(
     "spatial_norm_silu",
     reference=_reference,
-    implementations={"triton": Implementation(_triton, _reason, _bind, registered=True)},
+    implementations={"triton": Implementation.bound(_bind, _reason, _Call)},
     fake=_fake,
     costs=_costs,
     parts=lambda *args: parts_of_groups(_Call(*args), "x", "gain", "shift", "halo"),
