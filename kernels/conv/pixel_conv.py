@@ -7,9 +7,9 @@ or ``h + y`` and ``w + x`` where the rows bring their border (``bordered``): not
 Tensor cores work on 64 output channels or more at once; of three, nearly all of that is lost, and each of the 27 taps
 reads the clip again. Here every row is multiplied with all taps first, one GEMM of ``T Y X C'`` columns (81 for RGB),
 and a kernel adds up what the taps have made of the pixels around. That reads and writes about as many numbers as the
-clip has, some frames at a time, so that it takes no more memory than the clip. Products are summed over channels in
-float32 and rounded to the dtype of the rows, the sum over taps is float32 again. Fidelity: math-exact. Bound by memory.
-Whether it beats cuDNN is measured.
+clip has, some frames at a time, so that it takes no more memory than the clip. The numbers in between are float32, for
+taps may cancel, and then their roundings would be all that is left. Fidelity: math-exact. Bound by memory. Whether it
+beats cuDNN is measured.
 """
 
 from __future__ import annotations
@@ -54,12 +54,15 @@ def _zeros_around(weight: Tensor, bordered: bool) -> tuple[int, int, int]:
 
 @triton.jit(do_not_specialize=["frames"])
 def _sum_taps_kernel(
-    products_ptr, bias_ptr, y_ptr,
+    products_ptr, rows_ptr, bias_ptr, y_ptr,
     frames, height, width, pitch, stride_y_c,
     CHANNELS: tl.constexpr, T: tl.constexpr, Y: tl.constexpr, X: tl.constexpr, BORDERED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One channel of one frame: products are ``[F + T - 1, T, Y, X, C, pitch]``, of which H * W are a frame's."""
+    """One channel of one frame: products are ``[F + T - 1, T, Y, X, C, pitch]``, of which H * W are a frame's.
+
+    Of the rows only the dtype matters, to which the sum is rounded before the bias is added.
+    """
     pixels = height * width
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     frame = (tl.program_id(1) // CHANNELS).to(tl.int64)
@@ -82,8 +85,8 @@ def _sum_taps_kernel(
                     at = above * width + left
                 plane = ((frame + t) * (T * Y * X) + (t * Y + y) * X + x) * CHANNELS + channel
                 taken = tl.load(products_ptr + plane * pitch + at, mask=inside, other=0.0)
-                acc += taken.to(tl.float32)
-    acc = acc.to(products_ptr.dtype.element_ty).to(tl.float32) + tl.load(bias_ptr + channel).to(tl.float32)
+                acc += taken
+    acc = acc.to(rows_ptr.dtype.element_ty).to(tl.float32) + tl.load(bias_ptr + channel).to(tl.float32)
     tl.store(y_ptr + channel * stride_y_c + frame * to_pixels + to, acc, mask=there)
 
 
@@ -113,9 +116,9 @@ def _bind_taps(rows: Tensor, weight: Tensor, bias: Tensor, bordered: bool) -> Ca
         for sample in range(samples):
             for part in some:
                 seen = rows[sample, part.start : part.stop + around].view(-1, pixels, channels_in)
-                products = rows.new_empty(len(seen), planes, pitch)
+                products = rows.new_empty(len(seen), planes, pitch, dtype=torch.float32)
                 _multiply(columns, seen, products)
-                launches[part.stop - part.start](products, bias, y[sample, :, part])
+                launches[part.stop - part.start](products, rows, bias, y[sample, :, part])
         return y
 
     return run
@@ -129,15 +132,23 @@ def _multiply(columns: Tensor, seen: Tensor, products: Tensor) -> None:
     (frames, pixels, channels), pitch = seen.shape, products.shape[2]
     whole = frames if pitch == pixels else frames - 1
     long = seen.as_strided((whole, channels, pitch), (pixels * channels, 1, channels))
-    torch.bmm(columns.expand(whole, -1, -1), long, out=products[:whole])
+    _product(columns.expand(whole, -1, -1), long, products[:whole])
     if whole < frames:
-        torch.bmm(columns[None], seen[-1:].transpose(1, 2), out=products[-1:, :, :pixels])
+        _product(columns[None], seen[-1:].transpose(1, 2), products[-1:, :, :pixels])
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """``out = a @ b`` of batches, in float32 from inputs of fewer bits; only CUDA has it as one call."""
+    if a.dtype == torch.float32 or not a.is_cuda:
+        torch.bmm(a.float(), b.float(), out=out)
+    else:
+        torch.bmm(a, b, torch.float32, out=out)
 
 
 def _frames_at_once(rows: Tensor, planes: int, around: int) -> int:
-    """Output frames whose products are no more numbers than the clip has, nor than ``MOST_PRODUCTS``."""
+    """Output frames whose products take no more memory than the clip, and are no more than ``MOST_PRODUCTS``."""
     frame = planes * rows.shape[2] * rows.shape[3]
-    return max(min(MOST_PRODUCTS, rows[:1].numel()) // frame - around, 1)
+    return max(min(MOST_PRODUCTS, rows[:1].nbytes // torch.float32.itemsize) // frame - around, 1)
 
 
 def _cudnn(rows: Tensor, weight: Tensor, bias: Tensor, bordered: bool) -> Tensor:

@@ -448,7 +448,7 @@ def _bind(*args: Any) -> Callable[..., list[Tensor]]:
             laid_out = zip(tensors, dtypes, strict=True)
             tensors = tuple(None if t is None else t.to(kind).contiguous() for t, kind in laid_out)
         x, residual = tensors[0], tensors[3]
-        read = tensors if pairs is None else (*tensors[:3], residual.view(pairs), *tensors[4:])
+        read = tensors if pairs is None else (*tensors[:3], _in_pairs(residual, pairs), *tensors[4:])
         y = x.new_empty(padded, dtype=y_dtype)
         if not stores:
             launch(*read, None, y)
@@ -461,6 +461,11 @@ def _bind(*args: Any) -> Callable[..., list[Tensor]]:
         return [z, y]
 
     return run
+
+
+def _in_pairs(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Two numbers of a contiguous ``x`` as one of ``dtype``; a copy's, where x begins in the middle of a pair."""
+    return (x.clone() if x.storage_offset() % 2 else x).view(dtype)
 
 
 def _reference(*args: Any) -> list[Tensor]:

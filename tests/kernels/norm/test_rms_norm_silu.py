@@ -221,6 +221,16 @@ def test_behind_an_upsampler(
 
 
 @torch.no_grad()
+def test_a_residual_that_begins_in_the_middle_of_a_pair(device: torch.device) -> None:
+    cells, gamma, given = draw_enlarged((1, 3, 2, 4, 32), 2, 2, 1, torch.float16, device)
+    expected = rms_norm_silu(cells, gamma, **given, impl="triton")
+    residual = given["residual"]
+    wide = residual.new_zeros(residual.numel() + 1)
+    given["residual"] = wide[1:].view(residual.shape).copy_(residual)
+    assert all(map(torch.equal, rms_norm_silu(cells, gamma, **given, impl="triton"), expected))
+
+
+@torch.no_grad()
 def test_a_residual_whose_channels_the_kernel_cannot_repeat_runs_in_torch(device: torch.device) -> None:
     cells, gamma, given = draw_enlarged((1, 3, 2, 4, 42), 4, 2, 1, torch.float16, device)
     with listening() as events:
