@@ -8,10 +8,18 @@ at the size of the clip for each of 37 norms; what is left are the convolutions 
 from __future__ import annotations
 
 from vidaccel.blocks.vae.autoencoder_kl_cogvideox import FusedCogVideoXDecoder3D
+from vidaccel.blocks.vae.autoencoder_kl_cogvideox_encoder import FusedCogVideoXEncoder3D
 from vidaccel.blocks.vae.tile_batches import TileBatches
 from vidaccel.blocks.vae.tile_blends import TileBlends
 from vidaccel.sites.rules import Swap
 
 __all__ = ["RULES"]
 
-RULES = {"AutoencoderKLCogVideoX": (Swap(FusedCogVideoXDecoder3D), TileBatches(), TileBlends())}
+RULES = {
+    "AutoencoderKLCogVideoX": (
+        Swap(FusedCogVideoXEncoder3D),
+        Swap(FusedCogVideoXDecoder3D),
+        TileBatches(),
+        TileBlends(),
+    ),
+}

@@ -109,7 +109,7 @@ def placed(drawn: str, text: str) -> str:
     return f"{head}{begin}\n{drawn}\n{end}{tail}"
 
 
-_ORDER = ("denoiser", "vae", "end-to-end")  # of scopes
+_ORDER = ("denoiser", "vae", "encode", "end-to-end")  # of scopes
 _SUMMARY_COLUMNS = (
     "call",
     "stock",

@@ -126,6 +126,16 @@ def test_half_precision_is_held_against_float32(tiny_bench: Bench) -> None:
     assert "psnr_min_to_reference_db" in patched and "error_to_eager" not in eager
 
 
+@pytest.mark.parametrize("synthetic", ["svd", "wan2.1-t2v-1.3b"], ids=["frame-by-frame", "clip"])
+def test_an_encode_takes_back_what_was_decoded(synthetic: str, bench: Bench) -> None:
+    code, record = bench("--synthetic", synthetic, "--size", "tiny", "--scope", "encode", "--variants", "patched")
+    assert code == 0
+    eager, patched = record["results"]
+    assert eager["scope"] == patched["scope"] == "encode" and 0 < patched["error_to_eager"] < 1e-5
+    assert "psnr_min_to_eager_db" not in patched  # latents are no pictures
+    assert record["shapes"]["encode"] == [{"x": {"svd": "3x3x32x32"}.get(synthetic, "1x3x9x32x48")}]
+
+
 @pytest.fixture
 def backend() -> Iterator[Callable[[Callable[..., Any]], None]]:
     """Name a backend of torch.compile ``"odd"``, which runs a graph's outputs through a function."""
@@ -371,7 +381,7 @@ def test_time_limit_of_ops(bench: Bench) -> None:
     [
         pytest.param(["--synthetic", "sora"], "svd, svd-xt", id="family"),
         pytest.param(["--op", "matmul"], "--op matmul: unknown; there are ", id="op"),
-        pytest.param(["--scope", "all"], "scopes are denoiser, vae, end-to-end", id="scope"),
+        pytest.param(["--scope", "all"], "scopes are denoiser, vae, encode, end-to-end", id="scope"),
         pytest.param(["--variants", "compile+faster"], "unknown faster", id="variant"),
         pytest.param(["--synthetic", "svd", "--size", "tiny", "--only", "no_op"], "ops are: ", id="site"),
         pytest.param(["--synthetic", "svd", "--prompt", "a cat"], "--prompt means nothing to", id="prompt"),

@@ -149,7 +149,7 @@ class _Yardstick:
         for name, other in ((self._first_variant, self._first), ("reference", self._reference)):
             if other is not None and other is not output:
                 row[f"error_to_{name}"] = relative_error(output, other)
-                if self._scope != "denoiser":
+                if self._scope not in ("denoiser", "encode"):
                     worst = psnr(_frames(self._scope, output), _frames(self._scope, other)).min()
                     row[f"psnr_min_to_{name}_db"] = float(worst)
         return row

@@ -32,17 +32,22 @@ def load_subject(args: argparse.Namespace, device: torch.device, dtype: torch.dt
     if args.only or args.skip:
         model.check_sites(args.only, args.skip)
     request = resolve(model, request_from_arguments(args))
-    arguments = call_arguments(model.pipeline_class, request, _stand_ins(request) if args.scope == "vae" else None)
+    arguments = call_arguments(model.pipeline_class, request, _stand_ins(request) if _of_vae(args) else None)
     return load_pipeline(model, dtype, device, show_progress=True), arguments
 
 
+def _of_vae(args: argparse.Namespace) -> bool:
+    """Whether the VAE alone is timed, and what leads up to its latents does not matter."""
+    return args.scope in ("vae", "encode")
+
+
 def _stand_ins(request: ClipRequest) -> dict[str, Any]:
-    """What a clip may be made from whose decode alone is timed: that takes as long for any other."""
+    """What a clip may be made from whose VAE alone is timed: that takes as long for any other."""
     return {"prompt": "a clip", "image": Image.new("RGB", (request.width or 512, request.height or 512), "grey")}
 
 
 def _synthetic(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Subject:
-    specified = specification(args.synthetic, args.size, shallow_denoiser=args.scope == "vae")
+    specified = specification(args.synthetic, args.size, shallow_denoiser=_of_vae(args))
     call = specified["call"]
     call["num_inference_steps"] = min(call["num_inference_steps"], _SYNTHETIC_STEPS)
     request = request_from_arguments(args)

@@ -82,9 +82,9 @@ def without_benchmark(variant: str) -> str:
 
 
 def measured_modules(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
-    """The denoiser and the VAE's decoder: what the scopes time by themselves, and what is compiled."""
+    """The denoiser and the VAE's decoder and encoder: what the scopes time by themselves, and what is compiled."""
     denoiser = getattr(pipe, "unet", None) or pipe.transformer
-    return {"denoiser": denoiser, "vae": pipe.vae.decoder}
+    return {"denoiser": denoiser, "vae": pipe.vae.decoder, "encode": pipe.vae.encoder}
 
 
 def dtype_of(pipe: DiffusionPipeline) -> torch.dtype:

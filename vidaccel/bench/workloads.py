@@ -1,8 +1,8 @@
-"""What is timed: the denoiser's call, the VAE's decode, and the whole pipeline.
+"""What is timed: the denoiser's call, the VAE's decode and encode, and the whole pipeline.
 
 The calls of the denoiser and the decoder are recorded from one real run of the pipeline, so they have its batch,
-shapes, dtypes and extra arguments whatever the family. For timing their latents are drawn anew; text, image and time
-step stay, as the text and the image of a clip do from step to step.
+shapes, dtypes and extra arguments whatever the family; what the decoder gave is what is encoded. For timing latents and
+pixels are drawn anew; text, image and time step stay, as the text and the image of a clip do from step to step.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vidaccel.patching.model_call import DecodeCall
 __all__ = ["SCOPES", "ModuleCall", "ModuleWorkload", "PipelineWorkload", "Workload", "workloads"]
 
 # The whole pipeline comes last: it finds its parts compiled by the other scopes, and compiles nothing twice.
-SCOPES = ("denoiser", "vae", "end-to-end")
+SCOPES = ("denoiser", "vae", "encode", "end-to-end")
 
 _INPUT_SETS = 3
 
@@ -88,6 +88,18 @@ class _WholeDecode(nn.Module):
             yield
         finally:
             del self.vae.decode
+
+
+class _WholeEncode(nn.Module):
+    """The encode of a VAE, as image- and video-to-video begin with it: pixels to the mean of the latents."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, x: Tensor) -> Tensor:
+        latents: Tensor = self.vae.encode(x, return_dict=False)[0].mode()
+        return latents
 
 
 def _decodes_in_pieces(vae: Any) -> bool:
@@ -199,17 +211,33 @@ def workloads(
 ) -> dict[str, Workload]:
     """What there is to time in each of ``scopes``; of the VAE its decoder, or the ``whole_decode``."""
     end_to_end = PipelineWorkload(pipe, arguments, seed)
-    modules = {name: module for name, module in measured_modules(pipe).items() if name in scopes}
+    recorded = {"vae" if scope == "encode" else scope for scope in scopes}
+    modules = {name: module for name, module in measured_modules(pipe).items() if name in recorded}
     if "vae" in modules and (whole_decode or _decodes_in_pieces(pipe.vae)):
         modules["vae"] = _WholeDecode(pipe.vae)
     calls = _recorded_calls(modules, end_to_end.output) if modules else {}
-    made: dict[str, Workload] = {name: ModuleWorkload(modules[name], calls[name], seed) for name in modules}
+    if "encode" in scopes:
+        modules["encode"], calls["encode"] = _WholeEncode(pipe.vae), _calls_of_encoder(modules["vae"], calls["vae"])
+    made: dict[str, Workload] = {
+        name: ModuleWorkload(modules[name], calls[name], seed) for name in SCOPES if name in modules and name in scopes
+    }
     return made | ({"end-to-end": end_to_end} if "end-to-end" in scopes else {})
 
 
+@torch.no_grad()
+def _calls_of_encoder(decoder: nn.Module, calls: list[ModuleCall]) -> list[ModuleCall]:
+    """For each call of ``decoder`` one of the encoder, which takes back what that has given."""
+    return [ModuleCall((out,), {}) for out in _outputs(decoder, calls)]
+
+
+def _outputs(module: nn.Module, calls: list[ModuleCall]) -> Iterator[Tensor]:
+    for call in calls:
+        out = module(*call.args, **call.kwargs)
+        yield out if isinstance(out, Tensor) else out[0]
+
+
 def _output(module: nn.Module, calls: list[ModuleCall]) -> Tensor:
-    outputs = (module(*call.args, **call.kwargs) for call in calls)
-    made = [(out if isinstance(out, Tensor) else out[0]).float().cpu() for out in outputs]
+    made = [out.float().cpu() for out in _outputs(module, calls)]
     alike = len({out.shape[1:] for out in made}) == 1
     return torch.cat(made if alike else [out.flatten() for out in made])  # tiles at the edges are smaller
 

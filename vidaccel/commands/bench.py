@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scope",
         default="denoiser,vae,end-to-end",
         metavar="LIST",
-        help="what to time: one denoiser call, the decode of one clip, the whole pipeline (default: %(default)s)",
+        help="what to time: denoiser, one call of it; vae, the decode of one clip; encode, that of the same clip; "
+        "end-to-end, the whole pipeline (default: %(default)s)",
     )
     parser.add_argument(
         "--variants",

@@ -17,7 +17,7 @@ is decoded too, and is handed out call by call. What has been decoded ahead stan
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -68,7 +68,16 @@ from vidaccel.parallel.ranks import Agreement, Ranks
 from vidaccel.sites.block import SITES, call_site, cut_corner, fuses, looking_reason, unserved_reason
 from vidaccel.sites.plain import plain_reason
 
-__all__ = ["FusedCogVideoXDecoder3D", "decode_bytes"]
+__all__ = [
+    "CAUSAL",
+    "Cache",
+    "FusedCogVideoXDecoder3D",
+    "cache_of",
+    "causal_reason",
+    "decode_bytes",
+    "halos_of",
+    "resnet_reasons",
+]
 
 CAUSAL = Padding(before=2, frame_mode="replicate")
 _MARGIN = 1.1  # the allocator's rounding, the convolutions' workspaces, all that is small
@@ -266,9 +275,9 @@ class FusedCogVideoXDecoder3D(TileDecoder, CogVideoXDecoder3D):
 
     def fused_forward(self, clip: Tensor, ends: tuple[int, ...], carried: _Carried) -> Tensor:
         keep = len(ends) == 1  # others may follow, which a whole clip is not
-        pixels, halos = _Decode(self, clip, ends).run(_halos_of(self, carried.before or {}), keep)
+        pixels, halos = _Decode(self, clip, ends).run(halos_of(self, carried.before or {}), keep)
         if keep:
-            carried.after = _cache_of(self, halos)
+            carried.after = cache_of(self, halos)
         return pixels
 
 
@@ -442,23 +451,26 @@ def _doubled(frames: Tensor) -> Tensor:
     return out
 
 
-def _cached_convs(decoder: Any) -> Iterator[tuple[tuple[str, ...], nn.Module]]:
-    """The convolutions that look back, and where stock's cache has what they look at."""
-    yield ("conv_in",), decoder.conv_in
-    blocks = {"mid_block": decoder.mid_block}
-    blocks |= {f"up_block_{at}": block for at, block in enumerate(decoder.up_blocks)}
+def _cached_convs(coder: Any) -> Iterator[tuple[tuple[str, ...], nn.Module]]:
+    """The convolutions that look back, in their order, and where stock's cache has what they look at."""
+    yield ("conv_in",), coder.conv_in
+    down, up = (
+        {f"{way}_block_{at}": block for at, block in enumerate(getattr(coder, f"{way}_blocks", ()))}
+        for way in ("down", "up")
+    )
+    blocks = {**down, "mid_block": coder.mid_block, **up}
     for name, block in blocks.items():
         for at, resnet in enumerate(block.resnets):
             yield (name, f"resnet_{at}", "conv1"), resnet.conv1
             yield (name, f"resnet_{at}", "conv2"), resnet.conv2
-    yield ("conv_out",), decoder.conv_out
+    yield ("conv_out",), coder.conv_out
 
 
-def _halos_of(decoder: Any, cache: Cache) -> Halos:
+def halos_of(coder: Any, cache: Cache) -> Halos:
     """What stock's cache has, as rows."""
     halos: Halos = {}
     if cache:
-        for path, conv in _cached_convs(decoder):
+        for path, conv in _cached_convs(coder):
             found: Any = cache
             for name in path:
                 found = found[name]
@@ -466,10 +478,10 @@ def _halos_of(decoder: Any, cache: Cache) -> Halos:
     return halos
 
 
-def _cache_of(decoder: Any, halos: Halos) -> Cache:
+def cache_of(coder: Any, halos: Halos) -> Cache:
     """What stock's cache would have, but for what it never reads."""
     cache: Cache = {}
-    for (*outer, name), conv in _cached_convs(decoder):
+    for (*outer, name), conv in _cached_convs(coder):
         inner = cache
         for step in outer:
             inner = inner.setdefault(step, {})
@@ -513,28 +525,28 @@ def _channels_held(decoder: Any) -> Iterator[int]:
 
 def _reasons(decoder: Any) -> Iterator[str | None]:
     yield plain_reason(decoder.conv_act, nn.SiLU)
-    yield _causal_reason(decoder.conv_in, 3)
+    yield causal_reason(decoder.conv_in, 3)
     yield plain_reason(decoder.mid_block, CogVideoXMidBlock3D)
     for resnet in decoder.mid_block.resnets:
-        yield from _resnet_reasons(resnet)
+        yield from resnet_reasons(resnet, _norm_reasons)
     for block in decoder.up_blocks:
         yield plain_reason(block, CogVideoXUpBlock3D)
         for resnet in block.resnets:
-            yield from _resnet_reasons(resnet)
+            yield from resnet_reasons(resnet, _norm_reasons)
         for upsampler in block.upsamplers or ():
             yield plain_reason(upsampler, CogVideoXUpsample3D)
             yield conv_reason(upsampler.conv, nn.Conv2d, (3, 3), (1, 1))
     yield from _norm_reasons(decoder.norm_out)
-    yield _causal_reason(decoder.conv_out, 3)
+    yield causal_reason(decoder.conv_out, 3)
 
 
-def _resnet_reasons(resnet: Any) -> Iterator[str | None]:
+def resnet_reasons(resnet: Any, norm_reasons: Callable[[Any], Iterator[str | None]]) -> Iterator[str | None]:
     yield plain_reason(resnet, CogVideoXResnetBlock3D)
     yield plain_reason(resnet.nonlinearity, nn.SiLU)
     yield dropout_reason(resnet.dropout)
     for norm, conv in ((resnet.norm1, resnet.conv1), (resnet.norm2, resnet.conv2)):
-        yield from _norm_reasons(norm)
-        yield _causal_reason(conv, 3)
+        yield from norm_reasons(norm)
+        yield causal_reason(conv, 3)
     if resnet.in_channels != resnet.out_channels:
         yield conv_reason(resnet.conv_shortcut, CogVideoXSafeConv3d, (1, 1, 1), (0, 0, 0))
 
@@ -542,11 +554,11 @@ def _resnet_reasons(resnet: Any) -> Iterator[str | None]:
 def _norm_reasons(norm: Any) -> Iterator[str | None]:
     yield plain_reason(norm, CogVideoXSpatialNorm3D)
     yield plain_reason(norm.norm_layer, nn.GroupNorm)
-    yield _causal_reason(norm.conv_y, 1)
-    yield _causal_reason(norm.conv_b, 1)
+    yield causal_reason(norm.conv_y, 1)
+    yield causal_reason(norm.conv_b, 1)
 
 
-def _causal_reason(conv: Any, side: int) -> str | None:
+def causal_reason(conv: Any, side: int) -> str | None:
     if reason := plain_reason(conv, CogVideoXCausalConv3d):
         return reason
     if conv.pad_mode == "replicate" or conv.time_kernel_size != side:

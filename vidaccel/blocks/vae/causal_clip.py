@@ -366,13 +366,19 @@ def structure_reason(coder: nn.Module, reasons: Callable[..., Iterable[str | Non
     return None
 
 
-def conv_reason(conv: Any, kind: type[nn.Module], taps: tuple[int, ...], padding: tuple[int, ...]) -> str | None:
-    """Why ``conv`` is no ``kind`` of so many taps and zeros around, of stride 1 and with a bias, or None."""
+def conv_reason(
+    conv: Any,
+    kind: type[nn.Module],
+    taps: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...] | None = None,
+) -> str | None:
+    """Why ``conv`` is no ``kind`` of so many taps and zeros around, of this stride (1) and with a bias, or None."""
     if reason := plain_reason(conv, kind):
         return reason
     ones = (1,) * len(taps)
     found = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
-    plain = found == (taps, ones, padding, ones, 1, "zeros") and conv.bias is not None
+    plain = found == (taps, stride or ones, padding, ones, 1, "zeros") and conv.bias is not None
     return None if plain else "a convolution is not a plain one"
 
 
