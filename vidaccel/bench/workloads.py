@@ -1,8 +1,9 @@
 """What is timed: the denoiser's call, the VAE's decode and encode, and the whole pipeline.
 
 The calls of the denoiser and the decoder are recorded from one real run of the pipeline, so they have its batch,
-shapes, dtypes and extra arguments whatever the family; what the decoder gave is what is encoded. For timing latents and
-pixels are drawn anew; text, image and time step stay, as the text and the image of a clip do from step to step.
+shapes, dtypes and extra arguments whatever the family; pixels of the shapes that the decoder gave are what is encoded.
+For timing latents and pixels are drawn anew; text, image and time step stay, as the text and the image of a clip do
+from step to step.
 """
 
 from __future__ import annotations
@@ -111,9 +112,20 @@ class _AllRecordedError(Exception):
     """Ends a run of the pipeline of which nothing more is needed."""
 
 
-def _recorded_calls(modules: dict[str, nn.Module], run: Callable[[], object]) -> dict[str, list[ModuleCall]]:
-    """Copies of the arguments of one call of the denoiser, and of all those of a decode, made by ``run``."""
+def _recorded_calls(
+    modules: dict[str, nn.Module], run: Callable[[], object]
+) -> tuple[dict[str, list[ModuleCall]], list[Tensor]]:
+    """What ``run`` calls.
+
+    Returns:
+        Copies of the arguments of one call of the denoiser, and of all those of a decode; and what these have given,
+        on the meta device.
+    """
     calls: dict[str, list[ModuleCall]] = {name: [] for name in modules}
+    pixels: list[Tensor] = []
+
+    def note_pixels(module: nn.Module, args: Any, out: Any) -> None:
+        pixels.append((out if isinstance(out, Tensor) else out[0]).to("meta"))
 
     def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if name != "denoiser" or not calls[name]:
@@ -126,8 +138,10 @@ def _recorded_calls(modules: dict[str, nn.Module], run: Callable[[], object]) ->
             if isinstance(module, _WholeDecode):
                 hooks.enter_context(module.standing_in())
             hooks.callback(module.register_forward_pre_hook(partial(note, name), with_kwargs=True).remove)
+            if name == "vae":
+                hooks.callback(module.register_forward_hook(note_pixels).remove)
         run()
-    return calls
+    return calls, pixels
 
 
 class Workload(Protocol):
@@ -215,31 +229,28 @@ def workloads(
     modules = {name: module for name, module in measured_modules(pipe).items() if name in recorded}
     if "vae" in modules and (whole_decode or _decodes_in_pieces(pipe.vae)):
         modules["vae"] = _WholeDecode(pipe.vae)
-    calls = _recorded_calls(modules, end_to_end.output) if modules else {}
+    calls, pixels = _recorded_calls(modules, end_to_end.output) if modules else ({}, [])
     if "encode" in scopes:
-        modules["encode"], calls["encode"] = _WholeEncode(pipe.vae), _calls_of_encoder(modules["vae"], calls["vae"])
+        generator = torch.Generator(next(pipe.vae.parameters()).device).manual_seed(seed)
+        modules["encode"] = _WholeEncode(pipe.vae)
+        calls["encode"] = [ModuleCall((_drawn_like(x, generator),), {}) for x in pixels]
     made: dict[str, Workload] = {
         name: ModuleWorkload(modules[name], calls[name], seed) for name in SCOPES if name in modules and name in scopes
     }
     return made | ({"end-to-end": end_to_end} if "end-to-end" in scopes else {})
 
 
-@torch.no_grad()
-def _calls_of_encoder(decoder: nn.Module, calls: list[ModuleCall]) -> list[ModuleCall]:
-    """For each call of ``decoder`` one of the encoder, which takes back what that has given."""
-    return [ModuleCall((out,), {}) for out in _outputs(decoder, calls)]
-
-
-def _outputs(module: nn.Module, calls: list[ModuleCall]) -> Iterator[Tensor]:
-    for call in calls:
-        out = module(*call.args, **call.kwargs)
-        yield out if isinstance(out, Tensor) else out[0]
-
-
 def _output(module: nn.Module, calls: list[ModuleCall]) -> Tensor:
-    made = [out.float().cpu() for out in _outputs(module, calls)]
+    outputs = (module(*call.args, **call.kwargs) for call in calls)
+    made = [(out if isinstance(out, Tensor) else out[0]).float().cpu() for out in outputs]
     alike = len({out.shape[1:] for out in made}) == 1
     return torch.cat(made if alike else [out.flatten() for out in made])  # tiles at the edges are smaller
+
+
+def _drawn_like(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Random pixels, -1 to 1."""
+    drawn = torch.rand(pixels.shape, generator=generator, device=generator.device, dtype=pixels.dtype)
+    return 2 * drawn - 1
 
 
 def _redrawn(generator: torch.Generator, x: Tensor) -> Tensor:
