@@ -53,8 +53,14 @@ def _transformer(name: str, options: str, compiled: str = "compile_blocks,compil
 
 
 def _decoder(name: str, family: str, options: str, dtype: str = "bfloat16") -> Record:
-    scope = f"--scope vae --dtype {dtype} --warmup 1 --steps 1"  # of the denoiser, which only leads up to a decode
+    # the denoiser only leads up to a decode; fewer than two steps are too few for the schedulers of LTX and Mochi
+    scope = f"--scope vae --dtype {dtype} --warmup 1 --steps 2"
     return Record(name, f"--synthetic {family} {scope} --variants eager,patched,{CHANNELS_LAST} {options}")
+
+
+def _encoder(name: str, family: str, options: str = "") -> Record:
+    scope = "--scope encode --dtype bfloat16 --warmup 1 --steps 2 --repeats 5 --budget 4 --no-reference"
+    return Record(name, f"--synthetic {family} {scope} --variants eager,patched {options}")
 
 
 # torch.compile as it comes, and the switches under which it was fastest; those that take long first.
@@ -82,10 +88,17 @@ RECORDS = (
         "hunyuanvideo",
         "--height 480 --width 848 --frames 61 --repeats 3 --budget 12 --no-reference",
     ),
-    _decoder("mochi-vae", "mochi-1", "--steps 2 --frames 85 --repeats 3 --budget 12 --no-reference"),
+    _decoder("mochi-vae", "mochi-1", "--frames 85 --repeats 3 --budget 12 --no-reference"),
     _decoder("cogvideox-5b-vae", "cogvideox-5b", "--repeats 3 --budget 12"),
     _decoder("ltx-video-vae", "ltx-video-2b", "--repeats 9 --budget 3"),
     _decoder("ltx-2-vae", "ltx-2", "--repeats 9 --budget 3"),
+    _encoder("wan2.1-encode", "wan2.1-t2v-1.3b"),
+    _encoder("wan2.2-encode", "wan2.2-ti2v-5b"),
+    _encoder("hunyuanvideo1.5-encode", "hunyuanvideo1.5-480p"),
+    _encoder("hunyuanvideo-encode", "hunyuanvideo", "--height 480 --width 848 --frames 61"),
+    _encoder("cogvideox-5b-encode", "cogvideox-5b"),
+    _encoder("ltx-video-encode", "ltx-video-2b"),
+    _encoder("ltx-2-encode", "ltx-2"),
     _transformer("hunyuanvideo1.5-480p", "--repeats 3 --budget 20 --no-reference", "compile_blocks"),
     _transformer("wan2.1-t2v-14b", "--repeats 5 --budget 15 --no-reference", "compile_blocks"),
     _transformer("wan2.1-t2v-1.3b", "--repeats 7 --budget 5"),

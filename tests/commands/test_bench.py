@@ -31,7 +31,7 @@ from vidaccel.bench.settings import Settings
 from vidaccel.bench.synthetic import build_pipeline, configurations, pipeline_inputs, specification
 from vidaccel.bench.timing import time_call, time_calls, time_queued
 from vidaccel.bench.variants import applied, cudnn_benchmark, measured_modules, parse_variants
-from vidaccel.bench.workloads import workloads
+from vidaccel.bench.workloads import ModuleWorkload, workloads
 from vidaccel.cli import main
 from vidaccel.clips.generation import generate
 from vidaccel.clips.outputs import json_text
@@ -172,6 +172,17 @@ def test_interrupted_keeps_what_is_measured(bench: Bench, backend: Callable[...,
     code, record = bench("--op", "geglu", "--size", "tiny", "--compile-backend", "odd")
     assert code == 130
     assert not record["complete"] and [row["variant"] for row in record["results"]] == ["eager"]
+
+
+def test_nothing_is_held_against_an_output_that_is_not_finite(
+    tiny_bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    right = ModuleWorkload.output
+    monkeypatch.setattr(ModuleWorkload, "output", lambda workload: right(workload) * float("nan"))
+    code, record = tiny_bench("--scope", "vae", "--variants", "patched", "--quick")
+    assert code == 0 and {row["status"] for row in record["results"]} == {"ok"}
+    assert not [name for row in record["results"] for name in row if name.startswith(("error", "psnr", "bit"))]
+    assert "vae: eager's output is not finite: no error is measured" in caplog.text
 
 
 @pytest.mark.slow
@@ -652,8 +663,9 @@ def test_cudnn_tries_its_algorithms_for_a_convolution_that_has_run(device: torch
 
 
 @pytest.mark.slow
-def test_records_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain_pytorch: None) -> None:
-    name, skipped = "svd-xt-vae", ("--skip", "compile", "new-process")
+@pytest.mark.parametrize("name", ["svd-xt-vae", "ltx-video-vae", "mochi-vae", "ltx-2-encode"])
+def test_records_are_made_once(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain_pytorch: None) -> None:
+    skipped = "--skip", "compile", "new-process"
 
     def make() -> object:
         options = [str(tmp_path), "--tiny", "--only", name, *skipped, "--minutes", "5", "--commit", "abc"]
@@ -665,6 +677,7 @@ def test_records_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert make() == 0, (tmp_path / f"{name}.log").read_text()
     path = tmp_path / f"{name}.json"
     record = json.loads(path.read_text())
-    assert record["environment"]["commit"] == "abc" and list(rows(record)) == [("vae", "eager"), ("vae", "patched")]
+    scope = name.rpartition("-")[2]
+    assert record["environment"]["commit"] == "abc" and list(rows(record)) == [(scope, "eager"), (scope, "patched")]
     made = path.stat().st_mtime_ns
     assert make() == 0 and path.stat().st_mtime_ns == made

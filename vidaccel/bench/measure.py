@@ -127,7 +127,10 @@ class _Yardstick:
         self._reference: Tensor | None = None
 
     def adopt(self, output: Tensor, workload: Workload) -> None:
-        """Take the first variant's output, and let its workload compute the float32 one."""
+        """Take the first variant's output, if it is finite, and let its workload compute the float32 one."""
+        if not output.isfinite().all():
+            logger.warning("%s: %s's output is not finite: no error is measured", self._scope, self._first_variant)
+            return
         self._first = output
         if self._with_reference:
             try:
@@ -139,11 +142,11 @@ class _Yardstick:
         """Relative L2 errors, and for frames the PSNR of the worst one.
 
         Raises:
-            ArithmeticError: the output holds an infinity or a NaN where the first one's holds none.
+            ArithmeticError: the output holds an infinity or a NaN, the first one's holds none.
         """
         if self._first is None:
             return {}
-        if self._first.isfinite().all() and not output.isfinite().all():
+        if not output.isfinite().all():
             raise ArithmeticError(f"the output is not finite, {self._first_variant}'s is")
         row: Row = {"bit_identical": torch.equal(output, self._first)}
         for name, other in ((self._first_variant, self._first), ("reference", self._reference)):
