@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from operator import getitem
+from operator import getitem, itemgetter
 from typing import Any
 
 import torch.nn.functional as F
@@ -22,7 +22,8 @@ from vidaccel.sites.plain import functions_of, hook_reason, hooks_on_all, stock_
 
 __all__ = ["Premises", "capture_reason"]
 
-_TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+_TABLES = ("_modules", "_forward_hooks", "_forward_pre_hooks")
+_PLAIN = (nn.Parameter, Tensor)
 _OF_EVERY_MODULE = frozenset([*vars(nn.Module()), CALL_SLOT])
 
 
@@ -34,7 +35,7 @@ def capture_reason(model: nn.Module) -> str | None:
         if module.training:
             return "it is in training mode"
     for weight in (*model.parameters(), *model.buffers()):
-        if type(weight) not in (nn.Parameter, Tensor):
+        if type(weight) not in _PLAIN:
             return f"a weight of it is a {type(weight).__name__}, not a plain tensor"
     return None
 
@@ -71,12 +72,7 @@ class Premises:
         self._processor_kinds = list(map(type, self._processors))
         self._of_processors = list(map(vars, self._processors))
         self._of_processors_then = list(map(dict, self._of_processors))
-        self._weights = [x for x in (*model.parameters(), *model.buffers()) if type(x) in (nn.Parameter, Tensor)]
-        self._places = list(map(Tensor.data_ptr, self._weights))
-        # One weight of each rank stands for all: a change of dtype or memory order that ends at the very same
-        # addresses has to go through another device, and takes the whole model there.
-        self._samples = list({weight.ndim: weight for weight in self._weights}.values())
-        self._layouts = _layouts(self._samples)
+        self._weights = _Weights(modules)
 
     def hold(self) -> bool:
         """Whether every decision would be taken as before."""
@@ -93,8 +89,7 @@ class Premises:
                 and self._values_then == list(map(getitem, self._owners, self._names))
                 and self._tables == self._tables_then
                 and self._containers == self._containers_then
-                and self._places == list(map(Tensor.data_ptr, self._weights))
-                and self._layouts == _layouts(self._samples)
+                and self._weights.hold()
             )
         except Exception:  # a tensor stands where another stood, and does not compare to one bool
             return False
@@ -105,6 +100,43 @@ class Premises:
             return self._of_processors == self._of_processors_then
         except Exception:
             return False
+
+
+class _Weights:
+    """The parameters and buffers of ``modules`` as they are. None is kept alive: who replaces one may need its room."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self._tables = [vars(module)[name] for module in modules for name in ("_parameters", "_buffers")]
+        self._sizes = list(map(len, self._tables))
+        named = [(type(x) in _PLAIN, own, name, x) for own in self._tables for name, x in own.items()]
+        named.sort(key=itemgetter(0), reverse=True)
+        self._owners, self._names = [own for _, own, _, _ in named], [name for _, _, name, _ in named]
+        found = [x for _, _, _, x in named]
+        self._ids = list(map(id, found))
+        self._gone: list[Any] = []  # as long as all are alive, nothing else has the id of one
+        self._refs = [weakref.ref(x, self._gone.append) if isinstance(x, Tensor) else x for x in found]
+        self._plain = sum(plain for plain, _, _, _ in named)  # how many of the first
+        weights = found[: self._plain]
+        self._places = list(map(Tensor.data_ptr, weights))
+        # One weight of each rank stands for all: a change of dtype or memory order that ends at the very same
+        # addresses has to go through another device, and takes the whole model there.
+        self._samples = list({weight.ndim: i for i, weight in enumerate(weights)}.values())
+        self._layouts = self._layouts_of(weights)
+
+    def hold(self) -> bool:
+        """Whether the same tensors have the same names, and lie where they lay."""
+        found: list[Any] = list(map(getitem, self._owners, self._names))
+        weights = found[: self._plain]
+        return (
+            self._ids == list(map(id, found))
+            and not self._gone
+            and self._sizes == list(map(len, self._tables))
+            and self._places == list(map(Tensor.data_ptr, weights))
+            and self._layouts == self._layouts_of(weights)
+        )
+
+    def _layouts_of(self, weights: list[Tensor]) -> list[Any]:
+        return [(weights[i].dtype, weights[i].device, weights[i].stride()) for i in self._samples]
 
 
 def _own_attributes(model: nn.Module) -> dict[str, Any]:
@@ -120,10 +152,6 @@ def _kinds(modules: list[nn.Module]) -> list[type]:
 def _functions(owners: list[Any], names: list[str]) -> list[Any]:
     """What calls of instances run, and what runs at a call of any module."""
     return [*map(getattr, owners, names), *hooks_on_all(), F.scaled_dot_product_attention]
-
-
-def _layouts(weights: list[Tensor]) -> list[Any]:
-    return [(weight.dtype, weight.device, weight.stride()) for weight in weights]
 
 
 def _processors(module: nn.Module) -> Iterator[Any]:
