@@ -43,6 +43,7 @@ __all__ = [
     "heads_apart",
     "heads_of",
     "in_float64",
+    "is_changed",
     "lean",
     "near",
     "perturbing",
@@ -277,7 +278,7 @@ def disagreement(
     with torch.no_grad():
         suspects = torch.zeros(len(parts) + 1, dtype=torch.int32, device=outputs[0].device)
         for copy, x in given:
-            suspects[-1] += _is_changed(copy, x)
+            suspects[-1] += is_changed(copy, x)
         for at, part in enumerate(parts):
             mine, expected = part.of(outputs), _referred(op, part, part.args)
             if problem := _shapes_differ(mine, expected):
@@ -355,9 +356,9 @@ def _describe(x: Tensor) -> str:
     return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
 
 
-def _is_changed(copy: Tensor, x: Tensor) -> Tensor:
+def is_changed(copy: Tensor, x: Tensor) -> Tensor:
     """Whether a copy of ``x`` holds other bits by now, a bool on the device."""
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(x.element_size(), x.dtype)
     return (copy.view(bits) != x.view(bits)).any()
 
 

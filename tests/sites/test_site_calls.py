@@ -20,7 +20,7 @@ from vidaccel.blocks.unet.normalization import FusedGroupNorm
 from vidaccel.kernels.ffn import geglu as geglu_file
 from vidaccel.kernels.ffn.geglu import GEGLU as GEGLU_OP
 from vidaccel.kernels.op import Implementation
-from vidaccel.sites.block import SITES
+from vidaccel.sites.block import MOST_WHOLE, SITES
 from vidaccel.sites.plain import plain_reason
 from vidaccel.sites.rules import Swap
 
@@ -161,6 +161,25 @@ def test_what_lies_between_the_ops_is_checked(block: GEGLU, monkeypatch: pytest.
     with fused(block, FusedGEGLU) as sites:
         assert torch.equal(block(rows()), expected)
         assert {site.state for site in sites.values()} == {"failed"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [50, MOST_WHOLE // 16 + 1], ids=["whole", "cut"])
+def test_a_block_that_writes_to_its_input_fails_and_the_call_is_right(
+    tokens: int, block: GEGLU, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(self: FusedGEGLU, x: Tensor) -> Tensor:
+        out = right(self, x)
+        x.mul_(1.3)
+        return out
+
+    x = torch.randn(1, tokens, 16)
+    given, expected, right = x.clone(), block(x), FusedGEGLU.fused_forward
+    monkeypatch.setattr(FusedGEGLU, "fused_forward", run)
+    with fused(block, FusedGEGLU) as sites:
+        assert torch.equal(block(x), expected) and torch.equal(x, given)
+        assert {site.state for site in sites.values()} == {"failed"}
+        assert all("changes its arguments" in site.reason for site in sites.values())
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from vidaccel.environment import memory_ran_out
 from vidaccel.errors import first_line
 from vidaccel.kernels import settings
-from vidaccel.kernels.check import Verdicts, in_float64, near, perturbing
+from vidaccel.kernels.check import Verdicts, in_float64, is_changed, near, perturbing
 from vidaccel.kernels.op import Event, capturing, listening, overheard
 from vidaccel.kernels.sampling import count_check, forget_samples, times_right
 from vidaccel.kernels.without_plans import WithoutPlans
@@ -85,6 +85,7 @@ FIRST_RECHECK, RECHECK_SPREAD, RECHECK_GROWTH = 32, 128, 4
 MOST_SEEN = 1024  # kinds of calls that a block remembers
 GRADIENTS = "gradients are being recorded (fused sites serve inference only: use torch.no_grad())"
 FORWARD_GRADIENTS = "gradients are being taken forwards (torch.func.jvp), and fused sites serve inference only"
+CHANGES_ARGUMENTS = "the block changes its arguments"
 NO_NUMBERS = "its tensors have no numbers to go by (meta device, FakeTensorMode, torch.jit.trace, torch.func)"
 
 Block = TypeVar("Block", bound="type[FusedBlock]")
@@ -452,9 +453,11 @@ def _heard(
     try:
         # not where a clip is spread over ranks: the others would wait for what the corner's blocks send
         problem = _problem_of_kind(kind, host, sites, plan, args, kwargs) if judged and not layout() else None
+        given = _with_copies(args, kwargs) if problem == CHANGES_ARGUMENTS else []
         together = checked and not unsafe and not layout() and host.can_run_again(args, kwargs)
         run = _judged_together if together else _listened
         out, events = run(host, sites, args, kwargs, checked, checked and not unsafe and not problem)
+        _put_back(given)
         # Where a block below is at fault, it has failed by now, and this one is right.
         if wrong := problem and _problem_between_ops(kind, host, sites, args, kwargs):
             sites.fail(wrong)
@@ -556,8 +559,11 @@ def _problem_between_ops(
         with WithoutPlans():
             with going(original_way):
                 expected = _tensors(kind.original_forward(host, *args, **kwargs))
+            given = _with_copies(args, kwargs)
             with going(fused_way), listening(only_references=True):
                 found = _tensors(host.fused_forward(*args, **kwargs))
+        if _put_back(given):
+            return CHANGES_ARGUMENTS
         if not any(map(near, found, expected)):
             return None
         # It may be the original that is wrong, or both: a norm of a near constant, or of next to nothing, is roundings.
@@ -593,6 +599,19 @@ def _changed(module: nn.Module, change: Callable[[Any], Any]) -> Iterator[None]:
     finally:
         for table, name, x in kept:
             table[name] = x
+
+
+def _with_copies(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    """Copies of the plain tensors of a call, each with what it was made of."""
+    return [(x.clone(), x) for x in _tensors((args, kwargs)) if type(x) is Tensor]
+
+
+def _put_back(given: list[tuple[Tensor, Tensor]]) -> bool:
+    """Undo what was written to tensors since they were copied; whether anything was."""
+    changed = [pair for pair in given if is_changed(*pair)]
+    for copy, x in changed:
+        x.copy_(copy)
+    return bool(changed)
 
 
 def _tensors(outputs: Any) -> list[Tensor]:
