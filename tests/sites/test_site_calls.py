@@ -164,6 +164,15 @@ def test_what_lies_between_the_ops_is_checked(block: GEGLU, monkeypatch: pytest.
 
 
 @torch.no_grad()
+def test_an_output_that_is_missing_fails_the_block(block: GEGLU, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = block(rows())
+    monkeypatch.setattr(FusedGEGLU, "fused_forward", lambda self, x: None)
+    with fused(block, FusedGEGLU) as sites:
+        assert torch.equal(block(rows()), expected)
+        assert all("returns 0 tensors, the original 1" in site.reason for site in sites.values())
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("tokens", [50, MOST_WHOLE // 16 + 1], ids=["whole", "cut"])
 def test_a_block_that_writes_to_its_input_fails_and_the_call_is_right(
     tokens: int, block: GEGLU, monkeypatch: pytest.MonkeyPatch

@@ -564,6 +564,8 @@ def _problem_between_ops(
                 found = _tensors(host.fused_forward(*args, **kwargs))
         if _put_back(given):
             return CHANGES_ARGUMENTS
+        if len(found) != len(expected):
+            return f"the block returns {len(found)} tensors, the original {len(expected)}"
         if not any(map(near, found, expected)):
             return None
         # It may be the original that is wrong, or both: a norm of a near constant, or of next to nothing, is roundings.
