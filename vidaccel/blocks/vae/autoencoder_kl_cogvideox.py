@@ -256,12 +256,11 @@ class FusedCogVideoXDecoder3D(TileDecoder, CogVideoXDecoder3D):
         return latents_reason(clip, self.conv_in.conv.weight)
 
     def corner(self, args: Any, kwargs: Any) -> Any:
-        clip, ends, carried = args
-        if carried.before:
-            return None
+        clip, ends, _ = args
         first = min(ends[0], 2 + ends[0] % 2)  # a batch as stock's caller has it, however long this one is
-        ends = (first, first + 2)[: len(ends)]
-        return cut_corner((clip[:1, :, : ends[-1]], ends, _Carried()), {}, most_whole=0)
+        ends = (first, first + 2, first + 4)[: max(len(ends), 2)]  # other calls come before a single one, or behind it
+        frames = [at % clip.shape[2] for at in range(ends[-1])]
+        return cut_corner((clip[:1, :, frames], ends, _Carried()), {}, most_whole=0)
 
     @classmethod
     def original_forward(cls, host: Any, clip: Tensor, ends: tuple[int, ...], carried: _Carried) -> Tensor:

@@ -64,7 +64,7 @@ from vidaccel.sites.plain import plain_reason, replaced_attention_reason
 __all__ = ["FusedHunyuanVideo15Decoder3D", "FusedHunyuanVideo15Encoder3D", "decode_bytes", "encode_bytes"]
 
 CAUSAL = Padding(before=2, border=1, frame_mode="replicate", pixel_mode="replicate")
-CORNER_FRAMES = 3  # of latents
+CORNER_FRAMES = 4  # of latents; what the last one looks back at is handed on (decode_in_chunks)
 CORNER_PIXELS = 2
 _MARGIN = 1.1  # the allocator's rounding, the borders, the convolutions' workspaces, all that is small
 

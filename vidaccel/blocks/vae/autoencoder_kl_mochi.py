@@ -55,7 +55,7 @@ from vidaccel.sites.plain import plain_reason
 __all__ = ["FusedMochiDecoder3D", "decode_bytes"]
 
 CAUSAL = Padding(before=2, border=1, frame_mode="replicate", pixel_mode="replicate")
-CORNER_FRAMES = 2
+CORNER_FRAMES = 3  # what the last one looks back at is handed on (decode_in_chunks)
 _MARGIN = 1.1  # the allocator's rounding, the borders, the convolutions' workspaces, all that is small
 
 

@@ -72,7 +72,7 @@ __all__ = ["FusedWanDecoder3d", "FusedWanEncoder3d"]
 
 # How many frames are encoded at once before they are asked for: times as many as have been so far, and at least.
 AHEAD, LEAST_AHEAD = 4, 32
-CORNER_FRAMES = 3
+CORNER_FRAMES = 4  # what the last one looks back at is handed on (decode_in_chunks)
 
 
 @dataclass(eq=False)
@@ -285,10 +285,13 @@ class FusedWanDecoder3d(TileDecoder, WanDecoder3d):
     def call_reason(self, clip: Tensor, progress: _Progress | None) -> str | None:
         return whole_clip_reason(self, clip, self.conv_in.weight, "frames")
 
+    def path_in_data(self, args: Any, kwargs: Any) -> Any:
+        return args[1].latents is None
+
     def corner(self, args: Any, kwargs: Any) -> Any:
         clip, progress = args
         if progress.latents is not None:
-            return None
+            clip = torch.cat([progress.latents[:, :, 1 - CORNER_FRAMES :], clip], dim=2)
         return cut_corner((clip[:, :, :CORNER_FRAMES], _Progress(progress.made)), {}, most_whole=0)
 
     @classmethod
@@ -411,9 +414,7 @@ class FusedWanEncoder3d(FusedBlock, WanEncoder3d):
     def corner(self, args: Any, kwargs: Any) -> Any:
         clip, progress = args
         if progress.latents is not None:
-            if progress.latents.shape[2] > 1:
-                return None
-            clip = torch.cat([progress.latents, clip[:, :, : frames_of_a_latent(self)]], dim=2)
+            clip = torch.cat([progress.latents[:, :, :1], clip[:, :, : frames_of_a_latent(self)]], dim=2)
         side = CORNER << len(downsamplers(self))
         return (clip[..., :side, :side].contiguous(), _Progress(progress.made)), {}
 
