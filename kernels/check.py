@@ -424,11 +424,12 @@ def _judge(out: Tensor, expected: Tensor, gold: Tensor, moved: Tensor, eps: floa
 def _distances(x: Tensor, y: Tensor, finite_in: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """How far ``x`` is from ``y``: worst row, worst channel of a frame, scale of a frame; and whether it lost values.
 
-    All relative to ``y``, where ``finite_in`` is finite; rows and channels that are small beside their frame, to that.
+    All relative to ``y``, where it and ``finite_in`` are finite; rows and channels that are small beside their frame,
+    to that.
     """
     dtype = torch.float64 if torch.float64 in (x.dtype, y.dtype) or y.dtype == torch.float32 else torch.float32
-    finite = frames_of(finite_in).isfinite()
     x, y = frames_of(x), frames_of(y)
+    finite = frames_of(finite_in).isfinite() & y.isfinite()
     lost = (finite & ~x.isfinite()).any()
     y = torch.where(finite, y, 0).to(dtype)
     largest = y.abs().amax((1, 2), keepdim=True)

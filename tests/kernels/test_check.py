@@ -158,6 +158,16 @@ def test_where_all_has_overflowed_nothing_is_computed_in_float64() -> None:
     assert torch.float64 in dtypes
 
 
+def test_not_a_number_is_no_alarm_where_the_reference_makes_numbers_of_it() -> None:
+    """As PyTorch's attention on a CPU does of few keys; in float64 it does not."""
+    q, k, v = torch.randn(3, 2, 12, 64)
+    q[1] = torch.nan
+    args = q, k, v, *ATTENTIONS[SPATIAL_ATTENTION]
+    right = SPATIAL_ATTENTION.reference(*args)
+    assert disagreement(SPATIAL_ATTENTION, args, right, "math-exact") is None
+    assert disagreement(SPATIAL_ATTENTION, args, torch.cat([1.01 * right[:1], right[1:]]), "math-exact")
+
+
 def test_float64_gets_smaller_parts_than_the_first_look(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a part may be large without copies of it that are four times as large."""
     most = 4 * CHANNELS * SIDE * SIDE  # four of the fourteen pictures
