@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,6 +82,10 @@ def no_picture(folder: Path) -> None:
     (folder / "a" / "notes.txt").write_text("no picture")
 
 
+def pipe(folder: Path) -> None:
+    os.mkfifo(folder / "pipe")
+
+
 def empty(folder: Path) -> None:
     (folder / "empty").mkdir()
 
@@ -113,6 +118,7 @@ def nothing(folder: Path) -> None:
         (nothing, ["a", "a.mp4", "--json", "./a.mp4"], "a.mp4 is of a clip that is compared, and would be replaced"),
         (no_picture, ["b", "a", "--html", "a/notes.txt"], "a/notes.txt is of a clip that is compared"),
         (nothing, ["a", "b", "--json", "a/new.json"], "a/new.json would be taken for a frame of a clip"),
+        (pipe, ["a", "b", "--html", "pipe"], "pipe is a device or a pipe, not a file"),
         (nothing, ["a", "b", "--html", "x" * 300], "is too long a name"),
         (nothing, ["a", "b", "--json", "x" * 250], "with what is written beside it, it takes"),
         (nothing, ["x" * 300, "b"], "File name too long"),

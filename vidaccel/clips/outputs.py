@@ -155,6 +155,8 @@ def check_record(path: Path) -> None:
         _make_writable(path.parent, levels=1)
         if path.is_dir():
             raise UsageError(f"{path} is a folder")
+        if path.exists() and not path.is_file():  # as /dev/stdout, in whose place a file would be put
+            raise UsageError(f"{path} is a device or a pipe, not a file")
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot write {shortened(path)}: {in_words(error)}") from error
 
