@@ -134,3 +134,11 @@ def test_bad_input_gets_one_line(
     captured = capsys.readouterr()
     errors = captured.err.replace("\r", "\n").strip().splitlines()
     assert captured.out == "" and errors[-1].startswith("vidaccel: error: ") and message in errors[-1]
+
+
+@pytest.mark.parametrize("program", ["/nowhere/ffmpeg", "/bin/false", "/bin/true"])
+def test_without_ffmpeg_one_line_says_so(program: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", program)
+    assert main(["psnr", "a", "b"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "vidaccel: error: SSIM needs ffmpeg: " in captured.err
