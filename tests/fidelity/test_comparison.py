@@ -134,11 +134,14 @@ def test_two_faults_at_once_are_both_blamed(pipe: Any, compared: Compare) -> Non
     assert left_out.passed
 
 
-def test_a_fault_between_the_ops_is_blamed_on_its_block(pipe: Any, compared: Compare) -> None:
+@pytest.mark.parametrize("spoilt", ["what it returns", "its argument"])
+def test_a_fault_between_the_ops_is_blamed_on_its_block(spoilt: str, pipe: Any, compared: Compare) -> None:
     block = pipe.unet.mid_block.attentions[0]
 
-    def wrong(*args: Any) -> Any:
-        return type(block).fused_forward(block, *args) * 1.1
+    def wrong(x: Tensor, *args: Any) -> Any:
+        out = type(block).fused_forward(block, x, *args)
+        (out if spoilt == "what it returns" else x).mul_(1.1)
+        return out
 
     block.fused_forward = wrong
     try:

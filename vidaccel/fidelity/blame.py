@@ -34,7 +34,16 @@ from vidaccel.kernels.settings import Fidelity
 from vidaccel.patching.families import unwrapped
 from vidaccel.patching.model_call import uncompiled
 from vidaccel.patching.report import PatchReport
-from vidaccel.sites.block import Host, going, original_of, original_way, unserved_reason
+from vidaccel.sites.block import (
+    CHANGES_ARGUMENTS,
+    Host,
+    going,
+    original_of,
+    original_way,
+    put_back,
+    unserved_reason,
+    with_copies,
+)
 from vidaccel.sites.memo import watching
 from vidaccel.sites.plain import subtree_reason
 from vidaccel.sites.site import Site, SiteGroup
@@ -179,6 +188,7 @@ class _Inspector:
         call = _HostCall(kind, host, sites, *_copies((alike, alike_kwargs)))
         expected = call.original()
         try:
+            given = with_copies(alike, alike_kwargs)
             with listening(checks=True, probes=True) as events:
                 found = host.fused_forward(*alike, **alike_kwargs)
         except torch.OutOfMemoryError:
@@ -187,7 +197,10 @@ class _Inspector:
             self.left_out[sites.paths] = first_line(error)
             return original_way(kind, host, sites, args, kwargs)
         sites.hear(events)
-        self._judge(call, found, expected)
+        if put_back(given):
+            sites.fail(CHANGES_ARGUMENTS)
+        else:
+            self._judge(call, found, expected)
         return _laid_out(expected, found) if alike is args else original_way(kind, host, sites, args, kwargs)
 
     def _judge(self, call: _HostCall, found: Any, expected: Any) -> None:

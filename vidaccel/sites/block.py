@@ -56,6 +56,7 @@ from vidaccel.sites.plain import (
 from vidaccel.sites.site import Fidelity, SiteGroup
 
 __all__ = [
+    "CHANGES_ARGUMENTS",
     "SITES",
     "FusedBlock",
     "Host",
@@ -69,8 +70,10 @@ __all__ = [
     "numberless_way",
     "original_of",
     "original_way",
+    "put_back",
     "run_part",
     "unserved_reason",
+    "with_copies",
 ]
 
 logger = logging.getLogger(__name__)
@@ -453,11 +456,11 @@ def _heard(
     try:
         # not where a clip is spread over ranks: the others would wait for what the corner's blocks send
         problem = _problem_of_kind(kind, host, sites, plan, args, kwargs) if judged and not layout() else None
-        given = _with_copies(args, kwargs) if problem == CHANGES_ARGUMENTS else []
+        given = with_copies(args, kwargs) if problem == CHANGES_ARGUMENTS else []
         together = checked and not unsafe and not layout() and host.can_run_again(args, kwargs)
         run = _judged_together if together else _listened
         out, events = run(host, sites, args, kwargs, checked, checked and not unsafe and not problem)
-        _put_back(given)
+        put_back(given)
         # Where a block below is at fault, it has failed by now, and this one is right.
         if wrong := problem and _problem_between_ops(kind, host, sites, args, kwargs):
             sites.fail(wrong)
@@ -559,10 +562,10 @@ def _problem_between_ops(
         with WithoutPlans():
             with going(original_way):
                 expected = _tensors(kind.original_forward(host, *args, **kwargs))
-            given = _with_copies(args, kwargs)
+            given = with_copies(args, kwargs)
             with going(fused_way), listening(only_references=True):
                 found = _tensors(host.fused_forward(*args, **kwargs))
-        if _put_back(given):
+        if put_back(given):
             return CHANGES_ARGUMENTS
         if len(found) != len(expected):
             return f"the block returns {len(found)} tensors, the original {len(expected)}"
@@ -603,12 +606,12 @@ def _changed(module: nn.Module, change: Callable[[Any], Any]) -> Iterator[None]:
             table[name] = x
 
 
-def _with_copies(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+def with_copies(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
     """Copies of the plain tensors of a call, each with what it was made of."""
     return [(x.clone(), x) for x in _tensors((args, kwargs)) if type(x) is Tensor]
 
 
-def _put_back(given: list[tuple[Tensor, Tensor]]) -> bool:
+def put_back(given: list[tuple[Tensor, Tensor]]) -> bool:
     """Undo what was written to tensors since they were copied; whether anything was."""
     changed = [pair for pair in given if is_changed(*pair)]
     for copy, x in changed:
