@@ -72,6 +72,7 @@ __all__ = [
     "CAUSAL",
     "Cache",
     "FusedCogVideoXDecoder3D",
+    "ResnetRows",
     "cache_of",
     "causal_reason",
     "decode_bytes",
@@ -312,7 +313,32 @@ def _clip_behind(sample: Tensor) -> Tensor:
     return clip if clip.data_ptr() == sample.data_ptr() else sample
 
 
-class _Decode:
+class ResnetRows:
+    """A residual block of rows, by the norm and the additions of the decode or encode that it is in."""
+
+    def _norm(self, chunk: Chunk, norm: Any, conv: nn.Module) -> Tensor:
+        """What ``conv`` reads: what flows, through the norm and SiLU, behind the frames before."""
+        raise NotImplementedError
+
+    def _add_up(self, chunk: Chunk) -> None:
+        """Let what flows be the sum, with the statistics of its frames if the kernel of a norm wants them."""
+        raise NotImplementedError
+
+    def _resnet(self, chunk: Chunk, resnet: Any) -> None:
+        self._add_up(chunk)
+        buffer = self._norm(chunk, resnet.norm1, resnet.conv1)
+        residual, residual_bias = chunk.flow.x, None
+        if resnet.in_channels != resnet.out_channels:
+            shortcut = resnet.conv_shortcut
+            residual, residual_bias = conv_rows(residual, shortcut), shortcut.bias
+        chunk.flow = Sum(conv_rows(buffer, resnet.conv1.conv), resnet.conv1.conv.bias)
+        del buffer
+        buffer = self._norm(chunk, resnet.norm2, resnet.conv2)
+        del chunk.flow
+        chunk.flow = Sum(conv_rows(buffer, resnet.conv2.conv), resnet.conv2.conv.bias, residual, residual_bias)
+
+
+class _Decode(ResnetRows):
     """One decode of latents ``[B, C, F, H, W]``, whose batches are to end at ``ends``, by the modules of a decoder."""
 
     def __init__(self, decoder: FusedCogVideoXDecoder3D, latents: Tensor, ends: tuple[int, ...]) -> None:
@@ -378,21 +404,7 @@ class _Decode:
         out.copy_(run(buffer, decoder.conv_out.conv.weight, decoder.conv_out.conv.bias))
         return chunk.following
 
-    def _resnet(self, chunk: Chunk, resnet: Any) -> None:
-        self._add_up(chunk)
-        buffer = self._norm(chunk, resnet.norm1, resnet.conv1)
-        residual, residual_bias = chunk.flow.x, None
-        if resnet.in_channels != resnet.out_channels:
-            shortcut = resnet.conv_shortcut
-            residual, residual_bias = conv_rows(residual, shortcut), shortcut.bias
-        chunk.flow = Sum(conv_rows(buffer, resnet.conv1.conv), resnet.conv1.conv.bias)
-        del buffer
-        buffer = self._norm(chunk, resnet.norm2, resnet.conv2)
-        del chunk.flow
-        chunk.flow = Sum(conv_rows(buffer, resnet.conv2.conv), resnet.conv2.conv.bias, residual, residual_bias)
-
     def _norm(self, chunk: Chunk, norm: Any, conv: nn.Module) -> Tensor:
-        """What ``conv`` reads: what flows, through the norm and SiLU, behind the frames before."""
         if chunk.flow.residual is not None:
             self._add_up(chunk)
         flow, (first, rest), rate = chunk.flow, self._batches, self._rate
@@ -410,7 +422,6 @@ class _Decode:
         return buffer
 
     def _add_up(self, chunk: Chunk) -> None:
-        """Let what flows be the sum, with the statistics of its frames if the kernel of a norm wants them."""
         chunk.flow = added_up(
             chunk.flow, fused=self._decoder.runs("conv_epilogue"), statistics=self._runs_kernels
         )  # fmt: skip

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from vidaccel.blocks.vae.autoencoder_kl_cogvideox import (
     CAUSAL,
     Cache,
+    ResnetRows,
     cache_of,
     causal_reason,
     halos_of,
@@ -96,7 +97,7 @@ class FusedCogVideoXEncoder3D(FusedBlock, CogVideoXEncoder3D):
         return _Encode(self).run(sample, conv_cache or {})
 
 
-class _Encode:
+class _Encode(ResnetRows):
     """One call of the modules of an encoder."""
 
     def __init__(self, encoder: FusedCogVideoXEncoder3D) -> None:
@@ -123,21 +124,7 @@ class _Encode:
         latents = clip_of(conv_rows(buffer, conv) + conv.bias).contiguous()
         return latents, cache_of(encoder, chunk.following)
 
-    def _resnet(self, chunk: Chunk, resnet: Any) -> None:
-        self._add_up(chunk)
-        buffer = self._norm(chunk, resnet.norm1, resnet.conv1)
-        residual, residual_bias = chunk.flow.x, None
-        if resnet.in_channels != resnet.out_channels:
-            shortcut = resnet.conv_shortcut
-            residual, residual_bias = conv_rows(residual, shortcut), shortcut.bias
-        chunk.flow = Sum(conv_rows(buffer, resnet.conv1.conv), resnet.conv1.conv.bias)
-        del buffer
-        buffer = self._norm(chunk, resnet.norm2, resnet.conv2)
-        del chunk.flow
-        chunk.flow = Sum(conv_rows(buffer, resnet.conv2.conv), resnet.conv2.conv.bias, residual, residual_bias)
-
     def _norm(self, chunk: Chunk, norm: Any, conv: nn.Module) -> Tensor:
-        """What ``conv`` reads: what flows, through the norm and SiLU, behind the frames before."""
         flow = chunk.flow
         buffer = self._norm_op(
             flow.x, norm.weight, norm.bias, norm.num_groups, norm.eps, addend=flow.bias, halo=chunk.halos.get(conv),
@@ -147,7 +134,6 @@ class _Encode:
         return buffer
 
     def _add_up(self, chunk: Chunk, *, statistics: bool = True) -> None:
-        """Let what flows be the sum, with the statistics of its frames if the kernel of a norm wants them."""
         encoder, x = self._encoder, chunk.flow.x
         wanted = statistics and encoder.runs("group_norm_silu") and runs_triton("padded_group_norm", x)
         chunk.flow = added_up(chunk.flow, fused=encoder.runs("conv_epilogue"), statistics=wanted)
