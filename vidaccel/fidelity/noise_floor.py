@@ -163,7 +163,9 @@ def _channels_last(models: list[nn.Module]) -> Iterator[None]:
     with ExitStack() as undo:
         for model in map(unwrapped, models):
             rule = ChannelsLastWeights(type(model))
-            undo.callback(rule.undo, model, rule.apply(model, [], False))
+            reordered: list[Any] = []
+            undo.callback(rule.undo, model, reordered)
+            rule.switch(model, reordered, True)
         yield
 
 

@@ -182,19 +182,19 @@ def wrap_decode(vae: Any, parallel: ParallelCall) -> DecodeCall | None:
 
 
 def unwrap_call(model: nn.Module) -> None:
-    """Undo :func:`wrap_call` and :func:`wrap_decode`."""
+    """Undo :func:`wrap_call` and :func:`wrap_decode`; if that is interrupted, doing it again finishes it."""
     decode = vars(model).get("decode")
     if isinstance(decode, DecodeCall):
-        del vars(model)["decode"]
         decode.parallel.taken_away()
+        del vars(model)["decode"]
     call = vars(model).get(CALL_SLOT)
     if isinstance(call, ModelCall):
-        del vars(model)[CALL_SLOT]
         if call.parallel is not None:
             call.parallel.taken_away()
         if call.graphs is not None:
             call.graphs.site.taken_away()
             call.graphs.forget()
+        del vars(model)[CALL_SLOT]
 
 
 @contextmanager
@@ -204,9 +204,9 @@ def uncompiled(model: nn.Module, allow: Fidelity) -> Iterator[None]:
     if compiled is None or isinstance(compiled, ModelCall):
         yield
         return
-    vars(model)[CALL_SLOT] = None
-    wrap_call(model, allow)
     try:
+        vars(model)[CALL_SLOT] = None
+        wrap_call(model, allow)
         yield
     finally:
         unwrap_call(model)

@@ -24,7 +24,7 @@ from vidaccel.patching.cuda_capture import CudaCapture
 from vidaccel.patching.cuda_graph import Graphs, GraphSite, is_denoiser
 from vidaccel.patching.families import off_reason, reason_unserved, rules_for, unserved_denoiser, unwrapped
 from vidaccel.patching.first_calls import compile_first_calls, start_compiler
-from vidaccel.patching.model_call import DecodeCall, ModelCall, wrap_call, wrap_decode
+from vidaccel.patching.model_call import DecodeCall, ModelCall, unwrap_call, wrap_call, wrap_decode
 from vidaccel.patching.parallel import Parallel, ParallelCall, check_alike, parallel_calls
 from vidaccel.patching.premises import capture_reason
 from vidaccel.patching.report import PatchReport, path_pattern
@@ -52,6 +52,8 @@ def patch_pipeline(
     parallel: Parallel | None = None,
 ) -> PatchReport:
     """Make a diffusers video pipeline faster, in place; the clip stays the same within each site's fidelity class.
+
+    If an error or Ctrl-C ends this in the middle, the pipeline is as it was before.
 
     Args:
         pipe: A loaded pipeline of a supported family (``vidaccel env`` lists them).
@@ -155,7 +157,7 @@ def _patch(
     _check_arguments(allow, cuda_graph, denoisers)
     report = PatchReport()
     report.sites += filter(chosen, off)
-    earlier = [(place.module, place.patch, list(place.patch.sites)) for place in places if place.patch]
+    before = _Before(models.values(), places)
     try:
         for place in places:
             _apply(place, chosen, checks, report)
@@ -167,9 +169,7 @@ def _patch(
             agreement = next(iter(parallel.values())).agreement
             check_alike(agreement, [(site.path, site.op, site.state == "left alone", site.on) for site in report.sites])
     except BaseException:  # nobody would have a report to restore with
-        report.undo_patches()
-        _put_back(earlier)
-        report.restore()
+        before.put_back()
         raise
     return report
 
@@ -185,19 +185,41 @@ def _denoisers(models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     return {name: model for name, model in models.items() if is_denoiser(model)}
 
 
-def _put_back(earlier: Iterable[tuple[nn.Module, Patch, list[Site]]]) -> None:
-    """What earlier calls had done, after a later one has failed."""
-    for module, patch, sites in earlier:
-        if patch not in patches_of(module):
-            patch.sites = sites
-            patch.put(module)
-
-
 class _Place:
     """A module that a rule matches, or was applied to before, with the sites it has or would have."""
 
     def __init__(self, module: nn.Module, rule: Rule, sites: list[Site], patch: Patch | None) -> None:
         self.module, self.rule, self.sites, self.patch = module, rule, sites, patch
+
+
+class _Before:
+    """What earlier calls have done, to put it back if the one under way fails or is interrupted, wherever that is."""
+
+    def __init__(self, models: Iterable[nn.Module], places: list[_Place]) -> None:
+        self._places = places
+        self._patches = [(place.module, place.patch, list(place.patch.sites)) for place in places if place.patch]
+        parts = [part for model in models for part in (model, *model.children())]
+        self._calls = [(part, call, dict(vars(call)) if call else {}) for part in parts for call in [_wrapper(part)]]
+
+    def put_back(self) -> None:
+        for place in reversed(self._places):
+            for patch in list(patches_of(place.module)):
+                if patch.rule == place.rule:
+                    patch.undo(place.module)
+        for module, patch, sites in self._patches:
+            patch.sites = sites
+            patch.put(module)
+        for part, call, state in self._calls:
+            if _wrapper(part) is not call:
+                unwrap_call(part)
+            elif call:
+                vars(call).update(state)
+
+
+def _wrapper(part: nn.Module) -> ModelCall | DecodeCall | None:
+    """What stands for the calls of ``part``, or for its decodes."""
+    found = (vars(part).get(name) for name in (CALL_SLOT, "decode"))
+    return next((call for call in found if isinstance(call, ModelCall | DecodeCall)), None)
 
 
 def _places(models: Mapping[str, nn.Module], allow: Fidelity) -> list[_Place]:
@@ -231,7 +253,7 @@ def _standing_patch(module: nn.Module, rule: Rule) -> Patch | None:
     """What an earlier call did by ``rule``, unless somebody has put something else in its place since."""
     for patch in list(patches_of(module)):
         if patch.rule == rule:
-            if patch.rule.in_place(module, patch.memo) is None:
+            if patch.complete and patch.rule.in_place(module, patch.memo) is None:
                 return patch
             patch.undo(module)
     return None

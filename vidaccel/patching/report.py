@@ -56,18 +56,13 @@ class PatchReport:
 
     def restore(self) -> None:
         """Put every patched module back as it was: same classes, same processors, same memory order, same bits out."""
-        self.undo_patches()
-        for model in self._called:
-            if not any(patches_of(module) for module in model.modules()):  # nor by another report
-                unwrap_call(model)
-        self._called = []
-
-    def undo_patches(self) -> None:
-        """Put back the modules, but leave the models' calls wrapped."""
         for module, patch in reversed(self._patched):
             if patch in patches_of(module):
                 patch.undo(module)
-        self._patched = []
+        for model in self._called:
+            if not any(patches_of(module) for module in model.modules()):  # nor by another report
+                unwrap_call(model)
+        self._patched, self._called = [], []
 
     def __enter__(self) -> PatchReport:
         return self

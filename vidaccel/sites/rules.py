@@ -37,34 +37,43 @@ _patches: WeakKeyDictionary[nn.Module, list[Patch]] = WeakKeyDictionary()
 class Patch:
     """One rule applied to one module: the sites it made, and what undoing it needs.
 
-    It stays the same object when a later call adds sites, so that its holder can undo them all.
+    It stays the same object when a later call adds sites, so that its holder can undo them all. What ends a patch or a
+    restore in the middle (Ctrl-C) may do so anywhere: so a patch is on record from before its module changes until
+    after that is as it was, and whatever of it is done can be undone, also twice.
+
+    Attributes:
+        complete: Whether all of it is done, and nothing undone.
     """
 
     rule: Rule
     sites: list[Site]
     checks: bool
     memo: Any = None
+    complete: bool = False
 
     def put(self, module: nn.Module) -> None:
         """Apply the rule, and let the sites know what to look at."""
-        self.memo = self.rule.apply(module, self.sites, self.checks)
+        self.memo = self.rule.prepare(module, self.sites, self.checks)
+        _patches.setdefault(module, []).append(self)
         this = weakref.ref(module)  # the table of patches must not keep alive what it goes by
         for site in self.sites:
             site.put_in_place(
                 partial(_found_in_place, self.rule, this, self.memo), partial(_switch, self.rule, this, self.memo)
             )
-        _patches.setdefault(module, []).append(self)
+        self.rule.apply(module, self.sites, self.memo)
         plans_changed()
+        self.complete = True
 
     def undo(self, module: nn.Module) -> None:
         """Put back what is still as the rule left it; what somebody has changed since stays."""
+        self.complete = False
         self.rule.undo(module, self.memo)
+        plans_changed()
         for site in self.sites:
             site.taken_away()
         patches = patches_of(module)
         if self in patches:
             patches.remove(self)
-        plans_changed()
 
 
 def _found_in_place(rule: Rule, this: weakref.ref[nn.Module], memo: Any) -> str | None:
@@ -96,8 +105,12 @@ class Rule:
         """Why a module that matches gets no sites, or None."""
         return hook_reason(module)
 
-    def apply(self, module: Any, sites: list[Site], checks: bool) -> Any:
-        """Change the module; what is returned is handed to :meth:`undo`."""
+    def prepare(self, module: Any, sites: list[Site], checks: bool) -> Any:
+        """What :meth:`apply` puts in place, and :meth:`undo` goes by; the module stays as it is."""
+        raise NotImplementedError
+
+    def apply(self, module: Any, sites: list[Site], memo: Any) -> None:
+        """Change the module."""
         raise NotImplementedError
 
     def in_place(self, module: Any, memo: Any) -> str | None:
@@ -105,6 +118,7 @@ class Rule:
         raise NotImplementedError
 
     def undo(self, module: Any, memo: Any) -> None:
+        """Put back what :meth:`apply` has changed, which may be a part of it, or nothing."""
         raise NotImplementedError
 
     def switch(self, module: Any, memo: Any, on: bool) -> None:
@@ -142,12 +156,13 @@ class Swap(Rule):
             return f"it is of a class of its own, derived from {self.fused.original.__name__}"
         return self.fused.left_alone_reason(module)
 
-    def apply(self, module: Any, sites: list[Site], checks: bool) -> SiteGroup:
-        group = SiteGroup(sites, checks)
-        setattr(module, SITES, group)
+    def prepare(self, module: Any, sites: list[Site], checks: bool) -> SiteGroup:
+        return SiteGroup(sites, checks)
+
+    def apply(self, module: Any, sites: list[Site], memo: SiteGroup) -> None:
+        setattr(module, SITES, memo)
         _drop_left_forward(module)
         _replace_class(module, self.fused.original, self.fused)
-        return group
 
     def in_place(self, module: Any, memo: SiteGroup) -> str | None:
         runs = type(module).forward is self.fused.forward  # also of a class derived from it, as parametrizations do
@@ -231,11 +246,12 @@ class MethodStandIns(Rule):
                 return f"its {name} is not that of diffusers"
         return None
 
-    def apply(self, module: Any, sites: list[Site], checks: bool) -> dict[str, MethodStandIn]:
+    def prepare(self, module: Any, sites: list[Site], checks: bool) -> dict[str, MethodStandIn]:
         (site,) = sites
-        there = {name: self.stand_ins[name](module, name, site) for name in self._names(module)}
-        vars(module).update(there)
-        return there
+        return {name: self.stand_ins[name](module, name, site) for name in self._names(module)}
+
+    def apply(self, module: Any, sites: list[Site], memo: dict[str, MethodStandIn]) -> None:
+        vars(module).update(memo)
 
     def in_place(self, module: Any, memo: dict[str, MethodStandIn]) -> str | None:
         replaced = [name for name, stand_in in memo.items() if vars(module).get(name) is not stand_in]
@@ -269,13 +285,14 @@ class ChannelsLastWeights(Rule):
     def left_alone_reason(self, module: Any) -> str | None:
         return None if any(True for _ in _plain_convolutions(module)) else "it has no convolution with a plain weight"
 
-    def apply(self, module: Any, sites: list[Site], checks: bool) -> list[_Reordered]:
-        reordered: list[_Reordered] = []
+    def prepare(self, module: Any, sites: list[Site], checks: bool) -> list[_Reordered]:
+        return []
+
+    def apply(self, module: Any, sites: list[Site], memo: list[_Reordered]) -> None:
         if all(site.on for site in sites):
-            self.switch(module, reordered, True)
+            self.switch(module, memo, True)
         for site in sites:
             site.implementations.add("torch")
-        return reordered
 
     def switch(self, module: Any, memo: list[_Reordered], on: bool) -> None:
         self.undo(module, memo)
@@ -285,10 +302,10 @@ class ChannelsLastWeights(Rule):
         try:
             for convolution in _plain_convolutions(module):
                 weight: Tensor = convolution.weight
-                found = weight.stride()
                 with torch.inference_mode(weight.is_inference()):  # which it stays, or will not become
-                    weight.data = weight.data.contiguous(memory_format=_order_of(convolution))
-                memo.append(_Reordered(convolution, found, weight.stride()))
+                    reordered = weight.data.contiguous(memory_format=_order_of(convolution))
+                    memo.append(_Reordered(convolution, weight.stride(), reordered.stride()))
+                    weight.data = reordered
         except BaseException:  # out of memory, in the middle
             self.undo(module, memo)
             raise

@@ -240,10 +240,11 @@ class Processor(Rule):
     def left_alone_reason(self, module: Any) -> str | None:
         return attention_reason(module)
 
-    def apply(self, module: Any, sites: list[Site], checks: bool) -> tuple[Any, Any]:
-        original, fused = module.processor, FusedAttnProcessor2_0(SiteGroup(sites, checks))
-        module.processor = fused
-        return original, fused
+    def prepare(self, module: Any, sites: list[Site], checks: bool) -> tuple[Any, Any]:
+        return module.processor, FusedAttnProcessor2_0(SiteGroup(sites, checks))
+
+    def apply(self, module: Any, sites: list[Site], memo: tuple[Any, Any]) -> None:
+        _, module.processor = memo
 
     def in_place(self, module: Any, memo: tuple[Any, Any]) -> str | None:
         now, (_, fused) = module.processor, memo

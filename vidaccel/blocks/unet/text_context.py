@@ -135,12 +135,13 @@ class TextSource(Rule):
             return f"{type(module).__name__} has a forward of its own"
         return None
 
-    def apply(self, module: Any, sites: list[Site], checks: bool) -> _Watch:
-        watch = _Watch(module, self.repeats_text, sites)
-        preparations(module).append(watch)
+    def prepare(self, module: Any, sites: list[Site], checks: bool) -> _Watch:
+        return _Watch(module, self.repeats_text, sites)
+
+    def apply(self, module: Any, sites: list[Site], memo: _Watch) -> None:
+        preparations(module).append(memo)
         for site in sites:
             site.implementations.add("torch")
-        return watch
 
     def in_place(self, module: Any, memo: _Watch) -> str | None:
         return None if memo in preparations(module) else "its call is not looked at any more"
