@@ -453,7 +453,10 @@ class Op:
         if self._validate is not None:
             self._validate(*args)
         if impl is not None:
-            self._require(args, impl)
+            if impl not in self.implementations:
+                raise ValueError(f"{self.name}: impl must be one of {', '.join(self.implementations)}, got {impl!r}")
+            if reason := self.unserved(*args, impl=impl):
+                raise ValueError(f"{self.name}: impl={impl!r} cannot run: {reason}")
             return self._plan_of(impl)
         wish, reason = self._wish(args)
         if wish is not None:
@@ -466,13 +469,6 @@ class Op:
             return self._plan_of(settled.winner, reason or settled.reason)
         default = self._default_of(args)
         return self._plan_of(default, reason or self._why_not_first(args, default))
-
-    def _require(self, args: tuple[Any, ...], impl: str) -> None:
-        """Raise if what was asked for by name cannot run."""
-        if impl not in self.implementations:
-            raise ValueError(f"{self.name}: impl must be one of {', '.join(self.implementations)}, got {impl!r}")
-        if reason := self.unserved(*args, impl=impl):
-            raise ValueError(f"{self.name}: impl={impl!r} cannot run: {reason}")
 
     def _plan_of(self, name: str, reason: str = "", stands: bool = True) -> _Plan:
         return _Plan(name, self.implementations[name].run, reason, stands)
@@ -613,8 +609,6 @@ class Op:
         """A call that Dynamo traces: nothing is measured, remembered or told."""
         if self._validate is not None:
             self._validate(*args)
-        if impl is not None:
-            self._require(args, impl)
         name = impl or self._wish(args)[0]
         if name is None and self._measures is not None:
             name = choice.known(self, args)
