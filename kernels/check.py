@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from vidaccel.kernels import settings
+from vidaccel.kernels.context import while_set
 from vidaccel.kernels.screen import frames_of, limits, screen
 
 if TYPE_CHECKING:
@@ -139,14 +140,9 @@ def _most(times: int) -> int:
     return MOST_ELEMENTS if _for_float64.get() else times * MOST_ELEMENTS
 
 
-@contextmanager
-def _parts_for_float64() -> Iterator[None]:
+def _parts_for_float64() -> AbstractContextManager[object]:
     """Inside the ``with`` block, in this thread, cut parts that leave room for copies in float64."""
-    token = _for_float64.set(True)
-    try:
-        yield
-    finally:
-        _for_float64.reset(token)
+    return while_set(_for_float64, True)
 
 
 def pieces(shape: Sequence[int], *dims: int) -> Iterator[tuple[slice, ...]]:

@@ -25,9 +25,9 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Mapping
 from concurrent.futures import Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +39,7 @@ from triton.runtime import JITFunction
 
 from vidaccel.config import count_of
 from vidaccel.kernels.compile_cache import ensure_writable
+from vidaccel.kernels.context import while_set
 
 __all__ = [
     "USUAL",
@@ -81,14 +82,9 @@ _foreseen: ContextVar[Foreseen] = ContextVar("foreseen", default=USUAL)
 foreseen = _foreseen.get
 
 
-@contextmanager
-def foreseeing(calls: Foreseen) -> Iterator[None]:
+def foreseeing(calls: Foreseen) -> AbstractContextManager[object]:
     """Compile for such calls inside the ``with`` block."""
-    token = _foreseen.set(calls)
-    try:
-        yield
-    finally:
-        _foreseen.reset(token)
+    return while_set(_foreseen, calls)
 
 
 class _Worker:

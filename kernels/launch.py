@@ -17,8 +17,8 @@ profiler or a debugger.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
 
@@ -29,6 +29,7 @@ from triton.runtime import JITFunction
 
 from vidaccel.kernels import compile_ahead, settings
 from vidaccel.kernels.compile_cache import ensure_writable
+from vidaccel.kernels.context import while_set
 
 __all__ = ["DIRECT", "Launch", "ahead_on", "launching_ahead", "multiprocessors", "prepared"]
 
@@ -40,14 +41,9 @@ _Made = TypeVar("_Made")
 _ahead: ContextVar[torch.device | None] = ContextVar("ahead", default=None)
 
 
-@contextmanager
-def launching_ahead(device: torch.device) -> Iterator[None]:
+def launching_ahead(device: torch.device) -> AbstractContextManager[object]:
     """Inside the ``with`` block, a launch begins to compile its kernel for ``device``, and launches nothing."""
-    token = _ahead.set(device)
-    try:
-        yield
-    finally:
-        _ahead.reset(token)
+    return while_set(_ahead, device)
 
 
 ahead_on = _ahead.get  # the device to compile for in place of a launch, or None

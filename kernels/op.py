@@ -32,6 +32,7 @@ from vidaccel.config import entries, preferred_implementation
 from vidaccel.errors import UsageError, first_line, nearest
 from vidaccel.kernels import choice, compile_ahead, settings
 from vidaccel.kernels.check import Part, Problem, Verdicts, disagreement
+from vidaccel.kernels.context import while_set
 from vidaccel.kernels.launch import launching_ahead
 from vidaccel.kernels.sampling import count_check, times_right
 from vidaccel.kernels.settings import FIDELITIES, Fidelity
@@ -135,11 +136,8 @@ def listening(
             each is waited for.
     """
     events: list[Event] = []
-    token = _listener.set(Listener(events.append, checks, probes, only_references, covers, verdicts))
-    try:
+    with while_set(_listener, Listener(events.append, checks, probes, only_references, covers, verdicts)):
         yield events
-    finally:
-        _listener.reset(token)
 
 
 def overheard() -> Listener | None:

@@ -7,23 +7,20 @@ block, is wrong in all of them. What has been found right is kept for one call o
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
+
+from vidaccel.kernels.context import while_set
 
 __all__ = ["count_check", "forget_samples", "sampling", "times_right"]
 
 _right: ContextVar[dict[Hashable, float] | None] = ContextVar("right", default=None)
 
 
-@contextmanager
-def sampling() -> Iterator[None]:
+def sampling() -> AbstractContextManager[object]:
     """Inside the ``with`` block, which is a call of a model, count what is found right."""
-    token = _right.set({})
-    try:
-        yield
-    finally:
-        _right.reset(token)
+    return while_set(_right, {})
 
 
 def times_right(alike: Hashable) -> float:

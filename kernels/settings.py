@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from vidaccel.config import preferred_implementations, tuning_enabled
+from vidaccel.kernels.context import while_set
 
 __all__ = [
     "FIDELITIES",
@@ -122,22 +123,15 @@ def _read() -> Settings:
 def frozen() -> Iterator[Settings]:
     """Inside the ``with`` block, in this thread, the settings are read no more."""
     settings = current()
-    token = _frozen.set(settings)
-    try:
+    with while_set(_frozen, settings):
         yield settings
-    finally:
-        _frozen.reset(token)
 
 
 @contextmanager
 def allowed(fidelity: Fidelity) -> Iterator[None]:
     """Inside the ``with`` block, in this thread, implementations of a looser class than ``fidelity`` do not run."""
-    token, unfrozen = _allowed.set(fidelity), _frozen.set(None)
-    try:
+    with while_set(_allowed, fidelity), while_set(_frozen, None):
         yield
-    finally:
-        _frozen.reset(unfrozen)
-        _allowed.reset(token)
 
 
 def overridden_constants() -> Constants:
@@ -148,12 +142,9 @@ def overridden_constants() -> Constants:
 @contextmanager
 def constants_overridden(**values: Any) -> Iterator[None]:
     """Inside the ``with`` block, in this thread, these values replace the same-named constants of all kernels."""
-    token, unfrozen = _overridden.set(tuple((dict(_overridden.get()) | values).items())), _frozen.set(None)
-    try:
+    overridden = tuple((dict(_overridden.get()) | values).items())
+    with while_set(_overridden, overridden), while_set(_frozen, None):
         yield
-    finally:
-        _frozen.reset(unfrozen)
-        _overridden.reset(token)
 
 
 def tf32_products() -> bool:

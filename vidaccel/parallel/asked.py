@@ -10,13 +10,15 @@ decide. :func:`joined` hands their pixels out, to be joined as ever.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from vidaccel.kernels.context import while_set
 
 __all__ = [
     "CALL_SLOT",
@@ -47,14 +49,9 @@ def stand_in_of(model: nn.Module) -> StandIn | None:
     return _stand_ins.get().get(model)
 
 
-@contextmanager
-def standing_in(stand_ins: Mapping[nn.Module, StandIn | None]) -> Iterator[None]:
+def standing_in(stand_ins: Mapping[nn.Module, StandIn | None]) -> AbstractContextManager[object]:
     """Inside the ``with`` block, in this thread, call others in place of these models; None: the model itself."""
-    token = _stand_ins.set({**_stand_ins.get(), **stand_ins})
-    try:
-        yield
-    finally:
-        _stand_ins.reset(token)
+    return while_set(_stand_ins, {**_stand_ins.get(), **stand_ins})
 
 
 class HearsStandIns:

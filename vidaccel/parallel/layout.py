@@ -5,14 +5,15 @@ Blocks that mix what is spread (frames, tokens) ask :func:`layout`; all others s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vidaccel.kernels.context import while_set
 from vidaccel.parallel.ranks import Agreement, Ranks, copy_wide, shares
 
 __all__ = [
@@ -282,11 +283,6 @@ def own_tokens(x: Tensor, dim: int) -> Tensor:
     return x if over is None else x.narrow(dim, over.own.start, over.count)
 
 
-@contextmanager
-def spread(over: Layout | None) -> Iterator[None]:
+def spread(over: Layout | None) -> AbstractContextManager[object]:
     """Let ``over`` be the layout inside the ``with`` block."""
-    token = _layout.set(over)
-    try:
-        yield
-    finally:
-        _layout.reset(token)
+    return while_set(_layout, over)

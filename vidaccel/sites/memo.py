@@ -9,8 +9,8 @@ holds one, as in a block that is called alone, every question is asked anew.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar, cast
 from weakref import WeakKeyDictionary
@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from vidaccel.kernels.context import while_set
 from vidaccel.kernels.op import when_failing
 
 __all__ = [
@@ -91,27 +92,17 @@ def held() -> Memo | None:
     return _memo.get()
 
 
-@contextmanager
-def holding(memo: Memo) -> Iterator[None]:
+def holding(memo: Memo) -> AbstractContextManager[object]:
     """Let ``memo`` be what :func:`held` returns inside the ``with`` block."""
-    token = _memo.set(memo)
-    try:
-        yield
-    finally:
-        _memo.reset(token)
+    return while_set(_memo, memo)
 
 
-@contextmanager
-def watching(way: Way) -> Iterator[None]:
+def watching(way: Way) -> AbstractContextManager[object]:
     """Let every call of a patched model inside the ``with`` block, in this thread, take ``way`` through its blocks.
 
     No CUDA graph serves such a call.
     """
-    token = _watch.set(way)
-    try:
-        yield
-    finally:
-        _watch.reset(token)
+    return while_set(_watch, way)
 
 
 def watched() -> Way | None:
