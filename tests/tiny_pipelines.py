@@ -254,7 +254,8 @@ def kandinsky(pipeline_class: type[Any] = Kandinsky5T2VPipeline) -> Made:
     """In bfloat16, which the family is made for; its VAE in float32, or a decode would be rounded otherwise."""
     torch.manual_seed(0)
     vae = _vae_of_hunyuan_video()
-    vae.encoder.register_forward_pre_hook(lambda _, args: args[0].float())  # the pipeline encodes in bfloat16
+    encode = vae.encode
+    vae.encode = lambda x, *args, **kwargs: encode(x.float(), *args, **kwargs)  # the pipeline encodes in bfloat16
     transformer = tiny_transformer("Kandinsky5Transformer3DModel", {**KANDINSKY, "visual_cond": True}, torch.bfloat16)
     parts = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
     pipe = pipeline_class(
