@@ -96,7 +96,7 @@ def states(report: PatchReport) -> set[str]:
     return {site.state for site in report.sites}
 
 
-@pytest.mark.parametrize("nth", first_is_quick([16, 1]))
+@pytest.mark.parametrize("nth", first_is_quick([16, 6]))
 @pytest.mark.parametrize("make", [wan, motion_unet])
 @pytest.mark.parametrize("only", [[], ["channels_last", "gated_residual_norm", "spatial_attention", "geglu"]], ids=len)
 def test_a_patch_that_is_interrupted(make: Callable[[], Subject], only: list[str], nth: int) -> None:
@@ -122,7 +122,7 @@ def test_a_patch_that_is_interrupted(make: Callable[[], Subject], only: list[str
     assert all(map(torch.equal, numbers(models), weights))
 
 
-@pytest.mark.parametrize("nth", first_is_quick([16, 1]))
+@pytest.mark.parametrize("nth", first_is_quick([16, 6]))
 @pytest.mark.parametrize("make", [wan, motion_unet])
 def test_a_restore_that_is_interrupted(make: Callable[[], Subject], nth: int) -> None:
     models, patch = make()
