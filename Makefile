@@ -1,5 +1,5 @@
 # make demo       generate a clip with the bundled model, unpatched and patched, and compare the two
-# make test       what to run at every change: six minutes on two cores, without a GPU
+# make test       what to run at every change: six to nine minutes on two cores, without a GPU
 # make slow-test  the other tests without a GPU: several processes, whole models compiled, kernels for
 #                 many GPUs, many clips, more families; fourteen minutes more
 # make gpu-test   the tests that need one; leaves samples/benchmarks/gpu-tests.json
