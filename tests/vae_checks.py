@@ -30,6 +30,7 @@ __all__ = [
     "encode",
     "host_is_full",
     "out_of_memory_beyond",
+    "peak_of_encode",
     "ran",
     "reasons",
 ]
@@ -44,6 +45,14 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
 def encode(vae: Any, clip: Tensor) -> Tensor:
     """The mean of the latents and the logarithm of their variance."""
     return vae.encode(clip).latent_dist.parameters
+
+
+def peak_of_encode(vae: Any, clip: Tensor) -> int:
+    """Bytes of the GPU that an encode takes at its worst beyond those held before."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    encode(vae, clip)
+    return torch.cuda.max_memory_allocated() - before
 
 
 CODERS = {decode: "decoder", encode: "encoder"}

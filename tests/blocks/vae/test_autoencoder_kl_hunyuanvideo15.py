@@ -9,7 +9,7 @@ from copy_checks import Held, hollow_out
 from diffusers import AutoencoderKLHunyuanVideo15
 from tiny_models import tiny_autoencoder_kl_hunyuanvideo15
 from torch import Tensor
-from vae_checks import PIXEL_FAULTS, assert_no_worse, check_fault_found, decode, encode
+from vae_checks import PIXEL_FAULTS, assert_no_worse, check_fault_found, decode, encode, peak_of_encode
 
 from vidaccel import patch_module
 from vidaccel.blocks.vae import causal_clip
@@ -130,7 +130,7 @@ def test_encoder_as_wide_as_released(
         vae, clip = AutoencoderKLHunyuanVideo15().eval(), torch.rand(1, 3, 33, 96, 128) * 2 - 1
     gold = encode(vae.double(), clip.double())
     vae, clip = vae.to(dtype), clip.to(dtype)
-    stock, of_stock = encode(vae, clip), peak(vae, clip)
+    stock, of_stock = encode(vae, clip), peak_of_encode(vae, clip)
     needed = encode_bytes(vae.encoder, clip, fit)
     monkeypatch.setattr(causal_clip, "free_bytes", lambda _: needed)
     with patch_module(vae, only="encoder") as report:
@@ -139,13 +139,5 @@ def test_encoder_as_wide_as_released(
         assert f"{fit} of 9 frames" in {way for site in report.sites for way in site.implementations}
         assert "triton" in {way for site in report.sites for way in site.implementations}
         encode(vae, clip)  # the weights are in their order for good
-        assert peak(vae, clip) <= of_stock
+        assert peak_of_encode(vae, clip) <= of_stock
     assert_no_worse(out, stock, gold)
-
-
-def peak(vae: AutoencoderKLHunyuanVideo15, clip: Tensor) -> int:
-    """Bytes that an encode takes at its worst beyond those held before."""
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    encode(vae, clip)
-    return torch.cuda.max_memory_allocated() - before

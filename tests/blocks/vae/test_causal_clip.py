@@ -23,7 +23,7 @@ from vidaccel.blocks.vae.causal_clip import Chunk
 
 @torch.no_grad()
 def decode_in_batches(vae: Any, latents: Tensor) -> Tensor:
-    """As whoever calls CogVideoX's decoder with what was not cut from one clip."""
+    """Call CogVideoX's decoder with batches that are no views of one clip, so that it cannot decode ahead."""
     cache, pixels = None, []
     for batch in latents.split(2, dim=2):
         frames, cache = vae.decoder(batch.clone(), conv_cache=cache)
@@ -33,7 +33,7 @@ def decode_in_batches(vae: Any, latents: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decode_frames(vae: Any, latents: Tensor) -> Tensor:
-    """As whoever calls Wan's decoder with frames that come one by one."""
+    """Call Wan's decoder frame by frame, so that it cannot decode ahead."""
     vae.clear_cache()
     cache, pixels = vae._feat_map, []
     for at, frame in enumerate(latents.split(1, dim=2)):
@@ -47,6 +47,7 @@ CODERS: dict[str, tuple[Callable[[], Any], Callable[[Any, Tensor], Tensor], tupl
     "wan-encodes": (tiny_autoencoder_kl_wan, encode, (1, 3, 9, 16, 16)),
     "cogvideox-decodes": (tiny_autoencoder_kl_cogvideox, decode, (1, 4, 7, 4, 4)),
     "cogvideox-decodes-batches": (tiny_autoencoder_kl_cogvideox, decode_in_batches, (1, 4, 4, 4, 4)),
+    "cogvideox-encodes": (tiny_autoencoder_kl_cogvideox, encode, (1, 3, 17, 16, 16)),
     "hunyuanvideo15-decodes": (tiny_autoencoder_kl_hunyuanvideo15, decode, (1, 4, 4, 4, 4)),
     "hunyuanvideo15-encodes": (tiny_autoencoder_kl_hunyuanvideo15, encode, (1, 3, 13, 32, 32)),
     "mochi-decodes": (tiny_autoencoder_kl_mochi, decode, (1, 12, 3, 4, 4)),

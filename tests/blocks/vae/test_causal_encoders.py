@@ -10,7 +10,7 @@ from copy_checks import Held, hollow_out
 from diffusers import AutoencoderKLCogVideoX, AutoencoderKLHunyuanVideo
 from tiny_models import tiny_autoencoder_kl_hunyuan_video
 from torch import Tensor
-from vae_checks import assert_no_worse, encode
+from vae_checks import assert_no_worse, encode, peak_of_encode
 
 from vidaccel import patch_module
 from vidaccel.blocks.vae.autoencoder_kl_hunyuan_video import encode_bytes
@@ -47,20 +47,12 @@ def test_as_wide_as_released(kind: str, dtype: torch.dtype, device: torch.device
     with torch.backends.cudnn.flags(allow_tf32=False):
         gold = encode(vae, clip)
     vae, clip = vae.to(dtype), clip.to(dtype)
-    stock, of_stock = encode(vae, clip), peak(vae, clip)
+    stock, of_stock = encode(vae, clip), peak_of_encode(vae, clip)
     with patch_module(vae, only="encoder") as report:
         out = encode(vae, clip)
         assert not report.fallbacks and {site.state for site in report.sites} == {"active"}, str(report)
         ways = {site.op: site.implementations for site in report.sites}
         assert "triton" in ways["group_norm_silu"] & ways["conv_epilogue"]
         encode(vae, clip)  # the weights are in their order for good
-        assert peak(vae, clip) <= of_stock
+        assert peak_of_encode(vae, clip) <= of_stock
     assert_no_worse(out, stock, gold)
-
-
-def peak(vae: Any, clip: Tensor) -> int:
-    """Bytes that an encode takes at its worst beyond those held before."""
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    encode(vae, clip)
-    return torch.cuda.max_memory_allocated() - before
